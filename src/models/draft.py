@@ -1,0 +1,143 @@
+"""The drafter: the target's last layers with attention projectors of their own, and the bonus-conditioned MLP."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from data.batch import Batch
+from models.masks import block_mask
+from models.target import ContextCache
+
+
+class DraftModel(nn.Module):
+    """Mask tokens through the target's last `L` layers (FlexDraft, arXiv 2605.20022, "Attention Tuning").
+
+    A draft layer *is* the target's decoder layer: norms, FFN and attention function are the target's modules by
+    reference, frozen; only `self_attn` is a copy, initialised from the target and trained. Attribute names are those of
+    the exported tensors, so neither checkpoints nor exports need a key map.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        *,
+        num_layers: int,
+        block_size: int,
+        calibrator_rank: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            num_layers: L, how many of the target's last layers draft.
+            block_size: B, mask tokens per block.
+            calibrator_rank: r, hidden size of the calibrator; 0 for a drafter without one.
+            dtype: of the drafter's own parameters; the target's if None.
+
+        Raises:
+            ValueError: L, B or r out of range.
+        """
+        super().__init__()
+        config = target.config
+        if not 1 <= num_layers <= config.num_hidden_layers:
+            raise ValueError(f"num_layers={num_layers}: expected 1 to {config.num_hidden_layers}, the target's layers.")
+        if block_size < 2:
+            raise ValueError(f"block_size={block_size}: expected at least 2, since slot 0 is never drafted.")
+        if calibrator_rank < 0:
+            raise ValueError(f"calibrator_rank={calibrator_rank}: expected 0 (no calibrator) or more.")
+        # Referred to, not registered: the drafter neither owns nor saves the target.
+        object.__setattr__(self, "target", target)
+        self.block_size = block_size
+        self.calibrator_rank = calibrator_rank
+        self.split_layer = config.num_hidden_layers - num_layers
+        dtype = dtype or target.dtype
+        embedding = target.get_input_embeddings().weight
+
+        # The mean token embedding: data-free, and on the scale that the layers know.
+        self.mask_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
+        self.layers = nn.ModuleList(_draft_layer(layer, dtype) for layer in target.model.layers[self.split_layer :])
+        self.anchor_bias_mlp = None
+        if calibrator_rank:
+            vocabulary, hidden = embedding.shape
+            self.anchor_bias_mlp = nn.Sequential(
+                nn.Linear(2 * hidden, calibrator_rank, dtype=dtype, device=embedding.device),
+                nn.SiLU(),
+                nn.Linear(calibrator_rank, vocabulary, dtype=dtype, device=embedding.device),
+            )
+            # Zero effect at the start: training departs from the attention-tuned drafter.
+            nn.init.zeros_(self.anchor_bias_mlp[2].weight)
+            nn.init.zeros_(self.anchor_bias_mlp[2].bias)
+
+    def attention_parameters(self) -> dict[str, nn.Parameter]:
+        """What Attention Tuning trains, by exported name: the projectors and the mask embedding."""
+        own = {f"layers.{i}.self_attn.{name}": p for i, layer in enumerate(self.layers) for name, p in layer.self_attn.named_parameters()}
+        return {"mask_embedding": self.mask_embedding, **own}
+
+    def calibrator_parameters(self) -> dict[str, nn.Parameter]:
+        """What Bonus-guided Calibration trains, by exported name."""
+        if self.anchor_bias_mlp is None:
+            return {}
+        return {f"anchor_bias_mlp.{name}": p for name, p in self.anchor_bias_mlp.named_parameters()}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that the drafter owns, by exported name; the rest is the target's."""
+        return {**self.attention_parameters(), **self.calibrator_parameters()}
+
+    def forward(self, context: ContextCache, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run mask blocks through the draft layers.
+
+        Args:
+            context: clean K/V that the blocks may see.
+            positions: [R, A, B] position of each slot.
+            attention_mask: [R, 1, A*B, T + A*B] bool; None lets every slot see all of the context and all slots, which
+                is right for one block per row whose context is the whole cache.
+
+        Returns:
+            [R, A, B, H] hidden states after the target's final norm.
+        """
+        rows, blocks, size = positions.shape
+        flat_positions = positions.reshape(rows, blocks * size)
+        hidden = self.mask_embedding.expand(rows, blocks * size, -1)
+        position_embeddings = self.target.model.rotary_emb(hidden, flat_positions)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=attention_mask,
+                position_ids=flat_positions,
+                past_key_values=context,
+                position_embeddings=position_embeddings,
+            )
+        hidden = self.target.model.norm(hidden)
+        return hidden.view(rows, blocks, size, -1)
+
+    def forward_batch(self, context: ContextCache, batch: Batch) -> Tensor:
+        """[R, A, B, H] hidden states of all blocks of a training batch."""
+        mask = block_mask(batch.document_ids, batch.anchors, self.block_size)
+        return self(context, batch.slot_positions(), mask)
+
+    def logits(self, hidden: Tensor, bonus: Tensor | None = None) -> Tensor:
+        """[..., V] logits of slots, in training and in decoding.
+
+        `bias = W2 SiLU(W1 [embed(bonus) ; h] + b1) + b2`, h after the final norm ("Bonus-guided Calibration").
+
+        Args:
+            hidden: [..., H] after the final norm.
+            bonus: [...] token at the anchor of each slot's block; None leaves the logits uncalibrated.
+        """
+        logits = self.target.get_output_embeddings()(hidden)
+        if bonus is None or self.anchor_bias_mlp is None:
+            return logits
+        embedded = self.target.get_input_embeddings()(bonus).to(hidden.dtype)
+        return logits + self.anchor_bias_mlp(torch.cat([embedded, hidden], dim=-1))
+
+
+def _draft_layer(target_layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The target's decoder layer with a trainable copy of its attention; everything else is shared by reference."""
+    layer = copy.copy(target_layer)
+    layer._modules = dict(target_layer._modules)
+    attention = copy.deepcopy(target_layer.self_attn).to(dtype).requires_grad_(True)
+    # Slots of a block see each other in both directions; transformers would read the default as causal.
+    attention.is_causal = False
+    layer.self_attn = attention
+    return layer

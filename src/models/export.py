@@ -1,0 +1,140 @@
+"""The artifact that the inference side loads: writing it, reading it back, refusing what does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.draft import DraftModel
+
+WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+# Settings of a block drafter. The public release's code reads the first key, its published checkpoint carries the second.
+FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
+
+
+def artifact_config(draft: DraftModel) -> dict[str, Any]:
+    """`config.json`: the target's architecture with L layers, and what the inference side asks for beyond it."""
+    config = draft.target.config.to_dict()
+    last = slice(draft.split_layer, None)
+    config["num_target_layers"] = config["num_hidden_layers"]
+    config["num_hidden_layers"] = len(draft.layers)
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][last]
+    config["block_size"] = draft.block_size
+    config["dtype"] = str(draft.mask_embedding.dtype).removeprefix("torch.")
+    settings = {
+        "target_layer_ids": list(range(draft.split_layer, config["num_target_layers"])),
+        "enable_anchor_bias_logits": draft.anchor_bias_mlp is not None,
+        "anchor_bias_rank": draft.calibrator_rank,
+    }
+    config.update({key: settings for key in FLEXDRAFT_KEYS})
+    # transformers 5 reads `rope_parameters`; 4.57 reads `rope_theta` and `rope_scaling`.
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    for key in ("_name_or_path", "architectures", "transformers_version"):
+        config.pop(key, None)
+    return config
+
+
+def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype) -> None:
+    """Write the artifact. The same weights give the same bytes.
+
+    Raises:
+        ValueError: a tensor holds a value that is not finite.
+    """
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in sorted(draft.own_parameters().items())}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{', '.join(broken)}: not finite in {dtype}. Training diverged; lower the learning rate.")
+    config = artifact_config(draft) | {"dtype": str(dtype).removeprefix("torch.")}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shards = _shards(tensors)
+    if len(shards) == 1:
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, directory / name, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_draft(directory: Path, target: PreTrainedModel) -> DraftModel:
+    """The drafter of an exported directory, for the target that it was trained for.
+
+    Its parameters keep the exported values, in the target's dtype.
+
+    Raises:
+        ValueError: no artifact there, or one for another target.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        settings = next(config[key] for key in FLEXDRAFT_KEYS if key in config)
+    except (OSError, StopIteration) as error:
+        raise ValueError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).") from error
+    layers = settings["target_layer_ids"]
+    expected = {
+        "model_type": target.config.model_type,
+        "num_target_layers": target.config.num_hidden_layers,
+        "hidden_size": target.config.hidden_size,
+        "vocab_size": target.config.vocab_size,
+    }
+    for key, value in expected.items():
+        if config.get(key) != value:
+            raise ValueError(f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}.")
+    rank = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
+    draft = DraftModel(target, num_layers=len(layers), block_size=config["block_size"], calibrator_rank=rank)
+    load_draft_weights(draft.own_parameters(), _read_tensors(directory), source=str(directory))
+    return draft.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def load_draft_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], *, source: str) -> None:
+    """Copy tensors under their exported names into parameters of a drafter, such as its `own_parameters()`.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"{source}: tensors missing: {missing or 'none'}; unexpected: {unexpected or 'none'}.")
+    for name, parameter in own.items():
+        if tensors[name].shape != parameter.shape:
+            shapes = f"{tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+            raise ValueError(f"{source}: {name} has shape {shapes}.")
+        parameter.copy_(tensors[name])
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    if not (directory / INDEX).exists():
+        return load_file(directory / WEIGHTS)
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(index["weight_map"].values())):
+        tensors.update(load_file(directory / shard))
+    return tensors
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """In the order of names, as few shards as the greatest size allows."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards

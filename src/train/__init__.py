@@ -1,0 +1,1 @@
+"""The pipeline: configuration, Lightning modules, stages. Puts `data` and `models` together."""

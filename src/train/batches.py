@@ -1,0 +1,85 @@
+"""Batches of a step as a pure function of (seed, step): nothing to save, nothing to lose on resume."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from data.anchors import make_batch
+from data.batch import Batch
+from data.packing import Row
+
+VALIDATION = 1  # keeps validation's draws apart from training's
+
+
+class TrainingBatches:
+    """One rank's share of every global batch, from the current step to the last.
+
+    Rows come in a fresh shuffled order each epoch, anchors are drawn anew each time a row is seen. The global batch of
+    a step is the same whatever the number of ranks.
+    """
+
+    def __init__(
+        self,
+        rows: list[Row],
+        *,
+        steps: int,
+        rows_per_step: int,
+        num_anchors: int,
+        block_size: int,
+        seed: int,
+        current_step: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """
+        Raises:
+            ValueError: the ranks cannot share `rows_per_step` evenly.
+        """
+        if rows_per_step % world_size:
+            raise ValueError(f"rows_per_step={rows_per_step} is not divisible by the {world_size} ranks; choose a multiple.")
+        self.rows, self.steps, self.rows_per_step = rows, steps, rows_per_step
+        self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
+        self.current_step, self.rank, self.world_size = current_step, rank, world_size
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.current_step(), self.steps):
+            yield self.batch(step)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of global batch `step`."""
+        share = self.rows_per_step // self.world_size
+        first = self.rank * share
+        places = range(first, first + share)
+        chosen = [self.rows[self._row_at(step * self.rows_per_step + place)] for place in places]
+        seeds = [(self.seed, 0, step, place) for place in places]
+        return make_batch(chosen, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+
+    def _row_at(self, drawn: int) -> int:
+        """Row number `drawn` of the endless sequence of shuffled epochs."""
+        epoch, place = divmod(drawn, len(self.rows))
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        return int(self._order[place])
+
+
+class ValidationBatches:
+    """The same rows with the same anchors every time, shared out over the ranks."""
+
+    def __init__(
+        self, rows: list[Row], *, rows_per_batch: int, num_anchors: int, block_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.rows, self.rows_per_batch = rows, rows_per_batch
+        self.num_anchors, self.block_size = num_anchors, block_size
+        self.mine = range(rank, len(rows), world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.rows_per_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.mine), self.rows_per_batch):
+            places = self.mine[start : start + self.rows_per_batch]
+            rows, seeds = [self.rows[i] for i in places], [(0, VALIDATION, i) for i in places]
+            yield make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)

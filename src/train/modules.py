@@ -1,0 +1,148 @@
+"""The two trained stages as Lightning modules: what is trained, what the drafter knows, one loss."""
+
+import math
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from data.batch import IGNORE, Batch
+from models.draft import DraftModel
+from models.metrics import acceptance_length, leading_true
+from models.objectives import block_loss
+from models.target import bonus_tokens, target_pass
+
+
+class DraftTraining(lightning.LightningModule):
+    """What both stages share: the frozen target, the loss over a global batch, optimizer, validation.
+
+    Subclasses say which parameters are trained and compute hidden states, bonus tokens and labels of a batch.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: DraftModel,
+        *,
+        objective: dict[str, Any],
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        warmup_share: float,
+        final_lr_share: float,
+        steps: int,
+    ) -> None:
+        super().__init__()
+        self.target, self.draft = target, draft
+        self.objective = dict(objective)
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, tuple(betas)
+        self.warmup_share, self.final_lr_share, self.steps = warmup_share, final_lr_share, steps
+        self.requires_grad_(False)
+        for parameter in self.trained().values():
+            parameter.requires_grad_(True)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of this stage by exported name."""
+        raise NotImplementedError
+
+    def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states [R, A, B, H], labels [R, A, B] and bonus tokens ([R, A] or None) of a batch."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "DraftTraining":
+        """Never in training mode: dropout in target or draft would make training differ from decoding."""
+        return super().train(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        hidden, labels, bonus = self.blocks(batch)
+        loss_sum, weight_sum, _ = block_loss(self.draft.logits, hidden, labels, bonus, **self.objective)
+        total = self._sum_over_ranks(weight_sum).clamp(min=1e-6)
+        # Gradients are averaged over ranks, so the share of each rank is scaled up by their number.
+        loss = loss_sum * self.trainer.world_size / total
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(4 + self.draft.block_size - 1, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        hidden, labels, bonus = self.blocks(batch)
+        loss_sum, weight_sum, correct = block_loss(self.draft.logits, hidden, labels, bonus, **self.objective)
+        drafted = (labels[..., 1:] != IGNORE).any(-1)  # [R, A]
+        accepted = leading_true(correct)[drafted]  # [blocks]
+        reached = accepted[:, None] > torch.arange(self.draft.block_size - 1, device=accepted.device)
+        parts = [loss_sum, weight_sum, acceptance_length(accepted).sum(), drafted.sum(), *reached.sum(0)]
+        self._validation += torch.stack([p.double().cpu() for p in parts])
+
+    def on_validation_epoch_end(self) -> None:
+        totals = self._sum_over_ranks(self._validation.to(self.device, torch.float32))
+        loss, weight, gained, blocks, *slots = totals.tolist()
+        if not blocks:
+            return
+        # Teacher-forced: blocks start at uniform anchors, not where the last one failed, so decoding gives less.
+        estimate = {"val/loss": loss / weight, "val/tau_estimate": gained / blocks}
+        self.log_dict(estimate, prog_bar=True, rank_zero_only=True)
+        self.log_dict({f"val/slot_{j}": hits / blocks for j, hits in enumerate(slots, 1)}, rank_zero_only=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = list(self.trained().values())
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _lr_share(self, step: int) -> float:
+        """Linear warm-up, then cosine down to `final_lr_share`."""
+        warmup = max(1, round(self.warmup_share * self.steps))
+        progress = min(1.0, max(0, step - warmup) / max(1, self.steps - warmup))
+        cosine = self.final_lr_share + (1 - self.final_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+        return min((step + 1) / warmup, cosine)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Checkpoints hold the trained parameters, never the target."""
+        return {f"draft.{name}": p.detach() for name, p in self.trained().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Load what `state_dict` gave.
+
+        Raises:
+            RuntimeError: names differ.
+        """
+        trained = {f"draft.{name}": p for name, p in self.trained().items()}
+        if trained.keys() != state_dict.keys():
+            raise RuntimeError(f"Checkpoint does not fit: {sorted(trained.keys() ^ state_dict.keys())} only on one side.")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state_dict[name])
+
+
+class AttentionTuning(DraftTraining):
+    """Stage 1: projectors and mask embedding on mask-token block diffusion."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.draft.attention_parameters()
+
+    def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        clean = target_pass(self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer)
+        return self.draft.forward_batch(clean.context, batch), batch.labels, None
+
+
+class BonusCalibration(DraftTraining):
+    """Stage 2: the calibrator, on frozen features, with the bonus token that decoding would have."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.draft.calibrator_parameters()
+
+    @torch.no_grad()
+    def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        clean = target_pass(self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer)
+        bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
+        # Where the target would not have said the text's token, what follows in the text is no continuation of the
+        # bonus: such a block has nothing to teach.
+        at_anchor = batch.input_ids.gather(1, batch.anchors)
+        labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
+        return self.draft.forward_batch(clean.context, batch), labels, bonus

@@ -1,0 +1,86 @@
+"""The composition root: the chosen stages in order, each once."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning import seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from data.errors import UserError
+from train import stages
+from train.checks import STAGES
+from train.resources import Resources
+from train.run_state import StageRecord, file_sha256
+
+# What each stage starts from: files of earlier stages, without which it cannot run.
+INPUTS = {
+    "attention_tuning": [],
+    "bonus_calibration": [f"attention_tuning/{stages.WEIGHTS}"],
+    "export": [],  # whichever training stage was run last, see `stages.finished_weights`
+    "evaluate": ["export/config.json"],
+}
+
+
+def run(config: DictConfig) -> None:
+    """Run the chosen stages in order; finished ones are left as they are.
+
+    Raises:
+        UserError: settings that do not fit together, or a stage whose input is missing.
+    """
+    run_dir = Path(config.run_dir)
+    resources = Resources(config)
+    chosen = [stage for stage in STAGES if stage in config.stages]
+    for number, stage in enumerate(chosen, start=1):
+        on_every_rank = stage in ("attention_tuning", "bonus_calibration")
+        if rank_zero_only.rank and not on_every_rank:
+            continue
+        _say(f"[{number}/{len(chosen)}] {stage}")
+        _run_stage(config, stage, run_dir / stage, resources)
+
+
+def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources) -> None:
+    record = StageRecord(directory, _settings(config, stage, directory.parent))
+    if not config.overwrite and record.finished():
+        _say(f"    finished before, see {directory}")
+        return
+    resources.check()
+    if rank_zero_only.rank == 0:
+        if config.overwrite:
+            shutil.rmtree(directory, ignore_errors=True)
+        record.begin()
+    seed_everything(config.seed, verbose=False)
+    result = getattr(stages, stage)(config, directory, resources)
+    if rank_zero_only.rank == 0:
+        record.finish(result)
+
+
+def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
+    """What the outcome of a stage depends on: its settings, and the content of the files that it starts from."""
+    inputs = [run_dir / name for name in INPUTS[stage]]
+    for file in inputs:
+        if not file.exists():
+            raise UserError(f"stages=[{stage}] starts from {file}, which is not there. Run stage {file.parent.name} first.")
+    if stage == "export":
+        inputs.append(stages.finished_weights(run_dir))
+    if stage == "evaluate":
+        inputs += sorted((run_dir / "export").glob("*.safetensors"))
+    # Unresolved, so that a moved checkout keeps its settings.
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    settings = {"model": plain["model"], "stage": plain["stage"][stage]}
+    if stage in ("attention_tuning", "bonus_calibration"):
+        settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in ("validate_every", "checkpoint_every")}
+        settings |= {"data": plain["data"], "seed": plain["seed"]}
+        del settings["data"]["prompts"]
+        inputs.append(Path(config.data.path))
+    if stage == "evaluate":
+        inputs.append(Path(config.data.prompts))
+    settings["inputs"] = {f"{f.parent.name}/{f.name}": file_sha256(f) for f in inputs if f.is_file()}
+    return settings
+
+
+def _say(text: str) -> None:
+    if rank_zero_only.rank == 0:
+        Console().print(text, highlight=False)

@@ -1,0 +1,79 @@
+"""What has been done in a run directory: which stages are finished, with which settings, from which inputs."""
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+
+DONE, SETTINGS = "done.json", "settings.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under a temporary name, then rename: a reader sees all of it or none of it."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StageRecord:
+    """The record of one stage in its directory: `settings.json` from its start on, `done.json` when it is finished."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self.settings = json.loads(json.dumps(settings))  # as they will be read back
+
+    def finished(self) -> bool:
+        """Whether the stage was finished with these settings.
+
+        Raises:
+            UserError: it was begun or finished with others.
+        """
+        for name in (DONE, SETTINGS):
+            file = self.directory / name
+            if not file.exists():
+                continue
+            changes = _differences(json.loads(file.read_text(encoding="utf-8"))["settings"], self.settings)
+            if changes:
+                raise UserError(
+                    f"{self.directory} holds this stage with other settings: {'; '.join(changes)}.\n"
+                    "Choose another name=..., or overwrite=true to do the chosen stages again."
+                )
+        return (self.directory / DONE).exists()
+
+    def begin(self) -> None:
+        """Record the settings before the first step."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / SETTINGS, {"settings": self.settings, "environment": environment()})
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Mark the stage as done."""
+        write_json(self.directory / DONE, {"settings": self.settings, "environment": environment(), "result": result})
+
+    def result(self) -> dict[str, Any]:
+        """What the finished stage reported."""
+        return json.loads((self.directory / DONE).read_text(encoding="utf-8"))["result"]
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on."""
+    packages = ("torch", "transformers", "lightning", "numpy", "deepspeed")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [f"{path}: {old} -> {new}"]

@@ -1,0 +1,130 @@
+"""The four stages: each takes the configuration and its directory, and leaves its result there."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+
+from data.errors import UserError
+from models.draft import DraftModel
+from models.export import export_draft, load_draft, load_draft_weights
+from train.datamodule import DraftData
+from train.evaluation import evaluate as decode_prompts
+from train.fit import build_trainer, fit
+from train.report import plot_acceptance, plot_losses, print_report
+from train.resources import Resources
+from train.run_state import write_json
+
+WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
+
+
+def attention_tuning(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
+    """Stage 1: train the projectors of the draft layers and the mask embedding."""
+    return _train(config, "attention_tuning", directory, resources)
+
+
+def bonus_calibration(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
+    """Stage 2: train the calibrator on top of the finished stage 1."""
+    return _train(config, "bonus_calibration", directory, resources)
+
+
+def export(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
+    """Write the directory that the inference side loads."""
+    source = finished_weights(directory.parent)
+    draft = _new_draft(config, resources, calibrated=source.parent.name == "bonus_calibration")
+    load_draft_weights(draft.own_parameters(), load_file(source), source=str(source))
+    temporary = directory / "new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    export_draft(draft, temporary, getattr(torch, config.stage.export.dtype))
+    for file in temporary.iterdir():
+        os.replace(file, directory / file.name)
+    temporary.rmdir()
+    return {"parameters": sum(p.numel() for p in draft.own_parameters().values()), "calibrated": draft.calibrator_rank > 0}
+
+
+def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
+    """Load the exported directory and decode held-out prompts with it.
+
+    Raises:
+        UserError: in float32, an output that differs from the target's own: the drafter must never change it.
+    """
+    settings = config.stage.evaluate
+    device = "cuda" if config.trainer.accelerator in ("gpu", "cuda") else "cpu"
+    target = resources.target.to(device)
+    draft = load_draft(directory.parent / "export", target).to(device)
+    untuned = DraftModel(target, num_layers=len(draft.layers), block_size=draft.block_size, calibrator_rank=0)
+    known = {"untuned": (untuned, False), "attention_tuned": (draft, False), "calibrated": (draft, True)}
+    if not draft.calibrator_rank:
+        del known["calibrated"]
+    chosen = {name: known[name] for name in settings.variants if name in known}
+    report = decode_prompts(target, chosen, resources.prompts, settings.max_new_tokens)
+    write_json(directory / "report.json", report.as_dict())
+    plot_acceptance(report, directory.parent / "acceptance_by_slot.png")
+    print_report(report, directory.parent)
+    if report.dtype == "float32" and not report.lossless():
+        raise UserError("Decoding changed the target's greedy output in float32; see report.json. This is a bug.")
+    return {name: {"tau": variant.tau, "verify_steps": variant.verify_steps} for name, variant in report.variants.items()}
+
+
+def finished_weights(run_dir: Path) -> Path:
+    """The drafter to export: calibrated if stage 2 was run, else attention-tuned.
+
+    Raises:
+        UserError: neither is there.
+    """
+    for stage in ("bonus_calibration", "attention_tuning"):
+        if (run_dir / stage / WEIGHTS).exists():
+            return run_dir / stage / WEIGHTS
+    raise UserError(f"{run_dir} holds no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first.")
+
+
+def _train(config: DictConfig, stage: str, directory: Path, resources: Resources) -> dict[str, Any]:
+    settings = config.stage[stage]
+    try:
+        trainer = build_trainer(config, stage, directory)
+    except HydraException as error:
+        raise UserError(f"trainer, logger or callbacks: {error.__cause__ or error}") from error
+    draft = _new_draft(config, resources, calibrated=stage == "bonus_calibration")
+    if stage == "bonus_calibration":
+        source = directory.parent / "attention_tuning" / WEIGHTS
+        load_draft_weights(draft.attention_parameters(), load_file(source), source=str(source))
+    training, validation = resources.rows
+    data = DraftData(
+        training,
+        validation,
+        steps=settings.steps,
+        rows_per_step=settings.rows_per_step,
+        num_anchors=settings.num_anchors,
+        block_size=draft.block_size,
+        seed=config.seed,
+    )
+    module = instantiate(settings.module)(resources.target, draft)
+    metrics = fit(trainer, module, data, directory)
+    if trainer.is_global_zero:
+        own = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in draft.own_parameters().items()}
+        temporary = directory / f"{WEIGHTS}.tmp"
+        save_file(own, temporary, metadata={"format": "pt"})
+        os.replace(temporary, directory / WEIGHTS)
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        stages = ("attention_tuning", "bonus_calibration")
+        plot_losses({name: directory.parent / name for name in stages}, directory.parent / "loss.png")
+    trained = sum(p.numel() for p in module.trained().values())
+    return {"trained_parameters": trained, "steps": settings.steps, **metrics}
+
+
+def _new_draft(config: DictConfig, resources: Resources, *, calibrated: bool) -> DraftModel:
+    """An untrained drafter with float32 parameters."""
+    settings = config.model.draft
+    return DraftModel(
+        resources.target,
+        num_layers=settings.num_layers,
+        block_size=settings.block_size,
+        calibrator_rank=settings.calibrator_rank if calibrated else 0,
+        dtype=torch.float32,
+    )
