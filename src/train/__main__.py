@@ -32,32 +32,30 @@ def main(config: DictConfig) -> None:
         run(config)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
 
 
 def check_overrides(arguments: list[str]) -> None:
-    """Compose once before Hydra does, for a message that names the setting and the closest one that exists.
+    """Compose once before Hydra does, for a message that names the setting and those that sound like it.
 
     Raises:
         SystemExit: the overrides do not compose.
     """
     if any(argument.startswith("-") for argument in arguments):
         return  # --help, --multirun, --cfg ...: Hydra's own business
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
             compose("config", overrides=arguments)
-    except HydraException as error:
-        sys.exit(f"error: {_explain(error)}")
+        except HydraException as error:
+            sys.exit(f"error: {_explain(error, arguments)}")
 
 
-def _explain(error: HydraException) -> str:
-    from train.checks import unknown_key
+def _explain(error: HydraException, arguments: list[str]) -> str:
+    from train.checks import known_settings, unknown_key
 
-    cause = error.__cause__
-    key = getattr(cause, "full_key", None)
-    parent = getattr(cause, "parent_node", None)
-    if key and isinstance(parent, DictConfig):
-        return unknown_key(str(key), list(parent), str(key).rpartition(".")[0])
-    return str(error).strip()
+    key = getattr(error.__cause__, "full_key", None)
+    return unknown_key(str(key), known_settings(arguments)) if key else str(error).strip()
 
 
 def quiet() -> None:
@@ -66,6 +64,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # on purpose: no dropout
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is: a function of the step
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # gloo's worker threads may abort an interpreter that exits while they still hold their last result.
     atexit.register(time.sleep, 0.5)

@@ -6,7 +6,6 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
@@ -32,18 +31,21 @@ def check_config(config: DictConfig) -> None:
     _check_ranges(config)
 
 
+def known_settings(overrides: list[str]) -> dict[str, Any]:
+    """The configuration with only the choices of files among `overrides`: what conf/ knows."""
+    groups = ("experiment", "data", "model", "stage", "trainer", "logger", "callbacks")
+    choices = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
+    known: Any = OmegaConf.to_container(compose("config", overrides=choices), resolve=False)
+    return known
+
+
 def _check_against_files(config: DictConfig) -> None:
     """Every key must be one that conf/ knows, and of the same type as there."""
-    groups = ("experiment", "data", "model", "stage", "trainer", "logger", "callbacks")
-    choices = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+~") in groups]
-    try:
-        known = OmegaConf.to_container(compose("config", overrides=choices), resolve=False)
-    except HydraException as error:
-        raise UserError(str(error)) from None
-    _compare(OmegaConf.to_container(config, resolve=False), known, "")
+    known = known_settings(list(HydraConfig.get().overrides.task))
+    _compare(OmegaConf.to_container(config, resolve=False), known, known, "")
 
 
-def _compare(given: Any, known: Any, path: str) -> None:
+def _compare(given: Any, known: Any, root: dict[str, Any], path: str) -> None:
     if path in FREE_FORM:
         return
     if isinstance(known, dict):
@@ -52,17 +54,30 @@ def _compare(given: Any, known: Any, path: str) -> None:
         for key, value in given.items():
             here = f"{path}.{key}" if path else str(key)
             if key not in known:
-                raise UserError(unknown_key(here, known, path))
-            _compare(value, known[key], here)
+                raise UserError(unknown_key(here, root))
+            _compare(value, known[key], root, here)
     elif not _same_type(given, known):
         raise UserError(f"{path}={given!r}: expected {type(known).__name__}, such as {known!r}.")
 
 
-def unknown_key(key: str, known: Any, path: str) -> str:
-    """What to say of a setting that nothing reads."""
-    close = get_close_matches(key.rsplit(".", 1)[-1], [str(k) for k in known], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{key}: no such setting.{hint} {path or 'The top level'} has: {', '.join(map(str, known))}."
+def unknown_key(key: str, root: dict[str, Any]) -> str:
+    """What to say of a setting that nothing reads: those that sound like it, else those of its group."""
+    leaves = _leaves(root, "")
+    close = get_close_matches(key.rsplit(".", 1)[-1], {leaf.rsplit(".", 1)[-1] for leaf in leaves}, n=1)
+    if close:
+        same = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == close[0]]
+        near = [leaf for leaf in same if leaf.rpartition(".")[0] == key.rpartition(".")[0]] or same
+        return f"{key}: no such setting. Did you mean {' or '.join(near)}?"
+    group = root
+    for part in key.split(".")[:-1]:
+        group = group.get(part, {})
+    return f"{key}: no such setting. {key.rpartition('.')[0] or 'The top level'} has: {', '.join(map(str, group))}."
+
+
+def _leaves(tree: Any, path: str) -> list[str]:
+    if not isinstance(tree, dict) or not tree:
+        return [path]
+    return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
 
 
 def _same_type(given: Any, known: Any) -> bool:
@@ -85,7 +100,13 @@ def _check_stages(config: DictConfig) -> None:
 
 
 def _check_ranges(config: DictConfig) -> None:
+    """Ranges and choices of single settings."""
     draft = config.model.draft
+    choices = {"model.target.dtype": ("float32", "bfloat16", "float64"), "stage.export.dtype": ("float32", "bfloat16")}
+    choices |= {f"stage.{stage}.module.objective.weights": ("dpace", "decay", "flat") for stage in STAGES[:2]}
+    for key, known in choices.items():
+        if (value := OmegaConf.select(config, key)) not in known:
+            raise UserError(f"{key}={value!r}: expected {' or '.join(known)}.")
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
     at_least |= {"data.row_length": 2, "data.validation_records": 0, "stage.evaluate.num_prompts": 1}
     at_least |= {"stage.evaluate.max_new_tokens": 1}
@@ -100,9 +121,6 @@ def _check_ranges(config: DictConfig) -> None:
         settings = config.stage[stage]
         if not settings.module.learning_rate > 0:
             raise UserError(f"stage.{stage}.module.learning_rate={settings.module.learning_rate}: expected more than 0.")
-        if settings.module.objective.weights not in ("dpace", "decay", "flat"):
-            weights = settings.module.objective.weights
-            raise UserError(f"stage.{stage}.module.objective.weights={weights!r}: expected dpace, decay or flat.")
     if draft.block_size > config.data.row_length:
         raise UserError(
             f"model.draft.block_size={draft.block_size} exceeds data.row_length={config.data.row_length}; "

@@ -47,13 +47,7 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path) -> dict[str, float]:
-    """Train to the last step; returns the figures of the last validation.
-
-    Raises:
-        KeyboardInterrupt: the user stopped it; the last checkpoint stays.
-    """
+    """Train to the last step, from the last checkpoint if there is one; returns the figures of the last validation."""
     trainer.fit(module, data, ckpt_path=last_checkpoint(directory), weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     trainer.strategy.barrier()
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}

@@ -15,6 +15,7 @@ from train.checks import STAGES
 from train.resources import Resources
 from train.run_state import StageRecord, file_sha256
 
+TRAINED = ("attention_tuning", "bonus_calibration")  # on every rank; the others on the first alone
 # What each stage starts from: files of earlier stages, without which it cannot run.
 INPUTS = {
     "attention_tuning": [],
@@ -34,8 +35,7 @@ def run(config: DictConfig) -> None:
     resources = Resources(config)
     chosen = [stage for stage in STAGES if stage in config.stages]
     for number, stage in enumerate(chosen, start=1):
-        on_every_rank = stage in ("attention_tuning", "bonus_calibration")
-        if rank_zero_only.rank and not on_every_rank:
+        if rank_zero_only.rank and stage not in TRAINED:
             continue
         _say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, run_dir / stage, resources)
@@ -46,6 +46,8 @@ def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resou
     if not config.overwrite and record.finished():
         _say(f"    finished before, see {directory}")
         return
+    if stage in TRAINED:
+        stages.checked_trainer(config, stage, directory)  # refused before the data is read
     resources.check()
     if rank_zero_only.rank == 0:
         if config.overwrite:
@@ -70,7 +72,7 @@ def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
     # Unresolved, so that a moved checkout keeps its settings.
     plain: Any = OmegaConf.to_container(config, resolve=False)
     settings = {"model": plain["model"], "stage": plain["stage"][stage]}
-    if stage in ("attention_tuning", "bonus_calibration"):
+    if stage in TRAINED:
         settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in ("validate_every", "checkpoint_every")}
         settings |= {"data": plain["data"], "seed": plain["seed"]}
         del settings["data"]["prompts"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning import Trainer
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
@@ -41,7 +42,10 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
     load_draft_weights(draft.own_parameters(), load_file(source), source=str(source))
     temporary = directory / "new"
     shutil.rmtree(temporary, ignore_errors=True)
-    export_draft(draft, temporary, getattr(torch, config.stage.export.dtype))
+    try:
+        export_draft(draft, temporary, getattr(torch, config.stage.export.dtype))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
     for file in temporary.iterdir():
         os.replace(file, directory / file.name)
     temporary.rmdir()
@@ -57,7 +61,10 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     settings = config.stage.evaluate
     device = "cuda" if config.trainer.accelerator in ("gpu", "cuda") else "cpu"
     target = resources.target.to(device)
-    draft = load_draft(directory.parent / "export", target).to(device)
+    try:
+        draft = load_draft(directory.parent / "export", target).to(device)
+    except ValueError as error:
+        raise UserError(f"The exported drafter did not load. {error}") from error
     untuned = DraftModel(target, num_layers=len(draft.layers), block_size=draft.block_size, calibrator_rank=0)
     known = {"untuned": (untuned, False), "attention_tuned": (draft, False), "calibrated": (draft, True)}
     if not draft.calibrator_rank:
@@ -84,12 +91,29 @@ def finished_weights(run_dir: Path) -> Path:
     raise UserError(f"{run_dir} holds no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first.")
 
 
-def _train(config: DictConfig, stage: str, directory: Path, resources: Resources) -> dict[str, Any]:
-    settings = config.stage[stage]
+def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
+    """The trainer of a training stage.
+
+    Raises:
+        UserError: the preset does not fit this machine, or the ranks cannot share a batch evenly.
+    """
     try:
         trainer = build_trainer(config, stage, directory)
     except HydraException as error:
-        raise UserError(f"trainer, logger or callbacks: {error.__cause__ or error}") from error
+        raise UserError(
+            f"trainer, logger or callbacks: {error.__cause__ or error} Presets: conf/trainer/, such as trainer=cpu."
+        ) from error
+    rows = config.stage[stage].rows_per_step
+    if rows % trainer.world_size:
+        raise UserError(
+            f"stage.{stage}.rows_per_step={rows} is not divisible by the {trainer.world_size} ranks; choose a multiple."
+        )
+    return trainer
+
+
+def _train(config: DictConfig, stage: str, directory: Path, resources: Resources) -> dict[str, Any]:
+    settings = config.stage[stage]
+    trainer = checked_trainer(config, stage, directory)
     draft = _new_draft(config, resources, calibrated=stage == "bonus_calibration")
     if stage == "bonus_calibration":
         source = directory.parent / "attention_tuning" / WEIGHTS

@@ -1,0 +1,98 @@
+"""Every experiment and preset composes, is valid, and builds what it names."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+
+import train.__main__  # noqa: F401  registers the `root` resolver
+from train.fit import build_trainer
+
+CONF = ROOT / "conf"
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
+def test_experiments_compose_and_name_classes_that_exist(experiment):
+    config = composed(f"+experiment={experiment}")
+    assert config.name == experiment
+    for stage in ("attention_tuning", "bonus_calibration"):
+        get_class(config.stage[stage].module._target_)
+        assert config.stage[stage].module.steps == config.stage[stage].steps
+
+
+@pytest.mark.parametrize("preset", sorted(f.stem for f in (CONF / "trainer").glob("*.yaml")))
+def test_trainer_presets_build(preset, tmp_path):
+    cpu = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]
+    trainer = build_trainer(composed("+experiment=tiny", f"trainer={preset}", *cpu), "attention_tuning", tmp_path)
+    assert trainer.max_steps > 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_zero_trains_both_stages_on_a_cpu_rank(zero, tmp_path):
+    done = command(
+        "+experiment=tiny",
+        f"trainer=zero{zero}",
+        "trainer.accelerator=cpu",
+        "trainer.devices=1",
+        "trainer.strategy.autocast=null",
+        "stages=[attention_tuning,bonus_calibration]",
+        *(f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in ("steps=3", "rows_per_step=2")),
+        "data.max_records=100",
+        "data.validation_records=8",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoints/tiny/bonus_calibration/draft.safetensors").exists()
+
+
+def test_the_real_experiment_runs_on_a_stand_in(tmp_path):
+    done = command(
+        "+experiment=qwen3_8b",
+        "model=stand_in",
+        "data=tiny",
+        "trainer=cpu",
+        "logger=wandb",
+        *(f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in ("steps=3", "rows_per_step=2")),
+        "data.max_records=100",
+        "data.validation_records=8",
+        "stage.evaluate.num_prompts=2",
+        "stage.evaluate.max_new_tokens=20",
+        "stage.export.dtype=float32",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lossless: 2/2 prompts identical" in done.stdout
+    assert list((tmp_path / "checkpoints/qwen3_8b/attention_tuning/wandb").glob("offline-run-*"))
+
+
+def test_imports_point_one_way():
+    allowed = {"data": {"data"}, "models": {"models", "data"}, "train": {"train", "models", "data"}}
+    heavy = {"lightning", "hydra", "omegaconf", "wandb", "deepspeed", "peft"}
+    for package, may in allowed.items():
+        for file in (ROOT / "src" / package).glob("*.py"):
+            names = {name for node in ast.walk(ast.parse(file.read_text())) for name in imported(node)}
+            ours = {n.split(".")[0] for n in names} & allowed.keys()
+            assert ours <= may, f"{file} imports {ours - may}"
+            if package != "train":
+                assert not {n.split(".")[0] for n in names} & heavy, file
+            if package == "models":
+                assert {n for n in names if n.split(".")[0] == "data"} <= {"data.batch"}, file
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def test_no_file_is_long():
+    for file in [*Path(ROOT / "src").rglob("*.py"), *Path(ROOT / "scripts").rglob("*.py")]:
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 400, file

@@ -1,0 +1,142 @@
+"""The artifact: exactly the contract's keys, shapes and config; the same drafts after loading."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_draft, random_target
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, DynamicCache
+
+from models import export
+from models.decoding import draft_logits
+from models.export import export_draft, load_draft
+
+LAYERS, BLOCK, RANK, HIDDEN, VOCABULARY = 3, 6, 8, 32, 97
+
+
+def contract() -> dict[str, tuple[int, ...]]:
+    """Names and shapes, written out from the contract and the sizes above, not from the code."""
+    shapes = {
+        "mask_embedding": (HIDDEN,),
+        "anchor_bias_mlp.0.weight": (RANK, 2 * HIDDEN),
+        "anchor_bias_mlp.0.bias": (RANK,),
+        "anchor_bias_mlp.2.weight": (VOCABULARY, RANK),
+        "anchor_bias_mlp.2.bias": (VOCABULARY,),
+    }
+    for i in range(LAYERS):
+        attention = f"layers.{i}.self_attn"
+        shapes |= {f"{attention}.q_proj.weight": (32, HIDDEN), f"{attention}.o_proj.weight": (HIDDEN, 32)}
+        shapes |= {f"{attention}.{p}_proj.weight": (16, HIDDEN) for p in "kv"}
+        shapes |= {f"{attention}.{p}_norm.weight": (8,) for p in "qk"}
+    return shapes
+
+
+@pytest.fixture
+def exported(tmp_path):
+    target = random_target()
+    draft = random_draft(target, num_layers=LAYERS, block_size=BLOCK, rank=RANK)
+    export_draft(draft, tmp_path, torch.float32)
+    return target, draft, tmp_path
+
+
+def test_keys_and_shapes_are_the_contracts(exported):
+    _, _, directory = exported
+    assert {name: tuple(t.shape) for name, t in load_file(directory / "model.safetensors").items()} == contract()
+    assert sorted(f.name for f in directory.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_config_is_the_contracts(exported):
+    _, _, directory = exported
+    config = json.loads((directory / "config.json").read_text())
+    settings = {"target_layer_ids": [2, 3, 4], "enable_anchor_bias_logits": True, "anchor_bias_rank": RANK}
+    assert config["flexdraft_config"] == config["dflash_config"] == settings
+    expected = {
+        "model_type": "qwen3",
+        "num_hidden_layers": LAYERS,
+        "num_target_layers": 5,
+        "layer_types": ["full_attention"] * LAYERS,
+        "block_size": BLOCK,
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCABULARY,
+        "rope_theta": 10000.0,
+        "dtype": "float32",
+    }
+    assert {key: config[key] for key in expected} == expected
+    assert config["rope_parameters"]["rope_theta"] == 10000.0
+    assert not any("path" in key for key in config)
+
+
+def test_transformers_reads_the_config(exported):
+    _, _, directory = exported
+    config = AutoConfig.from_pretrained(directory)
+    assert config.model_type == "qwen3" and config.num_hidden_layers == LAYERS and config.block_size == BLOCK
+    assert config.rope_parameters["rope_theta"] == 10000.0
+
+
+@torch.no_grad()
+def test_loading_gives_bit_identical_drafts(exported):
+    target, draft, directory = exported
+    again = load_draft(directory, target)
+    cache = DynamicCache()
+    target(input_ids=torch.randint(3, 97, (1, 12)), past_key_values=cache, use_cache=True)
+    for bonus in (None, torch.tensor([7])):
+        assert torch.equal(draft_logits(draft, cache, 12, bonus), draft_logits(again, cache, 12, bonus))
+
+
+def test_same_weights_same_bytes(exported, tmp_path_factory):
+    target, draft, directory = exported
+    other = tmp_path_factory.mktemp("other")
+    export_draft(load_draft(directory, target), other, torch.float32)
+    for file in directory.iterdir():
+        assert file.read_bytes() == (other / file.name).read_bytes()
+
+
+@torch.no_grad()
+def test_large_artifacts_are_sharded_and_read_back(exported, tmp_path_factory, monkeypatch):
+    target, draft, _ = exported
+    directory = tmp_path_factory.mktemp("sharded")
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 20_000)
+    export_draft(draft, directory, torch.float32)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == contract().keys() and len(set(index["weight_map"].values())) > 1
+    for name, parameter in load_draft(directory, target).own_parameters().items():
+        assert torch.equal(parameter, draft.own_parameters()[name])
+
+
+def test_bfloat16_halves_the_file_and_says_so(exported, tmp_path_factory):
+    _, draft, _ = exported
+    directory = tmp_path_factory.mktemp("bf16")
+    export_draft(draft, directory, torch.bfloat16)
+    assert all(t.dtype == torch.bfloat16 for t in load_file(directory / "model.safetensors").values())
+    assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_drafter_for_another_target_is_refused(exported):
+    _, _, directory = exported
+    with pytest.raises(ValueError, match="vocab_size=97, but this one has 101"):
+        load_draft(directory, random_target(vocab_size=101))
+    with pytest.raises(ValueError, match="num_target_layers=5, but this one has 6"):
+        load_draft(directory, random_target(num_hidden_layers=6))
+
+
+def test_a_damaged_directory_is_refused_by_name(exported):
+    target, _, directory = exported
+    tensors = load_file(directory / "model.safetensors")
+    embedding = tensors.pop("mask_embedding")
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: .'mask_embedding'."):
+        load_draft(directory, target)
+    save_file(tensors | {"mask_embedding": embedding[:-1].clone()}, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"mask_embedding has shape \(31,\), expected \(32,\)"):
+        load_draft(directory, target)
+
+
+def test_weights_that_are_not_finite_are_not_exported(exported, tmp_path_factory):
+    _, draft, _ = exported
+    with torch.no_grad():
+        draft.mask_embedding[0] = float("nan")
+    directory = tmp_path_factory.mktemp("nan")
+    with pytest.raises(ValueError, match="mask_embedding: not finite"):
+        export_draft(draft, directory, torch.float32)
+    assert not list(directory.iterdir())

@@ -1,0 +1,83 @@
+"""The main job by its command: all stages, once, and on from where it was killed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import SHORT, command
+from safetensors.torch import load_file
+
+
+def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
+    output = (trained_run / "stdout.txt").read_text(encoding="utf-8")
+    assert "lossless: 6/6 prompts identical" in output
+    for word in ("[4/4] evaluate", "untuned", "attention_tuned", "calibrated", "target alone"):
+        assert word in output
+    for file in ("loss.png", "acceptance_by_slot.png", "export/model.safetensors", "export/config.json"):
+        assert (trained_run / file).stat().st_size > 0
+    report = json.loads((trained_run / "evaluate" / "report.json").read_text())
+    tau = {name: variant["tau"] for name, variant in report["variants"].items()}
+    assert tau["untuned"] < tau["attention_tuned"]
+    for variant in report["variants"].values():
+        gained = [a + 1 for a in variant["accepted"]]
+        assert variant["tau"] == pytest.approx(sum(gained) / variant["verify_steps"]) and variant["identical"] == 6
+    metrics = json.loads((trained_run / "bonus_calibration" / "done.json").read_text())["result"]
+    assert metrics["trained_parameters"] > 0 and "val/tau_estimate" in metrics
+
+
+def test_finished_stages_are_not_repeated_and_one_can_be_run_alone(trained_run):
+    cwd = trained_run.parents[1]
+    weights = (trained_run / "attention_tuning" / "draft.safetensors").stat().st_mtime_ns
+    again = command(*SHORT, "name=short", cwd=cwd)
+    assert again.returncode == 0 and again.stdout.count("finished before") == 4
+    assert (trained_run / "attention_tuning" / "draft.safetensors").stat().st_mtime_ns == weights
+    alone = command(*SHORT, "name=short", "stages=[evaluate]", "overwrite=true", cwd=cwd)
+    assert alone.returncode == 0 and "[1/1] evaluate" in alone.stdout and "lossless: 6/6" in alone.stdout
+    assert (trained_run / "attention_tuning" / "draft.safetensors").stat().st_mtime_ns == weights
+
+
+def test_other_settings_under_the_same_name_are_refused(trained_run):
+    call = (*SHORT, "name=short", "stage.attention_tuning.module.learning_rate=0.1")
+    done = command(*call, cwd=trained_run.parents[1])
+    assert done.returncode != 0 and "stage.module.learning_rate: 0.005 -> 0.1" in done.stderr
+    assert "overwrite=true" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_path):
+    call = [sys.executable, "-m", "train", *SHORT, "name=short", "stages=[attention_tuning,bonus_calibration]"]
+    run_dir = tmp_path / "checkpoints" / "short"
+    for stage in ("attention_tuning", "bonus_calibration"):
+        process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not list((run_dir / stage / "checkpoints").glob("*.ckpt")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (run_dir / stage / "done.json").exists()
+    done = command(*call[3:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    straight = load_file(trained_run / "bonus_calibration" / "draft.safetensors")
+    resumed = load_file(run_dir / "bonus_calibration" / "draft.safetensors")
+    assert straight.keys() == resumed.keys()
+    assert all(straight[name].equal(resumed[name]) for name in straight)
+
+
+def test_a_stage_without_its_input_says_which_to_run(tmp_path):
+    done = command(*SHORT, "stages=[bonus_calibration]", cwd=tmp_path)
+    assert done.returncode != 0 and "Run stage attention_tuning first" in done.stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
+    run_dir = tmp_path / "checkpoints" / "short"
+    shutil.copytree(trained_run / "attention_tuning", run_dir / "attention_tuning")
+    done = command(*SHORT, "name=short", "stages=[export,evaluate]", "stage.evaluate.num_prompts=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((run_dir / "export" / "config.json").read_text())["flexdraft_config"]
+    assert config["enable_anchor_bias_logits"] is False and config["anchor_bias_rank"] == 0
+    assert "calibrated" not in json.loads((run_dir / "evaluate" / "report.json").read_text())["variants"]

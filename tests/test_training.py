@@ -1,0 +1,147 @@
+"""Training through Lightning: what is frozen, what is trained, where a killed run goes on."""
+
+import hashlib
+
+import lightning
+import pytest
+import torch
+from conftest import random_documents, random_target
+
+from data.packing import pack_documents
+from models.draft import DraftModel
+from train.batches import TrainingBatches
+from train.datamodule import DraftData
+from train.modules import AttentionTuning, BonusCalibration
+
+SETTINGS = {
+    "objective": {"weights": "dpace", "alpha": 0.5, "gamma": 4.0, "slot0_loss": False, "chunk": 64},
+    "learning_rate": 1e-2,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.95),
+    "warmup_share": 0.1,
+    "final_lr_share": 0.0,
+    "steps": 6,
+}
+
+
+def hashes(model) -> dict[str, str]:
+    return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in model.state_dict().items()}
+
+
+def rows(count: int = 40):
+    return pack_documents(random_documents(count, seed=1), 64, pad_id=0)
+
+
+def data(steps: int = 6) -> DraftData:
+    return DraftData(rows(), rows(10), steps=steps, rows_per_step=4, num_anchors=8, block_size=6, seed=0)
+
+
+def trainer(tmp_path, steps: int, **kwargs) -> lightning.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": -1,
+        "max_steps": steps,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "default_root_dir": tmp_path,
+        "gradient_clip_val": 1.0,
+    }
+    return lightning.Trainer(**(defaults | kwargs))
+
+
+def module(stage, target) -> AttentionTuning | BonusCalibration:
+    torch.manual_seed(0)
+    rank = 8 if stage is BonusCalibration else 0
+    return stage(target, DraftModel(target, num_layers=3, block_size=6, calibrator_rank=rank), **SETTINGS)
+
+
+@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
+def test_only_the_intended_parameters_are_trained(stage, tmp_path):
+    target = random_target()
+    text = torch.randint(3, 97, (2, 30))
+    before, logits = hashes(target), target(text).logits
+    training = module(stage, target)
+    start = {name: p.detach().clone() for name, p in training.draft.own_parameters().items()}
+    trainer(tmp_path, 6).fit(training, data())
+
+    assert hashes(target) == before
+    assert torch.equal(target(text).logits, logits)  # the draft is loaded, the target does not notice
+    own = training.draft.own_parameters()
+    trained = training.trained()
+    assert trained.keys() == {n for n in own if n.startswith("anchor_bias_mlp") == (stage is BonusCalibration)}
+    for name, parameter in own.items():
+        assert (not torch.equal(parameter, start[name])) == (name in trained), name
+    with_gradient = {id(p) for p in training.parameters() if p.requires_grad}
+    assert with_gradient == {id(p) for p in trained.values()}
+    loss = training.blocks(data_batch(target))[0]
+    assert loss.requires_grad == (stage is AttentionTuning)
+
+
+def data_batch(target):
+    batches = TrainingBatches(rows(), steps=1, rows_per_step=2, num_anchors=4, block_size=6, seed=0, current_step=lambda: 0)
+    return batches.batch(0)
+
+
+def test_every_projector_and_the_mask_embedding_get_a_gradient():
+    target = random_target()
+    training = module(AttentionTuning, target)
+    hidden, _, _ = training.blocks(data_batch(target))
+    hidden.pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in training.trained().values())
+    assert all(p.grad is None for p in target.parameters())
+
+
+def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decoding_could_meet():
+    target = random_target()
+    training = module(BonusCalibration, target)
+    batch = data_batch(target)
+    hidden, labels, bonus = training.blocks(batch)
+    known = bonus[..., None].expand(labels.shape)
+    assert torch.equal(training.draft.logits(hidden, known), training.draft.logits(hidden))
+    said_otherwise = bonus != batch.input_ids.gather(1, batch.anchors)
+    assert said_otherwise.any() and (labels[said_otherwise] == -100).all()
+
+
+@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
+def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, tmp_path):
+    straight = module(stage, random_target())
+    trainer(tmp_path, 6).fit(straight, data())
+
+    first = module(stage, random_target())
+    half = trainer(tmp_path, 3)
+    half.fit(first, data())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {f"draft.{name}" for name in first.trained()}  # never the target
+
+    second = module(stage, random_target())
+    trainer(tmp_path, 6).fit(second, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    for name, parameter in straight.trained().items():
+        assert torch.equal(parameter, second.trained()[name]), name
+
+
+def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
+    common = {"steps": 9, "rows_per_step": 4, "num_anchors": 5, "block_size": 6, "seed": 3, "current_step": lambda: 0}
+    packed = rows()
+    alone = TrainingBatches(packed, **common)
+    pair = [TrainingBatches(packed, **common, rank=r, world_size=2) for r in range(2)]
+    for step in (0, 4, 8):  # past the end of the first epoch, too
+        whole, parts = alone.batch(step), [p.batch(step) for p in pair]
+        assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
+        assert torch.equal(whole.anchors, torch.cat([p.anchors for p in parts]))
+    with pytest.raises(ValueError, match="not divisible by the 3 ranks"):
+        TrainingBatches(packed, **common, rank=0, world_size=3)
+
+
+def test_each_epoch_sees_every_row_once_in_a_new_order():
+    packed = rows()
+    batches = TrainingBatches(
+        packed, steps=10**6, rows_per_step=1, num_anchors=2, block_size=6, seed=0, current_step=lambda: 0
+    )
+    orders = [[batches._row_at(epoch * len(packed) + i) for i in range(len(packed))] for epoch in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(packed)))
+    assert orders[0] != orders[1]

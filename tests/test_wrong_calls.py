@@ -1,0 +1,88 @@
+"""Wrong calls end with one message that names the value and the way out, and leave nothing behind."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY, command
+
+
+def jsonl(path, *records) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def chat(answer: str, role: str = "user") -> dict:
+    return {"messages": [{"role": role, "content": "Why?"}, {"role": "assistant", "content": answer}]}
+
+
+CALLS = {
+    "no experiment": ([], ["+experiment=tiny"]),
+    "unknown experiment": (["+experiment=tyni"], ["tyni", "tiny"]),
+    "misspelt key in a group": (["stage.lerning_rate=1"], ["stage.lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate or"]),
+    "misspelt key": (["stage.attention_tuning.module.lerning_rate=1"], ["lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate?"]),
+    "misspelt key, forced": (["+stage.attention_tuning.stepz=1"], ["stepz", "Did you mean stage.attention_tuning.steps?"]),
+    "wrong type": (["stage.attention_tuning.steps=many"], ["steps='many'", "expected int"]),
+    "out of range": (["stage.attention_tuning.module.learning_rate=-1"], ["learning_rate=-1", "more than 0"]),
+    "unknown weights": (["stage.attention_tuning.module.objective.weights=dpac"], ["'dpac'", "dpace or decay or flat"]),
+    "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),
+    "block of one": (["model.draft.block_size=1"], ["block_size=1", "2 or more"]),
+    "block longer than any answer": (["model.draft.block_size=300"], ["block_size=300", "longest answer"]),
+    "more draft layers than layers": (["model.draft.num_layers=9"], ["num_layers=9", "8 layers"]),
+    "rows longer than positions": (["data.row_length=2000"], ["2008", "1024 positions"]),
+    "missing data file": (["data.path=nowhere.jsonl"], ["nowhere.jsonl", "No file"]),
+    "missing target": (["model.target.name=./nowhere"], ["./nowhere", "no config.json"]),
+    "nothing left to train on": (["data.max_records=50"], ["validation_records=64", "50"]),
+    "no GPU": (["trainer=gpu"], ["trainer", "gpu"]),
+    "unknown trainer setting": (["+trainer.devicez=2"], ["devicez"]),
+    "name with a slash": (["name=a/b"], ["a/b", "plain directory name"]),
+    "no room to answer": (["stage.evaluate.max_new_tokens=1016"], ["max_new_tokens=1016", "1024"]),
+}
+
+
+def assert_refused(done, words, cwd):
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert not list(cwd.glob("checkpoints/*/*/*"))
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_wrong_setting(case, tmp_path):
+    overrides, words = CALLS[case]
+    experiment = [] if case in ("no experiment", "unknown experiment") else ["+experiment=tiny"]
+    assert_refused(command(*experiment, *overrides, cwd=tmp_path), words, tmp_path)
+
+
+DATA = {
+    "empty file": ((), ["no conversation"]),
+    "unknown role": ((chat("Because.", role="wizard"),), ["data.jsonl:1, turn 1", "'wizard'", "system, user, assistant"]),
+    "no messages": (({"text": "?"},), ["data.jsonl:1", "`messages`", "'text'"]),
+    "content of a wrong type": (({"messages": [{"role": "user", "content": 3}]},), ["turn 1", "must be a string", "int"]),
+    "answers shorter than a block": ((chat("No."), chat("Yes.")), ["block_size=8", "longest answer"]),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_wrong_data(case, tmp_path):
+    records, words = DATA[case]
+    path = jsonl(tmp_path / "data.jsonl", *records)
+    done = command("+experiment=tiny", f"data.path={path}", "data.validation_records=0", cwd=tmp_path)
+    assert_refused(done, words, tmp_path)
+
+
+def test_broken_json_is_named_by_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(chat("Because.")) + "\n{broken\n", encoding="utf-8")
+    done = command("+experiment=tiny", f"data.path={path}", cwd=tmp_path)
+    assert_refused(done, ["data.jsonl:2", "not a JSON object"], tmp_path)
+
+
+def test_tokenizer_of_another_target(tmp_path):
+    other = tmp_path / "target"
+    shutil.copytree(TINY / "target", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    done = command("+experiment=tiny", f"model.target.name={other}", cwd=tmp_path)
+    assert_refused(done, ["2048 tokens", "vocabulary 1000", "model.target.tokenizer"], tmp_path)
