@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--num-questions", type=int, default=5000)
+    parser.add_argument("--num-questions", type=int, default=3500)
     parser.add_argument("--num-prompts", type=int, default=500)
     args = parser.parse_args()
 

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# One thread for each of the two workers and what they start: more would fight over the cores. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +19,6 @@ from models.target import load_target, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "src" / "data" / "tiny"
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
-torch.set_num_threads(2)
 
 ARCHITECTURE = {
     "model_type": "qwen3",

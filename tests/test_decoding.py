@@ -12,7 +12,7 @@ from models.decoding import autoregressive_generate, draft_block, speculative_ge
 from models.draft import DraftModel
 from models.export import load_draft
 
-NEW_TOKENS = 24
+NEW_TOKENS = 20
 
 
 @pytest.fixture(scope="module")

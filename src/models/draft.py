@@ -57,17 +57,7 @@ class DraftModel(nn.Module):
         # The mean token embedding: data-free, and on the scale that the layers know.
         self.mask_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
         self.layers = nn.ModuleList(_draft_layer(layer, dtype) for layer in target.model.layers[self.split_layer :])
-        self.anchor_bias_mlp = None
-        if calibrator_rank:
-            vocabulary, hidden = embedding.shape
-            self.anchor_bias_mlp = nn.Sequential(
-                nn.Linear(2 * hidden, calibrator_rank, dtype=dtype, device=embedding.device),
-                nn.SiLU(),
-                nn.Linear(calibrator_rank, vocabulary, dtype=dtype, device=embedding.device),
-            )
-            # Zero effect at the start: training departs from the attention-tuned drafter.
-            nn.init.zeros_(self.anchor_bias_mlp[2].weight)
-            nn.init.zeros_(self.anchor_bias_mlp[2].bias)
+        self.anchor_bias_mlp = _calibrator(target, calibrator_rank, dtype) if calibrator_rank else None
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
         """What Attention Tuning trains, by exported name: the projectors and the mask embedding."""
@@ -141,3 +131,25 @@ def _draft_layer(target_layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     attention.is_causal = False
     layer.self_attn = attention
     return layer
+
+
+@torch.no_grad()
+def _calibrator(target: PreTrainedModel, rank: int, dtype: torch.dtype) -> nn.Sequential:
+    """`W2 SiLU(W1 x + b1) + b2` with zero effect at the start, and a start that learns fast.
+
+    W1 and b1 are zero, so the hidden units are silent; W2 holds the target's head in its own principal directions, so
+    that the first gradient already tells W1 how to move the hidden state. The usual way round (random W1, zero W2) has
+    the same zero effect and needs many times the steps, see docs/recipe.md. Units beyond the head's rank start that way.
+    """
+    head = target.get_output_embeddings().weight.float()  # [V, H]
+    vocabulary, hidden = head.shape
+    first = nn.Linear(2 * hidden, rank, dtype=torch.float32, device=head.device)
+    second = nn.Linear(rank, vocabulary, dtype=torch.float32, device=head.device)
+    known = min(rank, hidden)
+    _, directions = torch.linalg.eigh(head.T @ head)  # ascending
+    nn.init.zeros_(first.bias)
+    first.weight[:known] = 0.0
+    nn.init.zeros_(second.weight)
+    second.weight[:, :known] = head @ directions[:, -known:]
+    nn.init.zeros_(second.bias)
+    return nn.Sequential(first, nn.SiLU(), second).to(dtype)

@@ -16,7 +16,18 @@ from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
+
+
+def cpu_precision() -> str:
+    """Lightning's precision for training on this CPU: bfloat16 where the CPU multiplies it natively, float32 elsewhere."""
+    import torch
+
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
 OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
