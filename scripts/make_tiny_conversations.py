@@ -3,9 +3,9 @@
     python scripts/make_tiny_conversations.py --target src/data/tiny/target \\
         --train gsm8k_train.jsonl --test gsm8k_test.jsonl --out src/data/tiny
 
-Writes `conversations.jsonl` (the first questions of the training set, greedy answers of the target; answers that were cut off
-by the length limit or repeat themselves are dropped and counted) and `prompts.jsonl` (the first questions of the test
-set, no answers). About 12 minutes on 2 cores.
+Writes `conversations.jsonl` (the first questions of the training set, greedy answers of the target; answers that were
+cut off by the length limit or repeat themselves are dropped and counted) and `prompts.jsonl` (the first questions of
+the test set, no answers). About 12 minutes on 2 cores.
 """
 
 import argparse

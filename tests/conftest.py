@@ -52,7 +52,9 @@ def random_draft(target, *, num_layers: int = 3, block_size: int = 6, rank: int 
     return draft
 
 
-def random_documents(count: int, seed: int = 0, *, low: int = 12, high: int = 40, vocabulary: int = 97) -> list[Document]:
+def random_documents(
+    count: int, seed: int = 0, *, low: int = 12, high: int = 40, vocabulary: int = 97
+) -> list[Document]:
     """Conversations of random tokens: a prompt, an answer, sometimes a second turn."""
     generator = np.random.default_rng(seed)
     documents = []

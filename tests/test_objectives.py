@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data.anchors import make_batch, valid_anchors
 from data.batch import IGNORE
 from data.packing import pack_documents
-from models.metrics import accepted_drafts, acceptance_by_slot, mean_acceptance_length
+from models.metrics import acceptance_by_slot, accepted_drafts, mean_acceptance_length
 from models.objectives import block_loss, decay_weights, dpace_weights, token_losses
 from models.target import target_pass
 
@@ -77,7 +77,9 @@ def test_dpace_falls_from_slot_to_slot_and_is_detached():
     assert not weights.requires_grad and (weights.diff(dim=-1) < 0).all()
     sure = dpace_weights(torch.zeros(1, 7), torch.ones(1, 7, dtype=torch.bool), alpha=0.5)
     assert sure.tolist() == [[7, 6, 5, 4, 3, 2, 1]]
-    assert decay_weights(torch.ones(3, dtype=torch.bool), gamma=1.0).tolist() == pytest.approx([1, math.exp(-1), math.exp(-2)])
+    assert decay_weights(torch.ones(3, dtype=torch.bool), gamma=1.0).tolist() == pytest.approx(
+        [1, math.exp(-1), math.exp(-2)]
+    )
 
 
 def test_loss_of_packed_documents_equals_one_per_row():
@@ -87,9 +89,11 @@ def test_loss_of_packed_documents_equals_one_per_row():
     documents = random_documents(9, seed=5)
     losses = []
     for row_length in (100, 40):  # several documents a row, then one a row
-        rows = pack_documents(documents, row_length, pad_id=0) if row_length == 100 else [
-            pack_documents([d], row_length, pad_id=0)[0] for d in documents
-        ]
+        rows = (
+            pack_documents(documents, row_length, pad_id=0)
+            if row_length == 100
+            else [pack_documents([d], row_length, pad_id=0)[0] for d in documents]
+        )
         count = max(len(valid_anchors(row)) for row in rows)
         batch = make_batch(rows, num_anchors=count, block_size=draft.block_size, seeds=[(0,)] * len(rows))
         clean = target_pass(target, batch.input_ids, batch.position_ids, batch.document_ids, draft.split_layer)

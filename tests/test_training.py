@@ -82,7 +82,9 @@ def test_only_the_intended_parameters_are_trained(stage, tmp_path):
 
 
 def data_batch(target):
-    batches = TrainingBatches(rows(), steps=1, rows_per_step=2, num_anchors=4, block_size=6, seed=0, current_step=lambda: 0)
+    batches = TrainingBatches(
+        rows(), steps=1, rows_per_step=2, num_anchors=4, block_size=6, seed=0, current_step=lambda: 0
+    )
     return batches.batch(0)
 
 

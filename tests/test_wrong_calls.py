@@ -19,9 +19,18 @@ def chat(answer: str, role: str = "user") -> dict:
 CALLS = {
     "no experiment": ([], ["+experiment=tiny"]),
     "unknown experiment": (["+experiment=tyni"], ["tyni", "tiny"]),
-    "misspelt key in a group": (["stage.lerning_rate=1"], ["stage.lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate or"]),
-    "misspelt key": (["stage.attention_tuning.module.lerning_rate=1"], ["lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate?"]),
-    "misspelt key, forced": (["+stage.attention_tuning.stepz=1"], ["stepz", "Did you mean stage.attention_tuning.steps?"]),
+    "misspelt key in a group": (
+        ["stage.lerning_rate=1"],
+        ["stage.lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate or"],
+    ),
+    "misspelt key": (
+        ["stage.attention_tuning.module.lerning_rate=1"],
+        ["lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate?"],
+    ),
+    "misspelt key, forced": (
+        ["+stage.attention_tuning.stepz=1"],
+        ["stepz", "Did you mean stage.attention_tuning.steps?"],
+    ),
     "wrong type": (["stage.attention_tuning.steps=many"], ["steps='many'", "expected int"]),
     "out of range": (["stage.attention_tuning.module.learning_rate=-1"], ["learning_rate=-1", "more than 0"]),
     "unknown weights": (["stage.attention_tuning.module.objective.weights=dpac"], ["'dpac'", "dpace or decay or flat"]),
@@ -57,9 +66,15 @@ def test_wrong_setting(case, tmp_path):
 
 DATA = {
     "empty file": ((), ["no conversation"]),
-    "unknown role": ((chat("Because.", role="wizard"),), ["data.jsonl:1, turn 1", "'wizard'", "system, user, assistant"]),
+    "unknown role": (
+        (chat("Because.", role="wizard"),),
+        ["data.jsonl:1, turn 1", "'wizard'", "system, user, assistant"],
+    ),
     "no messages": (({"text": "?"},), ["data.jsonl:1", "`messages`", "'text'"]),
-    "content of a wrong type": (({"messages": [{"role": "user", "content": 3}]},), ["turn 1", "must be a string", "int"]),
+    "content of a wrong type": (
+        ({"messages": [{"role": "user", "content": 3}]},),
+        ["turn 1", "must be a string", "int"],
+    ),
     "answers shorter than a block": ((chat("No."), chat("Yes.")), ["block_size=8", "longest answer"]),
 }
 

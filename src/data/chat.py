@@ -42,7 +42,9 @@ def encode_conversation(
         return Document(np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], bool))
 
     text = _render(tokenizer, messages, template_kwargs)
-    spans = [span for i in range(len(messages)) if (span := _assistant_span(tokenizer, messages, i, text, template_kwargs))]
+    spans = [
+        span for i in range(len(messages)) if (span := _assistant_span(tokenizer, messages, i, text, template_kwargs))
+    ]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
     supervised = np.zeros(len(offsets), bool)

@@ -1,1 +1,1 @@
-"""The method as tensors in, tensors out: target pass, draft, objectives, decoding, export. Needs torch and transformers."""
+"""The method as tensors in, tensors out: target pass, draft, losses, decoding, export. Needs torch and transformers."""

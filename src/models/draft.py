@@ -61,7 +61,11 @@ class DraftModel(nn.Module):
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
         """What Attention Tuning trains, by exported name: the projectors and the mask embedding."""
-        own = {f"layers.{i}.self_attn.{name}": p for i, layer in enumerate(self.layers) for name, p in layer.self_attn.named_parameters()}
+        own = {
+            f"layers.{i}.self_attn.{name}": p
+            for i, layer in enumerate(self.layers)
+            for name, p in layer.self_attn.named_parameters()
+        }
         return {"mask_embedding": self.mask_embedding, **own}
 
     def calibrator_parameters(self) -> dict[str, nn.Parameter]:
@@ -139,7 +143,7 @@ def _calibrator(target: PreTrainedModel, rank: int, dtype: torch.dtype) -> nn.Se
 
     W1 and b1 are zero, so the hidden units are silent; W2 holds the target's head in its own principal directions, so
     that the first gradient already tells W1 how to move the hidden state. The usual way round (random W1, zero W2) has
-    the same zero effect and needs many times the steps, see docs/recipe.md. Units beyond the head's rank start that way.
+    the same zero effect and learns more slowly, see docs/recipe.md. Units beyond the head's rank start that way.
     """
     head = target.get_output_embeddings().weight.float()  # [V, H]
     vocabulary, hidden = head.shape

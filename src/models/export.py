@@ -13,7 +13,7 @@ from models.draft import DraftModel
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-# Settings of a block drafter. The public release's code reads the first key, its published checkpoint carries the second.
+# Both hold the same settings: the public release's code reads the first, its published checkpoint carries the second.
 FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
 
 
@@ -83,7 +83,9 @@ def load_draft(directory: Path, target: PreTrainedModel) -> DraftModel:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         settings = next(config[key] for key in FLEXDRAFT_KEYS if key in config)
     except (OSError, StopIteration) as error:
-        raise ValueError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).") from error
+        raise ValueError(
+            f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected)."
+        ) from error
     layers = settings["target_layer_ids"]
     expected = {
         "model_type": target.config.model_type,
@@ -93,7 +95,9 @@ def load_draft(directory: Path, target: PreTrainedModel) -> DraftModel:
     }
     for key, value in expected.items():
         if config.get(key) != value:
-            raise ValueError(f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}.")
+            raise ValueError(
+                f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}."
+            )
     rank = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
     draft = DraftModel(target, num_layers=len(layers), block_size=config["block_size"], calibrator_rank=rank)
     load_draft_weights(draft.own_parameters(), _read_tensors(directory), source=str(directory))

@@ -12,7 +12,9 @@ from data.batch import IGNORE
 LogitsFunction = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def token_losses(logits_of: LogitsFunction, hidden: Tensor, bonus: Tensor | None, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def token_losses(
+    logits_of: LogitsFunction, hidden: Tensor, bonus: Tensor | None, labels: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each slot, holding the logits of at most `chunk` slots at a time, in the backward pass too.
 
     Args:

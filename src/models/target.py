@@ -5,8 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from models.masks import document_causal_mask
 
@@ -34,7 +40,9 @@ def load_target(
     if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no torch dtype; expected float32, bfloat16 or float64.")
     if (name is None) == (architecture is None):
-        raise ValueError(f"Give either the target's name or an architecture for random weights, not {name!r} and {architecture!r}.")
+        raise ValueError(
+            f"Give either the target's name or an architecture for random weights, not {name!r} and {architecture!r}."
+        )
     if name is not None:
         target = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=torch_dtype, attn_implementation=attn_implementation
@@ -88,7 +96,9 @@ class TargetOutput:
 
 
 @torch.no_grad()
-def target_pass(target: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, first_layer: int) -> TargetOutput:
+def target_pass(
+    target: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, first_layer: int
+) -> TargetOutput:
     """Run the unmodified target over packed rows, each document on its own. Arguments are [R, T], as in `Batch`."""
     cache = DynamicCache()
     output = target.model(

@@ -19,7 +19,7 @@ CONF = ROOT / "conf"
 
 
 def cpu_precision() -> str:
-    """Lightning's precision for training on this CPU: bfloat16 where the CPU multiplies it natively, float32 elsewhere."""
+    """Lightning's precision for training on this CPU: bfloat16 where it is native, float32 elsewhere."""
     import torch
 
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

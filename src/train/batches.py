@@ -36,7 +36,9 @@ class TrainingBatches:
             ValueError: the ranks cannot share `rows_per_step` evenly.
         """
         if rows_per_step % world_size:
-            raise ValueError(f"rows_per_step={rows_per_step} is not divisible by the {world_size} ranks; choose a multiple.")
+            raise ValueError(
+                f"rows_per_step={rows_per_step} is not divisible by the {world_size} ranks; choose a multiple."
+            )
         self.rows, self.steps, self.rows_per_step = rows, steps, rows_per_step
         self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
         self.current_step, self.rank, self.world_size = current_step, rank, world_size
@@ -69,7 +71,14 @@ class ValidationBatches:
     """The same rows with the same anchors every time, shared out over the ranks."""
 
     def __init__(
-        self, rows: list[Row], *, rows_per_batch: int, num_anchors: int, block_size: int, rank: int = 0, world_size: int = 1
+        self,
+        rows: list[Row],
+        *,
+        rows_per_batch: int,
+        num_anchors: int,
+        block_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.rows, self.rows_per_batch = rows, rows_per_batch
         self.num_anchors, self.block_size = num_anchors, block_size

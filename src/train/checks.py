@@ -26,7 +26,9 @@ def check_config(config: DictConfig) -> None:
     _check_against_files(config)
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
     if missing:
-        raise UserError(f"Settings without a value: {', '.join(missing)}. Give them on the command line or in an experiment.")
+        raise UserError(
+            f"Settings without a value: {', '.join(missing)}. Give them on the command line or in an experiment."
+        )
     _check_stages(config)
     _check_ranges(config)
 
@@ -120,7 +122,9 @@ def _check_ranges(config: DictConfig) -> None:
     for stage in STAGES[:2]:
         settings = config.stage[stage]
         if not settings.module.learning_rate > 0:
-            raise UserError(f"stage.{stage}.module.learning_rate={settings.module.learning_rate}: expected more than 0.")
+            raise UserError(
+                f"stage.{stage}.module.learning_rate={settings.module.learning_rate}: expected more than 0."
+            )
     if draft.block_size > config.data.row_length:
         raise UserError(
             f"model.draft.block_size={draft.block_size} exceeds data.row_length={config.data.row_length}; "
@@ -146,7 +150,7 @@ def check_target(config: DictConfig, target_config: Any, tokenizer: Any) -> None
     if len(tokenizer) > target_config.vocab_size:
         raise UserError(
             f"The tokenizer {config.model.target.tokenizer or config.model.target.name!r} has {len(tokenizer)} tokens, "
-            f"the target's vocabulary {target_config.vocab_size}: they do not belong together. Set model.target.tokenizer."
+            f"the target's vocabulary {target_config.vocab_size}: they do not match. Set model.target.tokenizer."
         )
 
 
@@ -158,4 +162,6 @@ def check_path(name: str) -> None:
     """
     looks_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_local and not Path(name, "config.json").exists():
-        raise UserError(f"model.target.name={name}: no config.json there. Give a model's directory or a Hub id (owner/name).")
+        raise UserError(
+            f"model.target.name={name}: no config.json there. Give a model's directory or a Hub id (owner/name)."
+        )

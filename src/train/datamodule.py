@@ -72,8 +72,11 @@ def _describe(documents: list[Document], rows: list[Row], row_length: int) -> No
     silent = sum(not d.supervised.any() for d in documents)
     filled = sum(int((row.document_ids >= 0).sum()) for row in rows) / max(1, len(rows) * row_length)
     Console().print(
-        f"data: {len(documents):,} conversations, {tokens:,} tokens ({supervised / tokens:.0%} supervised, {cut:,} cut off "
-        f"at {row_length}, {silent:,} conversations without supervised tokens); {len(rows):,} training rows, {filled:.1%} full"
+        f"data: {len(documents):,} conversations ({silent:,} without supervised tokens), {tokens:,} tokens "
+        f"({supervised / tokens:.0%} supervised, {cut:,} cut off at {row_length}); "
+        f"{len(rows):,} training rows, {filled:.1%} full",
+        soft_wrap=True,
+        highlight=False,
     )
 
 

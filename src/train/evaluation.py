@@ -76,7 +76,9 @@ def evaluate(
     )
 
 
-def _report(results: list[GenerationResult], own: list[GenerationResult], seconds: float, block_size: int) -> VariantReport:
+def _report(
+    results: list[GenerationResult], own: list[GenerationResult], seconds: float, block_size: int
+) -> VariantReport:
     accepted = [a for result in results for a in result.accepted]
     return VariantReport(
         tau=mean_acceptance_length(accepted),

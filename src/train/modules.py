@@ -88,7 +88,9 @@ class DraftTraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = list(self.trained().values())
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -114,7 +116,9 @@ class DraftTraining(lightning.LightningModule):
         """
         trained = {f"draft.{name}": p for name, p in self.trained().items()}
         if trained.keys() != state_dict.keys():
-            raise RuntimeError(f"Checkpoint does not fit: {sorted(trained.keys() ^ state_dict.keys())} only on one side.")
+            raise RuntimeError(
+                f"Checkpoint does not fit: {sorted(trained.keys() ^ state_dict.keys())} only on one side."
+            )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(state_dict[name])
@@ -127,7 +131,9 @@ class AttentionTuning(DraftTraining):
         return self.draft.attention_parameters()
 
     def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        clean = target_pass(self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer)
+        clean = target_pass(
+            self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer
+        )
         return self.draft.forward_batch(clean.context, batch), batch.labels, None
 
 
@@ -139,7 +145,9 @@ class BonusCalibration(DraftTraining):
 
     @torch.no_grad()
     def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        clean = target_pass(self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer)
+        clean = target_pass(
+            self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer
+        )
         bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
         # Where the target would not have said the text's token, what follows in the text is no continuation of the
         # bonus: such a block has nothing to teach.

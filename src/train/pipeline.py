@@ -64,7 +64,9 @@ def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
     inputs = [run_dir / name for name in INPUTS[stage]]
     for file in inputs:
         if not file.exists():
-            raise UserError(f"stages=[{stage}] starts from {file}, which is not there. Run stage {file.parent.name} first.")
+            raise UserError(
+                f"stages=[{stage}] starts from {file}, which is not there. Run stage {file.parent.name} first."
+            )
     if stage == "export":
         inputs.append(stages.finished_weights(run_dir))
     if stage == "evaluate":
@@ -73,7 +75,9 @@ def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(config, resolve=False)
     settings = {"model": plain["model"], "stage": plain["stage"][stage]}
     if stage in TRAINED:
-        settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in ("validate_every", "checkpoint_every")}
+        settings["stage"] = {
+            k: v for k, v in settings["stage"].items() if k not in ("validate_every", "checkpoint_every")
+        }
         settings |= {"data": plain["data"], "seed": plain["seed"]}
         del settings["data"]["prompts"]
         inputs.append(Path(config.data.path))

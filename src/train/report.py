@@ -17,8 +17,16 @@ COLOURS = {"untuned": "#9aa5b1", "attention_tuned": "#2878b5", "calibrated": "#c
 
 def print_report(report: EvaluationReport, run_dir: Path) -> None:
     """The evaluation as a table in the terminal."""
-    table = Table(title=f"{report.prompts} held-out prompts, greedy, {report.dtype}, up to {report.max_new_tokens} new tokens")
-    for column, justify in (("decoder", "left"), ("τ", "right"), ("verify steps", "right"), ("tokens/s", "right"), ("speed-up", "right")):
+    table = Table(
+        title=f"{report.prompts} held-out prompts, greedy, {report.dtype}, up to {report.max_new_tokens} new tokens"
+    )
+    for column, justify in (
+        ("decoder", "left"),
+        ("τ", "right"),
+        ("verify steps", "right"),
+        ("tokens/s", "right"),
+        ("speed-up", "right"),
+    ):
         table.add_column(column, justify=justify)
     base = report.target_tokens_per_second
     table.add_row("target alone", "1.00", "", f"{base:.0f}", "1.00x")

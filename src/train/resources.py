@@ -38,8 +38,8 @@ class Resources:
     def target_config(self) -> PretrainedConfig:
         if (self.name is None) == (self.architecture is None):
             raise UserError(
-                f"model.target.name={self.name!r} and model.target.architecture={self.architecture!r}: give a name, or an "
-                "architecture for random weights, not both."
+                f"model.target.name={self.name!r}, model.target.architecture={self.architecture!r}: "
+                "give a name, or an architecture for random weights, and not both."
             )
         if self.name is None:
             return load_config(None, architecture=self.architecture)
@@ -77,7 +77,9 @@ class Resources:
         """Training and validation rows."""
         data = OmegaConf.to_container(self.config.data, resolve=True)
         del data["prompts"]
-        return prepare_rows(self.tokenizer, **data, block_size=self.config.model.draft.block_size, seed=self.config.seed)
+        return prepare_rows(
+            self.tokenizer, **data, block_size=self.config.model.draft.block_size, seed=self.config.seed
+        )
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -85,11 +87,14 @@ class Resources:
         data, settings = self.config.data, self.config.stage.evaluate
         messages = read_prompts(data.prompts, max_records=settings.num_prompts)
         encoded = [encode_prompt(self.tokenizer, m, OmegaConf.to_container(data.template_kwargs)) for m in messages]
-        limit = self.target_config.max_position_embeddings - settings.max_new_tokens - self.config.model.draft.block_size
+        limit = (
+            self.target_config.max_position_embeddings - settings.max_new_tokens - self.config.model.draft.block_size
+        )
         fitting = [tokens for tokens in encoded if len(tokens) <= limit]
         if not fitting:
             raise UserError(
-                f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of data.prompts={data.prompts} leaves "
-                f"so much room in the target's {self.target_config.max_position_embeddings} positions. Choose fewer."
+                f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of data.prompts={data.prompts} "
+                f"leaves so much room in the target's {self.target_config.max_position_embeddings} positions. "
+                "Choose fewer."
             )
         return fitting

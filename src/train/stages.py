@@ -49,7 +49,10 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
     for file in temporary.iterdir():
         os.replace(file, directory / file.name)
     temporary.rmdir()
-    return {"parameters": sum(p.numel() for p in draft.own_parameters().values()), "calibrated": draft.calibrator_rank > 0}
+    return {
+        "parameters": sum(p.numel() for p in draft.own_parameters().values()),
+        "calibrated": draft.calibrator_rank > 0,
+    }
 
 
 def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
@@ -76,7 +79,9 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     print_report(report, directory.parent)
     if report.dtype == "float32" and not report.lossless():
         raise UserError("Decoding changed the target's greedy output in float32; see report.json. This is a bug.")
-    return {name: {"tau": variant.tau, "verify_steps": variant.verify_steps} for name, variant in report.variants.items()}
+    return {
+        name: {"tau": variant.tau, "verify_steps": variant.verify_steps} for name, variant in report.variants.items()
+    }
 
 
 def finished_weights(run_dir: Path) -> Path:
