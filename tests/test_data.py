@@ -70,7 +70,11 @@ def test_a_prompt_is_the_beginning_of_its_conversation(tiny_tokenizer):
 def test_record_shapes(tmp_path):
     path = tmp_path / "data.jsonl"
     sharegpt = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
     path.write_text(json.dumps({"conversations": sharegpt}) + "\n\n" + json.dumps({"messages": messages}) + "\n")
     assert read_conversations(str(path)) == [messages, messages]
     assert read_prompts(str(path)) == [messages[:2], messages[:2]]

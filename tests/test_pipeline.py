@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import SHORT, command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
@@ -17,6 +17,7 @@ def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
     assert "lossless: 6/6 prompts identical" in output
     for word in ("[4/4] evaluate", "untuned", "attention_tuned", "calibrated", "target alone"):
         assert word in output
+    assert sorted(f.name for f in (trained_run / "export").iterdir()) == ["config.json", "model.safetensors"]
     for file in ("loss.png", "acceptance_by_slot.png", "export/model.safetensors", "export/config.json"):
         assert (trained_run / file).stat().st_size > 0
     report = json.loads((trained_run / "evaluate" / "report.json").read_text())
@@ -25,7 +26,7 @@ def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
     for variant in report["variants"].values():
         gained = [a + 1 for a in variant["accepted"]]
         assert variant["tau"] == pytest.approx(sum(gained) / variant["verify_steps"]) and variant["identical"] == 6
-    metrics = json.loads((trained_run / "bonus_calibration" / "done.json").read_text())["result"]
+    metrics = json.loads((trained_run / "records" / "bonus_calibration.done.json").read_text())["result"]
     assert metrics["trained_parameters"] > 0 and "val/tau_estimate" in metrics
 
 
@@ -58,7 +59,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_pa
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (run_dir / stage / "done.json").exists()
+        assert not (run_dir / "records" / f"{stage}.done.json").exists()
     done = command(*call[3:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     straight = load_file(trained_run / "bonus_calibration" / "draft.safetensors")
@@ -76,8 +77,19 @@ def test_a_stage_without_its_input_says_which_to_run(tmp_path):
 def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run / "attention_tuning", run_dir / "attention_tuning")
+    (run_dir / "records").mkdir()
+    shutil.copy(trained_run / "records" / "attention_tuning.done.json", run_dir / "records")
     done = command(*SHORT, "name=short", "stages=[export,evaluate]", "stage.evaluate.num_prompts=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = json.loads((run_dir / "export" / "config.json").read_text())["flexdraft_config"]
     assert config["enable_anchor_bias_logits"] is False and config["anchor_bias_rank"] == 0
     assert "calibrated" not in json.loads((run_dir / "evaluate" / "report.json").read_text())["variants"]
+
+
+def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tmp_path):
+    run_dir = tmp_path / "checkpoints" / "short"
+    shutil.copytree(trained_run, run_dir)
+    weights = run_dir / "attention_tuning" / "draft.safetensors"
+    save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
+    done = command(*SHORT, "name=short", "stages=[export]", "overwrite=true", cwd=tmp_path)
+    assert done.returncode != 0 and "trained on another attention tuning" in done.stderr

@@ -8,7 +8,7 @@ import torch
 from conftest import random_documents, random_target
 
 from data.packing import pack_documents
-from models.draft import DraftModel
+from models.draft import DraftModel, start_calibrator_from_head
 from train.batches import TrainingBatches
 from train.datamodule import DraftData
 from train.modules import AttentionTuning, BonusCalibration
@@ -103,6 +103,8 @@ def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decod
     batch = data_batch(target)
     hidden, labels, bonus = training.blocks(batch)
     known = bonus[..., None].expand(labels.shape)
+    assert torch.equal(training.draft.logits(hidden, known), training.draft.logits(hidden))
+    start_calibrator_from_head(training.draft)
     assert torch.equal(training.draft.logits(hidden, known), training.draft.logits(hidden))
     said_otherwise = bonus != batch.input_ids.gather(1, batch.anchors)
     assert said_otherwise.any() and (labels[said_otherwise] == -100).all()

@@ -34,6 +34,13 @@ CALLS = {
     "wrong type": (["stage.attention_tuning.steps=many"], ["steps='many'", "expected int"]),
     "out of range": (["stage.attention_tuning.module.learning_rate=-1"], ["learning_rate=-1", "more than 0"]),
     "unknown weights": (["stage.attention_tuning.module.objective.weights=dpac"], ["'dpac'", "dpace or decay or flat"]),
+    "no value": (["stage.attention_tuning.steps=null"], ["steps=None", "expected int"]),
+    "unknown variant": (["stage.evaluate.variants=[calibratd]"], ["calibratd", "untuned, attention_tuned, calibrated"]),
+    "attention that reads masks differently": (["model.target.attn_implementation=eager"], ["'eager'", "sdpa"]),
+    "trainer setting of the stage": (
+        ["+trainer.accumulate_grad_batches=2"],
+        ["accumulate_grad_batches", "leave it out"],
+    ),
     "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),
     "block of one": (["model.draft.block_size=1"], ["block_size=1", "2 or more"]),
     "block longer than any answer": (["model.draft.block_size=300"], ["block_size=300", "longest answer"]),

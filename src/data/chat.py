@@ -78,8 +78,8 @@ def _assistant_span(tokenizer, messages: Messages, turn: int, text: str, templat
     Some templates render earlier turns differently from the last one (Qwen3 drops their reasoning): such a turn is
     not what the target would have seen or said, so it goes unsupervised.
     """
-    if messages[turn]["role"] != "assistant":
-        return None
+    if messages[turn]["role"] != "assistant" or turn == 0:
+        return None  # nothing was asked: decoding never starts from an empty conversation
     prompt = _render(tokenizer, messages[:turn], template_kwargs, add_generation_prompt=True)
     answered = _render(tokenizer, messages[: turn + 1], template_kwargs)
     if not text.startswith(prompt) or not text.startswith(answered) or len(answered) <= len(prompt):

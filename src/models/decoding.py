@@ -76,12 +76,11 @@ def speculative_generate(
         predictions = _target_predictions(target, candidates[None], cache, keep=len(candidates))
         accepted = int(accepted_drafts(drafts, predictions[:-1]))
         _crop(cache, anchor + accepted + 1)
-        committed = candidates[: accepted + 1].tolist()
-        result.accepted.append(accepted)
-        for token in committed:
-            result.tokens.append(token)
-            if token in stop:
-                return result
+        committed = _until_stop(candidates[: accepted + 1].tolist(), stop)
+        result.tokens += committed
+        result.accepted.append(len(committed) - 1)  # what follows the stop token is no gain
+        if committed[-1] in stop:
+            return result
         bonus = predictions[accepted : accepted + 1]
     if len(result.tokens) < max_new_tokens:
         result.tokens.append(int(bonus))
@@ -105,6 +104,12 @@ def _target_predictions(target: PreTrainedModel, input_ids: Tensor, cache: Dynam
     """[keep] greedy predictions of the target after each of the last `keep` tokens; `cache` grows by the tokens."""
     logits = target(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
     return logits[0].argmax(-1)
+
+
+def _until_stop(tokens: list[int], stop: set[int]) -> list[int]:
+    """The tokens up to the first stop token, that one included."""
+    end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens) - 1)
+    return tokens[: end + 1]
 
 
 def _crop(cache: DynamicCache, length: int) -> None:

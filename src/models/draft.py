@@ -57,7 +57,12 @@ class DraftModel(nn.Module):
         # The mean token embedding: data-free, and on the scale that the layers know.
         self.mask_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
         self.layers = nn.ModuleList(_draft_layer(layer, dtype) for layer in target.model.layers[self.split_layer :])
-        self.anchor_bias_mlp = _calibrator(target, calibrator_rank, dtype) if calibrator_rank else None
+        self.anchor_bias_mlp = None
+        if calibrator_rank:
+            vocabulary, hidden = embedding.shape
+            self.anchor_bias_mlp = _calibrator(
+                hidden, calibrator_rank, vocabulary, dtype=dtype, device=embedding.device
+            )
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
         """What Attention Tuning trains, by exported name: the projectors and the mask embedding."""
@@ -137,23 +142,26 @@ def _draft_layer(target_layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-@torch.no_grad()
-def _calibrator(target: PreTrainedModel, rank: int, dtype: torch.dtype) -> nn.Sequential:
-    """`W2 SiLU(W1 x + b1) + b2` with zero effect at the start, and a start that learns fast.
-
-    W1 and b1 are zero, so the hidden units are silent; W2 holds the target's head in its own principal directions, so
-    that the first gradient already tells W1 how to move the hidden state. The usual way round (random W1, zero W2) has
-    the same zero effect and learns more slowly, see docs/recipe.md. Units beyond the head's rank start that way.
-    """
-    head = target.get_output_embeddings().weight.float()  # [V, H]
-    vocabulary, hidden = head.shape
-    first = nn.Linear(2 * hidden, rank, dtype=torch.float32, device=head.device)
-    second = nn.Linear(rank, vocabulary, dtype=torch.float32, device=head.device)
-    known = min(rank, hidden)
-    _, directions = torch.linalg.eigh(head.T @ head)  # ascending
-    nn.init.zeros_(first.bias)
-    first.weight[:known] = 0.0
+def _calibrator(hidden: int, rank: int, vocabulary: int, **kwargs) -> nn.Sequential:
+    """`W2 SiLU(W1 x + b1) + b2` with W2 = b2 = 0: no effect, so training departs from the attention-tuned drafter."""
+    first, second = nn.Linear(2 * hidden, rank, **kwargs), nn.Linear(rank, vocabulary, **kwargs)
     nn.init.zeros_(second.weight)
-    second.weight[:, :known] = head @ directions[:, -known:]
     nn.init.zeros_(second.bias)
-    return nn.Sequential(first, nn.SiLU(), second).to(dtype)
+    return nn.Sequential(first, nn.SiLU(), second)
+
+
+@torch.no_grad()
+def start_calibrator_from_head(draft: DraftModel) -> None:
+    """A start for training that has no effect either, and learns faster (docs/recipe.md).
+
+    W1 and b1 become zero, so the hidden units are silent; W2 becomes the target's head in its own principal directions,
+    so that the first gradient already tells W1 how to move the hidden state. With random W1 and zero W2, only W2 can
+    learn at first. Units beyond the head's rank keep that start.
+    """
+    first, _, second = draft.anchor_bias_mlp
+    head = draft.target.get_output_embeddings().weight.float()  # [V, H]
+    known = min(draft.calibrator_rank, head.shape[1])
+    _, directions = torch.linalg.eigh(head.T @ head)  # ascending
+    first.weight[:known] = 0.0
+    first.bias.zero_()
+    second.weight[:, :known] = (head @ directions[:, -known:]).to(second.weight.dtype)

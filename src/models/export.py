@@ -23,8 +23,7 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
     last = slice(draft.split_layer, None)
     config["num_target_layers"] = config["num_hidden_layers"]
     config["num_hidden_layers"] = len(draft.layers)
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][last]
+    config["layer_types"] = (config.get("layer_types") or ["full_attention"] * config["num_target_layers"])[last]
     config["block_size"] = draft.block_size
     config["dtype"] = str(draft.mask_embedding.dtype).removeprefix("torch.")
     settings = {
@@ -39,7 +38,7 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    for key in ("_name_or_path", "architectures", "transformers_version"):
+    for key in ("_name_or_path", "architectures", "transformers_version", "quantization_config"):
         config.pop(key, None)
     return config
 

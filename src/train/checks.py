@@ -11,7 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 
 STAGES = ("attention_tuning", "bonus_calibration", "export", "evaluate")
+TRAINED = STAGES[:2]
+VARIANTS = ("untuned", "attention_tuned", "calibrated")
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys.
+NULLABLE = ("model.target.name",)  # null asks for random weights
 FREE_FORM = ("data.template_kwargs", "model.target.architecture", "trainer", "logger", "callbacks", "hydra")
 
 
@@ -58,7 +61,7 @@ def _compare(given: Any, known: Any, root: dict[str, Any], path: str) -> None:
             if key not in known:
                 raise UserError(unknown_key(here, root))
             _compare(value, known[key], root, here)
-    elif not _same_type(given, known):
+    elif not _same_type(given, known) and path not in NULLABLE:
         raise UserError(f"{path}={given!r}: expected {type(known).__name__}, such as {known!r}.")
 
 
@@ -83,8 +86,10 @@ def _leaves(tree: Any, path: str) -> list[str]:
 
 
 def _same_type(given: Any, known: Any) -> bool:
+    if given is None:
+        return known is None
     interpolated = any(isinstance(v, str) and "${" in v for v in (given, known))
-    if known is None or given is None or interpolated or known == "???":
+    if known is None or interpolated or known == "???":
         return True
     if isinstance(known, bool) or isinstance(given, bool):
         return isinstance(known, bool) and isinstance(given, bool)
@@ -105,26 +110,39 @@ def _check_ranges(config: DictConfig) -> None:
     """Ranges and choices of single settings."""
     draft = config.model.draft
     choices = {"model.target.dtype": ("float32", "bfloat16", "float64"), "stage.export.dtype": ("float32", "bfloat16")}
-    choices |= {f"stage.{stage}.module.objective.weights": ("dpace", "decay", "flat") for stage in STAGES[:2]}
+    # The masks are boolean and four-dimensional, which the other implementations read differently or not at all.
+    choices["model.target.attn_implementation"] = ("sdpa",)
+    choices |= {f"stage.{stage}.module.objective.weights": ("dpace", "decay", "flat") for stage in TRAINED}
     for key, known in choices.items():
         if (value := OmegaConf.select(config, key)) not in known:
             raise UserError(f"{key}={value!r}: expected {' or '.join(known)}.")
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
     at_least |= {"data.row_length": 2, "data.validation_records": 0, "stage.evaluate.num_prompts": 1}
     at_least |= {"stage.evaluate.max_new_tokens": 1}
-    for stage in STAGES[:2]:
+    for stage in TRAINED:
         keys = ("steps", "rows_per_step", "num_anchors", "validate_every", "checkpoint_every", "module.objective.chunk")
         at_least |= {f"stage.{stage}.{key}": 1 for key in keys}
     for key, least in at_least.items():
         value = OmegaConf.select(config, key)
         if value < least:
             raise UserError(f"{key}={value}: expected {least} or more.")
-    for stage in STAGES[:2]:
+    for stage in TRAINED:
         settings = config.stage[stage]
         if not settings.module.learning_rate > 0:
             raise UserError(
                 f"stage.{stage}.module.learning_rate={settings.module.learning_rate}: expected more than 0."
             )
+        objective = settings.module.objective
+        shares = {"warmup_share": settings.module.warmup_share, "final_lr_share": settings.module.final_lr_share}
+        for key, share in {**shares, "objective.alpha": objective.alpha}.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"stage.{stage}.module.{key}={share}: expected 0 to 1.")
+        if not objective.gamma > 0:
+            raise UserError(f"stage.{stage}.module.objective.gamma={objective.gamma}: expected more than 0.")
+    unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]
+    if unknown or not config.stage.evaluate.variants:
+        variants = list(config.stage.evaluate.variants)
+        raise UserError(f"stage.evaluate.variants={variants}: expected one or more of {', '.join(VARIANTS)}.")
     if draft.block_size > config.data.row_length:
         raise UserError(
             f"model.draft.block_size={draft.block_size} exceeds data.row_length={config.data.row_length}; "
@@ -143,6 +161,13 @@ def check_target(config: DictConfig, target_config: Any, tokenizer: Any) -> None
         raise UserError(
             f"model.draft.num_layers={layers}, but the target has {target_config.num_hidden_layers} layers; "
             "the draft layers are the last of them, choose fewer."
+        )
+    layer_types = getattr(target_config, "layer_types", None)
+    sliding = getattr(target_config, "sliding_window", None) if layer_types is None else None
+    if sliding or any(kind != "full_attention" for kind in layer_types or []):
+        raise UserError(
+            f"The target ({target_config.model_type}) has layers without full attention "
+            f"(layer_types={layer_types}, sliding_window={sliding}); only full attention is supported."
         )
     longest, limit = config.data.row_length + config.model.draft.block_size, target_config.max_position_embeddings
     if longest > limit:

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning
 import numpy as np
+from jinja2 import TemplateError
 from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,15 @@ def prepare_rows(
     """
     conversations = read_conversations(path, split=split, max_records=max_records)
     encode = tqdm(conversations, desc="tokenise", unit=" conversations", delay=1)
-    documents = [encode_conversation(tokenizer, messages, template_kwargs) for messages in encode]
+    documents = []
+    for number, messages in enumerate(encode, start=1):
+        try:
+            documents.append(encode_conversation(tokenizer, messages, template_kwargs))
+        except TemplateError as error:
+            raise UserError(
+                f"data.path={path}, conversation {number}: the target's chat template refuses it ({error}). "
+                "Mend or remove it."
+            ) from error
     longest = max(_longest_answer(d, row_length) for d in documents)
     if longest < block_size:
         raise UserError(

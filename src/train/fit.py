@@ -1,5 +1,7 @@
 """One training stage with Lightning: from where it was left to its last step."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
+from torch import nn
 
 from train.datamodule import DraftData
 from train.modules import DraftTraining
@@ -49,5 +52,14 @@ def last_checkpoint(directory: Path) -> Path | None:
 def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path) -> dict[str, float]:
     """Train to the last step, from the last checkpoint if there is one; returns the figures of the last validation."""
     trainer.fit(module, data, ckpt_path=last_checkpoint(directory), weights_only=True)
-    trainer.strategy.barrier()
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Whole parameters inside the context, also where ZeRO 3 keeps only a piece on each rank. Enter on every rank."""
+    parameters = list(parameters)
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed  # seconds to import, and only ZeRO 3 needs it
+
+        return deepspeed.zero.GatheredParameters(parameters)
+    return nullcontext()

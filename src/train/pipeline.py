@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -11,11 +12,11 @@ from rich.console import Console
 
 from data.errors import UserError
 from train import stages
-from train.checks import STAGES
+from train.checks import STAGES, TRAINED
+from train.report import plot_losses
 from train.resources import Resources
 from train.run_state import StageRecord, file_sha256
 
-TRAINED = ("attention_tuning", "bonus_calibration")  # on every rank; the others on the first alone
 # What each stage starts from: files of earlier stages, without which it cannot run.
 INPUTS = {
     "attention_tuning": [],
@@ -36,27 +37,39 @@ def run(config: DictConfig) -> None:
     chosen = [stage for stage in STAGES if stage in config.stages]
     for number, stage in enumerate(chosen, start=1):
         if rank_zero_only.rank and stage not in TRAINED:
-            continue
+            continue  # export and evaluation are the first rank's
         _say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, run_dir / stage, resources)
 
 
 def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources) -> None:
-    record = StageRecord(directory, _settings(config, stage, directory.parent))
+    run_dir = directory.parent
+    record = StageRecord(run_dir, stage, _settings(config, stage, run_dir))
     if not config.overwrite and record.finished():
         _say(f"    finished before, see {directory}")
         return
     if stage in TRAINED:
         stages.checked_trainer(config, stage, directory)  # refused before the data is read
-    resources.check()
+    resources.check(stage)
     if rank_zero_only.rank == 0:
         if config.overwrite:
             shutil.rmtree(directory, ignore_errors=True)
         record.begin()
+    _barrier()
     seed_everything(config.seed, verbose=False)
     result = getattr(stages, stage)(config, directory, resources)
     if rank_zero_only.rank == 0:
         record.finish(result)
+        # Only now: until the stage is on record, the checkpoints are what a restart goes on from.
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        if stage in TRAINED:
+            plot_losses({name: run_dir / name for name in TRAINED}, run_dir / "loss.png")
+
+
+def _barrier() -> None:
+    """All ranks, once an earlier stage has connected them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
@@ -81,10 +94,24 @@ def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
         settings |= {"data": plain["data"], "seed": plain["seed"]}
         del settings["data"]["prompts"]
         inputs.append(Path(config.data.path))
+        settings["precision"] = plain["trainer"]["precision"]
+        settings["strategy"] = plain["trainer"]["strategy"]
     if stage == "evaluate":
+        settings["template_kwargs"] = plain["data"]["template_kwargs"]
         inputs.append(Path(config.data.prompts))
+    inputs += _target_files(config)
     settings["inputs"] = {f"{f.parent.name}/{f.name}": file_sha256(f) for f in inputs if f.is_file()}
     return settings
+
+
+def _target_files(config: DictConfig) -> list[Path]:
+    """Files of a local target; weights only up to a size that is hashed in a second."""
+    if not config.model.target.name:
+        return []
+    files = sorted(Path(config.model.target.name).glob("*.json")) + sorted(
+        Path(config.model.target.name).glob("*.safetensors")
+    )
+    return [file for file in files if file.stat().st_size < 2**30]
 
 
 def _say(text: str) -> None:

@@ -84,6 +84,8 @@ def read_metrics(stage_dir: Path) -> dict[int, dict[str, float]]:
     for file in files:
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
+                if None in row or None in row.values() or not row["step"]:
+                    continue  # cut short when the run was killed
                 values = {key: float(value) for key, value in row.items() if value and key not in ("step", "epoch")}
                 rows.setdefault(int(row["step"]), {}).update(values)
     return rows

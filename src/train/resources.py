@@ -10,7 +10,7 @@ from data.conversations import read_prompts
 from data.errors import UserError
 from data.packing import Row
 from models.target import load_config, load_target, load_tokenizer
-from train.checks import check_path, check_target
+from train.checks import TRAINED, check_path, check_target
 from train.datamodule import prepare_rows
 
 
@@ -24,15 +24,21 @@ class Resources:
         self.revision = self.target_settings["revision"]
         self.architecture = self.target_settings["architecture"]
 
-    def check(self) -> None:
-        """Everything that can be known without the target's weights.
+    def check(self, stage: str) -> None:
+        """Everything that the stage, and an evaluation after it, can know without the target's weights.
 
         Raises:
             UserError: target, tokenizer, data and settings do not fit together.
         """
         check_target(self.config, self.target_config, self.tokenizer)
-        self.rows  # noqa: B018  read and checked
-        self.prompts  # noqa: B018
+        if stage in TRAINED:
+            self.rows  # noqa: B018  read and checked
+        if "evaluate" in self.config.stages:
+            self.prompts  # noqa: B018  better now than after the training
+
+    def forget_target(self) -> None:
+        """Drop the target, to load it afresh: ZeRO 3 leaves it in pieces."""
+        self.__dict__.pop("target", None)
 
     @cached_property
     def target_config(self) -> PretrainedConfig:

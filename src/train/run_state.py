@@ -10,14 +10,17 @@ from typing import Any
 
 from data.errors import UserError
 
-DONE, SETTINGS = "done.json", "settings.json"
-
 
 def write_json(path: Path, value: Any) -> None:
     """Write under a temporary name, then rename: a reader sees all of it or none of it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def file_sha256(path: Path) -> str:
@@ -27,10 +30,14 @@ def file_sha256(path: Path) -> str:
 
 
 class StageRecord:
-    """The record of one stage in its directory: `settings.json` from its start on, `done.json` when it is finished."""
+    """The record of one stage in `<run>/records/`: `<stage>.begun.json` from its start, `<stage>.done.json` at its end.
 
-    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
-        self.directory = directory
+    Kept out of the stage's own directory, so that an exported directory holds nothing but the artifact.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, settings: dict[str, Any]) -> None:
+        self.begun = run_dir / "records" / f"{stage}.begun.json"
+        self.done = run_dir / "records" / f"{stage}.done.json"
         self.settings = json.loads(json.dumps(settings))  # as they will be read back
 
     def finished(self) -> bool:
@@ -39,30 +46,26 @@ class StageRecord:
         Raises:
             UserError: it was begun or finished with others.
         """
-        for name in (DONE, SETTINGS):
-            file = self.directory / name
+        for file in (self.done, self.begun):
             if not file.exists():
                 continue
-            changes = _differences(json.loads(file.read_text(encoding="utf-8"))["settings"], self.settings)
+            changes = _differences(read_json(file)["settings"], self.settings)
             if changes:
                 raise UserError(
-                    f"{self.directory} holds this stage with other settings: {'; '.join(changes)}.\n"
+                    f"{file}: this stage was run with other settings: {'; '.join(changes)}.\n"
                     "Choose another name=..., or overwrite=true to do the chosen stages again."
                 )
-        return (self.directory / DONE).exists()
+        return self.done.exists()
 
     def begin(self) -> None:
         """Record the settings before the first step."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / SETTINGS, {"settings": self.settings, "environment": environment()})
+        self.begun.parent.mkdir(parents=True, exist_ok=True)
+        self.done.unlink(missing_ok=True)
+        write_json(self.begun, {"settings": self.settings, "environment": environment()})
 
     def finish(self, result: dict[str, Any]) -> None:
         """Mark the stage as done."""
-        write_json(self.directory / DONE, {"settings": self.settings, "environment": environment(), "result": result})
-
-    def result(self) -> dict[str, Any]:
-        """What the finished stage reported."""
-        return json.loads((self.directory / DONE).read_text(encoding="utf-8"))["result"]
+        write_json(self.done, {"settings": self.settings, "environment": environment(), "result": result})
 
 
 def environment() -> dict[str, str]:

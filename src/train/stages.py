@@ -9,20 +9,24 @@ import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
-from models.draft import DraftModel
+from models.draft import DraftModel, start_calibrator_from_head
 from models.export import export_draft, load_draft, load_draft_weights
 from train.datamodule import DraftData
 from train.evaluation import evaluate as decode_prompts
-from train.fit import build_trainer, fit
-from train.report import plot_acceptance, plot_losses, print_report
+from train.fit import build_trainer, fit, gathered
+from train.report import plot_acceptance, print_report
 from train.resources import Resources
-from train.run_state import write_json
+from train.run_state import file_sha256, read_json, write_json
 
 WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
+# Arguments of Lightning's Trainer that are not the user's: set by `build_trainer`, or at odds with batches that are a
+# function of the optimizer step.
+TAKEN = ("max_steps", "max_epochs", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch", "logger")
+TAKEN += ("callbacks", "default_root_dir", "use_distributed_sampler", "accumulate_grad_batches", "limit_train_batches")
 
 
 def attention_tuning(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
@@ -40,15 +44,14 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
     source = finished_weights(directory.parent)
     draft = _new_draft(config, resources, calibrated=source.parent.name == "bonus_calibration")
     load_draft_weights(draft.own_parameters(), load_file(source), source=str(source))
-    temporary = directory / "new"
+    temporary = directory.with_name("export.new")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         export_draft(draft, temporary, getattr(torch, config.stage.export.dtype))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    for file in temporary.iterdir():
-        os.replace(file, directory / file.name)
-    temporary.rmdir()
+    shutil.rmtree(directory, ignore_errors=True)  # of an export that was interrupted
+    os.replace(temporary, directory)
     return {
         "parameters": sum(p.numel() for p in draft.own_parameters().values()),
         "calibrated": draft.calibrator_rank > 0,
@@ -72,8 +75,11 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     known = {"untuned": (untuned, False), "attention_tuned": (draft, False), "calibrated": (draft, True)}
     if not draft.calibrator_rank:
         del known["calibrated"]
+    if not known.keys() & set(settings.variants):
+        raise UserError(f"stage.evaluate.variants={list(settings.variants)}: the exported drafter has no calibrator.")
     chosen = {name: known[name] for name in settings.variants if name in known}
     report = decode_prompts(target, chosen, resources.prompts, settings.max_new_tokens)
+    directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "report.json", report.as_dict())
     plot_acceptance(report, directory.parent / "acceptance_by_slot.png")
     print_report(report, directory.parent)
@@ -85,14 +91,23 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
 
 
 def finished_weights(run_dir: Path) -> Path:
-    """The drafter to export: calibrated if stage 2 was run, else attention-tuned.
+    """The drafter to export: calibrated if stage 2 was finished, else attention-tuned.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither was, or stage 2 started from another attention tuning than the one that is there now.
     """
-    for stage in ("bonus_calibration", "attention_tuning"):
-        if (run_dir / stage / WEIGHTS).exists():
-            return run_dir / stage / WEIGHTS
+    tuned, calibrated = (run_dir / stage / WEIGHTS for stage in ("attention_tuning", "bonus_calibration"))
+    done = run_dir / "records" / "bonus_calibration.done.json"
+    if done.exists() and calibrated.exists():
+        before = read_json(done)["settings"]["inputs"][f"attention_tuning/{WEIGHTS}"]
+        if tuned.exists() and file_sha256(tuned) != before:
+            raise UserError(
+                f"{calibrated} was trained on another attention tuning than {tuned}. "
+                "Run stages=[bonus_calibration,export,evaluate] overwrite=true."
+            )
+        return calibrated
+    if (run_dir / "records" / "attention_tuning.done.json").exists() and tuned.exists():
+        return tuned
     raise UserError(f"{run_dir} holds no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first.")
 
 
@@ -102,6 +117,9 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     Raises:
         UserError: the preset does not fit this machine, or the ranks cannot share a batch evenly.
     """
+    taken = [key for key in config.trainer if key in TAKEN]
+    if taken:
+        raise UserError(f"trainer.{taken[0]}: set by the stage (conf/stage/) or not supported; leave it out.")
     try:
         trainer = build_trainer(config, stage, directory)
     except HydraException as error:
@@ -123,6 +141,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     if stage == "bonus_calibration":
         source = directory.parent / "attention_tuning" / WEIGHTS
         load_draft_weights(draft.attention_parameters(), load_file(source), source=str(source))
+        start_calibrator_from_head(draft)
     training, validation = resources.rows
     data = DraftData(
         training,
@@ -134,16 +153,20 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         seed=config.seed,
     )
     module = instantiate(settings.module)(resources.target, draft)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     metrics = fit(trainer, module, data, directory)
+    with gathered(draft.own_parameters().values()):
+        own = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in draft.own_parameters().items()}
     if trainer.is_global_zero:
-        own = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in draft.own_parameters().items()}
+        directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f"{WEIGHTS}.tmp"
         save_file(own, temporary, metadata={"format": "pt"})
         os.replace(temporary, directory / WEIGHTS)
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        stages = ("attention_tuning", "bonus_calibration")
-        plot_losses({name: directory.parent / name for name in stages}, directory.parent / "loss.png")
-    trained = sum(p.numel() for p in module.trained().values())
+    trainer.strategy.barrier()  # the next stage reads the file on every rank
+    if any(hasattr(p, "ds_id") for p in resources.target.parameters()):
+        resources.forget_target()
+    trained = sum(own[name].numel() for name in module.trained())
     return {"trained_parameters": trained, "steps": settings.steps, **metrics}
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
@@ -33,6 +34,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         # Collectives over gloo; the shared-memory ones would need a compiler at run time.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
+
+    def setup(self, trainer: Trainer) -> None:
+        # Lightning would cast the frozen target to the trained parameters' dtype, and leave it so.
+        self.precision_plugin.convert_module = lambda module: module
+        super().setup(trainer)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning has divided the loss by the accumulation steps; DeepSpeed would do it again.
