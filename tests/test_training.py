@@ -9,7 +9,7 @@ from conftest import random_documents, random_target
 
 from data.packing import pack_documents
 from models.draft import DraftModel, start_calibrator_from_head
-from train.batches import TrainingBatches
+from train.batches import TrainingBatches, ValidationBatches
 from train.datamodule import DraftData
 from train.modules import AttentionTuning, BonusCalibration
 
@@ -139,6 +139,16 @@ def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
         assert torch.equal(whole.anchors, torch.cat([p.anchors for p in parts]))
     with pytest.raises(ValueError, match="not divisible by the 3 ranks"):
         TrainingBatches(packed, **common, rank=0, world_size=3)
+
+
+def test_validation_covers_every_row_once_and_keeps_the_ranks_in_step():
+    packed = rows()[:7]
+    common = {"rows_per_batch": 2, "num_anchors": 5, "block_size": 6}
+    alone = list(ValidationBatches(packed, **common))
+    pair = [list(ValidationBatches(packed, **common, rank=r, world_size=2)) for r in range(2)]
+    assert [b.labels.shape for b in pair[0]] == [b.labels.shape for b in pair[1]]
+    together = torch.cat([b.labels for b in pair[0] + pair[1]])
+    assert torch.equal(together[:7], torch.cat([b.labels for b in alone])) and (together[7:] == -100).all()
 
 
 def test_each_epoch_sees_every_row_once_in_a_new_order():

@@ -134,7 +134,10 @@ class DraftModel(nn.Module):
 def _draft_layer(target_layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The target's decoder layer with a trainable copy of its attention; everything else is shared by reference."""
     layer = copy.copy(target_layer)
-    layer._modules = dict(target_layer._modules)
+    # A shallow copy shares the registries too: without these, a hook or module set on one layer would be on both.
+    for name, registry in vars(target_layer).items():
+        if isinstance(registry, dict):
+            setattr(layer, name, registry.copy())
     attention = copy.deepcopy(target_layer.self_attn).to(dtype).requires_grad_(True)
     # Slots of a block see each other in both directions; transformers would read the default as causal.
     attention.is_causal = False

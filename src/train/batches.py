@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from data.anchors import make_batch
-from data.batch import Batch
+from data.batch import IGNORE, Batch
 from data.packing import Row
 
 VALIDATION = 1  # keeps validation's draws apart from training's
@@ -68,7 +68,11 @@ class TrainingBatches:
 
 
 class ValidationBatches:
-    """The same rows with the same anchors every time, shared out over the ranks."""
+    """The same rows with the same anchors every time, shared out over the ranks.
+
+    Every rank gets as many batches of as many rows: under ZeRO 3 a rank that stops early leaves the others waiting, so
+    where rows run out, one comes again, without labels, and counts for nothing.
+    """
 
     def __init__(
         self,
@@ -82,7 +86,8 @@ class ValidationBatches:
     ) -> None:
         self.rows, self.rows_per_batch = rows, rows_per_batch
         self.num_anchors, self.block_size = num_anchors, block_size
-        self.mine = range(rank, len(rows), world_size)
+        share = -(-len(rows) // world_size)
+        self.mine = range(rank * share, (rank + 1) * share)
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.rows_per_batch)
@@ -90,5 +95,7 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.mine), self.rows_per_batch):
             places = self.mine[start : start + self.rows_per_batch]
-            rows, seeds = [self.rows[i] for i in places], [(0, VALIDATION, i) for i in places]
-            yield make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+            rows, seeds = [self.rows[i % len(self.rows)] for i in places], [(0, VALIDATION, i) for i in places]
+            batch = make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+            batch.labels[[i >= len(self.rows) for i in places]] = IGNORE
+            yield batch
