@@ -21,7 +21,7 @@ from train.run_state import StageRecord, file_sha256
 INPUTS = {
     "attention_tuning": [],
     "bonus_calibration": [f"attention_tuning/{stages.WEIGHTS}"],
-    "export": [],  # whichever training stage was run last, see `stages.finished_weights`
+    "export": [],  # stage 2 if it was finished, else stage 1: see `stages.finished_weights`
     "evaluate": ["export/config.json"],
 }
 
