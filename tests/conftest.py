@@ -1,13 +1,16 @@
 """Small targets, drafters and documents that the tests share."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # One thread for each of the two workers and what they start: more would fight over the cores. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="flexdraft-tests-")  # of this worker and what it starts
 
 import numpy as np
 import pytest
@@ -67,6 +70,10 @@ def random_documents(
             supervised[length // 2 : length // 2 + 3] = False
         documents.append(Document(generator.integers(3, vocabulary, length).astype(np.int32), supervised))
     return documents
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

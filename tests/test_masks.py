@@ -6,7 +6,7 @@ from conftest import random_documents
 
 from data.anchors import block_labels, draw_anchors, make_batch, valid_anchors
 from data.batch import IGNORE
-from data.packing import best_fit, pack_documents
+from data.packing import pack_documents
 from models.masks import block_mask, document_causal_mask
 
 
@@ -92,16 +92,6 @@ def test_packing_holds_every_document_once_and_restarts_positions():
             packed.append((row.input_ids[here].tolist(), row.supervised[here].tolist()))
     expected = [(d.input_ids.tolist(), d.supervised.tolist()) for d in documents]
     assert sorted(packed) == sorted(expected)
-
-
-def test_best_fit_never_overflows_and_never_leaves_room_for_a_whole_row():
-    generator = np.random.default_rng(7)
-    lengths = generator.integers(1, 100, 300).tolist()
-    groups = best_fit(lengths, 100)
-    totals = [sum(lengths[i] for i in group) for group in groups]
-    assert sorted(i for group in groups for i in group) == list(range(300))
-    assert max(totals) <= 100
-    assert sorted(totals)[0] + sorted(totals)[1] > 100
 
 
 def test_slot_positions_count_on_from_the_anchor():

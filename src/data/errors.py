@@ -1,5 +1,9 @@
-"""The one exception for mistakes that a user can mend; shown without a traceback."""
+"""Mistakes that a user can mend; shown without a traceback."""
 
 
 class UserError(ValueError):
-    """Names the offending value, what was expected, and the way out."""
+    """Ends the run. Names the offending value, what was expected, and the way out."""
+
+
+class BadRecord(ValueError):
+    """One record cannot be used. Says why; whoever reads the file knows which record it is."""

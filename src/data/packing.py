@@ -1,6 +1,7 @@
 """Pack documents into rows of one length."""
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,29 +20,73 @@ class Row:
     supervised: np.ndarray  # bool
 
 
-def best_fit(lengths: list[int], row_length: int) -> list[list[int]]:
-    """Groups of indices whose lengths add up to at most `row_length`: best fit, longest first, ties by index."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect_left(room, (lengths[i], -1))
-        if at < len(room):
-            left, row = room.pop(at)
+def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """[documents] the row of each, so that lengths add up to at most `row_length` in all of them.
+
+    Best fit, longest document first, ties by index: each goes to the fullest row that still has room for it.
+
+    Raises:
+        ValueError: a document is longer than a row.
+    """
+    rows = np.empty(len(lengths), np.int32)
+    open_rows: dict[int, list[int]] = {}  # by the room left
+    rooms: list[int] = []  # the keys of `open_rows`, ascending; at most `row_length` of them, whatever the data
+    count = 0
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        if length > row_length:
+            raise ValueError(f"document {i} has {length} tokens, a row {row_length}")
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[at]
         else:
-            left, row = row_length, len(rows)
-            rows.append([])
-        rows[row].append(i)
-        insort(room, (left - lengths[i], row))
+            room, row = row_length, count
+            count += 1
+        rows[i] = row
+        left = room - length
+        if left not in open_rows:
+            open_rows[left] = []
+            insort(rooms, left)
+        open_rows[left].append(row)
     return rows
 
 
-def pack_documents(documents: list[Document], row_length: int, pad_id: int) -> list[Row]:
-    """Rows that hold every document once; a document longer than a row is cut at the row's end."""
-    lengths = [min(len(d.input_ids), row_length) for d in documents]
-    return [_fill([documents[i] for i in group], row_length, pad_id) for group in best_fit(lengths, row_length)]
+class PackedRows(Sequence[Row]):
+    """Rows that hold every document once, put together when asked for: only the plan is in memory."""
+
+    def __init__(self, documents: Sequence[Document], lengths: np.ndarray, row_length: int, pad_id: int) -> None:
+        """`lengths` are those of the documents, known without reading them."""
+        self.documents, self.row_length, self.pad_id = documents, row_length, pad_id
+        rows = best_fit(lengths, row_length)
+        self._members = np.argsort(rows, kind="stable")  # documents, row by row
+        self._edges = np.searchsorted(rows[self._members], np.arange(rows.max(initial=-1) + 2))
+        self.tokens = int(lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  rows are asked for one by one
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        members = self._members[self._edges[index] : self._edges[index + 1]]
+        return fill([self.documents[i] for i in members.tolist()], self.row_length, self.pad_id)
+
+    def efficiency(self) -> float:
+        """Share of the rows' places that hold a token."""
+        return self.tokens / max(1, len(self) * self.row_length)
 
 
-def _fill(documents: list[Document], row_length: int, pad_id: int) -> Row:
+def pack_documents(documents: Sequence[Document], row_length: int, pad_id: int) -> PackedRows:
+    """Rows of documents in memory."""
+    return PackedRows(documents, np.array([len(d.input_ids) for d in documents], np.int32), row_length, pad_id)
+
+
+def fill(documents: list[Document], row_length: int, pad_id: int) -> Row:
+    """One row of these documents, in this order, padded at its end."""
     row = Row(
         input_ids=np.full(row_length, pad_id, np.int64),
         position_ids=np.zeros(row_length, np.int64),
@@ -50,11 +95,10 @@ def _fill(documents: list[Document], row_length: int, pad_id: int) -> Row:
     )
     start = 0
     for number, document in enumerate(documents):
-        n = min(len(document.input_ids), row_length)
-        here = slice(start, start + n)
-        row.input_ids[here] = document.input_ids[:n]
-        row.position_ids[here] = np.arange(n)
-        row.document_ids[here] = number
-        row.supervised[here] = document.supervised[:n]
-        start += n
+        end = start + len(document.input_ids)
+        row.input_ids[start:end] = document.input_ids
+        row.position_ids[start:end] = np.arange(end - start)
+        row.document_ids[start:end] = number
+        row.supervised[start:end] = document.supervised
+        start = end
     return row

@@ -5,29 +5,12 @@ import logging
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from data.configuration import CONF, composed
 from data.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
-
-
-def cpu_precision() -> str:
-    """Lightning's precision for training on this CPU: bfloat16 where it is native, float32 elsewhere."""
-    import torch
-
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
-
-
-OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
-OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -55,18 +38,10 @@ def check_overrides(arguments: list[str]) -> None:
     """
     if any(argument.startswith("-") for argument in arguments):
         return  # --help, --multirun, --cfg ...: Hydra's own business
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            compose("config", overrides=arguments)
-        except HydraException as error:
-            sys.exit(f"error: {_explain(error, arguments)}")
-
-
-def _explain(error: HydraException, arguments: list[str]) -> str:
-    from train.checks import known_settings, unknown_key
-
-    key = getattr(error.__cause__, "full_key", None)
-    return unknown_key(str(key), known_settings(arguments)) if key else str(error).strip()
+    try:
+        composed(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def quiet() -> None:

@@ -1,6 +1,6 @@
 """Batches of a step as a pure function of (seed, step): nothing to save, nothing to lose on resume."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        rows: list[Row],
+        rows: Sequence[Row],
         *,
         steps: int,
         rows_per_step: int,
@@ -76,7 +76,7 @@ class ValidationBatches:
 
     def __init__(
         self,
-        rows: list[Row],
+        rows: Sequence[Row],
         *,
         rows_per_batch: int,
         num_anchors: int,

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from data.errors import UserError
+from data.sources import fingerprint
 from train import stages
 from train.checks import STAGES, TRAINED
 from train.report import plot_losses
@@ -44,7 +45,7 @@ def run(config: DictConfig) -> None:
 
 def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources) -> None:
     run_dir = directory.parent
-    record = StageRecord(run_dir, stage, _settings(config, stage, run_dir))
+    record = StageRecord(run_dir, stage, _settings(config, stage, run_dir, resources))
     if not config.overwrite and record.finished():
         _say(f"    finished before, see {directory}")
         return
@@ -72,7 +73,7 @@ def _barrier() -> None:
         torch.distributed.barrier()
 
 
-def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
+def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
     """What the outcome of a stage depends on: its settings, and the content of the files that it starts from."""
     inputs = [run_dir / name for name in INPUTS[stage]]
     for file in inputs:
@@ -91,9 +92,8 @@ def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
         settings["stage"] = {
             k: v for k, v in settings["stage"].items() if k not in ("validate_every", "checkpoint_every")
         }
-        settings |= {"data": plain["data"], "seed": plain["seed"]}
-        del settings["data"]["prompts"]
-        inputs.append(Path(config.data.path))
+        data = {k: v for k, v in plain["data"].items() if k not in ("prompts", "num_proc", "bad_records")}
+        settings |= {"data": data, "seed": plain["seed"]}
         settings["precision"] = plain["trainer"]["precision"]
         settings["strategy"] = plain["trainer"]["strategy"]
     if stage == "evaluate":
@@ -101,6 +101,8 @@ def _settings(config: DictConfig, stage: str, run_dir: Path) -> dict[str, Any]:
         inputs.append(Path(config.data.prompts))
     inputs += _target_files(config)
     settings["inputs"] = {f"{f.parent.name}/{f.name}": file_sha256(f) for f in inputs if f.is_file()}
+    if stage in TRAINED:
+        settings["inputs"]["data"] = fingerprint(resources.parts)
     return settings
 
 

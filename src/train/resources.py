@@ -1,17 +1,21 @@
 """Target, tokenizer and data: each loaded once, when first needed, and checked before anything expensive."""
 
 from functools import cached_property
+from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import encode_prompt
-from data.conversations import read_prompts
-from data.errors import UserError
-from data.packing import Row
+from data.chat import ChatEncoder
+from data.errors import BadRecord, UserError
+from data.packing import PackedRows
+from data.prepare import describe, prepare
+from data.records import prompt
+from data.sources import Part, open_parts, read_strictly
 from models.target import load_config, load_target, load_tokenizer
 from train.checks import TRAINED, check_path, check_target
-from train.datamodule import prepare_rows
 
 
 class Resources:
@@ -79,20 +83,42 @@ class Resources:
             raise UserError(f"model.target: the target did not load. {error}") from error
 
     @cached_property
-    def rows(self) -> tuple[list[Row], list[Row]]:
+    def parts(self) -> list[Part]:
+        """Where the training conversations come from."""
+        data = self.config.data
+        path = OmegaConf.to_container(OmegaConf.create({"path": data.path}), resolve=True)["path"]
+        return open_parts(path, split=data.split, max_records=data.max_records)
+
+    @cached_property
+    def rows(self) -> tuple[PackedRows, PackedRows]:
         """Training and validation rows."""
-        data = OmegaConf.to_container(self.config.data, resolve=True)
-        del data["prompts"]
-        return prepare_rows(
-            self.tokenizer, **data, block_size=self.config.model.draft.block_size, seed=self.config.seed
+        data = self.config.data
+        prepared = prepare(
+            self.parts,
+            ChatEncoder(self.tokenizer, OmegaConf.to_container(data.template_kwargs)),
+            row_length=data.row_length,
+            overlong=data.overlong,
+            bad_records=data.bad_records,
+            num_proc=data.num_proc,
+            validation_records=data.validation_records,
+            block_size=self.config.model.draft.block_size,
+            seed=self.config.seed,
+            rejects=Path(self.config.run_dir) / "rejects.jsonl",
         )
+        if rank_zero_only.rank == 0:
+            Console().print(describe(prepared), soft_wrap=True, highlight=False)
+        return prepared.training, prepared.validation
 
     @cached_property
     def prompts(self) -> list[list[int]]:
         """Token ids of the held-out prompts."""
         data, settings = self.config.data, self.config.stage.evaluate
-        messages = read_prompts(data.prompts, max_records=settings.num_prompts)
-        encoded = [encode_prompt(self.tokenizer, m, OmegaConf.to_container(data.template_kwargs)) for m in messages]
+        messages = read_strictly(data.prompts, prompt, split="test", most=settings.num_prompts, setting="data.prompts")
+        encoder = ChatEncoder(self.tokenizer, OmegaConf.to_container(data.template_kwargs))
+        try:
+            encoded = [encoder.prompt(m) for m in messages]
+        except BadRecord as error:
+            raise UserError(f"data.prompts={data.prompts}: {error}.") from error
         limit = (
             self.target_config.max_position_embeddings - settings.max_new_tokens - self.config.model.draft.block_size
         )

@@ -1,0 +1,246 @@
+"""Records to tokens, in several processes, kept on disk under a fingerprint of everything that matters."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from filelock import FileLock
+
+from data.chat import ChatEncoder, Document
+from data.errors import BadRecord
+from data.records import Messages, conversation
+from data.sources import Chunk, Found, Part, fingerprint
+
+OUTCOMES = ("kept", "cut", "too long", "no block fits", "bad")  # what became of a record
+KEPT, CUT, TOO_LONG, SILENT, BAD = range(len(OUTCOMES))
+FEATURES = Features(
+    part=Value("int32"),
+    place=Value("int64"),  # line or row in its source
+    outcome=Value("int8"),  # index in OUTCOMES
+    reason=Value("string"),  # why a record is bad
+    raw=Value("string"),  # the beginning of a bad record
+    tokens=Value("int32"),  # of the whole conversation, before it was cut
+    anchors=Value("int32"),  # places where a block can start
+    longest=Value("int32"),  # tokens of the longest answer
+    digest=Value("int64"),  # of the messages, to find those that come twice
+    input_ids=List(Value("int32")),
+    supervised=List(Value("bool")),
+)
+RAW_CHARACTERS = 2000
+CODE = ("batch", "chat", "documents", "records", "sources")  # what the tokens depend on
+
+
+@dataclass(frozen=True)
+class Tokenising:
+    """Settings that the tokens depend on, beside the records and the encoder."""
+
+    row_length: int
+    overlong: str  # turn: cut behind the last turn that fits; token: cut anywhere; drop: leave it out
+
+
+class Documents(Sequence[Document]):
+    """Conversations as tokens, memory-mapped, in the order of their records; those left out do not count."""
+
+    def __init__(self, table: Dataset, parts: list[Part]) -> None:
+        self.table, self.parts = table, parts
+        self.indices = np.flatnonzero(np.isin(table.data.column("outcome").to_numpy(), (KEPT, CUT)))
+        self._tokens = table.select_columns(["input_ids", "supervised"]).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  documents are asked for one by one
+        found = self._tokens[int(self.indices[index])]
+        return Document(found["input_ids"], found["supervised"])
+
+    def column(self, name: str, *, all_records: bool = False) -> np.ndarray:
+        """One number per document, or per record."""
+        column = self.table.data.column(name).to_numpy()
+        return column if all_records else column[self.indices]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens, after cutting."""
+        return _lengths(self.table, "input_ids")[self.indices]
+
+    def outcomes(self) -> dict[str, int]:
+        """How many records were kept, cut, left out and refused."""
+        counts = np.bincount(self.column("outcome", all_records=True), minlength=len(OUTCOMES))
+        return dict(zip(OUTCOMES, counts.tolist(), strict=True))
+
+    def rejects(self) -> Iterator[dict[str, Any]]:
+        """Every bad record: where it is, why it is bad, and how it begins."""
+        for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():
+            found = self.table[i]
+            source = self.parts[found["part"]].source
+            yield {
+                "file": source.name,
+                "line": found["place"],
+                "where": source.where(found["place"]),
+                "reason": found["reason"],
+                "record": found["raw"],
+            }
+
+
+def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, num_proc: int) -> Documents:
+    """Documents of all records, from the cache if they were made before.
+
+    The order, and so everything after it, does not depend on the number of processes. Ranks and runs that want the
+    same documents wait for the first of them to finish. Interrupted work leaves nothing behind that is taken for
+    finished.
+    """
+    key = _fingerprint(parts, encoder, settings)
+    home = Path(datasets.config.HF_DATASETS_CACHE) / "flexdraft" / key
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{home}.lock"):
+        if not (home / "files.json").exists():
+            _write(home, parts, encoder, settings, num_proc, key)
+    files = json.loads((home / "files.json").read_text(encoding="utf-8"))
+    return Documents(concatenate_datasets([Dataset.from_file(str(home / file)) for file in files]), parts)
+
+
+def _write(home: Path, parts: list[Part], encoder: ChatEncoder, settings: Tokenising, num_proc: int, key: str) -> None:
+    chunks = [(number, *asdict(chunk).values()) for number, part in enumerate(parts) for chunk in part.source.chunks()]
+    names = ("part", *Chunk.__dataclass_fields__)
+    index = Dataset.from_dict(
+        {name: list(values) for name, values in zip(names, zip(*chunks, strict=True), strict=True)}
+    )
+    temporary = home.with_name(f"{key}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    table = index.map(
+        tokenise_chunk,
+        fn_kwargs={"parts": parts, "encoder": encoder, "settings": settings},
+        batched=True,
+        batch_size=1,
+        remove_columns=index.column_names,
+        features=FEATURES,
+        num_proc=workers if (workers := min(num_proc, len(chunks))) > 1 else None,
+        cache_file_name=str(temporary / "documents.arrow"),
+        new_fingerprint=key,
+        desc=f"tokenise {sum(part.take for part in parts):,} conversations, in chunks",
+    )
+    files = [Path(file["filename"]).name for file in table.cache_files]
+    (temporary / "files.json").write_text(json.dumps(files), encoding="utf-8")
+    shutil.rmtree(home, ignore_errors=True)
+    temporary.rename(home)
+
+
+def tokenise_chunk(
+    columns: dict[str, list[int]], *, parts: list[Part], encoder: ChatEncoder, settings: Tokenising
+) -> dict[str, list[Any]]:
+    """Rows of `FEATURES` for the records of one chunk."""
+    (number,) = columns.pop("part")
+    part, chunk = parts[number], Chunk(*(value for (value,) in columns.values()))
+    rows, whole = [], []
+    for found in part.read(chunk):
+        row = {"part": number, "place": found.place, "reason": "", "raw": "", "digest": 0}
+        rows.append(row)
+        try:
+            messages = _conversation(found)
+            rendered = encoder.render(messages)
+        except BadRecord as error:
+            row |= {"outcome": BAD, "reason": str(error), "raw": found.raw()[:RAW_CHARACTERS]} | _content(None)
+        else:
+            row["digest"] = _digest(messages)
+            whole.append((row, messages, rendered))
+    documents = encoder.tokenise([rendered for _, _, rendered in whole])
+    for (row, messages, _), document in zip(whole, documents, strict=True):
+        kept = fit_to_row(document, messages, encoder, settings)
+        row |= {"outcome": _outcome(document, kept), "tokens": len(document.input_ids)}
+        row |= _content(kept if row["outcome"] in (KEPT, CUT) else None) | {"tokens": len(document.input_ids)}
+    return {name: [row[name] for row in rows] for name in FEATURES}
+
+
+def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, settings: Tokenising) -> Document | None:
+    """The document, cut if it is longer than a row; None if nothing of it may stay."""
+    limit = settings.row_length
+    if len(document.input_ids) <= limit:
+        return document
+    if settings.overlong == "drop":
+        return None
+    if settings.overlong == "token":
+        return Document(document.input_ids[:limit], document.supervised[:limit])
+    # Tokenised again rather than cut: a template may render the last turn differently.
+    ends = [turn for turn, message in enumerate(messages, start=1) if message["role"] == "assistant"][:-1]
+    fitting, low, high = None, 0, len(ends)
+    while low < high:
+        middle = (low + high) // 2
+        shorter = encoder.conversation(messages[: ends[middle]])
+        if len(shorter.input_ids) <= limit:
+            fitting, low = shorter, middle + 1
+        else:
+            high = middle
+    return fitting
+
+
+def _conversation(found: Found) -> Messages:
+    if found.problem:
+        raise BadRecord(found.problem)
+    return conversation(found.record)
+
+
+def _outcome(document: Document, kept: Document | None) -> int:
+    if kept is None:
+        return TOO_LONG
+    if not _anchors(kept.supervised):
+        return SILENT
+    return KEPT if len(kept.input_ids) == len(document.input_ids) else CUT
+
+
+def _content(document: Document | None) -> dict[str, Any]:
+    if document is None:
+        empty = np.zeros(0, np.int32)
+        return {"tokens": 0, "anchors": 0, "longest": 0, "input_ids": empty, "supervised": empty.astype(bool)}
+    return {
+        "anchors": _anchors(document.supervised),
+        "longest": longest_answer(document.supervised),
+        "input_ids": document.input_ids,
+        "supervised": document.supervised,
+    }
+
+
+def _anchors(supervised: np.ndarray) -> int:
+    """Places where a block can start, as `data.anchors.valid_anchors` finds them in a row."""
+    return int((supervised[1:-1] & supervised[2:]).sum())
+
+
+def longest_answer(supervised: np.ndarray) -> int:
+    """Longest run of supervised tokens."""
+    edges = np.diff(np.concatenate([[0], supervised.astype(np.int8), [0]]))
+    return int((np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).max(initial=0))
+
+
+def _digest(messages: Messages) -> int:
+    content = json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def _lengths(table: Dataset, name: str) -> np.ndarray:
+    """Lengths of a column of lists, without reading the lists."""
+    offsets = [np.diff(chunk.offsets.to_numpy()) for chunk in table.data.column(name).chunks]
+    return np.concatenate(offsets) if offsets else np.zeros(0, np.int32)
+
+
+def _fingerprint(parts: list[Part], encoder: ChatEncoder, settings: Tokenising) -> str:
+    here = Path(__file__).parent
+    matters = {
+        "records": fingerprint(parts),
+        "tokenizer": encoder.backend.to_str(),
+        "template": encoder.template,
+        "variables": {name: str(value) for name, value in encoder.variables.items()},
+        "special": encoder.special_tokens,
+        "settings": asdict(settings),
+        "code": [(here / f"{name}.py").read_text(encoding="utf-8") for name in CODE],
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
+    }
+    return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()[:32]

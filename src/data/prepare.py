@@ -1,0 +1,136 @@
+"""Conversations to packed rows: what training starts from."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.chat import ChatEncoder
+from data.documents import BAD, OUTCOMES, Documents, Tokenising, tokenise
+from data.errors import UserError
+from data.packing import PackedRows
+from data.sources import Part
+
+SHOWN = 5  # bad records in the message; all of them are in the file
+
+
+@dataclass
+class Prepared:
+    """A set of conversations, tokenised and packed."""
+
+    documents: Documents
+    training: PackedRows
+    validation: PackedRows
+    rejects: Path
+
+
+class Subset:
+    """Some of the documents, in an order of their own."""
+
+    def __init__(self, documents: Documents, indices: np.ndarray) -> None:
+        self.documents, self.indices = documents, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.documents[self.indices[index]]
+
+
+def prepare(
+    parts: list[Part],
+    encoder: ChatEncoder,
+    *,
+    row_length: int,
+    overlong: str,
+    bad_records: str,
+    num_proc: int | None,
+    validation_records: int,
+    block_size: int,
+    seed: int,
+    rejects: Path,
+) -> Prepared:
+    """Training rows and validation rows of a set of conversations.
+
+    Bad records are written to `rejects`, and end the run unless `bad_records` is "skip".
+
+    Raises:
+        UserError: bad records, nothing to train on, or no answer as long as a block.
+    """
+    settings = Tokenising(row_length=row_length, overlong=overlong)
+    documents = tokenise(parts, encoder, settings, num_proc=processes(num_proc))
+    refuse_bad(documents.rejects(), documents.table.num_rows, bad_records, rejects)
+    _check(documents, block_size, row_length, validation_records)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    validation, training = (
+        PackedRows(Subset(documents, chosen), documents.lengths[chosen], row_length, encoder.pad_id)
+        for chosen in (order[:validation_records], order[validation_records:])
+    )
+    return Prepared(documents, training, validation, rejects)
+
+
+def processes(num_proc: int | None) -> int:
+    """How many processes to use; null asks for one per core that this process may use."""
+    return num_proc if num_proc is not None else len(os.sched_getaffinity(0))
+
+
+def describe(prepared: Prepared) -> str:
+    """One line on what was read and what became of it."""
+    documents, rows = prepared.documents, prepared.training
+    found = documents.outcomes()
+    listed = f", listed in {prepared.rejects}" if found[OUTCOMES[BAD]] else ""
+    read = ", ".join(f"{count:,} {outcome}" for outcome, count in found.items() if count)
+    tokens, kept = int(documents.column("tokens").sum()), int(documents.lengths.sum())
+    return (
+        f"data: {sum(found.values()):,} records ({read}{listed}), {kept:,} tokens ({tokens - kept:,} lost to cutting); "
+        f"{len(rows):,} training rows, {rows.efficiency():.1%} full"
+    )
+
+
+def refuse_bad(bad: Iterable[dict[str, Any]], total: int, policy: str, file: Path) -> None:
+    """List bad records in a file: where each is, why it is bad, and how it begins.
+
+    Raises:
+        UserError: there are some, and the policy is to stop.
+    """
+    temporary, count, first = file.with_suffix(f".{os.getpid()}.tmp"), 0, []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("w", encoding="utf-8") as out:
+        for count, reject in enumerate(bad, start=1):
+            first += [f"  {reject['where']}: {reject['reason']}"] if count <= SHOWN else []
+            out.write(json.dumps(reject) + "\n")
+    if not count:
+        temporary.unlink()
+        file.unlink(missing_ok=True)  # of an earlier call, before they were mended
+        return
+    temporary.replace(file)
+    if policy == "stop":
+        raise UserError(
+            f"{count:,} of {total:,} records in data.path cannot be used:\n"
+            + "\n".join(first + (["  ..."] if count > SHOWN else []))
+            + f"\nAll of them are in {file}. Mend them, or set data.bad_records=skip to go on without them."
+        )
+
+
+def _check(documents: Documents, block_size: int, row_length: int, validation_records: int) -> None:
+    longest = int(documents.column("longest").max(initial=0))
+    found = ", ".join(f"{count:,} {outcome}" for outcome, count in documents.outcomes().items())
+    if not len(documents):
+        raise UserError(
+            f"data.path holds no conversation to train on ({found}). Rows hold data.row_length={row_length} tokens; "
+            "data.overlong says what becomes of longer conversations."
+        )
+    if longest < block_size:
+        raise UserError(
+            f"model.draft.block_size={block_size}, but the longest answer in data.path has {longest} tokens "
+            f"(rows of {row_length}). Choose a block size of at most {longest}, or data with longer answers."
+        )
+    if validation_records >= len(documents):
+        raise UserError(
+            f"data.validation_records={validation_records} leaves nothing to train on: data.path holds "
+            f"{len(documents):,} conversations ({found})."
+        )

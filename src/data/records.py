@@ -1,0 +1,135 @@
+"""What a record must look like to be a conversation, and every reason why one is not."""
+
+from typing import Any
+
+from data.errors import BadRecord
+
+Messages = list[dict[str, str]]
+
+ROLES = {role: role for role in ("system", "user", "assistant")}
+SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
+PAIRS = (("prompt", "response"), ("question", "answer"))
+SHAPES = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
+
+
+def conversation(record: Any) -> Messages:
+    """The messages of a record, to be trained on: it holds an answer.
+
+    Raises:
+        BadRecord: it does not, or is no conversation at all.
+    """
+    messages = _messages(record)
+    if all(message["role"] != "assistant" for message in messages):
+        raise BadRecord("holds no answer; let the target write one (python -m data.regenerate)")
+    return messages
+
+
+def questions(record: Any) -> Messages:
+    """System and user turns of a record, for the target to answer one after the other.
+
+    Raises:
+        BadRecord: it is no conversation.
+    """
+    return [message for message in _messages(record) if message["role"] != "assistant"]
+
+
+def prompt(record: Any) -> Messages:
+    """The conversation up to its last answer; of several `turns`, or turns that nobody answered, the first.
+
+    Raises:
+        BadRecord: it is no conversation.
+    """
+    messages = _messages(record)
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    answered = any(message["role"] == "assistant" for message in messages)
+    first_user = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    return messages if answered else messages[: first_user + 1]
+
+
+def _messages(record: Any) -> Messages:
+    """Messages in the shape that chat templates take, in an order that a conversation can have."""
+    if not isinstance(record, dict):
+        raise BadRecord(f"expected a JSON object, found {_kind(record)}")
+    messages = _parse(record)
+    roles = [message["role"] for message in messages]
+    for number, role in enumerate(roles, start=1):
+        if role == "system" and number > 1:
+            raise BadRecord(f"turn {number}: a system message after the beginning")
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken:
+        raise BadRecord("nothing but a system message")
+    if spoken[0] == "assistant":
+        raise BadRecord("begins with an answer; expected a user's turn")
+    if "assistant" in spoken:
+        for number, (before, after) in enumerate(zip(roles, roles[1:], strict=False), start=2):
+            if before == after:
+                raise BadRecord(f"turn {number}: a second {after} turn in a row")
+    return messages
+
+
+def _parse(record: dict[str, Any]) -> Messages:
+    """Messages of whichever shape the record has; keys that are null count as absent, as tables need them."""
+    given = {key for key, value in record.items() if value is not None}
+    if "messages" in given:
+        messages = _turns(record["messages"], "messages", "role", "content", ROLES)
+    elif "conversations" in given:
+        messages = _turns(record["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
+    elif pair := next((pair for pair in PAIRS if given >= set(pair)), None):
+        messages = [_message("user", record[pair[0]], pair[0]), _message("assistant", record[pair[1]], pair[1])]
+    elif "turns" in given:
+        turns = record["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise BadRecord(f"`turns`: expected a list of the user's turns, found {_kind(turns)}")
+        messages = [_message("user", turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
+    elif lonely := next((pair for pair in PAIRS if given & set(pair)), None):
+        here = next(key for key in lonely if key in given)
+        raise BadRecord(f"`{here}` without `{next(key for key in lonely if key != here)}`")
+    else:
+        raise BadRecord(f"expected {SHAPES}; the keys are {', '.join(sorted(map(str, record))) or 'none'}")
+    if record.get("system") and messages[0]["role"] != "system":  # ShareGPT files may keep it beside the turns
+        messages.insert(0, _message("system", record["system"], "system"))
+    return messages
+
+
+def _turns(turns: Any, key: str, role_key: str, text_key: str, roles: dict[str, str]) -> Messages:
+    if not isinstance(turns, list):
+        raise BadRecord(f"`{key}`: expected a list of turns, found {_kind(turns)}")
+    if not turns:
+        raise BadRecord(f"`{key}` is empty")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        where = f"turn {number}"
+        if not isinstance(turn, dict):
+            raise BadRecord(f"{where}: expected an object, found {_kind(turn)}")
+        for needed in (role_key, text_key):
+            if turn.get(needed) is None:
+                raise BadRecord(f"{where}: no `{needed}`")
+        if turn.get("tool_calls"):
+            raise BadRecord(f"{where}: calls tools, which is not supported")
+        role = turn[role_key]
+        if not isinstance(role, str) or role not in roles:
+            raise BadRecord(f"{where}: unknown chat role {role!r:.40}; expected one of {', '.join(roles)}")
+        messages.append(_message(roles[role], turn[text_key], where))
+        if turn.get("reasoning_content"):  # templates of reasoning models take it apart from the answer
+            messages[-1]["reasoning_content"] = _message(role, turn["reasoning_content"], where)["content"]
+    return messages
+
+
+def _message(role: str, content: Any, where: str) -> dict[str, str]:
+    if not isinstance(content, str):
+        raise BadRecord(f"{where}: the text must be a string, found {_kind(content)}")
+    if not content.strip():
+        raise BadRecord(f"{where}: the text is empty")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecord(f"{where}: half of a surrogate pair, which is no character") from None
+    return {"role": role, "content": content}
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    kind = names.get(type(value), "null" if value is None else type(value).__name__)
+    return f"an empty {kind.split()[-1]}" if kind in ("a list", "a string") and not value else kind

@@ -1,0 +1,255 @@
+"""Let the target answer the questions of a data set, so that a drafter learns the target's own words.
+
+    python -m data.regenerate +experiment=qwen3_8b                                          # in this process
+    python -m data.regenerate +experiment=qwen3_8b regenerate.backend=server \\
+        regenerate.server.url=http://localhost:8000/v1                                     # a running server
+    python -m train +experiment=qwen3_8b data.path=checkpoints/qwen3_8b/regenerated.jsonl
+
+Multi-turn conversations are answered turn by turn. A killed run goes on with the same command: every sample has an id,
+and those that are finished are not asked again. Beside the output lie `.settings.json` (what wrote it, with counts) and
+`.dropped.jsonl` (answers that a filter took out, and why). Settings: conf/regenerate/default.yaml.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from data.backends import KEPT, Exchange, LocalBackend, Sampling, ServerBackend
+from data.chat import ChatEncoder
+from data.configuration import check_at_least, check_choices, command_line
+from data.errors import BadRecord, UserError
+from data.journal import Journal
+from data.prepare import refuse_bad
+from data.records import Messages, questions
+from data.sources import Found, Part, fingerprint, open_parts, read_all
+
+SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        config = command_line(__doc__)
+        check_regeneration(config)
+        regenerate(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")
+
+
+def check_regeneration(config: DictConfig) -> None:
+    """
+    Raises:
+        UserError: a setting of `regenerate` that makes no sense.
+    """
+    check_choices(config, {"regenerate.backend": ("local", "server")})
+    check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
+    least = {"temperature": 0, "max_new_tokens": 1, "repeat_words": 1, "repeat_times": 2, "local.batch_size": 1}
+    least |= {"server.in_flight": 1, "server.patience": 0, "server.timeout": 0}
+    check_at_least(config, {f"regenerate.{key}": bound for key, bound in least.items()})
+    if not 0 < config.regenerate.top_p <= 1:
+        raise UserError(f"regenerate.top_p={config.regenerate.top_p}: expected more than 0, and at most 1.")
+
+
+def regenerate(config: DictConfig) -> None:
+    """Answer what is not answered yet, then put the output together in the order of the questions.
+
+    Raises:
+        UserError: bad records, other settings than before, another process at the same output, or a server that
+            stays away.
+    """
+    output = Path(config.regenerate.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{output}.lock", blocking=False):
+            _regenerate(config, output)
+    except Timeout:
+        raise UserError(f"{output}: another process is writing it.") from None
+
+
+def _regenerate(config: DictConfig, output: Path) -> None:
+    path = OmegaConf.to_container(OmegaConf.create({"path": config.data.path}), resolve=True)["path"]
+    parts = open_parts(path, split=config.data.split, max_records=config.data.max_records)
+    ids = sample_ids(parts, config.data.bad_records, Path(config.run_dir) / "regenerate_rejects.jsonl")
+    settings, record = _settings(config, parts), output.with_suffix(".settings.json")
+    if _finished(record, settings, output, config.overwrite):
+        Console().print(f"finished before: {output}", highlight=False, soft_wrap=True)
+        return
+    journal = Journal(output.with_suffix(".unfinished.jsonl"))
+    _write_json(record, {"settings": settings, "written_with": _written_with(config)})
+    todo = sum(sample_id not in journal for sample_id in ids.values())
+    counts = Counter()
+    with tqdm(total=len(ids), initial=len(ids) - todo, desc="answers", unit="") as bar:
+
+        def finish(exchange: Exchange) -> None:
+            outcome = str(exchange.outcome)
+            journal.add(exchange.id, {"outcome": outcome, "tokens": exchange.tokens, "messages": exchange.messages})
+            counts["tokens"] += exchange.tokens
+            counts["dropped"] += outcome != KEPT
+            bar.update()
+            speed = counts["tokens"] / max(1e-9, bar.format_dict["elapsed"])
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
+
+        if todo:
+            backend = _backend(config)
+            backend.run(_open_exchanges(parts, ids, journal), finish)
+            settings_of_model = {"revision": backend.revision}
+        else:
+            settings_of_model = {}
+    outcomes = _put_together(journal, list(ids.values()), output)
+    written = _written_with(config) | settings_of_model
+    _write_json(record, {"settings": settings, "written_with": written, "outcomes": outcomes})
+    journal.remove()
+    found = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
+    Console().print(f"{len(ids):,} conversations: {found}\n{output}", highlight=False, soft_wrap=True)
+
+
+def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple[str, int], str]:
+    """Where each sample stands -> its id: the record's own `id`, or else its file and line.
+
+    Raises:
+        UserError: records that hold no question, or an id that comes twice, and `bad_records` is "stop".
+    """
+    ids: dict[tuple[str, int], str] = {}
+    owners: dict[str, str] = {}
+    bad = []
+    for part, found in read_all(parts):
+        where = part.source.where(found.place)
+        try:
+            _questions(found)
+            own = found.record.get("id")
+            sample_id = f"{Path(part.source.name).name}:{found.place}" if own is None else str(own)
+            if sample_id in owners:
+                raise BadRecord(f"id {sample_id!r} was used before, at {owners[sample_id]}")
+        except BadRecord as error:
+            reject = {"file": part.source.name, "line": found.place, "where": where, "reason": str(error)}
+            bad.append({**reject, "record": found.raw()[:2000]})
+        else:
+            ids[part.source.name, found.place] = sample_id
+            owners[sample_id] = where
+    refuse_bad(bad, len(ids) + len(bad), bad_records, rejects)
+    if not ids:
+        raise UserError("data.path holds no question to answer.")
+    return ids
+
+
+def _questions(found: Found) -> Messages:
+    if found.problem:
+        raise BadRecord(found.problem)
+    return questions(found.record)
+
+
+def _open_exchanges(parts: list[Part], ids: dict[tuple[str, int], str], journal: Journal) -> Iterator[Exchange]:
+    """What is still to be answered, read when it is asked for."""
+    for part, found in read_all(parts):
+        sample_id = ids.get((part.source.name, found.place))
+        if sample_id is not None and sample_id not in journal:
+            yield Exchange(sample_id, questions(found.record))
+
+
+def _backend(config: DictConfig) -> LocalBackend | ServerBackend:
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    sampling = Sampling(seed=plain["seed"], **{key: plain["regenerate"][key] for key in SAMPLING})
+    if plain["regenerate"]["backend"] == "server":
+        return ServerBackend(sampling, plain["data"]["template_kwargs"], **plain["regenerate"]["server"])
+    target = plain["model"]["target"]
+    name = target["tokenizer"] or target["name"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=target["revision"] if name == target["name"] else None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.target: the tokenizer did not load. {error}") from error
+    encoder = ChatEncoder(tokenizer, plain["data"]["template_kwargs"])
+    return LocalBackend(target, tokenizer, encoder, sampling, **plain["regenerate"]["local"])
+
+
+def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
+    """What the answers depend on."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    chosen = plain["regenerate"]
+    settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
+    settings |= {"seed": plain["seed"], "template_kwargs": plain["data"]["template_kwargs"]}
+    settings["questions"] = fingerprint(parts)
+    if chosen["backend"] == "server":
+        return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
+    target = plain["model"]["target"]
+    weights = sorted(Path(target["name"] or "").glob("*.safetensors")) if target["name"] else []
+    settings["target"] = {key: target[key] for key in ("name", "revision", "dtype")}
+    settings["weights"] = [_sha256(file) for file in weights]
+    return json.loads(json.dumps(settings))
+
+
+def _written_with(config: DictConfig) -> dict[str, Any]:
+    """For the record: what does not change the answers, or should not."""
+    chosen: Any = OmegaConf.to_container(config.regenerate, resolve=True)
+    where = {key: value for key, value in chosen[chosen["backend"]].items() if key != "key_file"}
+    return {**where, "versions": {name: version(name) for name in ("torch", "transformers")}}
+
+
+def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: bool) -> bool:
+    """Whether the output was written with these settings; with `overwrite`, what was written goes.
+
+    Raises:
+        UserError: it was begun with others, or is not ours.
+    """
+    unfinished = output.with_suffix(".unfinished.jsonl")
+    if overwrite:
+        unfinished.unlink(missing_ok=True)
+        return False
+    if not record.exists():
+        if output.exists():
+            raise UserError(f"{output} exists, without a record of its settings. Choose another regenerate.output.")
+        return False
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = sorted(key for key in settings | before["settings"] if settings.get(key) != before["settings"].get(key))
+    if changed:
+        changes = "; ".join(f"{key}: {before['settings'].get(key)} -> {settings.get(key)}" for key in changed)
+        raise UserError(
+            f"{output} was begun with other settings: {changes}.\n"
+            "Choose another regenerate.output, or overwrite=true to begin anew."
+        )
+    return output.exists() and not unfinished.exists()
+
+
+def _put_together(journal: Journal, ids: list[str], output: Path) -> dict[str, int]:
+    """Write what was kept and what was dropped, each in the order of the questions; counts by outcome."""
+    outcomes: Counter[str] = Counter()
+    files = [output, output.with_suffix(".dropped.jsonl")]
+    temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]
+    with temporary[0].open("w", encoding="utf-8") as kept, temporary[1].open("w", encoding="utf-8") as dropped:
+        for entry in journal.read(ids):
+            outcome = entry.pop("outcome")
+            del entry["tokens"]
+            outcomes[outcome.partition(":")[0]] += 1
+            entry |= {} if outcome == KEPT else {"reason": outcome}
+            (kept if outcome == KEPT else dropped).write(json.dumps(entry, ensure_ascii=False) + "\n")
+    for new, file in zip(temporary, files, strict=True):
+        os.replace(new, file)
+    return dict(outcomes)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Where records come from: JSONL files, Parquet and Arrow tables, data sets on the Hub, and mixes of them.
+
+A source is read in chunks, so that several processes can share it and memory stays flat. A chunk knows where it begins
+and which lines it holds; nothing is read before it is asked for.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+
+from data.errors import BadRecord, UserError
+
+CHUNK_RECORDS = 256
+CHUNK_BYTES = 2**23
+MAX_LINE_BYTES = 2**24  # a longer line is no conversation, and would have to be held in memory several times
+FILES = (".jsonl", ".parquet", ".arrow")
+T = TypeVar("T")
+SETTINGS = ("path", "weight", "split")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive records of one source."""
+
+    start: int  # of a file: bytes; of a table: rows
+    size: int  # likewise
+    line: int  # number of its first line, from 1; of a table: of its first row, from 0
+    first: int  # how many records come before it
+    records: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """One record as it was found, or why it could not be read."""
+
+    place: int  # its line, or its row
+    record: Any
+    problem: str | None = None
+    line: str | None = None  # as it stands in the file, if it is no JSON
+
+    def raw(self) -> str:
+        """The record as text, for the rejects file."""
+        return json.dumps(self.record, ensure_ascii=True, default=str) if self.line is None else self.line
+
+
+class Source(Protocol):
+    """One file, table or data set."""
+
+    name: str
+    count: int  # records
+    fingerprint: str  # of the content
+
+    def chunks(self) -> list[Chunk]: ...
+    def read(self, chunk: Chunk) -> Iterator[Found]: ...
+    def where(self, place: int) -> str: ...
+
+
+class JsonLines:
+    """A file with one JSON object a line. Blank lines are no records."""
+
+    def __init__(self, file: Path) -> None:
+        """
+        Raises:
+            UserError: the file is a JSON array, or compressed.
+        """
+        self.name = str(file)
+        self._chunks: list[Chunk] = []
+        sha256 = hashlib.sha256()
+        with file.open("rb") as lines:
+            start = size = records = number = self.count = 0
+            line = 1
+            while piece := lines.readline(MAX_LINE_BYTES + 1):
+                if number == 0:
+                    self._check_beginning(piece)
+                number += 1
+                here, huge = len(piece), len(piece) > MAX_LINE_BYTES
+                sha256.update(piece)
+                blank = not piece.strip()
+                while huge and not piece.endswith(b"\n") and (piece := lines.readline(MAX_LINE_BYTES)):
+                    sha256.update(piece)
+                    here += len(piece)
+                if huge or records == CHUNK_RECORDS or size > CHUNK_BYTES:
+                    self._add(start, size, line, records)
+                    start, size, line, records = start + size, 0, number, 0
+                size += here
+                records += not blank
+                if huge:
+                    self._add(start, size, line, records)
+                    start, size, line, records = start + size, 0, number + 1, 0
+            self._add(start, size, line, records)
+        self.fingerprint = sha256.hexdigest()
+
+    def _add(self, start: int, size: int, line: int, records: int) -> None:
+        if records:
+            self._chunks.append(Chunk(start, size, line, self.count, records))
+            self.count += records
+
+    def _check_beginning(self, piece: bytes) -> None:
+        if piece.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+            raise UserError(f"{self.name} is compressed. Unpack it first.")
+        if piece.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            raise UserError(
+                f"{self.name} begins with a JSON array; expected one object a line. "
+                f"Convert it with: jq -c '.[]' {self.name} > conversations.jsonl"
+            )
+
+    def chunks(self) -> list[Chunk]:
+        return self._chunks
+
+    def read(self, chunk: Chunk) -> Iterator[Found]:
+        if chunk.records == 1 and chunk.size > MAX_LINE_BYTES:
+            problem = f"{chunk.size:,} bytes; a record may have at most {MAX_LINE_BYTES:,}"
+            yield Found(chunk.line, None, problem, "")
+            return
+        with open(self.name, "rb") as file:
+            file.seek(chunk.start)
+            block = file.read(chunk.size)
+        for number, line in enumerate(block.split(b"\n"), start=chunk.line):
+            if line.strip():
+                yield _decoded(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+
+    def where(self, place: int) -> str:
+        return f"{self.name}:{place}"
+
+
+def _decoded(number: int, line: bytes) -> Found:
+    try:
+        return Found(number, json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}"
+    except (ValueError, RecursionError) as error:
+        problem = f"not JSON: {error}"
+    return Found(number, None, problem, line.decode("utf-8", errors="backslashreplace").strip())
+
+
+class Table:
+    """A data set of Arrow, Parquet or the Hub, memory-mapped."""
+
+    def __init__(self, name: str, dataset: Dataset, fingerprint: str) -> None:
+        self.name, self.dataset, self.fingerprint, self.count = name, dataset, fingerprint, len(dataset)
+
+    def chunks(self) -> list[Chunk]:
+        starts = range(0, self.count, CHUNK_RECORDS)
+        return [Chunk(s, n := min(CHUNK_RECORDS, self.count - s), s, s, n) for s in starts]
+
+    def read(self, chunk: Chunk) -> Iterator[Found]:
+        columns = self.dataset[chunk.start : chunk.start + chunk.size]
+        for i in range(chunk.size):
+            record = {name: values[i] for name, values in columns.items()}
+            yield Found(chunk.start + i, record)
+
+    def where(self, place: int) -> str:
+        return f"{self.name}[{place}]"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How many records of a source are taken, spread evenly over it."""
+
+    source: Source
+    take: int
+
+    def taken(self, record: int) -> bool:
+        """Whether the record of this number, blank lines not counted, is among them."""
+        return (record + 1) * self.take // self.source.count > record * self.take // self.source.count
+
+    def read(self, chunk: Chunk) -> Iterator[Found]:
+        """The chosen records of a chunk."""
+        for number, found in enumerate(self.source.read(chunk), start=chunk.first):
+            if self.taken(number):
+                yield found
+
+
+def read_all(parts: list[Part]) -> Iterator[tuple[Part, Found]]:
+    """Every chosen record of every part, in order."""
+    for part in parts:
+        for chunk in part.source.chunks():
+            for found in part.read(chunk):
+                yield part, found
+
+
+def open_parts(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Part]:
+    """Sources named by a setting: a path or Hub id, or a list of those, or of `{path, weight, split}`.
+
+    With weights, records are taken in their proportion, as many as there are without taking any twice; without, all of
+    them. `max_records` bounds the whole.
+
+    Raises:
+        UserError: nothing there, nothing in it, or a mix that makes no sense.
+    """
+    given = [_settings(item, split, setting) for item in (path if isinstance(path, list) else [path])]
+    if not given:
+        raise UserError(f"{setting} is an empty list. Name a file, a folder or a data set on the Hub.")
+    weights = [item["weight"] for item in given]
+    if len({weight is None for weight in weights}) > 1:
+        raise UserError(f"{setting}: some sources have a weight and some have none. Give all of them one, or none.")
+    opened = [_open(str(item["path"]), item["split"]) for item in given]
+    empty = [item["path"] for item, sources in zip(given, opened, strict=True) if not sum(s.count for s in sources)]
+    if empty:
+        raise UserError(f"{setting}={empty[0]} holds no record. Expected one JSON object a line, or rows of a table.")
+    takes = mix([sum(s.count for s in sources) for sources in opened], weights, max_records)
+    return [
+        Part(source, share)
+        for sources, take in zip(opened, takes, strict=True)
+        for source, share in zip(sources, mix([s.count for s in sources], [None] * len(sources), take), strict=True)
+        if share
+    ]
+
+
+def mix(counts: list[int], weights: list[float | None], max_records: int | None) -> list[int]:
+    """How many records to take of each source, so that shares follow the weights and none comes twice."""
+    shares = [count if weight is None else weight for count, weight in zip(counts, weights, strict=True)]
+    total = min(count * sum(shares) / share for count, share in zip(counts, shares, strict=True) if share)
+    total = min(round(total), sum(counts), max_records if max_records is not None else sum(counts))
+    edges = [round(total * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
+    return [min(after - before, count) for before, after, count in zip(edges, edges[1:], counts, strict=False)]
+
+
+def fingerprint(parts: list[Part]) -> list[list[Any]]:
+    """What the records of the parts depend on: content, not place or date."""
+    return [[part.source.fingerprint, part.take] for part in parts]
+
+
+def _settings(item: Any, split: str, setting: str) -> dict[str, Any]:
+    if isinstance(item, str):
+        return {"path": item, "weight": None, "split": split}
+    if not isinstance(item, dict) or "path" not in item or item.keys() - set(SETTINGS):
+        raise UserError(f"{setting}: {item!r} is no source. Expected a path, or an object with {', '.join(SETTINGS)}.")
+    weight = item.get("weight")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
+        raise UserError(f"{setting}: weight {weight!r} of {item['path']}; expected a number above 0.")
+    return {"path": item["path"], "weight": weight, "split": item.get("split") or split}
+
+
+def _open(path: str, split: str) -> list[Source]:
+    place = Path(path)
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.suffix in FILES and file.is_file())
+        if not files:
+            raise UserError(f"{path}: no {', '.join(FILES)} file in this folder.")
+        return [_open_file(file) for file in files]
+    if place.is_file():
+        return [_open_file(place)]
+    if place.suffix in (*FILES, ".json") or place.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise UserError(
+            f"No file at {path}. Give a file ({', '.join(FILES)}), a folder of them, or a Hub id (owner/name)."
+        )
+    return [_open_hub(path, split)]
+
+
+def _open_file(file: Path) -> Source:
+    if file.suffix not in (".parquet", ".arrow"):
+        return JsonLines(file)
+    try:
+        dataset = Dataset.from_parquet(str(file)) if file.suffix == ".parquet" else Dataset.from_file(str(file))
+    except (OSError, ValueError, DatasetsError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"{file}: does not read as a {file.suffix[1:]} table ({error}).") from error
+    with file.open("rb") as content:
+        return Table(str(file), dataset, hashlib.file_digest(content, "sha256").hexdigest())
+
+
+def _open_hub(name: str, split: str) -> Source:
+    try:
+        dataset = load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: no file or folder of that name here, and the Hub did not give split {split!r} of it "
+            f"({type(error).__name__}: {error}). Check the name, the network and `hf auth login`."
+        ) from error
+    return Table(name, dataset, f"{name}/{split}/{dataset._fingerprint}")
+
+
+def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, most: int | None, setting: str) -> list[T]:
+    """The first records through `parse`, where none may be bad: small sets such as prompts.
+
+    Raises:
+        UserError: a record that cannot be used, named by file and line.
+    """
+    parsed = []
+    for part, found in islice(read_all(open_parts(path, split=split, max_records=None, setting=setting)), most):
+        try:
+            if found.problem:
+                raise BadRecord(found.problem)
+            parsed.append(parse(found.record))
+        except BadRecord as error:
+            where = part.source.where(found.place)
+            raise UserError(f"{setting}: {where}: {error}. Mend or remove the record.") from None
+    return parsed
