@@ -77,6 +77,11 @@ class Documents(Sequence[Document]):
         counts = np.bincount(self.column("outcome", all_records=True), minlength=len(OUTCOMES))
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
+    def lost(self) -> tuple[int, int]:
+        """Tokens cut off, and tokens of conversations that were left out for their length."""
+        tokens, outcome = (self.column(name, all_records=True) for name in ("tokens", "outcome"))
+        return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[outcome == TOO_LONG].sum())
+
     def rejects(self) -> Iterator[dict[str, Any]]:
         """Every bad record: where it is, why it is bad, and how it begins."""
         for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():

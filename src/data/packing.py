@@ -75,6 +75,10 @@ class PackedRows(Sequence[Row]):
         members = self._members[self._edges[index] : self._edges[index + 1]]
         return fill([self.documents[i] for i in members.tolist()], self.row_length, self.pad_id)
 
+    def totals(self, values: np.ndarray) -> np.ndarray:
+        """[rows] a number per document, added up over each row."""
+        return np.add.reduceat(values[self._members], self._edges[:-1]) if len(self) else np.zeros(0, np.int64)
+
     def efficiency(self) -> float:
         """Share of the rows' places that hold a token."""
         return self.tokens / max(1, len(self) * self.row_length)

@@ -84,9 +84,9 @@ def describe(prepared: Prepared) -> str:
     found = documents.outcomes()
     listed = f", listed in {prepared.rejects}" if found[OUTCOMES[BAD]] else ""
     read = ", ".join(f"{count:,} {outcome}" for outcome, count in found.items() if count)
-    tokens, kept = int(documents.column("tokens").sum()), int(documents.lengths.sum())
+    kept, lost = int(documents.lengths.sum()), sum(documents.lost())
     return (
-        f"data: {sum(found.values()):,} records ({read}{listed}), {kept:,} tokens ({tokens - kept:,} lost to cutting); "
+        f"data: {sum(found.values()):,} records ({read}{listed}), {kept:,} tokens ({lost:,} lost to their length); "
         f"{len(rows):,} training rows, {rows.efficiency():.1%} full"
     )
 
