@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 from tokenizers import Encoding, Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import BadRecord, UserError
@@ -150,6 +150,22 @@ class ChatEncoder:
         # What may follow the end token is the template's layout, such as a line break.
         end = max((end for end in ends if not tail[end:].strip()), default=len(tail))
         return len(before), len(before) + end
+
+
+def load_encoder(target: dict[str, Any], template_kwargs: dict[str, Any]) -> tuple[ChatEncoder, Any]:
+    """Encoder and tokenizer of a target, given its settings (conf/model).
+
+    Raises:
+        UserError: the tokenizer does not load, or has no chat template.
+    """
+    name = target["tokenizer"] or target["name"]
+    if name is None:
+        raise UserError("model.target.tokenizer is not set, and random weights bring none. Name a tokenizer.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=target["revision"] if name == target["name"] else None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.target.tokenizer={name!r}: the tokenizer did not load. {error}") from error
+    return ChatEncoder(tokenizer, template_kwargs), tokenizer
 
 
 def _token(encoding: Encoding, char: int) -> int:

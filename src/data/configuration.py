@@ -22,15 +22,8 @@ GROUPS = ("experiment", "data", "model", "stage", "regenerate", "trainer", "logg
 NULLABLE = ("model.target.name",)  # null asks for random weights
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
 # may be a list of sources, which are checked where they are opened.
-FREE_FORM = (
-    "data.template_kwargs",
-    "data.path",
-    "model.target.architecture",
-    "trainer",
-    "logger",
-    "callbacks",
-    "hydra",
-)
+FREE_FORM = ("data.template_kwargs", "data.path", "model.target.architecture", "regenerate.server.extra")
+FREE_FORM += ("trainer", "logger", "callbacks", "hydra")
 
 
 def cpu_precision() -> str:
@@ -82,8 +75,9 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
     if OmegaConf.is_missing(config, "name"):
         raise UserError("No experiment chosen. Try: +experiment=tiny   (all: conf/experiment/)")
     known = _known(overrides)
-    _compare(OmegaConf.to_container(config, resolve=False), known, known, "")
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    given = OmegaConf.to_container(config, resolve=False)
+    _compare(given, known, known, "")
+    missing = sorted(path for path, value in _leaves(given, "") if value == "???")
     if missing:
         raise UserError(
             f"Settings without a value: {', '.join(missing)}. Give them on the command line or in an experiment."
@@ -93,6 +87,11 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
     check_choices(config, {"data.bad_records": ("stop", "skip"), "data.overlong": ("turn", "token", "drop")})
     check_at_least(config, {"data.row_length": 2, "data.validation_records": 0})
     check_at_least(config, {"data.max_records": 1, "data.num_proc": 1})
+
+
+def plain(config: DictConfig, *groups: str) -> dict[str, Any]:
+    """Plain values of these groups alone; the others may ask for what a command need not load."""
+    return {group: OmegaConf.to_container(config[group], resolve=True) for group in groups}
 
 
 def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> None:
@@ -146,7 +145,7 @@ def _compare(given: Any, known: Any, root: dict[str, Any], path: str) -> None:
 
 def unknown_key(key: str, root: dict[str, Any]) -> str:
     """What to say of a setting that nothing reads: those that sound like it, else those of its group."""
-    leaves = _leaves(root, "")
+    leaves = [path for path, _ in _leaves(root, "")]
     close = get_close_matches(key.rsplit(".", 1)[-1], {leaf.rsplit(".", 1)[-1] for leaf in leaves}, n=1)
     if close:
         same = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == close[0]]
@@ -158,9 +157,9 @@ def unknown_key(key: str, root: dict[str, Any]) -> str:
     return f"{key}: no such setting. {key.rpartition('.')[0] or 'The top level'} has: {', '.join(map(str, group))}."
 
 
-def _leaves(tree: Any, path: str) -> list[str]:
+def _leaves(tree: Any, path: str) -> list[tuple[str, Any]]:
     if not isinstance(tree, dict) or not tree:
-        return [path]
+        return [(path, tree)]
     return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 from data.chat import ChatEncoder, Document
 from data.errors import BadRecord
 from data.records import Messages, conversation
+from data.rejects import RAW_CHARACTERS, reject
 from data.sources import Chunk, Found, Part, fingerprint
 
 OUTCOMES = ("kept", "cut", "too long", "no block fits", "bad")  # what became of a record
@@ -35,7 +36,6 @@ FEATURES = Features(
     input_ids=List(Value("int32")),
     supervised=List(Value("bool")),
 )
-RAW_CHARACTERS = 2000
 CODE = ("batch", "chat", "documents", "records", "sources")  # what the tokens depend on
 
 
@@ -85,15 +85,9 @@ class Documents(Sequence[Document]):
     def rejects(self) -> Iterator[dict[str, Any]]:
         """Every bad record: where it is, why it is bad, and how it begins."""
         for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():
-            found = self.table[i]
-            source = self.parts[found["part"]].source
-            yield {
-                "file": source.name,
-                "line": found["place"],
-                "where": source.where(found["place"]),
-                "reason": found["reason"],
-                "record": found["raw"],
-            }
+            row = self.table[i]
+            found = Found(row["place"], None, None, row["raw"])
+            yield reject(self.parts[row["part"]], found, row["reason"])
 
 
 def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, num_proc: int) -> Documents:

@@ -1,8 +1,6 @@
 """Conversations to packed rows: what training starts from."""
 
-import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ from data.chat import ChatEncoder
 from data.documents import BAD, OUTCOMES, Documents, Tokenising, tokenise
 from data.errors import UserError
 from data.packing import PackedRows
+from data.rejects import refuse_bad
 from data.sources import Part
-
-SHOWN = 5  # bad records in the message; all of them are in the file
 
 
 @dataclass
@@ -89,31 +86,6 @@ def describe(prepared: Prepared) -> str:
         f"data: {sum(found.values()):,} records ({read}{listed}), {kept:,} tokens ({lost:,} lost to their length); "
         f"{len(rows):,} training rows, {rows.efficiency():.1%} full"
     )
-
-
-def refuse_bad(bad: Iterable[dict[str, Any]], total: int, policy: str, file: Path) -> None:
-    """List bad records in a file: where each is, why it is bad, and how it begins.
-
-    Raises:
-        UserError: there are some, and the policy is to stop.
-    """
-    temporary, count, first = file.with_suffix(f".{os.getpid()}.tmp"), 0, []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("w", encoding="utf-8") as out:
-        for count, reject in enumerate(bad, start=1):
-            first += [f"  {reject['where']}: {reject['reason']}"] if count <= SHOWN else []
-            out.write(json.dumps(reject) + "\n")
-    if not count:
-        temporary.unlink()
-        file.unlink(missing_ok=True)  # of an earlier call, before they were mended
-        return
-    temporary.replace(file)
-    if policy == "stop":
-        raise UserError(
-            f"{count:,} of {total:,} records in data.path cannot be used:\n"
-            + "\n".join(first + (["  ..."] if count > SHOWN else []))
-            + f"\nAll of them are in {file}. Mend them, or set data.bad_records=skip to go on without them."
-        )
 
 
 def _check(documents: Documents, block_size: int, row_length: int, validation_records: int) -> None:

@@ -21,18 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from data.backends import KEPT, Exchange, LocalBackend, Sampling, ServerBackend
-from data.chat import ChatEncoder
-from data.configuration import check_at_least, check_choices, command_line
+from data.configuration import check_at_least, check_choices, command_line, plain
 from data.errors import BadRecord, UserError
+from data.exchanges import KEPT, Exchange, Sampling
 from data.journal import Journal
-from data.prepare import refuse_bad
 from data.records import Messages, questions
+from data.rejects import refuse_bad, reject
 from data.sources import Found, Part, fingerprint, open_parts, read_all
 
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
@@ -81,9 +79,9 @@ def regenerate(config: DictConfig) -> None:
 
 
 def _regenerate(config: DictConfig, output: Path) -> None:
-    path = OmegaConf.to_container(OmegaConf.create({"path": config.data.path}), resolve=True)["path"]
-    parts = open_parts(path, split=config.data.split, max_records=config.data.max_records)
-    ids = sample_ids(parts, config.data.bad_records, Path(config.run_dir) / "regenerate_rejects.jsonl")
+    data = plain(config, "data")["data"]
+    parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
+    ids = sample_ids(parts, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
     settings, record = _settings(config, parts), output.with_suffix(".settings.json")
     if _finished(record, settings, output, config.overwrite):
         Console().print(f"finished before: {output}", highlight=False, soft_wrap=True)
@@ -106,11 +104,11 @@ def _regenerate(config: DictConfig, output: Path) -> None:
         if todo:
             backend = _backend(config)
             backend.run(_open_exchanges(parts, ids, journal), finish)
-            settings_of_model = {"revision": backend.revision}
+            model = {"revision": backend.revision}
         else:
-            settings_of_model = {}
+            model = {}
     outcomes = _put_together(journal, list(ids.values()), output)
-    written = _written_with(config) | settings_of_model
+    written = _written_with(config) | model
     _write_json(record, {"settings": settings, "written_with": written, "outcomes": outcomes})
     journal.remove()
     found = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
@@ -135,8 +133,7 @@ def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple
             if sample_id in owners:
                 raise BadRecord(f"id {sample_id!r} was used before, at {owners[sample_id]}")
         except BadRecord as error:
-            reject = {"file": part.source.name, "line": found.place, "where": where, "reason": str(error)}
-            bad.append({**reject, "record": found.raw()[:2000]})
+            bad.append(reject(part, found, str(error)))
         else:
             ids[part.source.name, found.place] = sample_id
             owners[sample_id] = where
@@ -160,31 +157,31 @@ def _open_exchanges(parts: list[Part], ids: dict[tuple[str, int], str], journal:
             yield Exchange(sample_id, questions(found.record))
 
 
-def _backend(config: DictConfig) -> LocalBackend | ServerBackend:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    sampling = Sampling(seed=plain["seed"], **{key: plain["regenerate"][key] for key in SAMPLING})
-    if plain["regenerate"]["backend"] == "server":
-        return ServerBackend(sampling, plain["data"]["template_kwargs"], **plain["regenerate"]["server"])
-    target = plain["model"]["target"]
-    name = target["tokenizer"] or target["name"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=target["revision"] if name == target["name"] else None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.target: the tokenizer did not load. {error}") from error
-    encoder = ChatEncoder(tokenizer, plain["data"]["template_kwargs"])
-    return LocalBackend(target, tokenizer, encoder, sampling, **plain["regenerate"]["local"])
+def _backend(config: DictConfig) -> Any:
+    chosen = plain(config, "data", "model", "regenerate")
+    sampling = Sampling(seed=config.seed, **{key: chosen["regenerate"][key] for key in SAMPLING})
+    template_kwargs = chosen["data"]["template_kwargs"]
+    # Imported late: a server's client should not wait for torch.
+    if chosen["regenerate"]["backend"] == "server":
+        from data.server import ServerBackend
+
+        return ServerBackend(sampling, template_kwargs, **chosen["regenerate"]["server"])
+    from data.chat import load_encoder
+    from data.local import LocalBackend
+
+    target = chosen["model"]["target"]
+    encoder, tokenizer = load_encoder(target, template_kwargs)
+    return LocalBackend(target, tokenizer, encoder, sampling, **chosen["regenerate"]["local"])
 
 
 def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
     """What the answers depend on."""
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    chosen = plain["regenerate"]
+    chosen, target = plain(config, "regenerate")["regenerate"], plain(config, "model")["model"]["target"]
     settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
-    settings |= {"seed": plain["seed"], "template_kwargs": plain["data"]["template_kwargs"]}
+    settings |= {"seed": config.seed, "template_kwargs": plain(config, "data")["data"]["template_kwargs"]}
     settings["questions"] = fingerprint(parts)
     if chosen["backend"] == "server":
         return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
-    target = plain["model"]["target"]
     weights = sorted(Path(target["name"] or "").glob("*.safetensors")) if target["name"] else []
     settings["target"] = {key: target[key] for key in ("name", "revision", "dtype")}
     settings["weights"] = [_sha256(file) for file in weights]
@@ -193,7 +190,7 @@ def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
 
 def _written_with(config: DictConfig) -> dict[str, Any]:
     """For the record: what does not change the answers, or should not."""
-    chosen: Any = OmegaConf.to_container(config.regenerate, resolve=True)
+    chosen = plain(config, "regenerate")["regenerate"]
     where = {key: value for key, value in chosen[chosen["backend"]].items() if key != "key_file"}
     return {**where, "versions": {name: version(name) for name in ("torch", "transformers")}}
 

@@ -15,16 +15,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from data import statistics
-from data.chat import ChatEncoder
-from data.configuration import command_line
+from data.chat import ChatEncoder, load_encoder
+from data.configuration import command_line, plain
 from data.documents import BAD, OUTCOMES
 from data.errors import UserError
 from data.prepare import Prepared, prepare
@@ -61,18 +60,18 @@ def write_report(config: DictConfig) -> None:
     Raises:
         UserError: the tokenizer or the data do not load, or nothing in them can be trained on.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    data = plain["data"]
-    encoder, tokenizer = _encoder(plain)
+    settings = plain(config, "data", "model", "stage")
+    data, draft = settings["data"], settings["model"]["draft"]
+    encoder, tokenizer = load_encoder(settings["model"]["target"], data["template_kwargs"])
     parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
-    folder = Path(plain["run_dir"]) / "data_report"
+    folder = Path(config.run_dir) / "data_report"
     prepared = prepare(
         parts,
         encoder,
         **{key: data[key] for key in ("row_length", "overlong", "num_proc", "validation_records")},
         bad_records="skip",
-        block_size=plain["model"]["draft"]["block_size"],
-        seed=plain["seed"],
+        block_size=draft["block_size"],
+        seed=config.seed,
         rejects=folder / "rejects.jsonl",
     )
     prompts = read_strictly(data["prompts"], prompt, split="test", most=None, setting="data.prompts")
@@ -81,26 +80,16 @@ def write_report(config: DictConfig) -> None:
         *_rejects(prepared, folder),
         _lengths(prepared),
         _supervision(parts, encoder),
-        _rows(prepared, plain),
+        _rows(prepared, settings["stage"]["attention_tuning"]),
         _overlap(parts, prompts, data["prompts"]),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     _plot(prepared, data["row_length"], folder)
     example = _example(prepared, tokenizer)
-    title = f"Data of {plain['name']}: {data['path']}"
+    title = f"Data of {config.name}: {data['path']}"
     _print(title, sections, example)
     (folder / "report.md").write_text(_markdown(title, sections, example), encoding="utf-8")
     Console().print(f"\n{folder / 'report.md'}, with plots", highlight=False, soft_wrap=True)
-
-
-def _encoder(plain: dict[str, Any]) -> tuple[ChatEncoder, Any]:
-    target = plain["model"]["target"]
-    name = target["tokenizer"] or target["name"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=target["revision"] if name == target["name"] else None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.target: the tokenizer did not load. {error}") from error
-    return ChatEncoder(tokenizer, plain["data"]["template_kwargs"]), tokenizer
 
 
 def _records(prepared: Prepared, parts: list[Part]) -> Section:
@@ -169,10 +158,9 @@ def _supervision(parts: list[Part], encoder: ChatEncoder) -> Section:
     return Section("Supervised tokens by role", ["role", "tokens", "share", "supervised"], rows, notes)
 
 
-def _rows(prepared: Prepared, plain: dict[str, Any]) -> Section:
+def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:
     rows = prepared.training
     anchors = statistics.anchors_per_row(prepared.documents, rows, rows.documents.indices)
-    stage = plain["stage"]["attention_tuning"]
     wanted, epochs = stage["num_anchors"], stage["steps"] * stage["rows_per_step"] / len(rows)
     least, tenth, median, ninetieth, most = statistics.percentiles(anchors)
     table = [

@@ -85,9 +85,8 @@ class Resources:
     @cached_property
     def parts(self) -> list[Part]:
         """Where the training conversations come from."""
-        data = self.config.data
-        path = OmegaConf.to_container(OmegaConf.create({"path": data.path}), resolve=True)["path"]
-        return open_parts(path, split=data.split, max_records=data.max_records)
+        data = OmegaConf.to_container(self.config.data, resolve=True)
+        return open_parts(data["path"], split=data["split"], max_records=data["max_records"])
 
     @cached_property
     def rows(self) -> tuple[PackedRows, PackedRows]:
