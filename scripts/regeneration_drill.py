@@ -26,7 +26,9 @@ TARGET = str(TINY / "target")
 def start_server(port: int) -> subprocess.Popen:
     """`transformers serve`, once it answers."""
     call = [str(Path(sys.executable).with_name("transformers")), "serve", TARGET, "--port", str(port)]
-    process = subprocess.Popen([*call, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # The target file is bfloat16, and so would the server compute: near ties would fall otherwise than in float32.
+    call += ["--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while True:
         try:
@@ -41,7 +43,7 @@ def start_server(port: int) -> subprocess.Popen:
 def client(folder: Path, name: str, *overrides: str) -> list[str]:
     """The command that answers the questions."""
     call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", f"data.path={folder / 'questions.jsonl'}"]
-    keep = ["regenerate.max_new_tokens=48", "regenerate.drop_cut_off=false", "regenerate.repeat_times=null"]
+    keep = ["regenerate.max_new_tokens=48", "regenerate.drop_cut_off=false", "regenerate.repeat_times=0"]
     return [*call, *keep, f"regenerate.output={folder / name}.jsonl", *overrides]
 
 

@@ -214,7 +214,7 @@ def test_a_foreign_file_is_not_overwritten(tmp_path):
 def local(tokenizer, **changes):
     target = {"name": str(TINY / "target"), "revision": None, "dtype": "float32", "attn_implementation": "sdpa"}
     how = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 24, "seed": 0, "drop_cut_off": False}
-    sampling = Sampling(**how | {"repeat_words": 12, "repeat_times": None} | changes)
+    sampling = Sampling(**how | {"repeat_words": 12, "repeat_times": 0} | changes)
     return LocalBackend(target, tokenizer, ChatEncoder(tokenizer, {}), sampling, batch_size=3, device="cpu")
 
 

@@ -47,6 +47,9 @@ CALLS = {
     "more draft layers than layers": (["model.draft.num_layers=9"], ["num_layers=9", "8 layers"]),
     "rows longer than positions": (["data.row_length=2000"], ["2008", "1024 positions"]),
     "missing data file": (["data.path=nowhere.jsonl"], ["nowhere.jsonl", "No file"]),
+    "mix with a typo": (["data.path=[{path: a.jsonl, wait: 2}]"], ["wait", "path, weight, split"]),
+    "unknown policy": (["data.bad_records=ignore"], ["'ignore'", "stop or skip"]),
+    "no process": (["data.num_proc=0"], ["num_proc=0", "1 or more"]),
     "missing target": (["model.target.name=./nowhere"], ["./nowhere", "no config.json"]),
     "nothing left to train on": (["data.max_records=50"], ["validation_records=64", "50"]),
     "no GPU": (["trainer=gpu"], ["trainer", "gpu"]),
@@ -72,15 +75,15 @@ def test_wrong_setting(case, tmp_path):
 
 
 DATA = {
-    "empty file": ((), ["no conversation"]),
+    "empty file": ((), ["holds no record"]),
     "unknown role": (
         (chat("Because.", role="wizard"),),
-        ["data.jsonl:1, turn 1", "'wizard'", "system, user, assistant"],
+        ["data.jsonl:1: turn 1", "'wizard'", "system, user, assistant"],
     ),
-    "no messages": (({"text": "?"},), ["data.jsonl:1", "`messages`", "'text'"]),
+    "no messages": (({"text": "?"},), ["data.jsonl:1", "`messages`", "the keys are text"]),
     "content of a wrong type": (
         ({"messages": [{"role": "user", "content": 3}]},),
-        ["turn 1", "must be a string", "int"],
+        ["turn 1", "must be a string", "a number"],
     ),
     "answers shorter than a block": ((chat("No."), chat("Yes.")), ["block_size=8", "longest answer"]),
 }
@@ -98,7 +101,7 @@ def test_broken_json_is_named_by_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(chat("Because.")) + "\n{broken\n", encoding="utf-8")
     done = command("+experiment=tiny", f"data.path={path}", cwd=tmp_path)
-    assert_refused(done, ["data.jsonl:2", "not a JSON object"], tmp_path)
+    assert_refused(done, ["data.jsonl:2", "not JSON"], tmp_path)
 
 
 def test_tokenizer_of_another_target(tmp_path):

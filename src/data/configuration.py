@@ -19,7 +19,8 @@ from data.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 GROUPS = ("experiment", "data", "model", "stage", "regenerate", "trainer", "logger", "callbacks")
-NULLABLE = ("model.target.name",)  # null asks for random weights
+# Null asks for random weights; for all records; for one process per core.
+NULLABLE = ("model.target.name", "data.max_records", "data.num_proc")
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
 # may be a list of sources, which are checked where they are opened.
 FREE_FORM = ("data.template_kwargs", "data.path", "model.target.architecture", "regenerate.server.extra")

@@ -19,7 +19,7 @@ class Sampling:
     seed: int
     drop_cut_off: bool
     repeat_words: int
-    repeat_times: int | None
+    repeat_times: int  # 0: never dropped for that
 
     def fault(self, text: str, complete: bool) -> str:
         """Why an answer is dropped, or KEPT."""

@@ -55,9 +55,11 @@ def check_regeneration(config: DictConfig) -> None:
     """
     check_choices(config, {"regenerate.backend": ("local", "server")})
     check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
-    least = {"temperature": 0, "max_new_tokens": 1, "repeat_words": 1, "repeat_times": 2, "local.batch_size": 1}
+    least = {"temperature": 0, "max_new_tokens": 1, "repeat_words": 1, "local.batch_size": 1}
     least |= {"server.in_flight": 1, "server.patience": 0, "server.timeout": 0}
     check_at_least(config, {f"regenerate.{key}": bound for key, bound in least.items()})
+    if config.regenerate.repeat_times < 2 and config.regenerate.repeat_times != 0:
+        raise UserError(f"regenerate.repeat_times={config.regenerate.repeat_times}: expected 0, or 2 or more.")
     if not 0 < config.regenerate.top_p <= 1:
         raise UserError(f"regenerate.top_p={config.regenerate.top_p}: expected more than 0, and at most 1.")
 
