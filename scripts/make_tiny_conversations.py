@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Its answers are short, and loop in short runs.
-SETTINGS = ("regenerate.max_new_tokens=256", "regenerate.repeat_words=6", "regenerate.local.batch_size=128")
+SETTINGS = ("regenerate.max_new_tokens=256", "regenerate.local.batch_size=128")
 
 
 def questions(file: Path, count: int) -> list[str]:

@@ -60,6 +60,8 @@ class Exchange:
 
     def answer(self, message: dict[str, str], complete: bool, tokens: int, sampling: Sampling) -> None:
         """Take the answer; sets `outcome` when there is nothing left to ask, or no point in it."""
+        if not complete:  # it was cut anywhere; servers trim what is left, so both backends do
+            message = {**message, "content": message["content"].rstrip()}
         self.messages.append({"role": "assistant", **message})
         self.tokens += tokens
         fault = sampling.fault(message["content"], complete)

@@ -25,8 +25,6 @@ class LocalBackend:
         Raises:
             UserError: the target did not load.
         """
-        if target["name"] is None:
-            raise UserError("model.target.name is not set, and random weights have nothing to say. Name a target.")
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
@@ -52,7 +50,6 @@ class LocalBackend:
             pad_token_id=encoder.pad_id,
             **how,
         )
-        self.revision = getattr(self.model.config, "_commit_hash", None)
 
     def run(self, exchanges: Iterable[Exchange], finish: Finish) -> None:
         """Answer all questions of all exchanges."""

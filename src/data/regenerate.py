@@ -104,14 +104,9 @@ def _regenerate(config: DictConfig, output: Path) -> None:
             bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
 
         if todo:
-            backend = _backend(config)
-            backend.run(_open_exchanges(parts, ids, journal), finish)
-            model = {"revision": backend.revision}
-        else:
-            model = {}
+            _backend(config).run(_open_exchanges(parts, ids, journal), finish)
     outcomes = _put_together(journal, list(ids.values()), output)
-    written = _written_with(config) | model
-    _write_json(record, {"settings": settings, "written_with": written, "outcomes": outcomes})
+    _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
     journal.remove()
     found = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
     Console().print(f"{len(ids):,} conversations: {found}\n{output}", highlight=False, soft_wrap=True)
@@ -184,10 +179,17 @@ def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
     settings["questions"] = fingerprint(parts)
     if chosen["backend"] == "server":
         return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
-    weights = sorted(Path(target["name"] or "").glob("*.safetensors")) if target["name"] else []
-    settings["target"] = {key: target[key] for key in ("name", "revision", "dtype")}
-    settings["weights"] = [_sha256(file) for file in weights]
-    return json.loads(json.dumps(settings))
+    from transformers import AutoConfig
+
+    if target["name"] is None:
+        raise UserError("model.target.name is not set, and random weights have nothing to say. Name a target.")
+    try:
+        commit = getattr(AutoConfig.from_pretrained(target["name"], revision=target["revision"]), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.target.name={target['name']!r}: the target's config did not load. {error}") from error
+    settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
+    settings["weights"] = [_sha256(file) for file in sorted(Path(target["name"]).glob("*.safetensors"))]
+    return settings
 
 
 def _written_with(config: DictConfig) -> dict[str, Any]:
@@ -211,6 +213,7 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
         if output.exists():
             raise UserError(f"{output} exists, without a record of its settings. Choose another regenerate.output.")
         return False
+    settings = json.loads(json.dumps(settings))  # as it will be read back
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(key for key in settings | before["settings"] if settings.get(key) != before["settings"].get(key))
     if changed:

@@ -20,8 +20,6 @@ LONGEST_PAUSE = 20.0  # seconds between two tries
 class ServerBackend:
     """An OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
 
-    revision = None  # servers do not tell
-
     def __init__(
         self, sampling: Sampling, template_kwargs: dict[str, Any],
         *, url: str, model: str, in_flight: int, patience: float, timeout: float, key_file: str | None,
