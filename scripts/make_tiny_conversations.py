@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-SETTINGS = ("regenerate.max_new_tokens=256", "regenerate.local.batch_size=128")
-
 
 def questions(file: Path, count: int) -> list[str]:
     """The first questions of a GSM8K file."""
@@ -40,8 +38,9 @@ def main() -> None:
     write(args.out / "prompts.jsonl", "gsm8k-test", questions(args.test, args.num_prompts))
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "questions.jsonl", "gsm8k-train", questions(args.train, args.num_questions))
-        call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", "data.path=questions.jsonl", *SETTINGS]
-        subprocess.run([*call, "regenerate.output=answers.jsonl"], cwd=folder, check=True)
+        call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", "data.path=questions.jsonl"]
+        call += ["regenerate.local.batch_size=128", "regenerate.output=answers.jsonl"]
+        subprocess.run(call, cwd=folder, check=True)
         shutil.move(Path(folder) / "answers.jsonl", args.out / "conversations.jsonl")
 
 

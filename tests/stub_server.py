@@ -15,8 +15,9 @@ def rule(messages):
 class StubServer:
     """`with StubServer() as server: server.url`; `faults` are consumed one per request before answers are given."""
 
-    def __init__(self, faults=(), delay=0.0, says=rule, finish="stop"):
+    def __init__(self, faults=(), delay=0.0, says=rule, finish="stop", poison=None):
         self.faults, self.delay, self.says, self.finish = list(faults), delay, says, finish
+        self.poison = poison  # what becomes of requests that say "poison"
         self.asked, self.bodies = Counter(), []
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
 
@@ -26,10 +27,14 @@ class StubServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def do_GET(self):
+                self._send(200, b'{"data": []}')  # /models: alive
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with stub.lock:
                     fault = stub.faults.pop(0) if stub.faults else None
+                    fault = stub.poison if stub.poison and "poison" in body["messages"][-1]["content"] else fault
                     stub.asked[body["messages"][-1]["content"]] += 1
                     stub.bodies.append(body | {"key": self.headers.get("Authorization")})
                     stub.at_once += 1
@@ -44,8 +49,9 @@ class StubServer:
                     return self._send(200, b'{"choices": [')
                 if fault is not None:
                     return self._send(fault, b'{"error": "no"}')
+                ending = stub.finish(body["messages"]) if callable(stub.finish) else stub.finish
                 message = {"role": "assistant", "content": stub.says(body["messages"])}
-                choice = {"index": 0, "message": message, "finish_reason": stub.finish}
+                choice = {"index": 0, "message": message, "finish_reason": ending}
                 self._send(200, json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}}).encode())
 
             def _send(self, status, content):

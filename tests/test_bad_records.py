@@ -37,6 +37,7 @@ BAD = {
     "a string": ("hello", "expected a JSON object, found a string"),
     "null": (None, "expected a JSON object, found null"),
     "a list": ([GOOD], "expected a JSON object, found a list"),
+    "a key that is no character": ({"\ud800": 1}, "the keys are \\ud800"),
     "no shape": ({"text": "?"}, "the keys are text"),
     "empty object": ({}, "the keys are none"),
     "question without answer": ({"question": "q"}, "`question` without `answer`"),

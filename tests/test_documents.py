@@ -75,7 +75,12 @@ def test_the_cache_is_used_and_knows_what_matters(tmp_path, tiny_tokenizer, monk
     for again in (read(path, tiny_tokenizer, num_proc=2)[0], read(moved, tiny_tokenizer)[0]):
         assert [d.input_ids.tolist() for d in again] == [d.input_ids.tolist() for d in first]
     assert len(made) == before == 1
-    for change in ({"row_length": 255}, {"overlong": "drop"}, {"template_kwargs": {"x": 1}}):
+    for change in (
+        {"row_length": 255},
+        {"overlong": "drop"},
+        {"template_kwargs": {"x": False}},
+        {"template_kwargs": {"x": "False"}},  # true, for a template
+    ):
         before = len(made)
         read(path, tiny_tokenizer, **change)
         assert len(made) > before, change
@@ -116,6 +121,25 @@ def test_what_becomes_of_long_conversations(tmp_path, tiny_tokenizer):
     assert anywhere.outcomes() == {"kept": 1, "cut": 1, "too long": 0, "no block fits": 1, "bad": 0}
     dropped, _ = read(path, tiny_tokenizer, row_length=100, overlong="drop")
     assert dropped.outcomes() == {"kept": 1, "cut": 0, "too long": 2, "no block fits": 0, "bad": 0}
+
+
+def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_tokens(
+    tmp_path, tiny_tokenizer, monkeypatch
+):
+    """Qwen3's template drops the reasoning of an answer as soon as another turn follows."""
+    template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    answers = [
+        "a b c",
+        "<think>\n" + "x " * 200 + "\n</think>\n\na b c",
+        "d e f",
+        "<think>\n" + "y " * 200 + "\n</think>\n\nd",
+    ]
+    messages = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
+    cut, encoder = read(write(tmp_path / "data.jsonl", messages), tiny_tokenizer, row_length=150)
+    lengths = [len(encoder.conversation(messages[:n]).input_ids) for n in (2, 4, 6, 8)]
+    assert lengths[0] <= 150 < lengths[1] and lengths[2] <= 150 < lengths[3]
+    assert [len(d.input_ids) for d in cut] == [lengths[2]]
 
 
 def test_nothing_left_to_train_on_is_said(tmp_path, tiny_tokenizer):

@@ -1,10 +1,13 @@
 """Regeneration: every sample once, whatever is killed; the target's own words; filters that count."""
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from conftest import TINY
@@ -12,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stub_server import StubServer, rule
 
+import data.regenerate
 from data.chat import ChatEncoder
+from data.errors import UserError
 from data.exchanges import Exchange, Sampling, repeats
 from data.journal import Journal
 from data.local import LocalBackend
@@ -45,11 +50,26 @@ def start(folder, *overrides):
 
 
 def run(folder, *overrides, status=0):
-    process = start(folder, *overrides)
-    out, err = process.communicate(timeout=180)
-    assert (process.returncode == 0) == (status == 0), out + err
-    assert "Traceback" not in err
-    return out + err
+    """The command within this process, which starts in no time; what it printed, stdout first."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    call = ["regenerate", "+experiment=tiny", "data.path=questions.jsonl", *overrides]
+    os.chdir(folder)
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", call)
+            data.regenerate.main()
+        failed = None
+    except SystemExit as exit:
+        failed = str(exit.code)
+    finally:
+        os.chdir(before)
+    said = out.getvalue() + err.getvalue() + (failed or "")
+    assert (failed is None) == (status == 0), said
+    return said
+
+
+def users(*turns):
+    return [{"role": "user", "content": turn} for turn in turns]
 
 
 def server(stub):
@@ -83,7 +103,7 @@ def test_every_turn_is_answered_in_its_place(tmp_path):
     assert found[2]["messages"] == expected(QUESTIONS[2]["messages"])
     body = stub.bodies[0]
     assert body["temperature"] == 0 and body["top_k"] == 5 and body["chat_template_kwargs"] == {"x": 1}
-    assert body["max_tokens"] == 2048 and body["model"].endswith("src/data/tiny/target") and "seed" in body
+    assert body["max_tokens"] == 256 and body["model"].endswith("src/data/tiny/target") and "seed" in body
     record = json.loads((tmp_path / "checkpoints/tiny/regenerated.settings.json").read_text())
     assert record["outcomes"] == {"kept": 4} and record["settings"]["temperature"] == 0
     assert record["settings"]["template_kwargs"] == {"x": 1} and record["settings"]["backend"] == "server"
@@ -137,12 +157,118 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
     assert "No answer from http://127.0.0.1:9/v1 for 1 seconds (ConnectError" in run(tmp_path, *call, status=1)
 
 
-@pytest.mark.parametrize(("status", "count"), [(404, 5), (401, 5), (422, 30)])
+@pytest.mark.parametrize(("status", "count"), [(404, 5), (401, 5), (422, 30), (400, 5)])
 def test_a_server_that_refuses_everything_is_not_taken_for_bad_samples(status, count, tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(count)])
     with StubServer(faults=[status] * 1000) as stub:
         said = run(tmp_path, *server(stub), status=1)
-    assert "refuses the requests" in said and f"status {status}" in said and "regenerate.server.url" in said
+        assert "refuses the requests" in said and f"status {status}" in said and "regenerate.server.url" in said
+        stub.faults.clear()  # mended
+        assert f"{count} conversations: {count} kept" in run(tmp_path, *server(stub))
+
+
+def test_an_answer_that_the_server_aborted_is_asked_again(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(5)])
+    endings = iter(["stop", "abort", None, "stop", "content_filter"] + ["stop"] * 10)
+    with StubServer(finish=lambda _: next(endings)) as stub:
+        said = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
+    assert "4 kept, 1 refused" in said and sum(stub.asked.values()) == 7
+    assert "content_filter" in read(tmp_path, "regenerated.dropped.jsonl")[0]["reason"]
+
+
+def test_a_question_that_breaks_the_server_every_time_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    from data import server as module
+
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    how = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8, "seed": 0, "drop_cut_off": True}
+    found = {}
+    with StubServer(poison="hang up") as stub:
+        backend = module.ServerBackend(
+            Sampling(**how, repeat_words=9, repeat_times=3), {}, url=stub.url, model="m", in_flight=2, patience=60,
+            timeout=10, key_file=None, extra={},
+        )  # fmt: skip
+        exchanges = [Exchange(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
+        backend.run(exchanges, lambda e: found.update({e.id: e.outcome}), answered_before=False)
+    assert found.pop("1").startswith("refused: no answer in 6 tries") and set(found.values()) == {"kept"}
+
+
+def test_ids_tell_files_of_one_name_apart(tmp_path):
+    for year in ("2024", "2025"):
+        (tmp_path / "logs" / year).mkdir(parents=True)
+        write(tmp_path / "logs" / year, [{"question": f"{year}-{i}", "answer": "a"} for i in range(3)])
+    with StubServer() as stub:
+        run(tmp_path, *server(stub), "data.path=logs")
+        assert [s["id"] for s in read(tmp_path)] == [
+            f"{year}/questions.jsonl:{i}" for year in ("2024", "2025") for i in (1, 2, 3)
+        ]
+        both = "data.path=[logs/2024/questions.jsonl,logs/2025/questions.jsonl]"
+        run(tmp_path, *server(stub), both, "name=both")
+    found = [json.loads(line) for line in (tmp_path / "checkpoints/both/regenerated.jsonl").read_text().splitlines()]
+    assert [s["id"] for s in found] == [f"{n}/questions.jsonl:{i}" for n in (0, 1) for i in (1, 2, 3)]
+    assert [s["messages"][0]["content"][:4] for s in found] == ["2024"] * 3 + ["2025"] * 3
+
+
+def test_overwriting_begins_anew_once(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(12)])
+    with StubServer() as stub:
+        run(tmp_path, *server(stub))
+        stub.faults = [None] * 5 + [404] * 100
+        call = (*server(stub), "regenerate.temperature=0.5", "overwrite=true", "regenerate.server.in_flight=1")
+        run(tmp_path, *call, status=1)
+        stub.faults.clear()
+        run(tmp_path, *call)  # the same command goes on
+        assert sum(stub.asked.values()) == 12 + 6 + 7
+        run(tmp_path, *call)  # finished: begins anew
+    assert sum(stub.asked.values()) == 12 + 13 + 12 and len(read(tmp_path)) == 12
+
+
+def test_what_is_no_character_is_refused(tmp_path):
+    write(tmp_path, [{"id": "\ud800", "question": "q", "answer": "a"}, {"\ud800": 1}, {"question": "q", "answer": "a"}])
+    with StubServer(says=lambda _: "\ud83d") as stub:
+        said = run(tmp_path, *server(stub), "data.bad_records=skip", status=1)
+    assert "1 conversations: 1 refused" in said and "No answer was kept" in said
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").open()]
+    assert reasons[0].startswith("id: half of a surrogate pair") and "the keys are \\ud800" in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("regenerate.server.url=localhost:8000", "expected http://"),
+        ("regenerate.server.key_file=nowhere.txt", "no such file"),
+        ("regenerate.server.in_flight=many", "in_flight"),
+        ("regenerate.repeat_times=1", "expected 0, or 2 or more"),
+        ("regenerate.backend=vllm", "expected local or server"),
+        ("data.max_records=all", "expected a whole number"),
+        ("data.num_proc=2.5", "expected a whole number"),
+        ("name=5", "expected str"),
+        ("model.target.dtype=float99", "float32 or bfloat16"),
+    ],
+)
+def test_wrong_settings(setting, words, tmp_path):
+    write(tmp_path, QUESTIONS)
+    said = run(tmp_path, "regenerate.backend=server", setting, status=1)
+    assert words in said and not (tmp_path / "checkpoints").exists()
+
+
+def test_no_room_for_an_answer(tmp_path):
+    write(tmp_path, QUESTIONS)
+    said = run(tmp_path, "regenerate.max_new_tokens=1024", status=1)
+    assert "regenerate.max_new_tokens=1024 leaves no room" in said and "1024 positions" in said
+
+
+def test_penalties_of_the_target_are_not_applied(tiny_tokenizer, tmp_path):
+    import shutil
+
+    shutil.copytree(TINY / "target", tmp_path / "target")
+    config = json.loads((tmp_path / "target/generation_config.json").read_text())
+    penalties = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "suppress_tokens": list(range(300, 900))}
+    (tmp_path / "target/generation_config.json").write_text(json.dumps(config | penalties))
+    questions = [users("Tom has 3 apples. How many?")]
+    plain, other = (
+        answers(local(tiny_tokenizer, name=name), questions) for name in (TINY / "target", tmp_path / "target")
+    )
+    assert plain[0].messages == other[0].messages
 
 
 def test_one_refusal_is_a_dropped_sample(tmp_path):
@@ -168,7 +294,7 @@ def test_answers_are_filtered_and_counted(tmp_path):
 def test_cut_off_answers(keep, tmp_path):
     write(tmp_path, QUESTIONS)
     with StubServer(finish="length") as stub:
-        run(tmp_path, *server(stub), f"regenerate.drop_cut_off={not keep}")
+        run(tmp_path, *server(stub), f"regenerate.drop_cut_off={not keep}", status=int(not keep))
     assert len(read(tmp_path)) == (4 if keep else 0)
     assert stub.asked["And 3+4?"] == int(keep)  # no use in asking on
 
@@ -211,8 +337,8 @@ def test_a_foreign_file_is_not_overwritten(tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "precious"
 
 
-def local(tokenizer, **changes):
-    target = {"name": str(TINY / "target"), "revision": None, "dtype": "float32", "attn_implementation": "sdpa"}
+def local(tokenizer, name=TINY / "target", **changes):
+    target = {"name": str(name), "revision": None, "dtype": "float32", "attn_implementation": "sdpa"}
     how = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 24, "seed": 0, "drop_cut_off": False}
     sampling = Sampling(**how | {"repeat_words": 12, "repeat_times": 0} | changes)
     return LocalBackend(target, tokenizer, ChatEncoder(tokenizer, {}), sampling, batch_size=3, device="cpu")
@@ -222,10 +348,6 @@ def answers(backend, questions):
     found = {}
     backend.run([Exchange(str(i), list(q)) for i, q in enumerate(questions)], lambda e: found.update({e.id: e}))
     return [found[str(i)] for i in range(len(questions))]
-
-
-def users(*turns):
-    return [{"role": "user", "content": turn} for turn in turns]
 
 
 def test_the_target_answers_in_batches_as_it_does_alone(tiny_tokenizer, tiny_target):
@@ -261,7 +383,7 @@ def test_local_from_the_command_line(tmp_path):
     found = read(tmp_path)
     assert [s["id"] for s in found] == IDS[:2] and [len(s["messages"]) for s in found] == [2, 6]
     record = json.loads((tmp_path / "checkpoints/tiny/regenerated.settings.json").read_text())
-    assert len(record["settings"]["weights"]) == 1  # the hash of the target's weights
+    assert len(record["settings"]["files"]["model.safetensors"]) == 64  # the hash of the target's weights
 
 
 @given(words=st.lists(st.sampled_from("abc"), max_size=14), run_length=st.integers(1, 4), times=st.integers(2, 4))
@@ -285,3 +407,18 @@ def test_the_journal_drops_a_line_that_was_cut_short(tmp_path):
         for sample_id in {"a", "b"} - set(found.offsets):
             found.add(sample_id, {"x": 3})
         assert [entry["id"] for entry in found.read(["b", "a"])] == ["b", "a"]
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal")
+    journal.add("a", {"x": 1})
+    real = journal._file
+
+    class Full:
+        def write(self, line):
+            return real.write(line[:5])
+
+    monkeypatch.setattr(journal, "_file", Full())
+    with pytest.raises(UserError, match="disk full"):
+        journal.add("b", {"x": 2})
+    assert list(Journal(tmp_path / "journal").offsets) == ["a"]

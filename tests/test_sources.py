@@ -1,6 +1,7 @@
 """Files, tables and mixes: every record once, with its place, whatever the chunks."""
 
 import json
+import os
 
 import pytest
 from datasets import Dataset
@@ -71,6 +72,24 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     prints = [fingerprint(open_parts(path, split="train", max_records=None)) for path in (a, b, c)]
     assert prints[0] == prints[1] != prints[2]
     assert fingerprint(open_parts(a, split="train", max_records=1)) != prints[0]
+
+
+def test_a_table_that_was_replaced_on_the_same_date_is_read_anew(tmp_path):
+    file = tmp_path / "a.parquet"
+    Dataset.from_list([{"n": 1}]).to_parquet(str(file))
+    date = file.stat()
+    assert numbers(open_parts(str(file), split="train", max_records=None)) == [1]
+    Dataset.from_list([{"n": 2}]).to_parquet(str(file))
+    os.utime(file, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert numbers(open_parts(str(file), split="train", max_records=None)) == [2]
+
+
+def test_an_empty_shard_is_no_error(tmp_path):
+    rows = Dataset.from_list([{"n": 1}])
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    rows.select([]).to_parquet(str(tmp_path / "b.parquet"))
+    (tmp_path / "c.jsonl").write_text("\n")
+    assert numbers(open_parts(str(tmp_path), split="train", max_records=None)) == [1]
 
 
 COUNTS = st.lists(st.integers(1, 500), min_size=1, max_size=5)
@@ -155,4 +174,5 @@ def test_shapes():
     assert questions({"messages": full}) == full[:2]
     assert questions({"turns": ["q", "r"]}) == [MESSAGES[0], {"role": "user", "content": "r"}]
     assert prompt({"turns": ["q", "r"]}) == prompt({"messages": MESSAGES}) == MESSAGES[:1]
+    assert conversation({"messages": [*MESSAGES, {"role": "user", "content": "thanks"}]}) == MESSAGES
     assert prompt({"messages": [*MESSAGES, *MESSAGES]}) == [*MESSAGES, MESSAGES[0]]

@@ -1,6 +1,8 @@
 """Chat template and supervision: which tokens of a conversation the assistant itself would write."""
 
+import hashlib
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -61,8 +63,9 @@ class ChatEncoder:
         """Tokens up to the point where the assistant starts to write.
 
         Raises:
-            BadRecord: the template refuses the conversation.
+            BadRecord: as for `conversation`.
         """
+        self._refuse_special_tokens(messages)
         return self.backend.encode(self._text(messages, answer=True), add_special_tokens=False).ids
 
     def conversation(self, messages: Messages) -> Document:
@@ -82,21 +85,31 @@ class ChatEncoder:
         Raises:
             BadRecord: as for `conversation`.
         """
-        for number, message in enumerate(messages, start=1):
-            text = message["content"] + message.get("reasoning_content", "")
-            found = next((token for token in self.special_tokens if token in text), None)
-            if found:  # it would be read as a real end of turn, or the like
-                raise BadRecord(f"turn {number}: the text holds the target's special token {found}")
+        self._refuse_special_tokens(messages)
         if self.marked:
             return Rendered(*self._marked(messages))
         text = self._text(messages)
         spans = [self._span(messages, turn, text) for turn, m in enumerate(messages) if m["role"] == "assistant"]
         return Rendered(text, [span for span in spans if span])
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What the tokens of a conversation depend on."""
+        dated = {"date": date.today().isoformat()} if "strftime_now" in self.template else {}
+        tokens = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        variables = {"variables": self.variables, "special": self.special_tokens}
+        return {"tokenizer": tokens, "template": self.template, **variables, **dated}
+
     def tokenise(self, rendered: list[Rendered]) -> list[Document]:
         """Documents of rendered conversations; many at a time are faster."""
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
         return [self._document(r, encoding) for r, encoding in zip(rendered, encodings, strict=True)]
+
+    def _refuse_special_tokens(self, messages: Messages) -> None:
+        for number, message in enumerate(messages, start=1):
+            text = message["content"] + message.get("reasoning_content", "")
+            found = next((token for token in self.special_tokens if token in text), None)
+            if found:  # it would be read as a real end of turn, or the like
+                raise BadRecord(f"turn {number}: the text holds the target's special token {found}")
 
     def _document(self, rendered: Rendered, encoding: Encoding) -> Document:
         straddled = [

@@ -83,8 +83,9 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
         raise UserError(
             f"Settings without a value: {', '.join(missing)}. Give them on the command line or in an experiment."
         )
-    if "/" in config.name or config.name in ("", ".", ".."):
+    if not isinstance(config.name, str) or "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name={config.name!r}: expected a plain directory name; it names checkpoints/<name>.")
+    check_choices(config, {"model.target.dtype": ("float32", "bfloat16", "float64")})
     check_choices(config, {"data.bad_records": ("stop", "skip"), "data.overlong": ("turn", "token", "drop")})
     check_at_least(config, {"data.row_length": 2, "data.validation_records": 0})
     check_at_least(config, {"data.max_records": 1, "data.num_proc": 1})
@@ -108,11 +109,16 @@ def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> No
 def check_at_least(config: DictConfig, bounds: dict[str, float]) -> None:
     """
     Raises:
-        UserError: a setting is below its bound. Null is not: whether it may be null is a matter of types.
+        UserError: a setting is below its bound, or no number; a whole one, if the bound is whole. Whether it may be
+            null is not decided here.
     """
     for key, least in bounds.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and value < least:
+        value, kind = OmegaConf.select(config, key), int if isinstance(least, int) else int | float
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"{key}={value!r}: expected a {'whole ' if kind is int else ''}number.")
+        if value < least:
             raise UserError(f"{key}={value}: expected {least} or more.")
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from data.chat import ChatEncoder, Document
 from data.errors import BadRecord
 from data.records import Messages, conversation
-from data.rejects import RAW_CHARACTERS, reject
+from data.rejects import RAW_CHARACTERS, printable, reject
 from data.sources import Chunk, Found, Part, fingerprint
 
 OUTCOMES = ("kept", "cut", "too long", "no block fits", "bad")  # what became of a record
@@ -78,9 +78,10 @@ class Documents(Sequence[Document]):
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
     def lost(self) -> tuple[int, int]:
-        """Tokens cut off, and tokens of conversations that were left out for their length."""
+        """Tokens cut off, and tokens of conversations that were left out: too long, or without room for a block."""
         tokens, outcome = (self.column(name, all_records=True) for name in ("tokens", "outcome"))
-        return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[outcome == TOO_LONG].sum())
+        left_out = np.isin(outcome, (TOO_LONG, SILENT))
+        return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[left_out].sum())
 
     def rejects(self) -> Iterator[dict[str, Any]]:
         """Every bad record: where it is, why it is bad, and how it begins."""
@@ -100,9 +101,17 @@ def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, n
     key = _fingerprint(parts, encoder, settings)
     home = Path(datasets.config.HF_DATASETS_CACHE) / "flexdraft" / key
     home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{home}.lock"):
+    lock = FileLock(f"{home}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print("waiting for another process that tokenises the same data", flush=True)
+        lock.acquire()
+    try:
         if not (home / "files.json").exists():
             _write(home, parts, encoder, settings, num_proc, key)
+    finally:
+        lock.release()
     files = json.loads((home / "files.json").read_text(encoding="utf-8"))
     return Documents(concatenate_datasets([Dataset.from_file(str(home / file)) for file in files]), parts)
 
@@ -148,7 +157,8 @@ def tokenise_chunk(
             messages = _conversation(found)
             rendered = encoder.render(messages)
         except BadRecord as error:
-            row |= {"outcome": BAD, "reason": str(error), "raw": found.raw()[:RAW_CHARACTERS]} | _content(None)
+            reason, raw = printable(str(error)), found.raw()[:RAW_CHARACTERS]
+            row |= {"outcome": BAD, "reason": reason, "raw": raw} | _content(None)
         else:
             row["digest"] = _digest(messages)
             whole.append((row, messages, rendered))
@@ -169,17 +179,11 @@ def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, set
         return None
     if settings.overlong == "token":
         return Document(document.input_ids[:limit], document.supervised[:limit])
-    # Tokenised again rather than cut: a template may render the last turn differently.
+    # Tokenised again rather than cut: a template may render the last turn differently, and so a shorter conversation
+    # may even have more tokens than a longer one.
     ends = [turn for turn, message in enumerate(messages, start=1) if message["role"] == "assistant"][:-1]
-    fitting, low, high = None, 0, len(ends)
-    while low < high:
-        middle = (low + high) // 2
-        shorter = encoder.conversation(messages[: ends[middle]])
-        if len(shorter.input_ids) <= limit:
-            fitting, low = shorter, middle + 1
-        else:
-            high = middle
-    return fitting
+    shorter = (encoder.conversation(messages[:end]) for end in reversed(ends))
+    return next((document for document in shorter if len(document.input_ids) <= limit), None)
 
 
 def _conversation(found: Found) -> Messages:
@@ -234,10 +238,7 @@ def _fingerprint(parts: list[Part], encoder: ChatEncoder, settings: Tokenising) 
     here = Path(__file__).parent
     matters = {
         "records": fingerprint(parts),
-        "tokenizer": encoder.backend.to_str(),
-        "template": encoder.template,
-        "variables": {name: str(value) for name, value in encoder.variables.items()},
-        "special": encoder.special_tokens,
+        "encoder": encoder.fingerprint(),
         "settings": asdict(settings),
         "code": [(here / f"{name}.py").read_text(encoding="utf-8") for name in CODE],
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
+
 
 class Journal:
     """A file of finished samples in the order in which they were finished, looked up by id."""
@@ -38,11 +40,18 @@ class Journal:
         """
         Raises:
             ValueError: the sample is there already.
+            UserError: the file system takes no more.
         """
         if sample_id in self:
             raise ValueError(f"sample {sample_id!r} was finished before")
         line = json.dumps({"id": sample_id, **entry}, ensure_ascii=False).encode() + b"\n"
-        self._file.write(line)
+        try:
+            written = self._file.write(line)
+        except OSError:
+            written = 0
+        if written != len(line):
+            os.truncate(self.path, self._end)
+            raise UserError(f"{self.path}: could not be written, is the disk full? What stands in it is whole.")
         self.offsets[sample_id] = (self._end, len(line))
         self._end += len(line)
 

@@ -34,13 +34,18 @@ class LocalBackend:
                 attn_implementation=target["attn_implementation"],
             )
             self.model.to(self.device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"model.target: the target did not load. {error}") from error
         self.tokenizer, self.encoder, self.sampling, self.batch_size = tokenizer, encoder, sampling, batch_size
-        self.limit = self.model.config.max_position_embeddings - sampling.max_new_tokens
+        positions = self.model.config.max_position_embeddings
+        self.limit = positions - sampling.max_new_tokens  # tokens of the longest prompt
+        if self.limit < 1:
+            raise UserError(
+                f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a question in the target's "
+                f"{positions} positions. Choose fewer."
+            )
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
-        # Not the model's own generation config: it may hold penalties that a drafter's target does not decode with.
         greedy = sampling.temperature == 0
         how = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         self.generation = GenerationConfig(
@@ -50,9 +55,11 @@ class LocalBackend:
             pad_token_id=encoder.pad_id,
             **how,
         )
+        # What is not set above, `generate` takes from the model's own: penalties, say, without which drafting decodes.
+        self.model.generation_config = GenerationConfig()
 
-    def run(self, exchanges: Iterable[Exchange], finish: Finish) -> None:
-        """Answer all questions of all exchanges."""
+    def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool = False) -> None:
+        """Answer all questions of all exchanges; what was answered before makes no difference here."""
         exchanges = iter(exchanges)
         while active := list(islice(exchanges, self.batch_size * WINDOW)):
             while active:

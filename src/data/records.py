@@ -21,6 +21,8 @@ def conversation(record: Any) -> Messages:
     messages = _messages(record)
     if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("holds no answer; let the target write one (python -m data.regenerate)")
+    while messages[-1]["role"] != "assistant":
+        messages.pop()  # nobody answered it: nothing to learn, and templates treat the last answer differently
     return messages
 
 

@@ -30,7 +30,7 @@ from data.errors import BadRecord, UserError
 from data.exchanges import KEPT, Exchange, Sampling
 from data.journal import Journal
 from data.records import Messages, questions
-from data.rejects import refuse_bad, reject
+from data.rejects import printable, refuse_bad, reject
 from data.sources import Found, Part, fingerprint, open_parts, read_all
 
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
@@ -55,11 +55,16 @@ def check_regeneration(config: DictConfig) -> None:
     """
     check_choices(config, {"regenerate.backend": ("local", "server")})
     check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
-    least = {"temperature": 0, "max_new_tokens": 1, "repeat_words": 1, "local.batch_size": 1}
-    least |= {"server.in_flight": 1, "server.patience": 0, "server.timeout": 0}
+    least = {"temperature": 0.0, "max_new_tokens": 1, "repeat_words": 1, "local.batch_size": 1}
+    least |= {"server.in_flight": 1, "server.patience": 0.0, "server.timeout": 0.0}
     check_at_least(config, {f"regenerate.{key}": bound for key, bound in least.items()})
     if config.regenerate.repeat_times < 2 and config.regenerate.repeat_times != 0:
         raise UserError(f"regenerate.repeat_times={config.regenerate.repeat_times}: expected 0, or 2 or more.")
+    server = config.regenerate.server
+    if config.regenerate.backend == "server" and not str(server.url).startswith(("http://", "https://")):
+        raise UserError(f"regenerate.server.url={server.url!r}: expected http://... or https://...")
+    if server.key_file is not None and not Path(server.key_file).is_file():
+        raise UserError(f"regenerate.server.key_file={server.key_file!r}: no such file.")
     if not 0 < config.regenerate.top_p <= 1:
         raise UserError(f"regenerate.top_p={config.regenerate.top_p}: expected more than 0, and at most 1.")
 
@@ -104,40 +109,50 @@ def _regenerate(config: DictConfig, output: Path) -> None:
             bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
 
         if todo:
-            _backend(config).run(_open_exchanges(parts, ids, journal), finish)
+            _backend(config).run(_open_exchanges(parts, ids, journal), finish, answered_before=len(journal) > 0)
     outcomes = _put_together(journal, list(ids.values()), output)
     _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
     journal.remove()
     found = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
     Console().print(f"{len(ids):,} conversations: {found}\n{output}", highlight=False, soft_wrap=True)
+    if not outcomes.get(KEPT):
+        raise UserError(f"No answer was kept; why is in {output.with_suffix('.dropped.jsonl')}.")
 
 
-def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple[str, int], str]:
-    """Where each sample stands -> its id: the record's own `id`, or else its file and line.
+def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
+    """Part and place of each sample -> its id: the record's own `id`, or else its file and line.
 
     Raises:
         UserError: records that hold no question, or an id that comes twice, and `bad_records` is "stop".
     """
-    ids: dict[tuple[str, int], str] = {}
+    ids: dict[tuple[int, int], str] = {}
     owners: dict[str, str] = {}
+    labels = Counter(part.source.label for part in parts)
     bad = []
-    for part, found in read_all(parts):
-        where = part.source.where(found.place)
+    for number, part, found in _numbered(parts):
+        where, label = part.source.where(found.place), part.source.label
+        label = label if labels[label] == 1 else f"{number}/{label}"
         try:
             _questions(found)
             own = found.record.get("id")
-            sample_id = f"{Path(part.source.name).name}:{found.place}" if own is None else str(own)
+            sample_id = f"{label}:{found.place}" if own is None else str(own)
+            if printable(sample_id) != sample_id:
+                raise BadRecord("id: half of a surrogate pair, which is no character")
             if sample_id in owners:
                 raise BadRecord(f"id {sample_id!r} was used before, at {owners[sample_id]}")
         except BadRecord as error:
             bad.append(reject(part, found, str(error)))
         else:
-            ids[part.source.name, found.place] = sample_id
+            ids[number, found.place] = sample_id
             owners[sample_id] = where
     refuse_bad(bad, len(ids) + len(bad), bad_records, rejects)
     if not ids:
         raise UserError("data.path holds no question to answer.")
     return ids
+
+
+def _numbered(parts: list[Part]) -> Iterator[tuple[int, Part, Found]]:
+    return ((number, part, found) for number, part in enumerate(parts) for _, found in read_all([part]))
 
 
 def _questions(found: Found) -> Messages:
@@ -146,10 +161,10 @@ def _questions(found: Found) -> Messages:
     return questions(found.record)
 
 
-def _open_exchanges(parts: list[Part], ids: dict[tuple[str, int], str], journal: Journal) -> Iterator[Exchange]:
+def _open_exchanges(parts: list[Part], ids: dict[tuple[int, int], str], journal: Journal) -> Iterator[Exchange]:
     """What is still to be answered, read when it is asked for."""
-    for part, found in read_all(parts):
-        sample_id = ids.get((part.source.name, found.place))
+    for number, _, found in _numbered(parts):
+        sample_id = ids.get((number, found.place))
         if sample_id is not None and sample_id not in journal:
             yield Exchange(sample_id, questions(found.record))
 
@@ -181,6 +196,8 @@ def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
         return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
     from transformers import AutoConfig
 
+    from data.chat import load_encoder
+
     if target["name"] is None:
         raise UserError("model.target.name is not set, and random weights have nothing to say. Name a target.")
     try:
@@ -188,7 +205,10 @@ def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"model.target.name={target['name']!r}: the target's config did not load. {error}") from error
     settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
-    settings["weights"] = [_sha256(file) for file in sorted(Path(target["name"]).glob("*.safetensors"))]
+    encoder, _ = load_encoder(target, settings["template_kwargs"])
+    settings["encoder"] = hashlib.sha256(json.dumps(encoder.fingerprint(), default=str).encode()).hexdigest()
+    files = [f for f in sorted(Path(target["name"]).glob("*")) if f.suffix in (".json", ".safetensors")]
+    settings["files"] = {file.name: _sha256(file) for file in files}
     return settings
 
 
@@ -206,16 +226,18 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
         UserError: it was begun with others, or is not ours.
     """
     unfinished = output.with_suffix(".unfinished.jsonl")
-    if overwrite:
-        unfinished.unlink(missing_ok=True)
-        return False
     if not record.exists():
+        if overwrite:
+            return False
         if output.exists():
             raise UserError(f"{output} exists, without a record of its settings. Choose another regenerate.output.")
         return False
     settings = json.loads(json.dumps(settings))  # as it will be read back
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(key for key in settings | before["settings"] if settings.get(key) != before["settings"].get(key))
+    if overwrite and (changed or not unfinished.exists()):
+        unfinished.unlink(missing_ok=True)  # else it is this very call that was killed, and goes on
+        return False
     if changed:
         changes = "; ".join(f"{key}: {before['settings'].get(key)} -> {settings.get(key)}" for key in changed)
         raise UserError(

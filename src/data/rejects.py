@@ -16,7 +16,12 @@ SHOWN = 5  # bad records in the message; all of them are in the file
 def reject(part: Part, found: Found, reason: str) -> dict[str, Any]:
     """One entry of the file."""
     where, raw = part.source.where(found.place), found.raw()[:RAW_CHARACTERS]
-    return {"file": part.source.name, "line": found.place, "where": where, "reason": reason, "record": raw}
+    return {"file": part.source.name, "line": found.place, "where": where, "reason": printable(reason), "record": raw}
+
+
+def printable(text: str) -> str:
+    """The text with what is no character spelt out: a reason quotes from records."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def refuse_bad(bad: Iterable[dict[str, Any]], total: int, policy: str, file: Path) -> None:

@@ -133,7 +133,7 @@ def _lengths(prepared: Prepared) -> Section:
     ]
     note = (
         f"{int(after.sum()):,} tokens to train on; lost: {cut:,} to cutting ({cut / whole:.2%}), "
-        f"{left_out:,} in conversations too long for a row ({left_out / whole:.2%})."
+        f"{left_out:,} in conversations that were left out ({left_out / whole:.2%})."
     )
     return Section("Length in tokens", ["", "least", "10%", "median", "90%", "most"], rows, [note])
 
@@ -217,14 +217,8 @@ def _print(title: str, sections: list[Section], example: list[tuple[str, bool]])
 def _markdown(title: str, sections: list[Section], example: list[tuple[str, bool]]) -> str:
     lines = [f"# {title}", "", "![lengths](lengths.png) ![anchors](anchors.png)", ""]
     for section in sections:
-        lines += [
-            f"## {section.title}",
-            "",
-            "| " + " | ".join(section.header) + " |",
-            "|---" * len(section.header) + "|",
-        ]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in section.rows]
-        lines += ["", *(f"* {note}" for note in section.notes), ""]
+        lines += [f"## {section.title}", "", _table_line(section.header), "|---" * len(section.header) + "|"]
+        lines += [*map(_table_line, section.rows), "", *(f"* {note}" for note in section.notes), ""]
     lines += ["## A conversation", "", "As the target reads it; lines with a plus are supervised.", "", "```diff"]
     lines += [("+ " if supervised else "  ") + line for text, supervised in example for line in text.split("\n")]
     return "\n".join([*lines, "```", ""])

@@ -14,7 +14,8 @@ from data.exchanges import REFUSED, Exchange, Finish, Sampling, seed_of
 from data.records import Messages
 
 FIRST_REFUSALS = 20  # so many before the first answer, and the requests themselves are at fault
-LONGEST_PAUSE = 20.0  # seconds between two tries
+FAILURES = 6  # so often may one request break the connection or the server
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between two tries
 
 
 class ServerBackend:
@@ -37,18 +38,24 @@ class ServerBackend:
         }
         self.headers = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
         self.away_since: float | None = None
-        self.answered = self.refused = 0
+        self.answered = False
+        self.held: list[Exchange] = []
 
-    def run(self, exchanges: Iterable[Exchange], finish: Finish) -> None:
+    def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool) -> None:
         """Answer all questions of all exchanges, many at a time.
+
+        Until a first answer has come, now or before, refusals are held back: they may be every request's fault.
 
         Raises:
             UserError: the server stays away, or refuses everything.
         """
+        self.answered, self.held = answered_before, []
         try:
             asyncio.run(self._all(iter(exchanges), finish))
         except* UserError as errors:
             raise errors.exceptions[0] from None
+        if self.held:
+            raise self._at_fault(str(self.held[0].outcome))
 
     async def _all(self, exchanges: Iterator[Exchange], finish: Finish) -> None:
         limits = httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
@@ -67,25 +74,44 @@ class ServerBackend:
                     exchange.answer(*await self._ask(client, exchange.ask(), seed), self.sampling)
                 except BadRecord as error:
                     exchange.outcome = f"{REFUSED}: {error}"
-            finish(exchange)
+            if self.answered:
+                for waiting in (*self.held, exchange):
+                    finish(waiting)
+                self.held = []
+            else:
+                self.held.append(exchange)
+                if len(self.held) >= FIRST_REFUSALS:
+                    raise self._at_fault(str(exchange.outcome))
 
     async def _ask(self, client: httpx.AsyncClient, messages: Messages, seed: int) -> tuple[dict[str, str], bool, int]:
-        """What `_read` finds in the reply, after as many tries as it takes while the server is away for a while."""
-        pause = 0.5
+        """What `_read` finds in the reply, after as many tries as it takes while the server is away for a while.
+
+        Raises:
+            BadRecord: the server will never answer this.
+            UserError: it answers nothing any more.
+        """
+        pause, failures = FIRST_PAUSE, 0
         while True:
             try:
                 body = {**self.request, "messages": messages, "seed": seed}
                 response = await client.post(f"{self.url}/chat/completions", json=body)
                 if response.status_code == 200:
-                    answer = _read(response.json())
-                    self.away_since, self.answered = None, self.answered + 1
+                    answer = _read(_json(response))
+                    self.away_since, self.answered = None, True
+                    if isinstance(answer, BadRecord):
+                        raise answer
                     return answer
                 problem = f"status {response.status_code}: {response.text:.300}"
-                refused = response.status_code not in (408, 425, 429) and response.status_code < 500
-            except (httpx.TransportError, ValueError, LookupError, TypeError) as error:  # away, or half a reply
-                problem, refused = f"{type(error).__name__}: {error}", False
-            if refused:
-                self._refuse(response.status_code, problem)
+                self._raise_if_final(response.status_code, problem)
+                failures += response.status_code == 500
+            except httpx.ConnectError as error:
+                problem = f"{type(error).__name__}: {error}"
+            except (httpx.TransportError, NoAnswer) as error:  # it was there, and then it was not
+                problem = f"{type(error).__name__}: {error}"
+                failures += 1
+            # A request that fails again and again at a server that is alive is at fault itself.
+            if failures >= FAILURES and await self._alive(client):
+                raise BadRecord(f"no answer in {failures} tries ({problem})")
             now = time.monotonic()
             self.away_since = self.away_since or now
             if now - self.away_since > self.patience:
@@ -96,21 +122,56 @@ class ServerBackend:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _refuse(self, status: int, problem: str) -> None:
-        """A request that the server will never answer: this one's fault, unless it is every one's."""
-        self.refused += 1
-        if status in (401, 403, 404, 405) or (not self.answered and self.refused >= FIRST_REFUSALS):
-            raise UserError(
-                f"{self.url} refuses the requests ({problem}). Check regenerate.server.url, .model, .key_file, .extra."
-            )
-        raise BadRecord(problem)
+    async def _alive(self, client: httpx.AsyncClient) -> bool:
+        try:
+            return (await client.get(f"{self.url}/models")).status_code < 500
+        except httpx.TransportError:
+            return False
+
+    def _raise_if_final(self, status: int, problem: str) -> None:
+        if status in (401, 403, 404, 405):
+            raise self._at_fault(problem)
+        if status < 500 and status not in (408, 425, 429):
+            raise BadRecord(problem)
+
+    def _at_fault(self, problem: str) -> UserError:
+        return UserError(
+            f"{self.url} refuses the requests ({problem}). Check regenerate.server.url, .model, .key_file, .extra."
+        )
 
 
-def _read(reply: dict[str, Any]) -> tuple[dict[str, str], bool, int]:
-    """Message, whether it ended by itself, and its tokens."""
-    choice = reply["choices"][0]
-    message = {"content": choice["message"].get("content") or ""}
-    # Servers that take the reasoning out of the answer give it apart; templates want it back under this name.
-    if reasoning := choice["message"].get("reasoning_content") or choice["message"].get("reasoning"):
-        message["reasoning_content"] = reasoning
-    return message, choice.get("finish_reason") != "length", (reply.get("usage") or {}).get("completion_tokens") or 0
+class NoAnswer(Exception):
+    """A reply that is none: torn, or of a server that was stopped while it wrote."""
+
+
+def _read(reply: Any) -> tuple[dict[str, str], bool, int] | BadRecord:
+    """Message, whether it ended by itself, and its tokens; or why it cannot be used, and asking again would not help.
+
+    Raises:
+        NoAnswer: to be asked again.
+    """
+    try:
+        choice = reply["choices"][0]
+        found, ending = choice["message"], choice.get("finish_reason")
+        message = {"content": found.get("content") or ""}
+        # Servers that take the reasoning out of the answer give it apart; templates want it back under this name.
+        if reasoning := found.get("reasoning_content") or found.get("reasoning"):
+            message["reasoning_content"] = reasoning
+        tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
+        "".join(message.values()).encode("utf-8")
+    except UnicodeEncodeError:
+        return BadRecord("the answer holds half of a surrogate pair, which is no character")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise NoAnswer(f"a reply without an answer ({type(error).__name__}: {error})") from error
+    if ending in ("tool_calls", "function_call", "content_filter"):
+        return BadRecord(f"the server ended the answer with {ending!r}")
+    if ending not in ("stop", "length"):  # "abort", say: it was stopped while it wrote
+        raise NoAnswer(f"the answer ended with {ending!r}")
+    return message, ending == "stop", tokens
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise NoAnswer(f"a torn reply ({error})") from error

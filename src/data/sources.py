@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, config, load_dataset
 from datasets.exceptions import DatasetsError
+from pyarrow.parquet import read_metadata
 
 from data.errors import BadRecord, UserError
 
@@ -54,6 +55,7 @@ class Source(Protocol):
     """One file, table or data set."""
 
     name: str
+    label: str  # short, and the same wherever the data lie: for the ids of samples
     count: int  # records
     fingerprint: str  # of the content
 
@@ -65,12 +67,12 @@ class Source(Protocol):
 class JsonLines:
     """A file with one JSON object a line. Blank lines are no records."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, label: str = "") -> None:
         """
         Raises:
             UserError: the file is a JSON array, or compressed.
         """
-        self.name = str(file)
+        self.name, self.label = str(file), label or file.name
         self._chunks: list[Chunk] = []
         sha256 = hashlib.sha256()
         with file.open("rb") as lines:
@@ -143,7 +145,8 @@ def _decoded(number: int, line: bytes) -> Found:
 class Table:
     """A data set of Arrow, Parquet or the Hub, memory-mapped."""
 
-    def __init__(self, name: str, dataset: Dataset, fingerprint: str) -> None:
+    def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "") -> None:
+        self.label = label or name
         self.name, self.dataset, self.fingerprint, self.count = name, dataset, fingerprint, len(dataset)
 
     def chunks(self) -> list[Chunk]:
@@ -245,9 +248,9 @@ def _open(path: str, split: str) -> list[Source]:
         files = sorted(file for file in place.rglob("*") if file.suffix in FILES and file.is_file())
         if not files:
             raise UserError(f"{path}: no {', '.join(FILES)} file in this folder.")
-        return [_open_file(file) for file in files]
+        return [_open_file(file, str(file.relative_to(place))) for file in files]
     if place.is_file():
-        return [_open_file(place)]
+        return [_open_file(place, place.name)]
     if place.suffix in (*FILES, ".json") or place.is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise UserError(
             f"No file at {path}. Give a file ({', '.join(FILES)}), a folder of them, or a Hub id (owner/name)."
@@ -255,26 +258,34 @@ def _open(path: str, split: str) -> list[Source]:
     return [_open_hub(path, split)]
 
 
-def _open_file(file: Path) -> Source:
+def _open_file(file: Path, label: str) -> Source:
     if file.suffix not in (".parquet", ".arrow"):
-        return JsonLines(file)
+        return JsonLines(file, label)
+    with file.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    # Under the content's hash: by itself the library takes a file of the same path and date for the same file.
+    cache = str(Path(config.HF_DATASETS_CACHE) / "flexdraft" / "parquet" / sha256)
     try:
-        dataset = Dataset.from_parquet(str(file)) if file.suffix == ".parquet" else Dataset.from_file(str(file))
+        if file.suffix == ".arrow":
+            dataset = Dataset.from_file(str(file))
+        elif read_metadata(file).num_rows:
+            dataset = Dataset.from_parquet(str(file), cache_dir=cache)
+        else:
+            dataset = Dataset.from_dict({})  # an empty shard, which the library does not read
     except (OSError, ValueError, DatasetsError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{file}: does not read as a {file.suffix[1:]} table ({error}).") from error
-    with file.open("rb") as content:
-        return Table(str(file), dataset, hashlib.file_digest(content, "sha256").hexdigest())
+    return Table(str(file), dataset, sha256, label)
 
 
 def _open_hub(name: str, split: str) -> Source:
     try:
         dataset = load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"{name}: no file or folder of that name here, and the Hub did not give split {split!r} of it "
             f"({type(error).__name__}: {error}). Check the name, the network and `hf auth login`."
         ) from error
-    return Table(name, dataset, f"{name}/{split}/{dataset._fingerprint}")
+    return Table(f"{name}/{split}", dataset, f"{name}/{split}/{dataset._fingerprint}")
 
 
 def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, most: int | None, setting: str) -> list[T]:

@@ -34,7 +34,7 @@ def _check_stages(config: DictConfig) -> None:
 def _check_ranges(config: DictConfig) -> None:
     """Ranges and choices of single settings."""
     draft = config.model.draft
-    choices = {"model.target.dtype": ("float32", "bfloat16", "float64"), "stage.export.dtype": ("float32", "bfloat16")}
+    choices = {"stage.export.dtype": ("float32", "bfloat16")}
     # The masks are boolean and four-dimensional, which the other implementations read differently or not at all.
     choices["model.target.attn_implementation"] = ("sdpa",)
     choices |= {f"stage.{stage}.module.objective.weights": ("dpace", "decay", "flat") for stage in TRAINED}

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from data.errors import UserError
-from data.sources import fingerprint
+from data.sources import fingerprint, open_parts
 from train import stages
 from train.checks import STAGES, TRAINED
 from train.report import plot_losses
@@ -98,11 +98,14 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
         settings["strategy"] = plain["trainer"]["strategy"]
     if stage == "evaluate":
         settings["template_kwargs"] = plain["data"]["template_kwargs"]
-        inputs.append(Path(config.data.prompts))
     inputs += _target_files(config)
     settings["inputs"] = {f"{f.parent.name}/{f.name}": file_sha256(f) for f in inputs if f.is_file()}
     if stage in TRAINED:
         settings["inputs"]["data"] = fingerprint(resources.parts)
+    if stage == "evaluate":
+        settings["inputs"]["prompts"] = fingerprint(
+            open_parts(config.data.prompts, split="test", max_records=None, setting="data.prompts")
+        )
     return settings
 
 
