@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from data.chat import ChatEncoder
 from data.errors import BadRecord, UserError
@@ -154,6 +155,38 @@ def test_transformers_marks_the_same_tokens(tiny_tokenizer):
     ours = ChatEncoder(tiny_tokenizer, {}).conversation(messages)
     assert ours.input_ids.tolist() == theirs["input_ids"]
     assert ours.supervised.tolist() == [bool(x) for x in theirs["assistant_masks"]]
+
+
+MELTING = (
+    "{% for m in messages %}{{ m['role'] + ' says th' + m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant says th{% endif %}"
+)
+
+
+def test_an_answer_that_melts_into_its_prompt_is_tokenised_apart():
+    """Decoding has tokenised the prompt before the answer exists: no token may reach from one into the other."""
+    tokenizer = load_tokenizer(TARGET)
+    tokenizer.chat_template = MELTING
+    messages = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "e 4"}] * 2
+    encoder = ChatEncoder(tokenizer, {})
+    prompt, document = encoder.prompt(messages[:1]), encoder.conversation(messages)
+    whole = tokenizer(encoder.render(messages).text, add_special_tokens=False)["input_ids"]
+    assert whole[: len(prompt)] != prompt  # "the" is one token
+    assert document.input_ids[: len(prompt)].tolist() == prompt
+    assert tokenizer.decode(document.input_ids) == encoder.render(messages).text
+    assert tokenizer.decode(document.input_ids[document.supervised]) == "e 4<|im_end|>" * 2
+
+
+def test_white_space_at_the_start_of_an_answer_is_supervised_too():
+    """Byte-level post-processors (Llama 3's, say) trim white space off the offsets that say where a token stands."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n  \nb \n c"}]
+    documents = []
+    for trims in (False, True):
+        tokenizer = load_tokenizer(TARGET)
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+        documents.append(ChatEncoder(tokenizer, {}).conversation(messages))
+    assert documents[0].supervised.tolist() == documents[1].supervised.tolist()
+    assert tokenizer.decode(documents[1].input_ids[documents[1].supervised]) == "\n  \nb \n c<|im_end|>"
 
 
 def test_reasoning_is_supervised_in_the_last_answer_only():

@@ -117,11 +117,8 @@ def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, n
 
 
 def _write(home: Path, parts: list[Part], encoder: ChatEncoder, settings: Tokenising, num_proc: int, key: str) -> None:
-    chunks = [(number, *asdict(chunk).values()) for number, part in enumerate(parts) for chunk in part.source.chunks()]
-    names = ("part", *Chunk.__dataclass_fields__)
-    index = Dataset.from_dict(
-        {name: list(values) for name, values in zip(names, zip(*chunks, strict=True), strict=True)}
-    )
+    chunks = [{"part": n} | asdict(chunk) for n, part in enumerate(parts) for chunk in part.source.chunks()]
+    index = Dataset.from_list(chunks)
     temporary = home.with_name(f"{key}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -148,10 +145,10 @@ def tokenise_chunk(
 ) -> dict[str, list[Any]]:
     """Rows of `FEATURES` for the records of one chunk."""
     (number,) = columns.pop("part")
-    part, chunk = parts[number], Chunk(*(value for (value,) in columns.values()))
+    part, chunk = parts[number], Chunk(**{name: value for name, (value,) in columns.items()})
     rows, whole = [], []
     for found in part.read(chunk):
-        row = {"part": number, "place": found.place, "reason": "", "raw": "", "digest": 0}
+        row = {"part": number, "place": found.place, "reason": "", "raw": "", "digest": 0, "tokens": 0}
         rows.append(row)
         try:
             messages = _conversation(found)
@@ -166,7 +163,7 @@ def tokenise_chunk(
     for (row, messages, _), document in zip(whole, documents, strict=True):
         kept = fit_to_row(document, messages, encoder, settings)
         row |= {"outcome": _outcome(document, kept), "tokens": len(document.input_ids)}
-        row |= _content(kept if row["outcome"] in (KEPT, CUT) else None) | {"tokens": len(document.input_ids)}
+        row |= _content(kept if row["outcome"] in (KEPT, CUT) else None)
     return {name: [row[name] for row in rows] for name in FEATURES}
 
 
@@ -203,7 +200,7 @@ def _outcome(document: Document, kept: Document | None) -> int:
 def _content(document: Document | None) -> dict[str, Any]:
     if document is None:
         empty = np.zeros(0, np.int32)
-        return {"tokens": 0, "anchors": 0, "longest": 0, "input_ids": empty, "supervised": empty.astype(bool)}
+        return {"anchors": 0, "longest": 0, "input_ids": empty, "supervised": empty.astype(bool)}
     return {
         "anchors": _anchors(document.supervised),
         "longest": longest_answer(document.supervised),

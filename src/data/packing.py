@@ -32,7 +32,7 @@ def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
     open_rows: dict[int, list[int]] = {}  # by the room left
     rooms: list[int] = []  # the keys of `open_rows`, ascending; at most `row_length` of them, whatever the data
     count = 0
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    for i in np.argsort(-lengths, kind="stable"):  # not as a list: memory should not grow with the data
         length = int(lengths[i])
         if length > row_length:
             raise ValueError(f"document {i} has {length} tokens, a row {row_length}")

@@ -72,7 +72,9 @@ def prepare(
 
 def processes(num_proc: int | None) -> int:
     """How many processes to use; null asks for one per core that this process may use."""
-    return num_proc if num_proc is not None else len(os.sched_getaffinity(0))
+    if num_proc is not None:
+        return num_proc
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
 
 
 def describe(prepared: Prepared) -> str:
