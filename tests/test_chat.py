@@ -179,14 +179,14 @@ def test_an_answer_that_melts_into_its_prompt_is_tokenised_apart():
 
 def test_white_space_at_the_start_of_an_answer_is_supervised_too():
     """Byte-level post-processors (Llama 3's, say) trim white space off the offsets that say where a token stands."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n  \nb \n c"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "  \nb \n c"}]
     documents = []
     for trims in (False, True):
         tokenizer = load_tokenizer(TARGET)
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
         documents.append(ChatEncoder(tokenizer, {}).conversation(messages))
     assert documents[0].supervised.tolist() == documents[1].supervised.tolist()
-    assert tokenizer.decode(documents[1].input_ids[documents[1].supervised]) == "\n  \nb \n c<|im_end|>"
+    assert tokenizer.decode(documents[1].input_ids[documents[1].supervised]) == "  \nb \n c<|im_end|>"
 
 
 def test_reasoning_is_supervised_in_the_last_answer_only():
