@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import TINY, random_draft, random_target
 
-from data.chat import encode_prompt
-from data.conversations import read_prompts
+from data.chat import ChatEncoder
+from data.records import prompt
+from data.sources import read_strictly
 from models.decoding import autoregressive_generate, draft_block, speculative_generate, stop_tokens
 from models.draft import DraftModel
 from models.export import load_draft
@@ -17,9 +18,10 @@ NEW_TOKENS = 20
 
 @pytest.fixture(scope="module")
 def prompts(tiny_tokenizer) -> list[list[int]]:
-    messages = read_prompts(str(TINY / "prompts.jsonl"), max_records=200)
+    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", most=200, setting="data.prompts")
     assert len(messages) == 200
-    return [encode_prompt(tiny_tokenizer, m, {}) for m in messages]
+    encoder = ChatEncoder(tiny_tokenizer, {})
+    return [encoder.prompt(m) for m in messages]
 
 
 @pytest.fixture(scope="module")
