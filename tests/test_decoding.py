@@ -45,17 +45,17 @@ def test_output_equals_the_targets_own_on_200_prompts(kind, tiny_target, prompts
     else:
         draft = {"untrained": untrained, "adversarial": adversarial}[kind](tiny_target)
     accepted = 0
-    for prompt, own in zip(prompts, own_answers, strict=True):
-        result = speculative_generate(tiny_target, draft, prompt, NEW_TOKENS)
+    for tokens, own in zip(prompts, own_answers, strict=True):
+        result = speculative_generate(tiny_target, draft, tokens, NEW_TOKENS)
         assert result.tokens == own
         accepted += sum(result.accepted)
     assert accepted > 200 or kind != "trained"  # the trained one is no empty test
 
 
 def test_own_loop_equals_transformers_generate(tiny_target, prompts, own_answers):
-    for prompt, own in zip(prompts[:10], own_answers, strict=False):
-        output = tiny_target.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
-        assert output[0, len(prompt) :].tolist() == own
+    for tokens, own in zip(prompts[:10], own_answers, strict=False):
+        output = tiny_target.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=NEW_TOKENS)
+        assert output[0, len(tokens) :].tolist() == own
 
 
 class Echo(DraftModel):
