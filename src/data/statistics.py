@@ -26,7 +26,7 @@ def percentiles(values: np.ndarray) -> list[int]:
 
 
 def reasons(documents: Documents, most: int) -> list[tuple[str, int, str]]:
-    """The commonest reasons why records are bad, how often each, and where first; numbers and names left out."""
+    """The commonest reasons why records are bad, how often each, and where first; numbers left out."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for reject in documents.rejects():

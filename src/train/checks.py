@@ -69,8 +69,8 @@ def _check_ranges(config: DictConfig) -> None:
         )
 
 
-def check_target(config: DictConfig, target_config: Any, tokenizer: Any) -> None:
-    """Check the settings against the target's config and tokenizer, before its weights are read.
+def check_target(config: DictConfig, target_config: Any, tokens: int) -> None:
+    """Check the settings against the target's config and its tokenizer's size, before its weights are read.
 
     Raises:
         UserError: draft layers, positions or vocabulary do not fit.
@@ -91,9 +91,9 @@ def check_target(config: DictConfig, target_config: Any, tokenizer: Any) -> None
     longest, limit = config.data.row_length + config.model.draft.block_size, target_config.max_position_embeddings
     if longest > limit:
         raise UserError(f"data.row_length + model.draft.block_size = {longest} exceeds the target's {limit} positions.")
-    if len(tokenizer) > target_config.vocab_size:
+    if tokens > target_config.vocab_size:
         raise UserError(
-            f"The tokenizer {config.model.target.tokenizer or config.model.target.name!r} has {len(tokenizer)} tokens, "
+            f"The tokenizer {config.model.target.tokenizer or config.model.target.name!r} has {tokens} tokens, "
             f"the target's vocabulary {target_config.vocab_size}: they do not match. Set model.target.tokenizer."
         )
 

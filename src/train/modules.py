@@ -1,6 +1,7 @@
 """The two trained stages as Lightning modules: what is trained, what the drafter knows, one loss."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning
@@ -15,7 +16,7 @@ from models.objectives import block_loss
 from models.target import bonus_tokens, target_pass
 
 
-class DraftTraining(lightning.LightningModule):
+class DraftTraining(lightning.LightningModule, ABC):
     """What both stages share: the frozen target, the loss over a global batch, optimizer, validation.
 
     Subclasses say which parameters are trained and compute hidden states, bonus tokens and labels of a batch.
@@ -43,13 +44,13 @@ class DraftTraining(lightning.LightningModule):
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
 
+    @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters of this stage by exported name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states [R, A, B, H], labels [R, A, B] and bonus tokens ([R, A] or None) of a batch."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> "DraftTraining":
         """Never in training mode: dropout in target or draft would make training differ from decoding."""

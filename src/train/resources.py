@@ -6,15 +6,15 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
-from data.chat import ChatEncoder
+from data.chat import ChatEncoder, load_encoder
 from data.errors import BadRecord, UserError
 from data.packing import PackedRows
 from data.prepare import describe, prepare
 from data.records import prompt
 from data.sources import Part, open_parts, read_strictly
-from models.target import load_config, load_target, load_tokenizer
+from models.target import load_config, load_target
 from train.checks import TRAINED, check_path, check_target
 
 
@@ -34,7 +34,7 @@ class Resources:
         Raises:
             UserError: target, tokenizer, data and settings do not fit together.
         """
-        check_target(self.config, self.target_config, self.tokenizer)
+        check_target(self.config, self.target_config, self.encoder.backend.get_vocab_size())
         if stage in TRAINED:
             self.rows  # noqa: B018  read and checked
         if "evaluate" in self.config.stages:
@@ -60,14 +60,9 @@ class Resources:
             raise UserError(f"model.target.name={self.name!r}: the target's config did not load. {error}") from error
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        name = self.target_settings["tokenizer"] or self.name
-        if name is None:
-            raise UserError("model.target.tokenizer is not set, and random weights bring none. Name a tokenizer.")
-        try:
-            return load_tokenizer(name, revision=self.revision if name == self.name else None)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.target.tokenizer={name!r}: the tokenizer did not load. {error}") from error
+    def encoder(self) -> ChatEncoder:
+        """The target's chat template and tokenizer."""
+        return load_encoder(self.target_settings, OmegaConf.to_container(self.config.data.template_kwargs))[0]
 
     @cached_property
     def target(self) -> PreTrainedModel:
@@ -94,7 +89,7 @@ class Resources:
         data = self.config.data
         prepared = prepare(
             self.parts,
-            ChatEncoder(self.tokenizer, OmegaConf.to_container(data.template_kwargs)),
+            self.encoder,
             row_length=data.row_length,
             overlong=data.overlong,
             bad_records=data.bad_records,
@@ -113,9 +108,8 @@ class Resources:
         """Token ids of the held-out prompts."""
         data, settings = self.config.data, self.config.stage.evaluate
         messages = read_strictly(data.prompts, prompt, split="test", most=settings.num_prompts, setting="data.prompts")
-        encoder = ChatEncoder(self.tokenizer, OmegaConf.to_container(data.template_kwargs))
         try:
-            encoded = [encoder.prompt(m) for m in messages]
+            encoded = [self.encoder.prompt(m) for m in messages]
         except BadRecord as error:
             raise UserError(f"data.prompts={data.prompts}: {error}.") from error
         limit = (
