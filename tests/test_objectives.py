@@ -63,12 +63,28 @@ def test_chunks_change_neither_loss_nor_gradient():
     torch.manual_seed(0)
     head, labels = torch.randn(11, 8, dtype=torch.float64), torch.randint(0, 11, (50,))
     results = []
-    for chunk in (7, 50):
+    for pieces in (1, 3, 60):
         hidden = torch.linspace(-1, 1, 400, dtype=torch.float64).view(50, 8).sin().requires_grad_()
-        losses, _ = token_losses(lambda h, b: h @ head.T, hidden, None, labels, chunk)
+        losses, _ = token_losses(lambda h, b: h @ head.T, hidden, None, labels, pieces)
         (losses * torch.arange(50)).sum().backward()
         results.append((losses.detach(), hidden.grad))
-    assert torch.allclose(results[0][0], results[1][0]) and torch.allclose(results[0][1], results[1][1])
+    for losses, gradient in results[1:]:
+        assert torch.allclose(losses, results[0][0]) and torch.allclose(gradient, results[0][1])
+
+
+def test_the_head_is_called_as_often_whatever_is_supervised():
+    """Under ZeRO 3 each call is a collective: ranks that differ in it wait for ever."""
+    head, hidden, calls = torch.randn(11, 8), torch.randn(2, 3, 6, 8), []
+
+    def logits(hidden, bonus):
+        calls[-1] += 1
+        return hidden @ head.T
+
+    for share in (0.0, 0.1, 0.9):
+        calls.append(0)
+        labels = torch.where(torch.rand(2, 3, 6) < share, torch.randint(0, 11, (2, 3, 6)), -100)
+        block_loss(logits, hidden, labels, None, **OBJECTIVE | {"chunk": 7})
+    assert calls == [5, 5, 5]  # 30 slots, 7 at a time
 
 
 def test_dpace_falls_from_slot_to_slot_and_is_detached():

@@ -13,13 +13,14 @@ LogitsFunction = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def token_losses(
-    logits_of: LogitsFunction, hidden: Tensor, bonus: Tensor | None, labels: Tensor, chunk: int
+    logits_of: LogitsFunction, hidden: Tensor, bonus: Tensor | None, labels: Tensor, pieces: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each slot, holding the logits of at most `chunk` slots at a time, in the backward pass too.
+    """Cross-entropy of each slot, holding the logits of one piece of the slots at a time, in the backward pass too.
 
     Args:
         logits_of: (hidden [n, H], bonus [n] or None) -> logits [n, V].
         hidden: [n, H]. bonus: [n] or None. labels: [n], without IGNORE.
+        pieces: how many; `logits_of` is called as often, whatever n is.
 
     Returns:
         losses [n] in nats, and whether the most likely token is the label [n].
@@ -29,14 +30,14 @@ def token_losses(
         logits = logits_of(hidden, bonus).float()
         return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(-1) == labels
 
-    if len(labels) <= chunk:
+    if pieces == 1:
         return losses(hidden, bonus, labels)
-    parts = []
-    for start in range(0, len(labels), chunk):
-        here = slice(start, start + chunk)
-        arguments = (hidden[here], None if bonus is None else bonus[here], labels[here])
-        # Without recomputation, autograd would keep every chunk's logits for the backward pass.
-        parts.append(checkpoint(losses, *arguments, use_reentrant=False))
+    bonuses = [None] * pieces if bonus is None else bonus.tensor_split(pieces)
+    # Without recomputation, autograd would keep every piece's logits for the backward pass.
+    parts = [
+        checkpoint(losses, *arguments, use_reentrant=False)
+        for arguments in zip(hidden.tensor_split(pieces), bonuses, labels.tensor_split(pieces), strict=True)
+    ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -90,7 +91,10 @@ def block_loss(
     supervised = labels != IGNORE
     if bonus is not None:
         bonus = bonus[..., None].expand_as(labels)[supervised]
-    values, hits = token_losses(logits_of, hidden[supervised], bonus, labels[supervised], chunk)
+    # By shape, not by how many slots are supervised: under ZeRO 3 every call of the head gathers it from all ranks, and
+    # a rank that calls it more often than the others waits for ever, or takes another layer's weights for it.
+    pieces = -(-labels.numel() // chunk)
+    values, hits = token_losses(logits_of, hidden[supervised], bonus, labels[supervised], pieces)
     losses = torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(supervised, values)
     correct = torch.zeros_like(supervised).masked_scatter(supervised, hits)
     if weights == "dpace":
