@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # One thread for each of the two workers and what they start: more would fight over the cores. Before torch is imported.
@@ -88,11 +89,26 @@ def tiny_tokenizer():
     return load_tokenizer(str(TINY / "target"))
 
 
-def command(*overrides: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+def command(*overrides: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """`python -m train ...` as a user would call it."""
-    return subprocess.run(
-        [sys.executable, "-m", "train", *overrides], cwd=cwd, capture_output=True, text=True, timeout=timeout
-    )
+    call = [sys.executable, "-m", "train", *overrides]
+    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
+
+
+def command_stopped_at_checkpoint(
+    *overrides: str, cwd: Path, stage: str, number: int, **environment: str
+) -> subprocess.CompletedProcess:
+    """The same, sent a signal once there is a checkpoint of a stage of the run called `short`."""
+    call = [sys.executable, "-m", "train", *overrides, "name=short"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | environment}
+    process = subprocess.Popen(call, cwd=cwd, start_new_session=True, **pipes)
+    deadline = time.monotonic() + 120
+    while not list((cwd / "checkpoints" / "short" / stage / "checkpoints").glob("step-*.ckpt")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(call, process.returncode, output, errors)
 
 
 # The tiny experiment, cut down to seconds.

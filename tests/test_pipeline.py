@@ -3,12 +3,9 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import SHORT, command
+from conftest import SHORT, command, command_stopped_at_checkpoint
 from safetensors.torch import load_file, save_file
 
 
@@ -48,19 +45,15 @@ def test_other_settings_under_the_same_name_are_refused(trained_run):
     assert "overwrite=true" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_path):
-    call = [sys.executable, "-m", "train", *SHORT, "name=short", "stages=[attention_tuning,bonus_calibration]"]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_path, number, status):
+    call = (*SHORT, "stages=[attention_tuning,bonus_calibration]")
     run_dir = tmp_path / "checkpoints" / "short"
     for stage in ("attention_tuning", "bonus_calibration"):
-        process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not list((run_dir / stage / "checkpoints").glob("*.ckpt")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        stopped = command_stopped_at_checkpoint(*call, cwd=tmp_path, stage=stage, number=number)
+        assert stopped.returncode == status and "Traceback" not in stopped.stderr
         assert not (run_dir / "records" / f"{stage}.done.json").exists()
-    done = command(*call[3:], cwd=tmp_path)
+    done = command(*call, "name=short", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     straight = load_file(trained_run / "bonus_calibration" / "draft.safetensors")
     resumed = load_file(run_dir / "bonus_calibration" / "draft.safetensors")

@@ -18,6 +18,7 @@ SETTINGS = {
     "learning_rate": 1e-2,
     "weight_decay": 0.0,
     "betas": (0.9, 0.95),
+    "eps": 1e-8,
     "warmup_share": 0.1,
     "final_lr_share": 0.0,
     "steps": 6,
@@ -121,7 +122,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, tmp_path):
     half.fit(first, data())
     half.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
-    assert set(saved["state_dict"]) == {f"draft.{name}" for name in first.trained()}  # never the target
+    assert set(saved["state_dict"]) == set(first.trained())  # never the target
 
     second = module(stage, random_target())
     trainer(tmp_path, 6).fit(second, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
@@ -138,7 +139,7 @@ def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
         whole, parts = alone.batch(step), [p.batch(step) for p in pair]
         assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
         assert torch.equal(whole.anchors, torch.cat([p.anchors for p in parts]))
-    with pytest.raises(ValueError, match="not divisible by the 3 ranks"):
+    with pytest.raises(ValueError, match="not divisible by 3 ranks"):
         TrainingBatches(packed, **common, rank=0, world_size=3)
 
 

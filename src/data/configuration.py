@@ -19,8 +19,10 @@ from data.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 GROUPS = ("experiment", "data", "model", "stage", "regenerate", "trainer", "logger", "callbacks")
-# Null asks for random weights; for all records; for one process per core.
+# Null asks for random weights; for all records; for one process per core; for the last weights; for a single pass.
 NULLABLE = ("model.target.name", "data.max_records", "data.num_proc")
+NULLABLE += ("stage.attention_tuning.best_by", "stage.bonus_calibration.best_by")
+NULLABLE += ("stage.attention_tuning.rows_per_pass", "stage.bonus_calibration.rows_per_pass")
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
 # may be a list of sources, which are checked where they are opened.
 FREE_FORM = ("data.template_kwargs", "data.path", "model.target.architecture", "regenerate.server.extra")
@@ -103,7 +105,7 @@ def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> No
     """
     for key, known in choices.items():
         if (value := OmegaConf.select(config, key)) not in known:
-            raise UserError(f"{key}={value!r}: expected {' or '.join(known)}.")
+            raise UserError(f"{key}={value!r}: expected {' or '.join('null' if k is None else k for k in known)}.")
 
 
 def check_at_least(config: DictConfig, bounds: dict[str, float]) -> None:

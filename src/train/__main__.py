@@ -7,27 +7,47 @@ import time
 import warnings
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from data.configuration import CONF, composed
 from data.errors import UserError
+from train.preemption import watch
+from train.sweep import check_jobs, run_job
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config: DictConfig) -> None:
-    """Check the settings, then run the chosen stages."""
-    from train.checks import check_config
-
+def main(config: DictConfig) -> float | None:
+    """One run; as a job of a sweep, returns the drafter's τ."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_job(config, work)
     try:
-        check_config(config)
-        # Imported late: a wrong call should not wait for torch.
-        from train.pipeline import run
-
-        run(config)
+        work(config)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")
+
+
+def work(config: DictConfig) -> None:
+    """Check the settings, then run the chosen stages.
+
+    Raises:
+        UserError: the settings, the data or the run directory do not allow it.
+    """
+    from train.checks import check_config
+
+    check_config(config)
+    if config.plan:
+        from train.plan import plan
+
+        plan(config)
+        return
+    # Imported late: a wrong call should not wait for torch.
+    from train.pipeline import run
+
+    run(config)
 
 
 def check_overrides(arguments: list[str]) -> None:
@@ -36,10 +56,15 @@ def check_overrides(arguments: list[str]) -> None:
     Raises:
         SystemExit: the overrides do not compose.
     """
-    if any(argument.startswith("-") for argument in arguments):
-        return  # --help, --multirun, --cfg ...: Hydra's own business
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    if flags - {"-m", "--multirun"}:
+        return  # --help, --cfg ...: Hydra's own business
+    overrides = [argument for argument in arguments if argument not in flags]
     try:
-        composed(arguments)
+        if flags:
+            check_jobs(overrides)
+        else:
+            composed(overrides)
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -51,14 +76,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*num_workers.*")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # on purpose: no dropout
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*")  # these are the same on every rank
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is: a function of the step
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # gloo's worker threads may abort an interpreter that exits while they still hold their last result.
     atexit.register(time.sleep, 0.5)
 
 
 if __name__ == "__main__":
+    watch()
     quiet()
     check_overrides(sys.argv[1:])
     main()

@@ -11,11 +11,30 @@ from data.packing import Row
 VALIDATION = 1  # keeps validation's draws apart from training's
 
 
+def passes_per_step(rows_per_step: int, rows_per_pass: int | None, world_size: int) -> int:
+    """How many passes a rank's share of a step takes; None: all of it in one.
+
+    Raises:
+        ValueError: ranks or passes cannot share the rows evenly.
+    """
+    if rows_per_step % world_size:
+        raise ValueError(
+            f"rows_per_step={rows_per_step} is not divisible by the {world_size} ranks; choose a multiple."
+        )
+    share = rows_per_step // world_size
+    if rows_per_pass and share % rows_per_pass:
+        raise ValueError(
+            f"rows_per_pass={rows_per_pass} does not divide the {share} rows of a rank (rows_per_step={rows_per_step} "
+            f"on {world_size}); choose a divisor."
+        )
+    return share // (rows_per_pass or share)
+
+
 class TrainingBatches:
     """One rank's share of every global batch, from the current step to the last.
 
     Rows come in a fresh shuffled order each epoch, anchors are drawn anew each time a row is seen. The global batch of
-    a step is the same whatever the number of ranks.
+    a step is the same whatever the number of ranks and of passes.
     """
 
     def __init__(
@@ -28,33 +47,35 @@ class TrainingBatches:
         block_size: int,
         seed: int,
         current_step: Callable[[], int],
+        rows_per_pass: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """
+        Args:
+            rows_per_pass: rows of a batch; a step takes as many batches as its share on this rank needs. None: one.
+
         Raises:
-            ValueError: the ranks cannot share `rows_per_step` evenly.
+            ValueError: ranks and passes cannot share `rows_per_step` evenly.
         """
-        if rows_per_step % world_size:
-            raise ValueError(
-                f"rows_per_step={rows_per_step} is not divisible by the {world_size} ranks; choose a multiple."
-            )
+        self.passes = passes_per_step(rows_per_step, rows_per_pass, world_size)
         self.rows, self.steps, self.rows_per_step = rows, steps, rows_per_step
         self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
         self.current_step, self.rank, self.world_size = current_step, rank, world_size
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps * self.passes
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.current_step(), self.steps):
-            yield self.batch(step)
+            for number in range(self.passes):
+                yield self.batch(step, number)
 
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of global batch `step`."""
-        share = self.rows_per_step // self.world_size
-        first = self.rank * share
-        places = range(first, first + share)
+    def batch(self, step: int, number: int = 0) -> Batch:
+        """This rank's rows of global batch `step` in pass `number`."""
+        size = self.rows_per_step // (self.world_size * self.passes)
+        first = (self.rank * self.passes + number) * size
+        places = range(first, first + size)
         chosen = [self.rows[self._row_at(step * self.rows_per_step + place)] for place in places]
         seeds = [(self.seed, 0, step, place) for place in places]
         return make_batch(chosen, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)

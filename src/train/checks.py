@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from data.configuration import check_at_least, check_choices, check_settings
 from data.errors import UserError
+from train.hardware import GPUS
 
 STAGES = ("attention_tuning", "bonus_calibration", "export", "evaluate")
 TRAINED = STAGES[:2]
@@ -34,23 +35,24 @@ def _check_stages(config: DictConfig) -> None:
 def _check_ranges(config: DictConfig) -> None:
     """Ranges and choices of single settings."""
     draft = config.model.draft
-    choices = {"stage.export.dtype": ("float32", "bfloat16")}
+    choices = {"stage.export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
     # The masks are boolean and four-dimensional, which the other implementations read differently or not at all.
     choices["model.target.attn_implementation"] = ("sdpa",)
     choices |= {f"stage.{stage}.module.objective.weights": ("dpace", "decay", "flat") for stage in TRAINED}
+    choices |= {f"stage.{stage}.best_by": ("val/tau_estimate", None) for stage in TRAINED}
     check_choices(config, choices)
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
-    at_least |= {"stage.evaluate.num_prompts": 1, "stage.evaluate.max_new_tokens": 1}
+    at_least |= {"stage.evaluate.num_prompts": 1, "stage.evaluate.max_new_tokens": 1, "hardware.gpus_per_node": 1}
     for stage in TRAINED:
-        keys = ("steps", "rows_per_step", "num_anchors", "validate_every", "checkpoint_every", "module.objective.chunk")
+        keys = ("steps", "rows_per_step", "rows_per_pass", "num_anchors", "validate_every", "checkpoint_every")
+        keys += ("keep_checkpoints", "module.objective.chunk")
         at_least |= {f"stage.{stage}.{key}": 1 for key in keys}
     check_at_least(config, at_least)
     for stage in TRAINED:
         settings = config.stage[stage]
-        if not settings.module.learning_rate > 0:
-            raise UserError(
-                f"stage.{stage}.module.learning_rate={settings.module.learning_rate}: expected more than 0."
-            )
+        for key in ("learning_rate", "eps"):
+            if not settings.module[key] > 0:
+                raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected more than 0.")
         objective = settings.module.objective
         shares = {"warmup_share": settings.module.warmup_share, "final_lr_share": settings.module.final_lr_share}
         for key, share in {**shares, "objective.alpha": objective.alpha}.items():
@@ -58,6 +60,8 @@ def _check_ranges(config: DictConfig) -> None:
                 raise UserError(f"stage.{stage}.module.{key}={share}: expected 0 to 1.")
         if not objective.gamma > 0:
             raise UserError(f"stage.{stage}.module.objective.gamma={objective.gamma}: expected more than 0.")
+    if not 0 < config.hardware.share_of_peak <= 1:
+        raise UserError(f"hardware.share_of_peak={config.hardware.share_of_peak}: expected more than 0, 1 at most.")
     unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]
     if unknown or not config.stage.evaluate.variants:
         variants = list(config.stage.evaluate.variants)
@@ -96,6 +100,20 @@ def check_target(config: DictConfig, target_config: Any, tokens: int) -> None:
             f"The tokenizer {config.model.target.tokenizer or config.model.target.name!r} has {tokens} tokens, "
             f"the target's vocabulary {target_config.vocab_size}: they do not match. Set model.target.tokenizer."
         )
+
+
+def check_architecture(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """The target must have the sizes that the settings expect of it, and that `plan=true` counts with.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    for key, value in expected.items():
+        if loaded.get(key) != value:
+            raise UserError(
+                f"model.target.architecture.{key}={value!r}, but the target's config has {loaded.get(key)!r}. "
+                "Correct it, or set model.target.architecture=null."
+            )
 
 
 def check_path(name: str) -> None:

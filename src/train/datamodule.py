@@ -18,13 +18,15 @@ class DraftData(lightning.LightningDataModule):
         *,
         steps: int,
         rows_per_step: int,
+        rows_per_pass: int | None = None,
         num_anchors: int,
         block_size: int,
         seed: int,
     ) -> None:
         super().__init__()
         self.training, self.validation = training, validation
-        self.steps, self.rows_per_step, self.num_anchors = steps, rows_per_step, num_anchors
+        self.steps, self.rows_per_step, self.rows_per_pass = steps, rows_per_step, rows_per_pass
+        self.num_anchors = num_anchors
         self.block_size, self.seed = block_size, seed
 
     def train_dataloader(self) -> TrainingBatches:
@@ -32,6 +34,7 @@ class DraftData(lightning.LightningDataModule):
             self.training,
             steps=self.steps,
             rows_per_step=self.rows_per_step,
+            rows_per_pass=self.rows_per_pass,
             num_anchors=self.num_anchors,
             block_size=self.block_size,
             seed=self.seed,
@@ -44,7 +47,7 @@ class DraftData(lightning.LightningDataModule):
         world = self.trainer.world_size
         return ValidationBatches(
             self.validation,
-            rows_per_batch=max(1, self.rows_per_step // world),
+            rows_per_batch=self.rows_per_pass or max(1, self.rows_per_step // world),
             num_anchors=self.num_anchors,
             block_size=self.block_size,
             rank=self.trainer.global_rank,

@@ -1,65 +1,129 @@
 """One training stage with Lightning: from where it was left to its last step."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
-from torch import nn
+from rich.console import Console
+from transformers import PretrainedConfig
 
+from models.cost import Sizes, step_flops
+from train.batches import passes_per_step
+from train.checkpoints import CheckpointFiles, Checkpoints, step_of, usable_checkpoint
 from train.datamodule import DraftData
+from train.loggers import StageWandbLogger
 from train.modules import DraftTraining
+from train.monitor import Monitor
+from train.report import read_metrics
+from train.run_state import run_id
+
+LOG_EVERY = 10  # steps
 
 
 def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
-    """The trainer preset with this stage's steps, loggers and checkpoints."""
+    """The trainer preset with this stage's steps, loggers and checkpoints.
+
+    Raises:
+        ValueError: ranks and passes cannot share the rows of a step evenly.
+    """
     settings = config.stage[stage]
-    checkpoints = ModelCheckpoint(
-        dirpath=directory / "checkpoints", filename="{step:08d}", every_n_train_steps=settings.checkpoint_every
+    validate_every = min(settings.validate_every, settings.steps)
+    checkpoints = Checkpoints(
+        directory / "checkpoints",
+        every=settings.checkpoint_every,
+        keep=settings.keep_checkpoints,
+        validate_every=validate_every,
+        best_by=settings.best_by,
     )
-    return instantiate(
+    # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
+    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    trainer: Trainer = instantiate(
         config.trainer,
         max_steps=settings.steps,
         max_epochs=-1,
         gradient_clip_val=settings.gradient_clip,
-        val_check_interval=min(settings.validate_every, settings.steps),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
         use_distributed_sampler=False,  # the loaders know their rank
         enable_model_summary=False,
+        log_every_n_steps=1,  # what is logged, and when, is the monitor's business
         default_root_dir=str(directory),
-        logger=_loggers(config, stage, directory),
+        logger=stage_loggers(config, stage, directory),
         callbacks=[*instantiate(config.callbacks).values(), checkpoints],
+        plugins=[CheckpointFiles(), *cluster],
     )
+    passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, trainer.world_size)
+    trainer.accumulate_grad_batches = passes
+    trainer.val_check_interval = validate_every * passes  # Lightning counts passes
+    return trainer
 
 
-def _loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
-    places = {"csv": {"save_dir": str(directory)}}
-    places["wandb"] = {"save_dir": str(directory), "run_name": config.name, "stage": stage}
+def stage_loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
+    """The loggers of a stage; a restart of it goes on in the same W&B run."""
+    run_dir = directory.parent
+    places: dict[str, dict[str, Any]] = {"csv": {"save_dir": str(directory)}}
+    places["wandb"] = {"save_dir": str(run_dir), "run_name": config.name, "stage": stage}
+    places["wandb"]["run_id"] = run_id(run_dir, stage)
     return [instantiate(logger, **places.get(name, {})) for name, logger in config.logger.items()]
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the greatest step, if the stage was interrupted."""
-    return max((directory / "checkpoints").glob("step=*.ckpt"), default=None)
+def wandb_loggers(config: DictConfig, stage: str, directory: Path) -> list[StageWandbLogger]:
+    """Those of a stage's loggers that are W&B's: one or none."""
+    return [logger for logger in stage_loggers(config, stage, directory) if isinstance(logger, StageWandbLogger)]
 
 
-def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path) -> dict[str, float]:
-    """Train to the last step, from the last checkpoint if there is one; returns the figures of the last validation."""
-    trainer.fit(module, data, ckpt_path=last_checkpoint(directory), weights_only=True)
+def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path, resume: bool) -> dict[str, float]:
+    """Train to the last step, from the last whole checkpoint if there is one; returns the last validation's figures.
+
+    Args:
+        resume: False begins anew whatever lies there.
+    """
+    chosen = usable_checkpoint(directory / "checkpoints", say=_say) if resume else None
+    trainer.checkpoint_callback.resumed_from = chosen
+    if chosen:
+        step = step_of(chosen)
+        _say(f"    going on from step {step}")
+        rows = {at: row for at, row in read_metrics(directory).items() if at <= step}
+        for logger in trainer.loggers:
+            if isinstance(logger, StageWandbLogger):
+                logger.replay(rows)
+    trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """Whole parameters inside the context, also where ZeRO 3 keeps only a piece on each rank. Enter on every rank."""
-    parameters = list(parameters)
-    if any(hasattr(p, "ds_id") for p in parameters):
-        import deepspeed  # seconds to import, and only ZeRO 3 needs it
+def arithmetic(config: DictConfig) -> str:
+    """The dtype that matrix products are computed in, by whatever the preset calls it."""
+    strategy = config.trainer.strategy
+    autocast = strategy.get("autocast") if isinstance(strategy, DictConfig) else None
+    known = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+    return autocast or known.get(str(config.trainer.precision), str(config.trainer.precision))
 
-        return deepspeed.zero.GatheredParameters(parameters)
-    return nullcontext()
+
+def monitor(config: DictConfig, stage: str, target_config: PretrainedConfig) -> Monitor:
+    """What logs the figures of a stage; without the share of the peak where an architecture is not counted."""
+    settings, draft = config.stage[stage], config.model.draft
+    shape = {"num_layers": draft.num_layers, "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
+    rows, length = settings.rows_per_step, config.data.row_length
+    try:
+        sizes = Sizes.from_config(target_config.to_dict(), **shape)
+    except ValueError:
+        flops = None
+    else:
+        chunk = settings.module.objective.chunk
+        parts = step_flops(
+            sizes, stage, rows=rows, row_length=length, num_anchors=settings.num_anchors, chunk=chunk,
+            rows_per_pass=settings.rows_per_pass, slot0_loss=settings.module.objective.slot0_loss,
+        )  # fmt: skip
+        flops = sum(parts.values())
+    dtype = getattr(torch, arithmetic(config), torch.float32)
+    return Monitor(every=LOG_EVERY, rows=rows, tokens=rows * length, flops=flops, dtype=dtype)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, soft_wrap=True)

@@ -31,6 +31,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         learning_rate: float,
         weight_decay: float,
         betas: tuple[float, float],
+        eps: float,
         warmup_share: float,
         final_lr_share: float,
         steps: int,
@@ -38,7 +39,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         super().__init__()
         self.target, self.draft = target, draft
         self.objective = dict(objective)
-        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, tuple(betas)
+        self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         self.warmup_share, self.final_lr_share, self.steps = warmup_share, final_lr_share, steps
         self.requires_grad_(False)
         for parameter in self.trained().values():
@@ -57,13 +58,29 @@ class DraftTraining(lightning.LightningModule, ABC):
         return super().train(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum over this pass, not a mean: what all slots of a step weigh together is known only when the last pass
+        of the last rank is through. `on_before_optimizer_step` divides by it."""
         hidden, labels, bonus = self.blocks(batch)
         loss_sum, weight_sum, _ = block_loss(self.draft.logits, hidden, labels, bonus, **self.objective)
-        total = self._sum_over_ranks(weight_sum).clamp(min=1e-6)
-        # Gradients are averaged over ranks, so the share of each rank is scaled up by their number.
-        loss = loss_sum * self.trainer.world_size / total
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        return loss
+        passes = self.trainer.accumulate_grad_batches
+        self._pass = batch_idx % passes
+        here = torch.stack([loss_sum.detach(), weight_sum])
+        self._sums = here if self._pass == 0 else self._sums + here
+        # Lightning divides by the passes of a step, and gradients are averaged over ranks: neither is wanted.
+        return loss_sum * (passes * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Gradients of the mean over the global batch; clipping by their norm comes after this."""
+        if self._pass + 1 < self.trainer.accumulate_grad_batches:
+            return  # DeepSpeed's engine is asked to step after every pass, and does so after the last
+        loss, weight = self._sum_over_ranks(self._sums)
+        weight = weight.clamp(min=1e-6)
+        self.step_loss = loss / weight
+        divide = getattr(self.trainer.strategy, "divide_gradients", None)
+        if divide:
+            divide(weight)  # ZeRO keeps the gradients in pieces of its own
+        else:
+            torch._foreach_div_([p.grad for p in self.trained().values()], weight)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(4 + self.draft.block_size - 1, dtype=torch.float64)
@@ -83,15 +100,15 @@ class DraftTraining(lightning.LightningModule, ABC):
         if not blocks:
             return
         # Teacher-forced: blocks start at uniform anchors, not where the last one failed, so decoding gives less.
-        estimate = {"val/loss": loss / weight, "val/tau_estimate": gained / blocks}
-        self.log_dict(estimate, prog_bar=True, rank_zero_only=True)
-        self.log_dict({f"val/slot_{j}": hits / blocks for j, hits in enumerate(slots, 1)}, rank_zero_only=True)
+        figures = {"val/loss": loss / weight, "val/tau_estimate": gained / blocks}
+        self.log_dict(figures, prog_bar=True, logger=False)  # on every rank: all must agree on which is the best
+        figures |= {f"val/slot_{j}": hits / blocks for j, hits in enumerate(slots, 1)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(figures, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = list(self.trained().values())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(parameters, **self.adamw)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -106,8 +123,8 @@ class DraftTraining(lightning.LightningModule, ABC):
         return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Checkpoints hold the trained parameters, never the target."""
-        return {f"draft.{name}": p.detach() for name, p in self.trained().items()}
+        """Checkpoints hold the trained parameters by exported name, never the target."""
+        return {name: p.detach() for name, p in self.trained().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load what `state_dict` gave.
@@ -115,7 +132,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         Raises:
             RuntimeError: names differ.
         """
-        trained = {f"draft.{name}": p for name, p in self.trained().items()}
+        trained = self.trained()
         if trained.keys() != state_dict.keys():
             raise RuntimeError(
                 f"Checkpoint does not fit: {sorted(trained.keys() ^ state_dict.keys())} only on one side."

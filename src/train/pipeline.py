@@ -14,6 +14,7 @@ from data.errors import UserError
 from data.sources import fingerprint, open_parts
 from train import stages
 from train.checks import STAGES, TRAINED
+from train.fit import arithmetic
 from train.report import plot_losses
 from train.resources import Resources
 from train.run_state import StageRecord, file_sha256
@@ -25,6 +26,10 @@ INPUTS = {
     "export": [],  # stage 2 if it was finished, else stage 1: see `stages.finished_weights`
     "evaluate": ["export/config.json"],
 }
+
+
+# How often something is saved, and how a step is cut into passes, leave the outcome what it is.
+WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "rows_per_pass")
 
 
 def run(config: DictConfig) -> None:
@@ -55,8 +60,9 @@ def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resou
     if rank_zero_only.rank == 0:
         if config.overwrite:
             shutil.rmtree(directory, ignore_errors=True)
-        record.begin()
-    _barrier()
+        record.begin(anew=config.overwrite)
+    if stage in TRAINED:
+        _barrier()  # the other ranks are gone by the time of export and evaluation
     seed_everything(config.seed, verbose=False)
     result = getattr(stages, stage)(config, directory, resources)
     if rank_zero_only.rank == 0:
@@ -89,13 +95,10 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
     plain: Any = OmegaConf.to_container(config, resolve=False)
     settings = {"model": plain["model"], "stage": plain["stage"][stage]}
     if stage in TRAINED:
-        settings["stage"] = {
-            k: v for k, v in settings["stage"].items() if k not in ("validate_every", "checkpoint_every")
-        }
+        settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in WITHOUT_EFFECT}
         data = {k: v for k, v in plain["data"].items() if k not in ("prompts", "num_proc", "bad_records")}
         settings |= {"data": data, "seed": plain["seed"]}
-        settings["precision"] = plain["trainer"]["precision"]
-        settings["strategy"] = plain["trainer"]["strategy"]
+        settings["arithmetic"] = arithmetic(config)  # ranks and strategy change no more than the rounding
     if stage == "evaluate":
         settings["template_kwargs"] = plain["data"]["template_kwargs"]
     inputs += _target_files(config)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,23 @@ class StageRecord:
                 )
         return self.done.exists()
 
-    def begin(self) -> None:
-        """Record the settings before the first step."""
+    def begin(self, anew: bool) -> None:
+        """Record the settings before the first step. `anew`: what was begun before counts for nothing."""
         self.begun.parent.mkdir(parents=True, exist_ok=True)
         self.done.unlink(missing_ok=True)
-        write_json(self.begun, {"settings": self.settings, "environment": environment()})
+        before = read_json(self.begun) if self.begun.exists() and not anew else {}
+        identity = {"id": before.get("id", uuid.uuid4().hex[:12])}
+        write_json(self.begun, {"settings": self.settings, "environment": environment(), **identity})
 
     def finish(self, result: dict[str, Any]) -> None:
         """Mark the stage as done."""
         write_json(self.done, {"settings": self.settings, "environment": environment(), "result": result})
+
+
+def run_id(run_dir: Path, stage: str) -> str | None:
+    """What names this run of a stage, the same after every restart; None before its first."""
+    begun = run_dir / "records" / f"{stage}.begun.json"
+    return read_json(begun)["id"] if begun.exists() else None
 
 
 def environment() -> dict[str, str]:

@@ -17,7 +17,8 @@ from models.draft import DraftModel, start_calibrator_from_head
 from models.export import export_draft, load_draft, load_draft_weights
 from train.datamodule import DraftData
 from train.evaluation import evaluate as decode_prompts
-from train.fit import build_trainer, fit, gathered
+from train.fit import build_trainer, fit, monitor, wandb_loggers
+from train.preemption import set_training
 from train.report import plot_acceptance, print_report
 from train.resources import Resources
 from train.run_state import file_sha256, read_json, write_json
@@ -27,6 +28,7 @@ WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, un
 # function of the optimizer step.
 TAKEN = ("max_steps", "max_epochs", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch", "logger")
 TAKEN += ("callbacks", "default_root_dir", "use_distributed_sampler", "accumulate_grad_batches", "limit_train_batches")
+TAKEN += ("plugins",)
 
 
 def attention_tuning(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
@@ -52,10 +54,13 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
         raise UserError(f"{source}: {error}") from error
     shutil.rmtree(directory, ignore_errors=True)  # of an export that was interrupted
     os.replace(temporary, directory)
-    return {
+    result = {
         "parameters": sum(p.numel() for p in draft.own_parameters().values()),
         "calibrated": draft.calibrator_rank > 0,
     }
+    for logger in wandb_loggers(config, "export", directory):
+        logger.log_directory(directory, result)
+    return result
 
 
 def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
@@ -85,6 +90,8 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     print_report(report, directory.parent)
     if report.dtype == "float32" and not report.lossless():
         raise UserError("Decoding changed the target's greedy output in float32; see report.json. This is a bug.")
+    for logger in wandb_loggers(config, "evaluate", directory):
+        logger.log_summary(report.as_dict())
     return {
         name: {"tau": variant.tau, "verify_steps": variant.verify_steps} for name, variant in report.variants.items()
     }
@@ -126,11 +133,8 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         raise UserError(
             f"trainer, logger or callbacks: {error.__cause__ or error} Presets: conf/trainer/, such as trainer=cpu."
         ) from error
-    rows = config.stage[stage].rows_per_step
-    if rows % trainer.world_size:
-        raise UserError(
-            f"stage.{stage}.rows_per_step={rows} is not divisible by the {trainer.world_size} ranks; choose a multiple."
-        )
+    except ValueError as error:
+        raise UserError(f"stage.{stage}.{error}") from error
     return trainer
 
 
@@ -148,6 +152,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         validation,
         steps=settings.steps,
         rows_per_step=settings.rows_per_step,
+        rows_per_pass=settings.rows_per_pass,
         num_anchors=settings.num_anchors,
         block_size=draft.block_size,
         seed=config.seed,
@@ -155,28 +160,34 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     module = instantiate(settings.module)(resources.target, draft)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    metrics = fit(trainer, module, data, directory)
-    with gathered(draft.own_parameters().values()):
-        own = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in draft.own_parameters().items()}
+    # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
+    trainer.callbacks.insert(0, monitor(config, stage, resources.target_config))
+    metrics = fit(trainer, module, data, directory, resume=not config.overwrite)
+    trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
     if trainer.is_global_zero:
+        own = load_file(source) if stage == "bonus_calibration" else {}
+        own |= {name: tensor.cpu() for name, tensor in trained.items()}
+        own |= trainer.checkpoint_callback.best_weights()
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f"{WEIGHTS}.tmp"
         save_file(own, temporary, metadata={"format": "pt"})
         os.replace(temporary, directory / WEIGHTS)
     trainer.strategy.barrier()  # the next stage reads the file on every rank
+    set_training(False)
     if any(hasattr(p, "ds_id") for p in resources.target.parameters()):
         resources.forget_target()
-    trained = sum(own[name].numel() for name in module.trained())
-    return {"trained_parameters": trained, "steps": settings.steps, **metrics}
+    best = trainer.checkpoint_callback.best
+    parameters = sum(tensor.numel() for tensor in trained.values())
+    return {"trained_parameters": parameters, "steps": settings.steps, "best": best, **metrics}
 
 
 def _new_draft(config: DictConfig, resources: Resources, *, calibrated: bool) -> DraftModel:
-    """An untrained drafter with float32 parameters."""
+    """An untrained drafter with float32 parameters, or better, whatever the target's: they are the master weights."""
     settings = config.model.draft
     return DraftModel(
         resources.target,
         num_layers=settings.num_layers,
         block_size=settings.block_size,
         calibrator_rank=settings.calibrator_rank if calibrated else 0,
-        dtype=torch.float32,
+        dtype=torch.promote_types(torch.float32, resources.target.dtype),
     )

@@ -1,27 +1,40 @@
-"""DeepSpeed ZeRO under Lightning, on GPUs and, for tests, on CPU."""
+"""DeepSpeed ZeRO under Lightning, on GPUs and, for tests, on CPU; one checkpoint file whatever the strategy."""
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state
 from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the step
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's strategy with float32 master weights, checkpoints without the target, and CPU ranks allowed."""
+    """Lightning's strategy with float32 master weights, and with checkpoints that any strategy and world size reads.
 
-    def __init__(self, stage: int, autocast: str | None = None) -> None:
+    DeepSpeed's own checkpoints are directories of pickles that only the same stage on as many ranks can load. What is
+    trained here is a small share of the model, so it is gathered and saved as on a single device.
+    """
+
+    def __init__(
+        self, stage: int, autocast: str | None = None, zero_optimization: dict[str, Any] | None = None
+    ) -> None:
         """
         Args:
             stage: 1, 2 or 3.
             autocast: dtype of the arithmetic, such as `bfloat16`; None computes in the parameters' dtype. Lightning's
                 own `bf16-mixed` would cast the trained parameters themselves to bfloat16 under DeepSpeed.
+            zero_optimization: more settings of DeepSpeed's section of that name.
         """
         # The batch size is only DeepSpeed's bookkeeping here; loaders and losses know nothing of it.
         super().__init__(stage=stage, exclude_frozen_parameters=True, logging_batch_size_per_gpu=1)
+        self.config["zero_optimization"].update(zero_optimization or {})
         if autocast:
             self.config["torch_autocast"] = {"enabled": True, "dtype": autocast}
 
@@ -38,9 +51,90 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup(self, trainer: Trainer) -> None:
         # Lightning would cast the frozen target to the trained parameters' dtype, and leave it so.
         self.precision_plugin.convert_module = lambda module: module
+        if self.zero_stage_3:
+            # Here, parameter by parameter: DeepSpeed would first move the whole target to the device.
+            self._init_config_if_needed()
+            for buffer in self.model.buffers():
+                buffer.data = buffer.data.to(self.root_device)
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
         super().setup(trainer)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning has divided the loss by the accumulation steps; DeepSpeed would do it again.
         kwargs.setdefault("scale_wrt_gas", False)
+        self.optimizers[0].loss_scale = 1.0
         super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def divide_gradients(self, divisor: Tensor) -> None:
+        """Before the optimizer's step: DeepSpeed divides the gradients, and their norm, by its loss scale."""
+        self.optimizers[0].loss_scale = divisor
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Path, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        with self._whole():
+            return {name: tensor.cpu().clone() for name, tensor in self.lightning_module.state_dict().items()}
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        with self._whole(write=True):
+            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        self.optimizers[0].refresh_fp32_params()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The state as a single device has it: by number of the parameter, whole tensors. Called on every rank."""
+        inner = self.optimizers[0].optimizer
+        hyperparameters = {key: value for key, value in inner.param_groups[0].items() if key != "params"}
+        parameters = list(self.lightning_module.trained().values())
+        step = next((state["step"] for state in inner.state.values()), None)
+        state = {} if step is None else {i: {"step": step.clone(), **_moments(p)} for i, p in enumerate(parameters)}
+        return {"state": state, "param_groups": [hyperparameters | {"params": list(range(len(parameters)))}]}
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        saved, zero = checkpoint["optimizer_states"][0], self.optimizers[0]
+        hyperparameters = {key: value for key, value in saved["param_groups"][0].items() if key != "params"}
+        flats = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
+        for group in zero.optimizer.param_groups:
+            group.update(hyperparameters)
+        for flat in flats:
+            moments = {name: torch.zeros_like(flat) for name in MOMENTS}
+            zero.optimizer.state[flat] = {"step": saved["state"][0]["step"].clone(), **moments}
+        for i, parameter in enumerate(self.lightning_module.trained().values()):
+            for name in MOMENTS:
+                self._set_moment(parameter, name, saved["state"][i][name])
+
+    def _whole(self, *, write: bool = False) -> AbstractContextManager:
+        """Whole trained parameters inside, also where ZeRO 3 keeps a piece on each rank. Enter on every rank.
+
+        `write` puts what the first rank has done to them back into the pieces.
+        """
+        if not self.zero_stage_3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(
+            list(self.lightning_module.trained().values()), modifier_rank=0 if write else None
+        )
+
+    def _set_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Copy this rank's piece of a parameter's moment to where DeepSpeed keeps it."""
+        zero = self.optimizers[0]
+        value = value.flatten().to(self.root_device)
+        if self.zero_stage_3:
+            size = parameter.partition_numel()  # padded to a multiple of the ranks
+            padded = nn.functional.pad(value, (0, size * self.world_size - value.numel()))
+            deepspeed.utils.safe_set_local_optimizer_state(
+                parameter, padded.narrow(0, size * self.global_rank, size), name
+            )
+            return
+        zero._lazy_init_hp_params_optimizer_state()  # otherwise only done after the first step
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
+
+
+def _moments(parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {name: safe_get_full_optimizer_state(parameter, name).cpu().clone() for name in MOMENTS}

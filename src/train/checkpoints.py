@@ -1,0 +1,165 @@
+"""Checkpoints that survive: written whole or not at all, checked before use, the last few and the best kept."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.preemption import agreed_signal, set_training, stop
+from train.random_state import random_state, set_random_state
+from train.run_state import file_sha256
+
+DIGEST = 16  # hex digits of a checkpoint's SHA-256 in its name
+
+
+class CheckpointFiles(CheckpointIO):
+    """One file per checkpoint, `step-00000050-<sha256>.ckpt`: its name says what it must hold."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
+        """Write under a temporary name, sync, rename. `path` is the name without the digest."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(checkpoint, temporary)
+        _publish(temporary, path.with_stem(f"{path.stem}-{file_sha256(temporary)[:DIGEST]}"))
+
+    def load_checkpoint(self, path: Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors and plain values alone, on the host: a file from elsewhere cannot run code."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a file of this directory is about."""
+    return int(path.stem.split("-")[1])
+
+
+def usable_checkpoint(directory: Path, say=print) -> Path | None:
+    """The newest checkpoint that is whole; None if there is none. Every rank finds the same.
+
+    Args:
+        say: told of each damaged one, by name.
+    """
+    for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
+        if file_sha256(path).startswith(path.stem.rpartition("-")[2]):
+            return path
+        say(f"{path}: damaged, its content is not what its name says. Going on from the one before.")
+    return None
+
+
+class Checkpoints(Checkpoint):
+    """Saves the state at boundaries of a step, where nothing of it is pending, and stops there when asked to.
+
+    At a step that validates, the boundary comes after the validation: saved before it, a resumed run would leave that
+    validation out, and might choose other weights in the end.
+    """
+
+    def __init__(self, directory: Path, *, every: int, keep: int, validate_every: int, best_by: str | None) -> None:
+        """
+        Args:
+            every: steps between checkpoints.
+            keep: how many of the last ones stay.
+            validate_every: steps between validations.
+            best_by: figure of the validation that says which weights are best; the greatest wins, the first of equals.
+        """
+        self.directory, self.every, self.keep = directory, every, keep
+        self.validate_every, self.best_by = validate_every, best_by
+        self.resumed_from: Path | None = None
+        self.best: dict[str, float] = {}  # step and value
+        self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of the best weights that it knows
+        self._random: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_of": self.best_of, "random": random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_of, self._random = state_dict["best"], state_dict["best_of"], state_dict["random"]
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """
+        Raises:
+            RuntimeError: the ranks do not see the same files.
+        """
+        chosen = [self.resumed_from and self.resumed_from.name]
+        if trainer.world_size > 1:
+            chosen = [None] * trainer.world_size
+            dist.all_gather_object(chosen, self.resumed_from and self.resumed_from.name)
+        if len(set(chosen)) > 1:
+            raise RuntimeError(f"{self.directory}: the ranks found different checkpoints there: {chosen}. Try again.")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._random is not None:
+            set_random_state(self._random)
+        set_training(True)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        in_step = (batch_idx + 1) % trainer.accumulate_grad_batches
+        if not in_step and not self._validates(trainer):
+            self._boundary(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.best_by)  # the same on every rank
+        if value is not None and (not self.best or float(value) > self.best["value"]):
+            self.best = {"step": trainer.global_step, "value": float(value)}
+            self._save_weights(trainer)
+        self._boundary(trainer)
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """The trained parameters of the best validation, by exported name; nothing if there was none."""
+        return load_file(self._weights(self.best["step"])) if self.best else {}
+
+    def _validates(self, trainer: lightning.Trainer) -> bool:
+        return any(trainer.num_val_batches) and trainer.global_step % self.validate_every == 0
+
+    def _boundary(self, trainer: lightning.Trainer) -> None:
+        step, signal = trainer.global_step, agreed_signal(trainer.strategy)
+        if step % self.every == 0 or signal:
+            self.best_of[step] = self.best.get("step", 0)
+            self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
+            trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt", weights_only=False)
+            if trainer.is_global_zero:
+                self._forget_old()
+        if signal:
+            trainer.strategy.barrier()  # no rank leaves before the file is there
+            stop(signal)
+
+    def _save_weights(self, trainer: lightning.Trainer) -> None:
+        state = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            path = self._weights(trainer.global_step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.cpu() for name, tensor in state.items()}, path.with_suffix(".tmp"))
+            _publish(path.with_suffix(".tmp"), path)
+
+    def _weights(self, step: float) -> Path:
+        return self.directory / f"best-{int(step):08d}.safetensors"
+
+    def _forget_old(self) -> None:
+        """Remove what no kept checkpoint needs; an interrupted run may have left more than the last one."""
+        for path in self.directory.glob("step-*.ckpt"):
+            if step_of(path) not in self.best_of:
+                path.unlink()
+        for path in self.directory.glob("best-*.safetensors"):
+            if step_of(path) < min(self.best_of.values()):
+                path.unlink()
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name once its content is on the disk."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the name, too
+    os.close(directory)

@@ -1,0 +1,67 @@
+"""Signals that ask a run to stop: by SLURM before the time limit (SIGUSR1), by anyone (SIGTERM).
+
+While a stage trains, the signal is noted, and the run stops at the next boundary of a step, with a checkpoint. At any
+other time everything on disk is whole anyway, and the run stops at once.
+"""
+
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+# Exit status by signal. 75 is the system's "try again" (EX_TEMPFAIL): scripts/slurm/train.sbatch requeues the job.
+STATUS = {signal.SIGUSR1: 75, signal.SIGTERM: 128 + signal.SIGTERM}
+
+_watching = False
+_training = False
+_received = 0
+
+
+def watch() -> None:
+    """Take over the signals, in a process that is ours. In a job of submitit they are submitit's."""
+    global _watching
+    _watching = True
+    for number in STATUS:
+        signal.signal(number, _handle)
+
+
+def set_training(training: bool) -> None:
+    """Whether a boundary of a step will come."""
+    global _training
+    _training = training
+    if _watching:
+        watch()  # Lightning has installed its own handlers meanwhile
+    if _received and not training:
+        stop(_received)
+
+
+def agreed_signal(strategy: Any) -> int:
+    """The signal that any rank has received, 0 if none: the same answer on every rank. Called on every rank.
+
+    Args:
+        strategy: Lightning's, which knows the ranks and the device.
+    """
+    if strategy.world_size == 1:
+        return _received
+    import torch  # late: whoever watches should not wait for it
+
+    received = torch.tensor(_received, device=strategy.root_device)
+    torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+    return int(received)
+
+
+def stop(number: int) -> None:
+    """
+    Raises:
+        SystemExit: with the signal's exit status.
+    """
+    name = signal.Signals(number).name
+    print(f"stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
+    sys.exit(STATUS[signal.Signals(number)])
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = number
+    if not _training:
+        stop(number)

@@ -1,0 +1,185 @@
+"""Sweeps: `python -m train -m ...` runs one job for each choice of settings and ends with a table of all of them."""
+
+import atexit
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from itertools import product
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from data.configuration import check_settings, composed
+from data.errors import UserError
+from train.run_state import read_json, write_json
+
+SUMMARY = "summary.json"  # in the directory of each job: what was asked of it and how it ended
+TRAINED = ("attention_tuning", "bonus_calibration")
+DECODED = ("attention_tuned", "calibrated")
+
+
+def jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job; none, if they can only be known while the sweep runs (`interval(...)`).
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(str(error).strip()) from error
+    choices = []
+    for given, override in zip(overrides, parsed, strict=True):
+        if not override.is_sweep_override():
+            choices.append([given])
+        elif override.is_discrete_sweep():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            return []
+    return [list(job) for job in product(*choices)]
+
+
+def check_jobs(overrides: list[str]) -> None:
+    """Check all jobs of a sweep before the first of them is started.
+
+    Raises:
+        UserError: one does not compose, or two would write into the same run directory.
+    """
+    taken: dict[str, list[str]] = {}
+    for job in jobs(overrides):
+        config = composed(job)
+        check_settings(config, job)
+        if other := taken.get(config.run_dir):
+            swept = [new.split("=")[0].lstrip("+") for old, new in zip(other, job, strict=True) if old != new]
+            name = "_".join(f"${{{key}}}" for key in swept)
+            hint = f"Let the name depend on what is swept: 'name={name}'." if swept else "They are the same job."
+            raise UserError(f"Two jobs of this sweep would share the run directory {config.run_dir}. {hint}")
+        taken[config.run_dir] = job
+
+
+def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
+    """One job of a sweep: its failure goes on record in its directory and leaves the other jobs alone.
+
+    Returns:
+        τ of the finished drafter by decoding; NaN if the job failed or did not decode. For sweepers that search.
+    """
+    hydra = HydraConfig.get()
+    file = Path(hydra.runtime.output_dir) / SUMMARY
+    summary = {"overrides": list(hydra.overrides.task), "run_dir": config.run_dir, "results": {}}
+    _record(file, {**summary, "state": "stopped", "reason": "did not come to its end"})
+    try:
+        _check_ranks(config)
+        work(config)
+    except Exception as error:
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        _record(file, {**summary, "state": "failed", "reason": lines[0]})
+        return nan
+    records = {stage: Path(config.run_dir, "records", f"{stage}.done.json") for stage in config.stages}
+    summary["results"] = {stage: read_json(done)["result"] for stage, done in records.items() if done.exists()}
+    _record(file, {**summary, "state": "done", "reason": ""})
+    decoded = summary["results"].get("evaluate", {})
+    return next((decoded[name]["tau"] for name in reversed(DECODED) if name in decoded), nan)
+
+
+def _check_ranks(config: DictConfig) -> None:
+    """
+    Raises:
+        UserError: Lightning would start further ranks by repeating this command, and with it the whole sweep.
+    """
+    started = {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if config.trainer.get("devices") not in (1, "1") and not started:
+        raise UserError(
+            f"trainer.devices={config.trainer.get('devices')}: a sweep in one process trains on one device. "
+            "Use trainer.devices=1, hydra/launcher=submitit_slurm, or one command for each job."
+        )
+
+
+def _record(file: Path, summary: dict[str, Any]) -> None:
+    if _first_rank():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, summary)
+
+
+def _first_rank() -> bool:
+    # From the environment: at the end of the process, Lightning can no longer be imported.
+    return all(os.environ.get(variable, "0") == "0" for variable in ("SLURM_PROCID", "RANK"))
+
+
+class SweepTable(Callback):
+    """Shows the table in the process that started the jobs (conf/config.yaml, `hydra.callbacks`)."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        # Not in `on_multirun_end`, which Hydra leaves out when a job was killed: then the table is needed most.
+        atexit.register(_show, Path(config.hydra.sweep.dir).absolute())
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        jobs = summaries(Path(config.hydra.sweep.dir)).values()
+        if _first_rank() and any(job["state"] != "done" for job in jobs):  # the others may be here before it is done
+            sys.exit(1)
+
+
+def summaries(sweep_dir: Path) -> dict[str, dict[str, Any]]:
+    """Job number -> its summary, for all jobs that were started."""
+    files = sorted(sweep_dir.glob(f"*/{SUMMARY}"), key=lambda file: (len(file.parent.name), file.parent.name))
+    return {file.parent.name: read_json(file) for file in files}
+
+
+def _show(sweep_dir: Path) -> None:
+    if not _first_rank():
+        return
+    text = table(summaries(sweep_dir))
+    print(f"\n{text}", flush=True)
+    if sweep_dir.is_dir():
+        (sweep_dir / "table.md").write_text(text, encoding="utf-8")
+        print(f"table: {sweep_dir / 'table.md'}", flush=True)
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """All jobs as a Markdown table, with columns aligned for the terminal; below it why some did not finish."""
+    swept = _swept([job["overrides"] for job in summaries.values()])
+    header = ["job", *_short(swept), "state", *(f"τ {name} (verify steps)" for name in DECODED)]
+    header += ["tuning: val loss, τ", "calibration: val loss, τ", "run directory"]
+    rows = [header]
+    for number, job in summaries.items():
+        values = dict(override.split("=", 1) for override in job["overrides"] if "=" in override)
+        row = [number, *(values.get(key, "") for key in swept), job["state"]]
+        rows.append([*row, *_figures(job["results"]), job["run_dir"]])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    reasons = [f"job {number} {job['state']}: {job['reason']}" for number, job in summaries.items() if job["reason"]]
+    return "\n".join([*lines, *(["", *reasons] if reasons else [])]) + "\n"
+
+
+def _figures(results: dict[str, Any]) -> list[str]:
+    decoded = results.get("evaluate", {})
+    cells = [
+        f"{decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']:,})" if name in decoded else "" for name in DECODED
+    ]
+    for stage in TRAINED:
+        values = [results.get(stage, {}).get(f"val/{figure}") for figure in ("loss", "tau_estimate")]
+        cells.append(", ".join(f"{value:.3f}" for value in values if value is not None))
+    return cells
+
+
+def _swept(overrides: list[list[str]]) -> list[str]:
+    """Keys whose values differ from job to job."""
+    common = set(overrides[0]).intersection(*overrides[1:]) if overrides else set()
+    return list(dict.fromkeys(o.split("=", 1)[0] for job in overrides for o in job if o not in common))
+
+
+def _short(keys: list[str]) -> list[str]:
+    """The last part of each key where that tells them apart."""
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]

@@ -1,0 +1,151 @@
+"""Checkpoints: whole or not there, noticed when damaged, and enough to go on as if nothing had happened."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_training import data, module, trainer
+
+from train import checkpoints, preemption
+from train.checkpoints import CheckpointFiles, Checkpoints, step_of, usable_checkpoint
+from train.modules import AttentionTuning
+from train.monitor import Monitor
+from train.random_state import random_state, set_random_state
+
+STEPS = 8
+
+
+def save(directory, step: int) -> None:
+    CheckpointFiles().save_checkpoint({"step": step, "weights": torch.randn(50)}, directory / f"step-{step:08d}.ckpt")
+
+
+@settings(max_examples=40, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path_factory, place, bit, cut):
+    directory = tmp_path_factory.mktemp("damaged")
+    for step in (10, 20):
+        save(directory, step)
+    newest = usable_checkpoint(directory)
+    assert step_of(newest) == 20
+    content = bytearray(newest.read_bytes())
+    at = int(place * len(content))
+    content[at] ^= 1 << bit
+    newest.write_bytes(content[:at] if cut else content)
+    said = []
+    assert step_of(usable_checkpoint(directory, said.append)) == 10
+    assert len(said) == 1 and newest.name in said[0] and "damaged" in said[0]
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+
+    def half(value, path):
+        path.write_bytes(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints.torch, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 20)
+    assert step_of(usable_checkpoint(tmp_path)) == 10 and len(list(tmp_path.glob("step-*"))) == 1
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    torch.save({"weights": random.Random(0)}, tmp_path / "step-00000010.ckpt")
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        CheckpointFiles().load_checkpoint(tmp_path / "step-00000010.ckpt")
+
+
+class History(Monitor):
+    """The losses by step and the validations, instead of logging them."""
+
+    def __init__(self) -> None:
+        super().__init__(every=1, rows=4, tokens=1, flops=None, dtype=torch.float32)
+        self.losses, self.validations, self.drawn = {}, [], {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.losses[trainer.global_step] = float(pl_module.step_loss)
+        self.drawn[trainer.global_step] = (random.random(), np.random.random(), float(torch.rand(())))
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations.append(trainer.global_step)
+
+
+def run(directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, **kwargs):
+    """Train the small target's drafter; stop as a signal would at a step, if one is given."""
+    for generator in (random.seed, np.random.seed, torch.manual_seed):
+        generator(1)
+    history = History()
+    keeper = Checkpoints(directory, every=3, keep=2, validate_every=2, best_by="val/tau_estimate")
+    fitted = trainer(
+        directory, STEPS, val_check_interval=2 * passes, check_val_every_n_epoch=None, enable_checkpointing=True,
+        callbacks=[history, keeper], plugins=[CheckpointFiles()], **kwargs,
+    )  # fmt: skip
+    fitted.accumulate_grad_batches = passes
+    training, rows = module(AttentionTuning, random_target()), data(STEPS)
+    rows.rows_per_pass = 4 // passes
+    chosen = usable_checkpoint(directory)
+    if stop_at:
+        asked = lambda strategy: 10 if fitted.global_step >= stop_at else 0  # noqa: E731  SIGUSR1
+        monkeypatch.setattr(checkpoints, "agreed_signal", asked)
+    try:
+        fitted.fit(training, rows, ckpt_path=chosen, weights_only=True)
+    finally:
+        monkeypatch.undo() if monkeypatch else None
+        preemption.set_training(False)
+    return training, keeper, history
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, passes):
+    straight, kept, history = run(tmp_path / "straight", passes=passes)
+    assert list(history.losses) == list(range(1, STEPS + 1)) and history.validations == [2, 4, 6, 8]
+    for step in range(1, STEPS):
+        directory = tmp_path / f"stopped{step}"
+        with pytest.raises(SystemExit) as stopped:
+            run(directory, stop_at=step, monkeypatch=monkeypatch, passes=passes)
+        assert stopped.value.code == 75
+        training, keeper, after = run(directory, passes=passes)
+        assert after.losses == {s: loss for s, loss in history.losses.items() if s > step}
+        assert after.validations == [s for s in history.validations if s > step]
+        assert after.drawn == {s: drawn for s, drawn in history.drawn.items() if s > step}  # generators go on, too
+        assert keeper.best == kept.best
+        assert all(t.equal(keeper.best_weights()[n]) for n, t in kept.best_weights().items())
+        assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+    training, keeper, _ = run(tmp_path)
+    assert [step_of(f) for f in sorted(tmp_path.glob("step-*"))] == [3, 6]
+    best = keeper.best["step"]
+    assert best in [step_of(f) for f in tmp_path.glob("best-*")]
+    known = [step for step in keeper.best_of.values() if step]
+    assert all(step_of(f) >= min(known, default=0) for f in tmp_path.glob("best-*"))
+    if best == STEPS:
+        assert all(p.equal(keeper.best_weights()[n]) for n, p in training.trained().items())
+
+
+def test_passes_of_a_step_weigh_their_tokens_not_their_number(tmp_path):
+    whole, _, one = run(tmp_path / "one")
+    parts, _, four = run(tmp_path / "four", passes=4)
+    for step, loss in one.losses.items():
+        assert four.losses[step] == pytest.approx(loss, rel=1e-4)
+    moved = max(
+        (p - module(AttentionTuning, random_target()).trained()[n]).abs().max() for n, p in whole.trained().items()
+    )
+    apart = max((p - parts.trained()[n]).abs().max() for n, p in whole.trained().items())
+    assert apart < 2e-3 * moved
+
+
+def test_generators_go_on_where_they_were():
+    state = random_state()
+    first = (random.random(), np.random.random(), torch.rand(3).tolist())
+    set_random_state(state)
+    assert first == (random.random(), np.random.random(), torch.rand(3).tolist())
+    set_random_state({"ranks": state["ranks"] * 2})  # of two ranks: nothing to put back on one
+    assert first != (random.random(), np.random.random(), torch.rand(3).tolist())

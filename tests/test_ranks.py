@@ -1,0 +1,87 @@
+"""Two ranks under every strategy give what one gives; what one saved, the other goes on from."""
+
+import signal
+
+import pytest
+import torch
+from conftest import SHORT, command, command_stopped_at_checkpoint
+from safetensors.torch import load_file
+
+from train.checkpoints import CheckpointFiles
+from train.report import read_metrics
+
+STAGES = ("attention_tuning", "bonus_calibration")
+# With its usual eps, AdamW makes a full step of a gradient that is nothing but rounding, and hides a factor that all
+# gradients share. With this one it does neither.
+CALL = (*SHORT, "trainer.precision=32-true", f"stages=[{','.join(STAGES)}]")
+CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("steps=12", "num_anchors=8"))
+CALL += tuple(f"stage.{stage}.module.{setting}" for stage in STAGES for setting in ("eps=1e-3", "learning_rate=1e-3"))
+CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("rows_per_step=4", "checkpoint_every=6"))
+PAIR = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy.autocast=null")
+# Otherwise DeepSpeed keeps tensors of this size whole after their first use.
+SHARDED = "+trainer.strategy.zero_optimization={stage3_param_persistence_threshold:0,stage3_max_live_parameters:0}"
+PASSES = tuple(f"stage.{stage}.rows_per_pass=1" for stage in STAGES)
+PIECES = tuple(f"stage.{stage}.module.objective.chunk=37" for stage in STAGES)  # a gathering of the head for each
+NO_COMPILER = {"PATH": "/nowhere"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("alone"))
+
+
+def run(cwd, *overrides: str, **environment: str):
+    done = command(*CALL, *overrides, "name=short", cwd=cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    return cwd / "checkpoints" / "short"
+
+
+def difference(run_dir, other_dir) -> float:
+    """Greatest difference of a trained weight."""
+    pairs = [[load_file(d / stage / "draft.safetensors") for d in (run_dir, other_dir)] for stage in STAGES]
+    return max(float((mine[name] - other[name]).abs().max()) for mine, other in pairs for name in mine)
+
+
+def test_ddp_equals_one_rank(alone, tmp_path):
+    assert difference(alone, run(tmp_path, "trainer.devices=2")) < 1e-6
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_zero_equals_one_rank(alone, tmp_path, zero):
+    """Each with what could go wrong in it alone: passes (divided twice), sharded tensors and pieces of the loss."""
+    extra = {1: (), 2: PASSES, 3: (SHARDED, *PIECES)}[zero]
+    assert difference(alone, run(tmp_path, f"trainer=zero{zero}", *PAIR, *extra, **NO_COMPILER)) < 1e-6
+
+
+def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):
+    """One rank, then two under ZeRO 2, then one again; with the data and the losses of one all along."""
+    stop = {"cwd": tmp_path, "number": signal.SIGUSR1}
+    assert command_stopped_at_checkpoint(*CALL, stage="attention_tuning", **stop).returncode == 75
+    directory = tmp_path / "checkpoints" / "short" / "attention_tuning" / "checkpoints"
+    one = CheckpointFiles().load_checkpoint(max(directory.glob("step-*")))
+    zero2 = ("trainer=zero2", *PAIR)
+    assert command_stopped_at_checkpoint(*CALL, *zero2, stage="bonus_calibration", **stop).returncode == 75
+    directory = directory.parents[1] / "bonus_calibration" / "checkpoints"
+    two = CheckpointFiles().load_checkpoint(max(directory.glob("step-*")))
+    run_dir = run(tmp_path)
+    for stage in STAGES:
+        losses = [{step: row["train/loss"] for step, row in read_metrics(d / stage).items() if "train/loss" in row}
+                  for d in (alone, run_dir)]  # fmt: skip
+        assert losses[0].keys() == losses[1].keys()
+        assert all(abs(loss - losses[1][step]) < 1e-5 for step, loss in losses[0].items())
+    assert difference(alone, run_dir) < 1e-6
+    # Both hold the trained parameters and their moments in float32, and nothing of the target.
+    for saved in (one, two):
+        trained = sum(t.numel() for t in saved["state_dict"].values())
+        tensors = [*saved["state_dict"].values()]
+        tensors += [t for s in saved["optimizer_states"][0]["state"].values() for t in s.values() if t.dim()]
+        assert sum(t.numel() for t in tensors) == 3 * trained and all(t.dtype == torch.float32 for t in tensors)
+
+
+def test_zero_keeps_float32_master_weights_under_bfloat16_arithmetic(tmp_path):
+    settings = ("trainer=zero2", *PAIR[:2], "stage.attention_tuning.steps=3", "stages=[attention_tuning]")
+    done = command(*CALL, *settings, "name=short", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(tmp_path / "checkpoints" / "short" / "attention_tuning" / "draft.safetensors")
+    assert all(t.dtype == torch.float32 for t in weights.values())
+    assert any((t != t.bfloat16().float()).any() for t in weights.values())
