@@ -105,7 +105,7 @@ def run(directory, *, stop_at: int | None = None, monkeypatch=None, passes: int 
 def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, passes):
     straight, kept, history = run(tmp_path / "straight", passes=passes)
     assert list(history.losses) == list(range(1, STEPS + 1)) and history.validations == [2, 4, 6, 8]
-    for step in range(1, STEPS):
+    for step in range(1, STEPS + 1):
         directory = tmp_path / f"stopped{step}"
         with pytest.raises(SystemExit) as stopped:
             run(directory, stop_at=step, monkeypatch=monkeypatch, passes=passes)
@@ -114,7 +114,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         assert after.losses == {s: loss for s, loss in history.losses.items() if s > step}
         assert after.validations == [s for s in history.validations if s > step]
         assert after.drawn == {s: drawn for s, drawn in history.drawn.items() if s > step}  # generators go on, too
-        assert keeper.best == kept.best
+        assert keeper.best == kept.best and keeper.figures == kept.figures
         assert all(t.equal(keeper.best_weights()[n]) for n, t in kept.best_weights().items())
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
@@ -128,6 +128,20 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert all(step_of(f) >= min(known, default=0) for f in tmp_path.glob("best-*"))
     if best == STEPS:
         assert all(p.equal(keeper.best_weights()[n]) for n, p in training.trained().items())
+
+
+def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
+    straight, kept, _ = run(tmp_path / "straight")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "stopped", stop_at=7, monkeypatch=monkeypatch)
+    newest = usable_checkpoint(tmp_path / "stopped")
+    for path in (tmp_path / "stopped").glob("best-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    said = []
+    assert usable_checkpoint(tmp_path / "stopped", said.append) != newest and "best-" in said[0]
+    training, keeper, _ = run(tmp_path / "stopped")
+    assert keeper.best == kept.best
+    assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
 def test_passes_of_a_step_weigh_their_tokens_not_their_number(tmp_path):

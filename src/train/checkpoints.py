@@ -1,6 +1,7 @@
 """Checkpoints that survive: written whole or not at all, checked before use, the last few and the best kept."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.errors import UserError
 from train.preemption import agreed_signal, set_training, stop
 from train.random_state import random_state, set_random_state
 from train.run_state import file_sha256
@@ -23,12 +25,8 @@ class CheckpointFiles(CheckpointIO):
     """One file per checkpoint, `step-00000050-<sha256>.ckpt`: its name says what it must hold."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
-        """Write under a temporary name, sync, rename. `path` is the name without the digest."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(checkpoint, temporary)
-        _publish(temporary, path.with_stem(f"{path.stem}-{file_sha256(temporary)[:DIGEST]}"))
+        """`path` is the name without the digest."""
+        _publish(Path(path), lambda temporary: torch.save(checkpoint, temporary))
 
     def load_checkpoint(self, path: Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Tensors and plain values alone, on the host: a file from elsewhere cannot run code."""
@@ -43,16 +41,23 @@ def step_of(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
-def usable_checkpoint(directory: Path, say=print) -> Path | None:
-    """The newest checkpoint that is whole; None if there is none. Every rank finds the same.
+def usable_checkpoint(directory: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint that is whole, and whose best weights are; None if there is none.
+
+    Every rank finds the same. From an older one, training makes again what was damaged.
 
     Args:
-        say: told of each damaged one, by name.
+        say: told of each damaged file, by name.
     """
     for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
-        if file_sha256(path).startswith(path.stem.rpartition("-")[2]):
+        if not _whole(path):
+            say(f"{path}: damaged, its content is not what its name says. Going on from the one before.")
+            continue
+        callbacks = torch.load(path, mmap=True, map_location="cpu", weights_only=True).get("callbacks", {})
+        best = callbacks.get("Checkpoints", {}).get("best", {})
+        if not best or _whole(directory / best["file"]):
             return path
-        say(f"{path}: damaged, its content is not what its name says. Going on from the one before.")
+        say(f"{directory / best['file']}: damaged or gone. Going on from a checkpoint before it.")
     return None
 
 
@@ -74,27 +79,30 @@ class Checkpoints(Checkpoint):
         self.directory, self.every, self.keep = directory, every, keep
         self.validate_every, self.best_by = validate_every, best_by
         self.resumed_from: Path | None = None
-        self.best: dict[str, float] = {}  # step and value
+        self.best: dict[str, Any] = {}  # step, value and file of the best weights
+        self.figures: dict[str, float] = {}  # of the last validation
         self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of the best weights that it knows
         self._random: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_of": self.best_of, "random": random_state()}
+        known = {"best": self.best, "figures": self.figures, "best_of": self.best_of}
+        return known | {"random": random_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_of, self._random = state_dict["best"], state_dict["best_of"], state_dict["random"]
+        self.best, self.figures, self.best_of = (state_dict[key] for key in ("best", "figures", "best_of"))
+        self._random = state_dict["random"]
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """
         Raises:
-            RuntimeError: the ranks do not see the same files.
+            UserError: the ranks do not see the same files.
         """
         chosen = [self.resumed_from and self.resumed_from.name]
         if trainer.world_size > 1:
             chosen = [None] * trainer.world_size
             dist.all_gather_object(chosen, self.resumed_from and self.resumed_from.name)
         if len(set(chosen)) > 1:
-            raise RuntimeError(f"{self.directory}: the ranks found different checkpoints there: {chosen}. Try again.")
+            raise UserError(f"{self.directory}: the ranks found different checkpoints there: {chosen}. Try again.")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._random is not None:
@@ -109,15 +117,16 @@ class Checkpoints(Checkpoint):
             self._boundary(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.best_by)  # the same on every rank
-        if value is not None and (not self.best or float(value) > self.best["value"]):
-            self.best = {"step": trainer.global_step, "value": float(value)}
-            self._save_weights(trainer)
+        metrics = trainer.callback_metrics  # the same on every rank
+        self.figures = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
+        value = self.figures.get(self.best_by)
+        if value is not None and (not self.best or value > self.best["value"]):
+            self.best = {"step": trainer.global_step, "value": value, "file": self._save_weights(trainer)}
         self._boundary(trainer)
 
     def best_weights(self) -> dict[str, Tensor]:
         """The trained parameters of the best validation, by exported name; nothing if there was none."""
-        return load_file(self._weights(self.best["step"])) if self.best else {}
+        return load_file(self.directory / self.best["file"]) if self.best else {}
 
     def _validates(self, trainer: lightning.Trainer) -> bool:
         return any(trainer.num_val_batches) and trainer.global_step % self.validate_every == 0
@@ -134,16 +143,14 @@ class Checkpoints(Checkpoint):
             trainer.strategy.barrier()  # no rank leaves before the file is there
             stop(signal)
 
-    def _save_weights(self, trainer: lightning.Trainer) -> None:
-        state = trainer.strategy.lightning_module_state_dict()
-        if trainer.is_global_zero:
-            path = self._weights(trainer.global_step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.cpu() for name, tensor in state.items()}, path.with_suffix(".tmp"))
-            _publish(path.with_suffix(".tmp"), path)
-
-    def _weights(self, step: float) -> Path:
-        return self.directory / f"best-{int(step):08d}.safetensors"
+    def _save_weights(self, trainer: lightning.Trainer) -> str | None:
+        """The trained parameters as they are; returns the file's name, on the first rank."""
+        state = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
+        if not trainer.is_global_zero:
+            return None
+        weights = {name: tensor.cpu() for name, tensor in state.items()}
+        name = self.directory / f"best-{trainer.global_step:08d}.safetensors"
+        return _publish(name, lambda temporary: save_file(weights, temporary)).name
 
     def _forget_old(self) -> None:
         """Remove what no kept checkpoint needs; an interrupted run may have left more than the last one."""
@@ -155,11 +162,21 @@ class Checkpoints(Checkpoint):
                 path.unlink()
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name once its content is on the disk."""
+def _publish(path: Path, write: Callable[[Path], None]) -> Path:
+    """Write under a temporary name, sync, rename to `path` with the digest of the content; returns that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    published = path.with_stem(f"{path.stem}-{file_sha256(temporary)[:DIGEST]}")
+    os.replace(temporary, published)
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)  # the name, too
     os.close(directory)
+    return published
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file that `_publish` wrote is still what it was."""
+    return path.exists() and file_sha256(path).startswith(path.stem.rpartition("-")[2])

@@ -93,7 +93,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
             if isinstance(logger, StageWandbLogger):
                 logger.replay(rows)
     trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
-    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    return trainer.checkpoint_callback.figures
 
 
 def arithmetic(config: DictConfig) -> str:
@@ -104,7 +104,7 @@ def arithmetic(config: DictConfig) -> str:
     return autocast or known.get(str(config.trainer.precision), str(config.trainer.precision))
 
 
-def monitor(config: DictConfig, stage: str, target_config: PretrainedConfig) -> Monitor:
+def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig) -> Monitor:
     """What logs the figures of a stage; without the share of the peak where an architecture is not counted."""
     settings, draft = config.stage[stage], config.model.draft
     shape = {"num_layers": draft.num_layers, "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}

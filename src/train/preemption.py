@@ -55,8 +55,11 @@ def stop(number: int) -> None:
     Raises:
         SystemExit: with the signal's exit status.
     """
-    name = signal.Signals(number).name
-    print(f"stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    if rank_zero_only.rank == 0:
+        name = signal.Signals(number).name
+        print(f"stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
     sys.exit(STATUS[signal.Signals(number)])
 
 

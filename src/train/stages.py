@@ -17,7 +17,7 @@ from models.draft import DraftModel, start_calibrator_from_head
 from models.export import export_draft, load_draft, load_draft_weights
 from train.datamodule import DraftData
 from train.evaluation import evaluate as decode_prompts
-from train.fit import build_trainer, fit, monitor, wandb_loggers
+from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
 from train.preemption import set_training
 from train.report import plot_acceptance, print_report
 from train.resources import Resources
@@ -161,7 +161,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
-    trainer.callbacks.insert(0, monitor(config, stage, resources.target_config))
+    trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config))
     metrics = fit(trainer, module, data, directory, resume=not config.overwrite)
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
     if trainer.is_global_zero:
