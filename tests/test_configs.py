@@ -52,7 +52,7 @@ def test_the_real_experiment_runs_on_a_stand_in(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "lossless: 2/2 prompts identical" in done.stdout
-    assert list((tmp_path / "checkpoints/qwen3_8b/attention_tuning/wandb").glob("offline-run-*"))
+    assert list((tmp_path / "checkpoints/qwen3_8b/wandb").glob("offline-run-*"))
 
 
 def test_imports_point_one_way():

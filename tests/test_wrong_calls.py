@@ -41,6 +41,11 @@ CALLS = {
         ["+trainer.accumulate_grad_batches=2"],
         ["accumulate_grad_batches", "leave it out"],
     ),
+    "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "leave it out"]),
+    "passes that do not go round": (["stage.attention_tuning.rows_per_pass=3"], ["rows_per_pass=3", "4 rows"]),
+    "no checkpoint kept": (["stage.attention_tuning.keep_checkpoints=0"], ["keep_checkpoints=0", "1 or more"]),
+    "unknown figure": (["stage.attention_tuning.best_by=val/tau"], ["'val/tau'", "val/tau_estimate or null"]),
+    "no eps": (["stage.bonus_calibration.module.eps=0"], ["eps=0", "more than 0"]),
     "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),
     "block of one": (["model.draft.block_size=1"], ["block_size=1", "2 or more"]),
     "block longer than any answer": (["model.draft.block_size=300"], ["block_size=300", "longest answer"]),
@@ -55,6 +60,9 @@ CALLS = {
     "no GPU": (["trainer=gpu"], ["trainer", "gpu"]),
     "unknown trainer setting": (["+trainer.devicez=2"], ["devicez"]),
     "name with a slash": (["name=a/b"], ["a/b", "plain directory name"]),
+    "unknown kind of GPU": (["hardware.gpu=h101"], ["'h101'", "h100-80gb"]),
+    "more than the peak": (["hardware.share_of_peak=1.5"], ["share_of_peak=1.5", "1 at most"]),
+    "plan without a training stage": (["plan=true", "stages=[export]"], ["plan=true", "attention_tuning"]),
     "no room to answer": (["stage.evaluate.max_new_tokens=1016"], ["max_new_tokens=1016", "1024"]),
 }
 

@@ -20,9 +20,9 @@ from train.sweep import check_jobs, run_job
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> float | None:
     """One run; as a job of a sweep, returns the drafter's τ."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_job(config, work)
     try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_job(config, work)
         work(config)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -7,27 +7,9 @@ import numpy as np
 from data.anchors import make_batch
 from data.batch import IGNORE, Batch
 from data.packing import Row
+from train.preset import passes_per_step
 
 VALIDATION = 1  # keeps validation's draws apart from training's
-
-
-def passes_per_step(rows_per_step: int, rows_per_pass: int | None, world_size: int) -> int:
-    """How many passes a rank's share of a step takes; None: all of it in one.
-
-    Raises:
-        ValueError: ranks or passes cannot share the rows evenly.
-    """
-    if rows_per_step % world_size:
-        raise ValueError(
-            f"rows_per_step={rows_per_step} is not divisible by the {world_size} ranks; choose a multiple."
-        )
-    share = rows_per_step // world_size
-    if rows_per_pass and share % rows_per_pass:
-        raise ValueError(
-            f"rows_per_pass={rows_per_pass} does not divide the {share} rows of a rank (rows_per_step={rows_per_step} "
-            f"on {world_size}); choose a divisor."
-        )
-    return share // (rows_per_pass or share)
 
 
 class TrainingBatches:

@@ -13,12 +13,12 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from models.cost import Sizes, step_flops
-from train.batches import passes_per_step
 from train.checkpoints import CheckpointFiles, Checkpoints, step_of, usable_checkpoint
 from train.datamodule import DraftData
 from train.loggers import StageWandbLogger
 from train.modules import DraftTraining
 from train.monitor import Monitor
+from train.preset import arithmetic, passes_per_step
 from train.report import read_metrics
 from train.run_state import run_id
 
@@ -94,14 +94,6 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
                 logger.replay(rows)
     trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     return trainer.checkpoint_callback.figures
-
-
-def arithmetic(config: DictConfig) -> str:
-    """The dtype that matrix products are computed in, by whatever the preset calls it."""
-    strategy = config.trainer.strategy
-    autocast = strategy.get("autocast") if isinstance(strategy, DictConfig) else None
-    known = {"32-true": "float32", "bf16-mixed": "bfloat16"}
-    return autocast or known.get(str(config.trainer.precision), str(config.trainer.precision))
 
 
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig) -> Monitor:

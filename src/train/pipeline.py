@@ -14,7 +14,7 @@ from data.errors import UserError
 from data.sources import fingerprint, open_parts
 from train import stages
 from train.checks import STAGES, TRAINED
-from train.fit import arithmetic
+from train.preset import arithmetic
 from train.report import plot_losses
 from train.resources import Resources
 from train.run_state import StageRecord, file_sha256

@@ -15,7 +15,7 @@ from data.prepare import describe, prepare
 from data.records import prompt
 from data.sources import Part, open_parts, read_strictly
 from models.target import load_config, load_target
-from train.checks import TRAINED, check_path, check_target
+from train.checks import TRAINED, check_architecture, check_path, check_target
 
 
 class Resources:
@@ -46,18 +46,17 @@ class Resources:
 
     @cached_property
     def target_config(self) -> PretrainedConfig:
-        if (self.name is None) == (self.architecture is None):
-            raise UserError(
-                f"model.target.name={self.name!r}, model.target.architecture={self.architecture!r}: "
-                "give a name, or an architecture for random weights, and not both."
-            )
+        if self.name is None and self.architecture is None:
+            raise UserError("model.target: give a name, or an architecture for random weights.")
         if self.name is None:
             return load_config(None, architecture=self.architecture)
         check_path(self.name)
         try:
-            return load_config(self.name, revision=self.revision)
+            config = load_config(self.name, revision=self.revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model.target.name={self.name!r}: the target's config did not load. {error}") from error
+        check_architecture(self.architecture or {}, config.to_dict())
+        return config
 
     @cached_property
     def encoder(self) -> ChatEncoder:
@@ -70,7 +69,7 @@ class Resources:
             return load_target(
                 self.name,
                 revision=self.revision,
-                architecture=self.architecture,
+                architecture=None if self.name else self.architecture,
                 dtype=self.target_settings["dtype"],
                 attn_implementation=self.target_settings["attn_implementation"],
             )

@@ -1,0 +1,179 @@
+"""What a training stage takes on the machine that the settings name: memory, arithmetic, time."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from omegaconf import DictConfig, OmegaConf
+
+from data.errors import UserError
+from models.cost import Sizes, step_flops
+from models.memory import Setup, peak, step_memory
+from train.checks import check_path
+from train.hardware import GIB, GPUS, peak_flops
+from train.preset import arithmetic, passes_per_step
+
+# Assumed, not measured. What CUDA, its libraries and communication take of a GPU; and what Python and the libraries
+# take of the host's memory.
+CONTEXT, LIBRARIES = 1 * GIB, 1 * GIB
+USABLE = 0.95  # of the memory: the rest is lost between the allocator's blocks
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes."""
+
+    gpu: str | None  # name in `train.hardware.GPUS`; None: this machine's CPU
+    ranks: int
+    per_node: int
+    memory: float  # bytes for one rank
+    flops: float  # FLOP/s of one rank at best
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranks} x {self.gpu or 'CPU'}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one training stage takes."""
+
+    stage: str
+    steps: int
+    setup: Setup
+    flops: dict[str, float]  # of a step on one rank, by part
+    seconds: float  # of a step
+    phase: str  # the fullest one
+    parts: dict[str, float]  # bytes of one rank in that phase
+    limit: float  # bytes that one rank may use
+
+    @property
+    def bytes(self) -> float:
+        """Of one rank at its peak."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.limit
+
+
+def target_sizes(config: DictConfig) -> Sizes:
+    """The sizes of target and drafter, without the network.
+
+    Raises:
+        UserError: they are not known here, or not of a kind that is counted; or the drafter has too many layers.
+    """
+    target, draft = config.model.target, config.model.draft
+    shape = {"num_layers": draft.num_layers, "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
+    try:
+        sizes = Sizes.from_config(_architecture(target), **shape)
+    except ValueError as error:
+        raise UserError(f"model.target: the plan cannot count this target: {error}") from error
+    if sizes.draft_layers > sizes.layers:
+        raise UserError(f"model.draft.num_layers={sizes.draft_layers}, but the target has {sizes.layers} layers.")
+    return sizes
+
+
+def _architecture(target: DictConfig) -> dict[str, Any]:
+    if target.architecture is not None:
+        architecture: Any = OmegaConf.to_container(target.architecture, resolve=True)
+        return architecture
+    if target.name is None:
+        raise UserError("model.target: give a name, or an architecture for random weights.")
+    check_path(target.name)
+    file = Path(target.name, "config.json")
+    if not file.exists():
+        cached = try_to_load_from_cache(target.name, "config.json", revision=target.revision)
+        if not isinstance(cached, str):
+            raise UserError(
+                f"model.target.name={target.name}: its config.json would have to be downloaded, and the plan downloads "
+                "nothing. Give the sizes in model.target.architecture, as conf/model/qwen3_8b.yaml does."
+            )
+        file = Path(cached)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def machine_of(config: DictConfig) -> Machine:
+    """The named GPUs of `hardware`, as many as the trainer takes; or this machine's CPU.
+
+    Raises:
+        UserError: `hardware.gpu` is not in the table.
+    """
+    trainer, hardware = config.trainer, config.hardware
+    devices = trainer.get("devices", 1)
+    if trainer.accelerator == "cpu":
+        count = devices if isinstance(devices, int) and devices > 0 else 1
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+        return Machine(None, count * trainer.num_nodes, count, memory, _cpu_flops(config))
+    gpu = GPUS[hardware.gpu]
+    count = hardware.gpus_per_node if devices in (-1, "-1", "auto") else devices
+    count = int(count) if isinstance(count, int | str) else len(count)
+    rate = gpu.bfloat16 if _autocast(config) else gpu.float32
+    return Machine(hardware.gpu, count * trainer.num_nodes, count, gpu.memory, rate)
+
+
+def _cpu_flops(config: DictConfig) -> float:
+    import torch  # only to measure what this CPU does
+
+    return peak_flops("cpu", torch.bfloat16 if _autocast(config) else torch.float32)
+
+
+def _autocast(config: DictConfig) -> bool:
+    """Whether arithmetic is bfloat16.
+
+    Raises:
+        UserError: some other precision, whose memory is not known here.
+    """
+    if arithmetic(config) not in ("float32", "bfloat16"):
+        raise UserError(f"trainer.precision={config.trainer.precision}: the plan knows 32-true and bf16-mixed.")
+    return arithmetic(config) == "bfloat16"
+
+
+def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> Estimate:
+    """What one stage takes.
+
+    Raises:
+        UserError: ranks and passes cannot share the rows of a step evenly; or a strategy that is not counted.
+    """
+    settings, ranks = config.stage[stage], machine.ranks
+    try:
+        passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, ranks)
+    except ValueError as error:
+        raise UserError(f"stage.{stage}.{error}") from error
+    share = settings.rows_per_step // ranks
+    rows = share // passes
+    objective = settings.module.objective
+    common = {"row_length": config.data.row_length, "num_anchors": settings.num_anchors, "chunk": objective.chunk}
+    flops = step_flops(sizes, stage, rows=share, rows_per_pass=rows, slot0_loss=objective.slot0_loss, **common)
+    setup = Setup(
+        rows=rows,
+        passes=passes,
+        slot0_loss=objective.slot0_loss,
+        weight_bytes=DTYPE_BYTES[config.model.target.dtype],
+        autocast=_autocast(config),
+        ranks=ranks,
+        multi_tensor=machine.gpu is not None,
+        **common,
+        **_sharing(config, ranks),
+    )
+    phases = step_memory(sizes, stage, setup)
+    phase, _ = peak(phases)
+    parts = phases[phase]
+    parts["other"] += CONTEXT if machine.gpu else LIBRARIES
+    seconds = sum(flops.values()) / (machine.flops * config.hardware.share_of_peak)
+    return Estimate(stage, settings.steps, setup, flops, seconds, phase, parts, USABLE * machine.memory)
+
+
+def _sharing(config: DictConfig, ranks: int) -> dict[str, Any]:
+    """How the ranks share memory, as arguments of `Setup`."""
+    strategy = config.trainer.get("strategy", "auto")
+    if isinstance(strategy, DictConfig) and strategy.get("_target_") == "train.strategies.ZeroStrategy":
+        more = strategy.get("zero_optimization") or {}
+        return {"zero": strategy.stage} | ({"reduce_bucket": size} if (size := more.get("reduce_bucket_size")) else {})
+    if isinstance(strategy, str) and (strategy == "auto" or strategy.startswith("ddp")):
+        return {"ddp": ranks > 1 or strategy != "auto"}
+    raise UserError(f"trainer.strategy={strategy}: the plan knows auto, ddp and ZeroStrategy (conf/trainer/).")

@@ -1,0 +1,202 @@
+"""What the plan says of parameters, FLOPs and memory, against what the real modules have, compute and hold."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, random_target
+from test_training import SETTINGS
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from data.configuration import composed
+from data.errors import UserError
+from models.cost import Sizes, step_flops
+from models.draft import DraftModel
+from models.memory import Setup, peak, step_memory
+from models.objectives import block_loss
+from models.target import load_target
+from train.checks import TRAINED, check_architecture
+from train.estimate import estimate, machine_of, target_sizes
+from train.hardware import GPUS, find_gpu, peak_flops
+from train.modules import AttentionTuning, BonusCalibration
+from train.plan import apply, plan
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from measure_memory import estimated, full_batch, saying, tensor_peak  # noqa: E402
+
+QWEN3 = ("qwen3_1_7b", "qwen3_4b", "qwen3_8b", "qwen3_32b")
+ATEN = torch.ops.aten
+# PyTorch registers no formula for its CPU kernels; they compute what those for GPUs do.
+CPU_ATTENTION = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+OTHER_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_key_value_heads": 4, "num_hidden_layers": 4}
+
+
+def sizes_of(target, **draft) -> Sizes:
+    shape = {"num_layers": 3, "block_size": 6, "calibrator_rank": 8} | draft
+    return Sizes.from_config(target.config.to_dict(), **shape)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize(
+    "shape, rows, length, anchors, chunk",
+    [({}, 2, 64, 5, 1000), ({}, 2, 64, 5, 7), (OTHER_SHAPE | {"tie_word_embeddings": True}, 3, 40, 9, 50)],
+)
+def test_flops_are_those_of_the_training_step(stage, shape, rows, length, anchors, chunk, monkeypatch):
+    target = random_target(**shape)
+    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8)
+    module_class = AttentionTuning if stage == "attention_tuning" else BonusCalibration
+    module = module_class(target, draft, **SETTINGS | {"objective": SETTINGS["objective"] | {"chunk": chunk}})
+    sizes = sizes_of(target)
+    batch = full_batch(sizes, rows, length, anchors)
+    monkeypatch.setattr("train.modules.bonus_tokens", saying(batch))
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        hidden, labels, bonus = module.blocks(batch)
+        loss, weight, _ = block_loss(draft.logits, hidden, labels, bonus, **module.objective)
+        (loss / weight).backward()
+    parts = step_flops(sizes, stage, rows=rows, row_length=length, num_anchors=anchors, chunk=chunk)
+    assert sum(parts.values()) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_passes_cost_no_flops_unless_they_change_the_chunks():
+    sizes = target_sizes(composed(["+experiment=qwen3_8b"]))
+    common = {"rows": 8, "row_length": 4096, "num_anchors": 128}
+    for stage in TRAINED:
+        step = step_flops(sizes, stage, chunk=64, **common)
+        assert step_flops(sizes, stage, chunk=64, rows_per_pass=1, **common) == step
+        assert step_flops(sizes, stage, chunk=2000, rows_per_pass=1, **common)["head and loss"] < step["head and loss"]
+
+
+@pytest.mark.parametrize("model", ["tiny", "stand_in"])
+def test_parameters_are_those_of_the_real_modules(model):
+    config = composed(["+experiment=tiny", f"model={model}"])
+    settings = config.model.target
+    target = load_target(settings.name, architecture=settings.architecture and dict(settings.architecture))
+    draft = DraftModel(target, **config.model.draft)
+    sizes = target_sizes(config)
+
+    def count(parameters) -> int:
+        return sum(p.numel() for p in parameters)
+
+    assert sizes.target_parameters == count(target.parameters())
+    assert sizes.trained_parameters("attention_tuning") == count(draft.attention_parameters().values())
+    assert sizes.trained_parameters("bonus_calibration") == count(draft.calibrator_parameters().values())
+    assert sizes.draft_parameters("bonus_calibration") == count(draft.own_parameters().values())
+
+
+def test_parameters_of_the_published_models():
+    billions = [target_sizes(composed([f"+experiment={name}"])).target_parameters / 1e9 for name in QWEN3]
+    assert billions == pytest.approx([1.72, 4.02, 8.19, 32.76], abs=0.01)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", TRAINED)
+def test_memory_is_what_a_real_step_takes(stage, precision):
+    config = composed(["+experiment=tiny", f"trainer.precision={precision}"])
+    assert estimated(config, stage)[0] == pytest.approx(tensor_peak(config, stage), rel=0.15)
+
+
+def test_sharding_takes_away_what_it_shards():
+    sizes = target_sizes(composed(["+experiment=qwen3_32b"]))
+    common = {"rows": 1, "row_length": 4096, "num_anchors": 128, "chunk": 4096, "weight_bytes": 2, "autocast": True}
+
+    def parts(**sharing):
+        return step_memory(sizes, "attention_tuning", Setup(**common, ranks=8, **sharing))["optimizer"]
+
+    ddp, zero1, zero2, zero3 = parts(ddp=True), parts(zero=1), parts(zero=2), parts(zero=3)
+    trained = 4 * sizes.trained_parameters("attention_tuning")
+    assert ddp["target weights"] == zero1["target weights"] == zero2["target weights"] == 8 * zero3["target weights"]
+    assert ddp["drafter weights"] == zero2["drafter weights"] == 8 * zero3["drafter weights"]
+    assert zero1["optimizer"] == zero2["optimizer"] == zero3["optimizer"] == 4 * trained / 8  # moments, weights, work
+    assert ddp["optimizer"] == 3 * trained
+    assert (ddp["gradients"], zero1["gradients"]) == (trained, trained + trained / 8)
+    assert (zero2["gradients"], zero3["gradients"]) == (2 * trained / 8, trained / 8)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_more_of_anything_takes_more_memory(stage):
+    sizes = target_sizes(composed(["+experiment=qwen3_8b"]))
+    base = {"rows": 2, "row_length": 2048, "num_anchors": 64, "chunk": 512, "weight_bytes": 2, "autocast": True}
+
+    def total(**changes) -> float:
+        return peak(step_memory(sizes, stage, Setup(**base | changes)))[1]
+
+    for change in ({"rows": 4}, {"row_length": 4096}, {"num_anchors": 256}, {"chunk": 8192}, {"weight_bytes": 4}):
+        assert total(**change) > total(), change
+
+
+@pytest.mark.parametrize("experiment", QWEN3)
+def test_the_experiments_fit_the_gpus_that_they_name(experiment):
+    config = composed([f"+experiment={experiment}"])
+    sizes, machine = target_sizes(config), machine_of(config)
+    assert machine.memory < 80 * 2**30
+    for stage in TRAINED:
+        assert estimate(config, stage, sizes, machine).fits
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
+    config = composed(["+experiment=qwen3_8b", "plan=true", "hardware.gpu=a100-40gb"])
+    with pytest.raises(UserError, match="attention_tuning takes .* GiB") as refused:
+        plan(config)
+    changes = [
+        dict(word.split("=") for word in line.split("(")[0].split()) for line in str(refused.value).splitlines()[1:]
+    ]
+    assert {"stage.attention_tuning.rows_per_pass": "1"} in changes and {"trainer": "zero2"} in changes
+    for change in changes:
+        changed = apply(config, {key: int(v) if v.isdigit() else v for key, v in change.items()})
+        assert estimate(changed, "attention_tuning", target_sizes(changed), machine_of(changed)).fits
+
+
+def test_where_nothing_else_helps_a_lesser_training_is_named():
+    few = ["hardware.gpu=a100-40gb", "hardware.gpus_per_node=1", "data.row_length=40000"]
+    with pytest.raises(UserError, match=r"chunk=256 data\.row_length=\d+ .*1 x a100-40gb"):
+        plan(composed(["+experiment=qwen3_8b", *few]))
+
+
+def test_the_command_plans_a_hub_target_without_network_or_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    done = command("+experiment=qwen3_8b", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "target weights" in done.stdout and "disk:" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 130 and not (tmp_path / "checkpoints").exists()
+    small = command("+experiment=qwen3_8b", "plan=true", "hardware.gpu=rtx-4090", cwd=tmp_path)
+    assert (
+        small.returncode != 0 and "It would fit with any of these" in small.stderr and "Traceback" not in small.stderr
+    )
+    unknown = command("+experiment=qwen3_8b", "plan=true", "model.target.architecture=null", cwd=tmp_path)
+    assert unknown.returncode != 0 and "model.target.architecture" in unknown.stderr
+
+
+def test_the_plan_reads_the_config_of_a_local_target(capsys):
+    config = composed(["+experiment=tiny", "plan=true"])
+    expected = json.loads((TINY / "target" / "config.json").read_text())
+    assert target_sizes(config).hidden == expected["hidden_size"]
+    plan(config)
+    assert "CPU" in capsys.readouterr().out
+
+
+def test_a_target_of_other_sizes_than_expected_is_refused():
+    with pytest.raises(UserError, match=r"architecture.hidden_size=64, but the target's config has 32"):
+        check_architecture({"model_type": "qwen3", "hidden_size": 64}, {"model_type": "qwen3", "hidden_size": 32})
+
+
+def test_gpus_are_found_by_the_names_that_torch_gives():
+    names = {
+        "NVIDIA A100-SXM4-40GB": "a100-40gb",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
+        "NVIDIA A100 80GB PCIe": "a100-80gb",
+        "NVIDIA H100 80GB HBM3": "h100-80gb",
+        "NVIDIA H100 PCIe": "h100-80gb-pcie",
+        "NVIDIA H200": "h200",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA GeForce RTX 4090": "rtx-4090",
+        "NVIDIA B200": "b200",
+    }
+    assert {name: find_gpu(name) for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
+    assert find_gpu("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+    assert peak_flops("cpu", torch.float32) > 1e9
