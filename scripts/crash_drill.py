@@ -28,7 +28,7 @@ SHORT += ("stage.evaluate.num_prompts=1", "stage.evaluate.max_new_tokens=8")
 for stage, (steps, validate_every) in STAGES.items():
     SHORT += (f"stage.{stage}.steps={steps}", f"stage.{stage}.validate_every={validate_every}")
     SHORT += (f"stage.{stage}.num_anchors=8", f"stage.{stage}.checkpoint_every=2")
-PAIR = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy.autocast=null")
+PAIR = ("trainer.accelerator=cpu", "trainer.devices=2")
 VARIANTS = {
     "one rank": (),
     "one rank, 4 passes": ("stage.attention_tuning.rows_per_pass=1", "stage.bonus_calibration.rows_per_pass=1"),

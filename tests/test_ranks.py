@@ -17,7 +17,7 @@ CALL = (*SHORT, "trainer.precision=32-true", f"stages=[{','.join(STAGES)}]")
 CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("steps=12", "num_anchors=8"))
 CALL += tuple(f"stage.{stage}.module.{setting}" for stage in STAGES for setting in ("eps=1e-3", "learning_rate=1e-3"))
 CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("rows_per_step=4", "checkpoint_every=6"))
-PAIR = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy.autocast=null")
+PAIR = ("trainer.accelerator=cpu", "trainer.devices=2")
 # Otherwise DeepSpeed keeps tensors of this size whole after their first use.
 SHARDED = "+trainer.strategy.zero_optimization={stage3_param_persistence_threshold:0,stage3_max_live_parameters:0}"
 PASSES = tuple(f"stage.{stage}.rows_per_pass=1" for stage in STAGES)
@@ -79,7 +79,13 @@ def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):
 
 
 def test_zero_keeps_float32_master_weights_under_bfloat16_arithmetic(tmp_path):
-    settings = ("trainer=zero2", *PAIR[:2], "stage.attention_tuning.steps=3", "stages=[attention_tuning]")
+    settings = (
+        "trainer=zero2",
+        *PAIR,
+        "trainer.precision=bf16-mixed",
+        "stage.attention_tuning.steps=3",
+        "stages=[attention_tuning]",
+    )
     done = command(*CALL, *settings, "name=short", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     weights = load_file(tmp_path / "checkpoints" / "short" / "attention_tuning" / "draft.safetensors")

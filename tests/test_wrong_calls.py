@@ -41,6 +41,7 @@ CALLS = {
         ["+trainer.accumulate_grad_batches=2"],
         ["accumulate_grad_batches", "leave it out"],
     ),
+    "weights in less than float32": (["trainer.precision=bf16-true"], ["'bf16-true'", "32-true or bf16-mixed"]),
     "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "leave it out"]),
     "passes that do not go round": (["stage.attention_tuning.rows_per_pass=3"], ["rows_per_pass=3", "4 rows"]),
     "no checkpoint kept": (["stage.attention_tuning.keep_checkpoints=0"], ["keep_checkpoints=0", "1 or more"]),

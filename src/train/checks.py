@@ -40,6 +40,8 @@ def _check_ranges(config: DictConfig) -> None:
     choices["model.target.attn_implementation"] = ("sdpa",)
     choices |= {f"stage.{stage}.module.objective.weights": ("dpace", "decay", "flat") for stage in TRAINED}
     choices |= {f"stage.{stage}.best_by": ("val/tau_estimate", None) for stage in TRAINED}
+    # Any other would train weights in less than float32, or needs a scaler of the loss.
+    choices["trainer.precision"] = ("32-true", "bf16-mixed")
     check_choices(config, choices)
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
     at_least |= {"stage.evaluate.num_prompts": 1, "stage.evaluate.max_new_tokens": 1, "hardware.gpus_per_node": 1}

@@ -123,13 +123,7 @@ def _cpu_flops(config: DictConfig) -> float:
 
 
 def _autocast(config: DictConfig) -> bool:
-    """Whether arithmetic is bfloat16.
-
-    Raises:
-        UserError: some other precision, whose memory is not known here.
-    """
-    if arithmetic(config) not in ("float32", "bfloat16"):
-        raise UserError(f"trainer.precision={config.trainer.precision}: the plan knows 32-true and bf16-mixed.")
+    """Whether arithmetic is bfloat16, on float32 weights."""
     return arithmetic(config) == "bfloat16"
 
 

@@ -112,7 +112,7 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
             rows_per_pass=settings.rows_per_pass, slot0_loss=settings.module.objective.slot0_loss,
         )  # fmt: skip
         flops = sum(parts.values())
-    dtype = getattr(torch, arithmetic(config), torch.float32)
+    dtype = getattr(torch, arithmetic(config))
     return Monitor(every=LOG_EVERY, rows=rows, tokens=rows * length, flops=flops, dtype=dtype)
 
 

@@ -4,11 +4,8 @@ from omegaconf import DictConfig
 
 
 def arithmetic(config: DictConfig) -> str:
-    """The dtype that matrix products are computed in, by whatever name the preset calls it."""
-    strategy = config.trainer.get("strategy")
-    autocast = strategy.get("autocast") if isinstance(strategy, DictConfig) else None
-    precision = str(config.trainer.get("precision", "32-true"))
-    return autocast or {"32-true": "float32", "bf16-mixed": "bfloat16"}.get(precision, precision)
+    """The dtype that matrix products are computed in."""
+    return {"32-true": "float32", "bf16-mixed": "bfloat16"}[config.trainer.precision]
 
 
 def passes_per_step(rows_per_step: int, rows_per_pass: int | None, world_size: int) -> int:

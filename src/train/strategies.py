@@ -9,6 +9,7 @@ import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
@@ -22,21 +23,15 @@ class ZeroStrategy(DeepSpeedStrategy):
     trained here is a small share of the model, so it is gathered and saved as on a single device.
     """
 
-    def __init__(
-        self, stage: int, autocast: str | None = None, zero_optimization: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, stage: int, zero_optimization: dict[str, Any] | None = None) -> None:
         """
         Args:
             stage: 1, 2 or 3.
-            autocast: dtype of the arithmetic, such as `bfloat16`; None computes in the parameters' dtype. Lightning's
-                own `bf16-mixed` would cast the trained parameters themselves to bfloat16 under DeepSpeed.
             zero_optimization: more settings of DeepSpeed's section of that name.
         """
         # The batch size is only DeepSpeed's bookkeeping here; loaders and losses know nothing of it.
         super().__init__(stage=stage, exclude_frozen_parameters=True, logging_batch_size_per_gpu=1)
         self.config["zero_optimization"].update(zero_optimization or {})
-        if autocast:
-            self.config["torch_autocast"] = {"enabled": True, "dtype": autocast}
 
     def setup_environment(self) -> None:
         if not isinstance(self.accelerator, CPUAccelerator):
@@ -49,6 +44,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)
 
     def setup(self, trainer: Trainer) -> None:
+        if self.precision_plugin.precision == "bf16-mixed":
+            # Lightning's own would cast all parameters, the trained ones too, to bfloat16; this computes in it.
+            self.precision_plugin = DeepSpeedPrecision("32-true")
+            self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         # Lightning would cast the frozen target to the trained parameters' dtype, and leave it so.
         self.precision_plugin.convert_module = lambda module: module
         if self.zero_stage_3:
