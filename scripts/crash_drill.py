@@ -91,11 +91,12 @@ def killed_run(name: str, cwd: Path, generator: random.Random, most: int, second
     """Start, kill, start again ...; returns where each kill came."""
     kills: list[str] = []
     for _ in range(generator.randint(1, most)):
+        left = being_written(cwd)  # by the kill before
         process = start(name, cwd)
         writing = generator.random() < 0.5
         moment = time.monotonic() + generator.uniform(0.1, 0.8) * seconds
         # Once the time has come: at once, or in the middle of the next write.
-        while process.poll() is None and (time.monotonic() < moment or (writing and not being_written(cwd))):
+        while process.poll() is None and (time.monotonic() < moment or (writing and not being_written(cwd) - left)):
             time.sleep(0.0005)
         if process.poll() is not None:
             break  # done before the kill
@@ -108,9 +109,9 @@ def killed_run(name: str, cwd: Path, generator: random.Random, most: int, second
     return kills or ["not at all"]
 
 
-def being_written(cwd: Path) -> bool:
-    """Whether a checkpoint or the best weights are on their way to the disk."""
-    return any((cwd / "checkpoints" / "drill").glob("*/checkpoints/*.tmp"))
+def being_written(cwd: Path) -> set[Path]:
+    """Checkpoints and best weights on their way to the disk."""
+    return set((cwd / "checkpoints" / "drill").glob("*/checkpoints/.*.tmp"))
 
 
 def where(cwd: Path) -> str:

@@ -114,14 +114,14 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         assert after.losses == {s: loss for s, loss in history.losses.items() if s > step}
         assert after.validations == [s for s in history.validations if s > step]
         assert after.drawn == {s: drawn for s, drawn in history.drawn.items() if s > step}  # generators go on, too
-        assert keeper.best == kept.best and keeper.figures == kept.figures
+        assert keeper.best == kept.best and keeper.figures() == kept.figures()
         assert all(t.equal(keeper.best_weights()[n]) for n, t in kept.best_weights().items())
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
 def test_the_last_few_and_the_best_are_kept(tmp_path):
     training, keeper, _ = run(tmp_path)
-    assert [step_of(f) for f in sorted(tmp_path.glob("step-*"))] == [3, 6]
+    assert [step_of(f) for f in sorted(tmp_path.glob("step-*"))] == [6, 8]  # every third, and the last
     best = keeper.best["step"]
     assert best in [step_of(f) for f in tmp_path.glob("best-*")]
     known = [step for step in keeper.best_of.values() if step]
@@ -130,15 +130,45 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
         assert all(p.equal(keeper.best_weights()[n]) for n, p in training.trained().items())
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4)])
+@pytest.mark.parametrize("step", [3, 4])
+def test_passes_may_change_on_the_way(tmp_path, monkeypatch, before, after, step):
+    """With `rows_per_pass`, or with the ranks: validations, checkpoints and the end stay where they are."""
+    straight, kept, history = run(tmp_path / "straight")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "stopped", stop_at=step, monkeypatch=monkeypatch, passes=before)
+    training, keeper, rest = run(tmp_path / "stopped", passes=after)
+    assert list(rest.losses) == list(range(step + 1, STEPS + 1))
+    assert rest.validations == [s for s in history.validations if s > step]
+    assert keeper.best["step"] == kept.best["step"]
+    assert all(rest.losses[s] == pytest.approx(history.losses[s], rel=1e-4) for s in rest.losses)
+    assert step_of(usable_checkpoint(tmp_path / "stopped")) == STEPS
+
+
+def test_without_any_whole_best_weights_the_newest_checkpoint_has_to_do(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        run(tmp_path, stop_at=7, monkeypatch=monkeypatch)
+    for path in tmp_path.glob("best-*"):
+        path.unlink()
+    said = []
+    assert step_of(usable_checkpoint(tmp_path, said.append)) == 7 and "no best weights are left" in said[-1]
+    _, keeper, history = run(tmp_path)
+    assert list(history.losses) == [8] and keeper.best["step"] == 8
+    for path in tmp_path.glob("step-*"):
+        path.write_bytes(b"")
+    said.clear()
+    assert usable_checkpoint(tmp_path, said.append) is None and "beginning anew" in said[-1]
+
+
 def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
     straight, kept, _ = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
-        run(tmp_path / "stopped", stop_at=7, monkeypatch=monkeypatch)
-    newest = usable_checkpoint(tmp_path / "stopped")
-    for path in (tmp_path / "stopped").glob("best-*"):
-        path.write_bytes(path.read_bytes()[:-1])
+        run(tmp_path / "stopped", stop_at=5, monkeypatch=monkeypatch)  # with checkpoints of the steps 3 and 5
+    newest = max((tmp_path / "stopped").glob("best-*"))
+    assert step_of(newest) == 4
+    newest.write_bytes(newest.read_bytes()[:-1])
     said = []
-    assert usable_checkpoint(tmp_path / "stopped", said.append) != newest and "best-" in said[0]
+    assert step_of(usable_checkpoint(tmp_path / "stopped", said.append)) == 3 and newest.name in said[0]
     training, keeper, _ = run(tmp_path / "stopped")
     assert keeper.best == kept.best
     assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())

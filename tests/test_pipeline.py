@@ -3,6 +3,10 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import SHORT, command, command_stopped_at_checkpoint
@@ -45,7 +49,7 @@ def test_other_settings_under_the_same_name_are_refused(trained_run):
     assert "overwrite=true" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_path, number, status):
     call = (*SHORT, "stages=[attention_tuning,bonus_calibration]")
     run_dir = tmp_path / "checkpoints" / "short"
@@ -59,6 +63,33 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_p
     resumed = load_file(run_dir / "bonus_calibration" / "draft.safetensors")
     assert straight.keys() == resumed.keys()
     assert all(straight[name].equal(resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.6, 1.2, 1.8, 2.4, 3.5])
+def test_a_signal_while_starting_stops_the_run_with_its_status(tmp_path, delay):
+    """Whatever is being imported at that moment."""
+    call = [sys.executable, "-m", "train", *SHORT, "name=short"]
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not catches(process.pid, signal.SIGUSR1):
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by SIGUSR1" in errors and "Traceback" not in errors
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
+def test_a_requeued_job_overwrites_once(tmp_path):
+    call = (*SHORT, "stages=[attention_tuning]", "overwrite=true")
+    stop = {"cwd": tmp_path, "stage": "attention_tuning", "number": signal.SIGUSR1}
+    assert command_stopped_at_checkpoint(*call, **stop).returncode == 75
+    done = command(*call, "name=short", cwd=tmp_path, SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
 
 
 def test_a_stage_without_its_input_says_which_to_run(tmp_path):

@@ -1,6 +1,5 @@
 """Checkpoints that survive: written whole or not at all, checked before use, the last few and the best kept."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from data.errors import UserError
 from train.preemption import agreed_signal, set_training, stop
 from train.random_state import random_state, set_random_state
-from train.run_state import file_sha256
+from train.run_state import file_sha256, publish
 
 DIGEST = 16  # hex digits of a checkpoint's SHA-256 in its name
 
@@ -36,6 +35,11 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+def keeper(trainer: lightning.Trainer) -> "Checkpoints":
+    """The callback below, among whatever else a user has added."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+
+
 def step_of(path: Path) -> int:
     """The step that a file of this directory is about."""
     return int(path.stem.split("-")[1])
@@ -44,21 +48,29 @@ def step_of(path: Path) -> int:
 def usable_checkpoint(directory: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint that is whole, and whose best weights are; None if there is none.
 
-    Every rank finds the same. From an older one, training makes again what was damaged.
+    From an older one, training makes again what was damaged. Where no checkpoint knows whole best weights, the newest
+    whole one has to do: the best is then that of the validations to come. Every rank finds the same.
 
     Args:
         say: told of each damaged file, by name.
     """
-    for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
-        if not _whole(path):
-            say(f"{path}: damaged, its content is not what its name says. Going on from the one before.")
+    found = sorted(directory.glob("step-*.ckpt"), reverse=True)
+    whole = []
+    for path in found:
+        if not whole_file(path):
+            say(f"{path}: damaged, its content is not what its name says.")
             continue
+        whole.append(path)
         callbacks = torch.load(path, mmap=True, map_location="cpu", weights_only=True).get("callbacks", {})
         best = callbacks.get("Checkpoints", {}).get("best", {})
-        if not best or _whole(directory / best["file"]):
+        if not best or whole_file(directory / best["file"]):
             return path
-        say(f"{directory / best['file']}: damaged or gone. Going on from a checkpoint before it.")
-    return None
+        say(f"{directory / best['file']}: damaged or gone, though {path.name} refers to it.")
+    if whole:
+        say(f"{directory}: no best weights are left; those of the validations to come will count.")
+    elif found:
+        say(f"{directory}: no checkpoint is whole; beginning anew.")
+    return whole[0] if whole else None
 
 
 class Checkpoints(Checkpoint):
@@ -79,18 +91,30 @@ class Checkpoints(Checkpoint):
         self.directory, self.every, self.keep = directory, every, keep
         self.validate_every, self.best_by = validate_every, best_by
         self.resumed_from: Path | None = None
-        self.best: dict[str, Any] = {}  # step, value and file of the best weights
-        self.figures: dict[str, float] = {}  # of the last validation
+        self.best: dict[str, Any] = {}  # step, value and file of the best weights, and the validation's figures
+        self.last: dict[str, float] = {}  # figures of the last validation
         self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of the best weights that it knows
         self._random: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        known = {"best": self.best, "figures": self.figures, "best_of": self.best_of}
+        known = {"best": self.best, "last": self.last, "best_of": self.best_of}
         return known | {"random": random_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.figures, self.best_of = (state_dict[key] for key in ("best", "figures", "best_of"))
+        self.best, self.last, self.best_of = (state_dict[key] for key in ("best", "last", "best_of"))
+        if self.best and not whole_file(self.directory / self.best["file"]):
+            self.best = {}  # `usable_checkpoint` has said so
         self._random = state_dict["random"]
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning counts passes; the passes of a step may be others now, with other ranks or `rows_per_pass`."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        passes = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            moved = passes - counts["ready"]
+            counts.update({key: value + moved for key, value in counts.items()})
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """
@@ -118,27 +142,32 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = trainer.callback_metrics  # the same on every rank
-        self.figures = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
-        value = self.figures.get(self.best_by)
+        self.last = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
+        value = self.last.get(self.best_by)
         if value is not None and (not self.best or value > self.best["value"]):
-            self.best = {"step": trainer.global_step, "value": value, "file": self._save_weights(trainer)}
+            here = {"step": trainer.global_step, "value": value, "figures": self.last}
+            self.best = here | {"file": self._save_weights(trainer)}
         self._boundary(trainer)
 
     def best_weights(self) -> dict[str, Tensor]:
         """The trained parameters of the best validation, by exported name; nothing if there was none."""
         return load_file(self.directory / self.best["file"]) if self.best else {}
 
+    def figures(self) -> dict[str, float]:
+        """The validation of the weights that the stage hands on: the best, or the last."""
+        return self.best["figures"] if self.best else self.last
+
     def _validates(self, trainer: lightning.Trainer) -> bool:
         return any(trainer.num_val_batches) and trainer.global_step % self.validate_every == 0
 
     def _boundary(self, trainer: lightning.Trainer) -> None:
         step, signal = trainer.global_step, agreed_signal(trainer.strategy)
-        if step % self.every == 0 or signal:
+        if step % self.every == 0 or step == trainer.max_steps or signal:
             self.best_of[step] = self.best.get("step", 0)
             self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
             trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt", weights_only=False)
             if trainer.is_global_zero:
-                self._forget_old()
+                self._forget_old(step)
         if signal:
             trainer.strategy.barrier()  # no rank leaves before the file is there
             stop(signal)
@@ -152,31 +181,23 @@ class Checkpoints(Checkpoint):
         name = self.directory / f"best-{trainer.global_step:08d}.safetensors"
         return _publish(name, lambda temporary: save_file(weights, temporary)).name
 
-    def _forget_old(self) -> None:
-        """Remove what no kept checkpoint needs; an interrupted run may have left more than the last one."""
+    def _forget_old(self, step: int) -> None:
+        """Remove what no kept checkpoint needs, and what an interrupted run has left; never what is ahead of it."""
         for path in self.directory.glob("step-*.ckpt"):
-            if step_of(path) not in self.best_of:
+            if step_of(path) < step and step_of(path) not in self.best_of:
                 path.unlink()
+        for path in self.directory.glob(".*.tmp"):
+            path.unlink()
         for path in self.directory.glob("best-*.safetensors"):
             if step_of(path) < min(self.best_of.values()):
                 path.unlink()
 
 
-def _publish(path: Path, write: Callable[[Path], None]) -> Path:
-    """Write under a temporary name, sync, rename to `path` with the digest of the content; returns that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    published = path.with_stem(f"{path.stem}-{file_sha256(temporary)[:DIGEST]}")
-    os.replace(temporary, published)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the name, too
-    os.close(directory)
-    return published
+def _publish(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write to `path` with the digest of the content in its name; returns that name."""
+    return publish(path, write, lambda written: path.with_stem(f"{path.stem}-{file_sha256(written)[:DIGEST]}"))
 
 
-def _whole(path: Path) -> bool:
-    """Whether a file that `_publish` wrote is still what it was."""
+def whole_file(path: Path) -> bool:
+    """Whether a file with its digest in its name is still what it was."""
     return path.exists() and file_sha256(path).startswith(path.stem.rpartition("-")[2])

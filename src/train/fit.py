@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from models.cost import Sizes, step_flops
-from train.checkpoints import CheckpointFiles, Checkpoints, step_of, usable_checkpoint
+from train.checkpoints import CheckpointFiles, Checkpoints, keeper, step_of, usable_checkpoint
 from train.datamodule import DraftData
 from train.loggers import StageWandbLogger
 from train.modules import DraftTraining
@@ -78,13 +78,13 @@ def wandb_loggers(config: DictConfig, stage: str, directory: Path) -> list[Stage
 
 
 def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path, resume: bool) -> dict[str, float]:
-    """Train to the last step, from the last whole checkpoint if there is one; returns the last validation's figures.
+    """Train to the last step, from the last whole checkpoint if there is one; returns the figures of what it hands on.
 
     Args:
         resume: False begins anew whatever lies there.
     """
     chosen = usable_checkpoint(directory / "checkpoints", say=_say) if resume else None
-    trainer.checkpoint_callback.resumed_from = chosen
+    keeper(trainer).resumed_from = chosen
     if chosen:
         step = step_of(chosen)
         _say(f"    going on from step {step}")
@@ -93,7 +93,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
             if isinstance(logger, StageWandbLogger):
                 logger.replay(rows)
     trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
-    return trainer.checkpoint_callback.figures
+    return keeper(trainer).figures()
 
 
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig) -> Monitor:

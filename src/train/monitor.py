@@ -12,7 +12,7 @@ from train.hardware import peak_flops
 
 
 class Monitor(Callback):
-    """Logs one row of figures every few steps; the only place where a step waits for the device."""
+    """Logs one row of figures every few steps, once the device has done them."""
 
     def __init__(self, *, every: int, rows: int, tokens: int, flops: float | None, dtype: torch.dtype) -> None:
         """
@@ -38,6 +38,11 @@ class Monitor(Callback):
         _wait(trainer)
         self._since += time.perf_counter() - self._paused  # validation is not what the rates are about
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the step it is the next one's
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -47,7 +52,7 @@ class Monitor(Callback):
         rate = (trainer.global_step - self._step) / (time.perf_counter() - self._since)
         figures = {
             "train/loss": float(pl_module.step_loss),
-            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/learning_rate": self._rate,
             "speed/steps_per_second": rate,
             "speed/rows_per_second": rate * self.rows,
             "speed/tokens_per_second": rate * self.tokens,

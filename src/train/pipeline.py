@@ -14,10 +14,11 @@ from data.errors import UserError
 from data.sources import fingerprint, open_parts
 from train import stages
 from train.checks import STAGES, TRAINED
+from train.preemption import set_training
 from train.preset import arithmetic
 from train.report import plot_losses
 from train.resources import Resources
-from train.run_state import StageRecord, file_sha256
+from train.run_state import StageRecord, file_sha256, overwrites
 
 # What each stage starts from: files of earlier stages, without which it cannot run.
 INPUTS = {
@@ -38,6 +39,7 @@ def run(config: DictConfig) -> None:
     Raises:
         UserError: settings that do not fit together, or a stage whose input is missing.
     """
+    set_training(False)  # from here on, signals may unwind what is going on
     run_dir = Path(config.run_dir)
     resources = Resources(config)
     chosen = [stage for stage in STAGES if stage in config.stages]
@@ -45,22 +47,26 @@ def run(config: DictConfig) -> None:
         if rank_zero_only.rank and stage not in TRAINED:
             continue  # export and evaluation are the first rank's
         _say(f"[{number}/{len(chosen)}] {stage}")
-        _run_stage(config, stage, run_dir / stage, resources)
+        _run_stage(config, stage, run_dir / stage, resources, later=chosen[number:])
 
 
-def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources) -> None:
-    run_dir = directory.parent
+def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources, later: list[str]) -> None:
+    run_dir, overwrite = directory.parent, overwrites(config)
     record = StageRecord(run_dir, stage, _settings(config, stage, run_dir, resources))
-    if not config.overwrite and record.finished():
+    if not overwrite and record.finished():
         _say(f"    finished before, see {directory}")
+        if rank_zero_only.rank == 0:
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of a run killed when it had just finished
         return
     if stage in TRAINED:
         stages.checked_trainer(config, stage, directory)  # refused before the data is read
     resources.check(stage)
     if rank_zero_only.rank == 0:
-        if config.overwrite:
+        if overwrite:
             shutil.rmtree(directory, ignore_errors=True)
-        record.begin(anew=config.overwrite)
+            for name in later:  # a restart must not take them for done
+                StageRecord(run_dir, name, {}).forget()
+        record.begin(anew=overwrite)
     if stage in TRAINED:
         _barrier()  # the other ranks are gone by the time of export and evaluation
     seed_everything(config.seed, verbose=False)

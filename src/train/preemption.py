@@ -1,9 +1,11 @@
 """Signals that ask a run to stop: by SLURM before the time limit (SIGUSR1), by anyone (SIGTERM).
 
 While a stage trains, the signal is noted, and the run stops at the next boundary of a step, with a checkpoint. At any
-other time everything on disk is whole anyway, and the run stops at once.
+other time everything on disk is whole anyway, and the run stops at once. The first rank's exit status says that it was
+stopped; the others end with 0, since whoever launched them takes any other status for a failure and kills the first.
 """
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -13,6 +15,7 @@ from typing import Any
 STATUS = {signal.SIGUSR1: 75, signal.SIGTERM: 128 + signal.SIGTERM}
 
 _watching = False
+_starting = True
 _training = False
 _received = 0
 
@@ -25,14 +28,14 @@ def watch() -> None:
         signal.signal(number, _handle)
 
 
-def set_training(training: bool) -> None:
-    """Whether a boundary of a step will come."""
-    global _training
-    _training = training
+def set_training(training: bool, received: int = 0) -> None:
+    """Whether a boundary of a step will come. If not, and a signal was `received` by any rank, this is the end."""
+    global _starting, _training
+    _starting, _training = False, training
     if _watching:
         watch()  # Lightning has installed its own handlers meanwhile
-    if _received and not training:
-        stop(_received)
+    if not training and (received or _received):
+        stop(received or _received)
 
 
 def agreed_signal(strategy: Any) -> int:
@@ -55,12 +58,17 @@ def stop(number: int) -> None:
     Raises:
         SystemExit: with the signal's exit status.
     """
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-    if rank_zero_only.rank == 0:
-        name = signal.Signals(number).name
-        print(f"stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
-    sys.exit(STATUS[signal.Signals(number)])
+    # From the environment: nothing may be imported while the signal has interrupted an import.
+    ranks = [os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")]
+    if any(rank != "0" for rank in ranks):
+        status = 0
+    else:
+        status = STATUS[signal.Signals(number)]
+        text = "the same command goes on from here, without overwrite=true if it has that"
+        print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
+    if _starting:
+        os._exit(status)  # an exception in the middle of an import may end anywhere
+    sys.exit(status)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

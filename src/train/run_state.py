@@ -5,18 +5,44 @@ import json
 import os
 import platform
 import uuid
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from data.errors import UserError
 
 
+def publish(path: Path, write: Callable[[Path], Any], name: Callable[[Path], Path] | None = None) -> Path:
+    """Write under a temporary name, sync, rename: a reader sees all of it or none of it, after a power cut too.
+
+    Args:
+        write: writes the content to the path that it is given.
+        name: makes the final path of the one that was written; `path` without it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    sync(temporary)
+    published = name(temporary) if name else path
+    os.replace(temporary, published)
+    sync(path.parent)  # the name, too
+    return published
+
+
+def sync(path: Path) -> None:
+    """Until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write under a temporary name, then rename: a reader sees all of it or none of it."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """A whole JSON file or none."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -66,15 +92,25 @@ class StageRecord:
         identity = {"id": before.get("id", uuid.uuid4().hex[:12])}
         write_json(self.begun, {"settings": self.settings, "environment": environment(), **identity})
 
+    def forget(self) -> None:
+        """What was begun or done counts for nothing any more."""
+        self.begun.unlink(missing_ok=True)
+        self.done.unlink(missing_ok=True)
+
     def finish(self, result: dict[str, Any]) -> None:
         """Mark the stage as done."""
         write_json(self.done, {"settings": self.settings, "environment": environment(), "result": result})
 
 
+def overwrites(config: DictConfig) -> bool:
+    """Whether stages are done again. Not in a job that SLURM has put back into its queue: it has begun them anew."""
+    return config.overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+
+
 def run_id(run_dir: Path, stage: str) -> str | None:
     """What names this run of a stage, the same after every restart; None before its first."""
     begun = run_dir / "records" / f"{stage}.begun.json"
-    return read_json(begun)["id"] if begun.exists() else None
+    return read_json(begun).get("id") if begun.exists() else None
 
 
 def environment() -> dict[str, str]:

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from data.errors import UserError
 from models.draft import DraftModel, start_calibrator_from_head
 from models.export import export_draft, load_draft, load_draft_weights
+from train.checkpoints import keeper
 from train.datamodule import DraftData
 from train.evaluation import evaluate as decode_prompts
 from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
-from train.preemption import set_training
+from train.preemption import agreed_signal, set_training
 from train.report import plot_acceptance, print_report
 from train.resources import Resources
-from train.run_state import file_sha256, read_json, write_json
+from train.run_state import file_sha256, overwrites, publish, read_json, sync, write_json
 
 WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
 # Arguments of Lightning's Trainer that are not the user's: set by `build_trainer`, or at odds with batches that are a
@@ -52,6 +53,8 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
         export_draft(draft, temporary, getattr(torch, config.stage.export.dtype))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+    for file in temporary.iterdir():
+        sync(file)
     shutil.rmtree(directory, ignore_errors=True)  # of an export that was interrupted
     os.replace(temporary, directory)
     result = {
@@ -162,23 +165,20 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config))
-    metrics = fit(trainer, module, data, directory, resume=not config.overwrite)
+    metrics = fit(trainer, module, data, directory, resume=not overwrites(config))
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
     if trainer.is_global_zero:
         own = load_file(source) if stage == "bonus_calibration" else {}
         own |= {name: tensor.cpu() for name, tensor in trained.items()}
-        own |= trainer.checkpoint_callback.best_weights()
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f"{WEIGHTS}.tmp"
-        save_file(own, temporary, metadata={"format": "pt"})
-        os.replace(temporary, directory / WEIGHTS)
+        own |= keeper(trainer).best_weights()
+        publish(directory / WEIGHTS, lambda temporary: save_file(own, temporary, metadata={"format": "pt"}))
     trainer.strategy.barrier()  # the next stage reads the file on every rank
-    set_training(False)
+    set_training(False, agreed_signal(trainer.strategy))
     if any(hasattr(p, "ds_id") for p in resources.target.parameters()):
         resources.forget_target()
-    best = trainer.checkpoint_callback.best
     parameters = sum(tensor.numel() for tensor in trained.values())
-    return {"trained_parameters": parameters, "steps": settings.steps, "best": best, **metrics}
+    weights_of_step = keeper(trainer).best.get("step", settings.steps)
+    return {"trained_parameters": parameters, "steps": settings.steps, "weights_of_step": weights_of_step, **metrics}
 
 
 def _new_draft(config: DictConfig, resources: Resources, *, calibrated: bool) -> DraftModel:

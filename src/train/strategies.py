@@ -80,7 +80,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         with self._whole():
-            return {name: tensor.cpu().clone() for name, tensor in self.lightning_module.state_dict().items()}
+            return {name: tensor.to("cpu", copy=True) for name, tensor in self.lightning_module.state_dict().items()}
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         with self._whole(write=True):
@@ -136,4 +136,4 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 
 def _moments(parameter: nn.Parameter) -> dict[str, Tensor]:
-    return {name: safe_get_full_optimizer_state(parameter, name).cpu().clone() for name in MOMENTS}
+    return {name: safe_get_full_optimizer_state(parameter, name).to("cpu", copy=True) for name in MOMENTS}
