@@ -76,15 +76,15 @@ class History(Monitor):
         self.validations.append(trainer.global_step)
 
 
-def run(directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, **kwargs):
+def run(directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, keep: int = 2):
     """Train the small target's drafter; stop as a signal would at a step, if one is given."""
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1)
     history = History()
-    keeper = Checkpoints(directory, every=3, keep=2, validate_every=2, best_by="val/tau_estimate")
+    keeper = Checkpoints(directory, every=3, keep=keep, validate_every=2, best_by="val/tau_estimate")
     fitted = trainer(
         directory, STEPS, val_check_interval=2 * passes, check_val_every_n_epoch=None, enable_checkpointing=True,
-        callbacks=[history, keeper], plugins=[CheckpointFiles()], **kwargs,
+        callbacks=[history, keeper], plugins=[CheckpointFiles()],
     )  # fmt: skip
     fitted.accumulate_grad_batches = passes
     training, rows = module(AttentionTuning, random_target()), data(STEPS)
@@ -163,9 +163,9 @@ def test_without_any_whole_best_weights_the_newest_checkpoint_has_to_do(tmp_path
 def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
     straight, kept, _ = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
-        run(tmp_path / "stopped", stop_at=5, monkeypatch=monkeypatch)  # with checkpoints of the steps 3 and 5
+        run(tmp_path / "stopped", stop_at=7, monkeypatch=monkeypatch, keep=3)  # checkpoints of the steps 3, 6 and 7
     newest = max((tmp_path / "stopped").glob("best-*"))
-    assert step_of(newest) == 4
+    assert step_of(newest) == 6
     newest.write_bytes(newest.read_bytes()[:-1])
     said = []
     assert step_of(usable_checkpoint(tmp_path / "stopped", said.append)) == 3 and newest.name in said[0]
