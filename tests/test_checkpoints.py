@@ -76,15 +76,17 @@ class History(Monitor):
         self.validations.append(trainer.global_step)
 
 
-def run(directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, keep: int = 2):
+def run(
+    directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, keep: int = 2, validate_every: int = 2
+):
     """Train the small target's drafter; stop as a signal would at a step, if one is given."""
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1)
     history = History()
-    keeper = Checkpoints(directory, every=3, keep=keep, validate_every=2, best_by="val/tau_estimate")
+    keeper = Checkpoints(directory, every=3, keep=keep, validate_every=validate_every, best_by="val/tau_estimate")
     fitted = trainer(
-        directory, STEPS, val_check_interval=2 * passes, check_val_every_n_epoch=None, enable_checkpointing=True,
-        callbacks=[history, keeper], plugins=[CheckpointFiles()],
+        directory, STEPS, val_check_interval=validate_every * passes, check_val_every_n_epoch=None,
+        enable_checkpointing=True, callbacks=[history, keeper], plugins=[CheckpointFiles()],
     )  # fmt: skip
     fitted.accumulate_grad_batches = passes
     training, rows = module(AttentionTuning, random_target()), data(STEPS)
@@ -116,6 +118,17 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         assert after.drawn == {s: drawn for s, drawn in history.drawn.items() if s > step}  # generators go on, too
         assert keeper.best == kept.best and keeper.figures() == kept.figures()
         assert all(t.equal(keeper.best_weights()[n]) for n, t in kept.best_weights().items())
+        assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
+
+
+def test_the_last_step_is_validated_whatever_its_number(tmp_path, monkeypatch):
+    straight, kept, history = run(tmp_path / "straight", validate_every=3)
+    assert history.validations == [3, 6, 8] and list(history.losses) == list(range(1, STEPS + 1))
+    for step in (7, 8):
+        with pytest.raises(SystemExit):
+            run(tmp_path / str(step), stop_at=step, monkeypatch=monkeypatch, validate_every=3)
+        training, keeper, rest = run(tmp_path / str(step), validate_every=3)
+        assert rest.validations == [s for s in (8,) if s > step] and keeper.best == kept.best
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 

@@ -46,7 +46,6 @@ CALLS = {
     "passes that do not go round": (["stage.attention_tuning.rows_per_pass=3"], ["rows_per_pass=3", "4 rows"]),
     "no checkpoint kept": (["stage.attention_tuning.keep_checkpoints=0"], ["keep_checkpoints=0", "1 or more"]),
     "unknown figure": (["stage.attention_tuning.best_by=val/tau"], ["'val/tau'", "val/tau_estimate or null"]),
-    "last steps without validation": (["stage.attention_tuning.steps=200"], ["steps=200", "validate_every=130"]),
     "no eps": (["stage.bonus_calibration.module.eps=0"], ["eps=0", "more than 0"]),
     "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),
     "block of one": (["model.draft.block_size=1"], ["block_size=1", "2 or more"]),

@@ -85,7 +85,7 @@ class Checkpoints(Checkpoint):
         Args:
             every: steps between checkpoints.
             keep: how many of the last ones stay.
-            validate_every: steps between validations.
+            validate_every: steps between validations; one comes at the last step, too.
             best_by: figure of the validation that says which weights are best; the greatest wins, the first of equals.
         """
         self.directory, self.every, self.keep = directory, every, keep
@@ -136,8 +136,11 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        in_step = (batch_idx + 1) % trainer.accumulate_grad_batches
-        if not in_step and not self._validates(trainer):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates before it does, whatever the step
+        if not self._validates(trainer):
             self._boundary(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -158,7 +161,8 @@ class Checkpoints(Checkpoint):
         return self.best["figures"] if self.best else self.last
 
     def _validates(self, trainer: lightning.Trainer) -> bool:
-        return any(trainer.num_val_batches) and trainer.global_step % self.validate_every == 0
+        due = trainer.global_step % self.validate_every == 0 or trainer.global_step == trainer.max_steps
+        return due and any(trainer.num_val_batches)
 
     def _boundary(self, trainer: lightning.Trainer) -> None:
         step, signal = trainer.global_step, agreed_signal(trainer.strategy)

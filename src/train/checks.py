@@ -55,12 +55,6 @@ def _check_ranges(config: DictConfig) -> None:
         for key in ("learning_rate", "eps"):
             if not settings.module[key] > 0:
                 raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected more than 0.")
-        validate_every = min(settings.validate_every, settings.steps)
-        if settings.best_by and settings.steps % validate_every:
-            raise UserError(
-                f"stage.{stage}.steps={settings.steps} is no multiple of validate_every={validate_every}: the weights "
-                "of the last steps could not be the best. Choose another validate_every, or best_by=null."
-            )
         objective = settings.module.objective
         shares = {"warmup_share": settings.module.warmup_share, "final_lr_share": settings.module.final_lr_share}
         for key, share in {**shares, "objective.alpha": objective.alpha}.items():
