@@ -9,6 +9,7 @@ from conftest import random_documents, random_target
 
 from data.packing import pack_documents
 from models.draft import DraftModel, start_calibrator_from_head
+from models.objectives import block_loss
 from train.batches import TrainingBatches, ValidationBatches
 from train.datamodule import DraftData
 from train.modules import AttentionTuning, BonusCalibration
@@ -97,6 +98,25 @@ def test_every_projector_and_the_mask_embedding_get_a_gradient():
     hidden.pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in training.trained().values())
     assert all(p.grad is None for p in target.parameters())
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(passes, tmp_path):
+    """By plain descent without clipping: AdamW would hide a factor, and so would a clipped norm."""
+    training, rows = module(AttentionTuning, random_target()), data(1)
+    rows.rows_per_pass = 4 // passes
+    batches = TrainingBatches(
+        rows.training, steps=1, rows_per_step=4, num_anchors=40, block_size=6, seed=0, current_step=lambda: 0
+    )
+    hidden, labels, bonus = training.blocks(batches.batch(0))
+    total, weight, _ = block_loss(training.draft.logits, hidden, labels, bonus, **SETTINGS["objective"])
+    names, parameters = zip(*training.trained().items(), strict=True)
+    gradients = torch.autograd.grad(total / weight, parameters)
+    start = [p.detach().clone() for p in parameters]
+    training.configure_optimizers = lambda: torch.optim.SGD(parameters, lr=1.0)
+    trainer(tmp_path, 1, accumulate_grad_batches=passes, gradient_clip_val=None).fit(training, rows)
+    for name, before, after, gradient in zip(names, start, parameters, gradients, strict=True):
+        assert torch.allclose(before - after, gradient, rtol=1e-3, atol=1e-6), name
 
 
 def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decoding_could_meet():
