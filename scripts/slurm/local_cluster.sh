@@ -5,7 +5,7 @@
 #   scripts/slurm/local_cluster.sh stop              cancels all jobs and stops the daemons that `start` left
 #   scripts/slurm/local_cluster.sh clean             the same, and deletes the cluster's directory
 #
-# CLUSTER_HOME   its directory: configuration, keys, state, logs    (/tmp/flexdraft-slurm)
+# CLUSTER_HOME   its directory: configuration, keys, state, logs    ($TMPDIR/flexdraft-slurm)
 # CLUSTER_NODES  nodes; more than one are emulated, named n1, n2    (1)
 # CLUSTER_CPUS   CPUs of a node, may be more than there are         (4)
 # CLUSTER_PORT   first of the ports on 127.0.0.1                    (16900)
@@ -14,7 +14,7 @@
 # cgroups nothing enforces a job's memory or cores. There is no accounting: sacct does not work.
 set -euo pipefail
 
-home=${CLUSTER_HOME:-/tmp/flexdraft-slurm} nodes=${CLUSTER_NODES:-1} cpus=${CLUSTER_CPUS:-4} port=${CLUSTER_PORT:-16900}
+home=${CLUSTER_HOME:-${TMPDIR:-/tmp}/flexdraft-slurm} nodes=${CLUSTER_NODES:-1} cpus=${CLUSTER_CPUS:-4} port=${CLUSTER_PORT:-16900}
 export SLURM_CONF=$home/slurm.conf
 
 # Whether daemon $1 (munged, slurmctld, slurmd-<node>) runs. Process ids are reused: its name counts too.

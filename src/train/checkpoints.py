@@ -169,6 +169,7 @@ class Checkpoints(Checkpoint):
         if step % self.every == 0 or step == trainer.max_steps or signal:
             self.best_of[step] = self.best.get("step", 0)
             self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
+            # Not the weights alone: the whole state. It is plain values and tensors; `load_checkpoint` takes no others.
             trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt", weights_only=False)
             if trainer.is_global_zero:
                 self._forget_old(step)
