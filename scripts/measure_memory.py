@@ -32,7 +32,7 @@ WIDE = [TINY, "model=stand_in", "model.draft.num_layers=3", "model.draft.calibra
 WIDE += [f"model.target.architecture.{size}" for size in ("vocab_size=8192", "hidden_size=256", "head_dim=32")]
 WIDE += [f"model.target.architecture.{size}" for size in ("intermediate_size=768", "num_attention_heads=8")]
 WIDE += [f"stage.{stage}.{key}" for stage in TRAINED for key in ("rows_per_step=2", "num_anchors=16")]
-SMALL_CHUNKS = [f"stage.{stage}.module.objective.chunk=64" for stage in TRAINED]
+SMALL_CHUNKS = [f"stage.{stage}.module.chunk=64" for stage in TRAINED]
 BF16 = ["trainer.precision=bf16-mixed"]
 CASES = {
     "tiny, float32": [TINY, "trainer.precision=32-true"],

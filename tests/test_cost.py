@@ -14,7 +14,6 @@ from data.errors import UserError
 from models.cost import Sizes, step_flops
 from models.draft import DraftModel
 from models.memory import Setup, peak, step_memory
-from models.objectives import block_loss
 from models.target import load_target
 from train.checks import TRAINED, check_architecture
 from train.estimate import estimate, machine_of, target_sizes
@@ -51,13 +50,12 @@ def test_flops_are_those_of_the_training_step(stage, shape, rows, length, anchor
     target = random_target(**shape)
     draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8)
     module_class = AttentionTuning if stage == "attention_tuning" else BonusCalibration
-    module = module_class(target, draft, **SETTINGS | {"objective": SETTINGS["objective"] | {"chunk": chunk}})
+    module = module_class(target, draft, **SETTINGS | {"chunk": chunk})
     sizes = sizes_of(target)
     batch = full_batch(sizes, rows, length, anchors)
     monkeypatch.setattr("train.modules.bonus_tokens", saying(batch))
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        hidden, labels, bonus = module.blocks(batch)
-        loss, weight, _ = block_loss(draft.logits, hidden, labels, bonus, **module.objective)
+        loss, weight, _, _ = module.loss(batch)
         (loss / weight).backward()
     parts = step_flops(sizes, stage, rows=rows, row_length=length, num_anchors=anchors, chunk=chunk)
     assert sum(parts.values()) == pytest.approx(counter.get_total_flops(), rel=0.02)

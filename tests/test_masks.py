@@ -7,7 +7,7 @@ from conftest import random_documents
 from data.anchors import block_labels, draw_anchors, make_batch, valid_anchors
 from data.batch import IGNORE
 from data.packing import pack_documents
-from models.masks import block_mask, document_causal_mask
+from models.masks import block_sparse, block_tiles, clean_tiles, dense, document_causal, own_block
 
 
 def rows_of(seed: int, count: int = 7, row_length: int = 64):
@@ -16,8 +16,8 @@ def rows_of(seed: int, count: int = 7, row_length: int = 64):
 
 def test_document_causal_mask_equals_loops():
     batch = make_batch(rows_of(0), num_anchors=3, block_size=4, seeds=[(i,) for i in range(len(rows_of(0)))])
-    mask = document_causal_mask(batch.document_ids)
     rows, length = batch.input_ids.shape
+    mask = dense(document_causal(batch.document_ids), rows, length, length)
     for r in range(rows):
         for q in range(length):
             for k in range(length):
@@ -29,8 +29,8 @@ def test_block_mask_equals_loops():
     rows = rows_of(1)
     size, blocks = 4, 3
     batch = make_batch(rows, num_anchors=blocks, block_size=size, seeds=[(i,) for i in range(len(rows))])
-    mask = block_mask(batch.document_ids, batch.anchors, size)
     length = batch.input_ids.shape[1]
+    mask = dense(own_block(batch.document_ids, batch.anchors, size), len(rows), blocks * size, length + blocks * size)
     assert mask.shape == (len(rows), 1, blocks * size, length + blocks * size)
     for r in range(len(rows)):
         for query in range(blocks * size):

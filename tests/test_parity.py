@@ -26,7 +26,7 @@ def training_states(dtype: str):
 @torch.no_grad()
 def test_training_and_decoding_logits_agree(dtype, tolerance):
     target, draft, rows, batch = training_states(dtype)
-    clean = target_pass(target, batch.input_ids, batch.position_ids, batch.document_ids, draft.split_layer)
+    clean = target_pass(target, batch, draft.split_layer)
     bonus = bonus_tokens(target, clean.hidden, batch.anchors)
     hidden = draft.forward_batch(clean.context, batch)
     tuned = draft.logits(hidden)  # stage 1
@@ -57,14 +57,16 @@ def test_clean_context_is_the_targets_own_cache():
     draft = random_draft(target)
     row = pack_documents(random_documents(1, seed=4, low=30, high=30), 30, pad_id=0)[0]
     batch = make_batch([row], num_anchors=4, block_size=draft.block_size, seeds=[(0,)])
-    clean = target_pass(target, batch.input_ids, batch.position_ids, batch.document_ids, draft.split_layer)
+    clean = target_pass(target, batch, draft.split_layer)
     draft.forward_batch(clean.context, batch)
     cache = DynamicCache()
     output = target.model(input_ids=batch.input_ids, past_key_values=cache, use_cache=True)
     assert torch.allclose(output.last_hidden_state, clean.hidden, atol=1e-5)
     for layer in range(draft.split_layer, target.config.num_hidden_layers):
-        assert torch.allclose(cache.layers[layer].keys, clean.context.keys[layer], atol=1e-5)
-        assert clean.context.keys[layer].shape[2] == 30  # the blocks left nothing behind
+        keys, values = clean.context[layer - draft.split_layer]
+        assert torch.allclose(cache.layers[layer].keys, keys, atol=1e-5)
+        assert torch.allclose(cache.layers[layer].values, values, atol=1e-5)
+        assert keys.shape[2] == 30  # the blocks left nothing behind
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ PAIR = ("trainer.accelerator=cpu", "trainer.devices=2")
 # Otherwise DeepSpeed keeps tensors of this size whole after their first use.
 SHARDED = "+trainer.strategy.zero_optimization={stage3_param_persistence_threshold:0,stage3_max_live_parameters:0}"
 PASSES = tuple(f"stage.{stage}.rows_per_pass=1" for stage in STAGES)
-PIECES = tuple(f"stage.{stage}.module.objective.chunk=37" for stage in STAGES)  # a gathering of the head for each
+PIECES = tuple(f"stage.{stage}.module.chunk=37" for stage in STAGES)  # a gathering of the head for each
 NO_COMPILER = {"PATH": "/nowhere"}
 
 

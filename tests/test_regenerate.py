@@ -338,7 +338,7 @@ def test_a_foreign_file_is_not_overwritten(tmp_path):
 
 
 def local(tokenizer, name=TINY / "target", **changes):
-    target = {"name": str(name), "revision": None, "dtype": "float32", "attn_implementation": "sdpa"}
+    target = {"name": str(name), "revision": None, "dtype": "float32"}
     how = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 24, "seed": 0, "drop_cut_off": False}
     sampling = Sampling(**how | {"repeat_words": 12, "repeat_times": 0} | changes)
     return LocalBackend(target, tokenizer, ChatEncoder(tokenizer, {}), sampling, batch_size=3, device="cpu")

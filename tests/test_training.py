@@ -9,13 +9,15 @@ from conftest import random_documents, random_target
 
 from data.packing import pack_documents
 from models.draft import DraftModel, start_calibrator_from_head
-from models.objectives import block_loss
+from models.objectives import Objective
 from train.batches import TrainingBatches, ValidationBatches
 from train.datamodule import DraftData
 from train.modules import AttentionTuning, BonusCalibration
 
 SETTINGS = {
-    "objective": {"weights": "dpace", "alpha": 0.5, "gamma": 4.0, "slot0_loss": False, "chunk": 64},
+    "objective": Objective(),
+    "slot0_loss": False,
+    "chunk": 64,
     "learning_rate": 1e-2,
     "weight_decay": 0.0,
     "betas": (0.9, 0.95),
@@ -80,7 +82,7 @@ def test_only_the_intended_parameters_are_trained(stage, tmp_path):
         assert (not torch.equal(parameter, start[name])) == (name in trained), name
     with_gradient = {id(p) for p in training.parameters() if p.requires_grad}
     assert with_gradient == {id(p) for p in trained.values()}
-    loss = training.blocks(data_batch(target))[0]
+    loss = training.features(data_batch(target))[0]
     assert loss.requires_grad == (stage is AttentionTuning)
 
 
@@ -94,7 +96,7 @@ def data_batch(target):
 def test_every_projector_and_the_mask_embedding_get_a_gradient():
     target = random_target()
     training = module(AttentionTuning, target)
-    hidden, _, _ = training.blocks(data_batch(target))
+    hidden, *_ = training.features(data_batch(target))
     hidden.pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in training.trained().values())
     assert all(p.grad is None for p in target.parameters())
@@ -108,8 +110,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(passes, tmp_path
     batches = TrainingBatches(
         rows.training, steps=1, rows_per_step=4, num_anchors=40, block_size=6, seed=0, current_step=lambda: 0
     )
-    hidden, labels, bonus = training.blocks(batches.batch(0))
-    total, weight, _ = block_loss(training.draft.logits, hidden, labels, bonus, **SETTINGS["objective"])
+    total, weight, _, _ = training.loss(batches.batch(0))
     names, parameters = zip(*training.trained().items(), strict=True)
     gradients = torch.autograd.grad(total / weight, parameters)
     start = [p.detach().clone() for p in parameters]
@@ -123,7 +124,7 @@ def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decod
     target = random_target()
     training = module(BonusCalibration, target)
     batch = data_batch(target)
-    hidden, labels, bonus = training.blocks(batch)
+    hidden, labels, bonus, _ = training.features(batch)
     known = bonus[..., None].expand(labels.shape)
     assert torch.equal(training.draft.logits(hidden, known), training.draft.logits(hidden))
     start_calibrator_from_head(training.draft)

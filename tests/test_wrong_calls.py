@@ -33,10 +33,11 @@ CALLS = {
     ),
     "wrong type": (["stage.attention_tuning.steps=many"], ["steps='many'", "expected int"]),
     "out of range": (["stage.attention_tuning.module.learning_rate=-1"], ["learning_rate=-1", "more than 0"]),
-    "unknown weights": (["stage.attention_tuning.module.objective.weights=dpac"], ["'dpac'", "dpace or decay or flat"]),
+    "unknown weights": (["objective.weights=dpac"], ["'dpac'", "dpace, decay, flat"]),
     "no value": (["stage.attention_tuning.steps=null"], ["steps=None", "expected int"]),
     "unknown variant": (["stage.evaluate.variants=[calibratd]"], ["calibratd", "untuned, attention_tuned, calibrated"]),
-    "attention that reads masks differently": (["model.target.attn_implementation=eager"], ["'eager'", "sdpa"]),
+    "an unknown kind of attention": (["speed.attention=eager"], ["'eager'", "auto or flex or sdpa or dense"]),
+    "an objective without terms": (["objective.ce=0"], ["ce=0", "one of them more"]),
     "trainer setting of the stage": (
         ["+trainer.accumulate_grad_batches=2"],
         ["accumulate_grad_batches", "leave it out"],

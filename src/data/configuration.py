@@ -18,7 +18,7 @@ from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-GROUPS = ("experiment", "data", "model", "stage", "regenerate", "trainer", "logger", "callbacks")
+GROUPS = ("experiment", "data", "model", "stage", "regenerate", "objective", "trainer", "logger", "callbacks")
 # Null asks for random weights; for all records; for one process per core; for the last weights; for a single pass.
 NULLABLE = ("model.target.name", "data.max_records", "data.num_proc")
 NULLABLE += ("stage.attention_tuning.best_by", "stage.bonus_calibration.best_by")

@@ -31,7 +31,7 @@ class LocalBackend:
                 target["name"],
                 revision=target["revision"],
                 dtype=getattr(torch, target["dtype"]),
-                attn_implementation=target["attn_implementation"],
+                attn_implementation="sdpa",
             )
             self.model.to(self.device).eval()
         except (OSError, ValueError, RuntimeError, AssertionError) as error:

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from models.draft import DraftModel
 from models.metrics import accepted_drafts, mean_acceptance_length
-from models.target import ContextCache
+from models.target import cached_context
 
 
 @dataclass
@@ -95,8 +95,7 @@ def draft_block(draft: DraftModel, cache: DynamicCache, anchor: int, bonus: Tens
 def draft_logits(draft: DraftModel, cache: DynamicCache, anchor: int, bonus: Tensor | None) -> Tensor:
     """[B, V] logits of all slots of the block at `anchor`. `bonus` [1] or None for uncalibrated logits."""
     positions = torch.arange(anchor, anchor + draft.block_size, device=draft.mask_embedding.device)
-    context = ContextCache.from_cache(cache, draft.split_layer)
-    hidden = draft(context, positions[None, None])[0, 0]  # [B, H]
+    hidden = draft(cached_context(cache, draft.split_layer), positions[None, None])[0, 0]  # [B, H]
     return draft.logits(hidden, None if bonus is None else bonus.expand(draft.block_size))
 
 

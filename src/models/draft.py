@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.batch import Batch
-from models.masks import block_mask
-from models.target import ContextCache
+from models.attention import View, blocks_mask
+from models.execution import EAGER, Execution, through_layers
+from models.target import Context
 
 
 class DraftModel(nn.Module):
@@ -83,37 +84,30 @@ class DraftModel(nn.Module):
         """Everything that the drafter owns, by exported name; the rest is the target's."""
         return {**self.attention_parameters(), **self.calibrator_parameters()}
 
-    def forward(self, context: ContextCache, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, context: Context, positions: Tensor, mask=None, execution: Execution = EAGER) -> Tensor:
         """Run mask blocks through the draft layers.
 
         Args:
             context: clean K/V that the blocks may see.
             positions: [R, A, B] position of each slot.
-            attention_mask: [R, 1, A*B, T + A*B] bool; None lets every slot see all of the context and all slots, which
-                is right for one block per row whose context is the whole cache.
+            mask: `attention.blocks_mask`; None lets every slot see all of the context and all slots, which is right for
+                one block per row whose context is the whole cache.
 
         Returns:
             [R, A, B, H] hidden states after the target's final norm.
         """
         rows, blocks, size = positions.shape
+        # In the target's dtype, as in decoding: a stream in the master weights' would be wider, and no more exact.
+        hidden = self.mask_embedding.to(self.target.dtype).expand(rows, blocks * size, -1)
+        views = [View(mask, pair) for pair in context]
         flat_positions = positions.reshape(rows, blocks * size)
-        hidden = self.mask_embedding.expand(rows, blocks * size, -1)
-        position_embeddings = self.target.model.rotary_emb(hidden, flat_positions)
-        for layer in self.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=attention_mask,
-                position_ids=flat_positions,
-                past_key_values=context,
-                position_embeddings=position_embeddings,
-            )
-        hidden = self.target.model.norm(hidden)
-        return hidden.view(rows, blocks, size, -1)
+        hidden = through_layers(self.target, self.layers, hidden, flat_positions, views, execution)
+        return self.target.model.norm(hidden).view(rows, blocks, size, -1)
 
-    def forward_batch(self, context: ContextCache, batch: Batch) -> Tensor:
+    def forward_batch(self, context: Context, batch: Batch, execution: Execution = EAGER) -> Tensor:
         """[R, A, B, H] hidden states of all blocks of a training batch."""
-        mask = block_mask(batch.document_ids, batch.anchors, self.block_size)
-        return self(context, batch.slot_positions(), mask)
+        mask = blocks_mask(batch.document_ids, batch.anchors, self.block_size, execution.attention)
+        return self(context, batch.slot_positions(), mask, execution)
 
     def logits(self, hidden: Tensor, bonus: Tensor | None = None) -> Tensor:
         """[..., V] logits of slots, in training and in decoding.

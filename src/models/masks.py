@@ -1,32 +1,119 @@
-"""Who may attend to whom. True means: may attend. Shapes as in `data.batch`."""
+"""Who may attend to whom: each rule once, as a function of indices, and the forms in which attention takes it.
+
+A rule is (row, head, query, key) -> bool, on numbers or tensors that broadcast: what FlexAttention calls a `mask_mod`.
+Shapes as in `data.batch`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+TILE = 256  # queries of a tile, about: measured in docs/performance.md
 
 
-def document_causal_mask(document_ids: Tensor) -> Tensor:
-    """Clean tokens: token q attends to token k of the same document with k <= q. [R, T] -> [R, 1, T, T]."""
-    same_document = document_ids[:, :, None] == document_ids[:, None, :]
-    length = document_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return (same_document & causal)[:, None]
+def document_causal(document_ids: Tensor) -> Rule:
+    """Clean tokens: token q attends to token k of the same document with k <= q. `document_ids` is [R, T]."""
+
+    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (document_ids[row, query] == document_ids[row, key])
+
+    return rule
 
 
-def block_mask(document_ids: Tensor, anchors: Tensor, block_size: int) -> Tensor:
+def own_block(document_ids: Tensor, anchors: Tensor, block_size: int) -> Rule:
     """Mask tokens: a slot of the block anchored at a attends to
 
     - clean tokens of the anchor's document at indices < a: strictly, since decoding knows no token from the anchor on
       when it drafts; and
     - every slot of its own block, before and after it.
 
-    [R, T], [R, A] -> [R, 1, A*B, T + A*B]; the keys are the clean tokens of the row, then all slots of all blocks.
+    Queries are the A*B slots of a row; keys are its T clean tokens, then its slots. [R, T], [R, A].
     """
-    rows, length = document_ids.shape
-    blocks = anchors.shape[1]
+    length = document_ids.shape[1]
     anchor_document = document_ids.gather(1, anchors)  # [R, A]
-    index = torch.arange(length, device=document_ids.device)
-    context = (document_ids[:, None, :] == anchor_document[:, :, None]) & (index < anchors[:, :, None])  # [R, A, T]
-    context = context.repeat_interleave(block_size, dim=1)  # [R, A*B, T]
-    block = torch.arange(blocks * block_size, device=document_ids.device) // block_size
-    same_block = (block[:, None] == block[None, :]).expand(rows, -1, -1)  # [R, A*B, A*B]
-    return torch.cat([context, same_block], dim=2)[:, None]
+
+    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // block_size
+        known = key < anchors[row, block]
+        same_document = document_ids[row, key.clamp(max=length - 1)] == anchor_document[row, block]
+        return (known & same_document) | ((key >= length) & ((key - length) // block_size == block))
+
+    return rule
+
+
+def dense(rule: Rule, rows: int, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """[R, 1, queries, keys] the rule written out: for references, and for what cannot do better."""
+    index = torch.arange(max(rows, queries, keys), device=device)
+    return rule(index[:rows, None, None, None], index[0], index[:queries, None], index[:keys])
+
+
+@functools.cache
+def _mask_builder() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
+
+
+def block_sparse(rule: Rule, rows: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The rule as FlexAttention takes it: which tiles of 128 x 128 to compute, and which of them to look into."""
+    build = _mask_builder() if device.type == "cuda" else create_block_mask
+    return build(rule, rows, None, queries, keys, device=device)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries of one row that share their keys: one call of scaled-dot-product attention."""
+
+    row: int
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Tensor | None  # [queries, keys] bool; None: causal, the keys being the queries' own
+
+
+def clean_tiles(document_ids: Tensor) -> list[Tile]:
+    """`document_causal` in tiles: one a document. They cover all queries in order."""
+    return [
+        Tile(row, slice(start, stop), (slice(start, stop),), None)
+        for row, ids in enumerate(document_ids.tolist())
+        for start, stop in _documents(ids)
+    ]
+
+
+def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int) -> list[Tile]:
+    """`own_block` in tiles of neighbouring blocks of one document. They cover all queries in order."""
+    rule, length = own_block(document_ids, anchors, block_size), document_ids.shape[1]
+    at_once = max(1, TILE // block_size)
+    tiles = []
+    for row, (ids, places) in enumerate(zip(document_ids.tolist(), anchors.tolist(), strict=True)):
+        starts = {ids[start]: start for start, _ in _documents(ids)}
+        first = 0
+        for document, members in groupby(ids[anchor] for anchor in places):
+            end = first + len(list(members))
+            for block in range(first, end, at_once):
+                last = min(block + at_once, end)
+                queries = slice(block * block_size, last * block_size)
+                context = slice(starts[document], max(starts[document], *places[block:last]))
+                slots = slice(length + queries.start, length + queries.stop)
+                keys = torch.cat([_indices(context), _indices(slots)])
+                mask = rule(torch.tensor(row), torch.tensor(0), _indices(queries)[:, None], keys)
+                tiles.append(Tile(row, queries, (context, slots), mask.to(document_ids.device)))
+            first = end
+    return tiles
+
+
+def _documents(ids: list[int]) -> list[tuple[int, int]]:
+    """First index and the one after the last of each document of a row."""
+    bounds, start = [], 0
+    for _, members in groupby(ids):
+        stop = start + len(list(members))
+        bounds.append((start, stop))
+        start = stop
+    return bounds
+
+
+def _indices(part: slice) -> Tensor:
+    return torch.arange(part.start, part.stop)

@@ -1,108 +1,157 @@
-"""Losses of drafted slots as pure functions. Sums and counts are divided once, by the caller, over all ranks."""
+"""Losses of drafted slots as pure functions. Sums and counts are divided once, by the caller, over all ranks.
 
-from collections.abc import Callable
+Gradients with respect to logits are written out, so that a chunk's logits are turned into its gradient in place: the
+weight of a slot is known only after the losses of its block (D-PACE), which rules ready-made fused losses out. Tests
+compare them with autograd in float64. Shapes as in `data.batch`.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data.batch import IGNORE
 
-LogitsFunction = Callable[[Tensor, Tensor | None], Tensor]
+WEIGHTS = ("dpace", "decay", "flat")
 
 
-def token_losses(
-    logits_of: LogitsFunction, hidden: Tensor, bonus: Tensor | None, labels: Tensor, pieces: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each slot, holding the logits of one piece of the slots at a time, in the backward pass too.
+@dataclass(frozen=True)
+class Objective:
+    """What a slot's prediction costs, and how much each slot of a block counts.
 
-    Args:
-        logits_of: (hidden [n, H], bonus [n] or None) -> logits [n, V].
-        hidden: [n, H]. bonus: [n] or None. labels: [n], without IGNORE.
-        pieces: how many; `logits_of` is called as often, whatever n is.
-
-    Returns:
-        losses [n] in nats, and whether the most likely token is the label [n].
+    The value of a slot is `ce * CE + kl * KL + tv * TV`, in nats (TV in probability), with the draft's distribution q:
+    CE = -log q(label); KL = KL(p || q) and TV = 1/2 sum |p - q| to the target's distribution p at the same place. 1 - TV
+    is the probability that sampling accepts the draft (arXiv 2211.17192, section 3).
     """
 
-    def losses(hidden: Tensor, bonus: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits_of(hidden, bonus).float()
-        return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(-1) == labels
+    ce: float = 1.0
+    kl: float = 0.0
+    tv: float = 0.0
+    weights: str = "dpace"
+    alpha: float = 0.5  # of dpace
+    gamma: float = 4.0  # of decay
+    temperature: float = 1.0  # of p and q
 
-    if pieces == 1:
-        return losses(hidden, bonus, labels)
-    bonuses = [None] * pieces if bonus is None else bonus.tensor_split(pieces)
-    # Without recomputation, autograd would keep every piece's logits for the backward pass.
-    parts = [
-        checkpoint(losses, *arguments, use_reentrant=False)
-        for arguments in zip(hidden.tensor_split(pieces), bonuses, labels.tensor_split(pieces), strict=True)
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: a value out of its range.
+        """
+        if min(self.ce, self.kl, self.tv) < 0 or not self.ce + self.kl + self.tv > 0:
+            raise ValueError(f"ce={self.ce}, kl={self.kl}, tv={self.tv}: expected 0 or more, and one of them more.")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights={self.weights!r}: expected one of {', '.join(WEIGHTS)}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}: expected 0 to 1.")
+        if not (self.gamma > 0 and self.temperature > 0):
+            raise ValueError(f"gamma={self.gamma}, temperature={self.temperature}: expected more than 0.")
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the target's distribution is compared with."""
+        return self.kl > 0 or self.tv > 0
 
 
-def dpace_weights(losses: Tensor, supervised: Tensor, alpha: float) -> Tensor:
+def dpace_weights(confidence: Tensor, supervised: Tensor, alpha: float) -> Tensor:
     """D-PACE (arXiv 2605.18810): weight of a slot = how much of the expected acceptance length hangs on it.
 
-    q = exp(-loss), q~ = (1 - alpha) q + alpha, w_j = sum over m >= j of the product of q~ up to m. Detached.
+    q~ = (1 - alpha) q + alpha, w_j = sum over m >= j of the product of q~ up to m. Detached.
 
     Args:
-        losses: [..., n] of the drafted slots, in order. supervised: [..., n] bool, True up to some slot.
+        confidence: [..., n] q of the drafted slots, in order: the probability that a slot is accepted.
+        supervised: [..., n] bool, True up to some slot.
 
     Returns:
         [..., n], 0 where unsupervised.
     """
-    confidence = (1 - alpha) * torch.exp(-losses.detach()) + alpha
-    reach = torch.cumprod(torch.where(supervised, confidence, 0.0), dim=-1)
+    softened = (1 - alpha) * confidence.detach() + alpha
+    reach = torch.cumprod(torch.where(supervised, softened, 0.0), dim=-1)
     return reach.flip(-1).cumsum(-1).flip(-1) * supervised
 
 
 def decay_weights(supervised: Tensor, gamma: float) -> Tensor:
     """Fixed decay: slot k = 1 .. n weighs exp(-(k - 1) / gamma). [..., n] bool -> [..., n]."""
-    slots = torch.arange(supervised.shape[-1], device=supervised.device)
+    slots = torch.arange(supervised.shape[-1], dtype=torch.float64, device=supervised.device)
     return torch.exp(-slots / gamma) * supervised
 
 
-def block_loss(
-    logits_of: LogitsFunction,
-    hidden: Tensor,
-    labels: Tensor,
-    bonus: Tensor | None,
-    *,
-    weights: str,
-    alpha: float,
-    gamma: float,
-    slot0_loss: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted cross-entropy of the slots of all blocks.
+def slot_weights(objective: Objective, confidence: Tensor, supervised: Tensor) -> Tensor:
+    """[..., n] by the objective's rule; arguments as in `dpace_weights`."""
+    if objective.weights == "dpace":
+        return dpace_weights(confidence, supervised, objective.alpha)
+    if objective.weights == "decay":
+        return decay_weights(supervised, objective.gamma).to(confidence.dtype)
+    return supervised.to(confidence.dtype)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Labelled slots of neighbouring whole blocks, no more than a chunk holds."""
+
+    slots: Tensor  # [n] indices among all R*A*B slots
+    labels: Tensor  # [n]; IGNORE where a label was withdrawn after all
+    places: Tensor  # [n] indices among the blocks' slots from the first trained one on
+    shape: tuple[int, int]  # blocks, slots of each
+
+
+def piece_loss(
+    logits: Tensor, teacher: Tensor | None, piece: Piece, objective: Objective, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Weighted loss of a piece. Overwrites `logits` and `teacher`.
 
     Args:
-        hidden: [R, A, B, H]. labels: [R, A, B] with IGNORE. bonus: [R, A] or None.
-        weights: `dpace`, `decay` or `flat`.
-        slot0_loss: whether slot 0, which decoding discards for the bonus token, is trained like the drafted slots.
+        logits, teacher: [n, V] of draft and target, in float32 or better; the teacher's only if the objective needs it.
 
     Returns:
-        sum of weighted losses, sum of weights (detached), and correct [R, A, B-1]: the most likely token of a drafted
-        slot is its label. The mean over a global batch is the sum of the first over the sum of the second.
+        sum of weighted values, sum of weights, whether the most likely token is the label [n], and the gradient of the
+        first with respect to `logits`, in their memory.
     """
-    first = 0 if slot0_loss else 1
-    labels, hidden = labels[..., first:], hidden[..., first:, :]
-    supervised = labels != IGNORE
-    if bonus is not None:
-        bonus = bonus[..., None].expand_as(labels)[supervised]
-    # By shape, not by how many slots are supervised: under ZeRO 3 every call of the head gathers it from all ranks, and
-    # a rank that calls it more often than the others waits for ever, or takes another layer's weights for it.
-    pieces = -(-labels.numel() // chunk)
-    values, hits = token_losses(logits_of, hidden[supervised], bonus, labels[supervised], pieces)
-    losses = torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(supervised, values)
-    correct = torch.zeros_like(supervised).masked_scatter(supervised, hits)
-    if weights == "dpace":
-        weight = dpace_weights(losses, supervised, alpha)
-    elif weights == "decay":
-        weight = decay_weights(supervised, gamma)
-    elif weights == "flat":
-        weight = supervised.to(losses.dtype)
+    used = piece.labels != IGNORE
+    labels = torch.where(used, piece.labels, 0)[:, None]
+    if objective.temperature != 1:
+        logits /= objective.temperature
+    top, best = logits.max(dim=-1, keepdim=True)
+    at_label = logits.gather(1, labels)
+    logits -= top
+    if objective.needs_target:
+        target = _softmax(teacher, objective.temperature)  # p
+        # KL = sum p log p - sum p z + log sum exp z; xlogy is 0 at p = 0.
+        divergence = torch.special.xlogy(target, target).sum(-1) - (target * logits).sum(-1)
+    total = logits.exp_().sum(-1, keepdim=True)
+    log_total = total.log()
+    draft = logits.div_(total)  # q
+    cross_entropy = (log_total + top - at_label)[:, 0]
+    values, confidence = objective.ce * cross_entropy, torch.exp(-cross_entropy)
+    if objective.needs_target:
+        difference = draft - target
+        variation = difference.abs().sum(-1) / 2  # TV
+        values = values + objective.kl * (divergence + log_total[:, 0]) + objective.tv * variation
+        confidence = 1 - variation
+    weights = _spread_weights(confidence, used, piece, objective)
+    loss, weight, correct = (values * weights).sum(), weights.sum(), (best == labels)[:, 0] & used
+    if not with_gradient:
+        return loss, weight, correct, None
+    scale = weights[:, None] / objective.temperature
+    if objective.needs_target:
+        step = difference.sign_().mul_(draft).div_(2)  # q times the derivative of TV with respect to q
+        draft.mul_(objective.ce + objective.kl - objective.tv * step.sum(-1, keepdim=True))
+        draft.add_(step, alpha=objective.tv).sub_(target, alpha=objective.kl).mul_(scale)
     else:
-        raise ValueError(f"weights={weights!r}: expected dpace, decay or flat.")
-    return (losses * weight).sum(), weight.sum(), correct[..., 1 - first :]
+        draft.mul_(objective.ce * scale)
+    return loss, weight, correct, draft.scatter_add_(1, labels, -objective.ce * scale)
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    """In place."""
+    if temperature != 1:
+        logits /= temperature
+    logits -= logits.amax(-1, keepdim=True)
+    return logits.exp_().div_(logits.sum(-1, keepdim=True))
+
+
+def _spread_weights(confidence: Tensor, used: Tensor, piece: Piece, objective: Objective) -> Tensor:
+    """[n] of the piece's slots, each among the slots of its block."""
+    empty = torch.zeros(piece.shape, dtype=confidence.dtype, device=confidence.device)
+    grid = empty.flatten().scatter(0, piece.places, confidence).view(piece.shape)
+    supervised = torch.zeros_like(empty, dtype=torch.bool).flatten().scatter(0, piece.places, used).view(piece.shape)
+    return slot_weights(objective, grid, supervised).flatten()[piece.places]

@@ -14,7 +14,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.masks import document_causal_mask
+from data.batch import Batch
+from models.attention import NAME, KeysValues, View, clean_mask
+from models.execution import EAGER, Execution, through_layers
 
 
 def load_target(
@@ -23,7 +25,6 @@ def load_target(
     revision: str | None = None,
     architecture: dict[str, Any] | None = None,
     dtype: str = "float32",
-    attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
     """The target, frozen and in evaluation mode.
 
@@ -45,11 +46,11 @@ def load_target(
         )
     if name is not None:
         target = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=torch_dtype, attn_implementation=attn_implementation
+            name, revision=revision, dtype=torch_dtype, attn_implementation=NAME
         )
     else:
         config = AutoConfig.for_model(**architecture)
-        target = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=attn_implementation)
+        target = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=NAME)
     return target.requires_grad_(False).eval()
 
 
@@ -65,50 +66,43 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
-class ContextCache:
-    """Clean K/V of the draft layers, put in front of the mask tokens' own K/V.
+Context = list[KeysValues]  # K/V of the clean tokens, one pair for each draft layer
 
-    A draft layer takes it in the place of a cache: `update` returns context and block, and stores nothing, so the same
-    context serves any number of blocks.
-    """
 
-    def __init__(self, keys: dict[int, Tensor], values: dict[int, Tensor]) -> None:
-        self.keys = keys  # target layer -> [R, key/value heads, T, head size]
-        self.values = values
-
-    @classmethod
-    def from_cache(cls, cache: DynamicCache, first_layer: int) -> "ContextCache":
-        """The layers from `first_layer` on of a cache that the target has filled, by reference."""
-        layers = range(first_layer, len(cache.layers))
-        return cls({i: cache.layers[i].keys for i in layers}, {i: cache.layers[i].values for i in layers})
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Called by the attention modules of transformers with the block's own keys and values."""
-        return torch.cat([self.keys[layer_idx], keys], 2), torch.cat([self.values[layer_idx], values], 2)
+def cached_context(cache: DynamicCache, first_layer: int) -> Context:
+    """The layers from `first_layer` on of a cache that the target has filled, by reference."""
+    return [(layer.keys, layer.values) for layer in cache.layers[first_layer:]]
 
 
 @dataclass
 class TargetOutput:
     """What one pass of the target over clean tokens leaves for the draft."""
 
-    context: ContextCache  # K/V of the draft layers
-    hidden: Tensor  # [R, T, H] after the final norm
+    context: Context
+    hidden: Tensor | None  # [R, T, H] after the final norm, if it was asked for
 
 
 @torch.no_grad()
 def target_pass(
-    target: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, first_layer: int
+    target: PreTrainedModel,
+    batch: Batch,
+    first_layer: int,
+    *,
+    with_hidden: bool = True,
+    execution: Execution = EAGER,
 ) -> TargetOutput:
-    """Run the unmodified target over packed rows, each document on its own. Arguments are [R, T], as in `Batch`."""
-    cache = DynamicCache()
-    output = target.model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=document_causal_mask(document_ids),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return TargetOutput(ContextCache.from_cache(cache, first_layer), output.last_hidden_state)
+    """Run the target's layers over packed rows, each document on its own.
+
+    Nothing is computed that nobody reads: keys and values are kept of the layers from `first_layer` on, and without
+    `with_hidden` the last layer ends with its own.
+    """
+    mask = clean_mask(batch.document_ids, execution.attention)
+    layers = target.model.layers
+    views = [View(mask, keep=i >= first_layer) for i in range(len(layers))]
+    views[-1].stop = not with_hidden
+    hidden = target.get_input_embeddings()(batch.input_ids)
+    hidden = through_layers(target, layers, hidden, batch.position_ids, views, execution)
+    return TargetOutput([view.kept for view in views[first_layer:]], target.model.norm(hidden) if with_hidden else None)
 
 
 @torch.no_grad()

@@ -36,18 +36,21 @@ def _check_ranges(config: DictConfig) -> None:
     """Ranges and choices of single settings."""
     draft = config.model.draft
     choices = {"stage.export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
-    # The masks are boolean and four-dimensional, which the other implementations read differently or not at all.
-    choices["model.target.attn_implementation"] = ("sdpa",)
-    choices |= {f"stage.{stage}.module.objective.weights": ("dpace", "decay", "flat") for stage in TRAINED}
+    choices["speed.attention"] = ("auto", "flex", "sdpa", "dense")
     choices |= {f"stage.{stage}.best_by": ("val/tau_estimate", None) for stage in TRAINED}
     # Any other would train weights in less than float32, or needs a scaler of the loss.
     choices["trainer.precision"] = ("32-true", "bf16-mixed")
     check_choices(config, choices)
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
-    at_least |= {"stage.evaluate.num_prompts": 1, "stage.evaluate.max_new_tokens": 1, "hardware.gpus_per_node": 1}
+    at_least |= {
+        "stage.evaluate.num_prompts": 1,
+        "stage.evaluate.max_new_tokens": 1,
+        "hardware.gpus_per_node": 1,
+        "speed.workers": 0,
+    }
     for stage in TRAINED:
         keys = ("steps", "rows_per_step", "rows_per_pass", "num_anchors", "validate_every", "checkpoint_every")
-        keys += ("keep_checkpoints", "module.objective.chunk")
+        keys += ("keep_checkpoints", "module.chunk")
         at_least |= {f"stage.{stage}.{key}": 1 for key in keys}
     check_at_least(config, at_least)
     for stage in TRAINED:
@@ -55,13 +58,9 @@ def _check_ranges(config: DictConfig) -> None:
         for key in ("learning_rate", "eps"):
             if not settings.module[key] > 0:
                 raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected more than 0.")
-        objective = settings.module.objective
-        shares = {"warmup_share": settings.module.warmup_share, "final_lr_share": settings.module.final_lr_share}
-        for key, share in {**shares, "objective.alpha": objective.alpha}.items():
-            if not 0 <= share <= 1:
-                raise UserError(f"stage.{stage}.module.{key}={share}: expected 0 to 1.")
-        if not objective.gamma > 0:
-            raise UserError(f"stage.{stage}.module.objective.gamma={objective.gamma}: expected more than 0.")
+        for key in ("warmup_share", "final_lr_share"):
+            if not 0 <= settings.module[key] <= 1:
+                raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected 0 to 1.")
     if not 0 < config.hardware.share_of_peak <= 1:
         raise UserError(f"hardware.share_of_peak={config.hardware.share_of_peak}: expected more than 0, 1 at most.")
     unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]

@@ -140,13 +140,12 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
         raise UserError(f"stage.{stage}.{error}") from error
     share = settings.rows_per_step // ranks
     rows = share // passes
-    objective = settings.module.objective
-    common = {"row_length": config.data.row_length, "num_anchors": settings.num_anchors, "chunk": objective.chunk}
-    flops = step_flops(sizes, stage, rows=share, rows_per_pass=rows, slot0_loss=objective.slot0_loss, **common)
+    common = {"row_length": config.data.row_length, "num_anchors": settings.num_anchors, "chunk": settings.module.chunk}
+    flops = step_flops(sizes, stage, rows=share, rows_per_pass=rows, slot0_loss=settings.module.slot0_loss, **common)
     setup = Setup(
         rows=rows,
         passes=passes,
-        slot0_loss=objective.slot0_loss,
+        slot0_loss=settings.module.slot0_loss,
         weight_bytes=DTYPE_BYTES[config.model.target.dtype],
         autocast=_autocast(config),
         ranks=ranks,

@@ -106,10 +106,10 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
     except ValueError:
         flops = None
     else:
-        chunk = settings.module.objective.chunk
+        chunk = settings.module.chunk
         parts = step_flops(
             sizes, stage, rows=rows, row_length=length, num_anchors=settings.num_anchors, chunk=chunk,
-            rows_per_pass=settings.rows_per_pass, slot0_loss=settings.module.objective.slot0_loss,
+            rows_per_pass=settings.rows_per_pass, slot0_loss=settings.module.slot0_loss,
         )  # fmt: skip
         flops = sum(parts.values())
     dtype = getattr(torch, arithmetic(config))

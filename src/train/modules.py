@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.batch import IGNORE, Batch
+from models.block_loss import block_loss
 from models.draft import DraftModel
 from models.metrics import acceptance_length, leading_true
-from models.objectives import block_loss
+from models.execution import EAGER, Execution
+from models.objectives import Objective
 from models.target import bonus_tokens, target_pass
 
 
 class DraftTraining(lightning.LightningModule, ABC):
     """What both stages share: the frozen target, the loss over a global batch, optimizer, validation.
 
-    Subclasses say which parameters are trained and compute hidden states, bonus tokens and labels of a batch.
+    Subclasses say which parameters are trained and how the hidden states of a batch's blocks come about.
     """
 
     def __init__(
@@ -27,7 +29,9 @@ class DraftTraining(lightning.LightningModule, ABC):
         target: PreTrainedModel,
         draft: DraftModel,
         *,
-        objective: dict[str, Any],
+        objective: Objective,
+        slot0_loss: bool,
+        chunk: int,
         learning_rate: float,
         weight_decay: float,
         betas: tuple[float, float],
@@ -35,10 +39,12 @@ class DraftTraining(lightning.LightningModule, ABC):
         warmup_share: float,
         final_lr_share: float,
         steps: int,
+        execution: Execution = EAGER,
     ) -> None:
         super().__init__()
         self.target, self.draft = target, draft
-        self.objective = dict(objective)
+        self.objective, self.execution = objective, execution
+        self.slot0_loss, self.chunk = slot0_loss, chunk
         self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         self.warmup_share, self.final_lr_share, self.steps = warmup_share, final_lr_share, steps
         self.requires_grad_(False)
@@ -50,8 +56,26 @@ class DraftTraining(lightning.LightningModule, ABC):
         """The parameters of this stage by exported name."""
 
     @abstractmethod
-    def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states [R, A, B, H], labels [R, A, B] and bonus tokens ([R, A] or None) of a batch."""
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Hidden states [R, A, B, H] and labels [R, A, B] of a batch's blocks, their bonus tokens ([R, A] or None), and
+        the target's hidden states ([R, T, H] or None)."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sum of losses, sum of weights and correct [R, A, B-1], as `block_loss` gives them; and the labels."""
+        hidden, labels, bonus, target_hidden = self.features(batch)
+        sums = block_loss(
+            self.draft.logits,
+            hidden,
+            batch,
+            objective=self.objective,
+            chunk=self.chunk,
+            slot0_loss=self.slot0_loss,
+            labels=labels,
+            bonus=bonus,
+            target_hidden=target_hidden,
+            compiled=self.execution.compile,
+        )
+        return *sums, labels
 
     def train(self, mode: bool = True) -> "DraftTraining":
         """Never in training mode: dropout in target or draft would make training differ from decoding."""
@@ -60,8 +84,7 @@ class DraftTraining(lightning.LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum over this pass, not a mean: what all slots of a step weigh together is known only when the last pass
         of the last rank is through. `on_before_optimizer_step` divides by it."""
-        hidden, labels, bonus = self.blocks(batch)
-        loss_sum, weight_sum, _ = block_loss(self.draft.logits, hidden, labels, bonus, **self.objective)
+        loss_sum, weight_sum, _, _ = self.loss(batch)
         passes = self.trainer.accumulate_grad_batches
         self._pass = batch_idx % passes
         here = torch.stack([loss_sum.detach(), weight_sum])
@@ -86,8 +109,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         self._validation = torch.zeros(4 + self.draft.block_size - 1, dtype=torch.float64)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        hidden, labels, bonus = self.blocks(batch)
-        loss_sum, weight_sum, correct = block_loss(self.draft.logits, hidden, labels, bonus, **self.objective)
+        loss_sum, weight_sum, correct, labels = self.loss(batch)
         drafted = (labels[..., 1:] != IGNORE).any(-1)  # [R, A]
         accepted = leading_true(correct)[drafted]  # [blocks]
         reached = accepted[:, None] > torch.arange(self.draft.block_size - 1, device=accepted.device)
@@ -148,11 +170,10 @@ class AttentionTuning(DraftTraining):
     def trained(self) -> dict[str, nn.Parameter]:
         return self.draft.attention_parameters()
 
-    def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        clean = target_pass(
-            self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer
-        )
-        return self.draft.forward_batch(clean.context, batch), batch.labels, None
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        wanted = self.objective.needs_target
+        clean = target_pass(self.target, batch, self.draft.split_layer, with_hidden=wanted, execution=self.execution)
+        return self.draft.forward_batch(clean.context, batch, self.execution), batch.labels, None, clean.hidden
 
 
 class BonusCalibration(DraftTraining):
@@ -162,13 +183,11 @@ class BonusCalibration(DraftTraining):
         return self.draft.calibrator_parameters()
 
     @torch.no_grad()
-    def blocks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        clean = target_pass(
-            self.target, batch.input_ids, batch.position_ids, batch.document_ids, self.draft.split_layer
-        )
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        clean = target_pass(self.target, batch, self.draft.split_layer, execution=self.execution)
         bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
         # Where the target would not have said the text's token, what follows in the text is no continuation of the
         # bonus: such a block has nothing to teach.
         at_anchor = batch.input_ids.gather(1, batch.anchors)
         labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
-        return self.draft.forward_batch(clean.context, batch), labels, bonus
+        return self.draft.forward_batch(clean.context, batch, self.execution), labels, bonus, clean.hidden

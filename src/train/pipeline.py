@@ -103,7 +103,7 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
     if stage in TRAINED:
         settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in WITHOUT_EFFECT}
         data = {k: v for k, v in plain["data"].items() if k not in ("prompts", "num_proc", "bad_records")}
-        settings |= {"data": data, "seed": plain["seed"]}
+        settings |= {"objective": plain["objective"], "data": data, "seed": plain["seed"]}
         settings["arithmetic"] = arithmetic(config)  # ranks and strategy change no more than the rounding
     if stage == "evaluate":
         settings["template_kwargs"] = plain["data"]["template_kwargs"]

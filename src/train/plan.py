@@ -168,7 +168,7 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
     share = max(1, settings.rows_per_step // machine.ranks)
     rows = settings.rows_per_pass or share
     passes = [{f"{here}.rows_per_pass": n} for n in range(rows - 1, 0, -1) if share % n == 0]
-    chunks = [{f"{here}.module.objective.chunk": n} for n in _halves(settings.module.objective.chunk, 256)]
+    chunks = [{f"{here}.module.chunk": n} for n in _halves(settings.module.chunk, 256)]
     least = {f"{here}.rows_per_pass": 1}
     yield [*passes, *chunks, *(least | chunk for chunk in chunks)]
     if not machine.gpu:
@@ -181,7 +181,7 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
 def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[str, Any]]]:
     """Kinds of changes that make it a lesser training: coarser weights, fewer blocks, shorter rows."""
     settings, here = config.stage[stage], f"stage.{stage}"
-    least = {f"{here}.rows_per_pass": 1, f"{here}.module.objective.chunk": min(256, settings.module.objective.chunk)}
+    least = {f"{here}.rows_per_pass": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
     if config.model.target.dtype != "bfloat16":
         yield [least | {"model.target.dtype": "bfloat16"}]
     yield [least | {f"{here}.num_anchors": n} for n in _halves(settings.num_anchors, 8)]

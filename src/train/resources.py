@@ -71,7 +71,6 @@ class Resources:
                 revision=self.revision,
                 architecture=None if self.name else self.architecture,
                 dtype=self.target_settings["dtype"],
-                attn_implementation=self.target_settings["attn_implementation"],
             )
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"model.target: the target did not load. {error}") from error

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from models.draft import DraftModel, start_calibrator_from_head
+from models.execution import Execution
 from models.export import export_draft, load_draft, load_draft_weights
 from train.checkpoints import keeper
 from train.datamodule import DraftData
@@ -125,8 +126,12 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     """The trainer of a training stage.
 
     Raises:
-        UserError: the preset does not fit this machine, or the ranks cannot share a batch evenly.
+        UserError: the preset does not fit this machine, the ranks cannot share a batch evenly, or the objective is none.
     """
+    try:
+        instantiate(config.objective)
+    except HydraException as error:
+        raise UserError(f"objective: {error.__cause__ or error} Presets: conf/objective/.") from error
     taken = [key for key in config.trainer if key in TAKEN]
     if taken:
         raise UserError(f"trainer.{taken[0]}: set by the stage (conf/stage/) or not supported; leave it out.")
@@ -160,7 +165,9 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         block_size=draft.block_size,
         seed=config.seed,
     )
-    module = instantiate(settings.module)(resources.target, draft)
+    speed = config.speed
+    execution = Execution(attention=speed.attention, compile=speed.compile, recompute=speed.recompute)
+    module = instantiate(settings.module)(resources.target, draft, execution=execution)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.

@@ -1,0 +1,153 @@
+"""Attention of packed rows and of blocks, as an attention function of transformers.
+
+Every architecture whose attention calls such a function can be a target: layers are taken as they are, and what a query
+sees travels as their `attention_mask`. Anything but a `View` goes to transformers' own function: decoding's masks do.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from models.masks import Tile, block_sparse, block_tiles, clean_tiles, dense, document_causal, own_block
+
+NAME = "packed"  # as transformers knows it
+KINDS = ("auto", "flex", "sdpa", "dense")
+KeysValues = tuple[Tensor, Tensor]  # [R, key/value heads, tokens, head size] each
+
+
+class LayerStopped(Exception):
+    """A layer's keys and values are known, and nothing else was wanted of it."""
+
+
+@dataclass
+class View:
+    """What the queries of one layer see, and what becomes of its keys and values."""
+
+    mask: BlockMask | list[Tile] | Tensor | None = None  # None: every query sees every key
+    context: KeysValues | None = None  # put in front of the layer's own
+    keep: bool = False  # leave the layer's own keys and values in `kept`
+    stop: bool = False  # raise LayerStopped once they are there
+    kept: KeysValues | None = None
+
+
+def clean_mask(document_ids: Tensor, kind: str) -> BlockMask | list[Tile] | Tensor:
+    """`masks.document_causal` for a kind of attention. [R, T]"""
+    rows, length = document_ids.shape
+    kind = resolved(kind, document_ids.device)
+    if kind == "sdpa":
+        return clean_tiles(document_ids)
+    form = block_sparse if kind == "flex" else dense
+    return form(document_causal(document_ids), rows, length, length, document_ids.device)
+
+
+def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: str) -> BlockMask | list[Tile] | Tensor:
+    """`masks.own_block` for a kind of attention. [R, T], [R, A]"""
+    rows, length = document_ids.shape
+    queries = anchors.shape[1] * block_size
+    kind = resolved(kind, document_ids.device)
+    if kind == "sdpa":
+        return block_tiles(document_ids, anchors, block_size)
+    form = block_sparse if kind == "flex" else dense
+    return form(own_block(document_ids, anchors, block_size), rows, queries, length + queries, document_ids.device)
+
+
+def resolved(kind: str, device: torch.device) -> str:
+    """`auto` is FlexAttention on GPUs; its CPU version has no gradient.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"attention={kind!r}: expected one of {', '.join(KINDS)}.")
+    if kind == "auto":
+        return "flex" if device.type == "cuda" else "sdpa"
+    return kind
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: View | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Called by the attention modules of transformers. [R, heads, tokens, head size] -> [R, tokens, heads, head size].
+
+    Raises:
+        LayerStopped: the view asked for it.
+        NotImplementedError: the architecture does something to attention that this does not.
+    """
+    view = attention_mask
+    if not isinstance(view, View):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"{type(module).__name__} uses {unknown[0]}, which training does not support.")
+    if view.keep:
+        view.kept = (key, value)
+    if view.stop:
+        raise LayerStopped
+    if view.context is not None:
+        key = torch.cat([view.context[0], key.to(view.context[0].dtype)], dim=2)
+        value = torch.cat([view.context[1], value.to(view.context[1].dtype)], dim=2)
+    # Once, and not by autocast in every tile. Norms of the heads leave queries and keys in the dtype of their weights.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(view.mask, BlockMask):
+        attend = flex_attention if kind == "cpu" or torch.compiler.is_compiling() else _compiled_flex_attention()
+        output = attend(query, key, value, block_mask=view.mask, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
+    if isinstance(view.mask, list):
+        return _tiled(query, key, value, view.mask, scaling), None
+    output = scaled_dot_product_attention(query, key, value, attn_mask=view.mask, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@torch.compiler.disable
+def _tiled(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float | None) -> Tensor:
+    """[R, queries, heads, head size]"""
+    rows, heads, queries, size = query.shape
+    outputs = []
+    for tile in tiles:
+        row = slice(tile.row, tile.row + 1)
+        keys, values = (
+            torch.cat([tensor[row, :, part] for part in tile.keys], dim=2)
+            if len(tile.keys) > 1
+            else tensor[row, :, tile.keys[0]]
+            for tensor in (key, value)
+        )
+        output = scaled_dot_product_attention(
+            query[row, :, tile.queries],
+            keys,
+            values,
+            attn_mask=tile.mask,
+            is_causal=tile.mask is None,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1).view(rows, queries, heads, size)
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # of decoding, where transformers makes the mask

@@ -1,0 +1,69 @@
+"""How layers are run, which changes nothing of what they compute: kernel of attention, compilation, recomputation."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from models.attention import KINDS, LayerStopped, View
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Settings of `speed` in conf/config.yaml."""
+
+    attention: str = "auto"  # flex | sdpa | dense; auto: flex on GPUs, else sdpa
+    compile: bool = False  # torch.compile of the layers and of the loss
+    recompute: bool = False  # activation checkpointing of the draft layers
+
+    def __post_init__(self) -> None:
+        if self.attention not in KINDS:
+            raise ValueError(f"attention={self.attention!r}: expected one of {', '.join(KINDS)}.")
+
+
+EAGER = Execution()
+
+
+def through_layers(
+    target: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    hidden: Tensor,
+    position_ids: Tensor,
+    views: Iterable[View],
+    execution: Execution,
+) -> Tensor:
+    """Decoder layers of the target's kind, one after the other, each with its view.
+
+    Args:
+        hidden: [R, tokens, H]. position_ids: [R, tokens].
+
+    Returns:
+        [R, tokens, H], or the input of a layer whose view says stop.
+    """
+    position_embeddings = target.model.rotary_emb(hidden, position_ids)
+    call = _compiled_layer() if execution.compile else _layer
+    for layer, view in zip(layers, views, strict=True):
+        if view.stop:
+            try:
+                _layer(layer, hidden, view, position_ids, position_embeddings)
+            except LayerStopped:
+                return hidden
+        if execution.recompute and torch.is_grad_enabled():
+            hidden = checkpoint(call, layer, hidden, view, position_ids, position_embeddings, use_reentrant=False)
+        else:
+            hidden = call(layer, hidden, view, position_ids, position_embeddings)
+    return hidden
+
+
+def _layer(layer: nn.Module, hidden: Tensor, view: View, position_ids: Tensor, position_embeddings: tuple) -> Tensor:
+    return layer(hidden, attention_mask=view, position_ids=position_ids, position_embeddings=position_embeddings)
+
+
+@functools.cache
+def _compiled_layer() -> Callable[..., Tensor]:
+    """One graph for all layers of a kind, since they share their code: compiling takes seconds, not minutes."""
+    return torch.compile(_layer, dynamic=False)
