@@ -1,13 +1,24 @@
 """Masks and labels against loops that spell the rules out."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import random_documents
 
 from data.anchors import block_labels, draw_anchors, make_batch, valid_anchors
-from data.batch import IGNORE
+from data.batch import IGNORE, PADDING_DOCUMENT
 from data.packing import pack_documents
-from models.masks import block_sparse, block_tiles, clean_tiles, dense, document_causal, own_block
+from models.attention import View, blocks_mask, clean_mask, packed_attention
+from models.masks import (
+    allowed_pairs,
+    block_sparse,
+    block_tiles,
+    clean_tiles,
+    dense,
+    document_causal,
+    own_block,
+    tile_pairs,
+)
 
 
 def rows_of(seed: int, count: int = 7, row_length: int = 64):
@@ -41,6 +52,84 @@ def test_block_mask_equals_loops():
                 else:
                     expected = (key - length) // size == query // size
                 assert bool(mask[r, 0, query, key]) == bool(expected)
+
+
+def with_tiles(seed: int, size: int, blocks: int):
+    """A batch with places that its rows cannot fill, and both rules with their queries and keys."""
+    rows = rows_of(seed, count=9)
+    batch = make_batch(rows, num_anchors=blocks, block_size=size, seeds=[(i,) for i in range(len(rows))])
+    length, queries = batch.input_ids.shape[1], blocks * size
+    clean = (document_causal(batch.document_ids), length, length)
+    slots = (own_block(batch.document_ids, batch.anchors, size), queries, length + queries)
+    return batch, clean, slots
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(4, 3), (4, 40), (100, 5), (300, 2)])
+def test_tiles_hold_every_allowed_pair_once_and_no_other(size, blocks):
+    batch, clean, slots = with_tiles(7, size, blocks)
+    tilings = (clean_tiles(batch.document_ids), block_tiles(batch.document_ids, batch.anchors, size))
+    for (rule, queries, keys), tiles, allowed in zip((clean, slots), tilings, allowed_pairs(batch), strict=True):
+        expected = dense(rule, len(batch.input_ids), queries, keys)[:, 0]
+        found = torch.zeros_like(expected, dtype=torch.int)
+        for tile in tiles:
+            at = torch.cat([torch.arange(part.start, part.stop) for part in tile.keys])
+            square = torch.ones(tile.queries.stop - tile.queries.start, len(at), dtype=torch.bool)
+            found[tile.row, tile.queries, at] += square.tril() if tile.mask is None else tile.mask
+        assert torch.equal(found, expected.int())
+        assert tile_pairs(tiles) >= int(expected.sum())
+        if queries == keys:  # padding sees itself, which nobody needs
+            expected = expected & (batch.document_ids != PADDING_DOCUMENT)[:, None]
+        assert int(expected.sum()) == allowed
+
+
+@torch.no_grad()
+def test_block_sparse_masks_compute_every_allowed_pair():
+    batch, *rules = with_tiles(8, 16, 20)
+    rows, side = len(batch.input_ids), 128
+    for rule, queries, keys in rules:
+        mask = block_sparse(rule, rows, queries, keys, torch.device("cpu"))
+        assert mask.shape == (rows, 1, queries, keys)
+        computed = mask.to_dense()  # [rows, 1, tiles of queries, tiles of keys]
+        for row, _, query, key in dense(rule, rows, queries, keys).nonzero().tolist():
+            assert computed[row, 0, query // side, key // side]
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flex", "dense"])
+@torch.no_grad()
+def test_attention_equals_loops_over_heads_queries_and_keys(kind):
+    batch, (clean, length, _), (slots, queries, _) = with_tiles(9, 6, 4)
+    rows, heads, shared, size = len(batch.input_ids), 4, 2, 16
+    torch.manual_seed(0)
+    context = tuple(torch.randn(rows, shared, length, size) for _ in range(2))
+    masks = (clean_mask(batch.document_ids, kind), blocks_mask(batch.document_ids, batch.anchors, 6, kind))
+    for mask, rule, count, before in ((masks[0], clean, length, None), (masks[1], slots, queries, context)):
+        query, key, value = (torch.randn(rows, n, count, size) for n in (heads, shared, shared))
+        out, _ = packed_attention(torch.nn.Identity(), query, key, value, View(mask, before), scaling=0.3)
+        if before:
+            key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+        for r in range(rows):
+            for h in range(heads):
+                for q in range(0, count, 5):
+                    allowed = [k for k in range(key.shape[2]) if rule(*map(torch.tensor, (r, h, q, k)))]
+                    scores = [0.3 * query[r, h, q] @ key[r, h // 2, k] for k in allowed]
+                    weights = torch.stack(scores).double().softmax(0)
+                    expected = sum(w * value[r, h // 2, k] for w, k in zip(weights, allowed, strict=True))
+                    assert torch.allclose(out[r, q, h], expected.float(), atol=1e-5)
+
+
+def test_tiles_give_the_gradient_of_the_dense_mask():
+    batch, _, _ = with_tiles(10, 6, 5)
+    rows, length = batch.input_ids.shape
+    gradients = []
+    for kind in ("sdpa", "dense"):
+        torch.manual_seed(0)
+        context = tuple(torch.randn(rows, 2, length, 8, dtype=torch.float64) for _ in range(2))
+        tensors = [torch.randn(rows, n, 30, 8, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
+        view = View(blocks_mask(batch.document_ids, batch.anchors, 6, kind), context)
+        out, _ = packed_attention(torch.nn.Identity(), *tensors, view, scaling=0.3)
+        gradients.append(torch.autograd.grad(out.sin().sum(), tensors))
+    for tiled, expected in zip(*gradients, strict=True):
+        assert torch.allclose(tiled, expected, atol=1e-12)
 
 
 def test_labels_equal_loops_and_stop_at_the_first_unsupervised_token():

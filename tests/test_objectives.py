@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from data.anchors import make_batch, valid_anchors
 from data.batch import IGNORE, Batch
 from data.packing import pack_documents
-from models.metrics import acceptance_by_slot, accepted_drafts, mean_acceptance_length
 from models.block_loss import block_loss
+from models.metrics import acceptance_by_slot, accepted_drafts, mean_acceptance_length
 from models.objectives import Objective, decay_weights, dpace_weights
 from models.target import target_pass
 
@@ -124,7 +124,7 @@ def test_loss_and_gradients_equal_loops_in_float64(name, slot0_loss, chunk, dtyp
 
 
 def reference_by_draft_head(hidden, target_hidden, head, draft_head, batch, settings):
-    """`reference_block_loss` with another head for the draft: it goes into the hidden states, and the head becomes 1."""
+    """`reference_block_loss` with a head of the draft's own: both go into the hidden states, and the head becomes 1."""
     eye = torch.eye(VOCABULARY, dtype=torch.float64)
     states = (hidden @ draft_head.T, target_hidden @ head.T)
     return reference_block_loss(*states, eye, batch, settings["objective"], settings["slot0_loss"])

@@ -133,43 +133,56 @@ def step_flops(
     rows: int,
     row_length: int,
     num_anchors: int,
-    chunk: int,
-    rows_per_pass: int | None = None,
     slot0_loss: bool = False,
+    teacher: bool = False,
     supervised: int | None = None,
+    clean_pairs: float | None = None,
+    mask_pairs: float | None = None,
+    twice: "Twice | None" = None,
 ) -> dict[str, float]:
-    """FLOPs of one optimizer step on one rank, by part.
+    """FLOPs that one optimizer step on one rank cannot do without, by part: the floor of its time.
 
     Args:
         stage: `attention_tuning` or `bonus_calibration`.
-        rows: of the step on this rank, in passes of `rows_per_pass`; None: all in one pass.
-        chunk: slots whose logits are held at a time.
+        rows: of the step on this rank.
+        teacher: whether the objective compares with the target's distribution.
         supervised: slots that carry a label, in all rows together; None: all that could.
+        clean_pairs, mask_pairs: of a query and a key that attention computes, in all rows together; None: those that
+            the masks allow, were each row a single document with anchors all over it.
+        twice: what is computed a second time to save memory; None: nothing, as the floor is counted.
 
     Returns:
         `target pass`, `mask pass`, `head and loss`, `calibrator` (0 in stage 1); their sum is the step.
     """
     tuning = stage == ATTENTION_TUNING
+    twice = twice or Twice()
     clean, blocks = rows * row_length, rows * num_anchors
     masks = blocks * sizes.block_size
-    slots = blocks * (sizes.block_size if slot0_loss else sizes.block_size - 1)
     if supervised is None:
-        supervised = slots
+        supervised = blocks * (sizes.block_size - (0 if slot0_loss else 1))
+    if clean_pairs is None:
+        clean_pairs = rows * row_length * (row_length + 1) / 2
+    if mask_pairs is None:
+        mask_pairs = masks * (row_length / 2 + sizes.block_size)
     linear = 2 * (sizes.attention_weights + sizes.ffn_weights)  # of one token in one layer
-    # Attention is computed densely under its mask: two products per query and key, scores and weighted values.
-    pair = 2 * 2 * sizes.queries
-    target = sizes.layers * clean * (linear + pair * row_length)
-    keys = row_length + num_anchors * sizes.block_size
-    mask = sizes.draft_layers * masks * (linear + pair * keys)
+    pair = 2 * 2 * sizes.queries  # scores and weighted values
+    layer = clean * linear + clean_pairs * pair
+    target = sizes.layers * layer
+    if tuning and not teacher:
+        # Of the last layer only keys and values are of use; transformers' modules compute the queries before these.
+        target -= layer - clean * 2 * sizes.hidden * (sizes.queries + 2 * sizes.keys)
+    forward = sizes.draft_layers * (masks * linear + mask_pairs * pair)
+    mask = forward
     if tuning:
         # Backward: each linear map once for its input, the projectors once more for their weights. Attention has a
-        # gradient for each of its two products' factors, and fused kernels compute the scores again: 5 for 2.
-        mask += sizes.draft_layers * masks * (linear + 2 * sizes.attention_weights + 2.5 * pair * keys)
-    # With more slots in a pass than a chunk holds, the loss computes each chunk's logits again for their gradient.
-    forwards = 2 if slots * (rows_per_pass or rows) > chunk * rows else 1
+        # gradient for each of its two products' factors; fused kernels compute the scores again.
+        attention = (2.5 if twice.scores else 2) * pair
+        mask += sizes.draft_layers * (masks * (linear + 2 * sizes.attention_weights) + mask_pairs * attention)
+        mask += forward if twice.layers else 0
     head = 2 * sizes.embedding_parameters
+    forwards = 2 if twice.logits else 1
     # Stage 1 takes the gradient down to the hidden state; the head itself is frozen.
-    loss = supervised * head * (forwards + 1 if tuning else forwards)
+    loss = supervised * head * ((2 if tuning else forwards) + (forwards if teacher else 0))
     calibrator = 0.0
     if not tuning:
         first, second = 2 * 2 * sizes.hidden * sizes.rank, 2 * sizes.rank * sizes.vocabulary
@@ -177,3 +190,12 @@ def step_flops(
         calibrator = supervised * (forwards * (first + second) + first + 2 * second)
         target += blocks * head  # the bonus tokens
     return {"target pass": target, "mask pass": mask, "head and loss": loss, "calibrator": calibrator}
+
+
+@dataclass(frozen=True)
+class Twice:
+    """What a step computes again in its backward pass, so as not to keep it."""
+
+    scores: bool = False  # of attention
+    layers: bool = False  # draft layers: `speed.recompute`
+    logits: bool = False  # in stage 2 with more than one chunk

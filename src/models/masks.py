@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from data.batch import PADDING_DOCUMENT, Batch
+
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TILE = 256  # queries of a tile, about: measured in docs/performance.md
 
@@ -103,6 +105,21 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int) -> list[
                 tiles.append(Tile(row, queries, (context, slots), mask.to(document_ids.device)))
             first = end
     return tiles
+
+
+def tile_pairs(tiles: list[Tile]) -> int:
+    """Pairs of a query and a key that the tiles compute; those of a causal tile count in full."""
+    return sum(
+        (tile.queries.stop - tile.queries.start) * sum(part.stop - part.start for part in tile.keys) for tile in tiles
+    )
+
+
+def allowed_pairs(batch: Batch) -> tuple[int, int]:
+    """Pairs of a query and a key that `document_causal`, but for padding, and `own_block` allow, in all rows."""
+    size = batch.labels.shape[-1]
+    text = batch.document_ids != PADDING_DOCUMENT
+    at_anchor = batch.position_ids.gather(1, batch.anchors)
+    return int((batch.position_ids + 1)[text].sum()), int(size * (at_anchor + size).sum())
 
 
 def _documents(ids: list[int]) -> list[tuple[int, int]]:

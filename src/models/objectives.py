@@ -19,9 +19,9 @@ WEIGHTS = ("dpace", "decay", "flat")
 class Objective:
     """What a slot's prediction costs, and how much each slot of a block counts.
 
-    The value of a slot is `ce * CE + kl * KL + tv * TV`, in nats (TV in probability), with the draft's distribution q:
-    CE = -log q(label); KL = KL(p || q) and TV = 1/2 sum |p - q| to the target's distribution p at the same place. 1 - TV
-    is the probability that sampling accepts the draft (arXiv 2211.17192, section 3).
+    The value of a slot is `ce * CE + kl * KL + tv * TV` (CE and KL in nats), with the draft's distribution q and,
+    at the same place, the target's p: CE = -log q(label), KL = KL(p || q), TV = 1/2 sum |p - q|. 1 - TV is the
+    probability that sampling accepts the draft (arXiv 2211.17192, section 3).
     """
 
     ce: float = 1.0

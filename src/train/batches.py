@@ -1,8 +1,10 @@
 """Batches of a step as a pure function of (seed, step): nothing to save, nothing to lose on resume."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from data.anchors import make_batch
 from data.batch import IGNORE, Batch
@@ -100,5 +102,5 @@ class ValidationBatches:
             places = self.mine[start : start + self.rows_per_batch]
             rows, seeds = [self.rows[i % len(self.rows)] for i in places], [(0, VALIDATION, i) for i in places]
             batch = make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
-            batch.labels[[i >= len(self.rows) for i in places]] = IGNORE
-            yield batch
+            again = torch.tensor([i >= len(self.rows) for i in places])
+            yield replace(batch, labels=batch.labels.masked_fill(again[:, None, None], IGNORE), lengths=())

@@ -106,11 +106,15 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
     except ValueError:
         flops = None
     else:
-        chunk = settings.module.chunk
         parts = step_flops(
-            sizes, stage, rows=rows, row_length=length, num_anchors=settings.num_anchors, chunk=chunk,
-            rows_per_pass=settings.rows_per_pass, slot0_loss=settings.module.slot0_loss,
-        )  # fmt: skip
+            sizes,
+            stage,
+            rows=rows,
+            row_length=length,
+            num_anchors=settings.num_anchors,
+            slot0_loss=settings.module.slot0_loss,
+            teacher=config.objective.kl > 0 or config.objective.tv > 0,
+        )
         flops = sum(parts.values())
     dtype = getattr(torch, arithmetic(config))
     return Monitor(every=LOG_EVERY, rows=rows, tokens=rows * length, flops=flops, dtype=dtype)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from data.batch import IGNORE, Batch
 from models.block_loss import block_loss
 from models.draft import DraftModel
-from models.metrics import acceptance_length, leading_true
 from models.execution import EAGER, Execution
+from models.metrics import acceptance_length, leading_true
 from models.objectives import Objective
 from models.target import bonus_tokens, target_pass
 
@@ -142,7 +142,10 @@ class DraftTraining(lightning.LightningModule, ABC):
         return min((step + 1) / warmup, cosine)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")
+        total = value.detach().clone()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(total)  # Lightning's own reduction has every rank wait for the others first
+        return total
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Checkpoints hold the trained parameters by exported name, never the target."""

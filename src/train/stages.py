@@ -126,7 +126,7 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     """The trainer of a training stage.
 
     Raises:
-        UserError: the preset does not fit this machine, the ranks cannot share a batch evenly, or the objective is none.
+        UserError: the preset does not fit this machine, the ranks cannot share a batch evenly, or objective is wrong.
     """
     try:
         instantiate(config.objective)
