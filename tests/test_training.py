@@ -87,9 +87,7 @@ def test_only_the_intended_parameters_are_trained(stage, tmp_path):
 
 
 def data_batch(target):
-    batches = TrainingBatches(
-        rows(), steps=1, rows_per_step=2, num_anchors=4, block_size=6, seed=0, current_step=lambda: 0
-    )
+    batches = TrainingBatches(rows(), steps=1, rows_per_step=2, num_anchors=4, block_size=6, seed=0)
     return batches.batch(0)
 
 
@@ -107,9 +105,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(passes, tmp_path
     """By plain descent without clipping: AdamW would hide a factor, and so would a clipped norm."""
     training, rows = module(AttentionTuning, random_target()), data(1)
     rows.rows_per_pass = 4 // passes
-    batches = TrainingBatches(
-        rows.training, steps=1, rows_per_step=4, num_anchors=40, block_size=6, seed=0, current_step=lambda: 0
-    )
+    batches = TrainingBatches(rows.training, steps=1, rows_per_step=4, num_anchors=40, block_size=6, seed=0)
     total, weight, _, _ = training.loss(batches.batch(0))
     names, parameters = zip(*training.trained().items(), strict=True)
     gradients = torch.autograd.grad(total / weight, parameters)
@@ -152,7 +148,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, tmp_path):
 
 
 def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
-    common = {"steps": 9, "rows_per_step": 4, "num_anchors": 5, "block_size": 6, "seed": 3, "current_step": lambda: 0}
+    common = {"steps": 9, "rows_per_step": 4, "num_anchors": 5, "block_size": 6, "seed": 3}
     packed = rows()
     alone = TrainingBatches(packed, **common)
     pair = [TrainingBatches(packed, **common, rank=r, world_size=2) for r in range(2)]
@@ -176,9 +172,7 @@ def test_validation_covers_every_row_once_and_keeps_the_ranks_in_step():
 
 def test_each_epoch_sees_every_row_once_in_a_new_order():
     packed = rows()
-    batches = TrainingBatches(
-        packed, steps=10**6, rows_per_step=1, num_anchors=2, block_size=6, seed=0, current_step=lambda: 0
-    )
+    batches = TrainingBatches(packed, steps=10**6, rows_per_step=1, num_anchors=2, block_size=6, seed=0)
     orders = [[batches._row_at(epoch * len(packed) + i) for i in range(len(packed))] for epoch in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(packed)))
     assert orders[0] != orders[1]

@@ -1,10 +1,12 @@
 """Batches of a step as a pure function of (seed, step): nothing to save, nothing to lose on resume."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.anchors import make_batch
 from data.batch import IGNORE, Batch
@@ -14,8 +16,8 @@ from train.preset import passes_per_step
 VALIDATION = 1  # keeps validation's draws apart from training's
 
 
-class TrainingBatches:
-    """One rank's share of every global batch, from the current step to the last.
+class TrainingBatches(Dataset[Batch]):
+    """One rank's share of every global batch: one item for each pass of each step.
 
     Rows come in a fresh shuffled order each epoch, anchors are drawn anew each time a row is seen. The global batch of
     a step is the same whatever the number of ranks and of passes.
@@ -30,7 +32,6 @@ class TrainingBatches:
         num_anchors: int,
         block_size: int,
         seed: int,
-        current_step: Callable[[], int],
         rows_per_pass: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -45,15 +46,13 @@ class TrainingBatches:
         self.passes = passes_per_step(rows_per_step, rows_per_pass, world_size)
         self.rows, self.steps, self.rows_per_step = rows, steps, rows_per_step
         self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
-        self.current_step, self.rank, self.world_size = current_step, rank, world_size
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return self.steps * self.passes
 
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.current_step(), self.steps):
-            for number in range(self.passes):
-                yield self.batch(step, number)
+    def __getitem__(self, index: int) -> Batch:
+        return self.batch(*divmod(index, self.passes))
 
     def batch(self, step: int, number: int = 0) -> Batch:
         """This rank's rows of global batch `step` in pass `number`."""
@@ -72,7 +71,20 @@ class TrainingBatches:
         return int(self._order[place])
 
 
-class ValidationBatches:
+class FromStep(Sampler[int]):
+    """The passes from the current step to the last, in order; asked for the step when the loop begins."""
+
+    def __init__(self, batches: TrainingBatches, current_step: Callable[[], int]) -> None:
+        self.batches, self.current_step = batches, current_step
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.current_step() * self.batches.passes, len(self.batches)))
+
+
+class ValidationBatches(Dataset[Batch]):
     """The same rows with the same anchors every time, shared out over the ranks.
 
     Every rank gets as many batches of as many rows: under ZeRO 3 a rank that stops early leaves the others waiting, so
@@ -97,10 +109,24 @@ class ValidationBatches:
     def __len__(self) -> int:
         return -(-len(self.mine) // self.rows_per_batch)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.mine), self.rows_per_batch):
-            places = self.mine[start : start + self.rows_per_batch]
-            rows, seeds = [self.rows[i % len(self.rows)] for i in places], [(0, VALIDATION, i) for i in places]
-            batch = make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
-            again = torch.tensor([i >= len(self.rows) for i in places])
-            yield replace(batch, labels=batch.labels.masked_fill(again[:, None, None], IGNORE), lengths=())
+    def __getitem__(self, index: int) -> Batch:
+        places = self.mine[index * self.rows_per_batch : (index + 1) * self.rows_per_batch]
+        if not places:
+            raise IndexError(index)
+        rows, seeds = [self.rows[i % len(self.rows)] for i in places], [(0, VALIDATION, i) for i in places]
+        batch = make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+        again = torch.tensor([i >= len(self.rows) for i in places])
+        return replace(batch, labels=batch.labels.masked_fill(again[:, None, None], IGNORE), lengths=())
+
+
+def ahead(batches: Dataset[Batch], workers: int, sampler: Sampler[int] | None = None) -> DataLoader:
+    """A loader of batches as they are, made by `workers` processes before they are due; 0: when they are due."""
+    return DataLoader(
+        batches, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=_leave_signals_to_the_run
+    )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole job would end the workers before the run has saved what it is at."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import lightning
+from torch.utils.data import DataLoader
 
 from data.packing import Row
-from train.batches import TrainingBatches, ValidationBatches
+from train.batches import FromStep, TrainingBatches, ValidationBatches, ahead
 
 
 class DraftData(lightning.LightningDataModule):
@@ -22,15 +23,20 @@ class DraftData(lightning.LightningDataModule):
         num_anchors: int,
         block_size: int,
         seed: int,
+        workers: int = 0,
     ) -> None:
+        """
+        Args:
+            workers: processes of each loader that make batches ahead of the step; 0: none.
+        """
         super().__init__()
         self.training, self.validation = training, validation
         self.steps, self.rows_per_step, self.rows_per_pass = steps, rows_per_step, rows_per_pass
         self.num_anchors = num_anchors
-        self.block_size, self.seed = block_size, seed
+        self.block_size, self.seed, self.workers = block_size, seed, workers
 
-    def train_dataloader(self) -> TrainingBatches:
-        return TrainingBatches(
+    def train_dataloader(self) -> DataLoader:
+        batches = TrainingBatches(
             self.training,
             steps=self.steps,
             rows_per_step=self.rows_per_step,
@@ -38,14 +44,14 @@ class DraftData(lightning.LightningDataModule):
             num_anchors=self.num_anchors,
             block_size=self.block_size,
             seed=self.seed,
-            current_step=lambda: self.trainer.global_step,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
+        return ahead(batches, self.workers, FromStep(batches, lambda: self.trainer.global_step))
 
-    def val_dataloader(self) -> ValidationBatches:
+    def val_dataloader(self) -> DataLoader:
         world = self.trainer.world_size
-        return ValidationBatches(
+        batches = ValidationBatches(
             self.validation,
             rows_per_batch=self.rows_per_pass or max(1, self.rows_per_step // world),
             num_anchors=self.num_anchors,
@@ -53,3 +59,4 @@ class DraftData(lightning.LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=world,
         )
+        return ahead(batches, self.workers)

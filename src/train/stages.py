@@ -164,6 +164,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         num_anchors=settings.num_anchors,
         block_size=draft.block_size,
         seed=config.seed,
+        workers=config.speed.workers,
     )
     speed = config.speed
     execution = Execution(attention=speed.attention, compile=speed.compile, recompute=speed.recompute)
