@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import lightning
+import torch
 from torch.utils.data import DataLoader
 
+from data.batch import Batch
 from data.packing import Row
 from train.batches import FromStep, TrainingBatches, ValidationBatches, ahead
 
@@ -60,3 +62,7 @@ class DraftData(lightning.LightningDataModule):
             world_size=world,
         )
         return ahead(batches, self.workers)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Without waiting for the device, which needs memory that it can read by itself."""
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)

@@ -81,10 +81,6 @@ class DraftTraining(lightning.LightningModule, ABC):
         """Never in training mode: dropout in target or draft would make training differ from decoding."""
         return super().train(False)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Without waiting for the device, which needs memory that it can read by itself."""
-        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum over this pass, not a mean: what all slots of a step weigh together is known only when the last pass
         of the last rank is through. `on_before_optimizer_step` divides by it."""

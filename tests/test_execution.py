@@ -1,0 +1,169 @@
+"""How a step is run: the same result whichever way, nothing computed in vain, no wait, no recompilation."""
+
+import functools
+
+import pytest
+import torch
+from conftest import random_documents, random_draft, random_target
+from test_training import SETTINGS, data, module, trainer
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.anchors import make_batch
+from data.packing import pack_documents
+from models import attention, block_loss, execution, masks
+from models.attention import View, blocks_mask, clean_mask, packed_attention
+from models.execution import Execution
+from models.objectives import Objective
+from models.target import target_pass
+from train.modules import AttentionTuning, BonusCalibration
+
+ATEN = torch.ops.aten
+# Operations whose result decides a shape or a Python value: a GPU has to finish all its work before it can tell.
+WAITING = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN.is_nonzero, ATEN.unique_dim}
+WAITING |= {ATEN._unique2, ATEN.item}
+
+
+def batches(count: int, size: int = 6) -> list:
+    """Batches of one shape and of different documents, anchors and numbers of labels."""
+    rows = list(pack_documents(random_documents(30, seed=3), 96, pad_id=0))
+    chosen = [[rows[i], rows[-1 - i]] for i in range(count)]
+    return [make_batch(r, num_anchors=9, block_size=size, seeds=[(i,), (i, 1)]) for i, r in enumerate(chosen)]
+
+
+def training(stage=AttentionTuning, objective: Objective | None = None, **execution_settings):
+    """A stage on a drafter far from its start."""
+    target = random_target()
+    draft = random_draft(target)
+    settings = SETTINGS | {"chunk": 20, "objective": objective or Objective()}
+    return stage(target, draft, **settings, execution=Execution(**execution_settings))
+
+
+def loss_and_gradients(stage, batch) -> list[torch.Tensor]:
+    loss, weight, _, _ = stage.loss(batch)
+    return [loss.detach(), *torch.autograd.grad(loss / weight, list(stage.trained().values()))]
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch):
+    """`torch.compile` without code generation, which needs a C++ compiler; and its counters, from zero."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    caches = (execution._compiled_layer, block_loss._compiled_piece_loss, masks._mask_builder)
+    caches += (attention._compiled_flex_attention,)
+    torch._dynamo.reset()
+    counters.clear()
+    for cached in caches:
+        cached.cache_clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
+@pytest.mark.parametrize("objective", [Objective(), Objective(ce=0.1, kl=0.2, tv=0.9)])
+@pytest.mark.parametrize("how", [{"attention": "dense"}, {"recompute": True}, {"compile": True}])
+def test_how_a_step_is_run_changes_nothing(stage, objective, how, fresh_compiler, monkeypatch):
+    # Else hardly a block would teach stage 2 anything: this target says what the text does one time in a hundred.
+    said = "train.modules.bonus_tokens"
+    monkeypatch.setattr(said, lambda target, hidden, anchors: batch.input_ids.gather(1, anchors))
+    plain, other = training(stage, objective), training(stage, objective, **how)
+    for batch in batches(2):
+        for expected, got in zip(loss_and_gradients(plain, batch), loss_and_gradients(other, batch), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_nothing_is_compiled_again_from_step_to_step(fresh_compiler):
+    # FlexAttention has no gradient on CPU, so it is counted apart, below.
+    stage = training(compile=True, attention="dense", objective=Objective(ce=0.1, tv=0.9))
+    graphs = []
+    for batch in batches(4):
+        loss_and_gradients(stage, batch)
+        graphs.append(fresh_compiler["unique_graphs"])
+    # One for the layers of the target, one that keeps its K/V, one for those of the draft, one for the loss; and the
+    # loss once more as soon as it is seen that the number of labelled slots changes.
+    assert len(set(graphs[1:])) == 1 and graphs[-1] <= 5, graphs
+
+
+@torch.no_grad()
+def test_block_sparse_masks_and_their_attention_are_compiled_once(fresh_compiler, monkeypatch):
+    build, attend = masks._mask_builder(), attention._compiled_flex_attention()
+    monkeypatch.setattr(masks, "create_block_mask", build)
+    monkeypatch.setattr(attention, "flex_attention", attend)
+    graphs = []
+    for batch in batches(4):
+        rows, length = batch.input_ids.shape
+        for mask, count, before in (
+            (clean_mask(batch.document_ids, "flex"), length, None),
+            (blocks_mask(batch.document_ids, batch.anchors, 6, "flex"), 54, torch.randn(rows, 2, length, 16)),
+        ):
+            query, key, value = (torch.randn(rows, n, count, 16) for n in (4, 2, 2))
+            context = None if before is None else (before, before)
+            packed_attention(torch.nn.Identity(), query, key, value, View(mask, context), scaling=0.3)
+        graphs.append(fresh_compiler["unique_graphs"])
+    assert graphs[0] == 4 and len(set(graphs)) == 1, graphs
+
+
+class Watch(TorchDispatchMode):
+    """Notes operations that would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in WAITING:
+            self.waiting.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
+@pytest.mark.parametrize("objective", [Objective(), Objective(kl=0.2, tv=0.9)])
+def test_no_operation_of_a_step_waits_for_the_device(stage, objective, monkeypatch):
+    """With dense masks: tiles are planned on the host, which is where a CPU's batch is anyway."""
+    tuned, batch = training(stage, objective, attention="dense"), batches(1)[0]
+
+    def refuse(*_):
+        raise AssertionError("a tensor was read as a Python value")
+
+    with Watch() as watch:
+        bool(torch.ones(1).item())
+        assert watch.waiting  # it does see
+        watch.waiting.clear()
+        for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, refuse)
+        loss_and_gradients(tuned, batch)
+    monkeypatch.undo()
+    assert not watch.waiting
+
+
+@pytest.mark.parametrize(("objective", "calls"), [(Objective(), 0), (Objective(tv=0.5), 1)])
+def test_the_last_layer_ends_with_its_keys_and_values_unless_its_output_is_wanted(objective, calls):
+    stage, seen = training(objective=objective), []
+    last = stage.target.model.layers[-1]
+    last.self_attn.o_proj.register_forward_hook(lambda *_: seen.append(1))
+    stage.features(batches(1)[0])
+    assert len(seen) == calls
+
+
+def test_only_the_draft_layers_keys_and_values_are_kept():
+    target = random_target()
+    clean = target_pass(target, batches(1)[0], 2, with_hidden=False)
+    assert len(clean.context) == target.config.num_hidden_layers - 2 and clean.hidden is None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_made_ahead_are_the_same(workers, tmp_path):
+    weights = []
+    for count in (0, workers):
+        stage, rows = module(AttentionTuning, random_target()), data()
+        rows.workers = count
+        trainer(tmp_path, 6).fit(stage, rows)
+        weights.append(torch.cat([p.detach().flatten() for p in stage.trained().values()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("settings", [{"attention": "eager"}])
+def test_an_unknown_kind_of_attention_is_refused(settings):
+    with pytest.raises(ValueError, match="auto, flex, sdpa, dense"):
+        Execution(**settings)
