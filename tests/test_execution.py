@@ -86,6 +86,17 @@ def test_nothing_is_compiled_again_from_step_to_step(fresh_compiler):
 
 
 @torch.no_grad()
+def test_layers_with_flex_attention_are_compiled_once(fresh_compiler):
+    """Without gradient, which it lacks on CPU; masks and rules are new objects in every step."""
+    compiled, plain = training(compile=True, attention="flex"), training(attention="dense")
+    graphs = []
+    for batch in batches(4):
+        assert torch.allclose(compiled.features(batch)[0], plain.features(batch)[0], atol=1e-4)
+        graphs.append(fresh_compiler["unique_graphs"])
+    assert graphs[0] == 4 and len(set(graphs)) == 1 and not counters["graph_break"], graphs
+
+
+@torch.no_grad()
 def test_block_sparse_masks_and_their_attention_are_compiled_once(fresh_compiler, monkeypatch):
     build, attend = masks._mask_builder(), attention._compiled_flex_attention()
     monkeypatch.setattr(masks, "create_block_mask", build)
@@ -120,7 +131,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
 @pytest.mark.parametrize("objective", [Objective(), Objective(kl=0.2, tv=0.9)])
 def test_no_operation_of_a_step_waits_for_the_device(stage, objective, monkeypatch):
-    """With dense masks: tiles are planned on the host, which is where a CPU's batch is anyway."""
+    """With dense masks: tiles are planned on the host, where the batch of a CPU is anyway."""
     tuned, batch = training(stage, objective, attention="dense"), batches(1)[0]
 
     def refuse(*_):

@@ -64,6 +64,8 @@ class PackedRows(Sequence[Row]):
         self._members = np.argsort(rows, kind="stable")  # documents, row by row
         self._edges = np.searchsorted(rows[self._members], np.arange(rows.max(initial=-1) + 2))
         self.tokens = int(lengths.sum())
+        # Pairs of a token and one that it may attend to: none before it, or of another document.
+        self.pairs = int((lengths.astype(np.int64) * (lengths.astype(np.int64) + 1)).sum()) // 2
 
     def __len__(self) -> int:
         return len(self._edges) - 1

@@ -86,7 +86,11 @@ def clean_tiles(document_ids: Tensor) -> list[Tile]:
 
 
 def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int) -> list[Tile]:
-    """`own_block` in tiles of neighbouring blocks of one document. They cover all queries in order."""
+    """`own_block` in tiles of neighbouring blocks of one document. They cover all queries in order.
+
+    Planned on the host: on a GPU that means waiting for it, once a batch.
+    """
+    device, document_ids, anchors = document_ids.device, document_ids.cpu(), anchors.cpu()
     rule, length = own_block(document_ids, anchors, block_size), document_ids.shape[1]
     at_once = max(1, TILE // block_size)
     tiles = []
@@ -102,7 +106,7 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int) -> list[
                 slots = slice(length + queries.start, length + queries.stop)
                 keys = torch.cat([_indices(context), _indices(slots)])
                 mask = rule(torch.tensor(row), torch.tensor(0), _indices(queries)[:, None], keys)
-                tiles.append(Tile(row, queries, (context, slots), mask.to(document_ids.device)))
+                tiles.append(Tile(row, queries, (context, slots), mask.to(device)))
             first = end
     return tiles
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from transformers import PretrainedConfig
 
+from data.packing import PackedRows
 from models.cost import Sizes, step_flops
 from train.checkpoints import CheckpointFiles, Checkpoints, keeper, step_of, usable_checkpoint
 from train.datamodule import DraftData
@@ -96,7 +97,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     return keeper(trainer).figures()
 
 
-def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig) -> Monitor:
+def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:
     """What logs the figures of a stage; without the share of the peak where an architecture is not counted."""
     settings, draft = config.stage[stage], config.model.draft
     shape = {"num_layers": draft.num_layers, "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
@@ -106,6 +107,7 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
     except ValueError:
         flops = None
     else:
+        blocks = rows * settings.num_anchors * draft.block_size
         parts = step_flops(
             sizes,
             stage,
@@ -114,6 +116,8 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
             num_anchors=settings.num_anchors,
             slot0_loss=settings.module.slot0_loss,
             teacher=config.objective.kl > 0 or config.objective.tv > 0,
+            clean_pairs=rows * training.pairs / len(training),
+            mask_pairs=blocks * (training.pairs / training.tokens + draft.block_size),
         )
         flops = sum(parts.values())
     dtype = getattr(torch, arithmetic(config))

@@ -172,7 +172,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
-    trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config))
+    trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory, resume=not overwrites(config))
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
     if trainer.is_global_zero:
