@@ -166,9 +166,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         seed=config.seed,
         workers=config.speed.workers,
     )
-    speed = config.speed
-    execution = Execution(attention=speed.attention, compile=speed.compile, recompute=speed.recompute)
-    module = instantiate(settings.module)(resources.target, draft, execution=execution)
+    module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
@@ -187,6 +185,14 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     parameters = sum(tensor.numel() for tensor in trained.values())
     weights_of_step = keeper(trainer).best.get("step", settings.steps)
     return {"trained_parameters": parameters, "steps": settings.steps, "weights_of_step": weights_of_step, **metrics}
+
+
+def _execution(config: DictConfig, trainer: Trainer) -> Execution:
+    """How the layers are run."""
+    speed = config.speed
+    # ZeRO 3 fetches the weights of each layer when it is called, which no graph may do.
+    in_pieces = getattr(trainer.strategy, "zero_stage_3", False)
+    return Execution(attention=speed.attention, compile=speed.compile and not in_pieces, recompute=speed.recompute)
 
 
 def _new_draft(config: DictConfig, resources: Resources, *, calibrated: bool) -> DraftModel:
