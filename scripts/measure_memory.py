@@ -32,22 +32,28 @@ WIDE = [TINY, "model=stand_in", "model.draft.num_layers=3", "model.draft.calibra
 WIDE += [f"model.target.architecture.{size}" for size in ("vocab_size=8192", "hidden_size=256", "head_dim=32")]
 WIDE += [f"model.target.architecture.{size}" for size in ("intermediate_size=768", "num_attention_heads=8")]
 WIDE += [f"stage.{stage}.{key}" for stage in TRAINED for key in ("rows_per_step=2", "num_anchors=16")]
+FLOAT32, BF16 = ["trainer.precision=32-true"], ["trainer.precision=bf16-mixed"]
+WIDE_BF16 = [*WIDE, *BF16, "model.target.dtype=bfloat16"]
 SMALL_CHUNKS = [f"stage.{stage}.module.chunk=64" for stage in TRAINED]
-BF16 = ["trainer.precision=bf16-mixed"]
+ONE_ROW = [f"stage.{stage}.rows_per_pass=1" for stage in TRAINED]
+FEW_BLOCKS = [f"stage.{stage}.num_anchors=4" for stage in TRAINED]
+MANY_BLOCKS = [f"stage.{stage}.num_anchors=100" for stage in TRAINED]
 CASES = {
-    "tiny, float32": [TINY, "trainer.precision=32-true"],
+    "tiny, float32": [TINY, *FLOAT32],
     "tiny, bf16-mixed": [TINY, *BF16],
-    "wide, float32": [*WIDE, "trainer.precision=32-true"],
-    "wide, bfloat16 target": [*WIDE, *BF16, "model.target.dtype=bfloat16"],
-    "wide, bfloat16 target, small chunks": [*WIDE, *BF16, "model.target.dtype=bfloat16", *SMALL_CHUNKS],
-    "wide, bfloat16 target, two passes": [
-        *[*WIDE, *BF16, "model.target.dtype=bfloat16", *SMALL_CHUNKS],
-        *(f"stage.{stage}.rows_per_pass=1" for stage in TRAINED),
-    ],
-    "wide, long rows, few blocks": [
-        *[*WIDE, *BF16, "model.target.dtype=bfloat16", *SMALL_CHUNKS, "data.row_length=1000"],
-        *(f"stage.{stage}.num_anchors=4" for stage in TRAINED),
-    ],
+    "wide, float32": [*WIDE, *FLOAT32],
+    "wide, float32, small chunks": [*WIDE, *FLOAT32, *SMALL_CHUNKS],
+    "wide, float32, mixture": [*WIDE, *FLOAT32, "objective=mixture"],
+    "wide, float32, bf16-mixed": [*WIDE, *BF16],
+    "wide, bfloat16 target": WIDE_BF16,
+    "wide, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS],
+    "wide, bfloat16 target, two passes": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW],
+    "wide, bfloat16 target, mixture": [*WIDE_BF16, "objective=mixture"],
+    "wide, bfloat16 target, recompute": [*WIDE_BF16, "speed.recompute=true"],
+    "wide, bfloat16 target, recompute, small chunks": [*WIDE_BF16, "speed.recompute=true", *SMALL_CHUNKS],
+    "wide, bfloat16 target, compiled": [*WIDE_BF16, "speed.compile=true"],
+    "wide, long rows, few blocks": [*WIDE_BF16, *SMALL_CHUNKS, "data.row_length=1000", *FEW_BLOCKS],
+    "wide, one row, many blocks": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS],
 }
 
 
@@ -86,6 +92,7 @@ def prepared(config, stage: str):
     from hydra.utils import instantiate
 
     from models.draft import DraftModel
+    from models.execution import Execution
     from train.resources import Resources
 
     settings, shape = config.stage[stage], config.model.draft
@@ -97,7 +104,8 @@ def prepared(config, stage: str):
     draft = DraftModel(target, **common, calibrator_rank=rank, dtype=torch.float32)
     rows = settings.rows_per_pass or settings.rows_per_step
     batch = full_batch(target_sizes(config), rows, config.data.row_length, settings.num_anchors)
-    return instantiate(settings.module)(target, draft), batch, settings.rows_per_step // rows
+    execution = Execution(**{key: config.speed[key] for key in ("attention", "compile", "recompute")})
+    return instantiate(settings.module)(target, draft, execution=execution), batch, settings.rows_per_step // rows
 
 
 def train(config, module, batch, passes: int) -> None:
@@ -198,7 +206,7 @@ def main() -> None:
             print(f"{name}, {stage}: {guess / real:.3f}", file=sys.stderr)
             figures = (f"{guess / MB:.1f}", f"{real / MB:.1f}", f"{guess / real:.3f}", f"{resident / MB:.0f}")
             table.add_row(name, stage, phase, *figures)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def step_flops(
         # gradient for each of its two products' factors; fused kernels compute the scores again.
         attention = (2.5 if twice.scores else 2) * pair
         mask += sizes.draft_layers * (masks * (linear + 2 * sizes.attention_weights) + mask_pairs * attention)
-        mask += forward if twice.layers else 0
+        if twice.layers:  # up to the last tensor that was kept, which is not the FFN's output
+            mask += forward - sizes.draft_layers * masks * 2 * sizes.hidden * sizes.intermediate
     head = 2 * sizes.embedding_parameters
     forwards = 2 if twice.logits else 1
     # Stage 1 takes the gradient down to the hidden state; the head itself is frozen.

@@ -139,19 +139,24 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
     except ValueError as error:
         raise UserError(f"stage.{stage}.{error}") from error
     share = settings.rows_per_step // ranks
-    rows = share // passes
-    common = {"row_length": config.data.row_length, "num_anchors": settings.num_anchors, "chunk": settings.module.chunk}
-    flops = step_flops(sizes, stage, rows=share, rows_per_pass=rows, slot0_loss=settings.module.slot0_loss, **common)
+    common = {"row_length": config.data.row_length, "num_anchors": settings.num_anchors}
+    common |= {"slot0_loss": settings.module.slot0_loss}
+    common |= {"teacher": config.objective.kl > 0 or config.objective.tv > 0}
+    flops = step_flops(sizes, stage, rows=share, **common)
+    sharing = _sharing(config, ranks)
     setup = Setup(
-        rows=rows,
+        rows=share // passes,
         passes=passes,
-        slot0_loss=settings.module.slot0_loss,
+        chunk=settings.module.chunk,
+        attention=_attention(config, machine),
+        compiled=config.speed.compile and sharing.get("zero") != 3,  # which cannot be compiled
+        recompute=config.speed.recompute,
         weight_bytes=DTYPE_BYTES[config.model.target.dtype],
         autocast=_autocast(config),
         ranks=ranks,
         multi_tensor=machine.gpu is not None,
         **common,
-        **_sharing(config, ranks),
+        **sharing,
     )
     phases = step_memory(sizes, stage, setup)
     phase, _ = peak(phases)
@@ -159,6 +164,12 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
     parts["other"] += CONTEXT if machine.gpu else LIBRARIES
     seconds = sum(flops.values()) / (machine.flops * config.hardware.share_of_peak)
     return Estimate(stage, settings.steps, setup, flops, seconds, phase, parts, USABLE * machine.memory)
+
+
+def _attention(config: DictConfig, machine: Machine) -> str:
+    """As `models.attention.resolved`, which needs torch."""
+    chosen: str = config.speed.attention
+    return chosen if chosen != "auto" else "flex" if machine.gpu else "sdpa"
 
 
 def _sharing(config: DictConfig, ranks: int) -> dict[str, Any]:

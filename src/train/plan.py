@@ -10,7 +10,7 @@ from rich.table import Table
 
 from data.configuration import CONF
 from data.errors import UserError
-from models.cost import Sizes
+from models.cost import ATTENTION_TUNING, Sizes
 from models.memory import FLOAT32, PARTS
 from train.checks import TRAINED
 from train.estimate import DTYPE_BYTES, LIBRARIES, Estimate, Machine, estimate, machine_of, target_sizes
@@ -145,9 +145,14 @@ def first_that_fits(config: DictConfig, stage: str, sizes: Sizes, changes: Itera
         except UserError:
             continue  # the rows of a step do not go round
         if again.fits:
-            words = " ".join(f"{key}={value}" for key, value in change.items())
+            words = " ".join(f"{key}={_as_written(value)}" for key, value in change.items())
             return [f"  {words}   ({again.bytes / GIB:.1f} GiB, {machine.name})"]
     return []
+
+
+def _as_written(value: Any) -> str:
+    """On the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def apply(config: DictConfig, change: dict[str, Any]) -> DictConfig:
@@ -170,7 +175,10 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
     passes = [{f"{here}.rows_per_pass": n} for n in range(rows - 1, 0, -1) if share % n == 0]
     chunks = [{f"{here}.module.chunk": n} for n in _halves(settings.module.chunk, 256)]
     least = {f"{here}.rows_per_pass": 1}
-    yield [*passes, *chunks, *(least | chunk for chunk in chunks)]
+    smaller = [*passes, *chunks, *(least | chunk for chunk in chunks)]
+    yield smaller
+    if stage == ATTENTION_TUNING and not config.speed.recompute:
+        yield [{"speed.recompute": True} | change for change in ({}, *smaller)]
     if not machine.gpu:
         return
     # As many ranks as a node has GPUs, each with its share of the rows.
@@ -182,6 +190,8 @@ def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[st
     """Kinds of changes that make it a lesser training: coarser weights, fewer blocks, shorter rows."""
     settings, here = config.stage[stage], f"stage.{stage}"
     least = {f"{here}.rows_per_pass": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
+    if stage == ATTENTION_TUNING:
+        least["speed.recompute"] = True
     if config.model.target.dtype != "bfloat16":
         yield [least | {"model.target.dtype": "bfloat16"}]
     yield [least | {f"{here}.num_anchors": n} for n in _halves(settings.num_anchors, 8)]
