@@ -108,14 +108,17 @@ class _Head:
     @torch.no_grad()
     def loss(self, logits: Tensor, piece: Piece, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`piece_loss`, with the gradient in the dtype of the logits, which may be overwritten."""
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        teacher = None
+        teacher, wide = None, torch.promote_types(logits.dtype, torch.float32)
         if self.before is not None:
-            teacher = self.logits_of(self.teacher[self.before[piece.slots]], None).to(wide)
-        call = _compiled_piece_loss() if self.compiled else piece_loss
+            teacher = self.logits_of(self.teacher[self.before[piece.slots]], None)
         with torch.autocast(logits.device.type, enabled=False):
-            *sums, gradient = call(logits.detach().to(wide), teacher, piece, self.objective, with_gradient)
-        return *sums, None if gradient is None else gradient.to(logits.dtype)
+            if self.compiled:
+                return _compiled_piece_loss()(logits.detach(), teacher, piece, self.objective, with_gradient)
+            teacher = None if teacher is None else teacher.to(wide)
+            *sums, gradient = piece_loss(logits.detach().to(wide), teacher, piece, self.objective, with_gradient)
+        if gradient is not None and gradient.dtype != logits.dtype:
+            gradient = logits.detach().copy_(gradient)
+        return *sums, gradient
 
 
 class _LossOfHidden(torch.autograd.Function):
@@ -129,14 +132,7 @@ class _LossOfHidden(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, pieces: list[Piece], head: _Head) -> Sums:
         flat = hidden.flatten(0, -2)
         gradient = torch.zeros_like(flat)
-        results = []
-        for piece in pieces:
-            with torch.enable_grad():
-                part = flat[piece.slots].requires_grad_()
-                logits = head.logits(part, piece)
-            *sums, of_logits = head.loss(logits, piece, with_gradient=True)
-            results.append(sums)
-            gradient[piece.slots] = torch.autograd.grad(logits, part, of_logits)[0]
+        results = [_with_gradient(head, flat, piece, gradient) for piece in pieces]
         ctx.save_for_backward(gradient.view(hidden.shape))
         loss, weight = (torch.stack([result[i] for result in results]).sum() for i in (0, 1))
         hits = torch.cat([result[2] for result in results])
@@ -146,6 +142,16 @@ class _LossOfHidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor, None, None]:
         return ctx.saved_tensors[0] * gradient, None, None
+
+
+def _with_gradient(head: _Head, flat: Tensor, piece: Piece, gradient: Tensor) -> Sums:
+    """Of one piece; writes its hidden states' into `gradient`. A function, so that no logits outlive it."""
+    with torch.enable_grad():
+        part = flat[piece.slots].requires_grad_()
+        logits = head.logits(part, piece)
+    *sums, of_logits = head.loss(logits, piece, with_gradient=True)
+    gradient[piece.slots] = torch.autograd.grad(logits, part, of_logits)[0]
+    return tuple(sums)
 
 
 def _loss_of_calibrator(head: _Head, part: Tensor, piece: Piece, again: bool) -> Sums:
@@ -174,7 +180,17 @@ class _LossOfLogits(torch.autograd.Function):
         return ctx.saved_tensors[0].mul_(gradient), None, None
 
 
+def _loss_from_head(
+    logits: Tensor, teacher: Tensor | None, piece: Piece, objective: Objective, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`piece_loss` for the compiler: what it overwrites is made here, or it would be held twice."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    copies = [None if given is None else given.to(wide, copy=True) for given in (logits, teacher)]
+    *sums, gradient = piece_loss(*copies, piece, objective, with_gradient)
+    return *sums, None if gradient is None else gradient.to(logits.dtype)
+
+
 @functools.cache
 def _compiled_piece_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Reads and writes the logits a few times instead of a dozen. Dynamic: how many slots are labelled changes."""
-    return torch.compile(piece_loss, dynamic=True)
+    return torch.compile(_loss_from_head, dynamic=True)

@@ -137,20 +137,20 @@ def _gradients(sizes: Sizes, stage: str, setup: Setup) -> float:
 
 
 def _waiting_gradients(sizes: Sizes, stage: str, setup: Setup) -> float:
-    """Gradients that are there before a backward pass: of earlier passes. With a single one they have been dropped."""
+    """Gradients that are there before a backward pass: of earlier passes; those of the step before are dropped."""
     return _gradients(sizes, stage, setup) if setup.passes > 1 or setup.zero == 3 else 0
 
 
 def _target_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     """In the FFN of the last layer that is run to its end; or, after that, at the head for the bonus tokens."""
     hidden = setup.clean * sizes.hidden * setup.weight_bytes
-    layer, bonus = hidden + _ffn(sizes, setup, setup.clean), 0  # `hidden`: the embeddings, to which the caller holds on
+    layer, bonus = _ffn(sizes, setup, setup.clean), 0
     if stage != ATTENTION_TUNING:
         bonus = hidden + setup.blocks * sizes.vocabulary * setup.arithmetic
     whole = _target_hidden(sizes, stage, setup) > 0
     mask = setup.clean * setup.row_length * (BOOL + setup.arithmetic) if setup.attention == "dense" else 0
     return {
-        "gradients": _gradients(sizes, stage, setup),  # of the step before: dropped only before the backward pass
+        "gradients": _waiting_gradients(sizes, stage, setup),
         "activations": max(layer, bonus),
         "K/V and masks": (sizes.draft_layers - (0 if whole else 1)) * _clean_kv(sizes, setup) + mask,
     }
@@ -160,7 +160,7 @@ def _mask_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     """In the FFN of the last draft layer. In stage 1 the layers' activations are kept for the backward pass."""
     masks, tuning = setup.masks(sizes), stage == ATTENTION_TUNING
     parts = _saved(sizes, setup) if tuning else dict.fromkeys(PARTS, 0.0)
-    parts["gradients"] = _gradients(sizes, stage, setup)
+    parts["gradients"] = _waiting_gradients(sizes, stage, setup)
     parts["activations"] += _ffn(sizes, setup, masks) + _target_hidden(sizes, stage, setup)
     if tuning and not setup.recompute:
         parts["activations"] -= 2 * masks * sizes.intermediate * setup.arithmetic  # counted among the saved
@@ -174,13 +174,11 @@ def _tuning_loss(sizes: Sizes, setup: Setup) -> Parts:
     masks, piece = setup.masks(sizes), setup.piece(sizes)
     stream = sizes.hidden * setup.weight_bytes
     parts = _saved(sizes, setup)
-    parts["gradients"] = _gradients(sizes, ATTENTION_TUNING, setup)
+    parts["gradients"] = _waiting_gradients(sizes, ATTENTION_TUNING, setup)
     # The final norm's input in float32, its output and the gradient of that; the piece's hidden states.
     parts["activations"] += masks * (FLOAT32 * sizes.hidden + 2 * stream) + piece * stream
     parts["activations"] += _target_hidden(sizes, ATTENTION_TUNING, setup)
-    # That of the piece before is still there.
-    before = setup.arithmetic if setup.pieces(sizes) > 1 else 0
-    parts["logits"] = piece * sizes.vocabulary * (_word(setup) + before)
+    parts["logits"] = piece * sizes.vocabulary * _word(setup)
     if setup.autocast and setup.weight_bytes == FLOAT32:
         parts["bfloat16 copies"] += BFLOAT16 * sizes.embedding_parameters  # the head's
     return parts
@@ -205,8 +203,9 @@ def _calibrator_loss(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     """Stage 2, in the last piece. With more pieces than one, nothing but their hidden states is kept of the others."""
     stream = sizes.hidden * setup.weight_bytes
     parts = _calibrator_piece(sizes, setup)
-    parts["gradients"] = _gradients(sizes, stage, setup)
-    parts["activations"] += setup.masks(sizes) * stream + _target_hidden(sizes, stage, setup)
+    parts["gradients"] = _waiting_gradients(sizes, stage, setup)
+    parts["activations"] += setup.masks(sizes) * stream
+    parts["activations"] += _target_hidden(sizes, stage, setup) if setup.teacher else 0
     if setup.pieces(sizes) > 1:
         parts["bfloat16 copies"] = 0  # made again in the backward pass, too
     return parts
@@ -242,12 +241,12 @@ def _calibrator_piece(sizes: Sizes, setup: Setup, word: int | None = None) -> Pa
 
 def _word(setup: Setup) -> int:
     """Bytes for a slot and a word of V while the loss turns logits into their gradient."""
-    # In float32: draft, teacher, their difference and its absolute value; compiled, one or two more in between.
-    wide = FLOAT32 * ((5 if setup.teacher else 3) if setup.compiled else (4 if setup.teacher else 1))
-    if setup.arithmetic >= FLOAT32:
-        return wide
-    # In bfloat16: the logits as the head left them, and at the end their gradient beside that in float32.
-    return max(wide + setup.arithmetic, FLOAT32 + 2 * setup.arithmetic)
+    # Draft, teacher and their difference in float32; the head's logits, if those are not overwritten.
+    draft, head = FLOAT32 * (3 if setup.teacher else 1), setup.arithmetic
+    if head >= FLOAT32:
+        return draft + (head if setup.compiled else 0)
+    # The gradient goes where the logits are; compiled, it is another tensor, once teacher and difference are gone.
+    return max(draft + head, FLOAT32 + (2 if setup.compiled else 1) * head)
 
 
 def _optimizer_step(sizes: Sizes, stage: str, setup: Setup) -> Parts:

@@ -100,8 +100,8 @@ def target_pass(
     layers = target.model.layers
     views = [View(mask, keep=i >= first_layer) for i in range(len(layers))]
     views[-1].stop = not with_hidden
-    hidden = target.get_input_embeddings()(batch.input_ids)
-    hidden = through_layers(target, layers, hidden, batch.position_ids, views, execution)
+    embed = target.get_input_embeddings()  # called in place: a name would hold on to the embeddings to the end
+    hidden = through_layers(target, layers, embed(batch.input_ids), batch.position_ids, views, execution)
     return TargetOutput([view.kept for view in views[first_layer:]], target.model.norm(hidden) if with_hidden else None)
 
 

@@ -84,9 +84,12 @@ class DraftTraining(lightning.LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum over this pass, not a mean: what all slots of a step weigh together is known only when the last pass
         of the last rank is through. `on_before_optimizer_step` divides by it."""
-        loss_sum, weight_sum, _, _ = self.loss(batch)
         passes = self.trainer.accumulate_grad_batches
         self._pass = batch_idx % passes
+        if self._pass == 0:  # Lightning drops the last step's gradients only before the backward pass
+            for parameter in self.trained().values():
+                parameter.grad = None
+        loss_sum, weight_sum, _, _ = self.loss(batch)
         here = torch.stack([loss_sum.detach(), weight_sum])
         self._sums = here if self._pass == 0 else self._sums + here
         # Lightning divides by the passes of a step, and gradients are averaged over ranks: neither is wanted.
@@ -186,11 +189,12 @@ class BonusCalibration(DraftTraining):
         return self.draft.calibrator_parameters()
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         clean = target_pass(self.target, batch, self.draft.split_layer, execution=self.execution)
         bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
         # Where the target would not have said the text's token, what follows in the text is no continuation of the
         # bonus: such a block has nothing to teach.
         at_anchor = batch.input_ids.gather(1, batch.anchors)
         labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
-        return self.draft.forward_batch(clean.context, batch, self.execution), labels, bonus, clean.hidden
+        hidden = self.draft.forward_batch(clean.context, batch, self.execution)
+        return hidden, labels, bonus, clean.hidden if self.objective.needs_target else None
