@@ -1,7 +1,9 @@
 """How a step is run: the same result whichever way, nothing computed in vain, no wait, no recompilation."""
 
 import functools
+import multiprocessing
 
+import lightning
 import pytest
 import torch
 from conftest import random_documents, random_draft, random_target
@@ -16,6 +18,8 @@ from models.attention import View, blocks_mask, clean_mask, packed_attention
 from models.execution import Execution
 from models.objectives import Objective
 from models.target import target_pass
+from train.checkpoints import Checkpoints
+from train.fit import fit
 from train.modules import AttentionTuning, BonusCalibration
 
 ATEN = torch.ops.aten
@@ -172,6 +176,32 @@ def test_batches_made_ahead_are_the_same(workers, tmp_path):
         trainer(tmp_path, 6).fit(stage, rows)
         weights.append(torch.cat([p.detach().flatten() for p in stage.trained().values()]))
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_validation_end"])
+def test_no_worker_outlives_a_run_that_is_stopped(hook, tmp_path):
+    """They leave signals to the run, so an exit that waits for them would wait for ever."""
+
+    def stop(*_):
+        assert len(multiprocessing.active_children()) >= 2
+        raise SystemExit(75)
+
+    stage, rows = module(AttentionTuning, random_target()), data()
+    rows.workers = 2
+    callback = lightning.Callback()
+    setattr(callback, hook, stop)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=100, keep=1, validate_every=2, best_by=None)
+    fitting = trainer(
+        tmp_path,
+        6,
+        callbacks=[callback, checkpoints],
+        enable_checkpointing=True,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+    )
+    with pytest.raises(SystemExit) as stopped:
+        fit(fitting, stage, rows, tmp_path, resume=False)
+    assert stopped.value.code == 75 and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("settings", [{"attention": "eager"}])

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from models.compilation import compiled
 from models.masks import Tile, block_sparse, block_tiles, clean_tiles, dense, document_causal, own_block
 
 NAME = "packed"  # as transformers knows it
@@ -120,7 +121,7 @@ def packed_attention(
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention, dynamic=False)
 
 
 @torch.compiler.disable

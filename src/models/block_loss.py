@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Batch
+from models.compilation import compiled as compile_function
 from models.objectives import Objective, Piece, piece_loss
 
 LogitsFunction = Callable[[Tensor, Tensor | None], Tensor]
@@ -193,4 +194,4 @@ def _loss_from_head(
 @functools.cache
 def _compiled_piece_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Reads and writes the logits a few times instead of a dozen. Dynamic: how many slots are labelled changes."""
-    return torch.compile(_loss_from_head, dynamic=True)
+    return compile_function(_loss_from_head, dynamic=True)

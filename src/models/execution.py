@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from models.attention import KINDS, LayerStopped, View
+from models.compilation import compiled
 
 
 @dataclass(frozen=True)
@@ -66,4 +67,4 @@ def _layer(layer: nn.Module, hidden: Tensor, view: View, position_ids: Tensor, p
 @functools.cache
 def _compiled_layer() -> Callable[..., Tensor]:
     """One graph for all layers of a kind, since they share their code: compiling takes seconds, not minutes."""
-    return torch.compile(_layer, dynamic=False)
+    return compiled(_layer, dynamic=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from data.batch import PADDING_DOCUMENT, Batch
+from models.compilation import compiled
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TILE = 256  # queries of a tile, about: measured in docs/performance.md
@@ -57,7 +58,7 @@ def dense(rule: Rule, rows: int, queries: int, keys: int, device: torch.device |
 
 @functools.cache
 def _mask_builder() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask)
+    return compiled(create_block_mask)
 
 
 def block_sparse(rule: Rule, rows: int, queries: int, keys: int, device: torch.device) -> BlockMask:

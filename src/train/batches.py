@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,11 +120,29 @@ class ValidationBatches(Dataset[Batch]):
         return replace(batch, labels=batch.labels.masked_fill(again[:, None, None], IGNORE), lengths=())
 
 
-def ahead(batches: Dataset[Batch], workers: int, sampler: Sampler[int] | None = None) -> DataLoader:
-    """A loader of batches as they are, made by `workers` processes before they are due; 0: when they are due."""
-    return DataLoader(
-        batches, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=_leave_signals_to_the_run
-    )
+class Ahead(DataLoader):
+    """Batches as they are, made by `workers` processes before they are due; 0: when they are due."""
+
+    def __init__(self, batches: Dataset[Batch], workers: int, sampler: Sampler[int] | None = None) -> None:
+        super().__init__(
+            batches, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=_leave_signals_to_the_run
+        )
+        self._begun: list[Any] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._begun = [iterator for iterator in self._begun if not getattr(iterator, "_shutdown", True)]
+        self._begun.append(super().__iter__())
+        return self._begun[-1]
+
+    def close(self) -> None:
+        """End the workers, also those of a loop that was left by an exception, which holds on to them.
+
+        At the interpreter's exit they would be waited for, and they do not listen to signals.
+        """
+        for iterator in self._begun:
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+        self._begun = []
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

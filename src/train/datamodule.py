@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
 
 from data.batch import Batch
 from data.packing import Row
-from train.batches import FromStep, TrainingBatches, ValidationBatches, ahead
+from train.batches import Ahead, FromStep, TrainingBatches, ValidationBatches
 
 
 class DraftData(lightning.LightningDataModule):
@@ -36,8 +35,9 @@ class DraftData(lightning.LightningDataModule):
         self.steps, self.rows_per_step, self.rows_per_pass = steps, rows_per_step, rows_per_pass
         self.num_anchors = num_anchors
         self.block_size, self.seed, self.workers = block_size, seed, workers
+        self.loaders: list[Ahead] = []
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Ahead:
         batches = TrainingBatches(
             self.training,
             steps=self.steps,
@@ -49,9 +49,9 @@ class DraftData(lightning.LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
-        return ahead(batches, self.workers, FromStep(batches, lambda: self.trainer.global_step))
+        return self._keep(Ahead(batches, self.workers, FromStep(batches, lambda: self.trainer.global_step)))
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Ahead:
         world = self.trainer.world_size
         batches = ValidationBatches(
             self.validation,
@@ -61,7 +61,16 @@ class DraftData(lightning.LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=world,
         )
-        return ahead(batches, self.workers)
+        return self._keep(Ahead(batches, self.workers))
+
+    def _keep(self, loader: Ahead) -> Ahead:
+        self.loaders.append(loader)
+        return loader
+
+    def close(self) -> None:
+        """End the loaders' processes."""
+        for loader in self.loaders:
+            loader.close()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Without waiting for the device, which needs memory that it can read by itself."""

@@ -93,7 +93,10 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
         for logger in trainer.loggers:
             if isinstance(logger, StageWandbLogger):
                 logger.replay(rows)
-    trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
+    finally:
+        data.close()
     return keeper(trainer).figures()
 
 
