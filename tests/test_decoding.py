@@ -9,9 +9,10 @@ from conftest import TINY, random_draft, random_target
 from data.chat import ChatEncoder
 from data.records import prompt
 from data.sources import read_strictly
-from models.decoding import autoregressive_generate, draft_block, speculative_generate, stop_tokens
+from models.decoding import generate, stop_tokens
 from models.draft import DraftModel
 from models.export import load_draft
+from models.reference_decoding import autoregressive_generate
 
 NEW_TOKENS = 20
 
@@ -26,7 +27,7 @@ def prompts(tiny_tokenizer) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def own_answers(tiny_target, prompts) -> list[list[int]]:
-    return [autoregressive_generate(tiny_target, prompt, NEW_TOKENS).tokens for prompt in prompts]
+    return [autoregressive_generate(tiny_target, prompt, NEW_TOKENS) for prompt in prompts]
 
 
 def untrained(target) -> DraftModel:
@@ -46,7 +47,7 @@ def test_output_equals_the_targets_own_on_200_prompts(kind, tiny_target, prompts
         draft = {"untrained": untrained, "adversarial": adversarial}[kind](tiny_target)
     accepted = 0
     for tokens, own in zip(prompts, own_answers, strict=True):
-        result = speculative_generate(tiny_target, draft, tokens, NEW_TOKENS)
+        result = generate(tiny_target, draft, [tokens], max_new_tokens=NEW_TOKENS)
         assert result.tokens == own
         accepted += sum(result.accepted)
     assert accepted > 200 or kind != "trained"  # the trained one is no empty test

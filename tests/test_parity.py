@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from data.anchors import make_batch, valid_anchors
 from data.packing import pack_documents
-from models.decoding import draft_logits
+from models.reference_decoding import draft_logits
 from models.target import bonus_tokens, target_pass
 
 

@@ -29,12 +29,30 @@ class LayerStopped(Exception):
     """A layer's keys and values are known, and nothing else was wanted of it."""
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where one layer's keys and values go in a cache that was allocated beforehand, and how far its queries look."""
+
+    keys: Tensor  # [R, key/value heads, capacity, head size], written in place
+    values: Tensor
+    rows: Tensor  # [R, 1]
+    at: Tensor  # [R or 1, tokens]
+    stop: int  # places before it are read
+
+    def exchange(self, key: Tensor, value: Tensor) -> KeysValues:
+        """Write the layer's own; returns all that its queries look at."""
+        self.keys[self.rows, :, self.at] = key.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.at] = value.transpose(1, 2).to(self.values.dtype)
+        return self.keys[:, :, : self.stop], self.values[:, :, : self.stop]
+
+
 @dataclass
 class View:
     """What the queries of one layer see, and what becomes of its keys and values."""
 
     mask: BlockMask | list[Tile] | Tensor | None = None  # None: every query sees every key
     context: KeysValues | None = None  # put in front of the layer's own
+    places: Places | None = None  # of a cache that the layer's own are written to, and all are read from
     keep: bool = False  # leave the layer's own keys and values in `kept`
     stop: bool = False  # raise LayerStopped once they are there
     kept: KeysValues | None = None
@@ -105,6 +123,8 @@ def packed_attention(
     if view.context is not None:
         key = torch.cat([view.context[0], key.to(view.context[0].dtype)], dim=2)
         value = torch.cat([view.context[1], value.to(view.context[1].dtype)], dim=2)
+    if view.places is not None:
+        key, value = view.places.exchange(key, value)
     # Once, and not by autocast in every tile. Norms of the heads leave queries and keys in the dtype of their weights.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype

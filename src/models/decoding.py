@@ -1,27 +1,115 @@
-"""Greedy decoding: the target alone, and sequential draft-then-verify ("Flex Decoding", one request at a time)."""
+"""Flex Decoding: draft with the target's own last layers, verify in one pass, without changing what the target says."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from models.draft import DraftModel
 from models.metrics import accepted_drafts, mean_acceptance_length
-from models.target import cached_context
+from models.passes import Passes, prefill
+from models.sampling import GREEDY, Sampling
+from models.selection import RELEASE, Selection, drafts_and_confidence
+
+MODES = ("auto", "parallel", "sequential")
+PARALLEL_ROWS = 2  # auto drafts in parallel up to so many rows in flight (FlexDraft, "Flex Decoding")
+# Told the name of a phase, gives the context in which it runs: for measurements.
+Timer = Callable[[str], AbstractContextManager]
+PHASES = ("prefill", "verify", "draft", "calibrate")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one verify step did for one row."""
+
+    verified: int  # drafts that the target scored
+    accepted: int  # leading ones of them that it agreed with, and that were kept
 
 
 @dataclass
 class GenerationResult:
-    """What decoding one prompt gave."""
+    """What decoding gave, by row."""
 
-    tokens: list[int]  # new tokens, the stop token included
-    accepted: list[int] = field(default_factory=list)  # accepted drafts of each verify step
+    tokens: list[list[int]]  # new tokens, the stop token included
+    steps: list[list[Step]]
+
+    def accepted(self) -> list[int]:
+        """Accepted drafts of all verify steps of all rows."""
+        return [step.accepted for row in self.steps for step in row]
 
     @property
     def tau(self) -> float:
-        """Mean acceptance length over the verify steps."""
-        return mean_acceptance_length(self.accepted)
+        """Mean acceptance length over all verify steps of all rows."""
+        return mean_acceptance_length(self.accepted())
+
+
+@torch.no_grad()
+def generate(
+    target: PreTrainedModel,
+    draft: DraftModel | None,
+    input_ids: Tensor | list[list[int]],
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    mode: str = "auto",
+    selection: Selection = RELEASE,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop: set[int] | None = None,
+    calibrate: bool = True,
+    parallel_rows: int = PARALLEL_ROWS,
+    timer: Timer | None = None,
+) -> GenerationResult:
+    """Decode a batch of prompts ("Flex Decoding").
+
+    One step, for every row in flight: the candidates, which are the bonus token and the drafts after it, go through the
+    target in one causal pass. Leading drafts that equal the token that the target itself chooses there are committed,
+    and its choice after them is the next bonus token. Each row accepts its own number. So the output is the target's
+    own, greedy or sampled: with the same seed it is the same tokens, however they were drafted, but for ties within
+    rounding.
+
+    * `sequential`: after the verification, one block goes through the draft layers.
+    * `parallel`: the verifying pass carries a block for every number of drafts that may be accepted; one is read.
+    * `auto`: parallel while at most `parallel_rows` rows are in flight.
+
+    Args:
+        draft: None lets the target decode alone, a token a pass: the baseline.
+        input_ids: prompts as lists of token ids, or [R, T] padded on either side.
+        attention_mask: [R, T] of a padded tensor, 0 for padding; None: no padding.
+        selection: which drafts to verify.
+        seed: of sampling.
+        stop: tokens that end a row; None: the target's own.
+        calibrate: False leaves the drafter's calibrator out.
+        timer: called with each of PHASES around what it names.
+
+    Raises:
+        ValueError: no prompt, an empty one, an unknown token, more tokens than the target has positions, or an argument
+            out of range.
+    """
+    prompts = _prompts(input_ids, attention_mask)
+    _check(target, draft, prompts, max_new_tokens, mode)
+    result = GenerationResult([[] for _ in prompts], [[] for _ in prompts])
+    if not max_new_tokens:
+        return result
+    flight = _Flight(
+        target,
+        draft,
+        result,
+        max_new_tokens=max_new_tokens,
+        selection=selection,
+        sampling=sampling,
+        stop=stop_tokens(target) if stop is None else stop,
+        calibrate=calibrate,
+        parallel_rows={"parallel": len(prompts), "sequential": 0, "auto": parallel_rows}[mode],
+        timer=timer or (lambda name: nullcontext()),
+    )
+    flight.start(prompts, seed)
+    while flight.rows:
+        flight.step()
+    return result
 
 
 def stop_tokens(target: PreTrainedModel) -> set[int]:
@@ -32,90 +120,187 @@ def stop_tokens(target: PreTrainedModel) -> set[int]:
     return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
 
 
-@torch.inference_mode()
-def autoregressive_generate(target: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> GenerationResult:
-    """The target's own greedy answer, one token a pass: the oracle and the baseline."""
-    stop, cache, tokens = stop_tokens(target), DynamicCache(), []
-    step = _row(prompt, target)
-    while len(tokens) < max_new_tokens:
-        token = int(_target_predictions(target, step, cache, keep=1)[0])
-        tokens.append(token)
-        if token in stop:
-            break
-        step = _row([token], target)
-    return GenerationResult(tokens)
+class _Flight:
+    """The rows in flight. Tensors are indexed by place in `rows`, which shrinks as rows end; the cache with them."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: DraftModel | None,
+        result: GenerationResult,
+        *,
+        max_new_tokens: int,
+        selection: Selection,
+        sampling: Sampling,
+        stop: set[int],
+        calibrate: bool,
+        parallel_rows: int,
+        timer: Timer,
+    ) -> None:
+        self.target, self.draft, self.result = target, draft, result
+        self.max_new_tokens, self.selection, self.sampling, self.stop = max_new_tokens, selection, sampling, stop
+        self.calibrate, self.parallel_rows, self.timer = calibrate, parallel_rows, timer
+
+    def start(self, prompts: list[list[int]], seed: int) -> None:
+        """Prompts, first bonus tokens, first drafts."""
+        device = self.target.device
+        size = self.draft.block_size if self.draft else 1
+        self.rows = list(range(len(prompts)))  # of the result
+        self.longest = max(map(len, prompts))  # tokens in the cache, in any row at most
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R] tokens in the cache
+        self.said = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus
+        # Candidates reach beyond the last token that is kept, and blocks beyond them.
+        capacity = self.longest + self.max_new_tokens + size * (1 + (size if self.parallel_rows else 1))
+        # All at once: a token depends on the seed and its number, not on how many were accepted before it.
+        uniforms = torch.rand(len(prompts), self.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        self.uniforms = None if self.sampling.greedy else uniforms.to(device)
+        with self.timer("prefill"):
+            logits, self.cache = prefill(self.target, prompts, capacity)
+            self.passes = Passes(self.target, self.draft, self.cache)
+            self.bonus = self._choose(logits[:, None], self.said[:, None])[:, 0]  # [R] at position `lengths`
+        self._propose(self._drafted(self.longest))
+        self._settle(torch.empty(len(prompts), 0, device=device, dtype=torch.long), self.said - 1)
+
+    def step(self) -> None:
+        """Verify the candidates of all rows, and draft the next."""
+        candidates = torch.cat([self.bonus[:, None], self.drafts[:, : self.most]], dim=1)  # [R, C]
+        offsets = torch.arange(1 + self.most, device=candidates.device)
+        positions, reach = self.lengths[:, None] + offsets, self.longest + len(offsets)
+        parallel = self.draft is not None and len(self.rows) <= self.parallel_rows
+        with self.timer("verify"):
+            if parallel:
+                logits, blocks = self.passes.verify_and_draft(candidates, positions, reach)
+            else:
+                logits = self.passes.verify(candidates, positions, reach)
+            chosen = self._choose(logits, self.said[:, None] + 1 + offsets)  # [R, C] after each candidate
+            accepted = accepted_drafts(candidates[:, 1:], chosen[:, :-1]).minimum(self.verified)  # [R]
+            self.bonus = chosen.gather(1, accepted[:, None])[:, 0]
+            self.lengths = self.lengths + accepted + 1
+            self.said = self.said + accepted + 1
+        block = blocks[torch.arange(len(blocks)), accepted] if parallel else self._drafted(reach)
+        before = self.verified
+        self._propose(block)
+        self._settle(candidates, accepted, before)
+
+    def _drafted(self, reach: int) -> Tensor | None:
+        """[R, B, H] blocks at the bonus tokens, by a pass of their own."""
+        if self.draft is None:
+            return None
+        with self.timer("draft"):
+            return self.passes.draft_blocks(self.lengths[:, None], reach)[:, 0]
+
+    def _propose(self, block: Tensor | None) -> None:
+        """Drafts [R, B-1] out of blocks [R, B, H] and bonus tokens, and how many of them to verify, [R]."""
+        if block is None:
+            self.drafts, self.verified = self.bonus.new_empty(len(self.bonus), 0), torch.zeros_like(self.bonus)
+            return
+        with self.timer("calibrate"):
+            bonus = self.bonus[:, None].expand(-1, block.shape[1] - 1) if self.calibrate else None
+            self.drafts, confidence = drafts_and_confidence(self.draft.logits(block[:, 1:], bonus))
+            room = self.max_new_tokens - 1 - self.said  # no draft is worth verifying beyond the last token to be kept
+            self.verified = self.selection.count(confidence).minimum(room).clamp(min=0)
+
+    def _settle(self, candidates: Tensor, accepted: Tensor, verified: Tensor | None = None) -> None:
+        """Commit [R, C] candidates up to the accepted ones, and let go the rows that have ended.
+
+        Reads the step's outcome on the host: the only time in a step that the host waits for the device.
+        """
+        verified = torch.zeros_like(accepted) if verified is None else verified
+        outcome = torch.stack([accepted, verified, self.bonus, self.verified, self.lengths], dim=1)
+        going, most, longest = [], 0, 0
+        for place, row in enumerate(torch.cat([outcome, candidates], dim=1).tolist()):
+            kept, scored, bonus, to_verify, length, *tokens = row
+            if self._commit(self.rows[place], tokens[: kept + 1], scored, bonus):
+                continue
+            going.append(place)
+            most, longest = max(most, to_verify), max(longest, length)
+        self.most, self.longest = most, longest
+        if len(going) < len(self.rows):
+            self._keep(going)
+
+    def _commit(self, row: int, tokens: list[int], verified: int, bonus: int) -> bool:
+        """Write down what a step gave to a row of the result; returns whether it has ended."""
+        answer = self.result.tokens[row]
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop), len(tokens))
+        if tokens:
+            answer += tokens[:end]
+            self.result.steps[row].append(Step(verified, end - 1))  # what follows the stop token is no gain
+            if answer[-1] in self.stop or len(answer) == self.max_new_tokens:
+                return True
+        if bonus in self.stop or len(answer) + 1 == self.max_new_tokens:
+            answer.append(bonus)  # known already: nothing is left to verify
+            return True
+        return False
+
+    def _keep(self, going: list[int]) -> None:
+        """Forget the rows that have ended."""
+        self.rows = [self.rows[place] for place in going]
+        if not going:
+            return
+        places = torch.tensor(going, device=self.bonus.device)
+        self.cache.keep(places)
+        for name in ("lengths", "said", "bonus", "drafts", "verified"):
+            setattr(self, name, getattr(self, name)[places])
+        if self.uniforms is not None:
+            self.uniforms = self.uniforms[places]
+
+    def _choose(self, logits: Tensor, number: Tensor) -> Tensor:
+        """[R, C] the target's choice of new tokens by number, [R, C], from its logits [R, C, V]."""
+        if self.uniforms is None:
+            return self.sampling.choose(logits, None)
+        return self.sampling.choose(logits, self.uniforms.gather(1, number.clamp(max=self.max_new_tokens - 1)))
 
 
-@torch.inference_mode()
-def speculative_generate(
-    target: PreTrainedModel, draft: DraftModel, prompt: list[int], max_new_tokens: int, *, calibrate: bool = True
-) -> GenerationResult:
-    """Greedy draft-and-verify; the tokens equal `autoregressive_generate`'s whatever the drafter says.
-
-    One step: the block anchored at the bonus token's position is drafted on the K/V that verification left behind; the
-    target scores the bonus token and the drafts in one causal pass; the leading drafts that it agrees with are
-    committed, and its prediction after them is the next bonus token.
-
-    Args:
-        prompt: at least one token id.
-        calibrate: False leaves the drafter's calibrator out.
+def _prompts(input_ids: Tensor | list[list[int]], attention_mask: Tensor | None) -> list[list[int]]:
+    """Prompts without padding.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: not a list of prompts or [R, T], or a mask that does not fit or has holes.
     """
-    if not prompt:
-        raise ValueError("The prompt is empty; decoding needs at least one token to continue.")
-    stop, cache, result = stop_tokens(target), DynamicCache(), GenerationResult([])
-    bonus = _target_predictions(target, _row(prompt, target), cache, keep=1)  # [1], at position len(prompt)
-    while len(result.tokens) < max_new_tokens and int(bonus) not in stop:
-        anchor = cache.get_seq_length()
-        drafts = draft_block(draft, cache, anchor, bonus if calibrate else None)
-        # No draft is worth verifying beyond the last token that may be kept.
-        drafts = drafts[: max_new_tokens - len(result.tokens) - 1]
-        candidates = torch.cat([bonus, drafts])  # positions anchor .. anchor + len(drafts)
-        predictions = _target_predictions(target, candidates[None], cache, keep=len(candidates))
-        accepted = int(accepted_drafts(drafts, predictions[:-1]))
-        _crop(cache, anchor + accepted + 1)
-        committed = _until_stop(candidates[: accepted + 1].tolist(), stop)
-        result.tokens += committed
-        result.accepted.append(len(committed) - 1)  # what follows the stop token is no gain
-        if committed[-1] in stop:
-            return result
-        bonus = predictions[accepted : accepted + 1]
-    if len(result.tokens) < max_new_tokens:
-        result.tokens.append(int(bonus))
-    return result
+    if not isinstance(input_ids, Tensor):
+        if attention_mask is not None:
+            raise ValueError("attention_mask belongs to a padded tensor; prompts in lists have no padding.")
+        return [list(map(int, prompt)) for prompt in input_ids]
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [rows, tokens].")
+    if attention_mask is None:
+        return input_ids.tolist()
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}."
+        )
+    mask = attention_mask.bool()
+    if (mask.int().diff(dim=1).abs().sum(1) > 1).any():
+        raise ValueError("attention_mask has padding within a prompt; expected it on one side only.")
+    return [row[kept].tolist() for row, kept in zip(input_ids, mask, strict=True)]
 
 
-def draft_block(draft: DraftModel, cache: DynamicCache, anchor: int, bonus: Tensor | None) -> Tensor:
-    """[B-1] the drafted tokens of slots 1 .. B-1 of the block at `anchor`; `cache` holds the positions before it."""
-    return draft_logits(draft, cache, anchor, bonus)[1:].argmax(-1)
-
-
-def draft_logits(draft: DraftModel, cache: DynamicCache, anchor: int, bonus: Tensor | None) -> Tensor:
-    """[B, V] logits of all slots of the block at `anchor`. `bonus` [1] or None for uncalibrated logits."""
-    positions = torch.arange(anchor, anchor + draft.block_size, device=draft.mask_embedding.device)
-    hidden = draft(cached_context(cache, draft.split_layer), positions[None, None])[0, 0]  # [B, H]
-    return draft.logits(hidden, None if bonus is None else bonus.expand(draft.block_size))
-
-
-def _target_predictions(target: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, keep: int) -> Tensor:
-    """[keep] greedy predictions of the target after each of the last `keep` tokens; `cache` grows by the tokens."""
-    logits = target(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
-    return logits[0].argmax(-1)
-
-
-def _until_stop(tokens: list[int], stop: set[int]) -> list[int]:
-    """The tokens up to the first stop token, that one included."""
-    end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens) - 1)
-    return tokens[: end + 1]
-
-
-def _crop(cache: DynamicCache, length: int) -> None:
-    """Forget the candidates that verification rejected."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-
-
-def _row(tokens: list[int], target: PreTrainedModel) -> Tensor:
-    return torch.tensor([tokens], device=target.device)
+def _check(
+    target: PreTrainedModel, draft: DraftModel | None, prompts: list[list[int]], max_new_tokens: int, mode: str
+) -> None:
+    """
+    Raises:
+        ValueError: what cannot be decoded.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
+    if draft is not None and draft.target is not target:
+        raise ValueError("The drafter belongs to another target: it runs that one's layers.")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more.")
+    if not prompts:
+        raise ValueError("There is no prompt; decoding needs at least one.")
+    vocabulary, limit = target.get_input_embeddings().num_embeddings, target.config.max_position_embeddings
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"The prompt of row {row} is empty; decoding needs at least one token to continue.")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ValueError(
+                f"The prompt of row {row} has token {min(prompt) if min(prompt) < 0 else max(prompt)}; "
+                f"expected 0 to {vocabulary - 1}."
+            )
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"The prompt of row {row} has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} makes "
+                f"{len(prompt) + max_new_tokens}; the target has {limit} positions."
+            )

@@ -36,16 +36,29 @@ def own_block(document_ids: Tensor, anchors: Tensor, block_size: int) -> Rule:
       when it drafts; and
     - every slot of its own block, before and after it.
 
-    Queries are the A*B slots of a row; keys are its T clean tokens, then its slots. [R, T], [R, A].
+    Queries are the A*B slots of a row; keys are its T clean tokens, then its slots. [R, T], [R, A]; in decoding, an
+    anchor may be T, one past the last token that is known.
     """
     length = document_ids.shape[1]
-    anchor_document = document_ids.gather(1, anchors)  # [R, A]
+    anchor_document = document_ids.gather(1, anchors.clamp(max=length - 1))  # [R, A]
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
         known = key < anchors[row, block]
         same_document = document_ids[row, key.clamp(max=length - 1)] == anchor_document[row, block]
         return (known & same_document) | ((key >= length) & ((key - length) // block_size == block))
+
+    return rule
+
+
+def cached_causal(positions: Tensor) -> Rule:
+    """Decoding: the token at a position attends to places <= it of a cache that holds each token at its position.
+
+    `positions` is [R, queries].
+    """
+
+    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= positions[row, query]
 
     return rule
 

@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from models.decoding import GenerationResult, autoregressive_generate, speculative_generate
+from models.decoding import GenerationResult, generate
 from models.draft import DraftModel
 from models.metrics import acceptance_by_slot, mean_acceptance_length
 
@@ -53,17 +53,19 @@ def evaluate(
         prompts: token ids of each prompt.
     """
     # Warm-up: the first passes of a process allocate and select kernels.
-    autoregressive_generate(target, prompts[0], 8)
+    generate(target, None, prompts[:1], max_new_tokens=8)
     own, own_seconds = [], 0.0
     for prompt in tqdm(prompts, desc="target alone", unit="prompt"):
-        result, seconds = _timed(autoregressive_generate, target, prompt, max_new_tokens)
+        result, seconds = _timed(generate, target, None, [prompt], max_new_tokens=max_new_tokens)
         own.append(result)
         own_seconds += seconds
     reports = {}
     for name, (draft, calibrate) in variants.items():
         results, spent = [], 0.0
         for prompt in tqdm(prompts, desc=name, unit="prompt"):
-            result, seconds = _timed(speculative_generate, target, draft, prompt, max_new_tokens, calibrate=calibrate)
+            result, seconds = _timed(
+                generate, target, draft, [prompt], max_new_tokens=max_new_tokens, calibrate=calibrate, mode="sequential"
+            )
             results.append(result)
             spent += seconds
         reports[name] = _report(results, own, spent, draft.block_size)
@@ -71,7 +73,7 @@ def evaluate(
         prompts=len(prompts),
         max_new_tokens=max_new_tokens,
         dtype=str(target.dtype).removeprefix("torch."),
-        target_tokens_per_second=sum(len(r.tokens) for r in own) / own_seconds,
+        target_tokens_per_second=sum(len(r.tokens[0]) for r in own) / own_seconds,
         variants=reports,
     )
 
@@ -79,12 +81,12 @@ def evaluate(
 def _report(
     results: list[GenerationResult], own: list[GenerationResult], seconds: float, block_size: int
 ) -> VariantReport:
-    accepted = [a for result in results for a in result.accepted]
+    accepted = [a for result in results for a in result.accepted()]
     return VariantReport(
         tau=mean_acceptance_length(accepted),
         verify_steps=len(accepted),
         identical=sum(result.tokens == reference.tokens for result, reference in zip(results, own, strict=True)),
-        tokens_per_second=sum(len(result.tokens) for result in results) / seconds,
+        tokens_per_second=sum(len(result.tokens[0]) for result in results) / seconds,
         acceptance_by_slot=acceptance_by_slot(accepted, block_size),
         accepted=accepted,
     )

@@ -1,0 +1,142 @@
+"""The passes of decoding: over prompts, over candidates, over mask blocks, and over both at once."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.attention import View, clean_mask
+from models.draft import DraftModel
+from models.execution import through_layers
+from models.kv_cache import KVCache
+from models.masks import cached_causal, dense, own_block
+
+
+def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int) -> tuple[Tensor, KVCache]:
+    """Run the target over prompts, packed into one row.
+
+    Returns:
+        [R, V] logits after the last token of each prompt, and the cache with room for `capacity` tokens a row.
+    """
+    device = target.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    row_of = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    input_ids = torch.tensor([token for prompt in prompts for token in prompt])
+    row_of, positions, input_ids = row_of.to(device), positions.to(device), input_ids.to(device)
+    # By tiles on every device: FlexAttention would compile anew for other lengths.
+    mask = clean_mask(row_of[None], "sdpa")
+    views = [View(mask, keep=True) for _ in target.model.layers]
+    hidden = target.get_input_embeddings()(input_ids[None])
+    hidden = through_layers(target, target.model.layers, hidden, positions[None], views)
+    last = (lengths.cumsum(0) - 1).to(device)
+    cache = KVCache([view.kept for view in views], row_of, positions, len(prompts), capacity)
+    return target_logits(target, hidden[0, last]), cache
+
+
+def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[..., V] from what the last layer gave, [..., H]."""
+    return target.get_output_embeddings()(target.model.norm(hidden))
+
+
+class Passes:
+    """The passes of one batch over its cache. `reach`: places before it may hold tokens, in any row."""
+
+    def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:
+        self.target, self.draft, self.cache = target, draft, cache
+        self.joint_layers = _joint_layers(target, draft) if draft else []
+
+    def verify(self, candidates: Tensor, positions: Tensor, reach: int) -> Tensor:
+        """The target over candidates [R, C] at positions [R, C]. Returns its logits, [R, C, V]."""
+        views = self._candidate_views(positions, reach)
+        hidden = self.target.get_input_embeddings()(candidates)
+        hidden = through_layers(self.target, self.target.model.layers, hidden, positions, views)
+        return target_logits(self.target, hidden)
+
+    def draft_blocks(self, anchors: Tensor, reach: int) -> Tensor:
+        """One block per anchor through the draft layers. [R, g] -> [R, g, B, H] after the final norm."""
+        hidden, positions, views = self._blocks(anchors, reach)
+        hidden = through_layers(self.target, self.draft.layers, hidden, positions, views)
+        return self.target.model.norm(hidden).view(*anchors.shape, self.draft.block_size, -1)
+
+    def verify_and_draft(self, candidates: Tensor, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """Both in one pass: a block for every number of candidates that may be accepted.
+
+        Block k is anchored after candidate k, and sees what is before its anchor: so it sees the candidates 0 .. k.
+
+        Returns:
+            [R, C, V] the target's logits and [R, C, B, H] hidden states of the blocks.
+        """
+        split, count = self.draft.split_layer, candidates.shape[1]
+        clean = self._candidate_views(positions, reach)
+        hidden = self.target.get_input_embeddings()(candidates)
+        hidden = through_layers(self.target, self.target.model.layers[:split], hidden, positions, clean[:split])
+
+        slots, slot_positions, blocks = self._blocks(positions + 1, reach)
+        views = [_JointView(*pair, count) for pair in zip(clean[split:], blocks, strict=True)]
+        hidden = torch.cat([hidden, slots], dim=1)
+        # Each part's on its own: some kinds of RoPE depend on the greatest position, and blocks reach beyond the text.
+        embeddings = [self.target.model.rotary_emb(hidden, at) for at in (positions, slot_positions)]
+        embeddings = tuple(torch.cat(pair, dim=1) for pair in zip(*embeddings, strict=True))
+        both = torch.cat([positions, slot_positions], dim=1)
+        hidden = through_layers(self.target, self.joint_layers, hidden, both, views, position_embeddings=embeddings)
+        drafted = self.target.model.norm(hidden[:, count:])
+        return target_logits(self.target, hidden[:, :count]), drafted.view(*positions.shape, self.draft.block_size, -1)
+
+    def _candidate_views(self, positions: Tensor, reach: int) -> list[View]:
+        rows, count = positions.shape
+        mask = dense(cached_causal(positions), rows, count, reach, positions.device)
+        return [View(mask, places=places) for places in self.cache.places(positions, reach)]
+
+    def _blocks(self, anchors: Tensor, reach: int) -> tuple[Tensor, Tensor, list[View]]:
+        """Slots of blocks at anchors [R, g]: input [R, g*B, H], positions [R, g*B], and a view for each draft layer."""
+        size, rows, device = self.draft.block_size, anchors.shape[0], anchors.device
+        positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
+        slots = positions.shape[1]
+        one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, reach)
+        mask = dense(own_block(one_document, anchors, size), rows, slots, reach + slots, device)
+        at = torch.arange(reach, reach + slots, device=device)[None]
+        places = self.cache.places(at, reach + slots, slice(self.draft.split_layer, None))
+        hidden = self.draft.mask_embedding.to(self.target.dtype).expand(rows, slots, -1)
+        return hidden, positions, [View(mask, places=p) for p in places]
+
+
+@dataclass
+class _JointView:
+    """Views of candidates and of slots, which lie behind one another."""
+
+    clean: View
+    blocks: View
+    count: int  # candidates
+    stop: bool = False
+
+
+class _JointAttention(nn.Module):
+    """The target's projectors for candidates, the drafter's for slots."""
+
+    def __init__(self, clean: nn.Module, blocks: nn.Module) -> None:
+        super().__init__()
+        self.clean, self.blocks = clean, blocks
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: _JointView, **_: object
+    ) -> tuple[Tensor, None]:
+        view, outputs = attention_mask, []
+        parts = ((self.clean, view.clean, slice(view.count)), (self.blocks, view.blocks, slice(view.count, None)))
+        for attention, own_view, part in parts:  # candidates first: the slots read what they write
+            embeddings = tuple(table[:, part] for table in position_embeddings)
+            own = attention(hidden_states[:, part], position_embeddings=embeddings, attention_mask=own_view)
+            outputs.append(own[0])
+        return torch.cat(outputs, dim=1), None
+
+
+def _joint_layers(target: PreTrainedModel, draft: DraftModel) -> list[nn.Module]:
+    """Norms and FFN of a layer run once over candidates and slots together, so that their weights are read once."""
+    layers = []
+    for clean, drafting in zip(target.model.layers[draft.split_layer :], draft.layers, strict=True):
+        layer = copy.copy(clean)
+        layer._modules = clean._modules | {"self_attn": _JointAttention(clean.self_attn, drafting.self_attn)}
+        layers.append(layer)
+    return layers

@@ -1,0 +1,67 @@
+"""Which token the target says: the most likely one, or one drawn from its distribution."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen from logits, with the meaning that `transformers` gives these names."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: out of range.
+        """
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: expected 0 (greedy) or more.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: expected 0 (all tokens) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: expected more than 0, at most 1 (all tokens).")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., V] the distribution that tokens are drawn from, in float64; one-hot if greedy."""
+        if self.greedy:
+            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+        flat = logits.reshape(-1, logits.shape[-1]).double()
+        for warp in self._warpers():
+            flat = warp(None, flat)
+        return flat.softmax(-1).view(logits.shape)
+
+    def choose(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
+        """[...] tokens from logits [..., V].
+
+        Args:
+            uniforms: [...] in [0, 1), one for each token: the point of the cumulative distribution at which it lies.
+                So a token depends on logits and its own number alone, not on what else is computed beside it. Not used
+                by greedy decoding.
+        """
+        if self.greedy:
+            return logits.argmax(-1)
+        cumulative = self.probabilities(logits).cumsum(-1)
+        # Scaled by the sum, so that rounding cannot reach beyond the last token that may be drawn.
+        point = uniforms.double() * cumulative[..., -1]
+        return torch.searchsorted(cumulative, point[..., None], right=True)[..., 0]
+
+    def _warpers(self) -> list:
+        warpers = [TemperatureLogitsWarper(float(self.temperature))]
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
+
+
+GREEDY = Sampling()
