@@ -124,6 +124,8 @@ SHORT = (
     "data.validation_records=16",
     "stage.evaluate.num_prompts=6",
     "stage.evaluate.max_new_tokens=40",
+    "stage.evaluate.speed.num_prompts=2",
+    "stage.evaluate.speed.batch_sizes=[1,2]",
 )
 
 

@@ -12,6 +12,7 @@ import train.__main__  # noqa: F401  registers the `root` resolver
 from train.fit import build_trainer
 
 CONF = ROOT / "conf"
+STAND_IN = ("steps=3", "rows_per_step=2", "decode.prompts=2", "decode.max_new_tokens=8")
 
 
 def composed(*overrides):
@@ -42,7 +43,7 @@ def test_the_real_experiment_runs_on_a_stand_in(tmp_path):
         "data=tiny",
         "trainer=cpu",
         "logger=wandb",
-        *(f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in ("steps=3", "rows_per_step=2")),
+        *(f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in STAND_IN),
         "data.max_records=100",
         "data.validation_records=8",
         "stage.evaluate.num_prompts=2",

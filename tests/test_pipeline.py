@@ -22,11 +22,12 @@ def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
     for file in ("loss.png", "acceptance_by_slot.png", "export/model.safetensors", "export/config.json"):
         assert (trained_run / file).stat().st_size > 0
     report = json.loads((trained_run / "evaluate" / "report.json").read_text())
-    tau = {name: variant["tau"] for name, variant in report["variants"].items()}
-    assert tau["untuned"] < tau["attention_tuned"]
-    for variant in report["variants"].values():
-        gained = [a + 1 for a in variant["accepted"]]
+    variants = report["benchmarks"]["held_out"]["variants"]
+    assert variants["untuned"]["tau"] < variants["attention_tuned"]["tau"]
+    for variant in variants.values():
+        gained = [a + 1 for steps in variant["accepted"] for a in steps]
         assert variant["tau"] == pytest.approx(sum(gained) / variant["verify_steps"]) and variant["identical"] == 6
+        assert variant["low"] <= variant["tau"] <= variant["high"]
     metrics = json.loads((trained_run / "records" / "bonus_calibration.done.json").read_text())["result"]
     assert metrics["trained_parameters"] > 0 and "val/tau_estimate" in metrics
 
@@ -107,7 +108,7 @@ def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
     assert done.returncode == 0, done.stderr
     config = json.loads((run_dir / "export" / "config.json").read_text())["flexdraft_config"]
     assert config["enable_anchor_bias_logits"] is False and config["anchor_bias_rank"] == 0
-    assert "calibrated" not in json.loads((run_dir / "evaluate" / "report.json").read_text())["variants"]
+    assert "calibrated" not in json.loads((run_dir / "evaluate" / "report.json").read_text())["benchmarks"]["held_out"]["variants"]
 
 
 def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tmp_path):

@@ -17,6 +17,8 @@ CALL = (*SHORT, "trainer.precision=32-true", f"stages=[{','.join(STAGES)}]")
 CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("steps=12", "num_anchors=8"))
 CALL += tuple(f"stage.{stage}.module.{setting}" for stage in STAGES for setting in ("eps=1e-3", "learning_rate=1e-3"))
 CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("rows_per_step=4", "checkpoint_every=6"))
+CALL += tuple(f"stage.{stage}.decode.{setting}" for stage in STAGES for setting in ("prompts=3", "max_new_tokens=10"))
+CALL += tuple(f"stage.{stage}.validate_every=6" for stage in STAGES)
 PAIR = ("trainer.accelerator=cpu", "trainer.devices=2")
 # Otherwise DeepSpeed keeps tensors of this size whole after their first use.
 SHARDED = "+trainer.strategy.zero_optimization={stage3_param_persistence_threshold:0,stage3_max_live_parameters:0}"
@@ -42,15 +44,31 @@ def difference(run_dir, other_dir) -> float:
     return max(float((mine[name] - other[name]).abs().max()) for mine, other in pairs for name in mine)
 
 
+def decoded(run_dir) -> list[tuple[int, str, float]]:
+    """What decoding in training gave: by stage and step, name and value."""
+    return [
+        (step, name, value)
+        for stage in STAGES
+        for step, row in sorted(read_metrics(run_dir / stage).items())
+        for name, value in sorted(row.items())
+        if name.startswith(("val/tau", "val/accept")) and name != "val/tau_estimate"
+    ]
+
+
+def assert_same(alone, run_dir) -> None:
+    assert difference(alone, run_dir) < 1e-6
+    assert decoded(alone) == decoded(run_dir) and len(decoded(alone)) == 2 * 2 * (3 + 7)
+
+
 def test_ddp_equals_one_rank(alone, tmp_path):
-    assert difference(alone, run(tmp_path, "trainer.devices=2")) < 1e-6
+    assert_same(alone, run(tmp_path, "trainer.devices=2"))
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero_equals_one_rank(alone, tmp_path, zero):
     """Each with what could go wrong in it alone: passes (divided twice), sharded tensors and pieces of the loss."""
     extra = {1: (), 2: PASSES, 3: (SHARDED, *PIECES)}[zero]
-    assert difference(alone, run(tmp_path, f"trainer=zero{zero}", *PAIR, *extra, **NO_COMPILER)) < 1e-6
+    assert_same(alone, run(tmp_path, f"trainer=zero{zero}", *PAIR, *extra, **NO_COMPILER))
 
 
 def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):

@@ -14,7 +14,7 @@ SBATCH = ROOT / "scripts" / "slurm" / "train.sbatch"
 ONE_NODE = {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "1"}
 STEPS = [f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in ("steps=2", "rows_per_step=2")]
 VERY_SHORT = ("+experiment=tiny", *STEPS, "data.max_records=60", "data.validation_records=4")
-VERY_SHORT += ("stage.evaluate.num_prompts=1", "stage.evaluate.max_new_tokens=8")
+VERY_SHORT += ("stage.evaluate.num_prompts=1", "stage.evaluate.max_new_tokens=8", "stage.evaluate.speed.num_prompts=0")
 
 
 def stand_in(folder: Path, name: str, status: int = 0) -> None:
@@ -116,7 +116,8 @@ def test_a_sweep_ends_with_a_table_that_shows_failed_jobs(tmp_path):
     header, _, failed, finished = text.splitlines()[:4]
     assert "| learning_rate |" in header and "| -1 " in failed and "| failed |" in failed
     assert "job 0 failed: stage.attention_tuning.module.learning_rate=-1: expected more than 0." in text
-    decoded = json.loads((tmp_path / "checkpoints/lr_0.002/evaluate/report.json").read_text())["variants"]
+    report = json.loads((tmp_path / "checkpoints/lr_0.002/evaluate/report.json").read_text())
+    decoded = report["benchmarks"]["held_out"]["variants"]
     for name in ("attention_tuned", "calibrated"):
         assert f"| {decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']}) " in finished
     assert "| done " in finished and "checkpoints/lr_0.002" in finished

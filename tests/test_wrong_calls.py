@@ -66,6 +66,12 @@ CALLS = {
     "more than the peak": (["hardware.share_of_peak=1.5"], ["share_of_peak=1.5", "1 at most"]),
     "plan without a training stage": (["plan=true", "stages=[export]"], ["plan=true", "attention_tuning"]),
     "no room to answer": (["stage.evaluate.max_new_tokens=1016"], ["max_new_tokens=1016", "1024"]),
+    "unknown selection": (["stage.evaluate.selection=product"], ["'product'", "cumulative_product"]),
+    "no probability": (["stage.evaluate.top_p=1.5"], ["stage.evaluate.top_p=1.5", "at most 1"]),
+    "no batch": (["stage.evaluate.speed.batch_sizes=[1,0]"], ["batch_sizes=[1, 0]", "1 or more"]),
+    "threshold in percent": (["stage.evaluate.speed.thresholds=[1,10]"], ["thresholds=[1, 10]", "0 to 1"]),
+    "benchmark with a typo": (["+benchmarks.held_out.tmplate=x"], ["benchmarks.held_out.tmplate", "path, subset"]),
+    "benchmark of nothing": (["+benchmarks.mine.path=nowhere.jsonl"], ["nowhere.jsonl", "No file"]),
 }
 
 

@@ -18,7 +18,18 @@ from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-GROUPS = ("experiment", "data", "model", "stage", "regenerate", "objective", "trainer", "logger", "callbacks")
+GROUPS = (
+    "experiment",
+    "data",
+    "model",
+    "stage",
+    "regenerate",
+    "objective",
+    "benchmarks",
+    "trainer",
+    "logger",
+    "callbacks",
+)
 # Null asks for random weights; for all records; for one process per core; for the last weights; for a single pass.
 NULLABLE = ("model.target.name", "data.max_records", "data.num_proc")
 NULLABLE += ("stage.attention_tuning.best_by", "stage.bonus_calibration.best_by")
@@ -26,7 +37,7 @@ NULLABLE += ("stage.attention_tuning.rows_per_pass", "stage.bonus_calibration.ro
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
 # may be a list of sources, which are checked where they are opened.
 FREE_FORM = ("data.template_kwargs", "data.path", "model.target.architecture", "regenerate.server.extra")
-FREE_FORM += ("trainer", "logger", "callbacks", "hydra")
+FREE_FORM += ("trainer", "logger", "callbacks", "hydra", "benchmarks")
 
 
 def cpu_precision() -> str:

@@ -81,6 +81,21 @@ class PackedRows(Sequence[Row]):
         """[rows] a number per document, added up over each row."""
         return np.add.reduceat(values[self._members], self._edges[:-1]) if len(self) else np.zeros(0, np.int64)
 
+    def beginnings(self, most: int, longest: int) -> list[list[int]]:
+        """What comes before the first supervised token, of the first documents where that is 1 to `longest` tokens.
+
+        By the order of the documents, which is drawn, not of the rows: they begin with the longest ones.
+        """
+        found: list[list[int]] = []
+        for i in range(len(self.documents)):
+            if len(found) == most:
+                break
+            document = self.documents[i]
+            tokens = document.input_ids[: int(np.argmax(document.supervised))]
+            if 0 < len(tokens) <= longest:
+                found.append(tokens.tolist())
+        return found
+
     def efficiency(self) -> float:
         """Share of the rows' places that hold a token."""
         return self.tokens / max(1, len(self) * self.row_length)

@@ -23,7 +23,7 @@ CHUNK_BYTES = 2**23
 MAX_LINE_BYTES = 2**24  # a longer line is no conversation, and would have to be held in memory several times
 FILES = (".jsonl", ".parquet", ".arrow")
 T = TypeVar("T")
-SETTINGS = ("path", "weight", "split")
+SETTINGS = ("path", "weight", "split", "subset")
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def read_all(parts: list[Part]) -> Iterator[tuple[Part, Found]]:
 
 
 def open_parts(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Part]:
-    """Sources named by a setting: a path or Hub id, or a list of those, or of `{path, weight, split}`.
+    """Sources named by a setting: a path or Hub id, or a list of those, or of `{path, weight, split, subset}`.
 
     With weights, records are taken in their proportion, as many as there are without taking any twice; without, all of
     them. `max_records` bounds the whole.
@@ -204,7 +204,7 @@ def open_parts(path: Any, *, split: str, max_records: int | None, setting: str =
     weights = [item["weight"] for item in given]
     if len({weight is None for weight in weights}) > 1:
         raise UserError(f"{setting}: some sources have a weight and some have none. Give all of them one, or none.")
-    opened = [_open(str(item["path"]), item["split"]) for item in given]
+    opened = [_open(str(item["path"]), item["split"], item["subset"]) for item in given]
     empty = [item["path"] for item, sources in zip(given, opened, strict=True) if not sum(s.count for s in sources)]
     if empty:
         raise UserError(f"{setting}={empty[0]} holds no record. Expected one JSON object a line, or rows of a table.")
@@ -233,16 +233,17 @@ def fingerprint(parts: list[Part]) -> list[list[Any]]:
 
 def _settings(item: Any, split: str, setting: str) -> dict[str, Any]:
     if isinstance(item, str):
-        return {"path": item, "weight": None, "split": split}
+        return {"path": item, "weight": None, "split": split, "subset": None}
     if not isinstance(item, dict) or "path" not in item or item.keys() - set(SETTINGS):
         raise UserError(f"{setting}: {item!r} is no source. Expected a path, or an object with {', '.join(SETTINGS)}.")
     weight = item.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
         raise UserError(f"{setting}: weight {weight!r} of {item['path']}; expected a number above 0.")
-    return {"path": item["path"], "weight": weight, "split": item.get("split") or split}
+    subset = item.get("subset")
+    return {"path": item["path"], "weight": weight, "split": item.get("split") or split, "subset": subset}
 
 
-def _open(path: str, split: str) -> list[Source]:
+def _open(path: str, split: str, subset: str | None) -> list[Source]:
     place = Path(path)
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix in FILES and file.is_file())
@@ -255,7 +256,7 @@ def _open(path: str, split: str) -> list[Source]:
         raise UserError(
             f"No file at {path}. Give a file ({', '.join(FILES)}), a folder of them, or a Hub id (owner/name)."
         )
-    return [_open_hub(path, split)]
+    return [_open_hub(path, split, subset)]
 
 
 def _open_file(file: Path, label: str) -> Source:
@@ -277,15 +278,16 @@ def _open_file(file: Path, label: str) -> Source:
     return Table(str(file), dataset, sha256, label)
 
 
-def _open_hub(name: str, split: str) -> Source:
+def _open_hub(name: str, split: str, subset: str | None) -> Source:
     try:
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"{name}: no file or folder of that name here, and the Hub did not give split {split!r} of it "
             f"({type(error).__name__}: {error}). Check the name, the network and `hf auth login`."
         ) from error
-    return Table(f"{name}/{split}", dataset, f"{name}/{split}/{dataset._fingerprint}")
+    label = "/".join(filter(None, (name, subset, split)))
+    return Table(label, dataset, f"{label}/{dataset._fingerprint}")
 
 
 def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, most: int | None, setting: str) -> list[T]:

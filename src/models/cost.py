@@ -200,3 +200,29 @@ class Twice:
     scores: bool = False  # of attention
     layers: bool = False  # draft layers: `speed.recompute`
     logits: bool = False  # in stage 2 with more than one chunk
+
+
+def decoding_flops(sizes: Sizes, *, context: float, candidates: float, blocks: float) -> dict[str, float]:
+    """FLOPs of one step of decoding for one row that cannot be done without, by part.
+
+    Args:
+        context: tokens in the cache.
+        candidates: C, tokens that the target scores, bonus included.
+        blocks: that go through the draft layers: 0 without a drafter, 1 in sequential mode, C in parallel mode. All but
+            one are redundant.
+
+    Returns:
+        `target`, `draft`, `redundant blocks`, `head` (of candidates and of one block), `calibrator`.
+    """
+    linear = 2 * (sizes.attention_weights + sizes.ffn_weights)  # of one token in one layer
+    pair = 2 * 2 * sizes.queries  # scores and weighted values
+    slots = sizes.block_size
+    block = sizes.draft_layers * slots * (linear + (context + slots) * pair)
+    drafted = slots - 1 if blocks else 0
+    return {
+        "target": sizes.layers * candidates * (linear + (context + candidates / 2) * pair),
+        "draft": min(blocks, 1) * block,
+        "redundant blocks": max(0, blocks - 1) * block,
+        "head": (candidates + drafted) * 2 * sizes.embedding_parameters,
+        "calibrator": drafted * (2 * 2 * sizes.hidden * sizes.rank + 2 * sizes.rank * sizes.vocabulary),
+    }

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from models.draft import DraftModel
 from models.metrics import accepted_drafts, mean_acceptance_length
-from models.passes import Passes, prefill
+from models.passes import Passes, prefill, separate
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection, drafts_and_confidence
 
@@ -159,7 +159,7 @@ class _Flight:
             self.passes = Passes(self.target, self.draft, self.cache)
             self.bonus = self._choose(logits[:, None], self.said[:, None])[:, 0]  # [R] at position `lengths`
         self._propose(self._drafted(self.longest))
-        self._settle(torch.empty(len(prompts), 0, device=device, dtype=torch.long), self.said - 1)
+        self._settle(self.bonus[:, None][:, :0], kept=self.said, verified=self.said)  # nothing yet, unless it ends here
 
     def step(self) -> None:
         """Verify the candidates of all rows, and draft the next."""
@@ -177,10 +177,9 @@ class _Flight:
             self.bonus = chosen.gather(1, accepted[:, None])[:, 0]
             self.lengths = self.lengths + accepted + 1
             self.said = self.said + accepted + 1
-        block = blocks[torch.arange(len(blocks)), accepted] if parallel else self._drafted(reach)
-        before = self.verified
-        self._propose(block)
-        self._settle(candidates, accepted, before)
+        verified = self.verified
+        self._propose(_each(blocks, accepted) if parallel else self._drafted(reach))
+        self._settle(candidates, accepted + 1, verified)
 
     def _drafted(self, reach: int) -> Tensor | None:
         """[R, B, H] blocks at the bonus tokens, by a pass of their own."""
@@ -196,21 +195,20 @@ class _Flight:
             return
         with self.timer("calibrate"):
             bonus = self.bonus[:, None].expand(-1, block.shape[1] - 1) if self.calibrate else None
-            self.drafts, confidence = drafts_and_confidence(self.draft.logits(block[:, 1:], bonus))
+            self.drafts, confidence = drafts_and_confidence(self.draft.logits(separate(block[:, 1:]), bonus))
             room = self.max_new_tokens - 1 - self.said  # no draft is worth verifying beyond the last token to be kept
             self.verified = self.selection.count(confidence).minimum(room).clamp(min=0)
 
-    def _settle(self, candidates: Tensor, accepted: Tensor, verified: Tensor | None = None) -> None:
-        """Commit [R, C] candidates up to the accepted ones, and let go the rows that have ended.
+    def _settle(self, candidates: Tensor, kept: Tensor, verified: Tensor) -> None:
+        """Commit the first `kept` [R] of candidates [R, C], and let go the rows that have ended.
 
         Reads the step's outcome on the host: the only time in a step that the host waits for the device.
         """
-        verified = torch.zeros_like(accepted) if verified is None else verified
-        outcome = torch.stack([accepted, verified, self.bonus, self.verified, self.lengths], dim=1)
+        outcome = torch.stack([kept, verified, self.bonus, self.verified, self.lengths], dim=1)
         going, most, longest = [], 0, 0
         for place, row in enumerate(torch.cat([outcome, candidates], dim=1).tolist()):
-            kept, scored, bonus, to_verify, length, *tokens = row
-            if self._commit(self.rows[place], tokens[: kept + 1], scored, bonus):
+            count, scored, bonus, to_verify, length, *tokens = row
+            if self._commit(self.rows[place], tokens[:count], scored, bonus):
                 continue
             going.append(place)
             most, longest = max(most, to_verify), max(longest, length)
@@ -249,6 +247,11 @@ class _Flight:
         if self.uniforms is None:
             return self.sampling.choose(logits, None)
         return self.sampling.choose(logits, self.uniforms.gather(1, number.clamp(max=self.max_new_tokens - 1)))
+
+
+def _each(blocks: Tensor, number: Tensor) -> Tensor:
+    """[R, B, H] of blocks [R, g, B, H] the one of a number, [R]."""
+    return blocks[torch.arange(len(blocks), device=blocks.device), number]
 
 
 def _prompts(input_ids: Tensor | list[list[int]], attention_mask: Tensor | None) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """The artifact that the inference side loads: writing it, reading it back, refusing what does not fit."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from models.draft import DraftModel
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 # Both hold the same settings: the public release's code reads the first, its published checkpoint carries the second.
+RECOMMENDED = "recommended_decoding"
 FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
 
 
@@ -68,6 +70,27 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype) -> None
         "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
     }
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def recommend(directory: Path, settings: dict[str, Any]) -> None:
+    """Write down in an artifact's config which arguments of `decoding.generate` suit a device.
+
+    Readers that do not know the key pass over it.
+    """
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    for key in FLEXDRAFT_KEYS:
+        config[key][RECOMMENDED] = settings
+    temporary = directory / f".{CONFIG}.tmp"
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / CONFIG)
+
+
+def without_recommendation(directory: Path) -> dict[str, Any]:
+    """An artifact's config as it was exported."""
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    for key in FLEXDRAFT_KEYS:
+        config[key].pop(RECOMMENDED, None)
+    return config
 
 
 def load_draft(directory: Path, target: PreTrainedModel) -> DraftModel:

@@ -41,6 +41,11 @@ def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
     return target.get_output_embeddings()(target.model.norm(hidden))
 
 
+def separate(part: Tensor) -> Tensor:
+    """A slice as a tensor of its own: of a slice, PyTorch makes one small product a row, even of one row."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 class Passes:
     """The passes of one batch over its cache. `reach`: places before it may hold tokens, in any row."""
 
@@ -83,7 +88,8 @@ class Passes:
         both = torch.cat([positions, slot_positions], dim=1)
         hidden = through_layers(self.target, self.joint_layers, hidden, both, views, position_embeddings=embeddings)
         drafted = self.target.model.norm(hidden[:, count:])
-        return target_logits(self.target, hidden[:, :count]), drafted.view(*positions.shape, self.draft.block_size, -1)
+        blocks = drafted.view(*positions.shape, self.draft.block_size, -1)
+        return target_logits(self.target, separate(hidden[:, :count])), blocks
 
     def _candidate_views(self, positions: Tensor, reach: int) -> list[View]:
         rows, count = positions.shape
@@ -127,7 +133,7 @@ class _JointAttention(nn.Module):
         parts = ((self.clean, view.clean, slice(view.count)), (self.blocks, view.blocks, slice(view.count, None)))
         for attention, own_view, part in parts:  # candidates first: the slots read what they write
             embeddings = tuple(table[:, part] for table in position_embeddings)
-            own = attention(hidden_states[:, part], position_embeddings=embeddings, attention_mask=own_view)
+            own = attention(separate(hidden_states[:, part]), position_embeddings=embeddings, attention_mask=own_view)
             outputs.append(own[0])
         return torch.cat(outputs, dim=1), None
 

@@ -1,5 +1,6 @@
 """Checkpoints that survive: written whole or not at all, checked before use, the last few and the best kept."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,30 +81,42 @@ class Checkpoints(Checkpoint):
     validation out, and might choose other weights in the end.
     """
 
-    def __init__(self, directory: Path, *, every: int, keep: int, validate_every: int, best_by: str | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        every: int,
+        keep: int,
+        validate_every: int,
+        best_by: str | None,
+        patience: int | None = None,
+    ) -> None:
         """
         Args:
             every: steps between checkpoints.
             keep: how many of the last ones stay.
             validate_every: steps between validations; one comes at the last step, too.
             best_by: figure of the validation that says which weights are best; the greatest wins, the first of equals.
+            patience: after so many validations in a row that were none the best, the stage ends; None: never.
         """
         self.directory, self.every, self.keep = directory, every, keep
-        self.validate_every, self.best_by = validate_every, best_by
+        self.validate_every, self.best_by, self.patience = validate_every, best_by, patience
         self.resumed_from: Path | None = None
         self.best: dict[str, Any] = {}  # step, value and file of the best weights, and the validation's figures
+        self.waited = 0  # validations since the best
         self.last: dict[str, float] = {}  # figures of the last validation
         self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of the best weights that it knows
         self._random: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        known = {"best": self.best, "last": self.last, "best_of": self.best_of}
+        known = {"best": self.best, "last": self.last, "best_of": self.best_of, "waited": self.waited}
         return known | {"random": random_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.last, self.best_of = (state_dict[key] for key in ("best", "last", "best_of"))
+        self.waited = state_dict.get("waited", 0)  # older checkpoints knew no patience
         if self.best and not whole_file(self.directory / self.best["file"]):
-            self.best = {}  # `usable_checkpoint` has said so
+            self.best, self.waited = {}, 0  # `usable_checkpoint` has said so
         self._random = state_dict["random"]
 
     def on_load_checkpoint(
@@ -131,6 +144,8 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._random is not None:
             set_random_state(self._random)
+        if self.out_of_patience():
+            trainer.should_stop = True  # it was before: the run was killed before that was on record
         set_training(True)
 
     def on_train_batch_end(
@@ -147,10 +162,18 @@ class Checkpoints(Checkpoint):
         metrics = trainer.callback_metrics  # the same on every rank
         self.last = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
         value = self.last.get(self.best_by)
-        if value is not None and (not self.best or value > self.best["value"]):
+        better = value is not None and not math.isnan(value) and (not self.best or value > self.best["value"])
+        self.waited = 0 if better else self.waited + 1
+        if better:
             here = {"step": trainer.global_step, "value": value, "figures": self.last}
             self.best = here | {"file": self._save_weights(trainer)}
+        if self.out_of_patience():
+            trainer.should_stop = True
         self._boundary(trainer)
+
+    def out_of_patience(self) -> bool:
+        """Whether the stage ends before its last step: the same on every rank, as the figures are."""
+        return self.patience is not None and self.waited >= self.patience
 
     def best_weights(self) -> dict[str, Tensor]:
         """The trained parameters of the best validation, by exported name; nothing if there was none."""
@@ -166,7 +189,7 @@ class Checkpoints(Checkpoint):
 
     def _boundary(self, trainer: lightning.Trainer) -> None:
         step, signal = trainer.global_step, agreed_signal(trainer.strategy)
-        if step % self.every == 0 or step == trainer.max_steps or signal:
+        if step % self.every == 0 or trainer.should_stop or signal:
             self.best_of[step] = self.best.get("step", 0)
             self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
             # Not the weights alone: the whole state. It is plain values and tensors; `load_checkpoint` takes no others.

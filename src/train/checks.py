@@ -44,7 +44,10 @@ def _check_ranges(config: DictConfig) -> None:
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
     at_least |= {
         "stage.evaluate.num_prompts": 1,
-        "stage.evaluate.max_new_tokens": 1,
+        "stage.evaluate.max_new_tokens": 2,
+        "stage.evaluate.batch_size": 1,
+        "stage.evaluate.speed.num_prompts": 0,
+        "stage.evaluate.speed.repeats": 1,
         "hardware.gpus_per_node": 1,
         "speed.workers": 0,
     }
@@ -61,6 +64,11 @@ def _check_ranges(config: DictConfig) -> None:
         for key in ("warmup_share", "final_lr_share"):
             if not 0 <= settings.module[key] <= 1:
                 raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected 0 to 1.")
+    speed = config.stage.evaluate.speed
+    if not speed.batch_sizes or any(not isinstance(rows, int) or rows < 1 for rows in speed.batch_sizes):
+        raise UserError(f"stage.evaluate.speed.batch_sizes={list(speed.batch_sizes)}: expected numbers of 1 or more.")
+    if any(not isinstance(t, int | float) or not 0 <= t <= 1 for t in speed.thresholds):
+        raise UserError(f"stage.evaluate.speed.thresholds={list(speed.thresholds)}: expected probabilities, 0 to 1.")
     if not 0 < config.hardware.share_of_peak <= 1:
         raise UserError(f"hardware.share_of_peak={config.hardware.share_of_peak}: expected more than 0, 1 at most.")
     unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]

@@ -1,99 +1,224 @@
-"""Decode held-out prompts for real and compare with the target's own greedy output."""
+"""Acceptance and losslessness: decode benchmarks for real and compare with what the target itself says."""
 
-import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from models.decoding import GenerationResult, generate
+from data.chat import ChatEncoder
+from data.records import Messages
+from models.decoding import generate
 from models.draft import DraftModel
+from models.intervals import tau_interval
 from models.metrics import acceptance_by_slot, mean_acceptance_length
+from models.reference_decoding import autoregressive_generate
+from models.sampling import Sampling
+from models.selection import Selection
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How all decoders of an evaluation decode."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    selection: Selection
+    batch_size: int
+    seed: int = 0
+
+
+@dataclass
+class Prompts:
+    """A benchmark's prompts, each turn of a conversation one of them, and the target's own answers."""
+
+    tokens: list[list[int]]
+    answers: list[list[int]]
+    left_out: int = 0  # turns without room for an answer in the target's positions
+
+
+@dataclass
+class Difference:
+    """Where an output first departs from the target's own."""
+
+    prompt: int
+    token: int
+    margin: float  # between the target's two greatest logits there: about 0 is a tie, which rounding decides
 
 
 @dataclass
 class VariantReport:
-    """What one drafter gave on all prompts."""
+    """What one drafter gave on all prompts of a benchmark."""
 
     tau: float  # mean acceptance length, micro average over verify steps
+    low: float  # 95% interval of it, by bootstrap over prompts
+    high: float
     verify_steps: int
+    verified: float  # drafts that a step verified, on average
     identical: int  # prompts whose output equals the target's own
-    tokens_per_second: float
+    differences: list[Difference]
     acceptance_by_slot: list[float]  # slots 1 .. B-1: share of verify steps that accepted the slot
-    accepted: list[int]  # accepted drafts of every verify step
+    accepted: list[list[int]]  # accepted drafts of every verify step, by prompt
 
 
 @dataclass
-class EvaluationReport:
-    """What decoding said of a drafter."""
+class BenchmarkReport:
+    """What decoding said of the drafters on one benchmark."""
 
     prompts: int
-    max_new_tokens: int
-    dtype: str
-    target_tokens_per_second: float
+    left_out: int
+    new_tokens: int  # the target's own
     variants: dict[str, VariantReport]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
-    def lossless(self) -> bool:
-        """Whether every variant gave the target's own output on every prompt."""
-        return all(variant.identical == self.prompts for variant in self.variants.values())
+
+def own_answers(
+    target: PreTrainedModel, encoder: ChatEncoder, name: str, conversations: list[Messages], how: Decoding
+) -> Prompts:
+    """Let the target answer all turns, each after its own answers to those before."""
+    limit = target.config.max_position_embeddings - how.max_new_tokens
+    prompts = Prompts([], [])
+    talks: list[Messages] = [[] for _ in conversations]
+    turns = [_turns(conversation) for conversation in conversations]
+    going = list(range(len(conversations)))
+    for turn in range(max(map(len, turns))):
+        going = [i for i in going if turn < len(turns[i])]
+        asked = {i: encoder.prompt(talks[i] + turns[i][turn]) for i in going}
+        going = [i for i in going if len(asked[i]) <= limit]
+        prompts.left_out += len(asked) - len(going)
+        answers = decode(target, None, [asked[i] for i in going], how, f"{name}: target alone").tokens
+        for i, answer in zip(going, answers, strict=True):
+            text = encoder.backend.decode(answer, skip_special_tokens=True)
+            talks[i] += [*turns[i][turn], {"role": "assistant", "content": text}]
+            prompts.tokens.append(asked[i])
+            prompts.answers.append(answer)
+    return prompts
 
 
-def evaluate(
-    target: PreTrainedModel, variants: dict[str, tuple[DraftModel, bool]], prompts: list[list[int]], max_new_tokens: int
-) -> EvaluationReport:
-    """Decode each prompt by the target alone and by every variant.
+def _turns(conversation: Messages) -> list[Messages]:
+    """One list a user's turn: a system message goes with the first."""
+    turns: list[Messages] = [[]]
+    for message in conversation:
+        turns[-1].append(message)
+        if message["role"] == "user":
+            turns.append([])
+    return turns[:-1]
 
-    Args:
-        variants: name -> (drafter, whether to use its calibrator).
-        prompts: token ids of each prompt.
-    """
-    # Warm-up: the first passes of a process allocate and select kernels.
-    generate(target, None, prompts[:1], max_new_tokens=8)
-    own, own_seconds = [], 0.0
-    for prompt in tqdm(prompts, desc="target alone", unit="prompt"):
-        result, seconds = _timed(generate, target, None, [prompt], max_new_tokens=max_new_tokens)
-        own.append(result)
-        own_seconds += seconds
-    reports = {}
-    for name, (draft, calibrate) in variants.items():
-        results, spent = [], 0.0
-        for prompt in tqdm(prompts, desc=name, unit="prompt"):
-            result, seconds = _timed(
-                generate, target, draft, [prompt], max_new_tokens=max_new_tokens, calibrate=calibrate, mode="sequential"
+
+@dataclass
+class Decoded:
+    """Outputs by prompt."""
+
+    tokens: list[list[int]]
+    steps: list[list[Any]]
+
+
+def decode(
+    target: PreTrainedModel, draft: DraftModel | None, prompts: list[list[int]], how: Decoding, say: str, **more: Any
+) -> Decoded:
+    """All prompts in batches; `more` goes to `generate`."""
+    decoded = Decoded([], [])
+    with tqdm(total=len(prompts), desc=say, unit="prompt") as bar:
+        for start in range(0, len(prompts), how.batch_size):
+            batch = prompts[start : start + how.batch_size]
+            result = generate(
+                target,
+                draft,
+                batch,
+                max_new_tokens=how.max_new_tokens,
+                sampling=how.sampling,
+                selection=how.selection,
+                seed=how.seed,
+                **more,
             )
-            results.append(result)
-            spent += seconds
-        reports[name] = _report(results, own, spent, draft.block_size)
-    return EvaluationReport(
-        prompts=len(prompts),
-        max_new_tokens=max_new_tokens,
-        dtype=str(target.dtype).removeprefix("torch."),
-        target_tokens_per_second=sum(len(r.tokens[0]) for r in own) / own_seconds,
-        variants=reports,
-    )
+            decoded.tokens += result.tokens
+            decoded.steps += result.steps
+            bar.update(len(batch))
+    return decoded
+
+
+def compare(
+    target: PreTrainedModel, draft: DraftModel, calibrate: bool, prompts: Prompts, how: Decoding, say: str
+) -> VariantReport:
+    """Decode with a drafter; every token is compared with the target's own."""
+    got = decode(target, draft, prompts.tokens, how, say, calibrate=calibrate)
+    accepted = [[step.accepted for step in steps] for steps in got.steps]
+    scored = [step.verified for steps in got.steps for step in steps]
+    differences = first_differences(target, prompts, got.tokens)
+    return _report(accepted, sum(scored) / max(1, len(scored)), differences, draft.block_size)
+
+
+def pooled(reports: list[BenchmarkReport]) -> BenchmarkReport:
+    """All prompts of all benchmarks as one."""
+    first = [sum(report.prompts for report in reports[:i]) for i in range(len(reports))]
+    variants = {}
+    for name, one in reports[0].variants.items():
+        found = [report.variants[name] for report in reports]
+        steps = max(1, sum(v.verify_steps for v in found))
+        differences = [
+            replace(d, prompt=d.prompt + start) for v, start in zip(found, first, strict=True) for d in v.differences
+        ]
+        variants[name] = _report(
+            [steps for v in found for steps in v.accepted],
+            sum(v.verified * v.verify_steps for v in found) / steps,
+            differences,
+            1 + len(one.acceptance_by_slot),
+        )
+    totals = {key: sum(getattr(report, key) for report in reports) for key in ("prompts", "left_out", "new_tokens")}
+    return BenchmarkReport(**totals, variants=variants)
 
 
 def _report(
-    results: list[GenerationResult], own: list[GenerationResult], seconds: float, block_size: int
+    accepted: list[list[int]], verified: float, differences: list[Difference], block_size: int
 ) -> VariantReport:
-    accepted = [a for result in results for a in result.accepted()]
+    every = [a for steps in accepted for a in steps]
+    low, high = tau_interval(accepted)
     return VariantReport(
-        tau=mean_acceptance_length(accepted),
-        verify_steps=len(accepted),
-        identical=sum(result.tokens == reference.tokens for result, reference in zip(results, own, strict=True)),
-        tokens_per_second=sum(len(result.tokens[0]) for result in results) / seconds,
-        acceptance_by_slot=acceptance_by_slot(accepted, block_size),
+        tau=mean_acceptance_length(every),
+        low=low,
+        high=high,
+        verify_steps=len(every),
+        verified=verified,
+        identical=len(accepted) - len(differences),
+        differences=differences,
+        acceptance_by_slot=acceptance_by_slot(every, block_size),
         accepted=accepted,
     )
 
 
-def _timed(decode, *args: Any, **kwargs: Any) -> tuple[GenerationResult, float]:
-    """The result is on the host when decoding returns, so no device is left running."""
-    started = time.perf_counter()
-    result = decode(*args, **kwargs)
-    return result, time.perf_counter() - started
+def first_differences(target: PreTrainedModel, prompts: Prompts, outputs: list[list[int]]) -> list[Difference]:
+    """Every prompt whose output is not the target's own."""
+    differences = []
+    for number, (prompt, own, got) in enumerate(zip(prompts.tokens, prompts.answers, outputs, strict=True)):
+        if own == got:
+            continue
+        at = next((i for i, pair in enumerate(zip(own, got, strict=False)) if pair[0] != pair[1]), None)
+        at = min(len(own), len(got)) if at is None else at
+        before = torch.tensor([prompt + own[:at]], device=target.device)
+        with torch.inference_mode():
+            best = target(input_ids=before, logits_to_keep=1).logits[0, -1].float().topk(2).values
+        differences.append(Difference(number, at, float(best[0] - best[1])))
+    return differences
+
+
+def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: Decoding, count: int = 2) -> list[str]:
+    """Compare the first answers with transformers' own model and cache, token by token: what our passes call the
+    target's output must be it. Returns what differs, in words; greedy decoding only."""
+    if not how.sampling.greedy:
+        return []
+    wrong = []
+    for number, (prompt, own) in enumerate(zip(prompts.tokens[:count], prompts.answers, strict=False)):
+        if autoregressive_generate(target, prompt, how.max_new_tokens) != own:
+            wrong.append(f"{name}: prompt {number} of the target alone")
+    return wrong
+
+
+def histogram(accepted: list[list[int]]) -> dict[int, int]:
+    """Acceptance length -> verify steps."""
+    counts = Counter(a + 1 for steps in accepted for a in steps)
+    return dict(sorted(counts.items()))

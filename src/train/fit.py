@@ -40,6 +40,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         keep=settings.keep_checkpoints,
         validate_every=validate_every,
         best_by=settings.best_by,
+        patience=settings.patience,
     )
     # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -81,6 +82,8 @@ def wandb_loggers(config: DictConfig, stage: str, directory: Path) -> list[Stage
 def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path, resume: bool) -> dict[str, float]:
     """Train to the last step, from the last whole checkpoint if there is one; returns the figures of what it hands on.
 
+    With patience, to the step where that ends.
+
     Args:
         resume: False begins anew whatever lies there.
     """
@@ -97,6 +100,8 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
         trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     finally:
         data.close()
+    if keeper(trainer).out_of_patience() and trainer.global_step < trainer.max_steps:
+        _say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
     return keeper(trainer).figures()
 
 

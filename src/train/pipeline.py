@@ -10,8 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from data.benchmarks import benchmark_fingerprint
 from data.errors import UserError
-from data.sources import fingerprint, open_parts
+from data.sources import fingerprint
+from models.export import without_recommendation
 from train import stages
 from train.checks import STAGES, TRAINED
 from train.preemption import set_training
@@ -112,9 +114,9 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
     if stage in TRAINED:
         settings["inputs"]["data"] = fingerprint(resources.parts)
     if stage == "evaluate":
-        settings["inputs"]["prompts"] = fingerprint(
-            open_parts(config.data.prompts, split="test", max_records=None, setting="data.prompts")
-        )
+        settings["inputs"]["export/config.json"] = without_recommendation(run_dir / "export")
+        given: Any = OmegaConf.to_container(config.benchmarks, resolve=True)
+        settings["inputs"]["benchmarks"] = {name: benchmark_fingerprint(name, one) for name, one in given.items()}
     return settings
 
 

@@ -8,13 +8,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 
+from data.benchmarks import read_benchmark
 from data.chat import ChatEncoder, load_encoder
 from data.errors import BadRecord, UserError
 from data.packing import PackedRows
 from data.prepare import describe, prepare
-from data.records import prompt
-from data.sources import Part, open_parts, read_strictly
+from data.records import Messages
+from data.sources import Part, open_parts
 from models.target import load_config, load_target
+from train.benchmark import decoding_settings
 from train.checks import TRAINED, check_architecture, check_path, check_target
 
 
@@ -38,7 +40,11 @@ class Resources:
         if stage in TRAINED:
             self.rows  # noqa: B018  read and checked
         if "evaluate" in self.config.stages:
-            self.prompts  # noqa: B018  better now than after the training
+            try:
+                decoding_settings(self.config)
+            except ValueError as error:
+                raise UserError(f"stage.evaluate.{error}") from error
+            self.benchmarks  # noqa: B018  better now than after the training
 
     def forget_target(self) -> None:
         """Drop the target, to load it afresh: ZeRO 3 leaves it in pieces."""
@@ -102,22 +108,28 @@ class Resources:
         return prepared.training, prepared.validation
 
     @cached_property
-    def prompts(self) -> list[list[int]]:
-        """Token ids of the held-out prompts."""
-        data, settings = self.config.data, self.config.stage.evaluate
-        messages = read_strictly(data.prompts, prompt, split="test", most=settings.num_prompts, setting="data.prompts")
-        try:
-            encoded = [self.encoder.prompt(m) for m in messages]
-        except BadRecord as error:
-            raise UserError(f"data.prompts={data.prompts}: {error}.") from error
-        limit = (
-            self.target_config.max_position_embeddings - settings.max_new_tokens - self.config.model.draft.block_size
-        )
-        fitting = [tokens for tokens in encoded if len(tokens) <= limit]
-        if not fitting:
-            raise UserError(
-                f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of data.prompts={data.prompts} "
-                f"leaves so much room in the target's {self.target_config.max_position_embeddings} positions. "
-                "Choose fewer."
-            )
-        return fitting
+    def benchmarks(self) -> dict[str, list[Messages]]:
+        """System and user turns of the conversations of each benchmark; every first turn leaves room for an answer."""
+        settings = self.config.stage.evaluate
+        found = {}
+        for name, given in OmegaConf.to_container(self.config.benchmarks, resolve=True).items():
+            conversations = read_benchmark(name, given, settings.num_prompts)
+            try:
+                fitting = [talk for talk in conversations if self._leaves_room(talk)]
+            except BadRecord as error:
+                raise UserError(f"benchmarks.{name}.path={given['path']}: {error}.") from error
+            if not fitting:
+                raise UserError(
+                    f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of benchmarks.{name}.path="
+                    f"{given['path']} leaves so much room in the target's "
+                    f"{self.target_config.max_position_embeddings} positions. Choose fewer."
+                )
+            found[name] = fitting
+        if not found:
+            raise UserError("benchmarks is empty; name at least one. Presets: conf/benchmarks/.")
+        return found
+
+    def _leaves_room(self, talk: Messages) -> bool:
+        first_turn = next(i for i, message in enumerate(talk) if message["role"] == "user") + 1
+        longest = self.target_config.max_position_embeddings - self.config.stage.evaluate.max_new_tokens
+        return len(self.encoder.prompt(talk[:first_turn])) <= longest

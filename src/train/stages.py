@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from data.errors import UserError
 from models.draft import DraftModel, start_calibrator_from_head
 from models.execution import Execution
-from models.export import export_draft, load_draft, load_draft_weights
+from models.export import export_draft, load_draft, load_draft_weights, recommend
+from train.benchmark import decoding_settings, evaluate_drafter
 from train.checkpoints import keeper
 from train.datamodule import DraftData
-from train.evaluation import evaluate as decode_prompts
+from train.evaluation_report import markdown, plot_acceptance, plot_speed, print_report
 from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
+from train.live_decoding import check_decoding, live_decoding
 from train.preemption import agreed_signal, set_training
-from train.report import plot_acceptance, print_report
 from train.resources import Resources
 from train.run_state import file_sha256, overwrites, publish, read_json, sync, write_json
 
@@ -68,37 +69,60 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
 
 
 def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
-    """Load the exported directory and decode held-out prompts with it.
+    """Load the exported directory and decode the benchmarks with it.
 
     Raises:
         UserError: in float32, an output that differs from the target's own: the drafter must never change it.
     """
-    settings = config.stage.evaluate
+    settings, exported = config.stage.evaluate, directory.parent / "export"
     device = "cuda" if config.trainer.accelerator in ("gpu", "cuda") else "cpu"
     target = resources.target.to(device)
     try:
-        draft = load_draft(directory.parent / "export", target).to(device)
+        draft = load_draft(exported, target).to(device)
     except ValueError as error:
         raise UserError(f"The exported drafter did not load. {error}") from error
-    untuned = DraftModel(target, num_layers=len(draft.layers), block_size=draft.block_size, calibrator_rank=0)
+    evaluation = evaluate_drafter(
+        target,
+        _variants(draft, list(settings.variants)),
+        resources.benchmarks,
+        resources.encoder,
+        decoding_settings(config),
+        OmegaConf.to_container(settings.speed, resolve=True),
+        name=resources.name or "random weights",
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "report.json", evaluation.as_dict())
+    publish(directory / "report.md", lambda file: file.write_text(markdown(evaluation, config.name), encoding="utf-8"))
+    plot_acceptance(evaluation, directory.parent / "acceptance_by_slot.png")
+    if evaluation.speed:
+        plot_speed(evaluation.speed, directory / "speed.png")
+    print_report(evaluation, directory.parent)
+    if evaluation.dtype in ("float32", "float64") and (broken := evaluation.broken()):
+        raise UserError(
+            f"Decoding changed the target's {evaluation.said()} output in {evaluation.dtype}: {broken} Unless the "
+            f"margin is about 0, a tie that rounding decides, this is a bug. See {directory / 'report.json'}."
+        )
+    if evaluation.speed:
+        recommend(exported, evaluation.speed.recommended)
+    for logger in wandb_loggers(config, "evaluate", directory):
+        logger.log_summary(evaluation.summary())
+    together = evaluation.together.variants
+    return {name: {"tau": found.tau, "verify_steps": found.verify_steps} for name, found in together.items()}
+
+
+def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, tuple[DraftModel, bool]]:
+    """Name -> drafter, and whether to use its calibrator.
+
+    Raises:
+        UserError: none of the chosen is there.
+    """
+    untuned = DraftModel(draft.target, num_layers=len(draft.layers), block_size=draft.block_size, calibrator_rank=0)
     known = {"untuned": (untuned, False), "attention_tuned": (draft, False), "calibrated": (draft, True)}
     if not draft.calibrator_rank:
         del known["calibrated"]
-    if not known.keys() & set(settings.variants):
-        raise UserError(f"stage.evaluate.variants={list(settings.variants)}: the exported drafter has no calibrator.")
-    chosen = {name: known[name] for name in settings.variants if name in known}
-    report = decode_prompts(target, chosen, resources.prompts, settings.max_new_tokens)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "report.json", report.as_dict())
-    plot_acceptance(report, directory.parent / "acceptance_by_slot.png")
-    print_report(report, directory.parent)
-    if report.dtype == "float32" and not report.lossless():
-        raise UserError("Decoding changed the target's greedy output in float32; see report.json. This is a bug.")
-    for logger in wandb_loggers(config, "evaluate", directory):
-        logger.log_summary(report.as_dict())
-    return {
-        name: {"tau": variant.tau, "verify_steps": variant.verify_steps} for name, variant in report.variants.items()
-    }
+    if not known.keys() & set(chosen):
+        raise UserError(f"stage.evaluate.variants={chosen}: the exported drafter has no calibrator.")
+    return {name: known[name] for name in chosen if name in known}
 
 
 def finished_weights(run_dir: Path) -> Path:
@@ -128,6 +152,7 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     Raises:
         UserError: the preset does not fit this machine, the ranks cannot share a batch evenly, or objective is wrong.
     """
+    check_decoding(config)
     try:
         instantiate(config.objective)
     except HydraException as error:
@@ -169,6 +194,8 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+    positions = resources.target_config.max_position_embeddings
+    trainer.callbacks += live_decoding(config, stage, validation, positions)
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory, resume=not overwrites(config))
@@ -183,8 +210,9 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     if any(hasattr(p, "ds_id") for p in resources.target.parameters()):
         resources.forget_target()
     parameters = sum(tensor.numel() for tensor in trained.values())
-    weights_of_step = keeper(trainer).best.get("step", settings.steps)
-    return {"trained_parameters": parameters, "steps": settings.steps, "weights_of_step": weights_of_step, **metrics}
+    steps = trainer.global_step  # fewer than asked for where it was stopped early
+    weights_of_step = keeper(trainer).best.get("step", steps)
+    return {"trained_parameters": parameters, "steps": steps, "weights_of_step": weights_of_step, **metrics}
 
 
 def _execution(config: DictConfig, trainer: Trainer) -> Execution:

@@ -1,0 +1,82 @@
+"""One evaluation from end to end: acceptance of every drafter on every benchmark, then speed."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PreTrainedModel
+
+from data.chat import ChatEncoder
+from data.records import Messages
+from models.cost import Sizes
+from models.draft import DraftModel
+from models.sampling import Sampling
+from models.selection import Selection
+from train.evaluation import BenchmarkReport, Decoding, check_baseline, compare, own_answers, pooled
+from train.evaluation_report import Evaluation
+from train.speed import Contest, measure_speed
+
+ALL = "all"
+
+
+def decoding_settings(config: DictConfig) -> Decoding:
+    """How the evaluation decodes.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    settings = config.stage.evaluate
+    return Decoding(
+        max_new_tokens=settings.max_new_tokens,
+        sampling=Sampling(settings.temperature, settings.top_k, settings.top_p),
+        selection=Selection(settings.selection, settings.threshold),
+        batch_size=settings.batch_size,
+        seed=config.seed,
+    )
+
+
+def evaluate_drafter(
+    target: PreTrainedModel,
+    variants: dict[str, tuple[DraftModel, bool]],
+    benchmarks: dict[str, list[Messages]],
+    encoder: ChatEncoder,
+    how: Decoding,
+    speed: dict[str, Any],
+    name: str,
+) -> Evaluation:
+    """
+    Args:
+        variants: name -> drafter, and whether to use its calibrator; the speed of the last is measured.
+        benchmarks: name -> system and user turns of its conversations.
+        speed: `stage.evaluate.speed`.
+        name: of the target.
+    """
+    reports, prompts, wrong = {}, {}, []
+    for benchmark, conversations in benchmarks.items():
+        own = own_answers(target, encoder, benchmark, conversations, how)
+        wrong += check_baseline(target, benchmark, own, how)
+        found = {
+            variant: compare(target, draft, calibrate, own, how, f"{benchmark}: {variant}")
+            for variant, (draft, calibrate) in variants.items()
+        }
+        new_tokens = sum(map(len, own.answers))
+        reports[benchmark] = BenchmarkReport(len(own.tokens), own.left_out, new_tokens, found)
+        prompts[benchmark] = own.tokens
+    if len(reports) > 1:
+        reports[ALL] = pooled(list(reports.values()))
+    measured = None
+    if speed["num_prompts"]:
+        draft, calibrate = list(variants.values())[-1]
+        contest = Contest(target, draft, calibrate, _sizes(draft), how, speed["repeats"])
+        few = {benchmark: tokens[: speed["num_prompts"]] for benchmark, tokens in prompts.items()}
+        measured = measure_speed(contest, few, speed["batch_sizes"], speed["thresholds"])
+    dtype = str(target.dtype).removeprefix("torch.")
+    return Evaluation(how, dtype, name, reports, measured, wrong)
+
+
+def _sizes(draft: DraftModel) -> Sizes | None:
+    """None where the architecture is not counted."""
+    shape = {"num_layers": len(draft.layers), "block_size": draft.block_size}
+    try:
+        return Sizes.from_config(draft.target.config.to_dict(), calibrator_rank=draft.calibrator_rank, **shape)
+    except ValueError:
+        return None
