@@ -327,11 +327,10 @@ def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens
     assert len(checked) > 5 and len(set(checked) - {0}) > 2  # with all rows in flight, and with others gone
 
 
-@pytest.mark.parametrize("parallel_rows", [0, 1, 2, 3, 9])
-def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(parallel_rows, monkeypatch):
+def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
     target, batch = endless(), random_prompts(random.Random(7), 4, 15)
     own = own_batch(target, batch, 12)
-    stop, calls = staggering(own), []
+    draft, stop, calls = random_draft(target), staggering(own), []
 
     def counted(name, call, passes, candidates, *rest):
         calls.append((name, len(candidates)))
@@ -339,11 +338,15 @@ def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(parallel_rows, monk
 
     for name in ("verify", "verify_and_draft"):
         monkeypatch.setattr(Passes, name, functools.partialmethod(functools.partial(counted, name, vars(Passes)[name])))
-    draft = random_draft(target)
-    result = generate(target, draft, batch, max_new_tokens=12, stop=stop, parallel_rows=parallel_rows)
-    assert result.tokens == [until(tokens, stop) for tokens in own]
-    assert len({rows for _, rows in calls}) > 2
-    assert all((name == "verify_and_draft") == (rows <= parallel_rows) for name, rows in calls)
+    generate(target, draft, batch, max_new_tokens=12, stop=stop, mode="sequential")
+    in_flight = {rows for _, rows in calls}  # so many at a time, as rows end
+    assert len(in_flight) > 2 and {name for name, _ in calls} == {"verify"}
+    for parallel_rows in (0, *in_flight, 9):
+        calls.clear()
+        result = generate(target, draft, batch, max_new_tokens=12, stop=stop, parallel_rows=parallel_rows)
+        assert result.tokens == [until(tokens, stop) for tokens in own]
+        assert {rows for _, rows in calls} == in_flight
+        assert all((name == "verify_and_draft") == (rows <= parallel_rows) for name, rows in calls)
 
 
 def test_the_timer_is_told_every_phase_around_what_it_names():

@@ -74,6 +74,14 @@ def test_no_uniform_reaches_a_token_that_may_not_be_drawn():
         assert not any(forbidden[token] for token in chosen)
 
 
+def test_rounding_of_the_cumulative_distribution_reaches_beyond_no_token():
+    logits = torch.randn(50, 2000, generator=torch.Generator().manual_seed(3))
+    sampling, last = Sampling(temperature=1.0, top_k=1500), torch.full((50,), 1 - 2**-53, dtype=torch.float64)
+    chosen = sampling.choose(logits, last)
+    assert (sampling.probabilities(logits).cumsum(-1)[:, -1] <= last).any()  # less than 1, by rounding
+    assert (chosen < 2000).all() and (sampling.probabilities(logits).gather(1, chosen[:, None]) > 0).all()
+
+
 def test_a_temperature_of_zero_is_greedy():
     logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(2))
     assert torch.equal(GREEDY.choose(logits, None), logits.argmax(-1))

@@ -46,7 +46,12 @@ CALLS = {
     "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "leave it out"]),
     "passes that do not go round": (["stage.attention_tuning.rows_per_pass=3"], ["rows_per_pass=3", "4 rows"]),
     "no checkpoint kept": (["stage.attention_tuning.keep_checkpoints=0"], ["keep_checkpoints=0", "1 or more"]),
-    "unknown figure": (["stage.attention_tuning.best_by=val/tau"], ["'val/tau'", "val/tau_estimate or null"]),
+    "unknown figure": (["stage.attention_tuning.best_by=tau"], ["'tau'", "val/tau or val/tau_estimate or null"]),
+    "a figure that is not measured": (["stage.attention_tuning.decode.prompts=0"], ["val/tau", "decode.prompts=0"]),
+    "patience without a figure": (
+        ["stage.bonus_calibration.best_by=null", "stage.bonus_calibration.patience=2"],
+        ["patience=2", "best_by"],
+    ),
     "no eps": (["stage.bonus_calibration.module.eps=0"], ["eps=0", "more than 0"]),
     "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),
     "block of one": (["model.draft.block_size=1"], ["block_size=1", "2 or more"]),

@@ -37,7 +37,7 @@ def _check_ranges(config: DictConfig) -> None:
     draft = config.model.draft
     choices = {"stage.export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
     choices["speed.attention"] = ("auto", "flex", "sdpa", "dense")
-    choices |= {f"stage.{stage}.best_by": ("val/tau_estimate", None) for stage in TRAINED}
+    choices |= {f"stage.{stage}.best_by": ("val/tau", "val/tau_estimate", None) for stage in TRAINED}
     # Any other would train weights in less than float32, or needs a scaler of the loss.
     choices["trainer.precision"] = ("32-true", "bf16-mixed")
     check_choices(config, choices)
