@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
 
 from models import export
-from models.reference_decoding import draft_logits
 from models.export import export_draft, load_draft
+from models.reference_decoding import draft_logits
 
 LAYERS, BLOCK, RANK, HIDDEN, VOCABULARY = 3, 6, 8, 32, 97
 

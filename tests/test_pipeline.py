@@ -108,7 +108,8 @@ def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
     assert done.returncode == 0, done.stderr
     config = json.loads((run_dir / "export" / "config.json").read_text())["flexdraft_config"]
     assert config["enable_anchor_bias_logits"] is False and config["anchor_bias_rank"] == 0
-    assert "calibrated" not in json.loads((run_dir / "evaluate" / "report.json").read_text())["benchmarks"]["held_out"]["variants"]
+    report = json.loads((run_dir / "evaluate" / "report.json").read_text())
+    assert "calibrated" not in report["benchmarks"]["held_out"]["variants"]
 
 
 def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tmp_path):
