@@ -41,6 +41,7 @@ if __name__ == "__main__":
         module.DraftModel = WholeLayers
     for module in (train.evaluation, train.live_decoding):
         module.generate = partial(generate, mode="sequential")
+    sys.argv.append("stage.evaluate.speed.num_prompts=0")  # it would be measured in parallel mode, too
     watch()
     quiet()
     check_overrides(sys.argv[1:])

@@ -15,7 +15,9 @@ from data.errors import UserError
 from data.records import questions
 from data.sources import read_strictly
 from models.cost import decoding_flops
-from models.export import FLEXDRAFT_KEYS, RECOMMENDED, load_draft, without_recommendation
+from models.decoding import generate
+from models.draft import DraftModel
+from models.export import FLEXDRAFT_KEYS, RECOMMENDED, load_draft, recommended, without_recommendation
 from models.passes import Passes, prefill
 from models.reference_decoding import autoregressive_generate
 from models.sampling import GREEDY, Sampling
@@ -25,6 +27,7 @@ from train.evaluation import (
     BenchmarkReport,
     Decoding,
     Prompts,
+    check_baseline,
     compare,
     first_differences,
     histogram,
@@ -67,7 +70,8 @@ def test_the_recommendation_is_in_the_artifact_and_leaves_it_loadable(trained_ru
     for key in FLEXDRAFT_KEYS:
         assert config[key][RECOMMENDED] == speed["recommended"]
     assert RECOMMENDED not in json.dumps(without_recommendation(trained_run / "export"))
-    load_draft(trained_run / "export", tiny_target)
+    draft = load_draft(trained_run / "export", tiny_target)
+    generate(tiny_target, draft, [[5, 6, 7]], max_new_tokens=4, **recommended(trained_run / "export"))
 
 
 def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, tmp_path):
@@ -83,9 +87,10 @@ def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, t
     assert second == encoder.prompt([talks[0][0], {"role": "assistant", "content": said}, talks[0][1]])
     for prompt, answer in zip(prompts.tokens, prompts.answers, strict=True):
         assert answer == autoregressive_generate(tiny_target, prompt, HOW.max_new_tokens)
-    limit = tiny_target.config.max_position_embeddings - len(second)
-    crowded = own_answers(tiny_target, encoder, "talks", talks, replace(HOW, max_new_tokens=limit + 1))
-    assert crowded.left_out == 1 or len(crowded.tokens) == 2
+    sampled = replace(HOW, sampling=Sampling(1.0), batch_size=2)  # turns fall into other batches when compared
+    prompts = own_answers(tiny_target, encoder, "talks", talks, sampled)
+    untuned = DraftModel(tiny_target, num_layers=6, block_size=8, calibrator_rank=0)
+    assert compare(tiny_target, untuned, False, prompts, sampled, "talks").identical == 3
 
 
 def accept_everything(drafted, predicted):
@@ -118,7 +123,7 @@ def test_a_wrong_baseline_ends_the_stage(trained_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages, "evaluate_drafter", both_wrong_alike)
     shutil.copytree(trained_run, tmp_path / "short")
-    with pytest.raises(UserError, match="differs from transformers' own model"):
+    with pytest.raises(UserError, match="prompt 0 of the target alone differs from transformers' own model"):
         stages.evaluate(config, tmp_path / "short" / "evaluate", Resources(config))
 
 
@@ -176,6 +181,15 @@ def test_flops_of_a_step_are_those_of_the_passes(mode, blocks):
     assert (parts["redundant blocks"] > 0) == (mode == "parallel")
 
 
+def test_a_target_whose_logits_are_other_than_ours_is_found(tiny_target, monkeypatch):
+    prompts = Prompts([[5, 6, 7]], [autoregressive_generate(tiny_target, [5, 6, 7], 4)])
+    how = replace(HOW, max_new_tokens=4)
+    assert check_baseline(tiny_target, "x", prompts, how) == []
+    scaled = lambda *a, **k: (2 * prefill(*a, **k)[0], None)  # noqa: E731  as architectures do that scale their logits
+    monkeypatch.setattr("train.evaluation.prefill", scaled)
+    assert "logits, by 100.0% of the greatest" in check_baseline(tiny_target, "x", prompts, how)[0]
+
+
 def speed(decoder: str, rows: int, rate: float, threshold: float | None = 0.01, spread: float = 0.0) -> Speed:
     return Speed(decoder, rows, threshold, 2.0, rate, (rate - spread, rate + spread), 1.0, {}, None, 3.0)
 
@@ -194,6 +208,10 @@ def test_the_recommendation_follows_the_measurements():
     faster = recommendation(by_rows, [*tries, speed("parallel", 1, 14, None)], Selection(), cpu)
     assert faster["selection"] == "off"
     assert recommendation(by_rows, [], OFF, cpu)["selection"] == "off"
+    chance = [speed("parallel", 1, 12, 0.01), speed("parallel", 1, 12.1, 0.3)]
+    assert recommendation(by_rows, chance, Selection(), cpu)["threshold"] == 0.01
+    never_off = [speed("parallel", 1, 12, None), speed("parallel", 1, 12.1, 0.3)]
+    assert recommendation(by_rows, never_off, Selection(threshold=0.0), cpu)["selection"] == "off"
 
 
 def test_groups_are_full_and_hold_every_prompt():

@@ -6,6 +6,7 @@ from data.errors import BadRecord, UserError
 from data.records import Messages, questions
 from data.sources import fingerprint, open_parts, read_strictly
 
+ALL = "all"  # benchmarks together
 KEYS = ("path", "subset", "split", "turns", "template")
 
 
@@ -13,9 +14,9 @@ def read_benchmark(name: str, settings: Any, most: int | None) -> list[Messages]
     """System and user turns of the first conversations of one benchmark.
 
     Args:
-        settings: `path` as in `data.path`; `subset` and `split` of a Hub data set; and where records are no
-            conversations: `turns`, the column that lists the user's turns, or `template`, the text of the only turn,
-            with columns in braces.
+        settings: `path` of a file, a folder or a data set on the Hub; of the latter `subset` and `split`; and where
+            records are no conversations: `turns`, the column that lists the user's turns, or `template`, the text of
+            the only turn, with columns in braces.
 
     Raises:
         UserError: settings or records that make no sense, by name and place.
@@ -33,7 +34,9 @@ def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
 
 
 def _check(name: str, settings: Any) -> None:
-    if not isinstance(settings, dict) or not settings.get("path"):
+    if name == ALL:
+        raise UserError(f"benchmarks.{ALL}: that is what all of them together are called. Choose another name.")
+    if not isinstance(settings, dict) or not isinstance(settings.get("path"), str):
         raise UserError(f"benchmarks.{name}={settings!r}: expected at least a path; see conf/benchmarks/.")
     if unknown := sorted(settings.keys() - set(KEYS)):
         raise UserError(f"benchmarks.{name}.{unknown[0]}: no such setting. A benchmark has {', '.join(KEYS)}.")
@@ -52,11 +55,15 @@ def _parser(turns: str | None, template: str | None):
         if not isinstance(record, dict):
             raise BadRecord("expected a JSON object")
         try:
-            if turns:
-                return questions({"turns": record[turns]})
-            columns = {k: "\n".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()}
-            return questions({"turns": [template.format_map(columns).strip()]})
-        except (KeyError, IndexError, ValueError) as error:
+            given = record[turns] if turns else [template.format_map(_columns(record)).strip()]
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise BadRecord(f"{error!r} of turns or template; the keys are {', '.join(map(str, record))}") from None
+        return questions({"turns": given})
 
     return parse
+
+
+def _columns(record: dict[str, Any]) -> dict[str, Any]:
+    """As text: lists a line an item, null as nothing."""
+    text = {key: "\n".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
+    return {key: "" if value is None else value for key, value in text.items()}

@@ -33,6 +33,7 @@ GROUPS = (
 # Null asks for random weights; for all records; for one process per core; for the last weights; for a single pass.
 NULLABLE = ("model.target.name", "data.max_records", "data.num_proc")
 NULLABLE += ("stage.attention_tuning.best_by", "stage.bonus_calibration.best_by")
+NULLABLE += ("stage.attention_tuning.patience", "stage.bonus_calibration.patience")
 NULLABLE += ("stage.attention_tuning.rows_per_pass", "stage.bonus_calibration.rows_per_pass")
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
 # may be a list of sources, which are checked where they are opened.

@@ -1,7 +1,8 @@
 """Attention of packed rows and of blocks, as an attention function of transformers.
 
 Every architecture whose attention calls such a function can be a target: layers are taken as they are, and what a query
-sees travels as their `attention_mask`. Anything but a `View` goes to transformers' own function: decoding's masks do.
+sees travels as their `attention_mask`. Anything but a `View` goes to transformers' own function: when its own model and
+cache are used.
 """
 
 import functools
@@ -115,7 +116,7 @@ def packed_attention(
         )
     unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} uses {unknown[0]}, which training does not support.")
+        raise NotImplementedError(f"{type(module).__name__} uses {unknown[0]}, which is not supported.")
     if view.keep:
         view.kept = (key, value)
     if view.stop:
@@ -135,7 +136,7 @@ def packed_attention(
         return output.transpose(1, 2).contiguous(), None
     if isinstance(view.mask, list):
         return _tiled(query, key, value, view.mask, scaling), None
-    output = scaled_dot_product_attention(query, key, value, attn_mask=view.mask, scale=scaling, enable_gqa=True)
+    output = _scaled_dot_product(query, key, value, view.mask, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -157,18 +158,23 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling
             else tensor[row, :, tile.keys[0]]
             for tensor in (key, value)
         )
-        output = scaled_dot_product_attention(
-            query[row, :, tile.queries],
-            keys,
-            values,
-            attn_mask=tile.mask,
-            is_causal=tile.mask is None,
-            scale=scaling,
-            enable_gqa=True,
-        )
+        causal = tile.mask is None
+        output = _scaled_dot_product(query[row, :, tile.queries], keys, values, tile.mask, scale=scaling, causal=causal)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1).view(rows, queries, heads, size)
 
 
+def _scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, causal: bool = False
+) -> Tensor:
+    """Grouped key/value heads are repeated only where the fast kernels would not take them: on GPUs, with a mask."""
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None and query.is_cuda and groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
+
+
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # of decoding, where transformers makes the mask
+AttentionMaskInterface.register(NAME, sdpa_mask)  # where transformers makes the mask

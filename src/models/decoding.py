@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from models.attention import NAME
 from models.draft import DraftModel
 from models.metrics import accepted_drafts, mean_acceptance_length
 from models.passes import Passes, prefill, separate
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection, drafts_and_confidence
+from models.target import depends_on_length
 
 MODES = ("auto", "parallel", "sequential")
 PARALLEL_ROWS = 2  # auto drafts in parallel up to so many rows in flight (FlexDraft, "Flex Decoding")
@@ -57,7 +59,7 @@ def generate(
     mode: str = "auto",
     selection: Selection = RELEASE,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: int | list[int] = 0,
     stop: set[int] | None = None,
     calibrate: bool = True,
     parallel_rows: int = PARALLEL_ROWS,
@@ -80,7 +82,7 @@ def generate(
         input_ids: prompts as lists of token ids, or [R, T] padded on either side.
         attention_mask: [R, T] of a padded tensor, 0 for padding; None: no padding.
         selection: which drafts to verify.
-        seed: of sampling.
+        seed: of sampling. A row's numbers depend on its own seed alone; of one number, row i has seed + i.
         stop: tokens that end a row; None: the target's own.
         calibrate: False leaves the drafter's calibrator out.
         timer: called with each of PHASES around what it names.
@@ -91,6 +93,9 @@ def generate(
     """
     prompts = _prompts(input_ids, attention_mask)
     _check(target, draft, prompts, max_new_tokens, mode)
+    seeds = seed if isinstance(seed, list) else list(range(seed, seed + len(prompts)))
+    if len(seeds) != len(prompts):
+        raise ValueError(f"There are {len(seeds)} seeds for {len(prompts)} prompts.")
     result = GenerationResult([[] for _ in prompts], [[] for _ in prompts])
     if not max_new_tokens:
         return result
@@ -106,10 +111,15 @@ def generate(
         parallel_rows={"parallel": len(prompts), "sequential": 0, "auto": parallel_rows}[mode],
         timer=timer or (lambda name: nullcontext()),
     )
-    flight.start(prompts, seed)
+    flight.start(prompts, seeds)
     while flight.rows:
         flight.step()
     return result
+
+
+def uniform_numbers(seed: int, count: int) -> Tensor:
+    """[count] one number for each new token of a row, so that a token does not depend on what was accepted before."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 def stop_tokens(target: PreTrainedModel) -> set[int]:
@@ -141,7 +151,7 @@ class _Flight:
         self.max_new_tokens, self.selection, self.sampling, self.stop = max_new_tokens, selection, sampling, stop
         self.calibrate, self.parallel_rows, self.timer = calibrate, parallel_rows, timer
 
-    def start(self, prompts: list[list[int]], seed: int) -> None:
+    def start(self, prompts: list[list[int]], seeds: list[int]) -> None:
         """Prompts, first bonus tokens, first drafts."""
         device = self.target.device
         size = self.draft.block_size if self.draft else 1
@@ -151,9 +161,10 @@ class _Flight:
         self.said = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus
         # Candidates reach beyond the last token that is kept, and blocks beyond them.
         capacity = self.longest + self.max_new_tokens + size * (1 + (size if self.parallel_rows else 1))
-        # All at once: a token depends on the seed and its number, not on how many were accepted before it.
-        uniforms = torch.rand(len(prompts), self.max_new_tokens, generator=torch.Generator().manual_seed(seed))
-        self.uniforms = None if self.sampling.greedy else uniforms.to(device)
+        self.uniforms = None
+        if not self.sampling.greedy:
+            rows = [uniform_numbers(seed, self.max_new_tokens) for seed in seeds]
+            self.uniforms = torch.stack(rows).to(device)
         with self.timer("prefill"):
             logits, self.cache = prefill(self.target, prompts, capacity)
             self.passes = Passes(self.target, self.draft, self.cache)
@@ -263,6 +274,8 @@ def _prompts(input_ids: Tensor | list[list[int]], attention_mask: Tensor | None)
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
             raise ValueError("attention_mask belongs to a padded tensor; prompts in lists have no padding.")
+        if any(isinstance(prompt, int) for prompt in input_ids):
+            raise ValueError("input_ids is one prompt; expected a list of prompts, such as [input_ids].")
         return [list(map(int, prompt)) for prompt in input_ids]
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [rows, tokens].")
@@ -289,6 +302,10 @@ def _check(
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
     if draft is not None and draft.target is not target:
         raise ValueError("The drafter belongs to another target: it runs that one's layers.")
+    if target.config._attn_implementation != NAME:
+        raise ValueError(f"The target's attention is {target.config._attn_implementation!r}; load it with load_target.")
+    if kind := depends_on_length(target.config):
+        raise ValueError(f"The target's RoPE is {kind!r}, which changes with the length: blocks would change it.")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more.")
     if not prompts:

@@ -36,18 +36,16 @@ def through_layers(
     position_ids: Tensor,
     views: Iterable[View],
     execution: Execution = EAGER,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Decoder layers of the target's kind, one after the other, each with its view.
 
     Args:
         hidden: [R, tokens, H]. position_ids: [R, tokens].
-        position_embeddings: of these positions, if they are there already.
 
     Returns:
         [R, tokens, H], or the input of a layer whose view says stop.
     """
-    position_embeddings = position_embeddings or target.model.rotary_emb(hidden, position_ids)
+    position_embeddings = target.model.rotary_emb(hidden, position_ids)
     call = _compiled_layer() if execution.compile else _layer
     for layer, view in zip(layers, views, strict=True):
         if view.stop:

@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.draft import DraftModel
+from models.selection import Selection
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 # Both hold the same settings: the public release's code reads the first, its published checkpoint carries the second.
-RECOMMENDED = "recommended_decoding"
 FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
+
+RECOMMENDED = "recommended_decoding"  # within both
 
 
 def artifact_config(draft: DraftModel) -> dict[str, Any]:
@@ -72,17 +74,29 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype) -> None
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def recommend(directory: Path, settings: dict[str, Any]) -> None:
-    """Write down in an artifact's config which arguments of `decoding.generate` suit a device.
+def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
+    """Write down in an artifact's config which arguments of `decoding.generate` suit a device; None: nothing is known.
 
     Readers that do not know the key pass over it.
     """
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     for key in FLEXDRAFT_KEYS:
-        config[key][RECOMMENDED] = settings
+        config[key].pop(RECOMMENDED, None)
+        if settings:
+            config[key][RECOMMENDED] = settings
     temporary = directory / f".{CONFIG}.tmp"
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, directory / CONFIG)
+
+
+def recommended(directory: Path) -> dict[str, Any]:
+    """What an artifact recommends, as arguments of `decoding.generate`; nothing if no evaluation has measured it."""
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    found = next(config[key] for key in FLEXDRAFT_KEYS if key in config).get(RECOMMENDED)
+    if not found:
+        return {}
+    selection = Selection(found["selection"], found["threshold"])
+    return {"parallel_rows": found["parallel_rows"], "selection": selection, "calibrate": found["calibrate"]}
 
 
 def without_recommendation(directory: Path) -> dict[str, Any]:

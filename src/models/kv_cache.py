@@ -43,4 +43,5 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, [rows] indices in ascending order."""
-        self.layers = [tuple(tensor[rows] for tensor in pair) for pair in self.layers]
+        for number, pair in enumerate(self.layers):  # one after the other: never twice the whole
+            self.layers[number] = tuple(tensor[rows] for tensor in pair)

@@ -82,11 +82,8 @@ class Passes:
         slots, slot_positions, blocks = self._blocks(positions + 1, reach)
         views = [_JointView(*pair, count) for pair in zip(clean[split:], blocks, strict=True)]
         hidden = torch.cat([hidden, slots], dim=1)
-        # Each part's on its own: some kinds of RoPE depend on the greatest position, and blocks reach beyond the text.
-        embeddings = [self.target.model.rotary_emb(hidden, at) for at in (positions, slot_positions)]
-        embeddings = tuple(torch.cat(pair, dim=1) for pair in zip(*embeddings, strict=True))
         both = torch.cat([positions, slot_positions], dim=1)
-        hidden = through_layers(self.target, self.joint_layers, hidden, both, views, position_embeddings=embeddings)
+        hidden = through_layers(self.target, self.joint_layers, hidden, both, views)
         drafted = self.target.model.norm(hidden[:, count:])
         blocks = drafted.view(*positions.shape, self.draft.block_size, -1)
         return target_logits(self.target, separate(hidden[:, :count])), blocks

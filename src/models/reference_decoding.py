@@ -1,6 +1,7 @@
 """The oracle that the tests hold decoding against: one prompt at a time, through transformers' own model and cache.
 
-Slow and obvious: the target alone, and sequential draft-then-verify. Nothing but tests and drills should use it.
+Slow and obvious: the target alone, and sequential draft-then-verify. Tests and drills use it, and the evaluation for
+its first prompts.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from models.decoding import GenerationResult, Step, stop_tokens
+from models.decoding import GenerationResult, Step, stop_tokens, uniform_numbers
 from models.draft import DraftModel
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection, drafts_and_confidence
@@ -97,5 +98,5 @@ def _target_logits(target: PreTrainedModel, tokens: list[int], cache: DynamicCac
 
 
 def _choice(sampling: Sampling, seed: int, max_new_tokens: int) -> Choice:
-    uniforms = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed))[0]
+    uniforms = uniform_numbers(seed, max_new_tokens)
     return lambda logits, number: int(sampling.choose(logits, uniforms[min(number, max_new_tokens - 1)]))

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -59,6 +60,13 @@ def load_config(name: str | None, *, revision: str | None = None, architecture: 
     if name is None:
         return AutoConfig.for_model(**(architecture or {}))
     return AutoConfig.from_pretrained(name, revision=revision)
+
+
+def depends_on_length(config: PretrainedConfig) -> str | None:
+    """The kind of RoPE, if its angles depend on how long the text is: slots beyond its end would then change them."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    return kind if kind in ("dynamic", "longrope") else None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

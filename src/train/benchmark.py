@@ -5,6 +5,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from data.benchmarks import ALL
 from data.chat import ChatEncoder
 from data.records import Messages
 from models.cost import Sizes
@@ -14,8 +15,6 @@ from models.selection import Selection
 from train.evaluation import BenchmarkReport, Decoding, check_baseline, compare, own_answers, pooled
 from train.evaluation_report import Evaluation
 from train.speed import Contest, measure_speed
-
-ALL = "all"
 
 
 def decoding_settings(config: DictConfig) -> Decoding:

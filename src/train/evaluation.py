@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from data.chat import ChatEncoder
 from data.records import Messages
-from models.decoding import generate
+from models.decoding import GenerationResult, generate
 from models.draft import DraftModel
 from models.intervals import tau_interval
 from models.metrics import acceptance_by_slot, mean_acceptance_length
+from models.passes import prefill
 from models.reference_decoding import autoregressive_generate
 from models.sampling import Sampling
 from models.selection import Selection
@@ -36,7 +37,7 @@ class Prompts:
 
     tokens: list[list[int]]
     answers: list[list[int]]
-    left_out: int = 0  # turns without room for an answer in the target's positions
+    left_out: int = 0  # turns without room for an answer in the target's positions, and those after them
 
 
 @dataclass
@@ -90,8 +91,9 @@ def own_answers(
         going = [i for i in going if turn < len(turns[i])]
         asked = {i: encoder.prompt(talks[i] + turns[i][turn]) for i in going}
         going = [i for i in going if len(asked[i]) <= limit]
-        prompts.left_out += len(asked) - len(going)
-        answers = decode(target, None, [asked[i] for i in going], how, f"{name}: target alone").tokens
+        prompts.left_out += sum(len(turns[i]) - turn for i in asked if i not in going)
+        asking = [asked[i] for i in going]
+        answers = decode(target, None, asking, how, f"{name}: target alone", first=len(prompts.tokens)).tokens
         for i, answer in zip(going, answers, strict=True):
             text = encoder.backend.decode(answer, skip_special_tokens=True)
             talks[i] += [*turns[i][turn], {"role": "assistant", "content": text}]
@@ -110,19 +112,18 @@ def _turns(conversation: Messages) -> list[Messages]:
     return turns[:-1]
 
 
-@dataclass
-class Decoded:
-    """Outputs by prompt."""
-
-    tokens: list[list[int]]
-    steps: list[list[Any]]
-
-
 def decode(
-    target: PreTrainedModel, draft: DraftModel | None, prompts: list[list[int]], how: Decoding, say: str, **more: Any
-) -> Decoded:
-    """All prompts in batches; `more` goes to `generate`."""
-    decoded = Decoded([], [])
+    target: PreTrainedModel,
+    draft: DraftModel | None,
+    prompts: list[list[int]],
+    how: Decoding,
+    say: str,
+    *,
+    first: int = 0,
+    calibrate: bool = True,
+) -> GenerationResult:
+    """All prompts in batches. Each has a seed of its own, by its number; `first` is that of the first prompt."""
+    decoded = GenerationResult([], [])
     with tqdm(total=len(prompts), desc=say, unit="prompt") as bar:
         for start in range(0, len(prompts), how.batch_size):
             batch = prompts[start : start + how.batch_size]
@@ -133,13 +134,18 @@ def decode(
                 max_new_tokens=how.max_new_tokens,
                 sampling=how.sampling,
                 selection=how.selection,
-                seed=how.seed,
-                **more,
+                seed=[prompt_seed(how, first + start + i) for i in range(len(batch))],
+                calibrate=calibrate,
             )
             decoded.tokens += result.tokens
             decoded.steps += result.steps
             bar.update(len(batch))
     return decoded
+
+
+def prompt_seed(how: Decoding, number: int) -> int:
+    """So that a prompt is answered alike in whatever batch, and differently from the others."""
+    return 1_000_003 * how.seed + number
 
 
 def compare(
@@ -207,13 +213,23 @@ def first_differences(target: PreTrainedModel, prompts: Prompts, outputs: list[l
 
 
 def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: Decoding, count: int = 2) -> list[str]:
-    """Compare the first answers with transformers' own model and cache, token by token: what our passes call the
-    target's output must be it. Returns what differs, in words; greedy decoding only."""
-    if not how.sampling.greedy:
-        return []
-    wrong = []
+    """What our passes call the target's output must be it: compare with transformers' own model and cache.
+
+    Logits after the first prompt in any dtype; in float32 also the tokens of the first answers.
+
+    Returns:
+        What differs, in words.
+    """
+    first = torch.tensor([prompts.tokens[0]], device=target.device)
+    with torch.inference_mode():
+        theirs = target(input_ids=first, logits_to_keep=1).logits[:, -1].float()
+        ours = prefill(target, prompts.tokens[:1], capacity=first.shape[1])[0].float()
+    off = float((ours - theirs).abs().max() / theirs.abs().max())
+    exact = target.dtype in (torch.float32, torch.float64)
+    wrong = [f"{name}: the target's logits, by {off:.1%} of the greatest,"] if off > (1e-3 if exact else 0.1) else []
     for number, (prompt, own) in enumerate(zip(prompts.tokens[:count], prompts.answers, strict=False)):
-        if autoregressive_generate(target, prompt, how.max_new_tokens) != own:
+        seed = prompt_seed(how, number)
+        if exact and autoregressive_generate(target, prompt, how.max_new_tokens, how.sampling, seed) != own:
             wrong.append(f"{name}: prompt {number} of the target alone")
     return wrong
 

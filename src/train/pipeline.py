@@ -114,6 +114,7 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
     if stage in TRAINED:
         settings["inputs"]["data"] = fingerprint(resources.parts)
     if stage == "evaluate":
+        settings |= {"seed": plain["seed"], "accelerator": config.trainer.accelerator}  # speed is of a device
         settings["inputs"]["export/config.json"] = without_recommendation(run_dir / "export")
         given: Any = OmegaConf.to_container(config.benchmarks, resolve=True)
         settings["inputs"]["benchmarks"] = {name: benchmark_fingerprint(name, one) for name, one in given.items()}

@@ -15,7 +15,7 @@ from data.packing import PackedRows
 from data.prepare import describe, prepare
 from data.records import Messages
 from data.sources import Part, open_parts
-from models.target import load_config, load_target
+from models.target import depends_on_length, load_config, load_target
 from train.benchmark import decoding_settings
 from train.checks import TRAINED, check_architecture, check_path, check_target
 
@@ -37,6 +37,10 @@ class Resources:
             UserError: target, tokenizer, data and settings do not fit together.
         """
         check_target(self.config, self.target_config, self.encoder.backend.get_vocab_size())
+        if kind := depends_on_length(self.target_config):
+            raise UserError(
+                f"The target's RoPE is {kind!r}, which changes with the length of the text: blocks would change it."
+            )
         if stage in TRAINED:
             self.rows  # noqa: B018  read and checked
         if "evaluate" in self.config.stages:
@@ -109,22 +113,22 @@ class Resources:
 
     @cached_property
     def benchmarks(self) -> dict[str, list[Messages]]:
-        """System and user turns of the conversations of each benchmark; every first turn leaves room for an answer."""
+        """System and user turns of the conversations of each benchmark; some leave room for an answer."""
         settings = self.config.stage.evaluate
         found = {}
         for name, given in OmegaConf.to_container(self.config.benchmarks, resolve=True).items():
             conversations = read_benchmark(name, given, settings.num_prompts)
             try:
-                fitting = [talk for talk in conversations if self._leaves_room(talk)]
+                fitting = [self._leaves_room(talk) for talk in conversations]
             except BadRecord as error:
                 raise UserError(f"benchmarks.{name}.path={given['path']}: {error}.") from error
-            if not fitting:
+            if not any(fitting):
                 raise UserError(
                     f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of benchmarks.{name}.path="
                     f"{given['path']} leaves so much room in the target's "
                     f"{self.target_config.max_position_embeddings} positions. Choose fewer."
                 )
-            found[name] = fitting
+            found[name] = conversations
         if not found:
             raise UserError("benchmarks is empty; name at least one. Presets: conf/benchmarks/.")
         return found

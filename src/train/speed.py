@@ -18,7 +18,8 @@ from models.metrics import mean_acceptance_length
 from models.selection import OFF, Selection
 from train.evaluation import Decoding
 
-ALONE, MODES = "target alone", ("sequential", "parallel")
+ALONE, DRAFTING = "target alone", ("sequential", "parallel")
+CHANCE = 1.02  # a rate counts as higher beyond this, and beyond the spread of both
 
 
 @dataclass
@@ -145,13 +146,14 @@ def measure_speed(
 ) -> SpeedReport:
     """All comparisons.
 
-    Batch sizes and thresholds are tried on the first of the benchmarks; the settings that come out best there are then
-    measured on each, one prompt at a time.
+    Batch sizes, 1 among them, and thresholds, the chosen among them, are tried on the first of the benchmarks; the
+    settings that come out best there are then measured on each, one prompt at a time.
     """
+    batch_sizes = sorted({1, *batch_sizes})
     first = next(iter(benchmarks.values()))
     chosen = contest.how.selection
-    tries = thresholds if chosen.rule != "off" else []
-    total = len(batch_sizes) * (1 + len(MODES)) + len(tries) + len(benchmarks) * 2
+    tries = sorted({chosen.threshold, *thresholds}) if chosen.rule != "off" else []
+    total = len(batch_sizes) * (1 + len(DRAFTING)) + len(tries) + len(benchmarks) * 2
     with tqdm(total=total, desc="speed", unit="decoder") as bar:
 
         def measured(decoder: str, prompts: list[list[int]], rows: int, selection: Selection) -> Speed:
@@ -160,10 +162,11 @@ def measure_speed(
             bar.update()
             return speed
 
-        by_rows = [measured(decoder, first, rows, chosen) for rows in batch_sizes for decoder in (ALONE, *MODES)]
-        mode = best_mode(by_rows, min(batch_sizes))
+        by_rows = [measured(decoder, first, rows, chosen) for rows in batch_sizes for decoder in (ALONE, *DRAFTING)]
+        mode = best_mode(by_rows, 1)
         by_threshold = [measured(mode, first, 1, Selection(chosen.rule, t) if t else OFF) for t in tries]
         recommended = recommendation(by_rows, by_threshold, chosen, contest.target.device)
+        recommended["calibrate"] = contest.calibrate
         selection = Selection(recommended["selection"], recommended["threshold"])
         by_benchmark = {
             name: [measured(decoder, prompts, 1, selection) for decoder in (ALONE, mode)]
@@ -172,10 +175,15 @@ def measure_speed(
     return SpeedReport(recommended["device"], by_rows, by_threshold, recommended, by_benchmark)
 
 
+def faster(one: Speed, other: Speed) -> bool:
+    """By more than chance."""
+    return one.spread[0] > other.spread[1] and one.tokens_per_second > CHANCE * other.tokens_per_second
+
+
 def best_mode(by_rows: list[Speed], rows: int) -> str:
-    """The faster of the two modes at a batch size."""
-    modes = [speed for speed in by_rows if speed.rows == rows and speed.decoder != ALONE]
-    return max(modes, key=lambda speed: speed.tokens_per_second).decoder
+    """The faster of the two modes at a batch size: sequential, unless parallel is so by more than chance."""
+    here = {speed.decoder: speed for speed in by_rows if speed.rows == rows}
+    return "parallel" if faster(here["parallel"], here["sequential"]) else "sequential"
 
 
 def recommendation(
@@ -184,7 +192,7 @@ def recommendation(
     """Arguments of `generate` that were the fastest, as plain values.
 
     `parallel_rows` is the greatest batch size up to which parallel drafting wins throughout; `worth_it` lists the batch
-    sizes at which drafting is faster than the target alone at all.
+    sizes at which drafting is faster than the target alone at all. What is faster by chance alone changes nothing.
     """
     sizes = sorted({speed.rows for speed in by_rows})
     parallel_rows = 0
@@ -192,19 +200,20 @@ def recommendation(
         if best_mode(by_rows, rows) != "parallel":
             break
         parallel_rows = rows
-    fastest = max(by_threshold, key=lambda speed: speed.tokens_per_second, default=None)
-    configured = next((s for s in by_threshold if s.threshold == chosen.threshold), None)
+    configured = next((s for s in by_threshold if s.threshold == (chosen.threshold or None)), None)
+    better = [s for s in by_threshold if configured and faster(s, configured)]
+    best = max(better, key=lambda speed: speed.tokens_per_second, default=configured)
     rule, threshold = chosen.rule, chosen.threshold
-    if fastest and (configured is None or fastest.tokens_per_second > configured.spread[1]):  # by more than chance
-        rule, threshold = (chosen.rule, fastest.threshold) if fastest.threshold is not None else ("off", 0.0)
-    alone = {speed.rows: speed.tokens_per_second for speed in by_rows if speed.decoder == ALONE}
-    faster = {s.rows for s in by_rows if s.decoder != ALONE and s.tokens_per_second > alone[s.rows]}
+    if best:
+        rule, threshold = (chosen.rule, best.threshold) if best.threshold else ("off", 0.0)
+    alone = {speed.rows: speed for speed in by_rows if speed.decoder == ALONE}
+    gaining = {s.rows for s in by_rows if s.decoder != ALONE and faster(s, alone[s.rows])}
     return {
         "device": device_name(device),
         "parallel_rows": parallel_rows,
         "selection": rule,
         "threshold": threshold,
-        "worth_it": sorted(faster),
+        "worth_it": sorted(gaining),
     }
 
 
