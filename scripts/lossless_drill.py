@@ -92,10 +92,10 @@ def progress(name: str, done: int, total: int) -> None:
     print(f"{name}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left   ", end=end, file=sys.stderr)
 
 
-def drill(name: str, target, draft, prompts: list[list[int]], new_tokens: int, table: Table) -> int:
+def drill(name: str, target, draft, prompts: list[list[int]], new_tokens: int, modes: list[str], table: Table) -> int:
     """One target through the matrix, a table row for each mode and selection. Returns how many answers differ."""
     own = own_answers(name, target, prompts, new_tokens)
-    combinations = list(itertools.product(MODES, SELECTIONS, BATCH_SIZES))
+    combinations = list(itertools.product(modes, SELECTIONS, BATCH_SIZES))
     total, done, wrong = len(combinations) * len(prompts), 0, 0
     for (mode, selection), group in itertools.groupby(combinations, lambda c: c[:2]):
         identical, gained, steps = [], 0, 0
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--draft", type=Path, help="exported drafter of the embedded target; untrained without it")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--families", action="store_true", help="random targets of several architectures instead")
     arguments = parser.parse_args()
     titles = ("target", "mode", "selection", *(f"batch {size}" for size in BATCH_SIZES), "τ")
@@ -136,7 +137,7 @@ def main() -> None:
     for kind in kinds:
         count = arguments.prompts
         parts = random_family(kind, count) if arguments.families else embedded(arguments.draft, count)
-        wrong += drill(kind, *parts, arguments.new_tokens, table)
+        wrong += drill(kind, *parts, arguments.new_tokens, arguments.modes, table)
     Console(width=160).print(table)
     sys.exit(f"{wrong} answers differ from the target's own." if wrong else 0)
 

@@ -227,7 +227,8 @@ def device_name(device: torch.device) -> str:
     """What the figures were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _mean_context(groups: list[list[list[int]]], new_tokens: int) -> float:
