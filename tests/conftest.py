@@ -73,6 +73,14 @@ def random_documents(
     return documents
 
 
+# Files that take minutes begin first, so that neither worker is left with one of them in the end.
+LONG = ("test_ranks", "test_wrong_calls", "test_decoding", "test_slurm", "test_configs", "test_pipeline")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
