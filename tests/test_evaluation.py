@@ -190,7 +190,7 @@ def test_a_target_whose_logits_are_other_than_ours_is_found(tiny_target, monkeyp
     assert "logits, by 100.0% of the greatest" in check_baseline(tiny_target, "x", prompts, how)[0]
 
 
-def speed(decoder: str, rows: int, rate: float, threshold: float | None = 0.01, spread: float = 0.0) -> Speed:
+def speed(decoder: str, rows: int, rate: float, threshold: float | None = 0.01, spread: float = 0.1) -> Speed:
     return Speed(decoder, rows, threshold, 2.0, rate, (rate - spread, rate + spread), 1.0, {}, None, 3.0)
 
 
@@ -208,6 +208,8 @@ def test_the_recommendation_follows_the_measurements():
     faster = recommendation(by_rows, [*tries, speed("parallel", 1, 14, None)], Selection(), cpu)
     assert faster["selection"] == "off"
     assert recommendation(by_rows, [], OFF, cpu)["selection"] == "off"
+    once = [speed("parallel", 1, 12, 0.01, spread=0), speed("parallel", 1, 13, 0.3, spread=0)]
+    assert recommendation(by_rows, once, Selection(), cpu)["threshold"] == 0.01
     chance = [speed("parallel", 1, 12, 0.01), speed("parallel", 1, 12.1, 0.3)]
     assert recommendation(by_rows, chance, Selection(), cpu)["threshold"] == 0.01
     never_off = [speed("parallel", 1, 12, None), speed("parallel", 1, 12.1, 0.3)]

@@ -116,7 +116,7 @@ def print_report(evaluation: Evaluation, run_dir: Path) -> None:
     for title, (header, *rows) in tables(evaluation).items():
         if title == STEPS:
             continue
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", min_width=60)
         for column, text in enumerate(header):
             table.add_column(text, justify="left" if column == 0 or text == "drafter" else "right", no_wrap=True)
         for row in rows:
