@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from check_families import FAMILIES, SIZES, VOCABULARY
 from rich.console import Console
 from rich.table import Table
 
@@ -32,11 +33,6 @@ TINY = Path(__file__).resolve().parents[1] / "src" / "data" / "tiny"
 MODES = ("parallel", "sequential")
 SELECTIONS = (OFF, Selection("cumulative_product", 0.01), Selection("min_confidence", 0.3))
 BATCH_SIZES = range(1, 9)
-FAMILIES = ("qwen3", "llama", "qwen2")
-VOCABULARY = 97
-RANDOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "head_dim": 8}
-RANDOM |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-RANDOM |= {"tie_word_embeddings": False, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
 
 
 def embedded(directory: Path | None, count: int):
@@ -54,7 +50,7 @@ def embedded(directory: Path | None, count: int):
 def random_family(kind: str, count: int):
     """A target of random weights, a drafter that is its copy, and prompts of random tokens, 1 to 40 each."""
     torch.manual_seed(0)
-    target = load_target(None, architecture=RANDOM | {"model_type": kind})
+    target = load_target(None, architecture=SIZES | FAMILIES[kind])
     draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=0)
     return target, draft, [torch.randint(3, VOCABULARY, (1 + i % 40,)).tolist() for i in range(count)]
 

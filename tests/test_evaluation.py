@@ -186,7 +186,7 @@ def test_a_target_whose_logits_are_other_than_ours_is_found(tiny_target, monkeyp
     how = replace(HOW, max_new_tokens=4)
     assert check_baseline(tiny_target, "x", prompts, how) == []
     scaled = lambda *a, **k: (2 * prefill(*a, **k)[0], None)  # noqa: E731  as architectures do that scale their logits
-    monkeypatch.setattr("train.evaluation.prefill", scaled)
+    monkeypatch.setattr("models.passes.prefill", scaled)
     assert "logits, by 100.0% of the greatest" in check_baseline(tiny_target, "x", prompts, how)[0]
 
 

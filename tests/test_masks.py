@@ -13,6 +13,7 @@ from models.masks import (
     allowed_pairs,
     block_sparse,
     block_tiles,
+    cached_causal,
     clean_tiles,
     dense,
     document_causal,
@@ -20,28 +21,35 @@ from models.masks import (
     tile_pairs,
 )
 
+WINDOWS = (None, 7)  # of layers; documents have 12 to 40 tokens
+
 
 def rows_of(seed: int, count: int = 7, row_length: int = 64):
     return pack_documents(random_documents(count, seed), row_length, pad_id=0)
 
 
-def test_document_causal_mask_equals_loops():
+@pytest.mark.parametrize("window", WINDOWS)
+def test_document_causal_mask_equals_loops(window):
     batch = make_batch(rows_of(0), num_anchors=3, block_size=4, seeds=[(i,) for i in range(len(rows_of(0)))])
     rows, length = batch.input_ids.shape
-    mask = dense(document_causal(batch.document_ids), rows, length, length)
+    mask = dense(document_causal(batch.document_ids, window), rows, length, length)
     for r in range(rows):
         for q in range(length):
             for k in range(length):
                 expected = k <= q and batch.document_ids[r, q] == batch.document_ids[r, k]
+                if window:
+                    expected = expected and q - k < window
                 assert mask[r, 0, q, k] == expected
 
 
-def test_block_mask_equals_loops():
+@pytest.mark.parametrize("window", WINDOWS)
+def test_block_mask_equals_loops(window):
     rows = rows_of(1)
     size, blocks = 4, 3
     batch = make_batch(rows, num_anchors=blocks, block_size=size, seeds=[(i,) for i in range(len(rows))])
     length = batch.input_ids.shape[1]
-    mask = dense(own_block(batch.document_ids, batch.anchors, size), len(rows), blocks * size, length + blocks * size)
+    rule = own_block(batch.document_ids, batch.anchors, size, window)
+    mask = dense(rule, len(rows), blocks * size, length + blocks * size)
     assert mask.shape == (len(rows), 1, blocks * size, length + blocks * size)
     for r in range(len(rows)):
         for query in range(blocks * size):
@@ -49,25 +57,40 @@ def test_block_mask_equals_loops():
             for key in range(length + blocks * size):
                 if key < length:
                     expected = key < anchor and batch.document_ids[r, key] == batch.document_ids[r, anchor]
+                    if window:
+                        expected = expected and (anchor + query % size) - key < window
                 else:
                     expected = (key - length) // size == query // size
                 assert bool(mask[r, 0, query, key]) == bool(expected)
 
 
-def with_tiles(seed: int, size: int, blocks: int):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_cached_mask_equals_loops(window):
+    positions = torch.tensor([[0, 1, 2], [11, 12, 13]])
+    mask = dense(cached_causal(positions, window), 2, 3, 16)
+    for r in range(2):
+        for query in range(3):
+            for place in range(16):
+                distance = int(positions[r, query]) - place
+                assert bool(mask[r, 0, query, place]) == (0 <= distance < (window or 100))
+
+
+def with_tiles(seed: int, size: int, blocks: int, window: int | None = None):
     """A batch with places that its rows cannot fill, and both rules with their queries and keys."""
     rows = rows_of(seed, count=9)
     batch = make_batch(rows, num_anchors=blocks, block_size=size, seeds=[(i,) for i in range(len(rows))])
     length, queries = batch.input_ids.shape[1], blocks * size
-    clean = (document_causal(batch.document_ids), length, length)
-    slots = (own_block(batch.document_ids, batch.anchors, size), queries, length + queries)
+    clean = (document_causal(batch.document_ids, window), length, length)
+    slots = (own_block(batch.document_ids, batch.anchors, size, window), queries, length + queries)
     return batch, clean, slots
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("size", "blocks"), [(4, 3), (4, 40), (100, 5), (300, 2)])
-def test_tiles_hold_every_allowed_pair_once_and_no_other(size, blocks):
-    batch, clean, slots = with_tiles(7, size, blocks)
-    tilings = (clean_tiles(batch.document_ids), block_tiles(batch.document_ids, batch.anchors, size))
+def test_tiles_hold_every_allowed_pair_once_and_no_other(size, blocks, window, monkeypatch):
+    monkeypatch.setattr("models.masks.TILE", 256 if window is None else 8)  # documents of several tiles
+    batch, clean, slots = with_tiles(7, size, blocks, window)
+    tilings = (clean_tiles(batch.document_ids, window), block_tiles(batch.document_ids, batch.anchors, size, window))
     for (rule, queries, keys), tiles, allowed in zip((clean, slots), tilings, allowed_pairs(batch), strict=True):
         expected = dense(rule, len(batch.input_ids), queries, keys)[:, 0]
         found = torch.zeros_like(expected, dtype=torch.int)
@@ -79,7 +102,7 @@ def test_tiles_hold_every_allowed_pair_once_and_no_other(size, blocks):
         assert tile_pairs(tiles) >= int(expected.sum())
         if queries == keys:  # padding sees itself, which nobody needs
             expected = expected & (batch.document_ids != PADDING_DOCUMENT)[:, None]
-        assert int(expected.sum()) == allowed
+        assert window or int(expected.sum()) == allowed
 
 
 @torch.no_grad()
@@ -94,17 +117,20 @@ def test_block_sparse_masks_compute_every_allowed_pair():
             assert computed[row, 0, query // side, key // side]
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kind", ["sdpa", "flex", "dense"])
 @torch.no_grad()
-def test_attention_equals_loops_over_heads_queries_and_keys(kind):
-    batch, (clean, length, _), (slots, queries, _) = with_tiles(9, 6, 4)
+def test_attention_equals_loops_over_heads_queries_and_keys(kind, window):
+    batch, (clean, length, _), (slots, queries, _) = with_tiles(9, 6, 4, window)
     rows, heads, shared, size = len(batch.input_ids), 4, 2, 16
     torch.manual_seed(0)
     context = tuple(torch.randn(rows, shared, length, size) for _ in range(2))
-    masks = (clean_mask(batch.document_ids, kind), blocks_mask(batch.document_ids, batch.anchors, 6, kind))
+    blocks = (batch.document_ids, batch.anchors, 6, kind)
+    masks = (clean_mask(batch.document_ids, kind, window), blocks_mask(*blocks, window))
     for mask, rule, count, before in ((masks[0], clean, length, None), (masks[1], slots, queries, context)):
         query, key, value = (torch.randn(rows, n, count, size) for n in (heads, shared, shared))
-        out, _ = packed_attention(torch.nn.Identity(), query, key, value, View(mask, before), scaling=0.3)
+        view = View(mask, before, window=window)
+        out, _ = packed_attention(torch.nn.Identity(), query, key, value, view, scaling=0.3, sliding_window=window)
         if before:
             key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
         for r in range(rows):

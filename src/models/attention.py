@@ -23,6 +23,7 @@ from models.masks import Tile, block_sparse, block_tiles, clean_tiles, dense, do
 
 NAME = "packed"  # as transformers knows it
 KINDS = ("auto", "flex", "sdpa", "dense")
+Mask = BlockMask | list[Tile] | Tensor
 KeysValues = tuple[Tensor, Tensor]  # [R, key/value heads, tokens, head size] each
 
 
@@ -51,33 +52,35 @@ class Places:
 class View:
     """What the queries of one layer see, and what becomes of its keys and values."""
 
-    mask: BlockMask | list[Tile] | Tensor | None = None  # None: every query sees every key
+    mask: Mask | None = None  # None: every query sees every key
     context: KeysValues | None = None  # put in front of the layer's own
     places: Places | None = None  # of a cache that the layer's own are written to, and all are read from
     keep: bool = False  # leave the layer's own keys and values in `kept`
     stop: bool = False  # raise LayerStopped once they are there
     kept: KeysValues | None = None
+    window: int | None = None  # that the mask was made for; a layer with another one refuses it
 
 
-def clean_mask(document_ids: Tensor, kind: str) -> BlockMask | list[Tile] | Tensor:
+def clean_mask(document_ids: Tensor, kind: str, window: int | None = None) -> Mask:
     """`masks.document_causal` for a kind of attention. [R, T]"""
     rows, length = document_ids.shape
     kind = resolved(kind, document_ids.device)
     if kind == "sdpa":
-        return clean_tiles(document_ids)
+        return clean_tiles(document_ids, window)
     form = block_sparse if kind == "flex" else dense
-    return form(document_causal(document_ids), rows, length, length, document_ids.device)
+    return form(document_causal(document_ids, window), rows, length, length, document_ids.device)
 
 
-def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: str) -> BlockMask | list[Tile] | Tensor:
+def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: str, window: int | None = None) -> Mask:
     """`masks.own_block` for a kind of attention. [R, T], [R, A]"""
     rows, length = document_ids.shape
     queries = anchors.shape[1] * block_size
     kind = resolved(kind, document_ids.device)
     if kind == "sdpa":
-        return block_tiles(document_ids, anchors, block_size)
+        return block_tiles(document_ids, anchors, block_size, window)
     form = block_sparse if kind == "flex" else dense
-    return form(own_block(document_ids, anchors, block_size), rows, queries, length + queries, document_ids.device)
+    rule = own_block(document_ids, anchors, block_size, window)
+    return form(rule, rows, queries, length + queries, document_ids.device)
 
 
 def resolved(kind: str, device: torch.device) -> str:
@@ -107,16 +110,20 @@ def packed_attention(
 
     Raises:
         LayerStopped: the view asked for it.
-        NotImplementedError: the architecture does something to attention that this does not.
+        ValueError: the layer has another window than the view, or does something to attention that this does not.
     """
     view = attention_mask
     if not isinstance(view, View):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} uses {unknown[0]}, which is not supported.")
+        raise ValueError(f"{type(module).__name__} uses {unknown[0]}, which is not supported.")
+    if kwargs.get("sliding_window") != view.window:
+        raise ValueError(
+            f"{type(module).__name__} has a window of {kwargs.get('sliding_window')}, its mask one of {view.window}."
+        )
     if view.keep:
         view.kept = (key, value)
     if view.stop:

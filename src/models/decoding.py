@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from models.attention import NAME
 from models.draft import DraftModel
+from models.families import text_positions
 from models.metrics import accepted_drafts, mean_acceptance_length
 from models.passes import Passes, prefill, separate
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection, drafts_and_confidence
-from models.target import depends_on_length
 
 MODES = ("auto", "parallel", "sequential")
 PARALLEL_ROWS = 2  # auto drafts in parallel up to so many rows in flight (FlexDraft, "Flex Decoding")
@@ -304,13 +304,12 @@ def _check(
         raise ValueError("The drafter belongs to another target: it runs that one's layers.")
     if target.config._attn_implementation != NAME:
         raise ValueError(f"The target's attention is {target.config._attn_implementation!r}; load it with load_target.")
-    if kind := depends_on_length(target.config):
-        raise ValueError(f"The target's RoPE is {kind!r}, which changes with the length: blocks would change it.")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more.")
     if not prompts:
         raise ValueError("There is no prompt; decoding needs at least one.")
-    vocabulary, limit = target.get_input_embeddings().num_embeddings, target.config.max_position_embeddings
+    vocabulary = target.get_input_embeddings().num_embeddings
+    limit = text_positions(target.config, draft.block_size if draft else 0)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"The prompt of row {row} is empty; decoding needs at least one token to continue.")
@@ -322,5 +321,5 @@ def _check(
         if len(prompt) + max_new_tokens > limit:
             raise ValueError(
                 f"The prompt of row {row} has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} makes "
-                f"{len(prompt) + max_new_tokens}; the target has {limit} positions."
+                f"{len(prompt) + max_new_tokens}; the target has {limit} positions for them."
             )

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.batch import Batch
-from models.attention import View, blocks_mask
+from models.attention import Mask, View, blocks_mask
 from models.execution import EAGER, Execution, through_layers
+from models.families import layer_windows
+from models.masks import dense, own_block, per_window
 from models.target import Context
 
 
@@ -55,8 +57,14 @@ class DraftModel(nn.Module):
         dtype = dtype or target.dtype
         embedding = target.get_input_embeddings().weight
 
-        # The mean token embedding: data-free, and on the scale that the layers know.
-        self.mask_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
+        self.windows = layer_windows(config)[self.split_layer :]
+        narrow = [window for window in self.windows if window is not None and window < block_size]
+        if narrow:
+            raise ValueError(f"block_size={block_size}: expected at most {min(narrow)}, the target's sliding window.")
+
+        # The mean token embedding: data-free, and on the scale that the layers know (Gemma scales what it looks up).
+        scale = getattr(target.get_input_embeddings(), "scalar_embed_scale", 1.0)
+        self.mask_embedding = nn.Parameter((embedding.detach().float().mean(0) * scale).to(dtype))
         self.layers = nn.ModuleList(_draft_layer(layer, dtype) for layer in target.model.layers[self.split_layer :])
         self.anchor_bias_mlp = None
         if calibrator_rank:
@@ -84,14 +92,16 @@ class DraftModel(nn.Module):
         """Everything that the drafter owns, by exported name; the rest is the target's."""
         return {**self.attention_parameters(), **self.calibrator_parameters()}
 
-    def forward(self, context: Context, positions: Tensor, mask=None, execution: Execution = EAGER) -> Tensor:
+    def forward(
+        self, context: Context, positions: Tensor, masks: list[Mask | None] | None = None, execution: Execution = EAGER
+    ) -> Tensor:
         """Run mask blocks through the draft layers.
 
         Args:
             context: clean K/V that the blocks may see.
             positions: [R, A, B] position of each slot.
-            mask: `attention.blocks_mask`; None lets every slot see all of the context and all slots, which is right for
-                one block per row whose context is the whole cache.
+            masks: [L] `attention.blocks_mask` for each layer's window; None: there is one block per row, behind all of
+                its context.
 
         Returns:
             [R, A, B, H] hidden states after the target's final norm.
@@ -99,15 +109,25 @@ class DraftModel(nn.Module):
         rows, blocks, size = positions.shape
         # In the target's dtype, as in decoding: a stream in the master weights' would be wider, and no more exact.
         hidden = self.mask_embedding.to(self.target.dtype).expand(rows, blocks * size, -1)
-        views = [View(mask, pair) for pair in context]
+        if masks is None:
+            masks = per_window(self.windows, lambda window: window and self._one_block(context, window))
+        views = [View(*own[:2], window=own[2]) for own in zip(masks, context, self.windows, strict=True)]
         flat_positions = positions.reshape(rows, blocks * size)
-        hidden = through_layers(self.target, self.layers, hidden, flat_positions, views, execution)
+        hidden = through_layers(self.target, self.layers, self.split_layer, hidden, flat_positions, views, execution)
         return self.target.model.norm(hidden).view(rows, blocks, size, -1)
 
     def forward_batch(self, context: Context, batch: Batch, execution: Execution = EAGER) -> Tensor:
         """[R, A, B, H] hidden states of all blocks of a training batch."""
-        mask = blocks_mask(batch.document_ids, batch.anchors, self.block_size, execution.attention)
-        return self(context, batch.slot_positions(), mask, execution)
+        blocks = (batch.document_ids, batch.anchors, self.block_size, execution.attention)
+        masks = per_window(self.windows, lambda window: blocks_mask(*blocks, window))
+        return self(context, batch.slot_positions(), masks, execution)
+
+    def _one_block(self, context: Context, window: int) -> Tensor:
+        """[R, 1, B, T + B] mask of a block behind all of a context of T tokens."""
+        rows, _, length, _ = context[0][0].shape
+        one_document = torch.zeros(rows, length, dtype=torch.long, device=context[0][0].device)
+        rule = own_block(one_document, one_document[:, :1] + length, self.block_size, window)
+        return dense(rule, rows, self.block_size, length + self.block_size, one_document.device)
 
     def logits(self, hidden: Tensor, bonus: Tensor | None = None) -> Tensor:
         """[..., V] logits of slots, in training and in decoding.

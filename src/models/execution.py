@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from models.attention import KINDS, LayerStopped, View
 from models.compilation import compiled
+from models.families import position_embeddings
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ EAGER = Execution()
 def through_layers(
     target: PreTrainedModel,
     layers: Sequence[nn.Module],
+    first_layer: int,
     hidden: Tensor,
     position_ids: Tensor,
     views: Iterable[View],
@@ -40,28 +42,30 @@ def through_layers(
     """Decoder layers of the target's kind, one after the other, each with its view.
 
     Args:
+        first_layer: which layer of the target the first of them is, or is a copy of.
         hidden: [R, tokens, H]. position_ids: [R, tokens].
 
     Returns:
         [R, tokens, H], or the input of a layer whose view says stop.
     """
-    position_embeddings = target.model.rotary_emb(hidden, position_ids)
+    numbers = range(first_layer, first_layer + len(layers))
+    embeddings = position_embeddings(target, hidden, position_ids, numbers)
     call = _compiled_layer() if execution.compile else _layer
-    for layer, view in zip(layers, views, strict=True):
+    for layer, view, rope in zip(layers, views, embeddings, strict=True):
         if view.stop:
             try:
-                _layer(layer, hidden, view, position_ids, position_embeddings)
+                _layer(layer, hidden, view, position_ids, rope)
             except LayerStopped:
                 return hidden
         if execution.recompute and torch.is_grad_enabled():
-            hidden = checkpoint(call, layer, hidden, view, position_ids, position_embeddings, use_reentrant=False)
+            hidden = checkpoint(call, layer, hidden, view, position_ids, rope, use_reentrant=False)
         else:
-            hidden = call(layer, hidden, view, position_ids, position_embeddings)
+            hidden = call(layer, hidden, view, position_ids, rope)
     return hidden
 
 
-def _layer(layer: nn.Module, hidden: Tensor, view: View, position_ids: Tensor, position_embeddings: tuple) -> Tensor:
-    return layer(hidden, attention_mask=view, position_ids=position_ids, position_embeddings=position_embeddings)
+def _layer(layer: nn.Module, hidden: Tensor, view: View, position_ids: Tensor, rope: tuple) -> Tensor:
+    return layer(hidden, attention_mask=view, position_ids=position_ids, position_embeddings=rope)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ def tau_interval(
         level: share of the resamples within the interval.
 
     Returns:
-        Its ends; nan without steps.
+        Its ends; nan with fewer than two prompts that have steps: one says nothing of how prompts differ.
 
     Raises:
         ValueError: level or resamples out of range.
@@ -26,7 +26,7 @@ def tau_interval(
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1.")
     counted = [accepted for accepted in accepted_by_prompt if accepted]
-    if not counted:
+    if len(counted) < 2:
         return float("nan"), float("nan")
     steps = np.array([len(accepted) for accepted in counted])
     gained = np.array([sum(accepted) for accepted in counted]) + steps  # each step also gains the bonus token

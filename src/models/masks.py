@@ -5,9 +5,10 @@ Shapes as in `data.batch`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,24 +17,26 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from data.batch import PADDING_DOCUMENT, Batch
 from models.compilation import compiled
 
+T = TypeVar("T")
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TILE = 256  # queries of a tile, about: measured in docs/performance.md
 
 
-def document_causal(document_ids: Tensor) -> Rule:
-    """Clean tokens: token q attends to token k of the same document with k <= q. `document_ids` is [R, T]."""
+def document_causal(document_ids: Tensor, window: int | None = None) -> Rule:
+    """Clean tokens: token q attends to token k of the same document with q - window < k <= q. [R, T]"""
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (document_ids[row, query] == document_ids[row, key])
+        allowed = (key <= query) & (document_ids[row, query] == document_ids[row, key])
+        return allowed if window is None else allowed & (key > query - window)
 
     return rule
 
 
-def own_block(document_ids: Tensor, anchors: Tensor, block_size: int) -> Rule:
+def own_block(document_ids: Tensor, anchors: Tensor, block_size: int, window: int | None = None) -> Rule:
     """Mask tokens: a slot of the block anchored at a attends to
 
     - clean tokens of the anchor's document at indices < a: strictly, since decoding knows no token from the anchor on
-      when it drafts; and
+      when it drafts; with a window, slot j those > a + j - window, as a token in its place would; and
     - every slot of its own block, before and after it.
 
     Queries are the A*B slots of a row; keys are its T clean tokens, then its slots. [R, T], [R, A]; in decoding, an
@@ -45,22 +48,32 @@ def own_block(document_ids: Tensor, anchors: Tensor, block_size: int) -> Rule:
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
         known = key < anchors[row, block]
+        if window is not None:
+            known = known & (key > anchors[row, block] + query % block_size - window)
         same_document = document_ids[row, key.clamp(max=length - 1)] == anchor_document[row, block]
         return (known & same_document) | ((key >= length) & ((key - length) // block_size == block))
 
     return rule
 
 
-def cached_causal(positions: Tensor) -> Rule:
+def cached_causal(positions: Tensor, window: int | None = None) -> Rule:
     """Decoding: the token at a position attends to places <= it of a cache that holds each token at its position.
 
     `positions` is [R, queries].
     """
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key <= positions[row, query]
+        position = positions[row, query]
+        return key <= position if window is None else (key <= position) & (key > position - window)
 
     return rule
+
+
+def per_window(windows: Iterable[int | None], form: Callable[[int | None], T]) -> list[T]:
+    """For each layer what `form` makes of its window; layers of the same window share it."""
+    windows = list(windows)
+    made = {window: form(window) for window in dict.fromkeys(windows)}
+    return [made[window] for window in windows]
 
 
 def dense(rule: Rule, rows: int, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
@@ -90,22 +103,30 @@ class Tile:
     mask: Tensor | None  # [queries, keys] bool; None: causal, the keys being the queries' own
 
 
-def clean_tiles(document_ids: Tensor) -> list[Tile]:
-    """`document_causal` in tiles: one a document. They cover all queries in order."""
-    return [
-        Tile(row, slice(start, stop), (slice(start, stop),), None)
-        for row, ids in enumerate(document_ids.tolist())
-        for start, stop in _documents(ids)
-    ]
+def clean_tiles(document_ids: Tensor, window: int | None = None) -> list[Tile]:
+    """`document_causal` in tiles: one a document that is no longer than the window. They cover all queries in order."""
+    tiles = []
+    for row, ids in enumerate(document_ids.tolist()):
+        for start, stop in _documents(ids):
+            if window is None or stop - start <= window:
+                tiles.append(Tile(row, slice(start, stop), (slice(start, stop),), None))
+                continue
+            for first in range(start, stop, TILE):
+                queries = slice(first, min(first + TILE, stop))
+                keys = slice(max(start, first - window + 1), queries.stop)
+                distance = _indices(queries)[:, None] - _indices(keys)
+                mask = (distance >= 0) & (distance < window)
+                tiles.append(Tile(row, queries, (keys,), mask.to(document_ids.device)))
+    return tiles
 
 
-def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int) -> list[Tile]:
+def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: int | None = None) -> list[Tile]:
     """`own_block` in tiles of neighbouring blocks of one document. They cover all queries in order.
 
     Planned on the host: on a GPU that means waiting for it, once a batch.
     """
     device, document_ids, anchors = document_ids.device, document_ids.cpu(), anchors.cpu()
-    rule, length = own_block(document_ids, anchors, block_size), document_ids.shape[1]
+    rule, length = own_block(document_ids, anchors, block_size, window), document_ids.shape[1]
     at_once = max(1, TILE // block_size)
     tiles = []
     for row, (ids, places) in enumerate(zip(document_ids.tolist(), anchors.tolist(), strict=True)):
@@ -116,7 +137,10 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int) -> list[
             for block in range(first, end, at_once):
                 last = min(block + at_once, end)
                 queries = slice(block * block_size, last * block_size)
-                context = slice(starts[document], max(starts[document], *places[block:last]))
+                first_seen = starts[document]
+                if window is not None:
+                    first_seen = max(first_seen, min(places[block:last]) - window + 1)
+                context = slice(first_seen, max(first_seen, *places[block:last]))
                 slots = slice(length + queries.start, length + queries.stop)
                 keys = torch.cat([_indices(context), _indices(slots)])
                 mask = rule(torch.tensor(row), torch.tensor(0), _indices(queries)[:, None], keys)

@@ -1,17 +1,20 @@
 """The passes of decoding: over prompts, over candidates, over mask blocks, and over both at once."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.attention import View, clean_mask
+from models.attention import Places, View
 from models.draft import DraftModel
 from models.execution import through_layers
+from models.families import layer_windows
 from models.kv_cache import KVCache
-from models.masks import cached_causal, dense, own_block
+from models.masks import Rule, cached_causal, dense, own_block, per_window
+from models.target import clean_views
 
 
 def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int) -> tuple[Tensor, KVCache]:
@@ -27,10 +30,11 @@ def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int) ->
     input_ids = torch.tensor([token for prompt in prompts for token in prompt])
     row_of, positions, input_ids = row_of.to(device), positions.to(device), input_ids.to(device)
     # By tiles on every device: FlexAttention would compile anew for other lengths.
-    mask = clean_mask(row_of[None], "sdpa")
-    views = [View(mask, keep=True) for _ in target.model.layers]
+    views = clean_views(target, row_of[None], "sdpa")
+    for view in views:
+        view.keep = True
     hidden = target.get_input_embeddings()(input_ids[None])
-    hidden = through_layers(target, target.model.layers, hidden, positions[None], views)
+    hidden = through_layers(target, target.model.layers, 0, hidden, positions[None], views)
     last = (lengths.cumsum(0) - 1).to(device)
     cache = KVCache([view.kept for view in views], row_of, positions, len(prompts), capacity)
     return target_logits(target, hidden[0, last]), cache
@@ -39,6 +43,31 @@ def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int) ->
 def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[..., V] from what the last layer gave, [..., H]."""
     return target.get_output_embeddings()(target.model.norm(hidden))
+
+
+@torch.no_grad()
+def difference_from_forward(target: PreTrainedModel, tokens: list[int]) -> float:
+    """By how much, as a share of the greatest, the logits after some tokens differ from those of the target's own
+    forward; 0 within what rounding explains."""
+    own = target(input_ids=torch.tensor([tokens], device=target.device), logits_to_keep=1).logits[0, -1].float()
+    ours = prefill(target, [tokens], capacity=len(tokens))[0][0].float()
+    difference = float((ours - own).abs().max() / own.abs().max())
+    exact = target.dtype in (torch.float32, torch.float64)
+    return 0.0 if difference < (1e-3 if exact else 0.1) else difference
+
+
+def check_passes(target: PreTrainedModel) -> None:
+    """Finds what no list of settings can: embeddings or logits that a model scales, layers that it runs another way.
+
+    Raises:
+        ValueError: run layer by layer, the target gives other logits than by its own forward.
+    """
+    tokens = [i % target.get_input_embeddings().num_embeddings for i in range(16)]
+    if difference := difference_from_forward(target, tokens):
+        raise ValueError(
+            f"{target.config.model_type} cannot be a target: run layer by layer, its logits differ by {difference:.1%} "
+            "of the greatest from its own, so its forward does more than its layers do."
+        )
 
 
 def separate(part: Tensor) -> Tensor:
@@ -52,18 +81,19 @@ class Passes:
     def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:
         self.target, self.draft, self.cache = target, draft, cache
         self.joint_layers = _joint_layers(target, draft) if draft else []
+        self.windows = layer_windows(target.config)
 
     def verify(self, candidates: Tensor, positions: Tensor, reach: int) -> Tensor:
         """The target over candidates [R, C] at positions [R, C]. Returns its logits, [R, C, V]."""
         views = self._candidate_views(positions, reach)
         hidden = self.target.get_input_embeddings()(candidates)
-        hidden = through_layers(self.target, self.target.model.layers, hidden, positions, views)
+        hidden = through_layers(self.target, self.target.model.layers, 0, hidden, positions, views)
         return target_logits(self.target, hidden)
 
     def draft_blocks(self, anchors: Tensor, reach: int) -> Tensor:
         """One block per anchor through the draft layers. [R, g] -> [R, g, B, H] after the final norm."""
         hidden, positions, views = self._blocks(anchors, reach)
-        hidden = through_layers(self.target, self.draft.layers, hidden, positions, views)
+        hidden = through_layers(self.target, self.draft.layers, self.draft.split_layer, hidden, positions, views)
         return self.target.model.norm(hidden).view(*anchors.shape, self.draft.block_size, -1)
 
     def verify_and_draft(self, candidates: Tensor, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
@@ -77,21 +107,21 @@ class Passes:
         split, count = self.draft.split_layer, candidates.shape[1]
         clean = self._candidate_views(positions, reach)
         hidden = self.target.get_input_embeddings()(candidates)
-        hidden = through_layers(self.target, self.target.model.layers[:split], hidden, positions, clean[:split])
+        hidden = through_layers(self.target, self.target.model.layers[:split], 0, hidden, positions, clean[:split])
 
         slots, slot_positions, blocks = self._blocks(positions + 1, reach)
         views = [_JointView(*pair, count) for pair in zip(clean[split:], blocks, strict=True)]
         hidden = torch.cat([hidden, slots], dim=1)
         both = torch.cat([positions, slot_positions], dim=1)
-        hidden = through_layers(self.target, self.joint_layers, hidden, both, views)
+        hidden = through_layers(self.target, self.joint_layers, split, hidden, both, views)
         drafted = self.target.model.norm(hidden[:, count:])
         blocks = drafted.view(*positions.shape, self.draft.block_size, -1)
         return target_logits(self.target, separate(hidden[:, :count])), blocks
 
     def _candidate_views(self, positions: Tensor, reach: int) -> list[View]:
         rows, count = positions.shape
-        mask = dense(cached_causal(positions), rows, count, reach, positions.device)
-        return [View(mask, places=places) for places in self.cache.places(positions, reach)]
+        places = self.cache.places(positions, reach)
+        return _views(lambda window: cached_causal(positions, window), self.windows, (rows, count, reach), places)
 
     def _blocks(self, anchors: Tensor, reach: int) -> tuple[Tensor, Tensor, list[View]]:
         """Slots of blocks at anchors [R, g]: input [R, g*B, H], positions [R, g*B], and a view for each draft layer."""
@@ -99,11 +129,21 @@ class Passes:
         positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
         slots = positions.shape[1]
         one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, reach)
-        mask = dense(own_block(one_document, anchors, size), rows, slots, reach + slots, device)
         at = torch.arange(reach, reach + slots, device=device)[None]
-        places = self.cache.places(at, reach + slots, slice(self.draft.split_layer, None))
+        own_layers = slice(self.draft.split_layer, None)
+        places = self.cache.places(at, reach + slots, own_layers)
+        shape = (rows, slots, reach + slots)
+        views = _views(lambda w: own_block(one_document, anchors, size, w), self.windows[own_layers], shape, places)
         hidden = self.draft.mask_embedding.to(self.target.dtype).expand(rows, slots, -1)
-        return hidden, positions, [View(mask, places=p) for p in places]
+        return hidden, positions, views
+
+
+def _views(
+    rule: Callable[[int | None], Rule], windows: list[int | None], shape: tuple[int, int, int], places: list[Places]
+) -> list[View]:
+    """A view for each layer: the rule of its window written out, [R, queries, keys], and its places."""
+    masks = per_window(windows, lambda window: dense(rule(window), *shape, places[0].rows.device))
+    return [View(mask, places=own, window=window) for mask, window, own in zip(masks, windows, places, strict=True)]
 
 
 @dataclass

@@ -10,7 +10,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -18,6 +17,8 @@ from transformers import (
 from data.batch import Batch
 from models.attention import NAME, KeysValues, View, clean_mask
 from models.execution import EAGER, Execution, through_layers
+from models.families import layer_windows
+from models.masks import per_window
 
 
 def load_target(
@@ -62,13 +63,6 @@ def load_config(name: str | None, *, revision: str | None = None, architecture: 
     return AutoConfig.from_pretrained(name, revision=revision)
 
 
-def depends_on_length(config: PretrainedConfig) -> str | None:
-    """The kind of RoPE, if its angles depend on how long the text is: slots beyond its end would then change them."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    return kind if kind in ("dynamic", "longrope") else None
-
-
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The target's tokenizer."""
     return AutoTokenizer.from_pretrained(name, revision=revision)
@@ -80,6 +74,13 @@ Context = list[KeysValues]  # K/V of the clean tokens, one pair for each draft l
 def cached_context(cache: DynamicCache, first_layer: int) -> Context:
     """The layers from `first_layer` on of a cache that the target has filled, by reference."""
     return [(layer.keys, layer.values) for layer in cache.layers[first_layer:]]
+
+
+def clean_views(target: PreTrainedModel, document_ids: Tensor, kind: str) -> list[View]:
+    """[N] what clean tokens see in each layer of the target. [R, T]"""
+    windows = layer_windows(target.config)
+    masks = per_window(windows, lambda window: clean_mask(document_ids, kind, window))
+    return [View(mask, window=window) for mask, window in zip(masks, windows, strict=True)]
 
 
 @dataclass
@@ -104,12 +105,13 @@ def target_pass(
     Nothing is computed that nobody reads: keys and values are kept of the layers from `first_layer` on, and without
     `with_hidden` the last layer ends with its own.
     """
-    mask = clean_mask(batch.document_ids, execution.attention)
     layers = target.model.layers
-    views = [View(mask, keep=i >= first_layer) for i in range(len(layers))]
+    views = clean_views(target, batch.document_ids, execution.attention)
+    for view in views[first_layer:]:
+        view.keep = True
     views[-1].stop = not with_hidden
     embed = target.get_input_embeddings()  # called in place: a name would hold on to the embeddings to the end
-    hidden = through_layers(target, layers, embed(batch.input_ids), batch.position_ids, views, execution)
+    hidden = through_layers(target, layers, 0, embed(batch.input_ids), batch.position_ids, views, execution)
     return TargetOutput([view.kept for view in views[first_layer:]], target.model.norm(hidden) if with_hidden else None)
 
 

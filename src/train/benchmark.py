@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from data.benchmarks import ALL
 from data.chat import ChatEncoder
 from data.records import Messages
-from models.cost import Sizes
 from models.draft import DraftModel
 from models.sampling import Sampling
 from models.selection import Selection
+from models.sizes import Sizes
 from train.evaluation import BenchmarkReport, Decoding, check_baseline, compare, own_answers, pooled
 from train.evaluation_report import Evaluation
 from train.speed import Contest, measure_speed
@@ -50,8 +50,9 @@ def evaluate_drafter(
         name: of the target.
     """
     reports, prompts, wrong = {}, {}, []
+    block_size = max(draft.block_size for draft, _ in variants.values())
     for benchmark, conversations in benchmarks.items():
-        own = own_answers(target, encoder, benchmark, conversations, how)
+        own = own_answers(target, encoder, benchmark, conversations, how, block_size)
         wrong += check_baseline(target, benchmark, own, how)
         found = {
             variant: compare(target, draft, calibrate, own, how, f"{benchmark}: {variant}")

@@ -24,6 +24,7 @@ def check_config(config: DictConfig) -> None:
     check_settings(config, list(HydraConfig.get().overrides.task))
     _check_stages(config)
     _check_ranges(config)
+    _check_push(config)
 
 
 def _check_stages(config: DictConfig) -> None:
@@ -32,10 +33,23 @@ def _check_stages(config: DictConfig) -> None:
         raise UserError(f"stages={list(config.stages)}: expected one or more of {', '.join(STAGES)}.")
 
 
+def _check_push(config: DictConfig) -> None:
+    if config.export.push_to_hub is None:
+        return
+    from train.hub import check_destination, destination  # late: it loads torch
+
+    if not {"export", "evaluate"} & set(config.stages):
+        raise UserError(
+            f"export.push_to_hub={config.export.push_to_hub}: stages={list(config.stages)} exports no drafter. "
+            "Add export to stages, or use scripts/push_to_hub.py."
+        )
+    check_destination(destination(config))
+
+
 def _check_ranges(config: DictConfig) -> None:
     """Ranges and choices of single settings."""
     draft = config.model.draft
-    choices = {"stage.export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
+    choices = {"export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
     choices["speed.attention"] = ("auto", "flex", "sdpa", "dense")
     choices |= {f"stage.{stage}.best_by": ("val/tau", "val/tau_estimate", None) for stage in TRAINED}
     # Any other would train weights in less than float32, or needs a scaler of the loss.
@@ -82,8 +96,9 @@ def _check_ranges(config: DictConfig) -> None:
         )
 
 
-def check_target(config: DictConfig, target_config: Any, tokens: int) -> None:
-    """Check the settings against the target's config and its tokenizer's size, before its weights are read.
+def check_target(config: DictConfig, target_config: Any, positions: int, tokens: int) -> None:
+    """Check the settings against the target's config, how many tokens a text may have, and its tokenizer's size, before
+    its weights are read.
 
     Raises:
         UserError: draft layers, positions or vocabulary do not fit.
@@ -94,16 +109,11 @@ def check_target(config: DictConfig, target_config: Any, tokens: int) -> None:
             f"model.draft.num_layers={layers}, but the target has {target_config.num_hidden_layers} layers; "
             "the draft layers are the last of them, choose fewer."
         )
-    layer_types = getattr(target_config, "layer_types", None)
-    sliding = getattr(target_config, "sliding_window", None) if layer_types is None else None
-    if sliding or any(kind != "full_attention" for kind in layer_types or []):
+    longest = config.data.row_length + config.model.draft.block_size
+    if longest > positions:
         raise UserError(
-            f"The target ({target_config.model_type}) has layers without full attention "
-            f"(layer_types={layer_types}, sliding_window={sliding}); only full attention is supported."
+            f"data.row_length + model.draft.block_size = {longest} exceeds the target's {positions} positions."
         )
-    longest, limit = config.data.row_length + config.model.draft.block_size, target_config.max_position_embeddings
-    if longest > limit:
-        raise UserError(f"data.row_length + model.draft.block_size = {longest} exceeds the target's {limit} positions.")
     if tokens > target_config.vocab_size:
         raise UserError(
             f"The tokenizer {config.model.target.tokenizer or config.model.target.name!r} has {tokens} tokens, "
@@ -111,7 +121,7 @@ def check_target(config: DictConfig, target_config: Any, tokens: int) -> None:
         )
 
 
-def check_architecture(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
+def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
     """The target must have the sizes that the settings expect of it, and that `plan=true` counts with.
 
     Raises:

@@ -1,5 +1,6 @@
 """What a person looks at in the end: tables in the terminal and in Markdown, and pictures."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def _acceptance(benchmarks: dict[str, BenchmarkReport]) -> Rows:
 
 
 def _variant(found: VariantReport, prompts: int) -> list[str]:
-    interval = f"{found.low:.2f}-{found.high:.2f}"
+    interval = "-" if math.isnan(found.low) else f"{found.low:.2f}-{found.high:.2f}"
     return [f"{found.tau:.2f}", interval, f"{found.verify_steps:,}", f"{found.verified:.1f}"] + [
         f"{found.identical}/{prompts}"
     ]

@@ -15,9 +15,12 @@ from data.packing import PackedRows
 from data.prepare import describe, prepare
 from data.records import Messages
 from data.sources import Part, open_parts
-from models.target import depends_on_length, load_config, load_target
+from models.families import TESTED, check_architecture, text_positions
+from models.passes import check_passes
+from models.target import load_config, load_target
 from train.benchmark import decoding_settings
-from train.checks import TRAINED, check_architecture, check_path, check_target
+from train.checks import TRAINED, check_path, check_sizes, check_target
+from train.live_decoding import live_decoding
 
 
 class Resources:
@@ -36,13 +39,15 @@ class Resources:
         Raises:
             UserError: target, tokenizer, data and settings do not fit together.
         """
-        check_target(self.config, self.target_config, self.encoder.backend.get_vocab_size())
-        if kind := depends_on_length(self.target_config):
-            raise UserError(
-                f"The target's RoPE is {kind!r}, which changes with the length of the text: blocks would change it."
-            )
+        try:
+            check_architecture(self.target_config)
+        except ValueError as error:
+            raise UserError(f"model.target: {error}") from error
+        check_target(self.config, self.target_config, self.positions, self.encoder.backend.get_vocab_size())
         if stage in TRAINED:
-            self.rows  # noqa: B018  read and checked
+            for later in TRAINED:
+                if later in self.config.stages:
+                    live_decoding(self.config, later, self.rows[1], self.positions)  # or says what does not fit
         if "evaluate" in self.config.stages:
             try:
                 decoding_settings(self.config)
@@ -65,8 +70,13 @@ class Resources:
             config = load_config(self.name, revision=self.revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model.target.name={self.name!r}: the target's config did not load. {error}") from error
-        check_architecture(self.architecture or {}, config.to_dict())
+        check_sizes(self.architecture or {}, config.to_dict())
         return config
+
+    @property
+    def positions(self) -> int:
+        """How many tokens a text may have."""
+        return text_positions(self.target_config, self.config.model.draft.block_size)
 
     @cached_property
     def encoder(self) -> ChatEncoder:
@@ -76,12 +86,15 @@ class Resources:
     @cached_property
     def target(self) -> PreTrainedModel:
         try:
-            return load_target(
+            target = load_target(
                 self.name,
                 revision=self.revision,
                 architecture=None if self.name else self.architecture,
                 dtype=self.target_settings["dtype"],
             )
+            if target.config.model_type not in TESTED:
+                check_passes(target)
+            return target
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"model.target: the target did not load. {error}") from error
 
@@ -126,7 +139,7 @@ class Resources:
                 raise UserError(
                     f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of benchmarks.{name}.path="
                     f"{given['path']} leaves so much room in the target's "
-                    f"{self.target_config.max_position_embeddings} positions. Choose fewer."
+                    f"{self.positions} positions. Choose fewer."
                 )
             found[name] = conversations
         if not found:
@@ -135,5 +148,5 @@ class Resources:
 
     def _leaves_room(self, talk: Messages) -> bool:
         first_turn = next(i for i, message in enumerate(talk) if message["role"] == "user") + 1
-        longest = self.target_config.max_position_embeddings - self.config.stage.evaluate.max_new_tokens
+        longest = self.positions - self.config.stage.evaluate.max_new_tokens
         return len(self.encoder.prompt(talk[:first_turn])) <= longest

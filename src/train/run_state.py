@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import uuid
@@ -40,9 +41,17 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A whole JSON file or none."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    """A whole JSON file or none. What is not a number becomes null: JSON has no word for it."""
+    text = json.dumps(_null_for_nan(value), indent=2, sort_keys=True, allow_nan=False) + "\n"
     publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _null_for_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -97,9 +106,9 @@ class StageRecord:
         self.begun.unlink(missing_ok=True)
         self.done.unlink(missing_ok=True)
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Mark the stage as done."""
-        write_json(self.done, {"settings": self.settings, "environment": environment(), "result": result})
+    def finish(self, result: dict[str, Any], **how: Any) -> None:
+        """Mark the stage as done. `how`: what else a reader should know of it; the outcome does not depend on it."""
+        write_json(self.done, {"settings": self.settings, "environment": environment(), "result": result, **how})
 
 
 def overwrites(config: DictConfig) -> bool:

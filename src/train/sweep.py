@@ -88,8 +88,13 @@ def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
     records = {stage: Path(config.run_dir, "records", f"{stage}.done.json") for stage in config.stages}
     summary["results"] = {stage: read_json(done)["result"] for stage, done in records.items() if done.exists()}
     _record(file, {**summary, "state": "done", "reason": ""})
-    decoded = summary["results"].get("evaluate", {})
+    decoded = _decoded(summary["results"])
     return next((decoded[name]["tau"] for name in reversed(DECODED) if name in decoded), nan)
+
+
+def _decoded(results: dict[str, Any]) -> dict[str, Any]:
+    """What decoding said of the drafters that it has a figure for."""
+    return {name: found for name, found in results.get("evaluate", {}).items() if found["tau"] is not None}
 
 
 def _check_ranks(config: DictConfig) -> None:
@@ -163,7 +168,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def _figures(results: dict[str, Any]) -> list[str]:
-    decoded = results.get("evaluate", {})
+    decoded = _decoded(results)
     cells = [
         f"{decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']:,})" if name in decoded else "" for name in DECODED
     ]
