@@ -319,10 +319,11 @@ def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens
 def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
     target, batch = endless(), random_prompts(random.Random(7), 4, 15)
     own = own_batch(target, batch, 12)
-    draft, stop, calls = random_draft(target), staggering(own), []
+    draft, stop, calls, places = random_draft(target), staggering(own), [], []
 
     def counted(name, call, passes, candidates, *rest):
         calls.append((name, len(candidates)))
+        places.append((len(candidates), passes.cache.layers[0][0].shape[2]))
         return call(passes, candidates, *rest)
 
     for name in ("verify", "verify_and_draft"):
@@ -336,6 +337,11 @@ def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
         assert result.tokens == [until(tokens, stop) for tokens in own]
         assert {rows for _, rows in calls} == in_flight
         assert all((name == "verify_and_draft") == (rows <= parallel_rows) for name, rows in calls)
+    few, many = ({n for rows, n in places if rows in group} for group in ({min(in_flight)}, {max(in_flight)}))
+    assert max(few) - min(many) == draft.block_size * (draft.block_size - 1)  # for the blocks of parallel drafting
+    places.clear()
+    generate(target, draft, batch, max_new_tokens=12, stop=stop, parallel_rows=min(in_flight))
+    assert min(n for rows, n in places if rows > min(in_flight)) == min(many)  # not before they can be used
 
 
 def test_the_timer_is_told_every_phase_around_what_it_names():

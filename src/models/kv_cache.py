@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from models.attention import KeysValues, Places
 
@@ -41,7 +42,9 @@ class KVCache:
         rows = torch.arange(self.rows, device=at.device)[:, None]
         return [Places(keys, values, rows, at, stop) for keys, values in self.layers[layers]]
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these, [rows] indices in ascending order."""
+    def keep(self, rows: Tensor, capacity: int) -> None:
+        """Forget all rows but these, [rows] indices in ascending order, which get at least so many places each."""
+        more = capacity - self.layers[0][0].shape[2]
         for number, pair in enumerate(self.layers):  # one after the other: never twice the whole
-            self.layers[number] = tuple(tensor[rows] for tensor in pair)
+            kept = [tensor[rows] for tensor in pair]
+            self.layers[number] = tuple(pad(tensor, (0, 0, 0, more)) for tensor in kept) if more > 0 else tuple(kept)
