@@ -22,10 +22,11 @@ from bench_report import machine, print_facts, print_table
 from bench_shapes import PRESETS
 from bench_steps import Clock, matmul_rate
 
-from models.cost import Sizes, decoding_flops
+from models.cost import decoding_flops
 from models.draft import DraftModel
 from models.kv_cache import KVCache
 from models.passes import Passes
+from models.sizes import Sizes
 from models.target import load_target
 
 ALONE, MODES = "target alone", ("sequential", "parallel")
@@ -74,11 +75,10 @@ def floor(sizes: Sizes, mode: str, args: argparse.Namespace, rows: int, rates: t
         sizes, context=args.context, candidates=count, blocks={ALONE: 0, MODES[0]: 1}.get(mode, count)
     )
     token = 2 * sizes.keys * args.context * word  # of the cache, in one layer
-    layer = sizes.attention_weights + sizes.ffn_weights
     head = sizes.embedding_parameters * word
     target = (
         parts["target"] + count * 2 * sizes.embedding_parameters,
-        sizes.layers * (layer * word + rows * token) + head,
+        sizes.weights(sizes.all_layers) * word + sizes.layers * rows * token + head,
     )
     blocks = parts["draft"] + parts["redundant blocks"]
     own = sizes.draft_layers * (sizes.attention_weights * word + rows * token)  # projectors of the drafter, cache again
@@ -86,7 +86,8 @@ def floor(sizes: Sizes, mode: str, args: argparse.Namespace, rows: int, rates: t
     if mode == ALONE:
         passes = [target]
     elif mode == "sequential":
-        passes = [target, (blocks, own + sizes.draft_layers * sizes.ffn_weights * word), logits]
+        ffn = sum(sizes.ffn_weights(layer) for layer in sizes.drafting)
+        passes = [target, (blocks, own + ffn * word), logits]
     else:
         passes = [(target[0] + blocks, target[1] + own), logits]
     arithmetic, memory = ([rows * f / rates[0] for f, _ in passes], [b / rates[1] for _, b in passes])

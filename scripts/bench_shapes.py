@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from data.batch import Batch
-from models.cost import ATTENTION_TUNING, Sizes, step_flops
+from models.cost import step_flops
 from models.masks import allowed_pairs
+from models.sizes import ATTENTION_TUNING, Sizes
 
 PARTS = ("target pass", "mask pass", "head and loss")  # of the FLOPs
 

@@ -70,9 +70,9 @@ from transformers.utils import logging
 
 from data.batch import Batch
 from models.attention import KINDS
-from models.cost import Sizes
 from models.execution import Execution
 from models.objectives import Objective
+from models.sizes import Sizes
 
 BATCHES = 3  # that take turns, so that nothing can be kept from one step to the next
 OBJECTIVES = {"ce": {}, "kl": {"ce": 0.0, "kl": 1.0}, "tv": {"ce": 0.0, "tv": 1.0}, "mixture": {"ce": 0.1, "tv": 0.9}}

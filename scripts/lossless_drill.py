@@ -35,11 +35,11 @@ SELECTIONS = (OFF, Selection("cumulative_product", 0.01), Selection("min_confide
 BATCH_SIZES = range(1, 9)
 
 
-def embedded(directory: Path | None, count: int):
+def embedded(drafter: str | None, count: int):
     """The embedded target, its drafter, and held-out prompts."""
     target, tokenizer = load_target(str(TINY / "target")), load_tokenizer(str(TINY / "target"))
-    if directory:
-        draft = load_draft(directory, target)
+    if drafter:
+        draft = load_draft(drafter, target)
     else:
         draft = DraftModel(target, num_layers=6, block_size=8, calibrator_rank=0)
     encoder = ChatEncoder(tokenizer, {})
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--draft", type=Path, help="exported drafter of the embedded target; untrained without it")
+    parser.add_argument("--draft", help="directory or Hub id of a drafter of the embedded target; untrained without it")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--families", action="store_true", help="random targets of several architectures instead")
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ estimate assumes.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.configuration import composed
-from models.cost import Sizes
+from models.sizes import Sizes
 from train.checks import TRAINED
 from train.estimate import estimate, machine_of, target_sizes
 
@@ -36,8 +37,13 @@ FLOAT32, BF16 = ["trainer.precision=32-true"], ["trainer.precision=bf16-mixed"]
 WIDE_BF16 = [*WIDE, *BF16, "model.target.dtype=bfloat16"]
 SMALL_CHUNKS = [f"stage.{stage}.module.chunk=64" for stage in TRAINED]
 ONE_ROW = [f"stage.{stage}.rows_per_pass=1" for stage in TRAINED]
+RECOMPUTE = ["speed.recompute=true"]
 FEW_BLOCKS = [f"stage.{stage}.num_anchors=4" for stage in TRAINED]
 MANY_BLOCKS = [f"stage.{stage}.num_anchors=100" for stage in TRAINED]
+FAMILY = "model.target.architecture.model_type="
+GEMMA = [f"{FAMILY}gemma3_text", "+model.target.architecture.sliding_window=128"]
+EXPERTS = [f"{FAMILY}qwen3_moe", "+model.target.architecture.num_local_experts=16"]
+EXPERTS += [f"+model.target.architecture.{size}" for size in ("num_experts_per_tok=4", "moe_intermediate_size=384")]
 CASES = {
     "tiny, float32": [TINY, *FLOAT32],
     "tiny, bf16-mixed": [TINY, *BF16],
@@ -49,11 +55,19 @@ CASES = {
     "wide, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS],
     "wide, bfloat16 target, two passes": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW],
     "wide, bfloat16 target, mixture": [*WIDE_BF16, "objective=mixture"],
-    "wide, bfloat16 target, recompute": [*WIDE_BF16, "speed.recompute=true"],
-    "wide, bfloat16 target, recompute, small chunks": [*WIDE_BF16, "speed.recompute=true", *SMALL_CHUNKS],
+    "wide, bfloat16 target, recompute": [*WIDE_BF16, *RECOMPUTE],
+    "wide, bfloat16 target, recompute, small chunks": [*WIDE_BF16, *RECOMPUTE, *SMALL_CHUNKS],
     "wide, bfloat16 target, compiled": [*WIDE_BF16, "speed.compile=true"],
     "wide, long rows, few blocks": [*WIDE_BF16, *SMALL_CHUNKS, "data.row_length=1000", *FEW_BLOCKS],
     "wide, one row, many blocks": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS],
+    "experts, float32": [*WIDE, *FLOAT32, *EXPERTS],
+    "experts, bf16-mixed": [*WIDE, *BF16, *EXPERTS],
+    "experts, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *EXPERTS],
+    "experts, recompute, many blocks": [*WIDE_BF16, *RECOMPUTE, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS, *EXPERTS],
+    "experts, compiled": [*WIDE_BF16, *EXPERTS, "speed.compile=true"],
+    "Gemma 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *GEMMA],
+    "OLMo 2, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}olmo2"],
+    "Phi 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}phi3"],
 }
 
 
@@ -148,17 +162,36 @@ def weights_bytes(module) -> int:
 
 def tensor_peak(config, stage: str) -> int:
     """Greatest sum of all tensors' bytes over a few training steps."""
+    module, batch, passes = prepared(config, stage)
+    return weights_bytes(module) + most_allocated(lambda: train(config, module, batch, passes))
+
+
+def decoding_peak(config, stage: str, prompt_length: int) -> int:
+    """Greatest sum of all tensors' bytes while prompts of a length are decoded as between two steps."""
+    import torch
+
+    from train.live_decoding import LiveDecoding
+
+    module, _, _ = prepared(config, stage)
+    settings, vocabulary = config.stage[stage].decode, module.target.config.vocab_size
+    prompts = torch.randint(3, vocabulary, (settings.prompts, prompt_length)).tolist()
+    limits = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    decoding = LiveDecoding(prompts, **limits)
+    return weights_bytes(module) + most_allocated(lambda: decoding._decode(module.draft, prompts))
+
+
+def most_allocated(run: Callable[[], object]) -> int:
+    """Greatest sum of the bytes of all tensors that are made meanwhile."""
     from torch.profiler import ProfilerActivity, profile
 
-    module, batch, passes = prepared(config, stage)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train(config, module, batch, passes)
+        run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()  # negative for a release
         peak = max(peak, now)
-    return weights_bytes(module) + peak
+    return peak
 
 
 def resident_peak(config, stage: str) -> int:
@@ -175,7 +208,9 @@ def _status(key: str) -> int:
 
 
 def estimated(config, stage: str) -> tuple[float, str]:
-    """Bytes without what Python and the libraries take, and the fullest phase."""
+    """Bytes without what Python and the libraries take, and the fullest phase; nothing is validated here."""
+    config = config.copy()
+    config.stage[stage].decode.prompts = 0
     result = estimate(config, stage, target_sizes(config), machine_of(config))
     return result.bytes - result.parts["other"], result.phase
 

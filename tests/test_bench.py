@@ -10,9 +10,9 @@ import torch
 from conftest import ARCHITECTURE, ROOT, TINY
 from omegaconf import OmegaConf
 
-from models.cost import Sizes
 from models.execution import Execution
 from models.objectives import Objective
+from models.sizes import Sizes
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench_train_step  # noqa: E402

@@ -43,7 +43,8 @@ def exported(tmp_path):
 def test_keys_and_shapes_are_the_contracts(exported):
     _, _, directory = exported
     assert {name: tuple(t.shape) for name, t in load_file(directory / "model.safetensors").items()} == contract()
-    assert sorted(f.name for f in directory.iterdir()) == ["config.json", "model.safetensors"]
+    files = {str(f.relative_to(directory)) for f in directory.rglob("*") if f.is_file()}
+    assert files == {"config.json", "custom_generate/generate.py", "model.safetensors"}
 
 
 def test_config_is_the_contracts(exported):
@@ -88,8 +89,8 @@ def test_same_weights_same_bytes(exported, tmp_path_factory):
     target, draft, directory = exported
     other = tmp_path_factory.mktemp("other")
     export_draft(load_draft(directory, target), other, torch.float32)
-    for file in directory.iterdir():
-        assert file.read_bytes() == (other / file.name).read_bytes()
+    for file in (f for f in directory.rglob("*") if f.is_file()):
+        assert file.read_bytes() == (other / file.relative_to(directory)).read_bytes()
 
 
 @torch.no_grad()
@@ -102,6 +103,25 @@ def test_large_artifacts_are_sharded_and_read_back(exported, tmp_path_factory, m
     assert index["weight_map"].keys() == contract().keys() and len(set(index["weight_map"].values())) > 1
     for name, parameter in load_draft(directory, target).own_parameters().items():
         assert torch.equal(parameter, draft.own_parameters()[name])
+
+
+def test_a_complete_artifact_holds_the_releases_module_and_drafts_the_same(exported, tmp_path_factory):
+    target, draft, _ = exported
+    directory = tmp_path_factory.mktemp("complete")
+    export_draft(draft, directory, torch.float32, complete=True)
+    tensors = load_file(directory / "model.safetensors")
+    shared = {"norm.weight": target.model.norm.weight}
+    for i in range(LAYERS):
+        layer = target.model.layers[2 + i]
+        norms = {name: getattr(layer, name).weight for name in ("input_layernorm", "post_attention_layernorm")}
+        shared |= {f"layers.{i}.{name}.weight": weight for name, weight in norms.items()}
+        shared |= {
+            f"layers.{i}.mlp.{p}_proj.weight": getattr(layer.mlp, f"{p}_proj").weight for p in ("gate", "up", "down")
+        }
+    assert tensors.keys() == contract().keys() | shared.keys()
+    assert all(torch.equal(tensors[name], weight) for name, weight in shared.items())
+    own = draft.own_parameters()
+    assert all(torch.equal(p, own[name]) for name, p in load_draft(directory, target).own_parameters().items())
 
 
 def test_bfloat16_halves_the_file_and_says_so(exported, tmp_path_factory):

@@ -65,13 +65,20 @@ class DraftModel(nn.Module):
         # The mean token embedding: data-free, and on the scale that the layers know (Gemma scales what it looks up).
         scale = getattr(target.get_input_embeddings(), "scalar_embed_scale", 1.0)
         self.mask_embedding = nn.Parameter((embedding.detach().float().mean(0) * scale).to(dtype))
-        self.layers = nn.ModuleList(_draft_layer(layer, dtype) for layer in target.model.layers[self.split_layer :])
+        self.layers = nn.ModuleList(
+            _draft_layer(layer, self._own_attention(layer.self_attn, dtype))
+            for layer in target.model.layers[self.split_layer :]
+        )
         self.anchor_bias_mlp = None
         if calibrator_rank:
             vocabulary, hidden = embedding.shape
             self.anchor_bias_mlp = _calibrator(
                 hidden, calibrator_rank, vocabulary, dtype=dtype, device=embedding.device
             )
+
+    def _own_attention(self, attention: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """What the drafter has in place of a target layer's attention."""
+        return copy.deepcopy(attention).to(dtype).requires_grad_(True)
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
         """What Attention Tuning trains, by exported name: the projectors and the mask embedding."""
@@ -87,6 +94,16 @@ class DraftModel(nn.Module):
         if self.anchor_bias_mlp is None:
             return {}
         return {f"anchor_bias_mlp.{name}": p for name, p in self.anchor_bias_mlp.named_parameters()}
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """The target's own in the draft layers and behind them, by the names that the public release gives them."""
+        shared = {
+            f"layers.{i}.{name}": p
+            for i, layer in enumerate(self.layers)
+            for name, p in layer.named_parameters()
+            if not name.startswith("self_attn.")
+        }
+        return {**shared, "norm.weight": self.target.model.norm.weight}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that the drafter owns, by exported name; the rest is the target's."""
@@ -145,14 +162,19 @@ class DraftModel(nn.Module):
         return logits + self.anchor_bias_mlp(torch.cat([embedded, hidden], dim=-1))
 
 
-def _draft_layer(target_layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The target's decoder layer with a trainable copy of its attention; everything else is shared by reference."""
-    layer = copy.copy(target_layer)
-    # A shallow copy shares the registries too: without these, a hook or module set on one layer would be on both.
-    for name, registry in vars(target_layer).items():
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module that shares its parameters and children with another, until they are replaced on one of them."""
+    twin = copy.copy(module)
+    # A shallow copy shares the registries too: without these, a hook or module set on one would be on both.
+    for name, registry in vars(module).items():
         if isinstance(registry, dict):
-            setattr(layer, name, registry.copy())
-    attention = copy.deepcopy(target_layer.self_attn).to(dtype).requires_grad_(True)
+            setattr(twin, name, registry.copy())
+    return twin
+
+
+def _draft_layer(target_layer: nn.Module, attention: nn.Module) -> nn.Module:
+    """The target's decoder layer with another attention; everything else is shared by reference."""
+    layer = shallow_copy(target_layer)
     # Slots of a block see each other in both directions; transformers would read the default as causal.
     attention.is_causal = False
     layer.self_attn = attention

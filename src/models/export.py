@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.draft import DraftModel
+from models.families import layer_kinds
+from models.hub import artifact_directory
 from models.selection import Selection
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
@@ -19,6 +22,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
 
 RECOMMENDED = "recommended_decoding"  # within both
+DECODER = Path("custom_generate", "generate.py")  # where transformers looks for it
 
 
 def artifact_config(draft: DraftModel) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
     last = slice(draft.split_layer, None)
     config["num_target_layers"] = config["num_hidden_layers"]
     config["num_hidden_layers"] = len(draft.layers)
-    config["layer_types"] = (config.get("layer_types") or ["full_attention"] * config["num_target_layers"])[last]
+    config["layer_types"] = layer_kinds(draft.target.config)[last]
     config["block_size"] = draft.block_size
     config["dtype"] = str(draft.mask_embedding.dtype).removeprefix("torch.")
     settings = {
@@ -36,30 +40,53 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
         "anchor_bias_rank": draft.calibrator_rank,
     }
     config.update({key: settings for key in FLEXDRAFT_KEYS})
-    # transformers 5 reads `rope_parameters`; 4.57 reads `rope_theta` and `rope_scaling`.
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    config |= _rope_of_4_57(config.get("rope_parameters") or {})
+    if "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]  # as 4.57 calls them
     for key in ("_name_or_path", "architectures", "transformers_version", "quantization_config"):
         config.pop(key, None)
     return config
 
 
-def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype) -> None:
-    """Write the artifact. The same weights give the same bytes.
+def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4.57 reads in place of the `rope_parameters` of 5."""
+    local = {}
+    if "sliding_attention" in rope:  # by kind of layer: Gemma 3
+        local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        rope = rope["full_attention"]
+    if "rope_theta" not in rope:
+        return local
+    kind = rope.get("rope_type", "default")
+    if kind == "longrope":  # no other key is taken there
+        scaling = {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    else:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if kind != "default":
+        local["rope_scaling"] = scaling
+    return {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope} | local
+
+
+def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, complete: bool = False) -> None:
+    """Write the artifact, and beside it the code with which plain transformers decodes. The same weights give the same
+    bytes.
+
+    Args:
+        complete: whether to write the target's tensors too that the public release's module owns, but never runs; it
+            warns without them.
 
     Raises:
         ValueError: a tensor holds a value that is not finite.
     """
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in sorted(draft.own_parameters().items())}
+    parameters = draft.own_parameters() | (draft.shared_parameters() if complete else {})
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in sorted(parameters.items())}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{', '.join(broken)}: not finite in {dtype}. Training diverged; lower the learning rate.")
     config = artifact_config(draft) | {"dtype": str(dtype).removeprefix("torch.")}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / DECODER).parent.mkdir(exist_ok=True)
+    shutil.copyfile(Path(__file__).parent / DECODER, directory / DECODER)
     shards = _shards(tensors)
     if len(shards) == 1:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -89,8 +116,9 @@ def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
     os.replace(temporary, directory / CONFIG)
 
 
-def recommended(directory: Path) -> dict[str, Any]:
-    """What an artifact recommends, as arguments of `decoding.generate`; nothing if no evaluation has measured it."""
+def recommended(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """What an artifact (directory or Hub id) recommends as arguments of `decoding.generate`; nothing if unmeasured."""
+    directory = artifact_directory(source, revision=revision)
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     found = next(config[key] for key in FLEXDRAFT_KEYS if key in config).get(RECOMMENDED)
     if not found:
@@ -107,14 +135,15 @@ def without_recommendation(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_draft(directory: Path, target: PreTrainedModel) -> DraftModel:
-    """The drafter of an exported directory, for the target that it was trained for.
+def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | None = None) -> DraftModel:
+    """The drafter of an exported directory or Hub id, for the target that it was trained for.
 
     Its parameters keep the exported values, in the target's dtype.
 
     Raises:
         ValueError: no artifact there, or one for another target.
     """
+    directory = artifact_directory(source, revision=revision)
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         settings = next(config[key] for key in FLEXDRAFT_KEYS if key in config)
@@ -136,7 +165,9 @@ def load_draft(directory: Path, target: PreTrainedModel) -> DraftModel:
             )
     rank = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
     draft = DraftModel(target, num_layers=len(layers), block_size=config["block_size"], calibrator_rank=rank)
-    load_draft_weights(draft.own_parameters(), _read_tensors(directory), source=str(directory))
+    shared = draft.shared_parameters().keys()
+    tensors = {name: tensor for name, tensor in _read_tensors(directory).items() if name not in shared}
+    load_draft_weights(draft.own_parameters(), tensors, source=str(directory))
     return draft.requires_grad_(False).eval()
 
 

@@ -1,5 +1,7 @@
 """Keys and values of a batch in flight: allocated once, written in place."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,7 +16,9 @@ class KVCache:
     written over it. Places beyond all tokens hold the slots of blocks for the length of one pass.
     """
 
-    def __init__(self, layers: list[KeysValues], row_of: Tensor, positions: Tensor, rows: int, capacity: int) -> None:
+    def __init__(
+        self, layers: Iterable[KeysValues], row_of: Tensor, positions: Tensor, rows: int, capacity: int
+    ) -> None:
         """
         Args:
             layers: for each layer keys and values of packed prompts, [1, key/value heads, tokens, head size] each.

@@ -5,88 +5,26 @@ Counted are the tensors that are alive at the fullest moment of each phase, as `
 on CPUs: what FlexAttention keeps is derived from the code. All results are in bytes. Shapes as in `data.batch`.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import replace
 
-from models.cost import ATTENTION_TUNING, Sizes
+from models.activations import (
+    BFLOAT16,
+    BOOL,
+    FLOAT32,
+    Parts,
+    Setup,
+    clean_kv,
+    ffn,
+    ffn_gradients,
+    saved,
+    saved_by_a_layer,
+    views,
+)
+from models.sizes import ATTENTION_TUNING, Sizes
 
-FLOAT32, BFLOAT16, BOOL = 4, 2, 1
-TILE = 256  # that of models.masks
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many gathered parameters may be kept
-REDUCE_BUCKET = 2 * 10**8  # Lightning's reduce_bucket_size for DeepSpeed: elements
-
-Parts = dict[str, float]
 PARTS = ("target weights", "drafter weights", "bfloat16 copies", "gradients", "optimizer", "activations", "logits")
 PARTS += ("K/V and masks", "other")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a stage runs, as far as the memory of one rank depends on it."""
-
-    rows: int  # of one pass
-    row_length: int
-    num_anchors: int
-    chunk: int  # slots whose logits are held at a time
-    passes: int = 1  # of one optimizer step
-    slot0_loss: bool = False
-    teacher: bool = False  # whether the objective compares with the target's distribution
-    attention: str = "flex"  # flex | sdpa | dense
-    compiled: bool = False  # layers and loss
-    recompute: bool = False  # the draft layers' activations in the backward pass
-    weight_bytes: int = FLOAT32  # of one weight of the target, and of a number in its residual stream
-    autocast: bool = False  # bfloat16 arithmetic on float32 weights
-    ranks: int = 1
-    ddp: bool = False
-    zero: int = 0  # DeepSpeed's ZeRO stage; 0: none
-    reduce_bucket: int = REDUCE_BUCKET
-    multi_tensor: bool = True  # AdamW as on GPUs, all tensors at once; on CPUs, one after the other
-
-    @property
-    def clean(self) -> int:
-        """Clean tokens of a pass."""
-        return self.rows * self.row_length
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of a pass."""
-        return self.rows * self.num_anchors
-
-    @property
-    def arithmetic(self) -> int:
-        """Bytes of a number in matrix products."""
-        return BFLOAT16 if self.autocast else self.weight_bytes
-
-    def masks(self, sizes: Sizes) -> int:
-        """Mask tokens of a pass."""
-        return self.blocks * sizes.block_size
-
-    def trained_slots(self, sizes: Sizes) -> int:
-        """Slots of a block that may carry a loss."""
-        return sizes.block_size - (0 if self.slot0_loss else 1)
-
-    def piece(self, sizes: Sizes) -> int:
-        """Slots of the greatest piece of the loss: whole blocks."""
-        slots = self.trained_slots(sizes)
-        return min(self.blocks, max(1, self.chunk // slots)) * slots
-
-    def pieces(self, sizes: Sizes) -> int:
-        """In how many pieces the loss is computed."""
-        return math.ceil(self.blocks * self.trained_slots(sizes) / self.piece(sizes))
-
-    def tiles(self, sizes: Sizes) -> list[tuple[int, float]]:
-        """Queries and keys of each tile of a row's mask tokens, as `masks.block_tiles` cuts it if the row is a single
-        document with anchors all over it; but for `sdpa`, one tile of all queries and keys."""
-        queries = self.num_anchors * sizes.block_size
-        if self.attention != "sdpa":
-            return [(queries, self.row_length + queries)]
-        tiles, at_once = [], max(1, TILE // sizes.block_size)
-        for first in range(0, self.num_anchors, at_once):
-            last = min(first + at_once, self.num_anchors)
-            queries = (last - first) * sizes.block_size
-            context = (self.row_length - sizes.block_size) * last / (self.num_anchors + 1)
-            tiles.append((queries, context + queries))
-        return tiles
 
 
 def step_memory(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
@@ -99,8 +37,39 @@ def step_memory(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
     phases["optimizer"] = _optimizer_step(sizes, stage, setup)
     if setup.zero in (1, 2):  # two buckets, one fills while the other is reduced; ZeRO 3 keeps a single one for good
         phases["backward"]["other"] = 2 * setup.reduce_bucket * FLOAT32
+    return {name: _beside_held(sizes, stage, setup, parts) for name, parts in phases.items()}
+
+
+def decoding_memory(
+    sizes: Sizes, stage: str, setup: Setup, *, prompts: int, prompt_length: int, new_tokens: int
+) -> Parts:
+    """Bytes by part where live decoding between two steps is fullest: behind the prompts, whose keys and values move
+    from the packed pass to the cache layer by layer; or before that, in the FFN of a layer.
+
+    Args:
+        prompts, new_tokens: as `train.live_decoding` has them, of one batch on this rank.
+        prompt_length: tokens of each.
+    """
+    capacity = prompt_length + new_tokens + 2 * sizes.block_size  # as in `models.decoding`, in sequential mode
+    token = 2 * sizes.layers * sizes.keys * setup.weight_bytes
+    packed, cache = prompts * prompt_length * token, prompts * capacity * token
+    exact = replace(setup, autocast=False)  # decoding has its own arithmetic, that of the weights
+    layer = max(ffn(sizes, exact, prompts * prompt_length, n) for n in sizes.all_layers)
+    stream = prompts * prompt_length * sizes.hidden * setup.weight_bytes
+    fullest = max(
+        {"K/V and masks": max(packed + cache / sizes.layers, packed / sizes.layers + cache), "activations": stream},
+        {"K/V and masks": packed, "activations": layer},
+        key=lambda parts: sum(parts.values()),
+    )
+    copy = sizes.draft_parameters(stage) * setup.weight_bytes  # the drafter in the target's dtype, as it is exported
+    parts = {"gradients": _gradients(sizes, stage, setup), "drafter weights": copy}
+    return _beside_held(sizes, stage, setup, parts | fullest)
+
+
+def _beside_held(sizes: Sizes, stage: str, setup: Setup, parts: Parts) -> Parts:
+    """With what is there in every phase."""
     held = _held(sizes, stage, setup)
-    return {name: {part: held.get(part, 0) + parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}
+    return {part: held.get(part, 0) + parts.get(part, 0) for part in PARTS}
 
 
 def peak(phases: dict[str, Parts]) -> tuple[str, float]:
@@ -112,7 +81,7 @@ def peak(phases: dict[str, Parts]) -> tuple[str, float]:
 def _held(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     """What is there in every phase: weights, the optimizer's state, buffers of reductions."""
     target = sizes.target_parameters * setup.weight_bytes
-    drafter = sizes.draft_parameters(stage) * FLOAT32
+    drafter = sizes.held_parameters(stage) * FLOAT32
     trained = sizes.trained_parameters(stage) * FLOAT32
     parts = {"target weights": target, "drafter weights": drafter, "optimizer": 2 * trained}  # AdamW: two moments
     if setup.ddp:
@@ -124,7 +93,7 @@ def _held(sizes: Sizes, stage: str, setup: Setup) -> Parts:
         # Each rank keeps its piece. Whole parameters are gathered for use, and kept up to DeepSpeed's limit.
         parts["target weights"] = target / setup.ranks
         parts["drafter weights"] = drafter / setup.ranks
-        whole = sizes.target_parameters + sizes.draft_parameters(stage)
+        whole = sizes.target_parameters + sizes.held_parameters(stage)
         gathered = min(LIVE_PARAMETERS, whole) * setup.weight_bytes
         parts["other"] = gathered + setup.reduce_bucket * FLOAT32
     return parts
@@ -144,7 +113,7 @@ def _waiting_gradients(sizes: Sizes, stage: str, setup: Setup) -> float:
 def _target_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     """In the FFN of the last layer that is run to its end; or, after that, at the head for the bonus tokens."""
     hidden = setup.clean * sizes.hidden * setup.weight_bytes
-    layer, bonus = _ffn(sizes, setup, setup.clean), 0
+    layer, bonus = max(ffn(sizes, setup, setup.clean, layer) for layer in sizes.all_layers[:-1]), 0
     if stage != ATTENTION_TUNING:
         bonus = hidden + setup.blocks * sizes.vocabulary * setup.arithmetic
     whole = _target_hidden(sizes, stage, setup) > 0
@@ -152,20 +121,20 @@ def _target_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     return {
         "gradients": _waiting_gradients(sizes, stage, setup),
         "activations": max(layer, bonus),
-        "K/V and masks": (sizes.draft_layers - (0 if whole else 1)) * _clean_kv(sizes, setup) + mask,
+        "K/V and masks": (sizes.draft_layers - (0 if whole else 1)) * clean_kv(sizes, setup) + mask,
     }
 
 
 def _mask_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     """In the FFN of the last draft layer. In stage 1 the layers' activations are kept for the backward pass."""
     masks, tuning = setup.masks(sizes), stage == ATTENTION_TUNING
-    parts = _saved(sizes, setup) if tuning else dict.fromkeys(PARTS, 0.0)
+    parts = saved(sizes, setup) if tuning else dict.fromkeys(PARTS, 0.0)
     parts["gradients"] = _waiting_gradients(sizes, stage, setup)
-    parts["activations"] += _ffn(sizes, setup, masks) + _target_hidden(sizes, stage, setup)
-    if tuning and not setup.recompute:
-        parts["activations"] -= 2 * masks * sizes.intermediate * setup.arithmetic  # counted among the saved
+    kept = tuning and not setup.recompute
+    parts["activations"] += ffn(sizes, setup, masks, sizes.drafting[-1], beside_saved=kept)
+    parts["activations"] += _target_hidden(sizes, stage, setup)
     if not (tuning and setup.recompute):
-        parts["K/V and masks"] += _views(sizes, setup)
+        parts["K/V and masks"] += views(sizes, setup)
     return parts
 
 
@@ -173,7 +142,7 @@ def _tuning_loss(sizes: Sizes, setup: Setup) -> Parts:
     """Stage 1, in the last piece: its logits become their gradient, and that one the hidden states'."""
     masks, piece = setup.masks(sizes), setup.piece(sizes)
     stream = sizes.hidden * setup.weight_bytes
-    parts = _saved(sizes, setup)
+    parts = saved(sizes, setup)
     parts["gradients"] = _waiting_gradients(sizes, ATTENTION_TUNING, setup)
     # The final norm's input in float32, its output and the gradient of that; the piece's hidden states.
     parts["activations"] += masks * (FLOAT32 * sizes.hidden + 2 * stream) + piece * stream
@@ -186,17 +155,17 @@ def _tuning_loss(sizes: Sizes, setup: Setup) -> Parts:
 
 def _tuning_backward(sizes: Sizes, setup: Setup) -> Parts:
     """Stage 1, in the last draft layer; or in the first, where all gradients are there and no other layer's tensors."""
-    begin, end = _saved(sizes, setup), _saved_by_a_layer(sizes, setup)
+    begin, end = saved(sizes, setup), saved_by_a_layer(sizes, setup, sizes.drafting[0])
     if setup.recompute:
-        begin = {part: begin[part] + end[part] for part in begin}
+        last = saved_by_a_layer(sizes, setup, sizes.drafting[-1])
+        begin = {part: begin[part] + last[part] for part in begin}
     begin["gradients"] = _waiting_gradients(sizes, ATTENTION_TUNING, setup)
     end["gradients"] = _gradients(sizes, ATTENTION_TUNING, setup)
     parts = max(begin, end, key=lambda parts: sum(parts.values()))
-    # Through a norm, in float32: the gradients of three steps, and two factors on the way. Through the FFN: those of
-    # gate, up, their product and the residual stream.
+    # Through a norm, in float32: the gradients of three steps, and two factors on the way.
     norm = 5 * FLOAT32 * sizes.hidden
-    ffn = 3 * setup.arithmetic * sizes.intermediate + setup.weight_bytes * sizes.hidden
-    return parts | {"activations": parts["activations"] + setup.masks(sizes) * max(norm, ffn)}
+    flowing = max(norm, *(ffn_gradients(sizes, setup, layer) for layer in sizes.drafting))
+    return parts | {"activations": parts["activations"] + setup.masks(sizes) * flowing}
 
 
 def _calibrator_loss(sizes: Sizes, stage: str, setup: Setup) -> Parts:
@@ -264,66 +233,3 @@ def _target_hidden(sizes: Sizes, stage: str, setup: Setup) -> float:
     """The target's last hidden states, which are kept for a teacher's distribution, and in stage 2 in any case."""
     wanted = stage != ATTENTION_TUNING or setup.teacher
     return setup.clean * sizes.hidden * setup.weight_bytes if wanted else 0
-
-
-def _clean_kv(sizes: Sizes, setup: Setup) -> float:
-    """K/V of the clean tokens in one layer. The rotation leaves keys in the dtype of the residual stream."""
-    return setup.clean * sizes.keys * (setup.weight_bytes + setup.arithmetic)
-
-
-def _views(sizes: Sizes, setup: Setup) -> float:
-    """What the draft layers are given to see: K/V of the clean tokens, and the mask. That of FlexAttention is small."""
-    pairs = 0 if setup.attention == "flex" else setup.rows * sum(queries * keys for queries, keys in setup.tiles(sizes))
-    return sizes.draft_layers * _clean_kv(sizes, setup) + pairs * BOOL
-
-
-def _saved(sizes: Sizes, setup: Setup) -> Parts:
-    """What the draft layers keep for the backward pass."""
-    if not setup.recompute:
-        return {part: sizes.draft_layers * kept for part, kept in _saved_by_a_layer(sizes, setup).items()}
-    # The inputs; that of the first is one vector for all.
-    inputs = (sizes.draft_layers - 1) * setup.masks(sizes) * sizes.hidden * setup.weight_bytes
-    return {"activations": inputs, "K/V and masks": _views(sizes, setup), "bfloat16 copies": 0}
-
-
-def _saved_by_a_layer(sizes: Sizes, setup: Setup) -> Parts:
-    """What one draft layer keeps for the backward pass."""
-    tiles = setup.tiles(sizes)
-    # Context and slots joined, in each tile or once; and the mask as numbers, but that of FlexAttention is small.
-    kept = 2 * sizes.keys * sum(keys for _, keys in tiles)
-    if setup.attention != "flex":
-        kept += sum(queries * keys for queries, keys in tiles)
-    copies = 0
-    if setup.autocast:  # of the projectors, and of a frozen FFN unless it is bfloat16 already
-        frozen = sizes.ffn_weights if setup.weight_bytes == FLOAT32 else 0
-        copies = BFLOAT16 * (sizes.attention_weights + frozen)
-    return {
-        "activations": setup.masks(sizes) * _saved_of_a_token(sizes, setup),
-        "K/V and masks": setup.rows * kept * setup.arithmetic,
-        "bfloat16 copies": copies,
-    }
-
-
-def _saved_of_a_token(sizes: Sizes, setup: Setup) -> int:
-    """What one draft layer keeps of one mask token."""
-    arithmetic, heads = setup.arithmetic, sizes.queries + sizes.keys
-    outputs = 2 if setup.attention == "sdpa" else 1  # of the tiles, and joined
-    # Log-sum-exp of the scores, rotated queries, output.
-    attention = FLOAT32 * sizes.heads + (1 + outputs) * arithmetic * sizes.queries
-    if setup.compiled:
-        # What goes into matrix products and comes out, not what is computed from it at little cost: the stream before
-        # attention and FFN, and normed; queries and keys before their norms; gate and up.
-        stream = (2 * setup.weight_bytes + arithmetic) * sizes.hidden
-        return attention + stream + arithmetic * (heads + 2 * sizes.intermediate)
-    # The inputs of the two norms in float32. Normed, one for the projectors of queries, keys and values; or a copy for
-    # each, if it has to be cast.
-    normed = arithmetic * (3 if setup.autocast and setup.weight_bytes == FLOAT32 else 1)
-    stream = (2 * FLOAT32 + normed) * sizes.hidden
-    # Of a head norm: its input in float32; the normed one, for the weight, in the input's dtype.
-    norms = (FLOAT32 + arithmetic) * heads if sizes.head_norms else 0
-    return attention + stream + norms + 3 * arithmetic * sizes.intermediate  # gate, its activation, up
-
-
-def _ffn(sizes: Sizes, setup: Setup, tokens: int) -> float:
-    """The fullest moment of a layer: its input, the residual, that one's norm, and gate, up and their product."""
-    return tokens * (3 * setup.weight_bytes * sizes.hidden + 3 * setup.arithmetic * sizes.intermediate)

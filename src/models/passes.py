@@ -1,14 +1,14 @@
 """The passes of decoding: over prompts, over candidates, over mask blocks, and over both at once."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.attention import Places, View
+from models.attention import KeysValues, Places, View
 from models.draft import DraftModel
 from models.execution import through_layers
 from models.families import layer_windows
@@ -36,8 +36,15 @@ def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int) ->
     hidden = target.get_input_embeddings()(input_ids[None])
     hidden = through_layers(target, target.model.layers, 0, hidden, positions[None], views)
     last = (lengths.cumsum(0) - 1).to(device)
-    cache = KVCache([view.kept for view in views], row_of, positions, len(prompts), capacity)
+    cache = KVCache(_given_up(views), row_of, positions, len(prompts), capacity)
     return target_logits(target, hidden[0, last]), cache
+
+
+def _given_up(views: list[View]) -> Iterator[KeysValues]:
+    """What views kept, one after the other, each forgotten when the next is asked for."""
+    for view in views:
+        kept, view.kept = view.kept, None
+        yield kept
 
 
 def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:

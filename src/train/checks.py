@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from data.configuration import check_at_least, check_choices, check_settings
 from data.errors import UserError
@@ -25,6 +25,7 @@ def check_config(config: DictConfig) -> None:
     _check_stages(config)
     _check_ranges(config)
     _check_push(config)
+    check_adapter(config)
 
 
 def _check_stages(config: DictConfig) -> None:
@@ -44,6 +45,27 @@ def _check_push(config: DictConfig) -> None:
             "Add export to stages, or use scripts/push_to_hub.py."
         )
     check_destination(destination(config))
+
+
+def check_adapter(config: DictConfig) -> None:
+    """
+    Raises:
+        UserError: settings of `adapter=lora` that cannot be, or not with this strategy.
+    """
+    if not config.adapter:
+        return
+    check_at_least(config, {"adapter.rank": 1})
+    if not config.adapter.alpha > 0:
+        raise UserError(f"adapter.alpha={config.adapter.alpha}: expected more than 0.")
+    chosen = config.adapter.target_modules
+    if chosen is not None and not isinstance(chosen, ListConfig):
+        raise UserError(f"adapter.target_modules={chosen}: expected a list, such as [q_proj, v_proj], or null.")
+    strategy = config.trainer.get("strategy")
+    if "attention_tuning" in config.stages and isinstance(strategy, DictConfig) and strategy.get("stage") == 3:
+        raise UserError(
+            "adapter=lora shares the target's projectors, which ZeRO 3 cuts into pieces. "
+            "Choose trainer=zero2, or adapter=none."
+        )
 
 
 def _check_ranges(config: DictConfig) -> None:

@@ -1,6 +1,7 @@
 """What a training stage takes on the machine that the settings name: memory, arithmetic, time."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
-from models.cost import Sizes, step_flops
-from models.memory import Setup, peak, step_memory
+from models.activations import Setup
+from models.cost import step_flops
+from models.memory import decoding_memory, peak, step_memory
+from models.sizes import FAMILIES, Sizes
 from train.checks import check_path
 from train.hardware import GIB, GPUS, peak_flops
 from train.preset import arithmetic, passes_per_step
@@ -65,17 +68,23 @@ def target_sizes(config: DictConfig) -> Sizes:
     """The sizes of target and drafter, without the network.
 
     Raises:
-        UserError: they are not known here, or not of a kind that is counted; or the drafter has too many layers.
+        UserError: they are not known here, or not of a kind that is counted; or the drafter has too many layers,
+            or an adapter of other projectors than there are.
     """
     target, draft = config.model.target, config.model.draft
     shape = {"num_layers": draft.num_layers, "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
     try:
-        sizes = Sizes.from_config(_architecture(target), **shape)
+        sizes = Sizes.from_config(_completed(_architecture(target)), **shape)
     except ValueError as error:
         raise UserError(f"model.target: the plan cannot count this target: {error}") from error
     if sizes.draft_layers > sizes.layers:
         raise UserError(f"model.draft.num_layers={sizes.draft_layers}, but the target has {sizes.layers} layers.")
-    return sizes
+    if not config.adapter:
+        return sizes
+    try:
+        return sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _architecture(target: DictConfig) -> dict[str, Any]:
@@ -95,6 +104,15 @@ def _architecture(target: DictConfig) -> dict[str, Any]:
             )
         file = Path(cached)
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _completed(architecture: dict[str, Any]) -> dict[str, Any]:
+    """With what the architecture's config need not say, such as which layers have a window."""
+    if architecture.get("model_type") not in FAMILIES:
+        return architecture  # `Sizes` says so
+    from transformers import AutoConfig  # late: the plan needs torch for nothing else
+
+    return AutoConfig.for_model(**architecture).to_dict()
 
 
 def machine_of(config: DictConfig) -> Machine:
@@ -158,12 +176,28 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
         **common,
         **sharing,
     )
-    phases = step_memory(sizes, stage, setup)
+    phases = step_memory(sizes, stage, setup) | _live_decoding(config, stage, sizes, setup)
     phase, _ = peak(phases)
     parts = phases[phase]
     parts["other"] += CONTEXT if machine.gpu else LIBRARIES
     seconds = sum(flops.values()) / (machine.flops * config.hardware.share_of_peak)
     return Estimate(stage, settings.steps, setup, flops, seconds, phase, parts, USABLE * machine.memory)
+
+
+def _live_decoding(config: DictConfig, stage: str, sizes: Sizes, setup: Setup) -> dict[str, dict[str, float]]:
+    """Bytes by part while validation prompts are decoded, as a phase; none if there are no such prompts.
+
+    They are taken to be as long as a row: beginnings of conversations of unknown lengths.
+    """
+    settings = config.stage[stage].decode
+    if not settings.prompts:
+        return {}
+    ranks = 1 if setup.zero == 3 else setup.ranks  # under ZeRO 3 every rank decodes all of them
+    prompts = min(settings.batch_size, math.ceil(settings.prompts / ranks))
+    room = sizes.positions - settings.max_new_tokens - sizes.block_size
+    length = min(config.data.row_length, room)
+    together = {"prompts": prompts, "prompt_length": length, "new_tokens": settings.max_new_tokens}
+    return {"live decoding": decoding_memory(sizes, stage, setup, **together)}
 
 
 def _attention(config: DictConfig, machine: Machine) -> str:

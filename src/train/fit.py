@@ -13,7 +13,8 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from data.packing import PackedRows
-from models.cost import Sizes, step_flops
+from models.cost import step_flops
+from models.sizes import Sizes
 from train.checkpoints import CheckpointFiles, Checkpoints, keeper, step_of, usable_checkpoint
 from train.datamodule import DraftData
 from train.loggers import StageWandbLogger
@@ -112,6 +113,8 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
     rows, length = settings.rows_per_step, config.data.row_length
     try:
         sizes = Sizes.from_config(target_config.to_dict(), **shape)
+        if config.adapter:
+            sizes = sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
     except ValueError:
         flops = None
     else:

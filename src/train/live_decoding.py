@@ -16,6 +16,7 @@ from torch import nn
 from data.configuration import check_at_least
 from data.errors import UserError
 from data.packing import PackedRows
+from models.adapter import LoraDraft
 from models.decoding import generate
 from models.draft import DraftModel
 from models.intervals import tau_interval
@@ -96,6 +97,8 @@ def as_exported(draft: DraftModel) -> DraftModel:
 
     What it shares with the target stays shared. Call on every rank: ZeRO 3 keeps a piece of each parameter on each.
     """
+    if isinstance(draft, LoraDraft):
+        return draft.merged(draft.target.dtype)
     own = list(draft.own_parameters().values())
     with _whole(own):
         copies = {id(p): nn.Parameter(p.to(draft.target.dtype, copy=True), requires_grad=False) for p in own}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -16,11 +17,14 @@ from data.sources import fingerprint
 from models.export import without_recommendation
 from train import stages
 from train.checks import STAGES, TRAINED
+from train.hub import check_access, destination, of_target, push
+from train.model_card import write_card
 from train.preemption import set_training
-from train.preset import arithmetic
+from train.preset import arithmetic, device
 from train.report import plot_losses
 from train.resources import Resources
 from train.run_state import StageRecord, file_sha256, overwrites
+from train.speed import device_name
 
 # What each stage starts from: files of earlier stages, without which it cannot run.
 INPUTS = {
@@ -44,12 +48,18 @@ def run(config: DictConfig) -> None:
     set_training(False)  # from here on, signals may unwind what is going on
     run_dir = Path(config.run_dir)
     resources = Resources(config)
+    if config.export.push_to_hub and rank_zero_only.rank == 0:
+        check_access(destination(config), of_target(resources.target_config))  # before the training, not after it
     chosen = [stage for stage in STAGES if stage in config.stages]
     for number, stage in enumerate(chosen, start=1):
         if rank_zero_only.rank and stage not in TRAINED:
             continue  # export and evaluation are the first rank's
         _say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, run_dir / stage, resources, later=chosen[number:])
+    if rank_zero_only.rank == 0 and (run_dir / "records" / "export.done.json").exists():
+        write_card(run_dir)
+        if config.export.push_to_hub:
+            _say(f"pushed to {push(run_dir / 'export', destination(config))}")
 
 
 def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources, later: list[str]) -> None:
@@ -74,11 +84,23 @@ def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resou
     seed_everything(config.seed, verbose=False)
     result = getattr(stages, stage)(config, directory, resources)
     if rank_zero_only.rank == 0:
-        record.finish(result)
+        if "adapter" in result:
+            _say(f"    PEFT adapter: {result['adapter']}")
+        record.finish(result, overrides=_overrides(), hardware=_hardware(config))
         # Only now: until the stage is on record, the checkpoints are what a restart goes on from.
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         if stage in TRAINED:
             plot_losses({name: run_dir / name for name in TRAINED}, run_dir / "loss.png")
+
+
+def _overrides() -> list[str]:
+    """The command's arguments; none where there was no command."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _hardware(config: DictConfig) -> str:
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return f"{ranks} x {device_name(torch.device(device(config)))}"
 
 
 def _barrier() -> None:
@@ -101,11 +123,14 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
         inputs += sorted((run_dir / "export").glob("*.safetensors"))
     # Unresolved, so that a moved checkout keeps its settings.
     plain: Any = OmegaConf.to_container(config, resolve=False)
-    settings = {"model": plain["model"], "stage": plain["stage"][stage]}
+    written = {key: plain["export"][key] for key in ("dtype", "complete")}  # the others say where it goes
+    settings = {"model": plain["model"], "stage": written if stage == "export" else plain["stage"][stage]}
     if stage in TRAINED:
         settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in WITHOUT_EFFECT}
         data = {k: v for k, v in plain["data"].items() if k not in ("prompts", "num_proc", "bad_records")}
         settings |= {"objective": plain["objective"], "data": data, "seed": plain["seed"]}
+        if stage == "attention_tuning" and plain["adapter"]:
+            settings["adapter"] = plain["adapter"]
         settings["arithmetic"] = arithmetic(config)  # ranks and strategy change no more than the rounding
     if stage == "evaluate":
         settings["template_kwargs"] = plain["data"]["template_kwargs"]

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from data.configuration import CONF
 from data.errors import UserError
-from models.cost import ATTENTION_TUNING, Sizes
 from models.memory import FLOAT32, PARTS
+from models.sizes import ATTENTION_TUNING, Sizes
 from train.checks import TRAINED
 from train.estimate import DTYPE_BYTES, LIBRARIES, Estimate, Machine, estimate, machine_of, target_sizes
 from train.hardware import GIB, GPUS
@@ -91,11 +91,11 @@ def _elsewhere(config: DictConfig, sizes: Sizes, machine: Machine, estimates: li
         # One more than are kept, while it is written.
         "disk: checkpoints of a stage": max((n + 1) * _checkpoint(sizes, stage) for stage, n in keep.items()),
         "disk: trained drafters": FLOAT32 * sum(sizes.draft_parameters(e.stage) for e in estimates),
-        "disk: export": DTYPE_BYTES[config.stage.export.dtype] * sizes.draft_parameters(last),
+        "disk: export": DTYPE_BYTES[config.export.dtype] * sizes.draft_parameters(last),
     }
     if machine.gpu:
         # Each rank reads the whole target before it goes to the GPU, under ZeRO 3 too.
-        weights = sizes.target_parameters * DTYPE_BYTES[target.dtype] + FLOAT32 * sizes.draft_parameters(last)
+        weights = sizes.target_parameters * DTYPE_BYTES[target.dtype] + FLOAT32 * sizes.held_parameters(last)
         rows["host memory of a rank, while it loads"] = weights + LIBRARIES
         rows[f"host memory of a node, {machine.per_node} ranks"] = machine.per_node * (weights + LIBRARIES)
     table = _table("Disk, without the data, and host memory, GB", "part", ["GB"])
@@ -174,15 +174,17 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
     rows = settings.rows_per_pass or share
     passes = [{f"{here}.rows_per_pass": n} for n in range(rows - 1, 0, -1) if share % n == 0]
     chunks = [{f"{here}.module.chunk": n} for n in _halves(settings.module.chunk, 256)]
+    prompts = [{f"{here}.decode.batch_size": n} for n in _halves(settings.decode.batch_size, 1)]
     least = {f"{here}.rows_per_pass": 1}
-    smaller = [*passes, *chunks, *(least | chunk for chunk in chunks)]
+    smaller = [*passes, *chunks, *prompts, *(least | chunk for chunk in chunks)]
+    smaller += [least | chunk | prompts[-1] for chunk in chunks if prompts]
     yield smaller
     if stage == ATTENTION_TUNING and not config.speed.recompute:
         yield [{"speed.recompute": True} | change for change in ({}, *smaller)]
     if not machine.gpu:
         return
     # As many ranks as a node has GPUs, each with its share of the rows.
-    presets = [{"trainer": "zero2"}, {"trainer": "zero3"}]
+    presets = [{"trainer": "zero2"}, *([] if config.adapter else [{"trainer": "zero3"}])]
     yield [*presets, *(preset | least for preset in presets)]
 
 
@@ -190,6 +192,7 @@ def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[st
     """Kinds of changes that make it a lesser training: coarser weights, fewer blocks, shorter rows."""
     settings, here = config.stage[stage], f"stage.{stage}"
     least = {f"{here}.rows_per_pass": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
+    least[f"{here}.decode.batch_size"] = 1
     if stage == ATTENTION_TUNING:
         least["speed.recompute"] = True
     if config.model.target.dtype != "bfloat16":

@@ -8,6 +8,11 @@ def arithmetic(config: DictConfig) -> str:
     return {"32-true": "float32", "bf16-mixed": "bfloat16"}[config.trainer.precision]
 
 
+def device(config: DictConfig) -> str:
+    """The kind of device that the stages compute on."""
+    return "cuda" if config.trainer.accelerator in ("gpu", "cuda") else "cpu"
+
+
 def passes_per_step(rows_per_step: int, rows_per_pass: int | None, world_size: int) -> int:
     """How many passes a rank's share of a step takes; None: all of it in one.
 

@@ -70,7 +70,8 @@ class Resources:
             config = load_config(self.name, revision=self.revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model.target.name={self.name!r}: the target's config did not load. {error}") from error
-        check_sizes(self.architecture or {}, config.to_dict())
+        expected = self.architecture or {}
+        check_sizes(expected, {key: getattr(config, key, None) for key in expected})  # by any name that it goes by
         return config
 
     @property

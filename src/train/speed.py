@@ -11,11 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from models.cost import Sizes, decoding_flops
+from models.cost import decoding_flops
 from models.decoding import PHASES, GenerationResult, generate
 from models.draft import DraftModel
 from models.metrics import mean_acceptance_length
 from models.selection import OFF, Selection
+from models.sizes import Sizes
 from train.evaluation import Decoding
 
 ALONE, DRAFTING = "target alone", ("sequential", "parallel")

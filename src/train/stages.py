@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from data.errors import UserError
+from models.adapter import LoraDraft, save_adapter
 from models.draft import DraftModel, start_calibrator_from_head
 from models.execution import Execution
 from models.export import export_draft, load_draft, load_draft_weights, recommend
@@ -23,10 +26,12 @@ from train.evaluation_report import markdown, plot_acceptance, plot_speed, print
 from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
 from train.live_decoding import check_decoding, live_decoding
 from train.preemption import agreed_signal, set_training
+from train.preset import device
 from train.resources import Resources
 from train.run_state import file_sha256, overwrites, publish, read_json, sync, write_json
 
 WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
+ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
 # Arguments of Lightning's Trainer that are not the user's: set by `build_trainer`, or at odds with batches that are a
 # function of the optimizer step.
 TAKEN = ("max_steps", "max_epochs", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch", "logger")
@@ -49,16 +54,11 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
     source = finished_weights(directory.parent)
     draft = _new_draft(config, resources, calibrated=source.parent.name == "bonus_calibration")
     load_draft_weights(draft.own_parameters(), load_file(source), source=str(source))
-    temporary = directory.with_name("export.new")
-    shutil.rmtree(temporary, ignore_errors=True)
+    dtype, complete = getattr(torch, config.export.dtype), config.export.complete
     try:
-        export_draft(draft, temporary, getattr(torch, config.stage.export.dtype))
+        _publish_directory(directory, lambda new: export_draft(draft, new, dtype, complete=complete))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    for file in temporary.iterdir():
-        sync(file)
-    shutil.rmtree(directory, ignore_errors=True)  # of an export that was interrupted
-    os.replace(temporary, directory)
     result = {
         "parameters": sum(p.numel() for p in draft.own_parameters().values()),
         "calibrated": draft.calibrator_rank > 0,
@@ -75,10 +75,9 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
         UserError: in float32, an output that differs from the target's own: the drafter must never change it.
     """
     settings, exported = config.stage.evaluate, directory.parent / "export"
-    device = "cuda" if config.trainer.accelerator in ("gpu", "cuda") else "cpu"
-    target = resources.target.to(device)
+    target = resources.target.to(device(config))
     try:
-        draft = load_draft(exported, target).to(device)
+        draft = load_draft(exported, target).to(target.device)
     except ValueError as error:
         raise UserError(f"The exported drafter did not load. {error}") from error
     variants = _variants(draft, list(settings.variants))
@@ -174,8 +173,9 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
 def _train(config: DictConfig, stage: str, directory: Path, resources: Resources) -> dict[str, Any]:
     settings = config.stage[stage]
     trainer = checked_trainer(config, stage, directory)
-    draft = _new_draft(config, resources, calibrated=stage == "bonus_calibration")
-    if stage == "bonus_calibration":
+    calibrates = stage == "bonus_calibration"
+    draft = _new_draft(config, resources, calibrated=calibrates, adapted=not calibrates)
+    if calibrates:
         source = directory.parent / "attention_tuning" / WEIGHTS
         load_draft_weights(draft.attention_parameters(), load_file(source), source=str(source))
         start_calibrator_from_head(draft)
@@ -194,16 +194,17 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    positions = resources.target_config.max_position_embeddings
-    trainer.callbacks += live_decoding(config, stage, validation, positions)
+    trainer.callbacks += live_decoding(config, stage, validation, resources.positions)
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory, resume=not overwrites(config))
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
     if trainer.is_global_zero:
-        own = load_file(source) if stage == "bonus_calibration" else {}
+        own = load_file(source) if calibrates else {}
         own |= {name: tensor.cpu() for name, tensor in trained.items()}
         own |= keeper(trainer).best_weights()
+        if not calibrates:
+            own = _merged(draft, own, directory.with_name(ADAPTER))
         publish(directory / WEIGHTS, lambda temporary: save_file(own, temporary, metadata={"format": "pt"}))
     trainer.strategy.barrier()  # the next stage reads the file on every rank
     set_training(False, agreed_signal(trainer.strategy))
@@ -212,7 +213,31 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     parameters = sum(tensor.numel() for tensor in trained.values())
     steps = trainer.global_step  # fewer than asked for where it was stopped early
     weights_of_step = keeper(trainer).best.get("step", steps)
-    return {"trained_parameters": parameters, "steps": steps, "weights_of_step": weights_of_step, **metrics}
+    result = {"trained_parameters": parameters, "steps": steps, "weights_of_step": weights_of_step, **metrics}
+    if isinstance(draft, LoraDraft):
+        result["adapter"] = str(directory.with_name(ADAPTER))
+    return result
+
+
+def _merged(draft: DraftModel, trained: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """What was trained in stage 1 by exported name. Of LoRA, the adapter goes to a directory of its own."""
+    if not isinstance(draft, LoraDraft):
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that this one takes the place of
+        return trained
+    load_draft_weights(draft.attention_parameters(), trained, source="the trained weights")
+    _publish_directory(directory, lambda new: save_adapter(draft, new))
+    return {name: p.detach().cpu() for name, p in draft.merged().own_parameters().items()}
+
+
+def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name, sync, rename."""
+    temporary = directory.with_name(f"{directory.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    for file in temporary.rglob("*"):
+        sync(file)
+    shutil.rmtree(directory, ignore_errors=True)  # of a run that was interrupted
+    os.replace(temporary, directory)
 
 
 def _execution(config: DictConfig, trainer: Trainer) -> Execution:
@@ -223,13 +248,23 @@ def _execution(config: DictConfig, trainer: Trainer) -> Execution:
     return Execution(attention=speed.attention, compile=speed.compile and not in_pieces, recompute=speed.recompute)
 
 
-def _new_draft(config: DictConfig, resources: Resources, *, calibrated: bool) -> DraftModel:
-    """An untrained drafter with float32 parameters, or better, whatever the target's: they are the master weights."""
-    settings = config.model.draft
-    return DraftModel(
-        resources.target,
-        num_layers=settings.num_layers,
-        block_size=settings.block_size,
-        calibrator_rank=settings.calibrator_rank if calibrated else 0,
-        dtype=torch.promote_types(torch.float32, resources.target.dtype),
-    )
+def _new_draft(
+    config: DictConfig, resources: Resources, *, calibrated: bool, adapted: bool = False
+) -> DraftModel | LoraDraft:
+    """An untrained drafter with float32 parameters, or better, whatever the target's: they are the master weights.
+
+    Args:
+        adapted: with the adapter of the settings, if they ask for one.
+
+    Raises:
+        UserError: the adapter is not for this architecture.
+    """
+    settings, target = config.model.draft, resources.target
+    sizes = {"num_layers": settings.num_layers, "block_size": settings.block_size}
+    sizes["dtype"] = torch.promote_types(torch.float32, target.dtype)
+    if adapted and config.adapter:
+        try:
+            return LoraDraft(target, instantiate(config.adapter), **sizes)
+        except ValueError as error:
+            raise UserError(f"adapter.{error}") from error
+    return DraftModel(target, calibrator_rank=settings.calibrator_rank if calibrated else 0, **sizes)

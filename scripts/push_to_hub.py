@@ -1,0 +1,32 @@
+"""Upload an exported drafter to the Hugging Face Hub, as one commit; an interrupted upload goes on where it was.
+
+    python scripts/push_to_hub.py checkpoints/tiny/export owner/name              # private
+    python scripts/push_to_hub.py checkpoints/tiny/export owner/name --public --tag v1
+
+The token is that of HF_TOKEN or `hf auth login`. A run does the same at its end with export.push_to_hub=owner/name.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.errors import UserError
+from train.hub import Destination, push
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="an exported drafter, such as checkpoints/tiny/export")
+    parser.add_argument("repository", help="owner/name; made if it is not there")
+    parser.add_argument("--public", action="store_true", help="everybody may see it")
+    parser.add_argument("--tag", help="names the uploaded revision, such as v1")
+    arguments = parser.parse_args()
+    to = Destination(arguments.repository, private=not arguments.public, tag=arguments.tag)
+    try:
+        print(f"pushed to {push(arguments.directory, to)}")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

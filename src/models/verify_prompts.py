@@ -1,0 +1,97 @@
+"""Prompts to verify a drafter with: a file's or a few of our own, as the target's tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.target import load_tokenizer
+
+Messages = list[dict[str, str]]
+
+QUESTIONS = (
+    "Tom has 3 apples and buys 4 more. How many apples does he have?",
+    "A train travels 60 miles per hour for 3 hours. How many miles does it travel?",
+    "What is the capital of France?",
+    "Write a Python function that returns the greatest of three numbers.",
+)
+RANDOM_TOKENS = 12  # of each prompt for a target without a tokenizer
+
+
+def read_prompts(path: Path) -> list[Messages]:
+    """Conversations of a JSONL file, one to a line: `messages` up to a user's turn, or `turns`, of which the first.
+
+    Raises:
+        ValueError: no such file, nothing in it, or a line that is no such record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as text. {error}") from error
+    prompts = [_messages(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it; expected one JSON object to a line.")
+    return prompts
+
+
+def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """The target's tokenizer; None if it has none."""
+    try:
+        tokenizer = load_tokenizer(name, revision=revision)
+    except (OSError, ValueError):
+        return None
+    # Without its files, transformers gives one of special tokens alone.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+
+def prompt_tokens(
+    prompts: list[Messages] | None, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """[prompts][tokens] of prompts, or of QUESTIONS; without a tokenizer, as many of random tokens.
+
+    Raises:
+        ValueError: the chat template refuses a prompt, or there are prompts but no tokenizer.
+    """
+    if tokenizer is None:
+        if prompts:
+            raise ValueError("The target has no tokenizer, so prompts of text cannot be used; leave --prompts out.")
+        vocabulary = target.get_input_embeddings().num_embeddings
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (len(QUESTIONS), RANDOM_TOKENS), generator=generator).tolist()
+    return [_encode(m, tokenizer) for m in prompts or ([{"role": "user", "content": text}] for text in QUESTIONS)]
+
+
+def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"The target's chat template refuses {messages[-1]['content'][:60]!r}: {error}") from error
+
+
+def _messages(line: str, place: str) -> Messages:
+    """
+    Raises:
+        ValueError: no such record, with its place.
+    """
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: no valid JSON ({error}).") from error
+    record = record if isinstance(record, dict) else {}
+    turns, messages = record.get("turns"), record.get("messages")
+    if isinstance(turns, list) and turns and isinstance(turns[0], str):
+        return [{"role": "user", "content": turns[0]}]
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise ValueError(f"{place}: expected an object with turns (texts) or messages (role and content).")
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise ValueError(f"{place}: no message of a user to answer.")
+    return messages[: users[-1] + 1]
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

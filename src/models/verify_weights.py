@@ -1,0 +1,233 @@
+"""An artifact's files and tensors: what is missing, damaged, misshapen or of no value, by name.
+
+Each function finds all faults of its kind. Tensors are read one at a time: a large artifact takes little memory.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.export import CONFIG, INDEX, WEIGHTS
+
+PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+# As safetensors and as configs name them.
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+CALIBRATOR = "anchor_bias_mlp."
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor before its values."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as configs name it; as safetensors does if it is none of DTYPES
+    file: str
+
+
+def file_faults(directory: Path) -> list[str]:
+    """Config and weights must be there, whole and readable, and nothing there may be pickled."""
+    faults = [] if isinstance(read_json(directory / CONFIG), dict) else [_why_no_object(directory / CONFIG)]
+    faults += [
+        f"{path.relative_to(directory)}: pickled weights, which run their author's code when loaded. "
+        "Delete the file; the weights belong in *.safetensors."
+        for path in sorted(directory.rglob("*"))
+        if path.suffix in PICKLED
+    ]
+    return faults + _weight_file_faults(directory)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is not there or not readable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def headers(directory: Path) -> dict[str, Header]:
+    """All tensors of an artifact without faults of its files, by name."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  no dictionary
+                tensor = file.get_slice(name)
+                dtype = tensor.get_dtype()
+                found[name] = Header(tuple(tensor.get_shape()), DTYPES.get(dtype, dtype), path.name)
+    return found
+
+
+def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and values, one tensor at a time."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+
+
+def shape_faults(
+    found: dict[str, Header], expected: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """Names and shapes must be the contract's.
+
+    Args:
+        optional: what an artifact may hold besides, but for which the same holds.
+    """
+    faults = [
+        f"{name}: missing from the weights; expected shape {shape}. Export the drafter again."
+        for name, shape in sorted(expected.items())
+        if name not in found
+    ]
+    known = expected | optional
+    for name, header in sorted(found.items()):
+        if name not in known:
+            faults.append(f"{name}: unexpected tensor in {header.file}{_hint(name)}.")
+        elif header.shape != known[name]:
+            faults.append(f"{name}: has shape {header.shape} in {header.file}; expected {known[name]}.")
+    return faults
+
+
+def dtype_faults(found: dict[str, Header], promised: Any) -> list[str]:
+    """All tensors must have one floating dtype, and that of the config.
+
+    Args:
+        promised: `dtype` of config.json.
+    """
+    faults = [
+        f"{name}: has dtype {header.dtype} in {header.file}; expected one of {', '.join(DTYPES.values())}."
+        for name, header in sorted(found.items())
+        if header.dtype not in DTYPES.values()
+    ]
+    counts = Counter(header.dtype for header in found.values()).most_common()
+    if faults or not counts:
+        return faults
+    common = counts[0][0]
+    if len(counts) > 1:
+        other = [f"{name} is {header.dtype}" for name, header in sorted(found.items()) if header.dtype != common]
+        return [f"mixed dtypes: {counts[0][1]} tensors are {common}, but {_some(other)}. Export them in one dtype."]
+    if promised != common:
+        return [f"{CONFIG}: dtype is {promised!r}, but the tensors are {common}. Set dtype to {common!r}."]
+    return []
+
+
+def value_faults(directory: Path) -> tuple[list[str], list[str]]:
+    """Values must be finite.
+
+    Returns:
+        Faults, and warnings of tensors that look as if they had never been trained.
+    """
+    faults, zeros = [], []
+    for name, tensor in tensors(directory):
+        bad = (~tensor.isfinite()).nonzero()
+        if len(bad):
+            place = tuple(bad[0].tolist())
+            faults.append(
+                f"{name}: {len(bad)} of {tensor.numel()} values are not finite, the first at {list(place)}: "
+                f"{tensor[place].item()}. Training diverged, or the file was altered; export an earlier checkpoint."
+            )
+        if not name.endswith(".bias") and not tensor.any():
+            zeros.append(name)
+    effect = " (the calibrator changes nothing)" if any(name.startswith(CALIBRATOR) for name in zeros) else ""
+    return faults, [f"all zeros, so perhaps untrained: {_some(zeros)}{effect}."] if zeros else []
+
+
+def foreign_tensors(directory: Path, own: dict[str, Tensor]) -> list[str]:
+    """Names of an artifact's tensors whose values are others than those of the target under the same name.
+
+    Args:
+        own: the target's, by exported name; tensors of other names are not compared.
+    """
+    return [name for name, tensor in tensors(directory) if name in own and not _same(tensor, own[name])]
+
+
+def _same(tensor: Tensor, own: Tensor) -> bool:
+    """Equal in the coarser of both dtypes: the artifact may have been rounded, or the target when it was loaded."""
+    coarser = max(tensor.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(tensor.to(coarser), own.to("cpu", coarser))
+
+
+def _weight_file_faults(directory: Path) -> list[str]:
+    present = {path.name for path in directory.glob("*.safetensors")}
+    faults = [fault for name in sorted(present) if (fault := _unreadable(directory / name))]
+    if not (directory / INDEX).exists():
+        if WEIGHTS not in present:
+            found = f"found only {_some(sorted(present))}" if present else "found no *.safetensors at all"
+            return [*faults, f"{WEIGHTS}: not there, nor {INDEX}; {found}. Copy or export the whole directory again."]
+        stray = sorted(present - {WEIGHTS})
+        return faults + [f"{name}: stray weights beside {WEIGHTS}. Delete the file." for name in stray]
+    index = read_json(directory / INDEX)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        return [*faults, f"{INDEX}: no readable JSON with a weight_map from tensors to files. Export again."]
+    return faults + _index_faults(directory, places, present)
+
+
+def _index_faults(directory: Path, places: dict[str, str], present: set[str]) -> list[str]:
+    """The index and the files must tell the same."""
+    files = set(places.values())
+    faults = [f"{file}: missing, but {INDEX} places tensors there. Copy it too." for file in sorted(files - present)]
+    faults += [f"{file}: stray weights, not in {INDEX}. Delete the file." for file in sorted(present - files)]
+    for file in sorted(file for file in files & present if not _unreadable(directory / file)):
+        with safe_open(directory / file, "pt") as opened:
+            held = set(opened.keys())
+        promised = {name for name, place in places.items() if place == file}
+        faults += [f"{name}: not in {file}, where {INDEX} places it." for name in sorted(promised - held)]
+        faults += [f"{name}: in {file}, but not placed there by {INDEX}." for name in sorted(held - promised)]
+    return faults
+
+
+def _unreadable(path: Path) -> str | None:
+    """What is wrong with a safetensors file as a whole; None: its header is sound, its length as promised there."""
+    try:
+        with safe_open(path, "pt"):
+            return None
+    except (SafetensorError, OSError) as error:
+        promised, size = _promised_bytes(path), path.stat().st_size
+        if promised is None:
+            return f"{path.name}: no safetensors header in its {size} bytes ({error}). Copy or export it again."
+        kind = "truncated" if size < promised else "damaged"
+        return f"{path.name}: {kind}: its header promises {promised} bytes, the file has {size}. Copy it again."
+
+
+def _promised_bytes(path: Path) -> int | None:
+    """Length of a safetensors file by its own header; None without a readable one.
+
+    The header is its own length in 8 bytes, then JSON with the place of each tensor in what follows.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length + 8 > path.stat().st_size:
+            return None
+        try:
+            entries = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            return 8 + length + max(ends, default=0)
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError):
+            return None
+
+
+def _why_no_object(path: Path) -> str:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return f"{path.name}: not there. An exported drafter has one; give the directory that holds it."
+    except ValueError as error:
+        return f"{path.name}: no valid JSON ({error}). Export again, or mend it."
+    return f"{path.name}: holds a JSON {type(content).__name__}; expected an object."
+
+
+def _hint(name: str) -> str:
+    if name.startswith(CALIBRATOR):
+        return f"; {CONFIG} says enable_anchor_bias_logits false, so there is no calibrator"
+    return "; an artifact holds only what the drafter owns"
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,284 @@
+"""The model card of an exported drafter, made from the run's own records."""
+
+import hashlib
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from data.configuration import ROOT
+from models.export import without_recommendation
+from train.checks import TRAINED, VARIANTS
+from train.run_state import file_sha256, publish, read_json
+
+CARD, PLOT = "README.md", "acceptance_by_slot.png"
+NOWHERE = "path/to/this/directory"  # where the drafter is, until it has a repository
+PUSHING = ("export.push_to_hub", "export.private", "export.tag")  # where it went is no part of how it was made
+
+TEXT = """# FlexDraft drafter for {target}
+
+Drafts for `{target}` ({architecture}) by speculative decoding, with the target itself: blocks of
+{block_size} mask tokens run through its last {layers} layers with attention projectors of their own{calibrator}
+([FlexDraft](https://arxiv.org/abs/2605.20022)). The target verifies every draft, so its output stays its own. What was
+trained is here; the target is not.
+
+## How well it drafts
+
+{figures}
+
+## How to use it
+
+With `transformers` alone; `trust_remote_code=True` runs `custom_generate/generate.py` from here, so read it first:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+target = AutoModelForCausalLM.from_pretrained({load_target})
+tokenizer = AutoTokenizer.from_pretrained({load_tokenizer})
+chat = [{{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples does he have?"}}]
+settings = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"{template}}}
+inputs = tokenizer.apply_chat_template(chat, **settings)
+output = target.generate(**inputs, custom_generate="{nowhere}", trust_remote_code=True, max_new_tokens=100)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+```
+
+With the decoder of the project that trained it, in batches, and drafting in the verifying pass where that is faster:
+
+```python
+from models.decoding import generate
+from models.export import load_draft
+from models.target import load_target
+
+target = load_target({load_target})
+draft = load_draft("{nowhere}", target)
+result = generate(target, draft, inputs["input_ids"].tolist(), max_new_tokens=100)
+print(tokenizer.decode(result.tokens[0]), result.tau)
+```
+
+## How it was trained
+
+{training}
+
+{commands}
+
+{versions}
+"""
+
+LEGEND = """τ is the mean number of tokens that one verify step gains, the target's own (bonus) token included, with an
+interval by bootstrap over prompts. Identical: prompts whose output is, token for token, the target's own without a
+drafter. `untuned` drafts with the target's own attention; `attention_tuned` leaves out the MLP, where there is one."""
+
+
+def write_card(run_dir: Path) -> None:
+    """Write the card, and the plot that it shows, into the exported directory. The same records give the same card."""
+    exported, records = run_dir / "export", {}
+    for stage in (*TRAINED, "export", "evaluate"):
+        done = run_dir / "records" / f"{stage}.done.json"
+        if done.exists():
+            records[stage] = read_json(done)
+    config = without_recommendation(exported)
+    if not config["flexdraft_config"]["enable_anchor_bias_logits"]:
+        records.pop("bonus_calibration", None)  # the MLP was not exported
+    if "evaluate" in records and not _is_of(records["evaluate"], exported, config):
+        del records["evaluate"]
+    figures = "This drafter has not been evaluated."
+    if "evaluate" in records:
+        figures = _figures(read_json(run_dir / "evaluate" / "report.json"), records["evaluate"]["settings"]["seed"])
+        publish(exported / PLOT, lambda temporary: shutil.copyfile(run_dir / PLOT, temporary))
+    else:
+        (exported / PLOT).unlink(missing_ok=True)
+    text = f"{_header(records)}\n{_body(records, config, figures)}"
+    publish(exported / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def named(card: str, repository: str) -> str:
+    """A card whose examples load the drafter from a repository."""
+    return card.replace(NOWHERE, repository)
+
+
+def without_paths(text: str) -> str:
+    """A setting as others may see it: of paths of this machine, only the last part.
+
+    `owner/name` stays, unless there is such a path here.
+    """
+    return re.sub(r"[^\s,=:'\"\[\]{}]+", lambda word: _last_part(word[0]), text.replace("${root:}", ""))
+
+
+def _last_part(word: str) -> str:
+    outside = word.count("/") != 1 or word[0] in "/~." or Path(word).exists()
+    return Path(word).name if "/" in word and outside else word
+
+
+def _is_of(evaluation: dict[str, Any], exported: Path, config: dict[str, Any]) -> bool:
+    """Whether this is the record of an evaluation of what is exported now."""
+    inputs = evaluation["settings"]["inputs"]
+    now = {f"export/{file.name}": file_sha256(file) for file in exported.glob("*.safetensors")}
+    now["export/config.json"] = config
+    return now == {name: value for name, value in inputs.items() if name.startswith("export/")}
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return "-" if found["low"] is None else f"{found['low']:.2f}-{found['high']:.2f}"
+
+
+def _header(records: dict[str, Any]) -> str:
+    target = records["export"]["settings"]["model"]["target"]
+    known = _license(target) | ({"base_model": target["name"]} if _on_hub(target["name"]) else {})
+    trained = [record for stage, record in records.items() if stage in TRAINED]
+    datasets = sorted({path for one in trained for path in _paths(one) if _on_hub(path)})
+    data = ModelCardData(
+        library_name="transformers", tags=["speculative-decoding", "flexdraft"], datasets=datasets or None, **known
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _on_hub(name: str | None) -> bool:
+    return bool(name) and name.count("/") == 1 and without_paths(name) == name
+
+
+def _license(target: dict[str, Any]) -> dict[str, str]:
+    """What the target's own card says of its license, if that card is on this machine."""
+    if target["name"] is None:
+        return {}
+    place = Path(target["name"].replace("${root:}", str(ROOT)), CARD)
+    if _on_hub(target["name"]):
+        cached = try_to_load_from_cache(target["name"], CARD, revision=target["revision"])
+        place = Path(cached) if isinstance(cached, str) else place
+    if not place.is_file():
+        return {}
+    given = ModelCard(place.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return {key: given[key] for key in ("license", "license_name", "license_link") if given.get(key)}
+
+
+def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
+    target = records["export"]["settings"]["model"]["target"]
+    name = without_paths(target["name"] or "random weights")
+    revision = f', revision="{target["revision"]}"' if target["revision"] else ""
+    calibrated = config["flexdraft_config"]["enable_anchor_bias_logits"]
+    columns = {stage: record for stage, record in records.items() if stage in TRAINED}
+    rows = [_training(record, target) for record in columns.values()]
+    return TEXT.format(
+        target=name,
+        architecture="{model_type}, {num_target_layers} layers, hidden size {hidden_size}".format(**config),
+        block_size=config["block_size"],
+        layers=config["num_hidden_layers"],
+        calibrator=",\nand a small MLP corrects the drafts once the bonus token is known" if calibrated else "",
+        figures=figures,
+        load_target=f'"{_place(name)}"{revision}, dtype="{target["dtype"]}"',
+        load_tokenizer=f'"{_place(without_paths(target["tokenizer"] or name))}"',
+        template="".join(f', "{key}": {value!r}' for key, value in _template(columns).items()),
+        nowhere=NOWHERE,
+        training=_table(["", *columns], [[key, *(row[key] for row in rows)] for key in rows[0]]),
+        commands="\n".join(["```bash", *_commands(records), "```"]),
+        versions=_versions(list(columns.values())[-1]),
+    )
+
+
+def _place(name: str) -> str:
+    return name if _on_hub(name) else f"path/to/{name}"
+
+
+def _template(trained: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template was given."""
+    return next(iter(trained.values()))["settings"]["data"]["template_kwargs"]
+
+
+def _figures(report: dict[str, Any], seed: int) -> str:
+    """Acceptance, how it was measured, and speed if that was."""
+    how = report["how"]
+    sampling, selection = how["sampling"], how["selection"]
+    sampled = "greedy"
+    if sampling["temperature"]:
+        sampled = ", ".join(f"{key} {value:g}" for key, value in sampling.items())
+    selected = selection["rule"] + (f" {selection['threshold']:g}" if selection["rule"] != "off" else "")
+    rows = [
+        [name, variant, _figure(v["tau"]), _interval(v), f"{v['verify_steps']:,}"]
+        + [f"{v['identical']}/{one['prompts']}"]
+        for name, one in report["benchmarks"].items()
+        for variant, v in sorted(one["variants"].items(), key=lambda found: VARIANTS.index(found[0]))
+    ]
+    protocol = (
+        f"Decoding: {sampled}, {report['dtype']}, up to {how['max_new_tokens']} new tokens, "
+        f"selective verification {selected}, seed {seed}."
+    )
+    text = [_table(["benchmark", "drafter", "τ", "95%", "verify steps", "identical"], rows), f"{protocol}\n{LEGEND}"]
+    text.append(f"![acceptance by slot]({PLOT})")
+    if report["speed"]:
+        text += _speed(report["speed"])
+    return "\n\n".join(text)
+
+
+def _speed(speed: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, (alone, drafted) in speed["by_benchmark"].items():
+        rates = [alone["tokens_per_second"], drafted["tokens_per_second"]]
+        rows.append([name, *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0]:.2f}x", drafted["decoder"]])
+    header = ["benchmark", "target alone, tokens/s", "drafted, tokens/s", "speed-up", "mode"]
+    return [_table(header, rows), f"Speed of one prompt at a time, on {speed['device']}."]
+
+
+def _training(record: dict[str, Any], target: dict[str, Any]) -> dict[str, str]:
+    """What made the drafter in one stage."""
+    settings, result = record["settings"], record["result"]
+    stage, objective = settings["stage"], settings["objective"]
+    terms = " + ".join(f"{objective[key]:g} {key.upper()}" for key in ("ce", "kl", "tv") if objective[key])
+    return {
+        "target": _revision(target),
+        "data": ", ".join(map(without_paths, _paths(record))),
+        "records, their fingerprint": _records(settings["inputs"]["data"]),
+        "tokens per row": f"{settings['data']['row_length']:,}",
+        "steps": f"{result['steps']:,}; the weights are of step {result['weights_of_step']:,}",
+        "rows per step, blocks per row": f"{stage['rows_per_step']}, {stage['num_anchors']}",
+        "learning rate": f"{stage['module']['learning_rate']:g}, cosine",
+        "objective, slot weights": f"{terms}, {objective['weights']}",
+        "arithmetic, seed": f"{settings['arithmetic']}, {settings['seed']}",
+        "trained parameters": f"{result['trained_parameters']:,}",
+        "hardware": record.get("hardware", "not recorded"),  # by earlier versions
+    }
+
+
+def _paths(record: dict[str, Any]) -> list[str]:
+    """Where the data came from: `data.path` is a path, or a list of paths and sources."""
+    path = record["settings"]["data"]["path"]
+    return [one if isinstance(one, str) else one["path"] for one in (path if isinstance(path, list) else [path])]
+
+
+def _records(parts: list[list[Any]]) -> str:
+    """How many, and the beginning of the hash of their file; of all hashes where there are several."""
+    hashes = [fingerprint.rsplit("/", 1)[-1] for fingerprint, _ in parts]
+    one = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    return f"{sum(taken for _, taken in parts):,}, {one[:12]}"
+
+
+def _revision(target: dict[str, Any]) -> str:
+    """The target's name and, of a repository, the commit that is on this machine."""
+    revision = target["revision"]
+    if _on_hub(target["name"]):
+        cached = try_to_load_from_cache(target["name"], "config.json", revision=revision)
+        revision = Path(cached).parent.name if isinstance(cached, str) else revision
+    return without_paths(target["name"] or "random weights") + (f" at {revision}" if revision else "")
+
+
+def _commands(records: dict[str, Any]) -> list[str]:
+    """The commands that made the stages, each once; none where Python called."""
+    commands = []
+    for record in records.values():
+        given = [o for o in record.get("overrides", []) if o.split("=")[0].lstrip("+") not in PUSHING]
+        if given:
+            commands.append(shlex.join(["python", "-m", "train", *map(without_paths, given)]))
+    return list(dict.fromkeys(commands))
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return "With " + ", ".join(f"{name} {version}" for name, version in record["environment"].items()) + "."
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])

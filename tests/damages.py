@@ -1,0 +1,268 @@
+"""What can be wrong with an exported artifact: functions that damage a directory, and a table of them."""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+SETTINGS = ("flexdraft_config", "dflash_config")
+
+
+def change_config(**changes):
+    """Keys of config.json; None removes one."""
+
+    def damage(directory: Path) -> None:
+        config = json.loads((directory / CONFIG).read_text()) | changes
+        config = {key: value for key, value in config.items() if value is not None}
+        (directory / CONFIG).write_text(json.dumps(config))
+
+    return damage
+
+
+def change_settings(names=SETTINGS, **changes):
+    """Keys of flexdraft_config and dflash_config, or one of them."""
+
+    def damage(directory: Path) -> None:
+        config = json.loads((directory / CONFIG).read_text())
+        change_config(**{name: config[name] | changes for name in names})(directory)
+
+    return damage
+
+
+def change_tensors(change):
+    """The dictionary of all tensors, in place."""
+
+    def damage(directory: Path) -> None:
+        tensors = load_file(directory / WEIGHTS)
+        change(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS)
+
+    return damage
+
+
+def change_index(change):
+    """The weight_map of the shards' index, in place."""
+
+    def damage(directory: Path) -> None:
+        index = json.loads((directory / INDEX).read_text())
+        change(index["weight_map"])
+        (directory / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def write(name: str, content: bytes):
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+def cut(directory: Path) -> None:
+    """As a copy that stopped half-way."""
+    content = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def remove(name: str):
+    return lambda directory: (directory / name).unlink()
+
+
+def stray(name: str):
+    return lambda directory: save_file({"other": torch.ones(2)}, directory / name)
+
+
+def first_value(name: str, value: float):
+    def change(tensors) -> None:
+        tensors[name].view(-1)[0] = value
+
+    return change_tensors(change)
+
+
+def shorten(tensors) -> None:
+    tensors["mask_embedding"] = tensors["mask_embedding"][:-1]
+
+
+def to(dtype: torch.dtype, names=None):
+    def change(tensors) -> None:
+        tensors.update({name: tensors[name].to(dtype) for name in names or list(tensors)})
+
+    return change_tensors(change)
+
+
+ROPE = {"rope_theta": 5e5, "rope_type": "default"}
+RECOMMENDED = {"selection": "best", "threshold": 0.1, "parallel_rows": 2, "calibrate": True}
+# What is damaged -> (the artifact it is made from, the damage, the only complaint).
+DAMAGES = {
+    "no config": ("whole", remove(CONFIG), "files: config.json: not there"),
+    "config cut": ("whole", write(CONFIG, b'{"model_type": "qwe'), "files: config.json: no valid JSON (Unterminated"),
+    "config a list": ("whole", write(CONFIG, b"[]"), "files: config.json: holds a JSON list; expected an object"),
+    "no weights": ("whole", remove(WEIGHTS), f"files: {WEIGHTS}: not there, nor {INDEX}; found no *.safetensors"),
+    "weights truncated": ("whole", cut, f"files: {WEIGHTS}: truncated: its header promises"),
+    "weights too long": (
+        "whole",
+        lambda d: (d / WEIGHTS).open("ab").write(b"more"),
+        f"files: {WEIGHTS}: damaged: its header promises",
+    ),
+    "weights garbage": ("whole", write(WEIGHTS, b"\xff" * 300), f"files: {WEIGHTS}: no safetensors header in its 300"),
+    "weights empty": ("whole", write(WEIGHTS, b""), f"files: {WEIGHTS}: no safetensors header in its 0 bytes"),
+    "pickled weights": ("whole", write("pytorch_model.bin", pickle.dumps({})), "files: pytorch_model.bin: pickled"),
+    "second weights": ("whole", stray("more.safetensors"), f"files: more.safetensors: stray weights beside {WEIGHTS}"),
+    "shard missing": (
+        "shards",
+        lambda d: min(d.glob("model-*")).unlink(),
+        f"safetensors: missing, but {INDEX} places tensors there",
+    ),
+    "shard not in index": ("shards", stray("model-9.safetensors"), "files: model-9.safetensors: stray weights, not in"),
+    "index lacks a tensor": (
+        "shards",
+        change_index(lambda places: places.pop("mask_embedding")),
+        "files: mask_embedding: in model-",
+    ),
+    "index has a tensor too many": (
+        "shards",
+        change_index(lambda places: places.update(ghost=places["mask_embedding"])),
+        "files: ghost: not in model-",
+    ),
+    "index no JSON": ("shards", write(INDEX, b"{"), f"files: {INDEX}: no readable JSON with a weight_map"),
+    "block size 0": ("whole", change_config(block_size=0), "config: config.json: block_size is 0; expected"),
+    "block size 1": ("whole", change_config(block_size=1), "config: config.json: block_size is 1; expected"),
+    "block size as text": ("whole", change_config(block_size="8"), "config: config.json: block_size is '8'; expected"),
+    "no FlexDraft settings": (
+        "whole",
+        change_config(flexdraft_config=None, dflash_config=None),
+        "config: config.json: neither flexdraft_config nor dflash_config is an object there",
+    ),
+    "one of the settings missing": (
+        "whole",
+        change_config(flexdraft_config=None),
+        "config: config.json: flexdraft_config is missing or no object",
+    ),
+    "settings differ": (
+        "whole",
+        change_settings(SETTINGS[1:], anchor_bias_rank=9),
+        "config: config.json: flexdraft_config and dflash_config differ in anchor_bias_rank",
+    ),
+    "layers not the last": (
+        "whole",
+        change_settings(target_layer_ids=[1, 2, 3]),
+        "config: config.json: target_layer_ids is [1, 2, 3]; expected the last of the target's layers, which end at 4",
+    ),
+    "layers not consecutive": (
+        "whole",
+        change_settings(target_layer_ids=[1, 3, 4]),
+        "config: config.json: target_layer_ids is [1, 3, 4]; expected consecutive numbers",
+    ),
+    "layers no numbers": (
+        "whole",
+        change_settings(target_layer_ids="last"),
+        "config: config.json: target_layer_ids is 'last'; expected a list",
+    ),
+    "number of draft layers": (
+        "whole",
+        change_config(num_hidden_layers=5),
+        "config: config.json: num_hidden_layers is 5; expected 3, the length of target_layer_ids",
+    ),
+    "number of target layers": (
+        "whole",
+        change_config(num_target_layers=None),
+        "config: config.json: num_target_layers is None; expected 5, the number of the target's layers",
+    ),
+    "kinds of layers": (
+        "whole",
+        change_config(layer_types=["full_attention"] * 5),
+        "expected ['full_attention', 'full_attention', 'full_attention'], the target's last 3 layers'",
+    ),
+    "calibrator without rank": (
+        "whole",
+        change_settings(anchor_bias_rank=0),
+        "config: config.json: enable_anchor_bias_logits is true, but anchor_bias_rank is 0; expected 1 or more",
+    ),
+    "rank without calibrator": (
+        "no_calibrator",
+        change_settings(anchor_bias_rank=8),
+        "config: config.json: enable_anchor_bias_logits is false, but anchor_bias_rank is 8; expected 0",
+    ),
+    "flag as text": (
+        "whole",
+        change_settings(enable_anchor_bias_logits="yes"),
+        "config: config.json: enable_anchor_bias_logits is 'yes'; expected true or false",
+    ),
+    "biases that the target has not": (
+        "whole",
+        change_config(attention_bias=True),
+        "config: config.json: attention_bias is True; expected False, the target's",
+    ),
+    "rope_theta": ("whole", change_config(rope_theta=5e5), "config.json: rope_theta is 500000.0; expected 10000.0"),
+    "no rope_theta": ("whole", change_config(rope_theta=None), "config.json: rope_theta is None; expected 10000.0"),
+    "rope_parameters": (
+        "whole",
+        change_config(rope_parameters=ROPE),
+        "config: config.json: rope_parameters is {'rope_theta': 500000.0",
+    ),
+    "recommendation": (
+        "whole",
+        change_settings(recommended_decoding=RECOMMENDED),
+        "config: config.json: recommended_decoding is not readable: selection='best'",
+    ),
+    "recommendation for no rows": (
+        "whole",
+        change_settings(recommended_decoding=RECOMMENDED | {"selection": "off", "parallel_rows": -1}),
+        "config: config.json: recommended_decoding is not readable: parallel_rows is -1",
+    ),
+    "recommendation cut": (
+        "whole",
+        change_settings(recommended_decoding={"selection": "off", "threshold": 0.0}),
+        "config: config.json: recommended_decoding is not readable: 'parallel_rows' is missing",
+    ),
+    "tensor missing": (
+        "whole",
+        change_tensors(lambda tensors: tensors.pop("mask_embedding")),
+        "tensors: mask_embedding: missing from the weights; expected shape (32,)",
+    ),
+    "tensor unexpected": (
+        "whole",
+        change_tensors(lambda tensors: tensors.update({"lm_head.weight": torch.ones(97, 32)})),
+        f"tensors: lm_head.weight: unexpected tensor in {WEIGHTS}",
+    ),
+    "shape": (
+        "whole",
+        change_tensors(shorten),
+        f"tensors: mask_embedding: has shape (31,) in {WEIGHTS}; expected (32,)",
+    ),
+    "shape of a complete artifact's tensor": (
+        "complete",
+        change_tensors(lambda tensors: tensors.update({"norm.weight": torch.ones(31)})),
+        f"tensors: norm.weight: has shape (31,) in {WEIGHTS}; expected (32,)",
+    ),
+    "mixed dtypes": (
+        "whole",
+        to(torch.bfloat16, ["mask_embedding"]),
+        "tensors: mixed dtypes: 22 tensors are float32, but mask_embedding is bfloat16",
+    ),
+    "not the config's dtype": (
+        "whole",
+        to(torch.bfloat16),
+        "tensors: config.json: dtype is 'float32', but the tensors are bfloat16",
+    ),
+    "whole numbers": (
+        "whole",
+        to(torch.int64, ["mask_embedding"]),
+        "tensors: mask_embedding: has dtype I64 in model.safetensors; expected one of",
+    ),
+    "nan": (
+        "whole",
+        first_value("anchor_bias_mlp.2.weight", float("nan")),
+        "values: anchor_bias_mlp.2.weight: 1 of 776 values are not finite, the first at [0, 0]: nan",
+    ),
+    "infinity": (
+        "whole",
+        first_value("layers.1.self_attn.q_norm.weight", float("-inf")),
+        "values: layers.1.self_attn.q_norm.weight: 1 of 8 values are not finite, the first at [0]: -inf",
+    ),
+    "a complete artifact's tensor altered": (
+        "complete",
+        first_value("layers.1.mlp.up_proj.weight", 7.0),
+        "target: layers.1.mlp.up_proj.weight: other values than the target's own",
+    ),
+}

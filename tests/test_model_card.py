@@ -1,0 +1,133 @@
+"""The card of an exported drafter says what the records say, and nothing of this machine."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import ModelCard
+
+from train.model_card import named, without_paths, write_card
+
+
+@pytest.fixture
+def run(trained_run, tmp_path) -> Path:
+    return Path(shutil.copytree(trained_run, tmp_path / "short"))
+
+
+def card(run: Path) -> str:
+    write_card(run)
+    return (run / "export" / "README.md").read_text(encoding="utf-8")
+
+
+def change(run: Path, stage: str, *path: str, to) -> None:
+    """Change a value of a stage's record."""
+    file = run / "records" / f"{stage}.done.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = to
+    file.write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_a_run_leaves_a_card_with_its_figures(trained_run):
+    text = (trained_run / "export" / "README.md").read_text(encoding="utf-8")
+    report = json.loads((trained_run / "evaluate" / "report.json").read_text(encoding="utf-8"))
+    for variant, found in report["benchmarks"]["held_out"]["variants"].items():
+        interval = f"{found['low']:.2f}-{found['high']:.2f}"
+        steps = f"{found['verify_steps']:,}"
+        assert f"| held_out | {variant} | {found['tau']:.2f} | {interval} | {steps} | {found['identical']}/6 |" in text
+    assert "Decoding: greedy, float32, up to 40 new tokens, selective verification cumulative_product 0.01" in text
+    done = json.loads((trained_run / "records" / "attention_tuning.done.json").read_text(encoding="utf-8"))
+    digest, count = done["settings"]["inputs"]["data"][0]
+    assert f"| {count}, {digest[:12]} |" in text and f"| {done['result']['trained_parameters']:,} |" in text
+    assert "python -m train +experiment=tiny stage.attention_tuning.steps=40" in text
+    plot = (trained_run / "export" / "acceptance_by_slot.png").read_bytes()
+    assert plot == (trained_run / "acceptance_by_slot.png").read_bytes() and "(acceptance_by_slot.png)" in text
+
+
+def test_its_header_is_one(trained_run):
+    data = ModelCard.load(trained_run / "export" / "README.md").data
+    assert data.library_name == "transformers" and {"speculative-decoding", "flexdraft"} <= set(data.tags)
+    assert data.base_model is None and data.license is None  # of a local target without a card
+
+
+def test_it_says_nothing_of_this_machine(run):
+    for stage in ("attention_tuning", "bonus_calibration"):
+        change(run, stage, "settings", "data", "path", to=[{"path": str(run / "mine.jsonl"), "weight": 1}])
+        change(run, stage, "overrides", to=[f"data.path=[{{path: {run}/mine.jsonl}}]", "export.push_to_hub=me/secret"])
+    text = card(run)
+    assert "mine.jsonl" in text and "path: mine.jsonl" in text
+    assert not [word for word in (str(run.parent), str(ROOT), str(Path.home()) + "/", "${", "secret") if word in text]
+
+
+def test_the_same_records_give_the_same_card(run):
+    before = (run / "export" / "README.md").read_bytes()
+    assert card(run).encode() == before
+
+
+def test_without_an_evaluation_it_says_so(run):
+    (run / "records" / "evaluate.done.json").unlink()
+    text = card(run)
+    assert "This drafter has not been evaluated." in text and "acceptance_by_slot" not in text
+    assert not (run / "export" / "acceptance_by_slot.png").exists()
+
+
+def test_figures_of_another_drafter_are_none(run):
+    assert "| calibrated |" in card(run)
+    shutil.copyfile(run / "attention_tuning" / "draft.safetensors", run / "export" / "model.safetensors")
+    assert "This drafter has not been evaluated." in card(run)
+
+
+def test_a_target_on_the_hub(run):
+    change(run, "export", "settings", "model", "target", "name", to="someone/target")
+    change(run, "export", "settings", "model", "target", "revision", to="abc")
+    text = card(run)
+    assert ModelCard(text).data.base_model == "someone/target"
+    assert 'from_pretrained("someone/target", revision="abc", dtype="float32")' in text
+    assert "| target | someone/target at abc | someone/target at abc |" in text
+
+
+def test_the_license_is_the_targets(run, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
+    change(run, "export", "settings", "model", "target", "name", to=str(tmp_path / "target"))
+    assert ModelCard(card(run)).data.license == "apache-2.0"
+
+
+def test_a_drafter_that_is_not_calibrated(run):
+    file = run / "export" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["flexdraft_config"]["enable_anchor_bias_logits"] = False
+    file.write_text(json.dumps(config), encoding="utf-8")
+    text = card(run)
+    assert "small MLP" not in text and "|  | attention_tuning |\n" in text
+
+
+def test_its_examples_load_it_by_name():
+    assert named('load_draft("path/to/this/directory", target)', "owner/name") == 'load_draft("owner/name", target)'
+
+
+@pytest.mark.parametrize(
+    "given, shown",
+    [
+        ("data.path=/home/me/private/talk.jsonl", "data.path=talk.jsonl"),
+        ("data.path=~/talk.jsonl", "data.path=talk.jsonl"),
+        ("data.path=../talk.jsonl", "data.path=talk.jsonl"),
+        ("data.path=[{path: /a/b.jsonl, weight: 2}, c/d/e.jsonl]", "data.path=[{path: b.jsonl, weight: 2}, e.jsonl]"),
+        ("model.target.name=Qwen/Qwen3-8B", "model.target.name=Qwen/Qwen3-8B"),
+        ("${root:}/src/data/tiny/target", "target"),
+        ("+experiment=tiny", "+experiment=tiny"),
+        ("stage.evaluate.speed.batch_sizes=[1,2]", "stage.evaluate.speed.batch_sizes=[1,2]"),
+    ],
+)
+def test_paths_are_shown_by_their_last_part(given, shown):
+    assert without_paths(given) == shown
+
+
+def test_a_directory_that_looks_like_a_repository(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert without_paths("models/mine") == "mine"
