@@ -1,6 +1,6 @@
 """Every command of README.md and docs/ is run, cut short to fit 2 CPU cores without a network.
 
-    python scripts/run_docs.py                 # all of them: about 25 minutes
+    python scripts/run_docs.py                 # all of them: about 30 minutes
     python scripts/run_docs.py --only data.md  # those whose place or text contains this
     python scripts/run_docs.py --list          # what would be done
 
@@ -26,6 +26,7 @@ from pathlib import Path
 
 from docs_commands import PYTHON, ROOT, SHELL, Command, commands_of, pages
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -302,7 +303,7 @@ def table(outcomes: list[Outcome]) -> Table:
     for one in outcomes:
         seconds = f"{one.seconds:.0f}" if one.ran else "-"
         ended = "-" if not one.ran else f"failed ({one.status})" if one.status else "ok"
-        result.add_row(one.command.place, short(one.command)[:70], one.how, seconds, ended)
+        result.add_row(*map(escape, (one.command.place, short(one.command)[:70], one.how, seconds, ended)))
     return result
 
 

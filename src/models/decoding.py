@@ -185,6 +185,7 @@ class _Flight:
             else:
                 logits = self.passes.verify(candidates, positions, reach)
             chosen = self._choose(logits, self.said[:, None] + 1 + offsets)  # [R, C] after each candidate
+            del logits  # as large as those of the drafts, which come next
             accepted = accepted_drafts(candidates[:, 1:], chosen[:, :-1]).minimum(self.verified)  # [R]
             self.bonus = chosen.gather(1, accepted[:, None])[:, 0]
             self.lengths = self.lengths + accepted + 1

@@ -43,8 +43,8 @@ def step_memory(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
 def decoding_memory(
     sizes: Sizes, stage: str, setup: Setup, *, prompts: int, prompt_length: int, new_tokens: int
 ) -> Parts:
-    """Bytes by part where live decoding between two steps is fullest: behind the prompts, whose keys and values move
-    from the packed pass to the cache layer by layer; or before that, in the FFN of a layer.
+    """Bytes by part where live decoding between two steps is fullest: in the FFN of a layer over the prompts; behind
+    them, where keys and values move from the packed pass to the cache layer by layer; or at the drafts' logits.
 
     Args:
         prompts, new_tokens: as `train.live_decoding` has them, of one batch on this rank.
@@ -56,7 +56,9 @@ def decoding_memory(
     exact = replace(setup, autocast=False)  # decoding has its own arithmetic, that of the weights
     layer = max(ffn(sizes, exact, prompts * prompt_length, n) for n in sizes.all_layers)
     stream = prompts * prompt_length * sizes.hidden * setup.weight_bytes
+    logits = prompts * sizes.block_size * sizes.vocabulary * (setup.weight_bytes + 2 * FLOAT32)
     fullest = max(
+        {"K/V and masks": cache, "logits": logits},
         {"K/V and masks": max(packed + cache / sizes.layers, packed / sizes.layers + cache), "activations": stream},
         {"K/V and masks": packed, "activations": layer},
         key=lambda parts: sum(parts.values()),
