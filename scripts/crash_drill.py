@@ -123,13 +123,17 @@ def where(cwd: Path) -> str:
 
 
 def outcome(cwd: Path) -> dict:
-    """Hashes of the results, and the logged losses and validations by step."""
+    """Hashes of the results, and the logged losses and validations by step, but for how long they took."""
     run_dir = cwd / "checkpoints" / "drill"
     result: dict = {file: file_sha256(run_dir / file) if (run_dir / file).exists() else None for file in FILES}
     for stage in STAGES:
         rows = read_metrics(run_dir / stage)
         result[f"{stage} history"] = {
-            step: {key: value for key, value in row.items() if key.startswith(("train/", "val/"))}
+            step: {
+                key: value
+                for key, value in row.items()
+                if key.startswith(("train/", "val/")) and not key.endswith("_seconds")
+            }
             for step, row in rows.items()
         }
     return result

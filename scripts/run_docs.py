@@ -112,7 +112,11 @@ RULES = (
     not_run(r"scripts/regeneration_drill", "needs transformers[serving]"),
     not_run(r"scripts/run_docs", "this script"),
     # The plan loads nothing: as written.
-    Rule(r"hub-id.* plan=true", "embedded target", add="trainer=cpu model.draft.num_layers=6 data.row_length=320"),
+    Rule(
+        r"hub-id.* plan=true",
+        "embedded target",
+        add="trainer=cpu model.target.dtype=float32 model.draft.num_layers=6 data.row_length=320",
+    ),
     Rule(r" plan=true", "as written"),
     Rule(r" name=dry_run ", "as written"),
     # The reader's own target and data.

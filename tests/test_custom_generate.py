@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, random_draft
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data.chat import ChatEncoder
 from data.records import prompt
@@ -31,7 +31,7 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 call = json.load(sys.stdin)
 target = AutoModelForCausalLM.from_pretrained(call["target"], dtype=torch.float32)
 given = {"custom_generate": call["drafter"], "trust_remote_code": True, "return_dict_in_generate": True}
@@ -192,3 +192,23 @@ def test_the_target_is_left_as_it_was(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in twin.state_dict().items())
     assert all(layer.self_attn.is_causal for layer in twin.model.layers)
     assert twin.config._attn_implementation == "sdpa"
+
+
+def test_blocks_do_not_take_longrope_beyond_its_change(tmp_path):
+    target, draft = random_pair("phi 4 mini")  # changes behind 128 positions
+    twin, ids = plain(target, tmp_path), torch.full((1, 100), 5)
+    here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=16)
+    with pytest.raises(ValueError, match="100 tokens and 17 new ones, .* pass position 128"):
+        here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=17)
+
+
+def test_settings_come_from_the_call_then_its_config_then_the_models(tmp_path):
+    target, draft = random_pair("qwen3")
+    twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
+    twin.generation_config.eos_token_id = None
+    config = GenerationConfig(max_new_tokens=9)
+    assert here(twin, draft, tmp_path / "drafter", ids, generation_config=config).shape[1] == 12
+    assert here(twin, draft, tmp_path / "drafter", ids, generation_config=config, max_new_tokens=4).shape[1] == 7
+    first = int(here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=1)[0, 3])
+    twin.generation_config.eos_token_id = [first]
+    assert here(twin, draft, tmp_path / "drafter", ids, generation_config=config).shape[1] == 4

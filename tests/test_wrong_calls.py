@@ -42,6 +42,10 @@ CALLS = {
         ["+trainer.accumulate_grad_batches=2"],
         ["accumulate_grad_batches", "leave it out"],
     ),
+    "float32 arithmetic on a bfloat16 target": (
+        ["trainer.precision=32-true", "model.target.dtype=bfloat16"],
+        ["model.target.dtype=bfloat16 with trainer.precision=32-true", "bf16-mixed"],
+    ),
     "weights in less than float32": (["trainer.precision=bf16-true"], ["'bf16-true'", "32-true or bf16-mixed"]),
     "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "leave it out"]),
     "passes that do not go round": (["stage.attention_tuning.rows_per_pass=3"], ["rows_per_pass=3", "4 rows"]),

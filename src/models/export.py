@@ -77,7 +77,7 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
     Raises:
         ValueError: a tensor holds a value that is not finite.
     """
-    parameters = draft.own_parameters() | (draft.shared_parameters() if complete else {})
+    parameters = (draft.shared_parameters() if complete else {}) | draft.own_parameters()
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in sorted(parameters.items())}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
@@ -165,9 +165,10 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
             )
     rank = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
     draft = DraftModel(target, num_layers=len(layers), block_size=config["block_size"], calibrator_rank=rank)
-    shared = draft.shared_parameters().keys()
+    own = draft.own_parameters()
+    shared = draft.shared_parameters().keys() - own.keys()
     tensors = {name: tensor for name, tensor in _read_tensors(directory).items() if name not in shared}
-    load_draft_weights(draft.own_parameters(), tensors, source=str(directory))
+    load_draft_weights(own, tensors, source=str(directory))
     return draft.requires_grad_(False).eval()
 
 

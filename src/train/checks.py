@@ -77,6 +77,11 @@ def _check_ranges(config: DictConfig) -> None:
     # Any other would train weights in less than float32, or needs a scaler of the loss.
     choices["trainer.precision"] = ("32-true", "bf16-mixed")
     check_choices(config, choices)
+    if config.trainer.precision == "32-true" and config.model.target.dtype not in ("float32", "float64"):
+        raise UserError(
+            f"model.target.dtype={config.model.target.dtype} with trainer.precision=32-true: the target's layers would "
+            "meet float32 projectors. Set trainer.precision=bf16-mixed, or model.target.dtype=float32."
+        )
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
     at_least |= {
         "stage.evaluate.num_prompts": 1,

@@ -58,6 +58,13 @@ NEUTRAL = {
     "guidance_scale": 1.0,
     "penalty_alpha": 0.0,
     "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "prompt_lookup_num_tokens": None,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
     "stop_strings": None,
     "max_time": None,
     "watermarking_config": None,
@@ -90,9 +97,7 @@ def generate(
 ):
     """See the top of this file."""
     draft = _drafter(model, drafter or _source(), revision)
-    config = copy.deepcopy(generation_config or model.generation_config)
-    unused = config.update(**{key: value for key, value in kwargs.items() if value is not None})
-    _check(config, unused)
+    config = _settings(model, generation_config, kwargs)
     input_ids = inputs if input_ids is None else input_ids
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     said = draft.recommended
@@ -106,6 +111,7 @@ def generate(
     rows = []
     for row, kept in zip(input_ids, mask.bool(), strict=True):
         room = config.max_new_tokens or (config.max_length or 20) - input_ids.shape[1]
+        draft.check_room(int(kept.sum()), room)
         rows.append(_decode(model, draft, row[kept].tolist(), room, **how))
     longest = max(len(tokens) for tokens, _ in rows)
     stop = how["stop"]
@@ -177,9 +183,9 @@ def _choice(config, processors):
     if config.do_sample:
         if config.temperature not in (None, 1.0):
             processors.append(TemperatureLogitsWarper(float(config.temperature)))
-        # Of an older transformers, 50 is the default of top_k, as it is that of its `generate`.
-        if config.top_k:
-            processors.append(TopKLogitsWarper(config.top_k))
+        top_k = 50 if config.top_k is None else config.top_k  # as in `generate`
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
         if config.top_p is not None and config.top_p < 1:
             processors.append(TopPLogitsWarper(config.top_p))
 
@@ -192,11 +198,18 @@ def _choice(config, processors):
     return choose
 
 
-def _check(config, unused):
+def _settings(model, generation_config, given):
+    """The settings of `generate`: those of the call, of its config, of the model's."""
+    config = copy.deepcopy(generation_config or model.generation_config)
+    for name, value in vars(model.generation_config).items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    unused = config.update(**{key: value for key, value in given.items() if value is not None})
     found = [name for name, value in NEUTRAL.items() if getattr(config, name, None) not in (None, value)]
     found += [name for name, value in unused.items() if value and name not in ("use_cache", "use_model_defaults")]
     if found:
         raise ValueError(f"Drafting does not follow {', '.join(sorted(found))}; leave it out, or decode without.")
+    return config
 
 
 def _tokens(ids):
@@ -260,6 +273,22 @@ class Drafter:
         self.windows = [window if kind == "sliding_attention" else None for kind in self.kinds]
         ropes = (getattr(model.config, "rope_parameters", None) or {}).values()
         self.rope_by_kind = any(isinstance(rope, dict) for rope in ropes)
+
+    def check_room(self, length, room):
+        """Slots lie behind the end of the text: they must not be what takes RoPE beyond the length where it changes."""
+        config = self.model.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "dynamic"):
+            return
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        limit = limit or config.max_position_embeddings
+        if length <= limit < length + room + 2 * self.size:
+            raise ValueError(
+                f"{length} tokens and {room} new ones, with two blocks of {self.size} behind them, pass position "
+                f"{limit}, where this model's RoPE changes. Choose fewer new tokens."
+            )
 
     def block(self, cache, anchor, bonus):
         """Drafts of slots 1 .. B-1 of the block at an anchor, as a list, and their probabilities [B-1].
