@@ -171,8 +171,9 @@ def test_samples_are_distributed_as_the_targets(tmp_path):
 def test_what_it_cannot_do_is_refused(tmp_path, artifact):
     target, draft = random_pair("qwen3")
     twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
-    with pytest.raises(ValueError, match="does not follow num_beams, repetition_penalty"):
-        here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=4, num_beams=2, repetition_penalty=1.2)
+    settings = {"num_beams": 2, "exponential_decay_length_penalty": (1, 3.0), "position_ids": ids}
+    with pytest.raises(ValueError, match="exponential_decay_length_penalty, num_beams, position_ids"):
+        here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=4, **settings)
     with pytest.raises(ValueError, match="does not follow streamer"):
         here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=4, streamer=object())
     with pytest.raises(ValueError, match="num_target_layers=8, but this model has 5"):
@@ -212,3 +213,34 @@ def test_settings_come_from_the_call_then_its_config_then_the_models(tmp_path):
     first = int(here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=1)[0, 3])
     twin.generation_config.eos_token_id = [first]
     assert here(twin, draft, tmp_path / "drafter", ids, generation_config=config).shape[1] == 4
+
+
+def test_defaults_are_those_of_generate(tmp_path):
+    """20 new tokens, the 50 most likely ones when sampling, penalties for repetition."""
+    target, draft = random_pair("qwen3")
+    twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
+    twin.generation_config.eos_token_id = None
+    assert here(twin, draft, tmp_path / "drafter", ids).shape[1] == 23
+    probable = twin(ids).logits[0, -1].topk(50).indices.tolist()
+    drawn = here(
+        twin, draft, tmp_path / "drafter", ids.repeat(400, 1), max_new_tokens=1, do_sample=True, temperature=9.0
+    )
+    assert set(drawn[:, 3].tolist()) <= set(probable)
+    how = {"max_new_tokens": 20, "repetition_penalty": 1.5, "do_sample": False}
+    found = here(twin, draft, tmp_path / "drafter", ids, **how)
+    assert torch.equal(found, twin.generate(ids, attention_mask=torch.ones_like(ids), **how))
+
+
+def test_a_drafter_is_read_again_when_something_has_changed(tmp_path):
+    target, draft = random_pair("qwen3")
+    twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
+    here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=4)
+    known = twin._flexdraft[1]
+    shipped.generate(twin, input_ids=ids, drafter=str(tmp_path / "drafter"), max_new_tokens=4)
+    assert twin._flexdraft[1] is known
+    recommend(tmp_path / "drafter", {"parallel_rows": 0, "selection": "off", "threshold": 0.0, "calibrate": False})
+    for changed in (lambda: None, twin.double):
+        changed()
+        shipped.generate(twin, input_ids=ids, drafter=str(tmp_path / "drafter"), max_new_tokens=4)
+        assert twin._flexdraft[1] is not known
+        known = twin._flexdraft[1]

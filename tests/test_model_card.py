@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
-from train.model_card import named, without_paths, write_card
+from train.model_card import is_outdated, named, without_paths, write_card
 
 
 @pytest.fixture
@@ -75,6 +75,32 @@ def test_without_an_evaluation_it_says_so(run):
     assert not (run / "export" / "acceptance_by_slot.png").exists()
 
 
+def test_what_is_nobodys_business_is_not_in_the_command(run):
+    for stage in ("attention_tuning", "bonus_calibration", "export", "evaluate"):
+        done = run / "records" / f"{stage}.done.json"
+        record = json.loads(done.read_text())
+        record["overrides"] += ["+logger.api_key=deadbeef", "hydra.launcher.setup=[export HF_TOKEN=hf_abc]"]
+        done.write_text(json.dumps(record))
+    text = card(run)
+    assert "+experiment=tiny" in text and "deadbeef" not in text and "hf_abc" not in text
+
+
+def test_a_stage_trained_again_outdates_the_export(run):
+    assert not is_outdated(run)
+    weights = run / "attention_tuning" / "draft.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes((run / "bonus_calibration" / "draft.safetensors").read_bytes())
+    assert is_outdated(run)
+    weights.write_bytes(before)
+    (run / "records" / "attention_tuning.done.json").unlink()
+    assert is_outdated(run)
+
+
+def test_without_a_plot_there_is_none_on_it(run):
+    (run / "acceptance_by_slot.png").unlink()
+    assert "| calibrated |" in card(run) and "acceptance_by_slot" not in card(run)
+
+
 def test_figures_of_another_drafter_are_none(run):
     assert "| calibrated |" in card(run)
     shutil.copyfile(run / "attention_tuning" / "draft.safetensors", run / "export" / "model.safetensors")
@@ -117,6 +143,9 @@ def test_its_examples_load_it_by_name():
         ("data.path=~/talk.jsonl", "data.path=talk.jsonl"),
         ("data.path=../talk.jsonl", "data.path=talk.jsonl"),
         ("data.path=[{path: /a/b.jsonl, weight: 2}, c/d/e.jsonl]", "data.path=[{path: b.jsonl, weight: 2}, e.jsonl]"),
+        ("data.path=/home/anna b/my data/secret project/x.jsonl", "data.path=x.jsonl"),
+        ("data.path=https://host/x.jsonl?token=abc123", "data.path=x.jsonl"),
+        ("data.path=C:\\Users\\me\\x.jsonl", "data.path=x.jsonl"),
         ("model.target.name=Qwen/Qwen3-8B", "model.target.name=Qwen/Qwen3-8B"),
         ("${root:}/src/data/tiny/target", "target"),
         ("+experiment=tiny", "+experiment=tiny"),

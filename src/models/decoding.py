@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from models.attention import NAME
 from models.draft import DraftModel
-from models.families import text_positions
+from models.families import TESTED, text_positions
 from models.metrics import accepted_drafts, mean_acceptance_length
-from models.passes import Passes, prefill, separate
+from models.passes import Passes, difference_from_forward, prefill, separate
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection, drafts_and_confidence
 
@@ -128,6 +128,41 @@ def stop_tokens(target: PreTrainedModel) -> set[int]:
     if stop is None:
         stop = target.config.eos_token_id
     return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+
+
+def check_untested(target: PreTrainedModel) -> None:
+    """Decode a few tokens with an architecture that no test covers, in every way.
+
+    Finds what no list of settings can: embeddings or logits that a model scales, layers that it runs another way,
+    attention that the passes cannot run.
+
+    Raises:
+        ValueError: it cannot be decoded, or gives other logits or tokens than by its own forward.
+    """
+    kind, known = target.config.model_type, target.get_input_embeddings().num_embeddings
+    if kind in TESTED:
+        return
+    prompt = [(7 * i + 1) % known for i in range(40)]
+    try:
+        difference = difference_from_forward(target, prompt)
+        draft = DraftModel(target, num_layers=1, block_size=4, calibrator_rank=0)
+        decoded = {m: generate(target, draft, [prompt], max_new_tokens=8, mode=m).tokens[0] for m in MODES[1:]}
+    except Exception as error:
+        raise ValueError(
+            f"{kind} cannot be a target: its layers do not run in the passes of drafting "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if difference:
+        raise ValueError(
+            f"{kind} cannot be a target: run layer by layer, its logits differ by {difference:.1%} of the greatest "
+            "from its own, so its forward does more than its layers do."
+        )
+    ids = torch.tensor([prompt], device=target.device)
+    mask = torch.ones_like(ids)
+    own = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8)[0, len(prompt) :].tolist()
+    wrong = [mode for mode, tokens in decoded.items() if tokens != own]
+    if wrong and target.dtype in (torch.float32, torch.float64):  # coarser ones may have ties
+        raise ValueError(f"{kind} cannot be a target: {' and '.join(wrong)} decoding gives other tokens than its own.")
 
 
 class _Flight:

@@ -63,20 +63,6 @@ def difference_from_forward(target: PreTrainedModel, tokens: list[int]) -> float
     return 0.0 if difference < (1e-3 if exact else 0.1) else difference
 
 
-def check_passes(target: PreTrainedModel) -> None:
-    """Finds what no list of settings can: embeddings or logits that a model scales, layers that it runs another way.
-
-    Raises:
-        ValueError: run layer by layer, the target gives other logits than by its own forward.
-    """
-    tokens = [i % target.get_input_embeddings().num_embeddings for i in range(16)]
-    if difference := difference_from_forward(target, tokens):
-        raise ValueError(
-            f"{target.config.model_type} cannot be a target: run layer by layer, its logits differ by {difference:.1%} "
-            "of the greatest from its own, so its forward does more than its layers do."
-        )
-
-
 def separate(part: Tensor) -> Tensor:
     """A slice as a tensor of its own: of a slice, PyTorch makes one small product a row, even of one row."""
     return part.clone(memory_format=torch.contiguous_format)
@@ -171,13 +157,23 @@ class _JointAttention(nn.Module):
         self.clean, self.blocks = clean, blocks
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: _JointView, **_: object
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: _JointView,
+        position_ids: Tensor,
+        **_: object,
     ) -> tuple[Tensor, None]:
         view, outputs = attention_mask, []
         parts = ((self.clean, view.clean, slice(view.count)), (self.blocks, view.blocks, slice(view.count, None)))
         for attention, own_view, part in parts:  # candidates first: the slots read what they write
             embeddings = tuple(table[:, part] for table in position_embeddings)
-            own = attention(separate(hidden_states[:, part]), position_embeddings=embeddings, attention_mask=own_view)
+            own = attention(
+                separate(hidden_states[:, part]),
+                position_embeddings=embeddings,
+                attention_mask=own_view,
+                position_ids=position_ids[:, part],
+            )
             outputs.append(own[0])
         return torch.cat(outputs, dim=1), None
 

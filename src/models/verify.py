@@ -22,12 +22,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from models import verify_weights as weights
-from models.decoding import GenerationResult, generate
+from models.decoding import GenerationResult, check_untested, generate
 from models.draft import DraftModel
 from models.export import CONFIG, load_draft
 from models.families import check_architecture
 from models.hub import artifact_directory, is_repository_name
-from models.passes import check_passes
 from models.target import load_config, load_target
 from models.verify_config import calibrator_rank, config_faults, draft_settings
 from models.verify_prompts import Messages, find_tokenizer, prompt_tokens, read_prompts
@@ -119,7 +118,7 @@ def target_check(
 ) -> tuple[Check, DraftModel | None]:
     """The artifact against the target's weights and tokenizer; and the drafter, if it loads."""
     try:
-        check_passes(target)
+        check_untested(target)
         draft = load_draft(directory, target)
     except ValueError as error:
         return Check("target", faults=[str(error)]), None

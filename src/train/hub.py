@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
 from data.errors import UserError
-from models.export import CONFIG, FLEXDRAFT_KEYS, INDEX
+from models.export import CONFIG, DECODER, FLEXDRAFT_KEYS, INDEX
 from models.hub import is_repository_name
 from models.verify_config import calibrator_rank, draft_settings
 from models.verify_weights import file_faults, headers, read_json, value_faults
@@ -148,9 +148,16 @@ def check_artifact(directory: Path) -> dict[str, Any]:
     settings = draft_settings(config)
     if settings is None:
         raise UserError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).")
-    layers = range(config.get("num_hidden_layers", 0))
+    try:
+        layers, rank = range(config["num_hidden_layers"]), calibrator_rank(settings)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory / CONFIG}: {error} is missing or no number. `python -m models.verify` says more."
+        ) from error
+    if not (directory / DECODER).exists():
+        raise UserError(f"{directory}: {DECODER} is missing, with which plain transformers decodes. Export it again.")
     expected = {"mask_embedding", *(f"layers.{i}.self_attn.o_proj.weight" for i in layers)}
-    if calibrator_rank(settings):
+    if rank:
         expected |= {f"anchor_bias_mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     if missing := sorted(expected - headers(directory).keys()):
         raise UserError(f"{directory}: no whole drafter, tensors are missing: {', '.join(missing)}. Export it again.")

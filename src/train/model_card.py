@@ -14,9 +14,11 @@ from models.export import without_recommendation
 from train.checks import TRAINED, VARIANTS
 from train.run_state import file_sha256, publish, read_json
 
+TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
 CARD, PLOT = "README.md", "acceptance_by_slot.png"
 NOWHERE = "path/to/this/directory"  # where the drafter is, until it has a repository
-PUSHING = ("export.push_to_hub", "export.private", "export.tag")  # where it went is no part of how it was made
+# What of a command made the drafter. Others say where things are or go, and may hold what is nobody's business.
+SHOWN = ("experiment", "model", "data", "objective", "adapter", "stage", "stages", "speed", "trainer", "seed", "name")
 
 TEXT = """# FlexDraft drafter for {target}
 
@@ -72,6 +74,20 @@ interval by bootstrap over prompts. Identical: prompts whose output is, token fo
 drafter. `untuned` drafts with the target's own attention; `attention_tuned` leaves out the MLP, where there is one."""
 
 
+def is_outdated(run_dir: Path) -> bool:
+    """Whether what was exported was not trained as the records now say: a stage has been trained again since."""
+    stage = "export"
+    while stage:
+        done = run_dir / "records" / f"{stage}.done.json"
+        if not done.exists():
+            return True
+        given = {name: value for name, value in read_json(done)["settings"]["inputs"].items() if name in TRAINED_FILES}
+        if any((run_dir / name).exists() and file_sha256(run_dir / name) != value for name, value in given.items()):
+            return True
+        stage = next((name.split("/")[0] for name in given), None)
+    return False
+
+
 def write_card(run_dir: Path) -> None:
     """Write the card, and the plot that it shows, into the exported directory. The same records give the same card."""
     exported, records = run_dir / "export", {}
@@ -87,7 +103,10 @@ def write_card(run_dir: Path) -> None:
     figures = "This drafter has not been evaluated."
     if "evaluate" in records:
         figures = _figures(read_json(run_dir / "evaluate" / "report.json"), records["evaluate"]["settings"]["seed"])
-        publish(exported / PLOT, lambda temporary: shutil.copyfile(run_dir / PLOT, temporary))
+    plot = run_dir / PLOT
+    if "evaluate" in records and plot.exists():
+        publish(exported / PLOT, lambda temporary: shutil.copyfile(plot, temporary))
+        figures += f"\n\n![acceptance by slot]({PLOT})"
     else:
         (exported / PLOT).unlink(missing_ok=True)
     text = f"{_header(records)}\n{_body(records, config, figures)}"
@@ -100,16 +119,24 @@ def named(card: str, repository: str) -> str:
 
 
 def without_paths(text: str) -> str:
-    """A setting as others may see it: of paths of this machine, only the last part.
+    """A setting, or its value, as others may see it: of paths of this machine and of addresses, only the last part.
 
     `owner/name` stays, unless there is such a path here.
     """
-    return re.sub(r"[^\s,=:'\"\[\]{}]+", lambda word: _last_part(word[0]), text.replace("${root:}", ""))
+    key, equals, value = text.partition("=") if re.match(r"[+~]*[\w.@]+=", text) else ("", "", text)
+    parts = re.split(
+        r"([,\[\]{}'\"]|: )", value.replace("${root:}", "")
+    )  # of lists and the like; paths may have blanks
+    return key + equals + "".join(map(_last_part, parts))
 
 
-def _last_part(word: str) -> str:
-    outside = word.count("/") != 1 or word[0] in "/~." or Path(word).exists()
-    return Path(word).name if "/" in word and outside else word
+def _last_part(part: str) -> str:
+    path = part.lstrip()
+    outside = path.count("/") != 1 or path[0] in "/~." or Path(path).exists()
+    if not ("/" in path and outside or "\\" in path):
+        return part
+    blanks = part[: len(part) - len(path)]
+    return blanks + re.split(r"[/\\]", path.split("?")[0].rstrip("/\\"))[-1]
 
 
 def _is_of(evaluation: dict[str, Any], exported: Path, config: dict[str, Any]) -> bool:
@@ -209,7 +236,6 @@ def _figures(report: dict[str, Any], seed: int) -> str:
         f"selective verification {selected}, seed {seed}."
     )
     text = [_table(["benchmark", "drafter", "τ", "95%", "verify steps", "identical"], rows), f"{protocol}\n{LEGEND}"]
-    text.append(f"![acceptance by slot]({PLOT})")
     if report["speed"]:
         text += _speed(report["speed"])
     return "\n\n".join(text)
@@ -270,7 +296,7 @@ def _commands(records: dict[str, Any]) -> list[str]:
     """The commands that made the stages, each once; none where Python called."""
     commands = []
     for record in records.values():
-        given = [o for o in record.get("overrides", []) if o.split("=")[0].lstrip("+") not in PUSHING]
+        given = [o for o in record.get("overrides", []) if o.lstrip("+").split("=")[0].split(".")[0] in SHOWN]
         if given:
             commands.append(shlex.join(["python", "-m", "train", *map(without_paths, given)]))
     return list(dict.fromkeys(commands))

@@ -18,7 +18,7 @@ from models.export import without_recommendation
 from train import stages
 from train.checks import STAGES, TRAINED
 from train.hub import check_access, destination, of_target, push
-from train.model_card import write_card
+from train.model_card import is_outdated, write_card
 from train.preemption import set_training
 from train.preset import arithmetic, device
 from train.report import plot_losses
@@ -57,9 +57,25 @@ def run(config: DictConfig) -> None:
         _say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, run_dir / stage, resources, later=chosen[number:])
     if rank_zero_only.rank == 0 and (run_dir / "records" / "export.done.json").exists():
-        write_card(run_dir)
+        _describe_and_push(config, run_dir)
+
+
+def _describe_and_push(config: DictConfig, run_dir: Path) -> None:
+    """
+    Raises:
+        UserError: what was exported is not what the records speak of, or the Hub refused.
+    """
+    if is_outdated(run_dir):
+        again = (
+            f"{run_dir / 'export'}: trained again since it was exported. Run stages=[export,evaluate] overwrite=true"
+        )
         if config.export.push_to_hub:
-            _say(f"pushed to {push(run_dir / 'export', destination(config))}")
+            raise UserError(f"{again} before it is pushed.")
+        _say(f"{again}; its model card is left as it is.")
+        return
+    write_card(run_dir)
+    if config.export.push_to_hub:
+        _say(f"pushed to {push(run_dir / 'export', destination(config))}")
 
 
 def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources, later: list[str]) -> None:
@@ -76,6 +92,8 @@ def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resou
     if rank_zero_only.rank == 0:
         if overwrite:
             shutil.rmtree(directory, ignore_errors=True)
+            if stage == "attention_tuning":
+                shutil.rmtree(run_dir / stages.ADAPTER, ignore_errors=True)
             for name in later:  # a restart must not take them for done
                 StageRecord(run_dir, name, {}).forget()
         record.begin(anew=overwrite)
@@ -123,7 +141,9 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
         inputs += sorted((run_dir / "export").glob("*.safetensors"))
     # Unresolved, so that a moved checkout keeps its settings.
     plain: Any = OmegaConf.to_container(config, resolve=False)
-    written = {key: plain["export"][key] for key in ("dtype", "complete")}  # the others say where it goes
+    written = {"dtype": plain["export"]["dtype"]}  # what else is there says where it goes
+    if plain["export"]["complete"]:
+        written["complete"] = True
     settings = {"model": plain["model"], "stage": written if stage == "export" else plain["stage"][stage]}
     if stage in TRAINED:
         settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in WITHOUT_EFFECT}

@@ -15,8 +15,8 @@ from data.packing import PackedRows
 from data.prepare import describe, prepare
 from data.records import Messages
 from data.sources import Part, open_parts
-from models.families import TESTED, check_architecture, text_positions
-from models.passes import check_passes
+from models.decoding import check_untested
+from models.families import check_architecture, text_positions
 from models.target import load_config, load_target
 from train.benchmark import decoding_settings
 from train.checks import TRAINED, check_path, check_sizes, check_target
@@ -93,8 +93,7 @@ class Resources:
                 architecture=None if self.name else self.architecture,
                 dtype=self.target_settings["dtype"],
             )
-            if target.config.model_type not in TESTED:
-                check_passes(target)
+            check_untested(target)
             return target
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"model.target: the target did not load. {error}") from error

@@ -27,9 +27,10 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -37,38 +38,10 @@ from transformers.generation.logits_process import (
 from transformers.utils import ModelOutput
 
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-# What changes the output of `generate`, and is not followed here: name -> value that changes nothing.
-NEUTRAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-    "guidance_scale": 1.0,
-    "penalty_alpha": 0.0,
-    "encoder_repetition_penalty": 1.0,
-    "encoder_no_repeat_ngram_size": 0,
-    "exponential_decay_length_penalty": None,
-    "prompt_lookup_num_tokens": None,
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "stop_strings": None,
-    "max_time": None,
-    "watermarking_config": None,
-}
+# Settings of `generate` that are followed here; any other that is not at its default is refused.
+FOLLOWED = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
+FOLLOWED |= {"bos_token_id", "eos_token_id", "pad_token_id", "return_dict_in_generate", "use_cache"}
+FOLLOWED |= {"transformers_version", "use_model_defaults", "compile_config", "disable_compile"}
 
 
 @dataclass
@@ -103,19 +76,19 @@ def generate(
     said = draft.recommended
     how = {
         "choose": _choice(config, logits_processor),
-        "stop": _tokens(config.eos_token_id),
+        "stop": set(_tokens(config.eos_token_id)),
         "calibrate": said.get("calibrate", True) if calibrate is None else calibrate,
         "selection": selection or said.get("selection", "cumulative_product"),
         "threshold": said.get("threshold", 0.01) if threshold is None else threshold,
     }
-    rows = []
+    rows, room = [], _room(config, input_ids.shape[1])
     for row, kept in zip(input_ids, mask.bool(), strict=True):
-        room = config.max_new_tokens or (config.max_length or 20) - input_ids.shape[1]
+        if not kept.any():
+            raise ValueError("A prompt is empty; decoding needs at least one token to continue.")
         draft.check_room(int(kept.sum()), room)
         rows.append(_decode(model, draft, row[kept].tolist(), room, **how))
     longest = max(len(tokens) for tokens, _ in rows)
-    stop = how["stop"]
-    pad = config.pad_token_id if config.pad_token_id is not None else min(stop, default=0)
+    pad = next(iter(_tokens(config.pad_token_id) + _tokens(config.eos_token_id)), 0)
     answers = [tokens + [pad] * (longest - len(tokens)) for tokens, _ in rows]
     answers = torch.tensor(answers, dtype=input_ids.dtype, device=input_ids.device).view(len(rows), longest)
     sequences = torch.cat([input_ids, answers], dim=1)
@@ -127,8 +100,6 @@ def generate(
 def _decode(model, draft, prompt, room, *, choose, stop, calibrate, selection, threshold):
     """One prompt. Returns its new tokens, and how many of them each verify step gained."""
     tokens, gained = [], []
-    if room < 1:
-        return tokens, gained
     # Without a config: with one, layers with a sliding window forget what a rejected draft has pushed out.
     cache = DynamicCache()
     bonus = choose(prompt, _logits(model, prompt, cache)[-1])
@@ -180,6 +151,8 @@ def _worth(confidence, selection, threshold):
 def _choice(config, processors):
     """The next token from all tokens so far and the target's logits [V]: the most likely one, or a draw."""
     processors = LogitsProcessorList(processors or [])
+    if config.repetition_penalty not in (None, 1.0):
+        processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.do_sample:
         if config.temperature not in (None, 1.0):
             processors.append(TemperatureLogitsWarper(float(config.temperature)))
@@ -205,15 +178,28 @@ def _settings(model, generation_config, given):
         if getattr(config, name, None) is None:
             setattr(config, name, value)
     unused = config.update(**{key: value for key, value in given.items() if value is not None})
-    found = [name for name, value in NEUTRAL.items() if getattr(config, name, None) not in (None, value)]
-    found += [name for name, value in unused.items() if value and name not in ("use_cache", "use_model_defaults")]
-    if found:
-        raise ValueError(f"Drafting does not follow {', '.join(sorted(found))}; leave it out, or decode without.")
+    # What counts as not set: a config's defaults (transformers 4), or what `generate` puts for None (5).
+    plain = GenerationConfig().to_dict() | getattr(config, "_get_default_generation_params", dict)()
+    differing = {name for name, value in config.to_dict().items() if value not in (None, False, plain.get(name))}
+    differing |= {name for name, value in unused.items() if value is not False}
+    refused = sorted(name for name in differing - FOLLOWED if not name.startswith("_"))
+    if refused:
+        raise ValueError(f"Drafting does not follow {', '.join(refused)}; set it to its default, or decode without.")
     return config
 
 
+def _room(config, length):
+    """How many new tokens there may be; 20 where nothing is said, as in `generate`."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    room = 20 if config.max_length in (None, 20) else config.max_length - length
+    if room < 1:
+        raise ValueError(f"max_length={config.max_length}, but the prompt has {length} tokens; give max_new_tokens.")
+    return room
+
+
 def _tokens(ids):
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(torch.as_tensor(ids).flatten().tolist())
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
 
 def _source():
@@ -233,7 +219,8 @@ def _drafter(model, source, revision):
     if not directory.is_dir():
         directory = Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
     files = sorted(directory.glob("*.safetensors"))
-    key = [(str(file.resolve()), file.stat().st_mtime_ns) for file in files]
+    key = [(str(file.resolve()), file.stat().st_mtime_ns) for file in (*files, directory / "config.json")]
+    key += [model.device, model.dtype, model.get_input_embeddings().weight.shape]
     known = getattr(model, "_flexdraft", None)
     if known is None or known[0] != key:
         known = key, Drafter(model, directory, files)
@@ -250,6 +237,8 @@ class Drafter:
         self.recommended = settings.get("recommended_decoding") or {}
         self.model, self.inner, self.size = model, model.model, config["block_size"]
         _check_target(config, model.config, directory)
+        if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
+            raise ValueError("This target is spread over devices; drafting needs all of it on one.")
         if hasattr(self.inner, "rotary_emb_local"):
             raise ValueError(f"{config['model_type']} drafters need transformers 5.")
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
