@@ -256,6 +256,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
 
 def test_where_nothing_else_helps_a_lesser_training_is_named():
     few = ["hardware.gpu=a100-40gb", "hardware.gpus_per_node=1", "data.row_length=400000"]
+    few.append("model.target.architecture.max_position_embeddings=500000")
     with pytest.raises(UserError, match=r"recompute=true data\.row_length=\d+ .*1 x a100-40gb"):
         plan(composed(["+experiment=qwen3_8b", *few]))
 

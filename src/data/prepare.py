@@ -106,5 +106,5 @@ def _check(documents: Documents, block_size: int, row_length: int, validation_re
     if validation_records >= len(documents):
         raise UserError(
             f"data.validation_records={validation_records} leaves nothing to train on: data.path holds "
-            f"{len(documents):,} conversations ({found})."
+            f"{len(documents):,} conversations ({found}). Choose fewer."
         )

@@ -94,8 +94,9 @@ def _regenerate(config: DictConfig, output: Path) -> None:
         Console().print(f"finished before: {output}", highlight=False, soft_wrap=True)
         return
     journal = Journal(output.with_suffix(".unfinished.jsonl"))
-    _write_json(record, {"settings": settings, "written_with": _written_with(config)})
     todo = sum(sample_id not in journal for sample_id in ids.values())
+    backend = _backend(config) if todo else None  # what it refuses has begun nothing
+    _write_json(record, {"settings": settings, "written_with": _written_with(config)})
     counts = Counter()
     with tqdm(total=len(ids), initial=len(ids) - todo, desc="answers", unit="") as bar:
 
@@ -108,8 +109,8 @@ def _regenerate(config: DictConfig, output: Path) -> None:
             speed = counts["tokens"] / max(1e-9, bar.format_dict["elapsed"])
             bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
 
-        if todo:
-            _backend(config).run(_open_exchanges(parts, ids, journal), finish, answered_before=len(journal) > 0)
+        if backend:
+            backend.run(_open_exchanges(parts, ids, journal), finish, answered_before=len(journal) > 0)
     outcomes = _put_together(journal, list(ids.values()), output)
     _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
     journal.remove()

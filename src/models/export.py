@@ -89,16 +89,21 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
     shutil.copyfile(Path(__file__).parent / DECODER, directory / DECODER)
     shards = _shards(tensors)
     if len(shards) == 1:
-        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        _save(tensors, directory / WEIGHTS)
         return
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        _save(shard, directory / name)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
     }
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    shutil.copymode(file.parent / CONFIG, file)  # safetensors lets nobody else read it
 
 
 def recommend(directory: Path, settings: dict[str, Any] | None) -> None:

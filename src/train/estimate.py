@@ -79,6 +79,11 @@ def target_sizes(config: DictConfig) -> Sizes:
         raise UserError(f"model.target: the plan cannot count this target: {error}") from error
     if sizes.draft_layers > sizes.layers:
         raise UserError(f"model.draft.num_layers={sizes.draft_layers}, but the target has {sizes.layers} layers.")
+    longest = config.data.row_length + draft.block_size
+    if longest > sizes.positions:
+        raise UserError(
+            f"data.row_length + model.draft.block_size = {longest} exceeds the target's {sizes.positions} positions."
+        )
     if not config.adapter:
         return sizes
     try:

@@ -66,6 +66,8 @@ print(tokenizer.decode(result.tokens[0]), result.tau)
 
 {commands}
 
+Paths are cut to their last part.
+
 {versions}
 """
 
@@ -192,7 +194,7 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
     columns = {stage: record for stage, record in records.items() if stage in TRAINED}
     rows = [_training(record, target) for record in columns.values()]
     return TEXT.format(
-        target=name,
+        target=name if _on_hub(name) else f"the local model {name}",
         architecture="{model_type}, {num_target_layers} layers, hidden size {hidden_size}".format(**config),
         block_size=config["block_size"],
         layers=config["num_hidden_layers"],

@@ -2,19 +2,20 @@
 
     target.generate(**inputs, max_new_tokens=256, custom_generate="<this repository>", trust_remote_code=True)
 
-The output is the target's own: greedy token for token, sampled in distribution, since a draft is kept only if it is the
-token that the target itself chooses there. FlexDraft, arXiv 2605.20022: sequential draft-then-verify. Rows of a batch
-are decoded one after the other. Needs torch, transformers (4.57 or newer), safetensors and huggingface_hub.
+The output is the target's own, since a draft is kept only if it is the token that the target itself chooses there:
+token for token, greedy or, of one prompt under the same seed, sampled, but for ties within rounding. Method: FlexDraft,
+arXiv 2605.20022, sequential draft-then-verify. The rows of a batch are decoded one after the other, so a batch is no
+faster than its rows alone. Needs torch, transformers (4.57 or newer), safetensors and huggingface_hub.
 
-Arguments beside those of `generate`:
+Arguments beside those of `generate`, which prepares logits processors, sampling and stopping criteria as ever:
     drafter: directory or Hub id of the drafter; None: that of `custom_generate`.
-    revision: of a Hub id.
+    revision, token: of a Hub id.
     calibrate: False leaves the calibrator out.
     selection, threshold: which drafts to verify (off | cumulative_product | min_confidence); None: as the drafter's
         config recommends.
 
-With `return_dict_in_generate=True` the result also has `acceptance_lengths`: for each row the tokens gained by each
-verify step, the bonus token included.
+With `return_dict_in_generate=True` the result has `sequences` and `acceptance_lengths`: for each row the tokens gained
+by each verify step, the bonus token included.
 """
 
 import copy
@@ -25,23 +26,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
-from transformers import DynamicCache, GenerationConfig
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-# Settings of `generate` that are followed here; any other that is not at its default is refused.
-FOLLOWED = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
-FOLLOWED |= {"bos_token_id", "eos_token_id", "pad_token_id", "return_dict_in_generate", "use_cache"}
-FOLLOWED |= {"transformers_version", "use_model_defaults", "compile_config", "disable_compile"}
+RULES = ("off", "cumulative_product", "min_confidence")
+# Arguments of `generate` that are not followed here: they need other passes of the target, or the batch as a whole.
+ARGUMENTS = ("assistant_model", "negative_prompt_ids", "position_ids", "prefix_allowed_tokens_fn", "stop_strings")
+SETTINGS = ("guidance_scale", "watermarking_config", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 @dataclass
@@ -55,81 +50,81 @@ class FlexDraftOutput(ModelOutput):
 @torch.no_grad()
 def generate(
     model,
-    inputs=None,
-    generation_config=None,
-    logits_processor=None,
     *,
-    input_ids=None,
-    attention_mask=None,
     drafter=None,
     revision=None,
+    token=None,
     calibrate=None,
     selection=None,
     threshold=None,
-    **kwargs,
+    streamer=None,
+    **arguments,
 ):
-    """See the top of this file."""
-    draft = _drafter(model, drafter or _source(), revision)
-    config = _settings(model, generation_config, kwargs)
-    input_ids = inputs if input_ids is None else input_ids
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    """See the top of this file.
+
+    Raises:
+        ValueError: no drafter, one for another target, or an argument that drafting cannot follow.
+    """
+    draft = _drafter(model, drafter or _source(), revision, token)
     said = draft.recommended
-    how = {
-        "choose": _choice(config, logits_processor),
-        "stop": set(_tokens(config.eos_token_id)),
-        "calibrate": said.get("calibrate", True) if calibrate is None else calibrate,
-        "selection": selection or said.get("selection", "cumulative_product"),
-        "threshold": said.get("threshold", 0.01) if threshold is None else threshold,
-    }
-    rows, room = [], _room(config, input_ids.shape[1])
-    for row, kept in zip(input_ids, mask.bool(), strict=True):
-        if not kept.any():
-            raise ValueError("A prompt is empty; decoding needs at least one token to continue.")
-        draft.check_room(int(kept.sum()), room)
-        rows.append(_decode(model, draft, row[kept].tolist(), room, **how))
-    longest = max(len(tokens) for tokens, _ in rows)
-    pad = next(iter(_tokens(config.pad_token_id) + _tokens(config.eos_token_id)), 0)
-    answers = [tokens + [pad] * (longest - len(tokens)) for tokens, _ in rows]
-    answers = torch.tensor(answers, dtype=input_ids.dtype, device=input_ids.device).view(len(rows), longest)
-    sequences = torch.cat([input_ids, answers], dim=1)
-    if not config.return_dict_in_generate:
-        return sequences
-    return FlexDraftOutput(sequences=sequences, acceptance_lengths=[gained for _, gained in rows])
+    calibrate = said.get("calibrate", True) if calibrate is None else calibrate
+    selection = selection or said.get("selection", "cumulative_product")
+    threshold = said.get("threshold", 0.01) if threshold is None else threshold
+    if selection not in RULES:
+        raise ValueError(f"selection={selection!r}: expected one of {', '.join(RULES)}.")
+    _refuse([name for name in ARGUMENTS if arguments.get(name) is not None])
+
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
+        _check(generation_config, input_ids, prepared)
+        mask = prepared.get("attention_mask")  # None: no padding
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        prompts = input_ids.to(model.get_input_embeddings().weight.device)
+        texts, gained = [], []
+        for row, kept in zip(prompts, mask.bool(), strict=True):
+            texts.append(Text(row, generation_config, logits_processor, stopping_criteria, streamer))
+            prompt = row[kept.to(row.device)].tolist()
+            if not prompt:
+                raise ValueError("A prompt is empty; decoding needs at least one token to continue.")
+            _check_rope(model.config, len(prompt), texts[-1].room, draft.size)
+            gained.append(_decode(model, draft, prompt, texts[-1], calibrate, selection, threshold))
+        if streamer is not None:
+            streamer.end()
+        pad = generation_config._pad_token_tensor
+        answers = [text.ids[0, : text.length] for text in texts]
+        sequences = nn.utils.rnn.pad_sequence(answers, True, 0 if pad is None else pad.item()).to(input_ids.device)
+        return FlexDraftOutput(sequences, gained) if generation_config.return_dict_in_generate else sequences
+
+    # The class's own: the instance may have another in its place.
+    return type(model).generate(model, streamer=streamer, custom_generate=decode, **arguments)
 
 
-def _decode(model, draft, prompt, room, *, choose, stop, calibrate, selection, threshold):
-    """One prompt. Returns its new tokens, and how many of them each verify step gained."""
-    tokens, gained = [], []
+def _decode(model, draft, prompt, text, calibrate, selection, threshold):
+    """One prompt, said to the end. Returns how many tokens each verify step gained."""
     # Without a config: with one, layers with a sliding window forget what a rejected draft has pushed out.
-    cache = DynamicCache()
-    bonus = choose(prompt, _logits(model, prompt, cache)[-1])
-    while len(tokens) + 1 < room and bonus not in stop:
+    cache, gained = DynamicCache(), []
+    bonus, ended = text.say(_logits(model, prompt, cache)[-1])
+    while not ended:
         anchor = cache.get_seq_length()
         drafts, confidence = draft.block(cache, anchor, bonus if calibrate else None)
-        count = min(_worth(confidence, selection, threshold), room - len(tokens) - 1)
-        candidates = [bonus, *drafts[:count]]
-        logits = _logits(model, candidates, cache)
-        before, accepted = prompt + tokens, 0
-        while True:
-            chosen = choose(before + candidates[: accepted + 1], logits[accepted])
-            if candidates[accepted + 1 : accepted + 2] != [chosen]:
+        drafts = drafts[: min(_worth(confidence, selection, threshold), text.room)]
+        logits = _logits(model, [bonus, *drafts], cache)
+        gained.append(1)
+        for drafted, after in zip([*drafts, None], logits, strict=True):
+            bonus, ended = text.say(after)
+            if bonus != drafted:
                 break
-            accepted += 1
-        _crop(cache, anchor + accepted + 1)
-        kept = candidates[: accepted + 1]
-        end = next((i + 1 for i, token in enumerate(kept) if token in stop), len(kept))
-        tokens += kept[:end]
-        gained.append(end)
-        if tokens[-1] in stop or len(tokens) >= room:
-            return tokens, gained
-        bonus = chosen
-    return tokens + [bonus], gained
+            gained[-1] += 1
+            if ended:
+                break
+        _crop(cache, anchor + gained[-1])
+    return gained
 
 
 def _logits(model, tokens, cache):
     """[tokens, V] of the target; the cache grows by the tokens."""
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+    first = cache.get_seq_length() == 0  # of a prompt, the last alone are read
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=int(first)).logits[0]
 
 
 def _crop(cache, length):
@@ -142,64 +137,75 @@ def _worth(confidence, selection, threshold):
     """How many leading drafts to verify, at least 1, from their probabilities [B-1] ("Flex Decoding")."""
     if selection == "off":
         return len(confidence)
-    if selection not in ("cumulative_product", "min_confidence"):
-        raise ValueError(f"selection={selection!r}: expected off, cumulative_product or min_confidence.")
     likely = confidence.cumprod(-1) if selection == "cumulative_product" else confidence
     return max(1, int((likely >= threshold).long().cumprod(-1).sum()))
 
 
-def _choice(config, processors):
-    """The next token from all tokens so far and the target's logits [V]: the most likely one, or a draw."""
-    processors = LogitsProcessorList(processors or [])
-    if config.repetition_penalty not in (None, 1.0):
-        processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if config.do_sample:
-        if config.temperature not in (None, 1.0):
-            processors.append(TemperatureLogitsWarper(float(config.temperature)))
-        top_k = 50 if config.top_k is None else config.top_k  # as in `generate`
-        if top_k:
-            processors.append(TopKLogitsWarper(top_k))
-        if config.top_p is not None and config.top_p < 1:
-            processors.append(TopPLogitsWarper(config.top_p))
+class Text:
+    """The tokens of one row, its padding included: what `generate` shows its processors and criteria."""
 
-    def choose(tokens, logits):
-        scores = logits[None].float()
-        if processors:
-            scores = processors(torch.tensor([tokens], device=logits.device), scores)
-        return int(torch.multinomial(scores.softmax(-1), 1) if config.do_sample else scores.argmax(-1))
+    def __init__(self, prompt, config, processors, criteria, streamer):
+        self.length = len(prompt)
+        self.ids = torch.cat([prompt, prompt.new_zeros(config.max_length - self.length)])[None]
+        self.sample, self.processors, self.criteria, self.streamer = config.do_sample, processors, criteria, streamer
 
-    return choose
+    @property
+    def room(self):
+        """How many tokens it may still take."""
+        return self.ids.shape[1] - self.length
 
+    def say(self, logits):
+        """The target's next token, from its logits [V]: the most likely one, or a draw; and whether it is the last.
 
-def _settings(model, generation_config, given):
-    """The settings of `generate`: those of the call, of its config, of the model's."""
-    config = copy.deepcopy(generation_config or model.generation_config)
-    for name, value in vars(model.generation_config).items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
-    unused = config.update(**{key: value for key, value in given.items() if value is not None})
-    # What counts as not set: a config's defaults (transformers 4), or what `generate` puts for None (5).
-    plain = GenerationConfig().to_dict() | getattr(config, "_get_default_generation_params", dict)()
-    differing = {name for name, value in config.to_dict().items() if value not in (None, False, plain.get(name))}
-    differing |= {name for name, value in unused.items() if value is not False}
-    refused = sorted(name for name in differing - FOLLOWED if not name.startswith("_"))
-    if refused:
-        raise ValueError(f"Drafting does not follow {', '.join(refused)}; set it to its default, or decode without.")
-    return config
+        Called once for each token of the text, in order: so draws are those of `generate` itself.
+        """
+        logits = logits[None].to(self.ids.device, torch.float32, copy=True)
+        scores = self.processors(self.ids[:, : self.length], logits)
+        chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.sample else scores.argmax(-1)
+        self.ids[:, self.length] = chosen
+        self.length += 1
+        if self.streamer is not None:
+            self.streamer.put(chosen.cpu())
+        return int(chosen), bool(self.criteria(self.ids[:, : self.length], None).all())
 
 
-def _room(config, length):
-    """How many new tokens there may be; 20 where nothing is said, as in `generate`."""
-    if config.max_new_tokens is not None:
-        return config.max_new_tokens
-    room = 20 if config.max_length in (None, 20) else config.max_length - length
-    if room < 1:
-        raise ValueError(f"max_length={config.max_length}, but the prompt has {length} tokens; give max_new_tokens.")
-    return room
+def _refuse(names):
+    if names:
+        raise ValueError(f"Drafting does not follow {', '.join(names)}; leave it out, or decode without the drafter.")
 
 
-def _tokens(ids):
-    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
+def _check(settings, input_ids, prepared):
+    """
+    Raises:
+        ValueError: what `generate` has prepared, and cannot be decoded by drafting.
+    """
+    mode = settings.get_generation_mode()
+    _refuse([] if mode in ("greedy_search", "sample") else [mode.value.replace("_", " ")])
+    found = [name for name in SETTINGS if getattr(settings, name, None) not in (None, 0, 1)]  # which change nothing
+    _refuse(found + [name for name in OUTPUTS if getattr(settings, name, None)])
+    cache = prepared.get("past_key_values")
+    if not input_ids.shape[1] or (cache is not None and cache.get_seq_length()):
+        raise ValueError("Give the whole prompt as input_ids: drafting takes no inputs_embeds, and no filled cache.")
+
+
+def _check_rope(config, length, room, size):
+    """Candidates and slots lie behind the end of the text: they must not take RoPE beyond where it changes.
+
+    Behind that, `longrope` stays as it is; `dynamic` changes with each token.
+
+    Raises:
+        ValueError: they might.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    holders = (rope.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
+    limit = next(filter(None, holders), config.max_position_embeddings)
+    changing = kind == "dynamic" or (kind == "longrope" and length <= limit)
+    if changing and length + room + 2 * size > limit:
+        raise ValueError(
+            f"{length} tokens and {room} new ones, with two blocks of {size} behind them, pass position {limit}, where "
+            "this model's RoPE changes. Choose fewer new tokens."
+        )
 
 
 def _source():
@@ -213,17 +219,17 @@ def _source():
     raise ValueError('Where is the drafter? Give drafter="directory or Hub id".')
 
 
-def _drafter(model, source, revision):
+def _drafter(model, source, revision, token):
     """The drafter, kept beside the model: a second call does not read it again."""
     directory = Path(source)
     if not directory.is_dir():
-        directory = Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
-    files = sorted(directory.glob("*.safetensors"))
-    key = [(str(file.resolve()), file.stat().st_mtime_ns) for file in (*files, directory / "config.json")]
-    key += [model.device, model.dtype, model.get_input_embeddings().weight.shape]
+        directory = Path(snapshot_download(source, revision=revision, token=token, allow_patterns=FILES))
+    files = sorted(file for pattern in FILES for file in directory.glob(pattern))
+    key = [model.device, model.dtype, model.config.vocab_size]
+    key += [(str(file.resolve()), file.stat().st_mtime_ns) for file in files]
     known = getattr(model, "_flexdraft", None)
     if known is None or known[0] != key:
-        known = key, Drafter(model, directory, files)
+        known = key, Drafter(model, directory)
         object.__setattr__(model, "_flexdraft", known)  # no part of the model: neither moved nor saved with it
     return known[1]
 
@@ -231,72 +237,45 @@ def _drafter(model, source, revision):
 class Drafter:
     """The target's last layers with attention of their own, and the calibrator."""
 
-    def __init__(self, model, directory, files):
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        settings = config.get("flexdraft_config") or config["dflash_config"]
-        self.recommended = settings.get("recommended_decoding") or {}
-        self.model, self.inner, self.size = model, model.model, config["block_size"]
-        _check_target(config, model.config, directory)
+    def __init__(self, model, directory):
+        """
+        Raises:
+            ValueError: no drafter there, or one for another target.
+        """
+        config, settings = _settings(directory, model.config)
         if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
             raise ValueError("This target is spread over devices; drafting needs all of it on one.")
-        if hasattr(self.inner, "rotary_emb_local"):
-            raise ValueError(f"{config['model_type']} drafters need transformers 5.")
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        self.mask_embedding = tensors["mask_embedding"].to(model.device, model.dtype)
+        tensors = _tensors(directory)
+        self.model, self.inner, self.size = model, model.model, config["block_size"]
+        self.recommended = settings.get("recommended_decoding") or {}
         self.split = settings["target_layer_ids"][0]
-        own = copy.deepcopy(model.config)
-        if own._attn_implementation not in ("sdpa", "eager"):  # others take no mask of this form
-            own._attn_implementation = "sdpa"
-        self.layers = []
-        for i, target_layer in enumerate(self.inner.layers[self.split :]):
-            prefix = f"layers.{i}.self_attn."
-            weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            self.layers.append(_draft_layer(target_layer, weights, model.config, own))
+        self.mask_embedding = tensors["mask_embedding"].to(model.device, model.dtype)
+        self.layers = [
+            _draft_layer(layer, tensors, f"layers.{i}.self_attn.")
+            for i, layer in enumerate(self.inner.layers[self.split :])
+        ]
         self.calibrator = None
         if settings["enable_anchor_bias_logits"]:
             parts = [(tensors[f"anchor_bias_mlp.{i}.weight"], tensors[f"anchor_bias_mlp.{i}.bias"]) for i in (0, 2)]
             self.calibrator = [tuple(tensor.to(model.device, model.dtype) for tensor in pair) for pair in parts]
-        kinds = getattr(model.config, "layer_types", None)
-        window = getattr(model.config, "sliding_window", None)
-        self.kinds = kinds or ["sliding_attention" if window else "full_attention"] * model.config.num_hidden_layers
-        self.windows = [window if kind == "sliding_attention" else None for kind in self.kinds]
-        ropes = (getattr(model.config, "rope_parameters", None) or {}).values()
-        self.rope_by_kind = any(isinstance(rope, dict) for rope in ropes)
-
-    def check_room(self, length, room):
-        """Slots lie behind the end of the text: they must not be what takes RoPE beyond the length where it changes."""
-        config = self.model.config
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "dynamic"):
-            return
-        limit = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        limit = limit or config.max_position_embeddings
-        if length <= limit < length + room + 2 * self.size:
-            raise ValueError(
-                f"{length} tokens and {room} new ones, with two blocks of {self.size} behind them, pass position "
-                f"{limit}, where this model's RoPE changes. Choose fewer new tokens."
-            )
+        self.window = getattr(model.config, "sliding_window", None)
+        everywhere = ["sliding_attention" if self.window else "full_attention"] * model.config.num_hidden_layers
+        self.kinds = (getattr(model.config, "layer_types", None) or everywhere)[self.split :]
 
     def block(self, cache, anchor, bonus):
         """Drafts of slots 1 .. B-1 of the block at an anchor, as a list, and their probabilities [B-1].
 
         `cache` holds the tokens before the anchor; the block's own keys and values are gone from it afterwards.
         """
-        device = self.mask_embedding.device
         hidden = self.mask_embedding.expand(1, self.size, -1)
-        positions = torch.arange(anchor, anchor + self.size, device=device)[None]
-        for i, layer in enumerate(self.layers):
-            number = self.split + i
-            kind = (self.kinds[number],) if self.rope_by_kind else ()
+        positions = torch.arange(anchor, anchor + self.size, device=hidden.device)[None]
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
             hidden = layer(
                 hidden,
-                attention_mask=self._mask(positions[0], anchor, self.windows[number], hidden.dtype),
+                attention_mask=self._mask(positions[0], kind, hidden.dtype),
                 position_ids=positions,
                 past_key_values=cache,
-                cache_position=positions[0],
-                position_embeddings=self.inner.rotary_emb(hidden, positions, *kind),
+                **self._rope(hidden, positions, kind),
             )
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         _crop(cache, anchor)
@@ -304,40 +283,70 @@ class Drafter:
         logits = self.model.get_output_embeddings()(hidden)
         if bonus is not None and self.calibrator:
             (w1, b1), (w2, b2) = self.calibrator
-            embedded = self.model.get_input_embeddings()(torch.tensor([bonus], device=device)).expand_as(hidden)
+            embedded = self.model.get_input_embeddings()(torch.tensor([bonus], device=hidden.device)).expand_as(hidden)
             inner = nn.functional.silu(nn.functional.linear(torch.cat([embedded, hidden], dim=-1), w1, b1))
             logits = logits + nn.functional.linear(inner, w2, b2)
         best, drafts = logits.max(-1)
         return drafts.tolist(), (best.float() - logits.float().logsumexp(-1)).exp()
 
-    def _mask(self, positions, anchor, window, dtype):
-        """[1, 1, B, anchor + B] added to scores: a slot sees the tokens before the anchor, within its layer's window,
-        and its whole block."""
-        keys = torch.arange(anchor + self.size, device=positions.device)
-        seen = keys[None] >= anchor
-        seen = seen | ((keys > positions[:, None] - window) if window else True)
-        return torch.zeros(seen.shape, dtype=dtype, device=keys.device).masked_fill(~seen, torch.finfo(dtype).min)[
-            None, None
-        ]
+    def _mask(self, positions, kind, dtype):
+        """[1, 1, B, anchor + B] added to scores: a slot sees its block, and of the tokens before those that its layer's
+        window would show a token in its place. None without a window: it sees all there is."""
+        if kind != "sliding_attention":
+            return None
+        keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
+        seen = keys > positions[:, None] - self.window  # and all of the block, which is no longer than a window
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=keys.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return hidden[None, None]
+
+    def _rope(self, hidden, positions, kind):
+        """What the architecture's layers take for RoPE. Gemma 3 has another base where it has a window."""
+        if hasattr(self.inner, "rotary_emb_local"):  # in transformers 4
+            both = {"global": self.inner.rotary_emb, "local": self.inner.rotary_emb_local}
+            return {f"position_embeddings_{name}": rotary(hidden, positions) for name, rotary in both.items()}
+        parts = (getattr(self.model.config, "rope_parameters", None) or {}).values()
+        by_kind = (kind,) if any(isinstance(part, dict) for part in parts) else ()
+        return {"position_embeddings": self.inner.rotary_emb(hidden, positions, *by_kind)}
 
 
-def _draft_layer(target_layer, weights, config, own_config):
+def _draft_layer(target_layer, tensors, prefix):
     """The target's layer with the drafter's attention; norms and FFN stay the target's."""
-    layer = copy.copy(target_layer)
-    attention = copy.deepcopy(target_layer.self_attn, {id(config): own_config})
-    attention.load_state_dict(weights)
+    attention = copy.deepcopy(target_layer.self_attn)
+    attention.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
     attention.is_causal = False  # slots of a block see each other in both directions
+    attention.config = copy.deepcopy(attention.config)
+    if attention.config._attn_implementation not in ("sdpa", "eager"):  # others take no mask of this form
+        attention.config._attn_implementation = "sdpa"
+    layer = copy.copy(target_layer)
     layer._modules = target_layer._modules | {"self_attn": attention}
     return layer
 
 
-def _check_target(config, target, directory):
-    expected = {
-        "model_type": target.model_type,
-        "num_target_layers": target.num_hidden_layers,
-        "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size,
-    }
-    for key, value in expected.items():
+def _settings(directory, target):
+    """The drafter's config, and what of it is its own, once it is known to fit a target's config."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = config.get("flexdraft_config") or config.get("dflash_config")
+    if not settings:
+        raise ValueError(f"{directory}: no drafter there (config.json with flexdraft_config expected).")
+    names = {"model_type": "model_type", "num_target_layers": "num_hidden_layers"}
+    names |= {"hidden_size": "hidden_size", "vocab_size": "vocab_size"}
+    for key, name in names.items():
+        value = getattr(target, name, None)
         if config.get(key) != value:
             raise ValueError(f"{directory}: a drafter for {key}={config.get(key)}, but this model has {value}.")
+    return config, settings
+
+
+def _tensors(directory):
+    """What the drafter owns. An export may hold tensors of the target's beside it, which the target has already."""
+    index, tensors = directory / "model.safetensors.index.json", {}
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for file in sorted(files):
+        with safe_open(directory / file, "pt") as shard:
+            names = shard.keys()
+            own = [name for name in names if ".self_attn." in name or not name.startswith(("layers.", "norm."))]
+            tensors |= {name: shard.get_tensor(name) for name in own}
+    return tensors
