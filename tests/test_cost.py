@@ -254,6 +254,11 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
         assert estimate(changed, "attention_tuning", target_sizes(changed), machine_of(changed)).fits
 
 
+def test_rows_longer_than_the_target_reads_are_refused_as_by_the_training():
+    with pytest.raises(UserError, match="= 50016 exceeds the target's 40960 positions"):
+        plan(composed(["+experiment=qwen3_8b", "data.row_length=50000"]))
+
+
 def test_where_nothing_else_helps_a_lesser_training_is_named():
     few = ["hardware.gpu=a100-40gb", "hardware.gpus_per_node=1", "data.row_length=400000"]
     few.append("model.target.architecture.max_position_embeddings=500000")

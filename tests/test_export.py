@@ -47,6 +47,12 @@ def test_keys_and_shapes_are_the_contracts(exported):
     assert files == {"config.json", "custom_generate/generate.py", "model.safetensors"}
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(exported):
+    _, _, directory = exported
+    modes = {file.stat().st_mode for file in (directory / "config.json", directory / "model.safetensors")}
+    assert len(modes) == 1
+
+
 def test_config_is_the_contracts(exported):
     _, _, directory = exported
     config = json.loads((directory / "config.json").read_text())

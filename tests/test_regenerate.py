@@ -255,6 +255,7 @@ def test_no_room_for_an_answer(tmp_path):
     write(tmp_path, QUESTIONS)
     said = run(tmp_path, "regenerate.max_new_tokens=1024", status=1)
     assert "regenerate.max_new_tokens=1024 leaves no room" in said and "1024 positions" in said
+    run(tmp_path)  # nothing was begun with the settings that were refused
 
 
 def test_penalties_of_the_target_are_not_applied(tiny_tokenizer, tmp_path):

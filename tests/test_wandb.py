@@ -39,6 +39,10 @@ def test_a_killed_and_resumed_run_is_one_run_with_one_history(tmp_path):
             assert {"speed/tokens_per_second", "speed/share_of_peak", "memory/peak_gb"} <= rows[40].keys()
     artifacts = [r for f in (run_dir / "wandb").glob("*/run-*.wandb") for r in records(f) if r.HasField("artifact")]
     assert [a.artifact.type for a in artifacts] == ["drafter"]
-    assert {e.path for e in artifacts[0].artifact.manifest.contents} == {"config.json", "model.safetensors"}
+    assert {e.path for e in artifacts[0].artifact.manifest.contents} == {
+        "config.json",
+        "custom_generate/generate.py",
+        "model.safetensors",
+    }
     written = [f for f in run_dir.rglob("*") if f.is_file()]
     assert not [f for f in written for secret in SECRETS.values() if secret.encode() in f.read_bytes()]
