@@ -48,6 +48,7 @@ def test_the_real_experiment_runs_on_a_stand_in(tmp_path):
         "data.validation_records=8",
         "stage.evaluate.num_prompts=2",
         "stage.evaluate.max_new_tokens=20",
+        "stage.evaluate.speed={num_prompts: 1, batch_sizes: [1], thresholds: [0.01], repeats: 1}",
         "export.dtype=float32",
         cwd=tmp_path,
     )
