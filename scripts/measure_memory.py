@@ -44,6 +44,7 @@ FAMILY = "model.target.architecture.model_type="
 GEMMA = [f"{FAMILY}gemma3_text", "+model.target.architecture.sliding_window=128"]
 EXPERTS = [f"{FAMILY}qwen3_moe", "+model.target.architecture.num_local_experts=16"]
 EXPERTS += [f"+model.target.architecture.{size}" for size in ("num_experts_per_tok=4", "moe_intermediate_size=384")]
+BEYOND = ["+recipe=beyond", "model.draft.chain_rank=32"]
 CASES = {
     "tiny, float32": [TINY, *FLOAT32],
     "tiny, bf16-mixed": [TINY, *BF16],
@@ -60,6 +61,9 @@ CASES = {
     "wide, bfloat16 target, compiled": [*WIDE_BF16, "speed.compile=true"],
     "wide, long rows, few blocks": [*WIDE_BF16, *SMALL_CHUNKS, "data.row_length=1000", *FEW_BLOCKS],
     "wide, one row, many blocks": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS],
+    "beyond, float32": [*WIDE, *FLOAT32, *BEYOND],
+    "beyond, bfloat16 target": [*WIDE_BF16, *BEYOND],
+    "beyond, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *BEYOND],
     "experts, float32": [*WIDE, *FLOAT32, *EXPERTS],
     "experts, bf16-mixed": [*WIDE, *BF16, *EXPERTS],
     "experts, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *EXPERTS],
@@ -111,11 +115,10 @@ def prepared(config, stage: str):
 
     settings, shape = config.stage[stage], config.model.draft
     target = Resources(config).target
-    rank = shape.calibrator_rank if stage == "bonus_calibration" else 0
-    common = {"num_layers": shape.num_layers, "block_size": shape.block_size}
+    absent = {} if stage == "bonus_calibration" else {"calibrator_rank": 0, "chain_rank": 0}
     import torch
 
-    draft = DraftModel(target, **common, calibrator_rank=rank, dtype=torch.float32)
+    draft = DraftModel(target, **{**shape, **absent}, dtype=torch.float32)
     rows = settings.rows_per_pass or settings.rows_per_step
     batch = full_batch(target_sizes(config), rows, config.data.row_length, settings.num_anchors)
     execution = Execution(**{key: config.speed[key] for key in ("attention", "compile", "recompute")})

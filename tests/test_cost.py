@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from data.configuration import composed
 from data.errors import UserError
 from models.activations import Setup
-from models.cost import Twice, step_flops
+from models.cost import Twice, block_flops, step_flops
 from models.draft import DraftModel
 from models.execution import Execution
 from models.masks import block_tiles, clean_tiles, tile_pairs
 from models.memory import decoding_memory, peak, step_memory
 from models.objectives import Objective
+from models.passes import Passes, prefill
 from models.sizes import Sizes
 from models.target import load_target
 from train.checks import TRAINED, check_sizes
@@ -42,6 +43,7 @@ WITHOUT_FORMULA = {
 }
 MIXTURE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MIXTURE |= {"decoder_sparse_step": 2}  # draft layers with experts and without
+BEYOND = {"bonus_slot": True, "chain_rank": 5}
 OTHER_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_key_value_heads": 4, "num_hidden_layers": 4}
 
 
@@ -72,15 +74,20 @@ def flop_counter() -> FlopCounterMode:
         (MIXTURE, 2, 64, 5, 7, True),
     ],
 )
+@pytest.mark.parametrize(
+    "beyond, joint", [({}, False), (BEYOND, True), (BEYOND, False)], ids=["paper", "joint", "frozen"]
+)
 def test_flops_are_those_of_the_training_step(
-    stage, objective, shape, rows, length, anchors, chunk, recompute, monkeypatch
+    stage, objective, shape, rows, length, anchors, chunk, recompute, beyond, joint, monkeypatch
 ):
     target = random_target(**shape)
-    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8)
-    module_class = AttentionTuning if stage == "attention_tuning" else BonusCalibration
+    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, **beyond)
     settings = SETTINGS | {"chunk": chunk, "objective": objective, "execution": Execution(recompute=recompute)}
-    module = module_class(target, draft, **settings)
-    sizes = sizes_of(target)
+    if stage == "attention_tuning":
+        module = AttentionTuning(target, draft, **settings)
+    else:
+        module = BonusCalibration(target, draft, joint=joint, **settings)
+    sizes = sizes_of(target, joint=joint, **beyond)
     batch = full_batch(sizes, rows, length, anchors)
     monkeypatch.setattr("train.modules.bonus_tokens", saying(batch))
     with flop_counter() as counter:
@@ -98,13 +105,13 @@ def test_flops_are_those_of_the_training_step(
         mask_pairs=tile_pairs(block_tiles(batch.document_ids, batch.anchors, 6)),
         twice=Twice(scores=True, layers=recompute, logits=in_pieces and stage == "bonus_calibration"),
     )
-    print("RATIO", stage, sum(parts.values()) / counter.get_total_flops())
-    assert sum(parts.values()) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert sum(parts.values()) == pytest.approx(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("model", ["tiny", "stand_in"])
-def test_parameters_are_those_of_the_real_modules(model):
-    config = composed(["+experiment=tiny", f"model={model}"])
+@pytest.mark.parametrize("recipe", [[], ["+recipe=beyond"]], ids=["paper", "beyond"])
+def test_parameters_are_those_of_the_real_modules(model, recipe):
+    config = composed(["+experiment=tiny", f"model={model}", *recipe])
     settings = config.model.target
     target = load_target(settings.name, architecture=settings.architecture and dict(settings.architecture))
     draft = DraftModel(target, **config.model.draft)
@@ -115,7 +122,8 @@ def test_parameters_are_those_of_the_real_modules(model):
 
     assert sizes.target_parameters == count(target.parameters())
     assert sizes.trained_parameters("attention_tuning") == count(draft.attention_parameters().values())
-    assert sizes.trained_parameters("bonus_calibration") == count(draft.calibrator_parameters().values())
+    trained = draft.own_parameters() if recipe else draft.calibrator_parameters()
+    assert sizes.trained_parameters("bonus_calibration") == count(trained.values())
     assert sizes.draft_parameters("bonus_calibration") == count(draft.own_parameters().values())
 
 
@@ -133,6 +141,8 @@ def weight_memory(config, stage) -> int:
         "tiny, float32",
         "tiny, bf16-mixed",
         "wide, bfloat16 target, small chunks",
+        "beyond, bfloat16 target",
+        "beyond, bfloat16 target, small chunks",
         "experts, bfloat16 target, small chunks",
         "Gemma 3, bfloat16 target, small chunks",
         "Phi 3, bfloat16 target, small chunks",
@@ -231,6 +241,14 @@ def test_more_of_anything_takes_more_memory(stage):
         assert total(attention="sdpa") > total(attention="flex") > total(compiled=True)
 
 
+def test_a_joint_stage_2_keeps_of_the_mask_pass_what_stage_1_keeps():
+    sizes = target_sizes(composed(["+experiment=qwen3_8b", "+recipe=beyond"]))
+    for recompute in (False, True):
+        setup = Setup(rows=2, row_length=2048, num_anchors=64, chunk=512, teacher=True, recompute=recompute)
+        first, second = (step_memory(sizes, stage, setup)["mask pass"] for stage in TRAINED)
+        assert first["activations"] == second["activations"] and first["K/V and masks"] == second["K/V and masks"]
+
+
 @pytest.mark.parametrize("experiment", REAL)
 def test_the_experiments_fit_the_gpus_that_they_name(experiment):
     config = composed([f"+experiment={experiment}"])
@@ -252,6 +270,12 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
     for change in changes:
         changed = apply(config, {key: int(v) if v.isdigit() else v for key, v in change.items()})
         assert estimate(changed, "attention_tuning", target_sizes(changed), machine_of(changed)).fits
+
+
+def test_a_joint_stage_2_may_recompute_its_layers_as_well():
+    small = ["hardware.gpu=a100-40gb", "stages=[bonus_calibration]"]
+    with pytest.raises(UserError, match=r"bonus_calibration takes .* GiB[\s\S]*\n  speed.recompute=true"):
+        plan(composed(["+experiment=qwen3_8b", "+recipe=beyond", *small]))
 
 
 def test_rows_longer_than_the_target_reads_are_refused_as_by_the_training():
@@ -320,3 +344,16 @@ def test_gpus_are_found_by_the_names_that_torch_gives():
     assert {name: find_gpu(name) for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
     assert find_gpu("NVIDIA GeForce RTX 4090 Laptop GPU") is None
     assert peak_flops("cpu", torch.float32) > 1e9
+
+
+def test_the_arithmetic_of_a_block_is_that_of_drafting_it():
+    """As the flop counter counts it, with 40 tokens before the block."""
+    target = random_target()
+    for beyond in ({}, BEYOND):
+        draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, **beyond)
+        _, cache = prefill(target, [list(range(3, 43))], 60)
+        bonus, passes = torch.tensor([5]), Passes(target, draft, cache)
+        with flop_counter() as counter, torch.no_grad():
+            hidden = passes.draft_blocks(torch.tensor([[40]]), 40, bonus[None])[:, 0]
+            draft.block_logits(hidden[:, 1:], bonus)
+        assert block_flops(sizes_of(target, **beyond), context=40) == counter.get_total_flops()

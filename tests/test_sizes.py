@@ -6,6 +6,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from models.draft import DraftModel
 from models.families import TESTED, layer_windows
 from models.sizes import FAMILIES, Sizes
 
@@ -48,6 +49,26 @@ def test_parameters_and_windows_are_those_of_the_real_modules(family, special):
     ffn = [sum(p.numel() for p in layer.mlp.parameters()) for layer in model.model.layers]
     assert ffn == [sizes.ffn_parameters(n) for n in sizes.all_layers]
     assert list(sizes.windows) == layer_windows(config)
+
+
+@pytest.mark.parametrize("bonus_slot", [False, True])
+@pytest.mark.parametrize("chain_rank", [0, 5])
+@pytest.mark.parametrize("calibrator_rank", [0, 8])
+def test_parameters_are_those_of_the_real_drafter(calibrator_rank, chain_rank, bonus_slot):
+    config = AutoConfig.for_model("qwen3", **SMALL)
+    shape = DRAFT | {"calibrator_rank": calibrator_rank, "chain_rank": chain_rank, "bonus_slot": bonus_slot}
+    draft = DraftModel(AutoModelForCausalLM.from_config(config), **shape)
+    frozen, joint = (Sizes.from_config(config.to_dict(), **shape, joint=joint) for joint in (False, True))
+    tuned, calibrator, own = (
+        sum(p.numel() for p in group().values())
+        for group in (draft.attention_parameters, draft.calibrator_parameters, draft.own_parameters)
+    )
+    first, second = "attention_tuning", "bonus_calibration"
+    for sizes in (frozen, joint):
+        assert [sizes.trained_parameters(first), sizes.held_parameters(first)] == [tuned, tuned]
+        assert [sizes.draft_parameters(first), sizes.draft_parameters(second)] == [tuned, own]
+        assert sizes.held_parameters(second) == own
+    assert (frozen.trained_parameters(second), joint.trained_parameters(second)) == (calibrator, own)
 
 
 def test_every_tested_family_is_counted():

@@ -36,9 +36,9 @@ def step_flops(
         twice: what is computed a second time to save memory; None: nothing, as the floor is counted.
 
     Returns:
-        `target pass`, `mask pass`, `head and loss`, `calibrator` (0 in stage 1); their sum is the step.
+        `target pass`, `mask pass`, `head and loss`, `calibrator` (0 in stage 1; with the chain); their sum is the step.
     """
-    tuning = stage == ATTENTION_TUNING
+    tuning, layers_train = stage == ATTENTION_TUNING, sizes.trains_layers(stage)
     twice = twice or Twice()
     clean, blocks = rows * row_length, rows * num_anchors
     masks = blocks * sizes.block_size
@@ -55,7 +55,9 @@ def step_flops(
         target -= _layers_flops(sizes, last, clean, clean_pairs)
         target += clean * 2 * sizes.hidden * (sizes.queries + 2 * sizes.keys)
     mask = forward = _layers_flops(sizes, sizes.drafting, masks, mask_pairs)
-    if tuning:
+    if sizes.bonus_slot:  # backward: for its weights
+        mask += blocks * 2 * sizes.hidden**2 * (2 if layers_train else 1)
+    if layers_train:
         # Backward: each linear map once for its input, the projectors once more for their weights. Attention has a
         # gradient for each of its two products' factors; fused kernels compute the scores again.
         attention = (2.5 if twice.scores else 2) * _attention_flops(sizes, sizes.drafting, masks, mask_pairs)
@@ -66,15 +68,23 @@ def step_flops(
             mask += forward - masks * 2 * sizes.hidden * sizes.intermediate * _dense(sizes, sizes.drafting)
     head = 2 * sizes.embedding_parameters
     forwards = 2 if twice.logits else 1
-    # Stage 1 takes the gradient down to the hidden state; the head itself is frozen.
-    loss = supervised * head * ((2 if tuning else forwards) + (forwards if teacher else 0))
+    # Where layers are trained, the gradient goes down to the hidden state; the head itself is frozen.
+    forwards = 1 if tuning else forwards
+    loss = supervised * head * (forwards * (2 if teacher else 1) + (1 if layers_train else 0))
     calibrator = 0.0
     if not tuning:
-        first, second = 2 * 2 * sizes.hidden * sizes.rank, 2 * sizes.rank * sizes.vocabulary
-        # Backward: W1 for its weights only, since its input is frozen; W2 for its weights and its input.
-        calibrator = supervised * (forwards * (first + second) + first + 2 * second)
+        for rank in sizes.corrections:
+            first, second = _correction_flops(sizes, rank)
+            # Backward: W1 for its weights, and for its input unless that is frozen; W2 for both.
+            backward = (2 if layers_train else 1) * first + 2 * second
+            calibrator += supervised * (forwards * (first + second) + backward)
         target += blocks * head  # the bonus tokens
     return {"target pass": target, "mask pass": mask, "head and loss": loss, "calibrator": calibrator}
+
+
+def _correction_flops(sizes: Sizes, rank: int) -> tuple[int, int]:
+    """Of one slot: of W1 and of W2."""
+    return 2 * 2 * sizes.hidden * rank, 2 * rank * sizes.vocabulary
 
 
 def _layers_flops(sizes: Sizes, layers: Iterable[int], tokens: float, pairs: float) -> float:
@@ -116,15 +126,23 @@ def decoding_flops(sizes: Sizes, *, context: float, candidates: float, blocks: f
             one are redundant.
 
     Returns:
-        `target`, `draft`, `redundant blocks`, `head` (of candidates and of one block), `calibrator`.
+        `target`, `draft`, `redundant blocks`, `head` (of candidates and of one block), `calibrator` (with the chain).
     """
     slots = sizes.block_size
     block = _layers_flops(sizes, sizes.drafting, slots, slots * (context + slots))
+    if sizes.bonus_slot and blocks == 1:  # sequential mode
+        block += 2 * sizes.hidden**2
     drafted = slots - 1 if blocks else 0
     return {
         "target": _layers_flops(sizes, sizes.all_layers, candidates, candidates * (context + candidates / 2)),
         "draft": min(blocks, 1) * block,
         "redundant blocks": max(0, blocks - 1) * block,
         "head": (candidates + drafted) * 2 * sizes.embedding_parameters,
-        "calibrator": drafted * (2 * 2 * sizes.hidden * sizes.rank + 2 * sizes.rank * sizes.vocabulary),
+        "calibrator": drafted * sum(sum(_correction_flops(sizes, rank)) for rank in sizes.corrections),
     }
+
+
+def block_flops(sizes: Sizes, *, context: float) -> float:
+    """FLOPs of drafting one block for one row in sequential mode: layers, head, calibrator, chain."""
+    with_block = decoding_flops(sizes, context=context, candidates=0, blocks=1)
+    return sum(with_block.values())

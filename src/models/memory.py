@@ -31,7 +31,9 @@ def step_memory(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
     """Bytes by phase of a step and by part. The peak is the phase with the greatest sum."""
     phases = {"target pass": _target_pass(sizes, stage, setup), "mask pass": _mask_pass(sizes, stage, setup)}
     if stage == ATTENTION_TUNING:
-        phases |= {"loss": _tuning_loss(sizes, setup), "backward": _tuning_backward(sizes, setup)}
+        phases |= {"loss": _tuning_loss(sizes, setup), "backward": _tuning_backward(sizes, stage, setup)}
+    elif sizes.joint:
+        phases |= _joint(sizes, stage, setup)
     else:
         phases |= {"loss": _calibrator_loss(sizes, stage, setup), "backward": _calibrator_backward(sizes, stage, setup)}
     phases["optimizer"] = _optimizer_step(sizes, stage, setup)
@@ -128,8 +130,8 @@ def _target_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
 
 
 def _mask_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """In the FFN of the last draft layer. In stage 1 the layers' activations are kept for the backward pass."""
-    masks, tuning = setup.masks(sizes), stage == ATTENTION_TUNING
+    """In the FFN of the last draft layer. Where layers are trained, what they keep for the backward pass is there."""
+    masks, tuning = setup.masks(sizes), sizes.trains_layers(stage)
     parts = saved(sizes, setup) if tuning else dict.fromkeys(PARTS, 0.0)
     parts["gradients"] = _waiting_gradients(sizes, stage, setup)
     kept = tuning and not setup.recompute
@@ -155,19 +157,33 @@ def _tuning_loss(sizes: Sizes, setup: Setup) -> Parts:
     return parts
 
 
-def _tuning_backward(sizes: Sizes, setup: Setup) -> Parts:
-    """Stage 1, in the last draft layer; or in the first, where all gradients are there and no other layer's tensors."""
+def _tuning_backward(sizes: Sizes, stage: str, setup: Setup) -> Parts:
+    """In the last draft layer; or in the first, where all gradients are there and no other layer's tensors."""
     begin, end = saved(sizes, setup), saved_by_a_layer(sizes, setup, sizes.drafting[0])
     if setup.recompute:
         last = saved_by_a_layer(sizes, setup, sizes.drafting[-1])
         begin = {part: begin[part] + last[part] for part in begin}
-    begin["gradients"] = _waiting_gradients(sizes, ATTENTION_TUNING, setup)
-    end["gradients"] = _gradients(sizes, ATTENTION_TUNING, setup)
+    begin["gradients"] = _waiting_gradients(sizes, stage, setup)
+    if stage != ATTENTION_TUNING:  # of what is behind the layers
+        begin["gradients"] += FLOAT32 * sizes.calibrator_parameters
+    end["gradients"] = _gradients(sizes, stage, setup)
     parts = max(begin, end, key=lambda parts: sum(parts.values()))
     # Through a norm, in float32: the gradients of three steps, and two factors on the way.
     norm = 5 * FLOAT32 * sizes.hidden
     flowing = max(norm, *(ffn_gradients(sizes, setup, layer) for layer in sizes.drafting))
     return parts | {"activations": parts["activations"] + setup.masks(sizes) * flowing}
+
+
+def _joint(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
+    """Loss and backward pass of stage 2 where layers are trained as well: what the frozen ones take, beside the layers'
+    activations; then the way down through these."""
+    kept = saved(sizes, setup)
+    # The final norm's input in float32, its output and the gradient of that.
+    kept["activations"] += setup.masks(sizes) * sizes.hidden * (FLOAT32 + 2 * setup.weight_bytes)
+    loss, head = _calibrator_loss(sizes, stage, setup), _calibrator_backward(sizes, stage, setup)
+    beside = [{part: own.get(part, 0) + kept.get(part, 0) for part in PARTS} for own in (loss, head)]
+    backward = max(beside[1], _tuning_backward(sizes, stage, setup), key=lambda parts: sum(parts.values()))
+    return {"loss": beside[0], "backward": backward}
 
 
 def _calibrator_loss(sizes: Sizes, stage: str, setup: Setup) -> Parts:
@@ -200,8 +216,8 @@ def _calibrator_piece(sizes: Sizes, setup: Setup, word: int | None = None) -> Pa
     # The head's logits, the correction and their sum; and then what the loss makes of the sum.
     word = word or max(3 * setup.arithmetic, _word(setup))
     hidden = setup.blocks * setup.trained_slots(sizes) * sizes.hidden * setup.weight_bytes
-    # The calibrator's input, and its hidden units before and after SiLU.
-    inputs = piece * (2 * sizes.hidden + 2 * sizes.rank) * setup.arithmetic
+    # The input of each correction, and its hidden units before and after SiLU.
+    inputs = piece * sum(2 * sizes.hidden + 2 * rank for rank in sizes.corrections) * setup.arithmetic
     copies = BFLOAT16 * sizes.calibrator_parameters if setup.autocast else 0
     return {
         "activations": hidden + inputs,
@@ -226,9 +242,15 @@ def _optimizer_step(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     if setup.zero:
         flat = 0 if setup.zero == 3 else trained / setup.ranks
         return {"gradients": _gradients(sizes, stage, setup) + flat, "optimizer": trained / setup.ranks}
-    largest = sizes.hidden * sizes.queries if stage == ATTENTION_TUNING else sizes.vocabulary * sizes.rank
-    temporary = trained if setup.multi_tensor else 2 * largest * FLOAT32
+    temporary = trained if setup.multi_tensor else 2 * _largest_trained(sizes, stage) * FLOAT32
     return {"gradients": _gradients(sizes, stage, setup), "optimizer": temporary}
+
+
+def _largest_trained(sizes: Sizes, stage: str) -> int:
+    """Numbers in the largest tensor that a stage trains: a projector or the bonus slot; W2."""
+    tuned = sizes.hidden * max(sizes.queries, sizes.hidden if sizes.bonus_slot else 0)
+    second = sizes.vocabulary * max(sizes.corrections, default=0)
+    return max(tuned if sizes.trains_layers(stage) else 0, 0 if stage == ATTENTION_TUNING else second)
 
 
 def _target_hidden(sizes: Sizes, stage: str, setup: Setup) -> float:

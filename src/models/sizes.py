@@ -47,7 +47,7 @@ class Sizes:
     positions: int  # the longest sequence
     draft_layers: int  # L
     block_size: int  # B
-    rank: int  # r, of the calibrator
+    rank: int  # r, of the calibrator; 0: none
     family: Family
     attention_biases: int  # of one layer: numbers
     ffn_biases: int
@@ -56,16 +56,28 @@ class Sizes:
     experts: int  # of such a layer
     active: int  # experts that a token goes through
     expert_intermediate: int  # of one expert
+    bonus_slot: bool = False  # whether slot 0's input can hold a known bonus token
+    chain_rank: int = 0  # of the MLP that sees the draft before a slot's; 0: none
+    joint: bool = False  # whether stage 2 trains what stage 1 does, too
     updates: int | None = None  # parameters of a layer's low-rank updates; None: the projectors are trained themselves
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], *, num_layers: int, block_size: int, calibrator_rank: int
+        cls,
+        config: Mapping[str, Any],
+        *,
+        num_layers: int,
+        block_size: int,
+        calibrator_rank: int,
+        bonus_slot: bool = False,
+        chain_rank: int = 0,
+        joint: bool = False,
     ) -> "Sizes":
         """
         Args:
             config: a model's config of `transformers` as a dict, such as its config.json.
-            num_layers, block_size, calibrator_rank: the drafter's, as in conf/model/.
+            num_layers, block_size, calibrator_rank, bonus_slot, chain_rank: the drafter's, as in conf/model/.
+            joint: as in conf/stage/bonus_calibration.yaml.
 
         Raises:
             ValueError: the config lacks a size, or is of a family that is not counted.
@@ -84,6 +96,9 @@ class Sizes:
                 draft_layers=num_layers,
                 block_size=block_size,
                 rank=calibrator_rank,
+                bonus_slot=bonus_slot,
+                chain_rank=chain_rank,
+                joint=joint,
                 family=FAMILIES[kind],
             )
         except KeyError as error:
@@ -169,22 +184,37 @@ class Sizes:
 
     @property
     def tuned_parameters(self) -> int:
-        """Parameters that stage 1 trains: attention of the draft layers, or its updates and norms; mask embedding."""
+        """Parameters that stage 1 trains: attention of the draft layers, or its updates and norms; inputs of slots."""
         layer = self.attention_parameters if self.updates is None else self.updates + self.query_norms
-        return self.draft_layers * layer + self.hidden
+        return self.draft_layers * layer + self.slot_parameters
+
+    @property
+    def slot_parameters(self) -> int:
+        """Parameters of the inputs of slots: mask embedding, bonus slot."""
+        return self.hidden + (self.hidden**2 if self.bonus_slot else 0)
+
+    @property
+    def corrections(self) -> list[int]:
+        """Ranks of the MLPs that correct the logits: the calibrator's, the chain's; of those that there are."""
+        return [rank for rank in (self.rank, self.chain_rank) if rank]
 
     @property
     def calibrator_parameters(self) -> int:
-        """Parameters that stage 2 trains: W1, b1, W2, b2."""
-        return (2 * self.hidden + 1) * self.rank + (self.rank + 1) * self.vocabulary
+        """Parameters of what corrects the logits: W1, b1, W2, b2 of each."""
+        return sum((2 * self.hidden + 1) * rank + (rank + 1) * self.vocabulary for rank in self.corrections)
+
+    def trains_layers(self, stage: str) -> bool:
+        """Whether a stage trains what the mask pass is made of."""
+        return stage == ATTENTION_TUNING or self.joint
 
     def trained_parameters(self, stage: str) -> int:
         """Parameters that a stage trains."""
-        return self.tuned_parameters if stage == ATTENTION_TUNING else self.calibrator_parameters
+        tuned = self.tuned_parameters if self.trains_layers(stage) else 0
+        return tuned + (self.calibrator_parameters if stage == BONUS_CALIBRATION else 0)
 
     def draft_parameters(self, stage: str) -> int:
         """Parameters of the drafter that a stage leaves, as they are exported."""
-        tuned = self.draft_layers * self.attention_parameters + self.hidden
+        tuned = self.draft_layers * self.attention_parameters + self.slot_parameters
         return tuned + (self.calibrator_parameters if stage == BONUS_CALIBRATION else 0)
 
     def held_parameters(self, stage: str) -> int:

@@ -72,9 +72,8 @@ def target_sizes(config: DictConfig) -> Sizes:
             or an adapter of other projectors than there are.
     """
     target, draft = config.model.target, config.model.draft
-    shape = {"num_layers": draft.num_layers, "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
     try:
-        sizes = Sizes.from_config(_completed(_architecture(target)), **shape)
+        sizes = Sizes.from_config(_completed(_architecture(target)), **draft_shape(config))
     except ValueError as error:
         raise UserError(f"model.target: the plan cannot count this target: {error}") from error
     if sizes.draft_layers > sizes.layers:
@@ -90,6 +89,11 @@ def target_sizes(config: DictConfig) -> Sizes:
         return sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def draft_shape(config: DictConfig) -> dict[str, Any]:
+    """The drafter and its training, as arguments of `Sizes.from_config`."""
+    return {**config.model.draft, "joint": config.stage.bonus_calibration.module.joint}
 
 
 def _architecture(target: DictConfig) -> dict[str, Any]:

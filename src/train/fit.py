@@ -17,6 +17,7 @@ from models.cost import step_flops
 from models.sizes import Sizes
 from train.checkpoints import CheckpointFiles, Checkpoints, keeper, step_of, usable_checkpoint
 from train.datamodule import DraftData
+from train.estimate import draft_shape
 from train.loggers import StageWandbLogger
 from train.modules import DraftTraining
 from train.monitor import Monitor
@@ -109,10 +110,9 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:
     """What logs the figures of a stage; without the share of the peak where an architecture is not counted."""
     settings, draft = config.stage[stage], config.model.draft
-    shape = {"num_layers": draft.num_layers, "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
     rows, length = settings.rows_per_step, config.data.row_length
     try:
-        sizes = Sizes.from_config(target_config.to_dict(), **shape)
+        sizes = Sizes.from_config(target_config.to_dict(), **draft_shape(config))
         if config.adapter:
             sizes = sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
     except ValueError:

@@ -179,7 +179,7 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
     smaller = [*passes, *chunks, *prompts, *(least | chunk for chunk in chunks)]
     smaller += [least | chunk | prompts[-1] for chunk in chunks if prompts]
     yield smaller
-    if stage == ATTENTION_TUNING and not config.speed.recompute:
+    if _trains_layers(config, stage) and not config.speed.recompute:
         yield [{"speed.recompute": True} | change for change in ({}, *smaller)]
     if not machine.gpu:
         return
@@ -188,12 +188,17 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
     yield [*presets, *(preset | least for preset in presets)]
 
 
+def _trains_layers(config: DictConfig, stage: str) -> bool:
+    """Whether a stage keeps activations of the draft layers, which could be recomputed."""
+    return stage == ATTENTION_TUNING or config.stage[stage].module.joint
+
+
 def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[str, Any]]]:
     """Kinds of changes that make it a lesser training: coarser weights, fewer blocks, shorter rows."""
     settings, here = config.stage[stage], f"stage.{stage}"
     least = {f"{here}.rows_per_pass": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
     least[f"{here}.decode.batch_size"] = 1
-    if stage == ATTENTION_TUNING:
+    if _trains_layers(config, stage):
         least["speed.recompute"] = True
     if config.model.target.dtype != "bfloat16":
         yield [least | {"model.target.dtype": "bfloat16"}]
