@@ -27,6 +27,7 @@ from train.evaluation import (
     BenchmarkReport,
     Decoding,
     Prompts,
+    Variant,
     check_baseline,
     compare,
     first_differences,
@@ -90,7 +91,7 @@ def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, t
     sampled = replace(HOW, sampling=Sampling(1.0), batch_size=2)  # turns fall into other batches when compared
     prompts = own_answers(tiny_target, encoder, "talks", talks, sampled)
     untuned = DraftModel(tiny_target, num_layers=6, block_size=8, calibrator_rank=0)
-    assert compare(tiny_target, untuned, False, prompts, sampled, "talks").identical == 3
+    assert compare(tiny_target, Variant(untuned, False), prompts, sampled, "talks").identical == 3
 
 
 def accept_everything(drafted, predicted):
@@ -145,7 +146,7 @@ def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, tr
     encoder = ChatEncoder(tiny_tokenizer, {})
     talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=6, setting="x")
     prompts = own_answers(tiny_target, encoder, "x", talks, how)
-    report = compare(tiny_target, load_draft(trained_run / "export", tiny_target), True, prompts, how, "x")
+    report = compare(tiny_target, Variant(load_draft(trained_run / "export", tiny_target), True), prompts, how, "x")
     assert report.identical == 6 and report.tau > 1
     alone = BenchmarkReport(6, 0, 10, {"x": report})
     both = pooled([alone, alone])

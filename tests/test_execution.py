@@ -35,11 +35,17 @@ def batches(count: int, size: int = 6) -> list:
     return [make_batch(r, num_anchors=9, block_size=size, seeds=[(i,), (i, 1)]) for i, r in enumerate(chosen)]
 
 
-def training(stage=AttentionTuning, objective: Objective | None = None, **execution_settings):
-    """A stage on a drafter far from its start."""
+STAGES = pytest.mark.parametrize(
+    ("stage", "beyond"), [(AttentionTuning, False), (BonusCalibration, False), (BonusCalibration, True)]
+)
+
+
+def training(stage=AttentionTuning, objective: Objective | None = None, beyond: bool = False, **execution_settings):
+    """A stage on a drafter far from its start; `beyond` the paper, all of the drafter is trained in stage 2."""
     target = random_target()
-    draft = random_draft(target)
+    draft = random_draft(target, bonus_slot=beyond, chain_rank=4 * beyond)
     settings = SETTINGS | {"chunk": 20, "objective": objective or Objective()}
+    settings |= {"joint": beyond} if stage is BonusCalibration else {}
     return stage(target, draft, **settings, execution=Execution(**execution_settings))
 
 
@@ -64,14 +70,14 @@ def fresh_compiler(monkeypatch):
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
+@STAGES
 @pytest.mark.parametrize("objective", [Objective(), Objective(ce=0.1, kl=0.2, tv=0.9)])
 @pytest.mark.parametrize("how", [{"attention": "dense"}, {"recompute": True}, {"compile": True}])
-def test_how_a_step_is_run_changes_nothing(stage, objective, how, fresh_compiler, monkeypatch):
+def test_how_a_step_is_run_changes_nothing(stage, beyond, objective, how, fresh_compiler, monkeypatch):
     # Else hardly a block would teach stage 2 anything: this target says what the text does one time in a hundred.
     said = "train.modules.bonus_tokens"
     monkeypatch.setattr(said, lambda target, hidden, anchors: batch.input_ids.gather(1, anchors))
-    plain, other = training(stage, objective), training(stage, objective, **how)
+    plain, other = training(stage, objective, beyond), training(stage, objective, beyond, **how)
     for batch in batches(2):
         for expected, got in zip(loss_and_gradients(plain, batch), loss_and_gradients(other, batch), strict=True):
             assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -95,7 +101,7 @@ def test_layers_with_flex_attention_are_compiled_once(fresh_compiler):
     compiled, plain = training(compile=True, attention="flex"), training(attention="dense")
     graphs = []
     for batch in batches(4):
-        assert torch.allclose(compiled.features(batch)[0], plain.features(batch)[0], atol=1e-4)
+        assert torch.allclose(compiled.features(batch).hidden, plain.features(batch).hidden, atol=1e-4)
         graphs.append(fresh_compiler["unique_graphs"])
     assert graphs[0] == 4 and len(set(graphs)) == 1 and not counters["graph_break"], graphs
 
@@ -132,11 +138,11 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
+@STAGES
 @pytest.mark.parametrize("objective", [Objective(), Objective(kl=0.2, tv=0.9)])
-def test_no_operation_of_a_step_waits_for_the_device(stage, objective, monkeypatch):
+def test_no_operation_of_a_step_waits_for_the_device(stage, beyond, objective, monkeypatch):
     """With dense masks: tiles are planned on the host, where the batch of a CPU is anyway."""
-    tuned, batch = training(stage, objective, attention="dense"), batches(1)[0]
+    tuned, batch = training(stage, objective, beyond, attention="dense"), batches(1)[0]
 
     def refuse(*_):
         raise AssertionError("a tensor was read as a Python value")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
 
 from models import export
+from models.draft import DraftModel
 from models.export import export_draft, load_draft
 from models.reference_decoding import draft_logits
 
@@ -166,3 +167,51 @@ def test_weights_that_are_not_finite_are_not_exported(exported, tmp_path_factory
     with pytest.raises(ValueError, match="mask_embedding: not finite"):
         export_draft(draft, directory, torch.float32)
     assert not list(directory.iterdir())
+
+
+@pytest.fixture
+def beyond(exported, tmp_path_factory):
+    """The same with a bonus slot and a chain."""
+    directory = tmp_path_factory.mktemp("beyond")
+    draft = random_draft(exported[0], num_layers=LAYERS, block_size=BLOCK, rank=RANK, bonus_slot=True, chain_rank=5)
+    export_draft(draft, directory, torch.float32)
+    return draft, directory, load_file(directory / "model.safetensors")
+
+
+def logits_of(drafts: list[DraftModel]) -> list[torch.Tensor]:
+    """Of a block of each after the same random prompt."""
+    target, cache = drafts[0].target, DynamicCache()
+    target(input_ids=torch.randint(3, 97, (1, 12)), past_key_values=cache, use_cache=True)
+    return [draft_logits(draft, cache, 12, torch.tensor([7])) for draft in drafts]
+
+
+@torch.no_grad()
+def test_what_is_beyond_the_contract_is_added_to_it_and_read_back(exported, beyond):
+    target, _, directory = exported
+    draft, other, tensors = beyond
+    more = {"bonus_slot.weight": (HIDDEN, HIDDEN), "chain_mlp.0.weight": (5, 2 * HIDDEN), "chain_mlp.0.bias": (5,)}
+    more |= {"chain_mlp.2.weight": (VOCABULARY, 5), "chain_mlp.2.bias": (VOCABULARY,)}
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == contract() | more
+    plain, config = (json.loads((d / "config.json").read_text())["flexdraft_config"] for d in (directory, other))
+    assert config == plain | {"bonus_slot": True, "chain_rank": 5}
+    one, again = logits_of([draft, load_draft(other, target)])
+    assert torch.equal(one, again)
+    del tensors["chain_mlp.0.bias"]
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: .'chain_mlp.0.bias'."):
+        load_draft(other, target)
+
+
+@torch.no_grad()
+def test_a_decoder_that_knows_the_contract_alone_drafts_with_it(exported, beyond):
+    """What `without_extras` drafts is what a reader makes of the contract's keys and tensors, others passed over."""
+    draft, directory, tensors = beyond
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("flexdraft_config", "dflash_config"):
+        config[key] = {name: config[key][name] for name in config[key] if name not in ("bonus_slot", "chain_rank")}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({name: tensors[name] for name in contract()}, directory / "model.safetensors")
+    public = load_draft(directory, exported[0])
+    assert public.bonus_slot is None and public.chain_mlp is None and draft.chain_mlp is not None
+    expected, plain, full = logits_of([public, draft.without_extras(), draft])
+    assert torch.equal(plain, expected) and not torch.equal(full, expected)

@@ -99,7 +99,7 @@ def test_loss_and_gradients_equal_loops_in_float64(name, slot0_loss, chunk, dtyp
     settings["target_hidden"] = target_hidden.to(dtype)
 
     own = hidden.detach().to(dtype).requires_grad_()
-    loss, weight, correct = block_loss(lambda h, b: h @ frozen.T, own, batch, **settings)
+    loss, weight, correct = block_loss(lambda h, *_: h @ frozen.T, own, batch, **settings)
     (3 * loss).backward()  # a factor, as training has one
     (by_hidden,) = torch.autograd.grad(expected, hidden, retain_graph=True)
     assert relative_error(loss.detach(), expected.detach()) < tolerance
@@ -112,7 +112,7 @@ def test_loss_and_gradients_equal_loops_in_float64(name, slot0_loss, chunk, dtyp
     change = torch.zeros_like(frozen).requires_grad_()
     bonus = torch.zeros(ROWS, BLOCKS, dtype=torch.long)
 
-    def logits(hidden, bonus):
+    def logits(hidden, bonus, previous):
         return hidden @ (frozen if bonus is None else frozen + change).T
 
     loss, _, _ = block_loss(logits, hidden.detach().to(dtype), batch, bonus=bonus, **settings)
@@ -134,7 +134,7 @@ def test_no_more_logits_than_a_chunk_are_asked_for_and_only_of_labelled_slots():
     hidden, _, head, batch = random_blocks()
     asked = []
 
-    def logits(hidden, bonus):
+    def logits(hidden, *_):
         asked.append(len(hidden))
         return hidden @ head.T
 
@@ -147,7 +147,7 @@ def test_the_head_is_called_as_often_whatever_is_supervised():
     hidden, _, head, batch = random_blocks()
     calls = []
 
-    def logits(hidden, bonus):
+    def logits(hidden, *_):
         calls[-1] += 1
         return hidden @ head.T
 

@@ -7,14 +7,15 @@ from transformers import DynamicCache
 
 from data.anchors import make_batch, valid_anchors
 from data.packing import pack_documents
+from models.draft import UNKNOWN
 from models.reference_decoding import draft_logits
 from models.target import bonus_tokens, target_pass
 
 
-def training_states(dtype: str):
+def training_states(dtype: str, beyond: bool):
     """Packed rows with all their anchors, the first and the last possible among them."""
     target = random_target(dtype)
-    draft = random_draft(target)
+    draft = random_draft(target, bonus_slot=beyond, chain_rank=4 if beyond else 0)
     rows = pack_documents(random_documents(8, seed=3), 96, pad_id=0)
     assert max(row.document_ids.max() for row in rows) >= 1  # several documents in a row
     count = max(len(valid_anchors(row)) for row in rows)
@@ -22,15 +23,23 @@ def training_states(dtype: str):
     return target, draft, rows, batch
 
 
+@pytest.mark.parametrize("beyond", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
 @torch.no_grad()
-def test_training_and_decoding_logits_agree(dtype, tolerance):
-    target, draft, rows, batch = training_states(dtype)
+def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
+    """In every state and every way to draft; `beyond` the paper, also with the bonus in slot 0, and with a chain."""
+    target, draft, rows, batch = training_states(dtype, beyond)
     clean = target_pass(target, batch, draft.split_layer)
     bonus = bonus_tokens(target, clean.hidden, batch.anchors)
-    hidden = draft.forward_batch(clean.context, batch)
-    tuned = draft.logits(hidden)  # stage 1
-    calibrated = draft.logits(hidden, bonus[..., None].expand(-1, -1, draft.block_size))  # stage 2
+    known, logits = bonus[..., None].expand(-1, -1, draft.block_size), {}
+    for told in (False, True):
+        hidden = draft.forward_batch(clean.context, batch, bonus=bonus if told else None)
+        logits[told, False] = draft.logits(hidden)  # stage 1
+        # Stage 2; slots know the tokens before them that decoding would draft.
+        calibrated = draft.logits(hidden, known)
+        drafted = draft.block_logits(hidden[..., 1:, :], bonus).argmax(-1)
+        before = torch.cat([torch.full_like(known[..., :1], UNKNOWN), known[..., :1], drafted[..., :-1]], -1)
+        logits[told, True] = draft.logits(hidden, known, before) if beyond else calibrated
 
     states, worst = 0, 0.0
     for r, row in enumerate(rows):
@@ -41,13 +50,16 @@ def test_training_and_decoding_logits_agree(dtype, tolerance):
             cache = DynamicCache()
             prediction = target(input_ids=prefix, past_key_values=cache, use_cache=True).logits[0, -1:].argmax(-1)
             assert prediction == bonus[r, a]  # the bonus of training is the bonus of decoding
-            for logits, known in ((tuned, None), (calibrated, prediction)):
-                decoded = draft_logits(draft, cache, anchor - start, known)
-                worst = max(worst, float((decoded - logits[r, a]).abs().max()))
+            for (told, calibrate), trained in logits.items():
+                how = {"told": told, "calibrate": calibrate}
+                decoded = draft_logits(draft, cache, anchor - start, prediction, **how)
+                worst = max(worst, float((decoded - trained[r, a]).abs().max()))
                 states += 1
-    assert states >= 200  # at least 100 of each stage
+    assert states >= 400  # at least 100 of each kind
     assert worst < tolerance
-    assert float((tuned - calibrated).abs().max()) > 0.1  # the calibrator did something
+    assert float((logits[True, True] - logits[True, False]).abs().max()) > 0.1  # the calibrator did something
+    assert (float((logits[True, True] - logits[False, True]).abs().max()) > 0.1) == beyond  # so did the bonus slot
+    assert not beyond or float((logits[True, True] - calibrated).abs().max()) > 0.1  # and the chain
 
 
 @torch.no_grad()

@@ -12,6 +12,11 @@ import pytest
 from conftest import SHORT, command, command_stopped_at_checkpoint
 from safetensors.torch import load_file, save_file
 
+from models.export import load_draft
+from train.checks import VARIANTS
+
+EXPORTED = "export/model.safetensors"
+
 
 def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
     output = (trained_run / "stdout.txt").read_text(encoding="utf-8")
@@ -111,6 +116,24 @@ def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
     assert config["enable_anchor_bias_logits"] is False and config["anchor_bias_rank"] == 0
     report = json.loads((run_dir / "evaluate" / "report.json").read_text())
     assert "calibrated" not in report["benchmarks"]["held_out"]["variants"]
+
+
+def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tiny_target):
+    """All of the recipe by one command; what it exports says what it has, and decodes in both modes."""
+    shorter = ("stage.attention_tuning.steps=20", "stage.evaluate.num_prompts=3", "stage.evaluate.speed.repeats=1")
+    done = command(*SHORT, *shorter, "+recipe=beyond", "model.draft.chain_rank=16", "name=short", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "checkpoints" / "short"
+    assert "lossless: 3/3 prompts identical" in done.stdout and "calibrated_parallel" in done.stdout
+    config = json.loads((run_dir / "export" / "config.json").read_text())["flexdraft_config"]
+    assert config["bonus_slot"] is True and config["chain_rank"] == 16
+    tuned, exported = (load_file(run_dir / name) for name in ("attention_tuning/draft.safetensors", EXPORTED))
+    changed = {name for name in tuned if not tuned[name].equal(exported[name])}
+    assert changed == tuned.keys()  # stage 2 went on with all of it
+    draft = load_draft(run_dir / "export", tiny_target)
+    assert float(draft.bonus_slot.weight.detach().abs().max()) > 0 and draft.chain_rank == 16
+    report = json.loads((run_dir / "evaluate" / "report.json").read_text())
+    assert set(report["benchmarks"]["held_out"]["variants"]) == set(VARIANTS)
 
 
 def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tmp_path):

@@ -71,6 +71,15 @@ def test_zero_equals_one_rank(alone, tmp_path, zero):
     assert_same(alone, run(tmp_path, f"trainer=zero{zero}", *PAIR, *extra, **NO_COMPILER))
 
 
+def test_joint_training_beyond_the_paper_equals_one_rank(tmp_path_factory):
+    """Hardest where every rank has a piece of each tensor, and the head of the loss trains with what is before it."""
+    beyond = ("+recipe=beyond", "model.draft.chain_rank=16", *(f"stage.{stage}.steps=4" for stage in STAGES))
+    beyond += tuple(f"stage.{stage}.validate_every=4" for stage in STAGES)
+    one = run(tmp_path_factory.mktemp("one"), *beyond)
+    two = run(tmp_path_factory.mktemp("two"), *beyond, "trainer=zero3", *PAIR, SHARDED, *PIECES, **NO_COMPILER)
+    assert difference(one, two) < 1e-6 and decoded(one) == decoded(two)
+
+
 def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):
     """One rank, then two under ZeRO 2, then one again; with the data and the losses of one all along."""
     stop = {"cwd": tmp_path, "number": signal.SIGUSR1}

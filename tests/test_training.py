@@ -1,18 +1,20 @@
 """Training through Lightning: what is frozen, what is trained, where a killed run goes on."""
 
 import hashlib
+from itertools import product
 
 import lightning
 import pytest
 import torch
 from conftest import random_documents, random_target
 
+from data.batch import IGNORE
 from data.packing import pack_documents
-from models.draft import DraftModel, start_calibrator_from_head
+from models.draft import UNKNOWN, DraftModel, start_from_head
 from models.objectives import Objective
 from train.batches import TrainingBatches, ValidationBatches
 from train.datamodule import DraftData
-from train.modules import AttentionTuning, BonusCalibration
+from train.modules import AttentionTuning, BonusCalibration, previous_tokens
 
 SETTINGS = {
     "objective": Objective(),
@@ -25,6 +27,7 @@ SETTINGS = {
     "warmup_share": 0.1,
     "final_lr_share": 0.0,
     "steps": 6,
+    "told_share": 0.5,
 }
 
 
@@ -58,18 +61,26 @@ def trainer(tmp_path, steps: int, **kwargs) -> lightning.Trainer:
     return lightning.Trainer(**(defaults | kwargs))
 
 
-def module(stage, target) -> AttentionTuning | BonusCalibration:
+def module(stage, target, beyond: bool = False) -> AttentionTuning | BonusCalibration:
+    """A stage; `beyond` the paper, with a bonus slot, a chain, and all of it trained in stage 2."""
     torch.manual_seed(0)
-    rank = 8 if stage is BonusCalibration else 0
-    return stage(target, DraftModel(target, num_layers=3, block_size=6, calibrator_rank=rank), **SETTINGS)
+    calibrates = stage is BonusCalibration
+    ranks = {"calibrator_rank": 8 * calibrates, "chain_rank": 4 * (calibrates and beyond)}
+    draft = DraftModel(target, num_layers=3, block_size=6, bonus_slot=beyond, **ranks)
+    return stage(target, draft, **SETTINGS, **({"joint": beyond} if calibrates else {}))
 
 
-@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
-def test_only_the_intended_parameters_are_trained(stage, tmp_path):
+STAGES = pytest.mark.parametrize(
+    ("stage", "beyond"), list(product([AttentionTuning, BonusCalibration], [False, True])), ids=str
+)
+
+
+@STAGES
+def test_only_the_intended_parameters_are_trained(stage, beyond, tmp_path):
     target = random_target()
     text = torch.randint(3, 97, (2, 30))
     before, logits = hashes(target), target(text).logits
-    training = module(stage, target)
+    training = module(stage, target, beyond)
     start = {name: p.detach().clone() for name, p in training.draft.own_parameters().items()}
     trainer(tmp_path, 6).fit(training, data())
 
@@ -77,33 +88,35 @@ def test_only_the_intended_parameters_are_trained(stage, tmp_path):
     assert torch.equal(target(text).logits, logits)  # the draft is loaded, the target does not notice
     own = training.draft.own_parameters()
     trained = training.trained()
-    assert trained.keys() == {n for n in own if n.startswith("anchor_bias_mlp") == (stage is BonusCalibration)}
+    calibrates = stage is BonusCalibration
+    assert trained.keys() == {n for n in own if beyond or n.startswith("anchor_bias_mlp") == calibrates}
     for name, parameter in own.items():
         assert (not torch.equal(parameter, start[name])) == (name in trained), name
     with_gradient = {id(p) for p in training.parameters() if p.requires_grad}
     assert with_gradient == {id(p) for p in trained.values()}
-    loss = training.features(data_batch(target))[0]
-    assert loss.requires_grad == (stage is AttentionTuning)
+    assert training.features(data_batch(target)).hidden.requires_grad == (beyond or not calibrates)
 
 
-def data_batch(target):
-    batches = TrainingBatches(rows(), steps=1, rows_per_step=2, num_anchors=4, block_size=6, seed=0)
+def data_batch(target, num_anchors: int = 4):
+    batches = TrainingBatches(rows(), steps=1, rows_per_step=2, num_anchors=num_anchors, block_size=6, seed=0)
     return batches.batch(0)
 
 
-def test_every_projector_and_the_mask_embedding_get_a_gradient():
+@pytest.mark.parametrize("beyond", [False, True])
+def test_every_projector_and_every_input_of_slots_gets_a_gradient(beyond):
     target = random_target()
-    training = module(AttentionTuning, target)
-    hidden, *_ = training.features(data_batch(target))
-    hidden.pow(2).sum().backward()
+    training = module(AttentionTuning, target, beyond)
+    training.features(data_batch(target)).hidden.pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in training.trained().values())
     assert all(p.grad is None for p in target.parameters())
 
 
-@pytest.mark.parametrize("passes", [1, 2, 4])
-def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(passes, tmp_path):
-    """By plain descent without clipping: AdamW would hide a factor, and so would a clipped norm."""
-    training, rows = module(AttentionTuning, random_target()), data(1)
+@pytest.mark.parametrize(("stage", "passes"), [(AttentionTuning, 1), (AttentionTuning, 4), (BonusCalibration, 2)])
+def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, passes, tmp_path):
+    """By plain descent without clipping: AdamW would hide a factor, and so would a clipped norm. Stage 2 with all of
+    the drafter in training: its loss is computed in pieces."""
+    training, rows = module(stage, random_target(), beyond=stage is BonusCalibration), data(1)
+    start_from_head(training.draft)
     rows.rows_per_pass = 4 // passes
     batches = TrainingBatches(rows.training, steps=1, rows_per_step=4, num_anchors=40, block_size=6, seed=0)
     total, weight, _, _ = training.loss(batches.batch(0))
@@ -118,30 +131,50 @@ def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(passes, tmp_path
 
 def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decoding_could_meet():
     target = random_target()
-    training = module(BonusCalibration, target)
+    training = module(BonusCalibration, target, beyond=True)
     batch = data_batch(target)
-    hidden, labels, bonus, _ = training.features(batch)
-    known = bonus[..., None].expand(labels.shape)
-    assert torch.equal(training.draft.logits(hidden, known), training.draft.logits(hidden))
-    start_calibrator_from_head(training.draft)
-    assert torch.equal(training.draft.logits(hidden, known), training.draft.logits(hidden))
-    said_otherwise = bonus != batch.input_ids.gather(1, batch.anchors)
-    assert said_otherwise.any() and (labels[said_otherwise] == -100).all()
+    found = training.features(batch)
+    known = found.bonus[..., None].expand(found.labels.shape)
+    plain = training.draft.logits(found.hidden)
+    assert torch.equal(training.draft.logits(found.hidden, known, found.previous), plain)
+    start_from_head(training.draft)
+    assert torch.equal(training.draft.logits(found.hidden, known, found.previous), plain)
+    said_otherwise = found.bonus != batch.input_ids.gather(1, batch.anchors)
+    assert said_otherwise.any() and (found.labels[said_otherwise] == IGNORE).all()
 
 
-@pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
-def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, tmp_path):
-    straight = module(stage, random_target())
+def test_blocks_that_are_told_their_bonus_know_the_token_before_each_slot_and_no_other():
+    torch.manual_seed(0)
+    labels, bonus = torch.randint(3, 97, (2, 7, 6)), torch.randint(3, 97, (2, 7))
+    for a in range(7):
+        labels[:, a, a:] = IGNORE  # where the answer ends
+    bonus[:, ::3] = UNKNOWN
+    before = previous_tokens(labels, bonus)
+    for r, a, j in product(range(2), range(7), range(6)):
+        known = bonus[r, a] != UNKNOWN and j > 0 and (j == 1 or labels[r, a, j - 1] != IGNORE)
+        assert before[r, a, j] == ((bonus[r, a] if j == 1 else labels[r, a, j - 1]) if known else UNKNOWN)
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_the_share_of_blocks_that_are_told_their_bonus(share, told):
+    training = module(AttentionTuning, random_target(), beyond=True)
+    training.told_share = share
+    assert (training.told(torch.zeros(3, 8, dtype=torch.long)) != UNKNOWN).sum(1).tolist() == [told] * 3
+
+
+@STAGES
+def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_path):
+    straight = module(stage, random_target(), beyond)
     trainer(tmp_path, 6).fit(straight, data())
 
-    first = module(stage, random_target())
+    first = module(stage, random_target(), beyond)
     half = trainer(tmp_path, 3)
     half.fit(first, data())
     half.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == set(first.trained())  # never the target
 
-    second = module(stage, random_target())
+    second = module(stage, random_target(), beyond)
     trainer(tmp_path, 6).fit(second, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     for name, parameter in straight.trained().items():
         assert torch.equal(parameter, second.trained()[name]), name

@@ -35,7 +35,7 @@ CALLS = {
     "out of range": (["stage.attention_tuning.module.learning_rate=-1"], ["learning_rate=-1", "more than 0"]),
     "unknown weights": (["objective.weights=dpac"], ["'dpac'", "dpace, decay, flat"]),
     "no value": (["stage.attention_tuning.steps=null"], ["steps=None", "expected int"]),
-    "unknown variant": (["stage.evaluate.variants=[calibratd]"], ["calibratd", "untuned, attention_tuned, calibrated"]),
+    "unknown variant": (["stage.evaluate.variants=[calibratd]"], ["calibratd", "calibrated_parallel, calibrated."]),
     "an unknown kind of attention": (["speed.attention=eager"], ["'eager'", "auto or flex or sdpa or dense"]),
     "an objective without terms": (["objective.ce=0"], ["ce=0", "one of them more"]),
     "trainer setting of the stage": (
@@ -55,6 +55,16 @@ CALLS = {
     "patience without a figure": (
         ["stage.bonus_calibration.best_by=null", "stage.bonus_calibration.patience=2"],
         ["patience=2", "best_by"],
+    ),
+    "a chain of less than nothing": (["model.draft.chain_rank=-1"], ["chain_rank=-1", "0 or more"]),
+    "more than all told": (["stage.attention_tuning.module.told_share=2"], ["told_share=2", "0 to 1"]),
+    "slot 0 told its label": (
+        ["+recipe=beyond", "stage.attention_tuning.module.slot0_loss=true"],
+        ["slot0_loss=true", "bonus_slot=true", "Choose one"],
+    ),
+    "all of a low-rank adapter": (
+        ["+recipe=beyond", "adapter=lora"],
+        ["joint=true", "adapter=lora would save nothing"],
     ),
     "no eps": (["stage.bonus_calibration.module.eps=0"], ["eps=0", "more than 0"]),
     "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),

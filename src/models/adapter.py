@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.draft import DraftModel, shallow_copy
-from models.export import CONFIG, FLEXDRAFT_KEYS, artifact_config, load_draft_weights
+from models.export import CONFIG, FLEXDRAFT_KEYS, artifact_config, extras, load_draft_weights
 
 WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT names them
 NAME = "default"  # of the adapter, within PEFT's modules
@@ -65,11 +65,12 @@ class LoraDraft(DraftModel):
         *,
         num_layers: int,
         block_size: int,
+        bonus_slot: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
-            num_layers, block_size: as for `DraftModel`.
+            num_layers, block_size, bonus_slot: as for `DraftModel`.
             dtype: of what is trained; the target's if None. Updates are added to the target's weights in it.
 
         Raises:
@@ -77,7 +78,8 @@ class LoraDraft(DraftModel):
         """
         from peft import LoraConfig, inject_adapter_in_model  # late: it takes seconds
 
-        super().__init__(target, num_layers=num_layers, block_size=block_size, calibrator_rank=0, dtype=dtype)
+        sizes = {"num_layers": num_layers, "block_size": block_size, "calibrator_rank": 0, "bonus_slot": bonus_slot}
+        super().__init__(target, **sizes, dtype=dtype)
         self.lora_config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
@@ -104,7 +106,7 @@ class LoraDraft(DraftModel):
 
     def own_parameters(self) -> dict[str, Tensor]:
         """Whole projectors, norms and the mask embedding, by exported name: copies where anything was added."""
-        own: dict[str, Tensor] = {"mask_embedding": self.mask_embedding}
+        own: dict[str, Tensor] = {"mask_embedding": self.mask_embedding, **self._named("bonus_slot")}
         for i, layer in enumerate(self.layers):
             for name, module in layer.self_attn.named_children():
                 base = getattr(module, "base_layer", module)
@@ -119,6 +121,7 @@ class LoraDraft(DraftModel):
     def merged(self, dtype: torch.dtype | None = None) -> DraftModel:
         """The same drafter with projectors of its own, in a dtype; None: that of what is trained."""
         sizes = {"num_layers": len(self.layers), "block_size": self.block_size, "calibrator_rank": 0}
+        sizes["bonus_slot"] = self.bonus_slot is not None
         draft = DraftModel(self.target, **sizes, dtype=dtype or self.mask_embedding.dtype)
         load_draft_weights(draft.own_parameters(), self.own_parameters(), source="adapter")
         return draft.requires_grad_(False).eval()
@@ -150,9 +153,10 @@ def load_adapter(directory: Path, target: PreTrainedModel, *, dtype: torch.dtype
         tensors = load_file(directory / WEIGHTS)
     except OSError as error:
         raise ValueError(f"{directory}: no drafter's adapter there ({LORA_CONFIG}, {WEIGHTS}, {CONFIG}).") from error
-    layers = config[FLEXDRAFT_KEYS[0]]["target_layer_ids"]
+    settings = config[FLEXDRAFT_KEYS[0]]
     lora = Lora(written["r"], written["lora_alpha"], tuple(written["target_modules"]))
-    draft = LoraDraft(target, lora, num_layers=len(layers), block_size=config["block_size"], dtype=dtype)
+    sizes = {"num_layers": len(settings["target_layer_ids"]), "block_size": config["block_size"]}
+    draft = LoraDraft(target, lora, **sizes, bonus_slot=extras(settings)["bonus_slot"], dtype=dtype)
     here = artifact_config(draft)
     for key in ("model_type", "num_target_layers", "hidden_size", "vocab_size"):
         if config[key] != here[key]:

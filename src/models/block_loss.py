@@ -12,7 +12,7 @@ from data.batch import Batch
 from models.compilation import compiled as compile_function
 from models.objectives import Objective, Piece, piece_loss
 
-LogitsFunction = Callable[[Tensor, Tensor | None], Tensor]
+LogitsFunction = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 Sums = tuple[Tensor, Tensor, Tensor]  # weighted losses, weights, and [n] whether the most likely token is the label
 
 
@@ -26,19 +26,23 @@ def block_loss(
     slot0_loss: bool = False,
     labels: Tensor | None = None,
     bonus: Tensor | None = None,
+    previous: Tensor | None = None,
     target_hidden: Tensor | None = None,
+    head_trains: bool = False,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The objective over all blocks, holding the logits of a chunk of slots at a time, in the backward pass too.
 
     Args:
-        logits_of: (hidden [n, H], bonus [n] or None) -> logits [n, V], slot by slot.
-        hidden: [R, A, B, H] of the draft. If it has a gradient, `logits_of` trains nothing itself.
+        logits_of: (hidden [n, H], bonus [n] or None, previous [n] or None) -> logits [n, V], slot by slot.
+        hidden: [R, A, B, H] of the draft.
         chunk: slots whose logits are held at a time, at least one block's.
         slot0_loss: whether slot 0, which decoding discards for the bonus token, is trained like the drafted slots.
         labels: [R, A, B] in place of the batch's, for labels withdrawn from whole blocks.
         bonus: [R, A] or None.
+        previous: [R, A, B] or None.
         target_hidden: [R, T, H] of the target, if the objective needs its distribution.
+        head_trains: whether `logits_of` has parameters to be trained.
 
     Returns:
         sum of weighted losses, sum of weights (detached), and correct [R, A, B-1]: the most likely token of a drafted
@@ -47,14 +51,15 @@ def block_loss(
     labels = batch.labels if labels is None else labels
     size, first = labels.shape[-1], 0 if slot0_loss else 1
     pieces = cut(batch, labels, first=first, chunk=chunk)
-    head = _Head(logits_of, objective, compiled, None if bonus is None else bonus.flatten(), size)
+    flat = [None if tokens is None else tokens.flatten() for tokens in (bonus, previous)]
+    head = _Head(logits_of, objective, compiled, *flat, size)
     if objective.needs_target:
         head.teacher, head.before = target_hidden.flatten(0, 1), slots_before(batch, size)
-    if hidden.requires_grad:
+    if hidden.requires_grad and not head_trains:
         loss, weight, hits = _LossOfHidden.apply(hidden, pieces, head)
     else:
         flat = hidden.flatten(0, -2)
-        results = [_loss_of_calibrator(head, flat[piece.slots], piece, len(pieces) > 1) for piece in pieces]
+        results = [_loss_of_head(head, flat[piece.slots], piece, len(pieces) > 1) for piece in pieces]
         loss, weight = (torch.stack([result[i] for result in results]).sum() for i in (0, 1))
         hits = torch.cat([result[2] for result in results])
     correct = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
@@ -98,20 +103,22 @@ class _Head:
     objective: Objective
     compiled: bool
     bonus: Tensor | None  # [R*A]
+    previous: Tensor | None  # [R*A*B]
     block_size: int
     teacher: Tensor | None = None  # [R*T, H]
     before: Tensor | None = None  # [R*A*B] into the teacher's
 
     def logits(self, part: Tensor, piece: Piece) -> Tensor:
         """[n, V] of the draft."""
-        return self.logits_of(part, None if self.bonus is None else self.bonus[piece.slots // self.block_size])
+        bonus = None if self.bonus is None else self.bonus[piece.slots // self.block_size]
+        return self.logits_of(part, bonus, None if self.previous is None else self.previous[piece.slots])
 
     @torch.no_grad()
     def loss(self, logits: Tensor, piece: Piece, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`piece_loss`, with the gradient in the dtype of the logits, which may be overwritten."""
         teacher, wide = None, torch.promote_types(logits.dtype, torch.float32)
         if self.before is not None:
-            teacher = self.logits_of(self.teacher[self.before[piece.slots]], None)
+            teacher = self.logits_of(self.teacher[self.before[piece.slots]], None, None)
         with torch.autocast(logits.device.type, enabled=False):
             if self.compiled:
                 return _compiled_piece_loss()(logits.detach(), teacher, piece, self.objective, with_gradient)
@@ -155,9 +162,9 @@ def _with_gradient(head: _Head, flat: Tensor, piece: Piece, gradient: Tensor) ->
     return tuple(sums)
 
 
-def _loss_of_calibrator(head: _Head, part: Tensor, piece: Piece, again: bool) -> Sums:
+def _loss_of_head(head: _Head, part: Tensor, piece: Piece, again: bool) -> Sums:
     """Stage 2, and validation. `again`: compute the logits anew in the backward pass, or autograd would keep them of
-    every piece; the calibrator is trained through autograd, since what trains under ZeRO must."""
+    every piece; the head is trained through autograd, since what trains under ZeRO must."""
 
     def loss() -> Sums:
         return _LossOfLogits.apply(head.logits(part, piece), piece, head)

@@ -73,7 +73,7 @@ def generate(
     own, greedy or sampled: with the same seed it is the same tokens, however they were drafted, but for ties within
     rounding.
 
-    * `sequential`: after the verification, one block goes through the draft layers.
+    * `sequential`: after the verification, one block goes through the draft layers; its slot 0 may hold the bonus.
     * `parallel`: the verifying pass carries a block for every number of drafts that may be accepted; one is read.
     * `auto`: parallel while at most `parallel_rows` rows are in flight.
 
@@ -84,7 +84,7 @@ def generate(
         selection: which drafts to verify.
         seed: of sampling. A row's numbers depend on its own seed alone; of one number, row i has seed + i.
         stop: tokens that end a row; None: the target's own.
-        calibrate: False leaves the drafter's calibrator out.
+        calibrate: False leaves out what corrects the drafter's logits.
         timer: called with each of PHASES around what it names.
 
     Raises:
@@ -234,7 +234,7 @@ class _Flight:
         if self.draft is None:
             return None
         with self.timer("draft"):
-            return self.passes.draft_blocks(self.lengths[:, None], reach)[:, 0]
+            return self.passes.draft_blocks(self.lengths[:, None], reach, self.bonus[:, None])[:, 0]
 
     def _propose(self, block: Tensor | None) -> None:
         """Drafts [R, B-1] out of blocks [R, B, H] and bonus tokens, and how many of them to verify, [R]."""
@@ -242,8 +242,8 @@ class _Flight:
             self.drafts, self.verified = self.bonus.new_empty(len(self.bonus), 0), torch.zeros_like(self.bonus)
             return
         with self.timer("calibrate"):
-            bonus = self.bonus[:, None].expand(-1, block.shape[1] - 1) if self.calibrate else None
-            self.drafts, confidence = drafts_and_confidence(self.draft.logits(separate(block[:, 1:]), bonus))
+            bonus = self.bonus if self.calibrate else None
+            self.drafts, confidence = drafts_and_confidence(self.draft.block_logits(separate(block[:, 1:]), bonus))
             room = self.max_new_tokens - 1 - self.said  # no draft is worth verifying beyond the last token to be kept
             self.verified = self.selection.count(confidence).minimum(room).clamp(min=0)
 

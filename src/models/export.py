@@ -39,6 +39,11 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
         "enable_anchor_bias_logits": draft.anchor_bias_mlp is not None,
         "anchor_bias_rank": draft.calibrator_rank,
     }
+    # Beyond the public contract: its readers pass over these keys, and over the tensors.
+    if draft.bonus_slot is not None:
+        settings["bonus_slot"] = True
+    if draft.chain_rank:
+        settings["chain_rank"] = draft.chain_rank
     config.update({key: settings for key in FLEXDRAFT_KEYS})
     config |= _rope_of_4_57(config.get("rope_parameters") or {})
     if "num_local_experts" in config:
@@ -46,6 +51,11 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
     for key in ("_name_or_path", "architectures", "transformers_version", "quantization_config"):
         config.pop(key, None)
     return config
+
+
+def extras(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a drafter has beyond the paper's by the settings of its `config.json`, as arguments of `DraftModel`."""
+    return {key: settings.get(key, absent) for key, absent in (("bonus_slot", False), ("chain_rank", 0))}
 
 
 def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +179,13 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
                 f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}."
             )
     rank = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
-    draft = DraftModel(target, num_layers=len(layers), block_size=config["block_size"], calibrator_rank=rank)
+    draft = DraftModel(
+        target,
+        num_layers=len(layers),
+        block_size=config["block_size"],
+        calibrator_rank=rank,
+        **extras(settings),
+    )
     own = draft.own_parameters()
     shared = draft.shared_parameters().keys() - own.keys()
     tensors = {name: tensor for name, tensor in _read_tensors(directory).items() if name not in shared}

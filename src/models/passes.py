@@ -83,9 +83,12 @@ class Passes:
         hidden = through_layers(self.target, self.target.model.layers, 0, hidden, positions, views)
         return target_logits(self.target, hidden)
 
-    def draft_blocks(self, anchors: Tensor, reach: int) -> Tensor:
-        """One block per anchor through the draft layers. [R, g] -> [R, g, B, H] after the final norm."""
-        hidden, positions, views = self._blocks(anchors, reach)
+    def draft_blocks(self, anchors: Tensor, reach: int, bonus: Tensor | None = None) -> Tensor:
+        """One block per anchor through the draft layers. [R, g] -> [R, g, B, H] after the final norm.
+
+        `bonus` [R, g]: the tokens at the anchors, for drafters with a bonus slot; None: not known yet.
+        """
+        hidden, positions, views = self._blocks(anchors, reach, bonus)
         hidden = through_layers(self.target, self.draft.layers, self.draft.split_layer, hidden, positions, views)
         return self.target.model.norm(hidden).view(*anchors.shape, self.draft.block_size, -1)
 
@@ -116,7 +119,7 @@ class Passes:
         places = self.cache.places(positions, reach)
         return _views(lambda window: cached_causal(positions, window), self.windows, (rows, count, reach), places)
 
-    def _blocks(self, anchors: Tensor, reach: int) -> tuple[Tensor, Tensor, list[View]]:
+    def _blocks(self, anchors: Tensor, reach: int, bonus: Tensor | None = None) -> tuple[Tensor, Tensor, list[View]]:
         """Slots of blocks at anchors [R, g]: input [R, g*B, H], positions [R, g*B], and a view for each draft layer."""
         size, rows, device = self.draft.block_size, anchors.shape[0], anchors.device
         positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
@@ -127,7 +130,7 @@ class Passes:
         places = self.cache.places(at, reach + slots, own_layers)
         shape = (rows, slots, reach + slots)
         views = _views(lambda w: own_block(one_document, anchors, size, w), self.windows[own_layers], shape, places)
-        hidden = self.draft.mask_embedding.to(self.target.dtype).expand(rows, slots, -1)
+        hidden = self.draft.slot_inputs(tuple(anchors.shape), bonus).flatten(1, 2)
         return hidden, positions, views
 
 

@@ -46,15 +46,18 @@ def reference_generate(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     calibrate: bool = True,
+    told: bool = True,
 ) -> GenerationResult:
-    """Draft, verify, commit; what `decoding.generate` must give for one prompt, steps included."""
+    """Draft, verify, commit; what `decoding.generate` must give for one prompt, steps included; with a bonus slot, in
+    sequential mode if the drafter is `told` the bonus before it drafts; in parallel mode if not, but for the first
+    block, which comes after the prompt in every mode."""
     stop, cache = stop_tokens(target), DynamicCache()
     choose = _choice(sampling, seed, max_new_tokens)
     tokens, steps = [], []
     bonus = choose(_target_logits(target, prompt, cache)[-1], 0) if max_new_tokens else None
     while len(tokens) + 1 < max_new_tokens and bonus not in stop:
         anchor = cache.get_seq_length()
-        logits = draft_logits(draft, cache, anchor, torch.tensor([bonus]) if calibrate else None)
+        logits = draft_logits(draft, cache, anchor, torch.tensor([bonus]), calibrate=calibrate, told=told or not steps)
         drafts, confidence = drafts_and_confidence(logits[1:])
         room = max_new_tokens - len(tokens) - 1
         drafts = drafts[: int(selection.count(confidence))][:room].tolist()
@@ -75,14 +78,33 @@ def reference_generate(
     return GenerationResult([tokens], [steps])
 
 
-def draft_logits(draft: DraftModel, cache: DynamicCache, anchor: int, bonus: Tensor | None) -> Tensor:
+def draft_logits(
+    draft: DraftModel,
+    cache: DynamicCache,
+    anchor: int,
+    bonus: Tensor | None,
+    *,
+    calibrate: bool = True,
+    told: bool = True,
+) -> Tensor:
     """[B, V] logits of all slots of the block at `anchor`; `cache` holds the positions before it.
 
-    `bonus` [1] or None for uncalibrated logits.
+    Args:
+        bonus: [1] the token at the anchor; None: it is not known, and the logits are not corrected.
+        calibrate: whether the logits are corrected by it, and by the draft before each slot.
+        told: whether slot 0 holds it, as in sequential mode.
     """
     positions = torch.arange(anchor, anchor + draft.block_size, device=draft.mask_embedding.device)
-    hidden = draft(cached_context(cache, draft.split_layer), positions[None, None])[0, 0]  # [B, H]
-    return draft.logits(hidden, None if bonus is None else bonus.expand(draft.block_size))
+    known = bonus[None] if told and bonus is not None else None
+    hidden = draft(cached_context(cache, draft.split_layer), positions[None, None], bonus=known)[0, 0]  # [B, H]
+    if bonus is None or not calibrate:
+        return draft.logits(hidden)
+    logits = draft.logits(hidden, bonus.expand(draft.block_size))
+    before = bonus[0]
+    for slot in range(1, draft.block_size if draft.chain_rank else 0):
+        logits[slot] = draft.logits(hidden[slot], bonus[0], before)
+        before = logits[slot].argmax()
+    return logits
 
 
 def crop(cache: DynamicCache, length: int) -> None:

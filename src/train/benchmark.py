@@ -12,7 +12,7 @@ from models.draft import DraftModel
 from models.sampling import Sampling
 from models.selection import Selection
 from models.sizes import Sizes
-from train.evaluation import BenchmarkReport, Decoding, check_baseline, compare, own_answers, pooled
+from train.evaluation import BenchmarkReport, Decoding, Variant, check_baseline, compare, own_answers, pooled
 from train.evaluation_report import Evaluation
 from train.speed import Contest, measure_speed
 
@@ -35,7 +35,7 @@ def decoding_settings(config: DictConfig) -> Decoding:
 
 def evaluate_drafter(
     target: PreTrainedModel,
-    variants: dict[str, tuple[DraftModel, bool]],
+    variants: dict[str, Variant],
     benchmarks: dict[str, list[Messages]],
     encoder: ChatEncoder,
     how: Decoding,
@@ -44,19 +44,18 @@ def evaluate_drafter(
 ) -> Evaluation:
     """
     Args:
-        variants: name -> drafter, and whether to use its calibrator; the speed of the last is measured.
+        variants: by name; the speed of the last one's drafter is measured, in all modes.
         benchmarks: name -> system and user turns of its conversations.
         speed: `stage.evaluate.speed`.
         name: of the target.
     """
     reports, prompts, wrong = {}, {}, []
-    block_size = max(draft.block_size for draft, _ in variants.values())
+    block_size = max(variant.draft.block_size for variant in variants.values())
     for benchmark, conversations in benchmarks.items():
         own = own_answers(target, encoder, benchmark, conversations, how, block_size)
         wrong += check_baseline(target, benchmark, own, how)
         found = {
-            variant: compare(target, draft, calibrate, own, how, f"{benchmark}: {variant}")
-            for variant, (draft, calibrate) in variants.items()
+            label: compare(target, variant, own, how, f"{benchmark}: {label}") for label, variant in variants.items()
         }
         new_tokens = sum(map(len, own.answers))
         reports[benchmark] = BenchmarkReport(len(own.tokens), own.left_out, new_tokens, found)
@@ -65,18 +64,19 @@ def evaluate_drafter(
         reports[ALL] = pooled(list(reports.values()))
     measured = None
     if speed["num_prompts"]:
-        draft, calibrate = list(variants.values())[-1]
-        contest = Contest(target, draft, calibrate, _sizes(draft), how, speed["repeats"])
+        last = list(variants.values())[-1]
+        contest = Contest(target, last.draft, last.calibrate, drafter_sizes(last.draft), how, speed["repeats"])
         few = {benchmark: tokens[: speed["num_prompts"]] for benchmark, tokens in prompts.items()}
         measured = measure_speed(contest, few, speed["batch_sizes"], speed["thresholds"])
     dtype = str(target.dtype).removeprefix("torch.")
     return Evaluation(how, dtype, name, reports, measured, wrong)
 
 
-def _sizes(draft: DraftModel) -> Sizes | None:
+def drafter_sizes(draft: DraftModel) -> Sizes | None:
     """None where the architecture is not counted."""
-    shape = {"num_layers": len(draft.layers), "block_size": draft.block_size}
+    shape = {"num_layers": len(draft.layers), "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
+    shape |= {"bonus_slot": draft.bonus_slot is not None, "chain_rank": draft.chain_rank}
     try:
-        return Sizes.from_config(draft.target.config.to_dict(), calibrator_rank=draft.calibrator_rank, **shape)
+        return Sizes.from_config(draft.target.config.to_dict(), **shape)
     except ValueError:
         return None

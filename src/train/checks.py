@@ -12,7 +12,7 @@ from train.hardware import GPUS
 
 STAGES = ("attention_tuning", "bonus_calibration", "export", "evaluate")
 TRAINED = STAGES[:2]
-VARIANTS = ("untuned", "attention_tuned", "calibrated")
+VARIANTS = ("untuned", "attention_tuned", "calibrated_parallel", "calibrated")
 
 
 def check_config(config: DictConfig) -> None:
@@ -57,6 +57,11 @@ def check_adapter(config: DictConfig) -> None:
     check_at_least(config, {"adapter.rank": 1})
     if not config.adapter.alpha > 0:
         raise UserError(f"adapter.alpha={config.adapter.alpha}: expected more than 0.")
+    if config.stage.bonus_calibration.module.joint and "bonus_calibration" in config.stages:
+        raise UserError(
+            "stage.bonus_calibration.module.joint=true trains whole projectors, so adapter=lora would save nothing. "
+            "Choose stage.bonus_calibration.module.joint=false, or adapter=none."
+        )
     chosen = config.adapter.target_modules
     if chosen is not None and not isinstance(chosen, ListConfig):
         raise UserError(f"adapter.target_modules={chosen}: expected a list, such as [q_proj, v_proj], or null.")
@@ -84,6 +89,7 @@ def _check_ranges(config: DictConfig) -> None:
         )
     at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
     at_least |= {
+        "model.draft.chain_rank": 0,
         "stage.evaluate.num_prompts": 1,
         "stage.evaluate.max_new_tokens": 2,
         "stage.evaluate.batch_size": 1,
@@ -102,7 +108,12 @@ def _check_ranges(config: DictConfig) -> None:
         for key in ("learning_rate", "eps"):
             if not settings.module[key] > 0:
                 raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected more than 0.")
-        for key in ("warmup_share", "final_lr_share"):
+        if draft.bonus_slot and settings.module.slot0_loss:
+            raise UserError(
+                f"stage.{stage}.module.slot0_loss=true with model.draft.bonus_slot=true: slot 0 would be told its "
+                "label. Choose one of them."
+            )
+        for key in ("warmup_share", "final_lr_share", "told_share"):
             if not 0 <= settings.module[key] <= 1:
                 raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected 0 to 1.")
     speed = config.stage.evaluate.speed

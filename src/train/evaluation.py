@@ -32,6 +32,15 @@ class Decoding:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A drafter, and how it is used."""
+
+    draft: DraftModel
+    calibrate: bool
+    mode: str = "auto"  # of `decoding.generate`
+
+
 @dataclass
 class Prompts:
     """A benchmark's prompts, each turn of a conversation one of them, and the target's own answers."""
@@ -123,28 +132,28 @@ def _turns(conversation: Messages) -> list[Messages]:
 
 def decode(
     target: PreTrainedModel,
-    draft: DraftModel | None,
+    variant: Variant | None,
     prompts: list[list[int]],
     how: Decoding,
     say: str,
     *,
     first: int = 0,
-    calibrate: bool = True,
 ) -> GenerationResult:
-    """All prompts in batches. Each has a seed of its own, by its number; `first` is that of the first prompt."""
+    """All prompts in batches; without a variant, by the target alone. Each has a seed of its own, by its number;
+    `first` is that of the first prompt."""
     decoded = GenerationResult([], [])
     with tqdm(total=len(prompts), desc=say, unit="prompt") as bar:
         for start in range(0, len(prompts), how.batch_size):
             batch = prompts[start : start + how.batch_size]
             result = generate(
                 target,
-                draft,
+                variant and variant.draft,
                 batch,
                 max_new_tokens=how.max_new_tokens,
                 sampling=how.sampling,
                 selection=how.selection,
                 seed=[prompt_seed(how, first + start + i) for i in range(len(batch))],
-                calibrate=calibrate,
+                **({"calibrate": variant.calibrate, "mode": variant.mode} if variant else {}),
             )
             decoded.tokens += result.tokens
             decoded.steps += result.steps
@@ -157,15 +166,13 @@ def prompt_seed(how: Decoding, number: int) -> int:
     return 1_000_003 * how.seed + number
 
 
-def compare(
-    target: PreTrainedModel, draft: DraftModel, calibrate: bool, prompts: Prompts, how: Decoding, say: str
-) -> VariantReport:
+def compare(target: PreTrainedModel, variant: Variant, prompts: Prompts, how: Decoding, say: str) -> VariantReport:
     """Decode with a drafter; every token is compared with the target's own."""
-    got = decode(target, draft, prompts.tokens, how, say, calibrate=calibrate)
+    got = decode(target, variant, prompts.tokens, how, say)
     accepted = [[step.accepted for step in steps] for steps in got.steps]
     scored = [step.verified for steps in got.steps for step in steps]
     differences = first_differences(target, prompts, got.tokens)
-    return _report(accepted, sum(scored) / max(1, len(scored)), differences, draft.block_size)
+    return _report(accepted, sum(scored) / max(1, len(scored)), differences, variant.draft.block_size)
 
 
 def pooled(reports: list[BenchmarkReport]) -> BenchmarkReport:

@@ -13,7 +13,12 @@ from train.evaluation import BenchmarkReport, Decoding, VariantReport, histogram
 from train.report import finish, plt
 from train.speed import ALONE, SpeedReport
 
-COLOURS = {"untuned": "#9aa5b1", "attention_tuned": "#2878b5", "calibrated": "#c8443c"}
+COLOURS = {
+    "untuned": "#9aa5b1",
+    "attention_tuned": "#2878b5",
+    "calibrated_parallel": "#e39a2d",
+    "calibrated": "#c8443c",
+}
 TIE = 1e-4  # margin of two logits that rounding in float32 may turn
 STEPS = "Milliseconds of a verify step, its arithmetic, and the rate of that"
 DECODER_COLOURS = {ALONE: "#9aa5b1", "sequential": "#2878b5", "parallel": "#c8443c"}

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -11,11 +12,22 @@ from transformers import PreTrainedModel
 
 from data.batch import IGNORE, Batch
 from models.block_loss import block_loss
-from models.draft import DraftModel
+from models.draft import UNKNOWN, DraftModel
 from models.execution import EAGER, Execution
 from models.metrics import acceptance_length, leading_true
 from models.objectives import Objective
 from models.target import bonus_tokens, target_pass
+
+
+@dataclass
+class Features:
+    """What the loss of a batch needs to know of its blocks."""
+
+    hidden: Tensor  # [R, A, B, H]
+    labels: Tensor  # [R, A, B]
+    bonus: Tensor | None = None  # [R, A] for the calibrator
+    previous: Tensor | None = None  # [R, A, B] for the chain
+    target_hidden: Tensor | None = None  # [R, T, H]
 
 
 class DraftTraining(lightning.LightningModule, ABC):
@@ -39,12 +51,18 @@ class DraftTraining(lightning.LightningModule, ABC):
         warmup_share: float,
         final_lr_share: float,
         steps: int,
+        told_share: float,
         execution: Execution = EAGER,
     ) -> None:
+        """
+        Args:
+            told_share: of the blocks, those whose slot 0 holds the bonus token, if the drafter has a bonus slot, and
+                whose slots know the token before them, if it has a chain.
+        """
         super().__init__()
         self.target, self.draft = target, draft
         self.objective, self.execution = objective, execution
-        self.slot0_loss, self.chunk = slot0_loss, chunk
+        self.slot0_loss, self.chunk, self.told_share = slot0_loss, chunk, told_share
         self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         self.warmup_share, self.final_lr_share, self.steps = warmup_share, final_lr_share, steps
         self.requires_grad_(False)
@@ -56,26 +74,36 @@ class DraftTraining(lightning.LightningModule, ABC):
         """The parameters of this stage by exported name."""
 
     @abstractmethod
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Hidden states [R, A, B, H] and labels [R, A, B] of a batch's blocks, their bonus tokens ([R, A] or None), and
-        the target's hidden states ([R, T, H] or None)."""
+    def features(self, batch: Batch) -> Features:
+        """Hidden states of a batch's blocks, and what else the drafter may know of them."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sum of losses, sum of weights and correct [R, A, B-1], as `block_loss` gives them; and the labels."""
-        hidden, labels, bonus, target_hidden = self.features(batch)
+        features = self.features(batch)
         sums = block_loss(
             self.draft.logits,
-            hidden,
+            features.hidden,
             batch,
             objective=self.objective,
             chunk=self.chunk,
             slot0_loss=self.slot0_loss,
-            labels=labels,
-            bonus=bonus,
-            target_hidden=target_hidden,
+            labels=features.labels,
+            bonus=features.bonus,
+            previous=features.previous,
+            target_hidden=features.target_hidden,
+            head_trains=features.bonus is not None,
             compiled=self.execution.compile,
         )
-        return *sums, labels
+        return *sums, features.labels
+
+    def told(self, bonus: Tensor) -> Tensor:
+        """[R, A] bonus tokens, UNKNOWN in the blocks that are not told theirs: the same of a batch every time.
+
+        Every so many blocks, not drawn: it depends neither on the step nor on the rank.
+        """
+        number = torch.arange(bonus.shape[1], device=bonus.device)
+        told = ((number + 1) * self.told_share).floor() > (number * self.told_share).floor()
+        return bonus.masked_fill(~told, UNKNOWN)
 
     def train(self, mode: bool = True) -> "DraftTraining":
         """Never in training mode: dropout in target or draft would make training differ from decoding."""
@@ -134,15 +162,10 @@ class DraftTraining(lightning.LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = list(self.trained().values())
         optimizer = torch.optim.AdamW(parameters, **self.adamw)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_share(step, self.steps, self.warmup_share, self.final_lr_share)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _lr_share(self, step: int) -> float:
-        """Linear warm-up, then cosine down to `final_lr_share`."""
-        warmup = max(1, round(self.warmup_share * self.steps))
-        progress = min(1.0, max(0, step - warmup) / max(1, self.steps - warmup))
-        cosine = self.final_lr_share + (1 - self.final_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
-        return min((step + 1) / warmup, cosine)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         total = value.detach().clone()
@@ -170,31 +193,60 @@ class DraftTraining(lightning.LightningModule, ABC):
                 parameter.copy_(state_dict[name])
 
 
+def lr_share(step: int, steps: int, warmup_share: float, final_share: float = 0.0) -> float:
+    """Of the learning rate: linear warm-up, then cosine down to `final_share`."""
+    warmup = max(1, round(warmup_share * steps))
+    progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    cosine = final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min((step + 1) / warmup, cosine)
+
+
 class AttentionTuning(DraftTraining):
-    """Stage 1: projectors and mask embedding on mask-token block diffusion."""
+    """Stage 1: projectors and inputs of slots on mask-token block diffusion."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self.draft.attention_parameters()
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    def features(self, batch: Batch) -> Features:
         wanted = self.objective.needs_target
         clean = target_pass(self.target, batch, self.draft.split_layer, with_hidden=wanted, execution=self.execution)
-        return self.draft.forward_batch(clean.context, batch, self.execution), batch.labels, None, clean.hidden
+        # The text's token: what follows in the text continues it, whatever the target would have said.
+        known = self.told(batch.input_ids.gather(1, batch.anchors))
+        hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
+        return Features(hidden, batch.labels, target_hidden=clean.hidden)
 
 
 class BonusCalibration(DraftTraining):
-    """Stage 2: the calibrator, on frozen features, with the bonus token that decoding would have."""
+    """Stage 2: what corrects the logits, with the bonus token that decoding would have.
+
+    Calibrator and chain on frozen features, as in the paper; or, `joint`, together with all that stage 1 has trained.
+    """
+
+    def __init__(self, target: PreTrainedModel, draft: DraftModel, *, joint: bool, **settings: Any) -> None:
+        self.joint = joint
+        super().__init__(target, draft, **settings)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return self.draft.calibrator_parameters()
+        return self.draft.own_parameters() if self.joint else self.draft.calibrator_parameters()
 
-    @torch.no_grad()
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def features(self, batch: Batch) -> Features:
         clean = target_pass(self.target, batch, self.draft.split_layer, execution=self.execution)
         bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
         # Where the target would not have said the text's token, what follows in the text is no continuation of the
         # bonus: such a block has nothing to teach.
         at_anchor = batch.input_ids.gather(1, batch.anchors)
         labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
-        hidden = self.draft.forward_batch(clean.context, batch, self.execution)
-        return hidden, labels, bonus, clean.hidden if self.objective.needs_target else None
+        known = self.told(bonus)
+        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+            hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
+        previous = previous_tokens(labels, known) if self.draft.chain_rank else None
+        return Features(hidden, labels, bonus, previous, clean.hidden if self.objective.needs_target else None)
+
+
+def previous_tokens(labels: Tensor, bonus: Tensor) -> Tensor:
+    """[R, A, B] the token before each slot: the bonus before slot 1, then the labels, as decoding has them for as long
+    as its drafts are right. UNKNOWN in blocks that are not told their bonus [R, A]: these learn to draft for decoders
+    that know nothing of the chain."""
+    before = torch.cat([labels[..., :1], bonus[..., None], labels[..., 1:-1]], dim=-1)
+    before[..., 0] = UNKNOWN
+    return before.masked_fill((bonus == UNKNOWN)[..., None] | (before == IGNORE), UNKNOWN)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from data.errors import UserError
 from models.adapter import LoraDraft, save_adapter
-from models.draft import DraftModel, start_calibrator_from_head
+from models.cost import block_flops
+from models.draft import DraftModel, start_from_head
 from models.execution import Execution
 from models.export import export_draft, load_draft, load_draft_weights, recommend
-from train.benchmark import decoding_settings, evaluate_drafter
+from train.benchmark import decoding_settings, drafter_sizes, evaluate_drafter
 from train.checkpoints import keeper
 from train.datamodule import DraftData
+from train.evaluation import Variant
 from train.evaluation_report import markdown, plot_acceptance, plot_speed, print_report
 from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
 from train.live_decoding import check_decoding, live_decoding
@@ -31,6 +33,7 @@ from train.resources import Resources
 from train.run_state import file_sha256, overwrites, publish, read_json, sync, write_json
 
 WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
+CONTEXT = 256  # tokens before a block whose arithmetic is put on record
 ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
 # Arguments of Lightning's Trainer that are not the user's: set by `build_trainer`, or at odds with batches that are a
 # function of the optimizer step.
@@ -59,9 +62,11 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
         _publish_directory(directory, lambda new: export_draft(draft, new, dtype, complete=complete))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+    sizes = drafter_sizes(draft)
     result = {
         "parameters": sum(p.numel() for p in draft.own_parameters().values()),
         "calibrated": draft.calibrator_rank > 0,
+        "block_flops": sizes and block_flops(sizes, context=CONTEXT),
     }
     for logger in wandb_loggers(config, "export", directory):
         logger.log_directory(directory, result)
@@ -106,22 +111,27 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     for logger in wandb_loggers(config, "evaluate", directory):
         logger.log_summary(evaluation.summary())
     together = evaluation.together.variants
-    return {name: {"tau": found.tau, "verify_steps": found.verify_steps} for name, found in together.items()}
+    figures = ("tau", "low", "high", "verify_steps")
+    return {name: {figure: getattr(found, figure) for figure in figures} for name, found in together.items()}
 
 
-def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, tuple[DraftModel, bool]]:
-    """Name -> drafter, and whether to use its calibrator.
+def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
+    """The chosen drafters by name.
 
     Raises:
         UserError: none of the chosen is there.
     """
     untuned = DraftModel(draft.target, num_layers=len(draft.layers), block_size=draft.block_size, calibrator_rank=0)
-    known = {"untuned": (untuned, False), "attention_tuned": (draft, False), "calibrated": (draft, True)}
-    if not draft.calibrator_rank:
-        del known["calibrated"]
+    # With a bonus slot the modes draft differently; without, rows may change from one to the other on the way.
+    mode = "sequential" if draft.bonus_slot else "auto"
+    known = {"untuned": Variant(untuned, calibrate=False), "attention_tuned": Variant(draft, False, mode)}
+    if draft.calibrator_rank:
+        if draft.bonus_slot:
+            known["calibrated_parallel"] = Variant(draft, True, "parallel")
+        known["calibrated"] = Variant(draft, True, mode)
     if not known.keys() & set(chosen):
         raise UserError(f"stage.evaluate.variants={chosen}: the exported drafter has no calibrator.")
-    return {name: drafter for name, drafter in known.items() if name in chosen}  # the most trained is the last
+    return {name: variant for name, variant in known.items() if name in chosen}  # the most trained is the last
 
 
 def finished_weights(run_dir: Path) -> Path:
@@ -178,7 +188,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     if calibrates:
         source = directory.parent / "attention_tuning" / WEIGHTS
         load_draft_weights(draft.attention_parameters(), load_file(source), source=str(source))
-        start_calibrator_from_head(draft)
+        start_from_head(draft)
     training, validation = resources.rows
     data = DraftData(
         training,
@@ -260,11 +270,12 @@ def _new_draft(
         UserError: the adapter is not for this architecture.
     """
     settings, target = config.model.draft, resources.target
-    sizes = {"num_layers": settings.num_layers, "block_size": settings.block_size}
+    sizes = {key: settings[key] for key in ("num_layers", "block_size", "bonus_slot")}
     sizes["dtype"] = torch.promote_types(torch.float32, target.dtype)
     if adapted and config.adapter:
         try:
             return LoraDraft(target, instantiate(config.adapter), **sizes)
         except ValueError as error:
             raise UserError(f"adapter.{error}") from error
-    return DraftModel(target, calibrator_rank=settings.calibrator_rank if calibrated else 0, **sizes)
+    ranks = {key: settings[key] if calibrated else 0 for key in ("calibrator_rank", "chain_rank")}
+    return DraftModel(target, **ranks, **sizes)
