@@ -188,6 +188,16 @@ DAMAGES = {
         change_settings(enable_anchor_bias_logits="yes"),
         "config: config.json: enable_anchor_bias_logits is 'yes'; expected true or false",
     ),
+    "bonus slot as text": (
+        "beyond",
+        change_settings(bonus_slot="yes"),
+        "config: config.json: bonus_slot is 'yes'; expected true or false",
+    ),
+    "chain of no rank": (
+        "beyond",
+        change_settings(chain_rank=-1),
+        "config: config.json: chain_rank is -1; expected a number of 0 or more",
+    ),
     "biases that the target has not": (
         "whole",
         change_config(attention_bias=True),
@@ -224,6 +234,16 @@ DAMAGES = {
         "whole",
         change_tensors(lambda tensors: tensors.update({"lm_head.weight": torch.ones(97, 32)})),
         f"tensors: lm_head.weight: unexpected tensor in {WEIGHTS}",
+    ),
+    "chain missing": (
+        "beyond",
+        change_tensors(lambda tensors: tensors.pop("chain_mlp.2.bias")),
+        "tensors: chain_mlp.2.bias: missing from the weights; expected shape (97,)",
+    ),
+    "bonus slot that nothing reads": (
+        "whole",
+        change_tensors(lambda tensors: tensors.update({"bonus_slot.weight": torch.ones(32, 32)})),
+        f"tensors: bonus_slot.weight: unexpected tensor in {WEIGHTS}; config.json has no bonus_slot",
     ),
     "shape": (
         "whole",

@@ -75,18 +75,26 @@ def prompts(tiny_tokenizer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def artifact(tiny_target, tmp_path_factory):
-    """A drafter that is right now and then: the target's own projectors, some of them bent, and a calibrator."""
+def artifact(request, tiny_target, tmp_path_factory):
+    """A drafter that is right now and then: the target's own projectors, some of them bent, and a calibrator; or, with
+    what is `beyond` the paper."""
     torch.manual_seed(0)
-    draft = DraftModel(tiny_target, num_layers=6, block_size=8, calibrator_rank=8)
+    beyond = getattr(request, "param", "plain") == "beyond"
+    extras = {"bonus_slot": beyond, "chain_rank": 4 * beyond}
+    draft = DraftModel(tiny_target, num_layers=6, block_size=8, calibrator_rank=8, **extras)
     with torch.no_grad():
-        for parameter in draft.calibrator_parameters().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, parameter in draft.own_parameters().items():
+            if name.startswith(("anchor_bias_mlp", "chain_mlp", "bonus_slot")):
+                parameter.add_(0.05 * torch.randn_like(parameter))
     directory = tmp_path_factory.mktemp("drafter")
     export_draft(draft, directory, torch.float32)
     return draft, directory
 
 
+BOTH = pytest.mark.parametrize("artifact", ["plain", "beyond"], indirect=True)
+
+
+@BOTH
 def test_same_tokens_and_acceptance_as_our_own_decoder(alone, tiny_target, prompts, artifact):
     draft, directory = artifact
     own = [generate(tiny_target, draft, [p], max_new_tokens=16, mode="sequential", selection=RELEASE) for p in prompts]
@@ -97,6 +105,7 @@ def test_same_tokens_and_acceptance_as_our_own_decoder(alone, tiny_target, promp
     assert lengths > {1, 2}  # something was accepted, and not everything
 
 
+@BOTH
 def test_batches_selection_and_the_calibrator(alone, tiny_target, prompts, artifact):
     """Rows of unequal length, padded on the left; other rules; without the calibrator."""
     draft, directory = artifact
@@ -143,7 +152,7 @@ def test_every_family_drafts_as_ours_does(family, implementation, tmp_path):
         for bonus in (None, 7):
             known = None if bonus is None else torch.tensor([bonus])
             expected, sure = drafts_and_confidence(draft_logits(draft, cache, length, known)[1:])
-            drafts, confidence = drafter.block(cache, length, bonus)
+            drafts, confidence = drafter.block(cache, length, bonus, calibrate=bonus is not None)
             assert drafts == expected.tolist() and torch.allclose(confidence, sure, atol=1e-5)
             assert all(layer.keys.shape[2] == layer.values.shape[2] == length for layer in cache.layers)
     own = twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
@@ -211,7 +220,7 @@ def test_texts_end_at_stop_tokens_wherever_they_are_said(tmp_path, monkeypatch):
     twin.generation_config.eos_token_id = None
     export_draft(draft, tmp_path / "drafter", torch.float32)
 
-    def knowing(drafter, cache, anchor, bonus):
+    def knowing(drafter, cache, anchor, bonus, calibrate):
         """Every fourth token of the answer is drafted wrong."""
         following = range(anchor - 9 + 1, anchor - 9 + drafter.size)
         return [(answer + [0] * 6)[i] if i % 4 else 1 for i in following], torch.ones(drafter.size - 1)

@@ -246,6 +246,12 @@ def missing(directory):
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, directory / "model.safetensors")
 
 
+def chainless(directory):
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config["flexdraft_config"]["chain_rank"] = 4
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def cut(directory):
     data = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(data[:-1000])
@@ -260,6 +266,7 @@ def no_drafter(directory):
     [
         (not_finite, "mask_embedding: 32 of 32 values are not finite"),
         (missing, "tensors are missing: layers.1.self_attn.o_proj.weight. Export it again."),
+        (chainless, "tensors are missing: chain_mlp.0.bias, chain_mlp.0.weight, chain_mlp.2.bias"),
         (cut, "no whole drafter. model.safetensors: "),
         (no_drafter, "no exported drafter there"),
     ],

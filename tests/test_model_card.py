@@ -132,6 +132,16 @@ def test_a_drafter_that_is_not_calibrated(run):
     assert "small MLP" not in text and "|  | attention_tuning |\n" in text
 
 
+def test_what_a_drafter_has_beyond_the_paper(run):
+    assert "Beyond the paper" not in card(run)
+    file = run / "export" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["flexdraft_config"] |= {"bonus_slot": True, "chain_rank": 16}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    text = card(run)
+    assert "its slot 0 holds the bonus token" in text and "on the draft before it" in text
+
+
 def test_its_examples_load_it_by_name():
     assert named('load_draft("path/to/this/directory", target)', "owner/name") == 'load_draft("owner/name", target)'
 

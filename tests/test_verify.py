@@ -35,6 +35,7 @@ def healthy(tmp_path_factory):
         patch.setattr(export, "MAX_SHARD_BYTES", 20_000)
         export_draft(draft, root / "shards", torch.float32)
     export_draft(random_draft(target, rank=0), root / "no_calibrator", torch.float32)
+    export_draft(random_draft(target, bonus_slot=True, chain_rank=4), root / "beyond", torch.float32)
     shutil.copytree(root / "whole", root / "complete")
     own = {f"layers.{i}.{name}": p for i, layer in enumerate(target.model.layers[2:]) for name, p in kept(layer)}
     change_tensors(lambda tensors: tensors.update(own | {"norm.weight": target.model.norm.weight}))(root / "complete")
@@ -60,7 +61,7 @@ def test_each_damage_gives_its_own_complaint_and_no_other(name, healthy, tmp_pat
     assert len(faults) == 1 and complaint in faults[0]
 
 
-@pytest.mark.parametrize("kind", ["whole", "shards", "complete", "no_calibrator"])
+@pytest.mark.parametrize("kind", ["whole", "shards", "complete", "no_calibrator", "beyond"])
 def test_a_healthy_artifact_passes(kind, healthy):
     checks = list(verify(healthy / kind, healthy / "target", max_new_tokens=12))
     assert [check.name for check in checks] == ["files", "config", "tensors", "values", "target", "decoding"]

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from models import verify_weights as weights
 from models.decoding import GenerationResult, check_untested, generate
 from models.draft import DraftModel
-from models.export import CONFIG, load_draft
+from models.export import CONFIG, extras, load_draft
 from models.families import check_architecture
 from models.hub import artifact_directory, is_repository_name
 from models.target import load_config, load_target
@@ -109,6 +109,7 @@ def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, 
             num_layers=len(settings["target_layer_ids"]),
             block_size=config["block_size"],
             calibrator_rank=calibrator_rank(settings),
+            **extras(settings),
         )
     return _shapes(draft.own_parameters()), _shapes(draft.shared_parameters())
 
@@ -222,7 +223,10 @@ def _described(config: dict[str, Any]) -> str:
     rank = calibrator_rank(settings)
     layers = f"the last {len(settings['target_layer_ids'])} of {config['num_target_layers']} layers"
     calibrator = f"calibrator of rank {rank}" if rank else "no calibrator"
-    return f"{config['model_type']}, {layers}, blocks of {config['block_size']}, {calibrator}"
+    more = extras(settings)
+    beyond = ", bonus slot" if more["bonus_slot"] else ""
+    beyond += f", chain of rank {more['chain_rank']}" if more["chain_rank"] else ""
+    return f"{config['model_type']}, {layers}, blocks of {config['block_size']}, {calibrator}{beyond}"
 
 
 def _shapes(tensors: dict[str, Tensor]) -> Shapes:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from models.export import CONFIG, FLEXDRAFT_KEYS, RECOMMENDED
+from models.export import CONFIG, FLEXDRAFT_KEYS, RECOMMENDED, extras
 from models.families import layer_kinds, layer_windows
 from models.selection import Selection
 
@@ -23,7 +23,7 @@ def config_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]
     settings = draft_settings(config)
     if settings is not None:
         faults += _layer_faults(config, settings, target) + _calibrator_faults(settings)
-        faults += _recommendation_faults(settings)
+        faults += _extra_faults(settings) + _recommendation_faults(settings)
     return faults + _block_faults(config, target) + _rope_faults(config, target)
 
 
@@ -101,6 +101,16 @@ def _calibrator_faults(settings: dict[str, Any]) -> list[str]:
     if not faults and enabled != (rank > 0):
         expected = "1 or more with a calibrator" if enabled else "0 without a calibrator"
         faults.append(f"{CONFIG}: {ENABLED} is {str(enabled).lower()}, but {RANK} is {rank}; expected {expected}.")
+    return faults
+
+
+def _extra_faults(settings: dict[str, Any]) -> list[str]:
+    """What a drafter may have beyond the public contract."""
+    found, faults = extras(settings), []
+    if not isinstance(found["bonus_slot"], bool):
+        faults.append(f"{CONFIG}: bonus_slot is {found['bonus_slot']!r}; expected true or false.")
+    if not _is_int(found["chain_rank"]) or found["chain_rank"] < 0:
+        faults.append(f"{CONFIG}: chain_rank is {found['chain_rank']!r}; expected a number of 0 or more.")
     return faults
 
 

@@ -20,6 +20,7 @@ PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # As safetensors and as configs name them.
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CALIBRATOR = "anchor_bias_mlp."
+EXTRAS = {"bonus_slot.": "bonus_slot", "chain_mlp.": "chain_rank"}  # tensors beyond the public contract, and their key
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ def _why_no_object(path: Path) -> str:
 def _hint(name: str) -> str:
     if name.startswith(CALIBRATOR):
         return f"; {CONFIG} says enable_anchor_bias_logits false, so there is no calibrator"
+    if key := next((key for prefix, key in EXTRAS.items() if name.startswith(prefix)), None):
+        return f"; {CONFIG} has no {key}, so nothing reads it"
     return "; an artifact holds only what the drafter owns"
 
 

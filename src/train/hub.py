@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
 from data.errors import UserError
-from models.export import CONFIG, DECODER, FLEXDRAFT_KEYS, INDEX
+from models.export import CONFIG, DECODER, FLEXDRAFT_KEYS, INDEX, extras
 from models.hub import is_repository_name
 from models.verify_config import calibrator_rank, draft_settings
 from models.verify_weights import file_faults, headers, read_json, value_faults
@@ -158,12 +158,19 @@ def check_artifact(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: {DECODER} is missing, with which plain transformers decodes. Export it again.")
     expected = {"mask_embedding", *(f"layers.{i}.self_attn.o_proj.weight" for i in layers)}
     if rank:
-        expected |= {f"anchor_bias_mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+        expected |= _correction_tensors("anchor_bias_mlp")
+    more = extras(settings)
+    expected |= _correction_tensors("chain_mlp") if more["chain_rank"] else set()
+    expected |= {"bonus_slot.weight"} if more["bonus_slot"] else set()
     if missing := sorted(expected - headers(directory).keys()):
         raise UserError(f"{directory}: no whole drafter, tensors are missing: {', '.join(missing)}. Export it again.")
     if faults := value_faults(directory)[0]:
         raise UserError(f"{directory}: {' '.join(faults)}")
     return config
+
+
+def _correction_tensors(name: str) -> set[str]:
+    return {f"{name}.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
 
 
 def _is_ours(path: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from data.configuration import ROOT
-from models.export import without_recommendation
+from models.export import extras, without_recommendation
 from train.checks import TRAINED, VARIANTS
 from train.run_state import file_sha256, publish, read_json
 
@@ -18,7 +18,20 @@ TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
 CARD, PLOT = "README.md", "acceptance_by_slot.png"
 NOWHERE = "path/to/this/directory"  # where the drafter is, until it has a repository
 # What of a command made the drafter. Others say where things are or go, and may hold what is nobody's business.
-SHOWN = ("experiment", "model", "data", "objective", "adapter", "stage", "stages", "speed", "trainer", "seed", "name")
+SHOWN = (
+    "experiment",
+    "recipe",
+    "model",
+    "data",
+    "objective",
+    "adapter",
+    "stage",
+    "stages",
+    "speed",
+    "trainer",
+    "seed",
+    "name",
+)
 
 TEXT = """# FlexDraft drafter for {target}
 
@@ -26,7 +39,7 @@ Drafts for `{target}` ({architecture}) by speculative decoding, with the target 
 {block_size} mask tokens run through its last {layers} layers with attention projectors of their own{calibrator}
 ([FlexDraft](https://arxiv.org/abs/2605.20022)). The target verifies every draft, so its output stays its own. What was
 trained is here; the target is not.
-
+{beyond}
 ## How well it drafts
 
 {figures}
@@ -199,6 +212,7 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
         block_size=config["block_size"],
         layers=config["num_hidden_layers"],
         calibrator=",\nand a small MLP corrects the drafts once the bonus token is known" if calibrated else "",
+        beyond=_beyond(extras(config["flexdraft_config"])),
         figures=figures,
         load_target=f'"{_place(name)}"{revision}, dtype="{target["dtype"]}"',
         load_tokenizer=f'"{_place(without_paths(target["tokenizer"] or name))}"',
@@ -207,6 +221,19 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
         training=_table(["", *columns], [[key, *(row[key] for row in rows)] for key in rows[0]]),
         commands="\n".join(["```bash", *_commands(records), "```"]),
         versions=_versions(list(columns.values())[-1]),
+    )
+
+
+def _beyond(extra: dict[str, Any]) -> str:
+    """What the drafter has that not every decoder knows."""
+    parts = ["its slot 0 holds the bonus token where that is known before drafting"] if extra["bonus_slot"] else []
+    parts += ["each slot's logits depend on the draft before it"] if extra["chain_rank"] else []
+    if not parts:
+        return ""
+    names = " and ".join(parts)
+    return (
+        f"\nBeyond the paper, {names}. Both decoders below make use of it; others pass over the extra\n"
+        "tensors, and draft as in parallel mode, less well.\n"
     )
 
 

@@ -10,7 +10,7 @@ faster than its rows alone. Needs torch, transformers (4.57 or newer), safetenso
 Arguments beside those of `generate`, which prepares logits processors, sampling and stopping criteria as ever:
     drafter: directory or Hub id of the drafter; None: that of `custom_generate`.
     revision, token: of a Hub id.
-    calibrate: False leaves the calibrator out.
+    calibrate: False leaves out what corrects the drafter's logits.
     selection, threshold: which drafts to verify (off | cumulative_product | min_confidence); None: as the drafter's
         config recommends.
 
@@ -105,7 +105,7 @@ def _decode(model, draft, prompt, text, calibrate, selection, threshold):
     bonus, ended = text.say(_logits(model, prompt, cache)[-1])
     while not ended:
         anchor = cache.get_seq_length()
-        drafts, confidence = draft.block(cache, anchor, bonus if calibrate else None)
+        drafts, confidence = draft.block(cache, anchor, bonus, calibrate)
         drafts = drafts[: min(_worth(confidence, selection, threshold), text.room)]
         logits = _logits(model, [bonus, *drafts], cache)
         gained.append(1)
@@ -235,7 +235,7 @@ def _drafter(model, source, revision, token):
 
 
 class Drafter:
-    """The target's last layers with attention of their own, and the calibrator."""
+    """The target's last layers with attention of their own, and what corrects their logits."""
 
     def __init__(self, model, directory):
         """
@@ -254,20 +254,25 @@ class Drafter:
             _draft_layer(layer, tensors, f"layers.{i}.self_attn.")
             for i, layer in enumerate(self.inner.layers[self.split :])
         ]
-        self.calibrator = None
-        if settings["enable_anchor_bias_logits"]:
-            parts = [(tensors[f"anchor_bias_mlp.{i}.weight"], tensors[f"anchor_bias_mlp.{i}.bias"]) for i in (0, 2)]
-            self.calibrator = [tuple(tensor.to(model.device, model.dtype) for tensor in pair) for pair in parts]
+        moved = {
+            name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items() if "layers." not in name
+        }
+        self.calibrator = moved if settings["enable_anchor_bias_logits"] else None
+        self.chain = moved if settings.get("chain_rank") else None
+        self.bonus_slot = moved["bonus_slot.weight"] if settings.get("bonus_slot") else None
         self.window = getattr(model.config, "sliding_window", None)
         everywhere = ["sliding_attention" if self.window else "full_attention"] * model.config.num_hidden_layers
         self.kinds = (getattr(model.config, "layer_types", None) or everywhere)[self.split :]
 
-    def block(self, cache, anchor, bonus):
+    def block(self, cache, anchor, bonus, calibrate):
         """Drafts of slots 1 .. B-1 of the block at an anchor, as a list, and their probabilities [B-1].
 
         `cache` holds the tokens before the anchor; the block's own keys and values are gone from it afterwards.
         """
         hidden = self.mask_embedding.expand(1, self.size, -1)
+        if self.bonus_slot is not None:
+            known = nn.functional.linear(self._embedded(bonus), self.bonus_slot)
+            hidden = torch.cat([hidden[:, :1] + known, hidden[:, 1:]], dim=1)
         positions = torch.arange(anchor, anchor + self.size, device=hidden.device)[None]
         for layer, kind in zip(self.layers, self.kinds, strict=True):
             hidden = layer(
@@ -281,13 +286,19 @@ class Drafter:
         _crop(cache, anchor)
         hidden = self.inner.norm(hidden)[0, 1:]
         logits = self.model.get_output_embeddings()(hidden)
-        if bonus is not None and self.calibrator:
-            (w1, b1), (w2, b2) = self.calibrator
-            embedded = self.model.get_input_embeddings()(torch.tensor([bonus], device=hidden.device)).expand_as(hidden)
-            inner = nn.functional.silu(nn.functional.linear(torch.cat([embedded, hidden], dim=-1), w1, b1))
-            logits = logits + nn.functional.linear(inner, w2, b2)
+        if calibrate and self.calibrator:
+            logits = logits + _correction(self.calibrator, "anchor_bias_mlp", self._embedded(bonus), hidden)
+        before = bonus
+        for slot in range(len(logits) if calibrate and self.chain else 0):
+            embedded = self._embedded(before)
+            embedded = nn.functional.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
+            logits[slot] += _correction(self.chain, "chain_mlp", embedded, hidden[slot : slot + 1])[0]
+            before = int(logits[slot].argmax())
         best, drafts = logits.max(-1)
         return drafts.tolist(), (best.float() - logits.float().logsumexp(-1)).exp()
+
+    def _embedded(self, token):
+        return self.model.get_input_embeddings()(torch.tensor([token], device=self.model.device))
 
     def _mask(self, positions, kind, dtype):
         """[1, 1, B, anchor + B] added to scores: a slot sees its block, and of the tokens before those that its layer's
@@ -307,6 +318,13 @@ class Drafter:
         parts = (getattr(self.model.config, "rope_parameters", None) or {}).values()
         by_kind = (kind,) if any(isinstance(part, dict) for part in parts) else ()
         return {"position_embeddings": self.inner.rotary_emb(hidden, positions, *by_kind)}
+
+
+def _correction(tensors, name, embedded, hidden):
+    """[slots, V] `W2 SiLU(W1 [embedded ; h] + b1) + b2` for a token's embedding [1, H] and hidden states [slots, H]."""
+    (w1, b1), (w2, b2) = ((tensors[f"{name}.{i}.weight"], tensors[f"{name}.{i}.bias"]) for i in (0, 2))
+    inner = nn.functional.linear(torch.cat([embedded.expand_as(hidden), hidden], dim=-1), w1, b1)
+    return nn.functional.linear(nn.functional.silu(inner), w2, b2)
 
 
 def _draft_layer(target_layer, tensors, prefix):
