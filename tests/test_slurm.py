@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command
 
+from train.run_state import read_json
 from train.sweep import jobs, summaries, table
 
 SBATCH = ROOT / "scripts" / "slurm" / "train.sbatch"
@@ -119,9 +120,22 @@ def test_a_sweep_ends_with_a_table_that_shows_failed_jobs(tmp_path):
     report = json.loads((tmp_path / "checkpoints/lr_0.002/evaluate/report.json").read_text())
     decoded = report["benchmarks"]["held_out"]["variants"]
     for name in ("attention_tuned", "calibrated"):
-        assert f"| {decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']}) " in finished
+        assert f"| {decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']}) " in finished  # one prompt: no interval
+    assert "parallel" not in header  # no drafter has a bonus slot, so modes differ in speed alone
+    flops = read_json(tmp_path / "checkpoints/lr_0.002/records/export.done.json")["result"]["block_flops"]
+    assert "| MFLOP a block |" in header and f"| {flops / 1e6:.1f} " in finished
     assert "| done " in finished and "checkpoints/lr_0.002" in finished
     assert [job["state"] for job in summaries(written.parent).values()] == ["failed", "done"]
+
+
+def test_the_table_shows_both_modes_where_they_differ():
+    found = {"tau": 3.4351, "low": 3.31, "high": 3.556, "verify_steps": 7124}
+    evaluated = {"untuned": found, "calibrated_parallel": found | {"tau": 3.2}, "calibrated": found}
+    results = {"export": {"block_flops": 62.7e6}, "evaluate": evaluated}
+    job = {"overrides": ["seed=0"], "run_dir": "checkpoints/x", "state": "done", "reason": "", "results": results}
+    header, _, row = table({"0": job}).splitlines()
+    assert "calibrated_parallel (95%, verify steps)" in header and "attention_tuned" not in header
+    assert "| 3.200 (3.31-3.56, 7,124) " in row and "| 3.435 (3.31-3.56, 7,124) " in row and "| 62.7 " in row
 
 
 WRONG = {

@@ -22,7 +22,7 @@ from train.run_state import read_json, write_json
 
 SUMMARY = "summary.json"  # in the directory of each job: what was asked of it and how it ended
 TRAINED = ("attention_tuning", "bonus_calibration")
-DECODED = ("attention_tuned", "calibrated")
+DECODED = ("attention_tuned", "calibrated_parallel", "calibrated")
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
@@ -153,13 +153,14 @@ def _show(sweep_dir: Path) -> None:
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """All jobs as a Markdown table, with columns aligned for the terminal; below it why some did not finish."""
     swept = _swept([job["overrides"] for job in summaries.values()])
-    header = ["job", *_short(swept), "state", *(f"τ {name} (verify steps)" for name in DECODED)]
-    header += ["tuning: val loss, τ", "calibration: val loss, τ", "run directory"]
+    decoded = [name for name in DECODED if any(name in _decoded(job["results"]) for job in summaries.values())]
+    header = ["job", *_short(swept), "state", *(f"τ {name} (95%, verify steps)" for name in decoded)]
+    header += ["tuning: val loss, τ", "calibration: val loss, τ", "MFLOP a block", "run directory"]
     rows = [header]
     for number, job in summaries.items():
         values = dict(override.split("=", 1) for override in job["overrides"] if "=" in override)
         row = [number, *(values.get(key, "") for key in swept), job["state"]]
-        rows.append([*row, *_figures(job["results"]), job["run_dir"]])
+        rows.append([*row, *_figures(job["results"], decoded), job["run_dir"]])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     rows.insert(1, ["-" * width for width in widths])
     lines = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -167,15 +168,19 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, *(["", *reasons] if reasons else [])]) + "\n"
 
 
-def _figures(results: dict[str, Any]) -> list[str]:
+def _figures(results: dict[str, Any], names: list[str]) -> list[str]:
     decoded = _decoded(results)
-    cells = [
-        f"{decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']:,})" if name in decoded else "" for name in DECODED
-    ]
+    cells = [_tau(decoded[name]) if name in decoded else "" for name in names]
     for stage in TRAINED:
         values = [results.get(stage, {}).get(f"val/{figure}") for figure in ("loss", "tau_estimate")]
         cells.append(", ".join(f"{value:.3f}" for value in values if value is not None))
-    return cells
+    flops = results.get("export", {}).get("block_flops")
+    return [*cells, f"{flops / 1e6:.1f}" if flops else ""]
+
+
+def _tau(found: dict[str, Any]) -> str:
+    interval = "" if found["low"] is None else f"{found['low']:.2f}-{found['high']:.2f}, "  # none of a single prompt
+    return f"{found['tau']:.3f} ({interval}{found['verify_steps']:,})"
 
 
 def _swept(overrides: list[list[str]]) -> list[str]:
