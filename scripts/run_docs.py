@@ -137,7 +137,7 @@ RULES = (
     Rule(r"^python -m (train|data\.(report|regenerate)) .*\+experiment=tiny", "short", add=SHORT),
     Rule(r"^stage\.\w+\.", "short, as settings of a run", before="python -m train +experiment=tiny ", add=SHORT),
     # Scripts.
-    Rule(r"scripts/ablate_layers", "short", add=SHORT),
+    Rule(r"scripts/(ablate_layers|dflash_reference)", "short", add=SHORT),
     Rule(r"scripts/bench_train_step.* --sweep", "smallest shape", add=f"{BENCH} --values 4,8"),
     Rule(r"scripts/bench_train_step", "smallest shape", add=f"{BENCH} --naive-anchors 1"),
     Rule(r"scripts/bench_decoding", "smallest shape", add=f"{BENCH} --rows 1"),
