@@ -139,7 +139,8 @@ def plain(target, tmp_path, implementation="sdpa"):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_family_drafts_as_ours_does(family, implementation, tmp_path):
-    target, draft = random_pair(family)
+    target, _ = random_pair(family)
+    draft = random_draft(target, bonus_slot=True, chain_rank=4)
     twin = target if implementation == "ours" else plain(target, tmp_path, implementation)
     export_draft(draft, tmp_path / "drafter", torch.float32)
     drafter, given = shipped.Drafter(twin, tmp_path / "drafter"), twin.config._attn_implementation
@@ -149,10 +150,10 @@ def test_every_family_drafts_as_ours_does(family, implementation, tmp_path):
         ids = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(length))
         cache = DynamicCache()
         twin(ids, past_key_values=cache)
-        for bonus in (None, 7):
-            known = None if bonus is None else torch.tensor([bonus])
-            expected, sure = drafts_and_confidence(draft_logits(draft, cache, length, known)[1:])
-            drafts, confidence = drafter.block(cache, length, bonus, calibrate=bonus is not None)
+        for calibrate in (False, True):
+            logits = draft_logits(draft, cache, length, torch.tensor([7]), calibrate=calibrate)
+            expected, sure = drafts_and_confidence(logits[1:])
+            drafts, confidence = drafter.block(cache, length, 7, calibrate)
             assert drafts == expected.tolist() and torch.allclose(confidence, sure, atol=1e-5)
             assert all(layer.keys.shape[2] == layer.values.shape[2] == length for layer in cache.layers)
     own = twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)

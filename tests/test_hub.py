@@ -246,9 +246,9 @@ def missing(directory):
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, directory / "model.safetensors")
 
 
-def chainless(directory):
+def without_extras(directory):
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config["flexdraft_config"]["chain_rank"] = 4
+    config["flexdraft_config"] |= {"bonus_slot": True, "chain_rank": 4}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -266,7 +266,7 @@ def no_drafter(directory):
     [
         (not_finite, "mask_embedding: 32 of 32 values are not finite"),
         (missing, "tensors are missing: layers.1.self_attn.o_proj.weight. Export it again."),
-        (chainless, "tensors are missing: chain_mlp.0.bias, chain_mlp.0.weight, chain_mlp.2.bias"),
+        (without_extras, "tensors are missing: bonus_slot.weight, chain_mlp.0.bias, chain_mlp.0.weight, chain_mlp.2.b"),
         (cut, "no whole drafter. model.safetensors: "),
         (no_drafter, "no exported drafter there"),
     ],

@@ -140,6 +140,7 @@ def test_what_a_drafter_has_beyond_the_paper(run):
     file.write_text(json.dumps(config), encoding="utf-8")
     text = card(run)
     assert "its slot 0 holds the bonus token" in text and "on the draft before it" in text
+    assert "others pass over the extra\ntensors" in text
 
 
 def test_its_examples_load_it_by_name():

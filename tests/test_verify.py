@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURE, ROOT, TINY, random_draft, random_target
-from damages import DAMAGES, change_config, change_tensors
+from damages import DAMAGES, change_config, change_settings, change_tensors
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -25,7 +25,7 @@ from models.verify_weights import foreign_tensors
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """A target and one artifact for it, whole, in shards, complete and without calibrator: directories by name."""
+    """A target and one artifact for it, whole, in shards, complete, without calibrator, beyond the paper: by name."""
     root = tmp_path_factory.mktemp("healthy")
     random_target().save_pretrained(root / "target")
     target = load_target(str(root / "target"))
@@ -67,6 +67,13 @@ def test_a_healthy_artifact_passes(kind, healthy):
     assert [check.name for check in checks] == ["files", "config", "tensors", "values", "target", "decoding"]
     assert not [fault for check in checks for fault in check.faults]
     assert "identical to the target alone" in checks[-1].summary
+    assert checks[1].summary.endswith(", bonus slot, chain of rank 4") == (kind == "beyond")
+
+
+def test_what_is_off_may_be_said_or_left_out(healthy, tmp_path):
+    shutil.copytree(healthy / "whole", tmp_path / "artifact")
+    change_settings(bonus_slot=False, chain_rank=0)(tmp_path / "artifact")
+    assert not faults_of(tmp_path / "artifact", healthy / "target")
 
 
 WRONG_TARGETS = {
@@ -103,11 +110,22 @@ def warnings_of(artifact: Path, target: Path) -> str:
     return "\n".join(f"{check.name}: {warning}" for check in checks for warning in check.warnings)
 
 
-def test_an_untrained_drafter_is_valid_but_noticed(healthy, tmp_path):
-    draft = DraftModel(load_target(str(healthy / "target")), num_layers=3, block_size=6, calibrator_rank=8)
+UNTRAINED = {
+    "anchor_bias_mlp.2.weight (the calibrator changes nothing).": {"calibrator_rank": 8},
+    "chain_mlp.2.weight (the chain changes nothing).": {"calibrator_rank": 0, "chain_rank": 4},
+    "anchor_bias_mlp.2.weight, bonus_slot.weight (the calibrator changes nothing, the bonus slot changes nothing).": {
+        "calibrator_rank": 8,
+        "bonus_slot": True,
+    },
+}
+
+
+@pytest.mark.parametrize("zeros", UNTRAINED)
+def test_an_untrained_drafter_is_valid_but_noticed(zeros, healthy, tmp_path):
+    draft = DraftModel(load_target(str(healthy / "target")), num_layers=3, block_size=6, **UNTRAINED[zeros])
     export_draft(draft, tmp_path, torch.float32)
     warnings = warnings_of(tmp_path, healthy / "target")
-    assert "values: all zeros, so perhaps untrained: anchor_bias_mlp.2.weight (the calibrator changes n" in warnings
+    assert f"values: all zeros, so perhaps untrained: {zeros}" in warnings
     assert "target: the projectors equal the target's own: the drafter is untrained" in warnings
 
 

@@ -21,6 +21,7 @@ PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CALIBRATOR = "anchor_bias_mlp."
 EXTRAS = {"bonus_slot.": "bonus_slot", "chain_mlp.": "chain_rank"}  # tensors beyond the public contract, and their key
+PARTS = {CALIBRATOR: "calibrator", "chain_mlp.": "chain", "bonus_slot.": "bonus slot"}  # what starts without effect
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def value_faults(directory: Path) -> tuple[list[str], list[str]]:
             )
         if not name.endswith(".bias") and not tensor.any():
             zeros.append(name)
-    effect = " (the calibrator changes nothing)" if any(name.startswith(CALIBRATOR) for name in zeros) else ""
+    idle = [part for prefix, part in PARTS.items() if any(name.startswith(prefix) for name in zeros)]
+    effect = f" ({', '.join(f'the {part} changes nothing' for part in idle)})" if idle else ""
     return faults, [f"all zeros, so perhaps untrained: {_some(zeros)}{effect}."] if zeros else []
 
 

@@ -233,7 +233,7 @@ def _beyond(extra: dict[str, Any]) -> str:
     names = " and ".join(parts)
     return (
         f"\nBeyond the paper, {names}. Both decoders below make use of it; others pass over the extra\n"
-        "tensors, and draft as in parallel mode, less well.\n"
+        "tensors, and draft less well: as in parallel mode without them.\n"
     )
 
 
