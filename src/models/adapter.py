@@ -121,7 +121,7 @@ class LoraDraft(DraftModel):
     def merged(self, dtype: torch.dtype | None = None) -> DraftModel:
         """The same drafter with projectors of its own, in a dtype; None: that of what is trained."""
         sizes = {"num_layers": len(self.layers), "block_size": self.block_size, "calibrator_rank": 0}
-        sizes["bonus_slot"] = self.bonus_slot is not None
+        sizes |= {"bonus_slot": self.bonus_slot is not None}
         draft = DraftModel(self.target, **sizes, dtype=dtype or self.mask_embedding.dtype)
         load_draft_weights(draft.own_parameters(), self.own_parameters(), source="adapter")
         return draft.requires_grad_(False).eval()

@@ -216,9 +216,9 @@ class DraftModel(nn.Module):
             hidden: [..., B-1, H] of slots 1 .. B-1, after the final norm.
             bonus: [...] bonus tokens; None leaves out calibrator and chain.
         """
+        logits = self.logits(hidden, None if bonus is None else bonus[..., None].expand(hidden.shape[:-1]))
         if bonus is None or self.chain_mlp is None:
-            return self.logits(hidden, None if bonus is None else bonus[..., None].expand(hidden.shape[:-1]))
-        logits = self.logits(hidden, bonus[..., None].expand(hidden.shape[:-1]))
+            return logits
         slots, previous = [], bonus
         for own, state in zip(logits.unbind(-2), hidden.unbind(-2), strict=True):
             slots.append(own + self._chain(state, previous))
