@@ -1,14 +1,20 @@
 """Every experiment and preset composes, is valid, and builds what it names."""
 
 import ast
+import copy
+import functools
+import operator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, command
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 import train.__main__  # noqa: F401  registers the `root` resolver
+from data.configuration import check_finite
+from data.errors import UserError
 from train.fit import build_trainer
 
 CONF = ROOT / "conf"
@@ -27,6 +33,27 @@ def test_experiments_compose_and_name_classes_that_exist(experiment):
     for stage in ("attention_tuning", "bonus_calibration"):
         get_class(config.stage[stage].module._target_)
         assert config.stage[stage].module.steps == config.stage[stage].steps
+
+
+def leaves(tree, path=()):
+    """(keys, value) of every setting that is no group and no list."""
+    if not isinstance(tree, dict | list):
+        return [(path, tree)]
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return [leaf for key, value in pairs for leaf in leaves(value, (*path, key))]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_no_number_of_any_setting_may_be_infinite_or_nan(value):
+    given = OmegaConf.to_container(composed("+experiment=tiny", "adapter=lora"), resolve=False)
+    check_finite(given)
+    numbers = [keys for keys, known in leaves(given) if isinstance(known, int | float) and not isinstance(known, bool)]
+    assert len(numbers) > 80
+    for *groups, last in numbers:
+        changed = copy.deepcopy(given)
+        functools.reduce(operator.getitem, groups, changed)[last] = value
+        with pytest.raises(UserError, match=f"{last}.*={value}: expected a finite number"):
+            check_finite(changed)
 
 
 @pytest.mark.parametrize("preset", sorted(f.stem for f in (CONF / "trainer").glob("*.yaml")))

@@ -33,6 +33,11 @@ CALLS = {
     ),
     "wrong type": (["stage.attention_tuning.steps=many"], ["steps='many'", "expected int"]),
     "out of range": (["stage.attention_tuning.module.learning_rate=-1"], ["learning_rate=-1", "more than 0"]),
+    "an infinite learning rate": (
+        ["stage.bonus_calibration.module.learning_rate=inf"],
+        ["stage.bonus_calibration.module.learning_rate=inf", "expected a finite number"],
+    ),
+    "no number of the trainer's": (["+trainer.overfit_batches=nan"], ["trainer.overfit_batches=nan", "finite"]),
     "unknown weights": (["objective.weights=dpac"], ["'dpac'", "dpace, decay, flat"]),
     "no value": (["stage.attention_tuning.steps=null"], ["steps=None", "expected int"]),
     "unknown variant": (["stage.evaluate.variants=[calibratd]"], ["calibratd", "calibrated_parallel, calibrated."]),

@@ -3,6 +3,7 @@
 Used by the commands alone; the library below them takes plain arguments.
 """
 
+import math
 import sys
 from contextlib import nullcontext
 from difflib import get_close_matches
@@ -101,10 +102,30 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
         )
     if not isinstance(config.name, str) or "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name={config.name!r}: expected a plain directory name; it names checkpoints/<name>.")
+    check_finite(given)
     check_choices(config, {"model.target.dtype": ("float32", "bfloat16", "float64")})
     check_choices(config, {"data.bad_records": ("stop", "skip"), "data.overlong": ("turn", "token", "drop")})
     check_at_least(config, {"data.row_length": 2, "data.validation_records": 0})
     check_at_least(config, {"data.max_records": 1, "data.num_proc": 1})
+
+
+def check_finite(settings: Any, path: str = "") -> None:
+    """No setting of any group may be infinite or NaN: comparisons let them pass, and everything computed from them is
+    lost.
+
+    Args:
+        settings: plain values, nested.
+
+    Raises:
+        UserError: naming the first setting that is not finite.
+    """
+    if isinstance(settings, dict | list):
+        pairs = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        for key, value in pairs:
+            here = f"{path}[{key}]" if isinstance(settings, list) else f"{path}.{key}" if path else str(key)
+            check_finite(value, here)
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        raise UserError(f"{path}={settings}: expected a finite number.")
 
 
 def plain(config: DictConfig, *groups: str) -> dict[str, Any]:
