@@ -22,7 +22,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
-from rich.console import Console
 from tqdm import tqdm
 
 from data.configuration import check_at_least, check_choices, command_line, plain
@@ -32,6 +31,7 @@ from data.journal import Journal
 from data.records import Messages, questions
 from data.rejects import printable, refuse_bad, reject
 from data.sources import Found, Part, fingerprint, open_parts, read_all
+from data.terminal import say
 
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
 
@@ -91,7 +91,7 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     ids = sample_ids(parts, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
     settings, record = _settings(config, parts), output.with_suffix(".settings.json")
     if _finished(record, settings, output, config.overwrite):
-        Console().print(f"finished before: {output}", highlight=False, soft_wrap=True)
+        say(f"finished before: {output}")
         return
     journal = Journal(output.with_suffix(".unfinished.jsonl"))
     todo = sum(sample_id not in journal for sample_id in ids.values())
@@ -115,7 +115,7 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
     journal.remove()
     found = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
-    Console().print(f"{len(ids):,} conversations: {found}\n{output}", highlight=False, soft_wrap=True)
+    say(f"{len(ids):,} conversations: {found}\n{output}")
     if not outcomes.get(KEPT):
         raise UserError(f"No answer was kept; why is in {output.with_suffix('.dropped.jsonl')}.")
 

@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from data.errors import UserError
 from data.prepare import Prepared, prepare
 from data.records import prompt
 from data.sources import Part, open_parts, read_strictly
+from data.terminal import say, terminal
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -89,7 +89,7 @@ def write_report(config: DictConfig) -> None:
     title = f"Data of {config.name}: {data['path']}"
     _print(title, sections, example)
     (folder / "report.md").write_text(_markdown(title, sections, example), encoding="utf-8")
-    Console().print(f"\n{folder / 'report.md'}, with plots", highlight=False, soft_wrap=True)
+    say(f"\n{folder / 'report.md'}, with plots")
 
 
 def _records(prepared: Prepared, parts: list[Part]) -> Section:
@@ -198,7 +198,7 @@ def _example(prepared: Prepared, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _print(title: str, sections: list[Section], example: list[tuple[str, bool]]) -> None:
-    console = Console()
+    console = terminal()
     console.rule(title)
     for section in sections:
         table = Table(title=section.title, title_justify="left", show_header=any(section.header))
@@ -208,9 +208,10 @@ def _print(title: str, sections: list[Section], example: list[tuple[str, bool]])
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
         for note in section.notes:
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
+            say(note)
         console.print()
-    console.print("A conversation as the target reads it; [bold green]supervised tokens in green[/]:")
+    green = Text("supervised tokens in green", "bold green")
+    console.print(Text.assemble("A conversation as the target reads it; ", green, ":"))
     console.print(Text.assemble(*((text, "bold green" if supervised else "dim") for text, supervised in example)))
 
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from data.terminal import terminal
 from models.selection import Selection
 from train.evaluation import BenchmarkReport, Decoding, VariantReport, histogram
 from train.report import finish, plt
 from train.speed import ALONE, SpeedReport
+from train.terminal import say
 
 COLOURS = {
     "untuned": "#9aa5b1",
@@ -116,9 +117,7 @@ def markdown(evaluation: Evaluation, name: str) -> str:
 
 def print_report(evaluation: Evaluation, run_dir: Path) -> None:
     """The tables and the remarks in the terminal; how a step's time is spent is for the document."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # of a log, which has no width of its own
+    console = terminal()
     for title, (header, *rows) in tables(evaluation).items():
         if title == STEPS:
             continue
@@ -129,8 +128,8 @@ def print_report(evaluation: Evaluation, run_dir: Path) -> None:
             table.add_row(*row)
         console.print(table)
     for remark in _remarks(evaluation):
-        console.print(remark, highlight=False, soft_wrap=True)
-    console.print(f"drafter: {run_dir / 'export'}   report and plots: {run_dir / 'evaluate'}", highlight=False)
+        say(remark)
+    say(f"drafter: {run_dir / 'export'}   report and plots: {run_dir / 'evaluate'}")
 
 
 def plot_acceptance(evaluation: Evaluation, path: Path) -> None:

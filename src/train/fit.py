@@ -7,9 +7,7 @@ import torch
 from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
-from rich.console import Console
 from transformers import PretrainedConfig
 
 from data.packing import PackedRows
@@ -24,6 +22,7 @@ from train.monitor import Monitor
 from train.preset import arithmetic, passes_per_step
 from train.report import read_metrics
 from train.run_state import run_id
+from train.terminal import say
 
 LOG_EVERY = 10  # steps
 
@@ -89,11 +88,11 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     Args:
         resume: False begins anew whatever lies there.
     """
-    chosen = usable_checkpoint(directory / "checkpoints", say=_say) if resume else None
+    chosen = usable_checkpoint(directory / "checkpoints", say=say) if resume else None
     keeper(trainer).resumed_from = chosen
     if chosen:
         step = step_of(chosen)
-        _say(f"    going on from step {step}")
+        say(f"    going on from step {step}")
         rows = {at: row for at, row in read_metrics(directory).items() if at <= step}
         for logger in trainer.loggers:
             if isinstance(logger, StageWandbLogger):
@@ -103,7 +102,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     finally:
         data.close()
     if keeper(trainer).out_of_patience() and trainer.global_step < trainer.max_steps:
-        _say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
+        say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
     return keeper(trainer).figures()
 
 
@@ -133,8 +132,3 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
         flops = sum(parts.values())
     dtype = getattr(torch, arithmetic(config))
     return Monitor(every=LOG_EVERY, rows=rows, tokens=rows * length, flops=flops, dtype=dtype)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    Console().print(text, highlight=False, soft_wrap=True)

@@ -9,7 +9,6 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from data.benchmarks import benchmark_fingerprint
 from data.errors import UserError
@@ -25,6 +24,7 @@ from train.report import plot_losses
 from train.resources import Resources
 from train.run_state import StageRecord, file_sha256, overwrites
 from train.speed import device_name
+from train.terminal import say
 
 # What each stage starts from: files of earlier stages, without which it cannot run.
 INPUTS = {
@@ -54,7 +54,7 @@ def run(config: DictConfig) -> None:
     for number, stage in enumerate(chosen, start=1):
         if rank_zero_only.rank and stage not in TRAINED:
             continue  # export and evaluation are the first rank's
-        _say(f"[{number}/{len(chosen)}] {stage}")
+        say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, run_dir / stage, resources, later=chosen[number:])
     if rank_zero_only.rank == 0 and (run_dir / "records" / "export.done.json").exists():
         _describe_and_push(config, run_dir)
@@ -71,18 +71,18 @@ def _describe_and_push(config: DictConfig, run_dir: Path) -> None:
         )
         if config.export.push_to_hub:
             raise UserError(f"{again} before it is pushed.")
-        _say(f"{again}; its model card is left as it is.")
+        say(f"{again}; its model card is left as it is.")
         return
     write_card(run_dir)
     if config.export.push_to_hub:
-        _say(f"pushed to {push(run_dir / 'export', destination(config))}")
+        say(f"pushed to {push(run_dir / 'export', destination(config))}")
 
 
 def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources, later: list[str]) -> None:
     run_dir, overwrite = directory.parent, overwrites(config)
     record = StageRecord(run_dir, stage, _settings(config, stage, run_dir, resources))
     if not overwrite and record.finished():
-        _say(f"    finished before, see {directory}")
+        say(f"    finished before, see {directory}")
         if rank_zero_only.rank == 0:
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of a run killed when it had just finished
         return
@@ -103,7 +103,7 @@ def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resou
     result = getattr(stages, stage)(config, directory, resources)
     if rank_zero_only.rank == 0:
         if "adapter" in result:
-            _say(f"    PEFT adapter: {result['adapter']}")
+            say(f"    PEFT adapter: {result['adapter']}")
         record.finish(result, overrides=_overrides(), hardware=_hardware(config))
         # Only now: until the stage is on record, the checkpoints are what a restart goes on from.
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -174,8 +174,3 @@ def _target_files(config: DictConfig) -> list[Path]:
         Path(config.model.target.name).glob("*.safetensors")
     )
     return [file for file in files if file.stat().st_size < 2**30]
-
-
-def _say(text: str) -> None:
-    if rank_zero_only.rank == 0:
-        Console().print(text, highlight=False)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from data.configuration import CONF
 from data.errors import UserError
+from data.terminal import terminal
 from models.memory import FLOAT32, PARTS
 from models.sizes import ATTENTION_TUNING, Sizes
 from train.checks import TRAINED
@@ -31,7 +32,7 @@ def plan(config: DictConfig) -> None:
         raise UserError(f"plan=true is about the training stages; choose one or more of {', '.join(TRAINED)}.")
     sizes, machine = target_sizes(config), machine_of(config)
     estimates = [estimate(config, stage, sizes, machine) for stage in chosen]
-    print_plan(Console(), config, sizes, machine, estimates)
+    print_plan(terminal(), config, sizes, machine, estimates)
     refusals = [refusal(config, sizes, machine, e) for e in estimates if not e.fits]
     if refusals:
         raise UserError("\n".join(refusals))
@@ -43,7 +44,7 @@ def print_plan(console: Console, config: DictConfig, sizes: Sizes, machine: Mach
     for table in (*tables, _elsewhere(config, sizes, machine, estimates)):
         console.print(table)
     hours = sum(e.seconds * e.steps for e in estimates) / 3600
-    console.print(f"all steps: {_figure(hours)} hours; validation and evaluation are not counted", highlight=False)
+    console.print(f"all steps: {_figure(hours)} hours; validation and evaluation are not counted")
 
 
 def _table(title: str, first: str, columns: list[str]) -> Table:

@@ -3,9 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 
 from data.benchmarks import read_benchmark
@@ -21,6 +19,7 @@ from models.target import load_config, load_target
 from train.benchmark import decoding_settings
 from train.checks import TRAINED, check_path, check_sizes, check_target
 from train.live_decoding import live_decoding
+from train.terminal import say
 
 
 class Resources:
@@ -120,8 +119,7 @@ class Resources:
             seed=self.config.seed,
             rejects=Path(self.config.run_dir) / "rejects.jsonl",
         )
-        if rank_zero_only.rank == 0:
-            Console().print(describe(prepared), soft_wrap=True, highlight=False)
+        say(describe(prepared))
         return prepared.training, prepared.validation
 
     @cached_property
