@@ -28,7 +28,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -124,7 +124,14 @@ def _logits(model, tokens, cache):
     """[tokens, V] of the target; the cache grows by the tokens."""
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
     first = cache.get_seq_length() == 0  # of a prompt, the last alone are read
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=int(first)).logits[0]
+    named = {_cache_name(type(model)): cache}
+    return model(input_ids=ids, use_cache=True, logits_to_keep=int(first), **named).logits[0]
+
+
+def _cache_name(kind):
+    """What a model's or a layer's forward calls the cache: `cache` from transformers 5.24 on."""
+    names = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _crop(cache, length):
@@ -183,8 +190,8 @@ def _check(settings, input_ids, prepared):
     _refuse([] if mode in ("greedy_search", "sample") else [mode.value.replace("_", " ")])
     found = [name for name in SETTINGS if getattr(settings, name, None) not in (None, 0, 1)]  # which change nothing
     _refuse(found + [name for name in OUTPUTS if getattr(settings, name, None)])
-    cache = prepared.get("past_key_values")
-    if not input_ids.shape[1] or (cache is not None and cache.get_seq_length()):
+    filled = any(isinstance(value, Cache) and value.get_seq_length() for value in prepared.values())
+    if not input_ids.shape[1] or filled:
         raise ValueError("Give the whole prompt as input_ids: drafting takes no inputs_embeds, and no filled cache.")
 
 
@@ -279,7 +286,7 @@ class Drafter:
                 hidden,
                 attention_mask=self._mask(positions[0], kind, hidden.dtype),
                 position_ids=positions,
-                past_key_values=cache,
+                **{_cache_name(type(layer)): cache},
                 **self._rope(hidden, positions, kind),
             )
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
