@@ -215,3 +215,25 @@ def test_a_decoder_that_knows_the_contract_alone_drafts_with_it(exported, beyond
     assert public.bonus_slot is None and public.chain_mlp is None and draft.chain_mlp is not None
     expected, plain, full = logits_of([public, draft.without_extras(), draft])
     assert torch.equal(plain, expected) and not torch.equal(full, expected)
+
+
+def test_a_relative_of_the_target_is_warned_of_and_the_target_itself_is_not(exported, recwarn):
+    target, _, directory = exported
+    load_draft(directory, target)
+    load_draft(directory, random_target("bfloat16"))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="other weights"):
+        load_draft(directory, random_target(seed=4))
+    with torch.no_grad():
+        target.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    with pytest.warns(UserWarning, match=r"1 of \d+ sampled tensors differ .*up_proj.*: a fine-tuned relative"):
+        load_draft(directory, target)
+
+
+def test_an_artifact_without_a_fingerprint_loads_without_a_warning(exported, recwarn):
+    _, _, directory = exported
+    config = json.loads((directory / "config.json").read_text())
+    del config["target_fingerprint"]
+    (directory / "config.json").write_text(json.dumps(config))
+    load_draft(directory, random_target(seed=4))
+    assert not recwarn.list

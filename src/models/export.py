@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from models.draft import DraftModel
 from models.families import layer_kinds
+from models.fingerprint import KEY as FINGERPRINT
+from models.fingerprint import compare, fingerprint
 from models.hub import artifact_directory
 from models.selection import Selection
 
@@ -93,6 +96,7 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
     if broken:
         raise ValueError(f"{', '.join(broken)}: not finite in {dtype}. Training diverged; lower the learning rate.")
     config = artifact_config(draft) | {"dtype": str(dtype).removeprefix("torch.")}
+    config[FINGERPRINT] = fingerprint(draft.target)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / DECODER).parent.mkdir(exist_ok=True)
@@ -153,7 +157,8 @@ def without_recommendation(directory: Path) -> dict[str, Any]:
 def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | None = None) -> DraftModel:
     """The drafter of an exported directory or Hub id, for the target that it was trained for.
 
-    Its parameters keep the exported values, in the target's dtype.
+    Its parameters keep the exported values, in the target's dtype. Warns if the target's weights are not those that the
+    drafter was trained for, by the fingerprint in the artifact (`models.fingerprint`).
 
     Raises:
         ValueError: no artifact there, or one for another target.
@@ -190,6 +195,8 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     shared = draft.shared_parameters().keys() - own.keys()
     tensors = {name: tensor for name, tensor in _read_tensors(directory).items() if name not in shared}
     load_draft_weights(own, tensors, source=str(directory))
+    if FINGERPRINT in config and (warning := compare(config[FINGERPRINT], target).warning()):
+        warnings.warn(f"{directory}: {warning}", stacklevel=2)
     return draft.requires_grad_(False).eval()
 
 
