@@ -106,7 +106,8 @@ def measure(draft: DraftModel, args: argparse.Namespace, rows: int, mode: str) -
     ]
     row_of = torch.arange(rows, device=device).repeat_interleave(args.context)
     places = torch.arange(args.context, device=device).repeat(rows)
-    passes = Passes(target, draft, KVCache(packed, row_of, places, rows, args.context + count * (1 + size)))
+    cache = KVCache(packed, row_of, places, rows, args.context + count, slots=count * size)
+    passes = Passes(target, draft, cache)
     del packed
     candidates = torch.randint(config.vocab_size, (rows, count), device=device)
     positions, reach = args.context + torch.arange(count, device=device).expand(rows, -1), args.context + count

@@ -351,7 +351,7 @@ def test_the_arithmetic_of_a_block_is_that_of_drafting_it():
     target = random_target()
     for beyond in ({}, BEYOND):
         draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, **beyond)
-        _, cache = prefill(target, [list(range(3, 43))], 60)
+        _, cache = prefill(target, [list(range(3, 43))], 60, slots=6)
         bonus, passes = torch.tensor([5]), Passes(target, draft, cache)
         with flop_counter() as counter, torch.no_grad():
             hidden = passes.draft_blocks(torch.tensor([[40]]), 40, bonus[None])[:, 0]

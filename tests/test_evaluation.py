@@ -159,7 +159,7 @@ def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, tr
 def test_flops_of_a_step_are_those_of_the_passes(mode, blocks):
     target = random_target()
     draft, prompt = random_draft(target), list(range(3, 43))
-    _, cache = prefill(target, [prompt], capacity=200)
+    _, cache = prefill(target, [prompt], capacity=200, slots=5 * draft.block_size)
     passes = Passes(target, draft, cache)
     candidates, positions = torch.tensor([[5, 6, 7, 8, 9]]), torch.arange(40, 45)[None]
     with flop_counter() as counter, torch.no_grad():

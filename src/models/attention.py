@@ -40,11 +40,17 @@ class Places:
     rows: Tensor  # [R, 1]
     at: Tensor  # [R or 1, tokens]
     stop: int  # places before it are read
+    only_finite: bool = False  # write 0 for what is not
 
     def exchange(self, key: Tensor, value: Tensor) -> KeysValues:
-        """Write the layer's own; returns all that its queries look at."""
-        self.keys[self.rows, :, self.at] = key.transpose(1, 2).to(self.keys.dtype)
-        self.values[self.rows, :, self.at] = value.transpose(1, 2).to(self.values.dtype)
+        """Write the layer's own; returns all that its queries look at.
+
+        A draft may be a token on which the target overflows. Masked queries would read that as NaN, so a rejected draft
+        would change the tokens before it.
+        """
+        for places, own in ((self.keys, key), (self.values, value)):
+            own = own.transpose(1, 2).to(places.dtype)
+            places[self.rows, :, self.at] = own.nan_to_num(0.0, 0.0, 0.0) if self.only_finite else own
         return self.keys[:, :, : self.stop], self.values[:, :, : self.stop]
 
 

@@ -194,15 +194,13 @@ class _Flight:
         self.longest = max(map(len, prompts))  # tokens in the cache, in any row at most
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R] tokens in the cache
         self.said = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus
-        # Candidates reach beyond the last token that is kept, and blocks beyond them.
-        self.in_sequence = self.longest + self.max_new_tokens + 2 * size
-        self.in_parallel = self.in_sequence + size * (size - 1)
+        capacity = self.longest + self.max_new_tokens + size  # candidates reach beyond the last token that is kept
         self.uniforms = None
         if not self.sampling.greedy:
             rows = [uniform_numbers(seed, self.max_new_tokens) for seed in seeds]
             self.uniforms = torch.stack(rows).to(device)
         with self.timer("prefill"):
-            logits, self.cache = prefill(self.target, prompts, self._places(len(prompts)))
+            logits, self.cache = prefill(self.target, prompts, capacity, self._slots(len(prompts)))
             self.passes = Passes(self.target, self.draft, self.cache)
             self.bonus = self._choose(logits[:, None], self.said[:, None])[:, 0]  # [R] at position `lengths`
         self._propose(self._drafted(self.longest))
@@ -284,15 +282,16 @@ class _Flight:
         if not going:
             return
         places = torch.tensor(going, device=self.bonus.device)
-        self.cache.keep(places, self._places(len(going)))
+        self.cache.keep(places, self._slots(len(going)))
         for name in ("lengths", "said", "bonus", "drafts", "verified"):
             setattr(self, name, getattr(self, name)[places])
         if self.uniforms is not None:
             self.uniforms = self.uniforms[places]
 
-    def _places(self, rows: int) -> int:
-        """Places of the cache that so many rows need: auto drafts in parallel only once few are left."""
-        return self.in_parallel if rows <= self.parallel_rows else self.in_sequence
+    def _slots(self, rows: int) -> int:
+        """Slots of the cache that so many rows need: auto drafts in parallel only once few are left."""
+        size = self.draft.block_size if self.draft else 0
+        return size * size if rows <= self.parallel_rows else size
 
     def _choose(self, logits: Tensor, number: Tensor) -> Tensor:
         """[R, C] the target's choice of new tokens by number, [R, C], from its logits [R, C, V]."""

@@ -69,6 +69,15 @@ def cached_causal(positions: Tensor, window: int | None = None) -> Rule:
     return rule
 
 
+def slots_first(rule: Rule, slots: int, tokens: int) -> Rule:
+    """A rule over keys that are `tokens` tokens and then `slots` slots, where the slots come first."""
+
+    def moved(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(row, head, query, (key - slots) % (slots + tokens))
+
+    return moved
+
+
 def per_window(windows: Iterable[int | None], form: Callable[[int | None], T]) -> list[T]:
     """For each layer what `form` makes of its window; layers of the same window share it."""
     windows = list(windows)

@@ -13,15 +13,16 @@ from models.draft import DraftModel
 from models.execution import through_layers
 from models.families import layer_windows
 from models.kv_cache import KVCache
-from models.masks import Rule, cached_causal, dense, own_block, per_window
+from models.masks import Rule, cached_causal, dense, own_block, per_window, slots_first
 from models.target import clean_views
 
 
-def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int) -> tuple[Tensor, KVCache]:
+def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int, slots: int = 0) -> tuple[Tensor, KVCache]:
     """Run the target over prompts, packed into one row.
 
     Returns:
-        [R, V] logits after the last token of each prompt, and the cache with room for `capacity` tokens a row.
+        [R, V] logits after the last token of each prompt, and the cache with room for `capacity` tokens and `slots`
+        slots a row.
     """
     device = target.device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -36,7 +37,7 @@ def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int) ->
     hidden = target.get_input_embeddings()(input_ids[None])
     hidden = through_layers(target, target.model.layers, 0, hidden, positions[None], views)
     last = (lengths.cumsum(0) - 1).to(device)
-    cache = KVCache(_given_up(views), row_of, positions, len(prompts), capacity)
+    cache = KVCache(_given_up(views), row_of, positions, len(prompts), capacity, slots)
     return target_logits(target, hidden[0, last]), cache
 
 
@@ -69,7 +70,7 @@ def separate(part: Tensor) -> Tensor:
 
 
 class Passes:
-    """The passes of one batch over its cache. `reach`: places before it may hold tokens, in any row."""
+    """The passes of one batch over its cache. `reach`: positions before it may hold tokens, in any row."""
 
     def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:
         self.target, self.draft, self.cache = target, draft, cache
@@ -116,7 +117,7 @@ class Passes:
 
     def _candidate_views(self, positions: Tensor, reach: int) -> list[View]:
         rows, count = positions.shape
-        places = self.cache.places(positions, reach)
+        places = self.cache.token_places(positions, reach, drafts=self.draft is not None)
         return _views(lambda window: cached_causal(positions, window), self.windows, (rows, count, reach), places)
 
     def _blocks(self, anchors: Tensor, reach: int, bonus: Tensor | None = None) -> tuple[Tensor, Tensor, list[View]]:
@@ -125,11 +126,13 @@ class Passes:
         positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
         slots = positions.shape[1]
         one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, reach)
-        at = torch.arange(reach, reach + slots, device=device)[None]
         own_layers = slice(self.draft.split_layer, None)
-        places = self.cache.places(at, reach + slots, own_layers)
-        shape = (rows, slots, reach + slots)
-        views = _views(lambda w: own_block(one_document, anchors, size, w), self.windows[own_layers], shape, places)
+        places = self.cache.slot_places(slots, reach, own_layers)
+
+        def rule(window: int | None) -> Rule:
+            return slots_first(own_block(one_document, anchors, size, window), slots, reach)
+
+        views = _views(rule, self.windows[own_layers], (rows, slots, slots + reach), places)
         hidden = self.draft.slot_inputs(tuple(anchors.shape), bonus).flatten(1, 2)
         return hidden, positions, views
 

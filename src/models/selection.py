@@ -40,6 +40,9 @@ RELEASE = Selection()  # what the paper's release does
 
 
 def drafts_and_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely token of each slot, and its probability in float32. [..., V] -> [...], [...]"""
+    """The most likely token of each slot, and its probability in float32. [..., V] -> [...], [...]
+
+    Logits that are not finite give some token, with probability 0.
+    """
     best, drafts = logits.max(-1)
-    return drafts, (best.float() - logits.float().logsumexp(-1)).exp()
+    return drafts, (best.float() - logits.float().logsumexp(-1)).exp().nan_to_num(0.0)
