@@ -1,6 +1,10 @@
 """Checkpoints: whole or not there, noticed when damaged, and enough to go on as if nothing had happened."""
 
+import os
 import random
+import resource
+import signal
+import stat
 
 import numpy as np
 import pytest
@@ -8,13 +12,16 @@ import torch
 from conftest import random_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_training import data, module, trainer
 
+from data.errors import UserError
 from train import checkpoints, preemption
 from train.checkpoints import CheckpointFiles, Checkpoints, step_of, usable_checkpoint
 from train.modules import AttentionTuning
 from train.monitor import Monitor
 from train.random_state import random_state, set_random_state
+from train.run_state import publish
 
 STEPS = 8
 
@@ -206,3 +213,41 @@ def test_generators_go_on_where_they_were():
     assert first == (random.random(), np.random.random(), torch.rand(3).tolist())
     set_random_state({"ranks": state["ranks"] * 2})  # of two ranks: nothing to put back on one
     assert first != (random.random(), np.random.random(), torch.rand(3).tolist())
+
+
+def test_a_checkpoint_of_another_run_of_the_stage_is_named_and_not_used(tmp_path):
+    for step, run_of in ((10, "mine"), (20, "theirs")):
+        state = {"callbacks": {"Checkpoints": {"best": {}, "run": run_of}}}
+        CheckpointFiles().save_checkpoint(state, tmp_path / f"step-{step:08d}.ckpt")
+    said = []
+    assert step_of(usable_checkpoint(tmp_path, said.append, "mine")) == 10
+    assert len(said) == 1 and "step-00000020" in said[0] and "theirs" in said[0]
+    assert usable_checkpoint(tmp_path, said.append, "new") is None
+
+
+def test_a_full_disk_is_named_with_its_path_and_sizes_and_older_checkpoints_stay(tmp_path):
+    save(tmp_path, 10)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:  # torch hides what the system said, and reports an unexpected position
+        with pytest.raises(UserError) as refused:
+            state = {"weights": torch.randn(10**6)}
+            CheckpointFiles().save_checkpoint(state, tmp_path / "step-00000020.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    text = str(refused.value)
+    assert str(tmp_path / "step-00000020.ckpt") in text and "4.0 MB are needed" in text and "free" in text
+    assert "unexpected pos" not in text and "larger than the limit" in text
+    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step-00000010"]  # no half of a file either
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_get_the_mode_of_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        publish(tmp_path / "draft.safetensors", lambda path: save_file({"a": torch.zeros(3)}, path))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "draft.safetensors").stat().st_mode) == mode

@@ -26,7 +26,8 @@ class CheckpointFiles(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
         """`path` is the name without the digest."""
-        _publish(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        needed = _bytes_of(checkpoint)
+        _publish(Path(path), lambda temporary: torch.save(checkpoint, temporary), needed)
 
     def load_checkpoint(self, path: Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Tensors and plain values alone, on the host: a file from elsewhere cannot run code."""
@@ -46,14 +47,16 @@ def step_of(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
-def usable_checkpoint(directory: Path, say: Callable[[str], None] = print) -> Path | None:
+def usable_checkpoint(directory: Path, say: Callable[[str], None] = print, run: str | None = None) -> Path | None:
     """The newest checkpoint that is whole, and whose best weights are; None if there is none.
 
     From an older one, training makes again what was damaged. Where no checkpoint knows whole best weights, the newest
     whole one has to do: the best is then that of the validations to come. Every rank finds the same.
 
     Args:
-        say: told of each damaged file, by name.
+        say: gets a line for each file that is passed over, with its name.
+        run: the id of the stage's run (`run_state.run_id`). Checkpoints of other runs are passed over; those of earlier
+            versions hold no id and are taken.
     """
     found = sorted(directory.glob("step-*.ckpt"), reverse=True)
     whole = []
@@ -61,16 +64,20 @@ def usable_checkpoint(directory: Path, say: Callable[[str], None] = print) -> Pa
         if not whole_file(path):
             say(f"{path}: damaged, its content is not what its name says.")
             continue
-        whole.append(path)
         callbacks = torch.load(path, mmap=True, map_location="cpu", weights_only=True).get("callbacks", {})
-        best = callbacks.get("Checkpoints", {}).get("best", {})
+        state = callbacks.get("Checkpoints", {})
+        if run and state.get("run") not in (None, run):
+            say(f"{path}: of another run of this stage ({state['run']}, this one is {run}); not used.")
+            continue
+        whole.append(path)
+        best = state.get("best", {})
         if not best or whole_file(directory / best["file"]):
             return path
         say(f"{directory / best['file']}: damaged or gone, though {path.name} refers to it.")
     if whole:
         say(f"{directory}: no best weights are left; those of the validations to come will count.")
     elif found:
-        say(f"{directory}: no checkpoint is whole; beginning anew.")
+        say(f"{directory}: no checkpoint can be used; beginning anew.")
     return whole[0] if whole else None
 
 
@@ -90,6 +97,7 @@ class Checkpoints(Checkpoint):
         validate_every: int,
         best_by: str | None,
         patience: int | None = None,
+        run: str | None = None,
     ) -> None:
         """
         Args:
@@ -98,9 +106,11 @@ class Checkpoints(Checkpoint):
             validate_every: steps between validations; one comes at the last step, too.
             best_by: figure of the validation that says which weights are best; the greatest wins, the first of equals.
             patience: after so many validations in a row that were none the best, the stage ends; None: never.
+            run: the id of the stage's run, which every checkpoint carries.
         """
         self.directory, self.every, self.keep = directory, every, keep
         self.validate_every, self.best_by, self.patience = validate_every, best_by, patience
+        self.run = run
         self.resumed_from: Path | None = None
         self.best: dict[str, Any] = {}  # step, value and file of the best weights, and the validation's figures
         self.waited = 0  # validations since the best
@@ -110,6 +120,7 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         known = {"best": self.best, "last": self.last, "best_of": self.best_of, "waited": self.waited}
+        known["run"] = self.run
         return known | {"random": random_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,7 +218,7 @@ class Checkpoints(Checkpoint):
             return None
         weights = {name: tensor.cpu() for name, tensor in state.items()}
         name = self.directory / f"best-{trainer.global_step:08d}.safetensors"
-        return _publish(name, lambda temporary: save_file(weights, temporary)).name
+        return _publish(name, lambda temporary: save_file(weights, temporary), _bytes_of(weights)).name
 
     def _forget_old(self, step: int) -> None:
         """Remove what no kept checkpoint needs, and what an interrupted run has left; never what is ahead of it."""
@@ -221,9 +232,18 @@ class Checkpoints(Checkpoint):
                 path.unlink()
 
 
-def _publish(path: Path, write: Callable[[Path], Any]) -> Path:
+def _publish(path: Path, write: Callable[[Path], Any], needed: int) -> Path:
     """Write to `path` with the digest of the content in its name; returns that name."""
-    return publish(path, write, lambda written: path.with_stem(f"{path.stem}-{file_sha256(written)[:DIGEST]}"))
+    named = lambda written: path.with_stem(f"{path.stem}-{file_sha256(written)[:DIGEST]}")  # noqa: E731
+    return publish(path, write, named, needed=needed)
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_bytes_of, parts))
 
 
 def whole_file(path: Path) -> bool:

@@ -42,6 +42,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         validate_every=validate_every,
         best_by=settings.best_by,
         patience=settings.patience,
+        run=run_id(directory.parent, stage),
     )
     # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -88,7 +89,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     Args:
         resume: False begins anew whatever lies there.
     """
-    chosen = usable_checkpoint(directory / "checkpoints", say=say) if resume else None
+    chosen = usable_checkpoint(directory / "checkpoints", say, keeper(trainer).run) if resume else None
     keeper(trainer).resumed_from = chosen
     if chosen:
         step = step_of(chosen)

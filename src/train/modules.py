@@ -17,6 +17,7 @@ from models.execution import EAGER, Execution
 from models.metrics import acceptance_length, leading_true
 from models.objectives import Objective
 from models.target import bonus_tokens, target_pass
+from train.finite import gradient_norms, judged
 
 
 @dataclass
@@ -124,17 +125,30 @@ class DraftTraining(lightning.LightningModule, ABC):
         return loss_sum * (passes * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Gradients of the mean over the global batch; clipping by their norm comes after this."""
+        """Gradients of the mean over the global batch; clipping by their norm comes after this.
+
+        If loss or gradient is not finite on any rank, no rank makes the step: `self.step` says why.
+        """
         if self._pass + 1 < self.trainer.accumulate_grad_batches:
             return  # DeepSpeed's engine is asked to step after every pass, and does so after the last
-        loss, weight = self._sum_over_ranks(self._sums)
-        weight = weight.clamp(min=1e-6)
-        self.step_loss = loss / weight
-        divide = getattr(self.trainer.strategy, "divide_gradients", None)
-        if divide:
-            divide(weight)  # ZeRO keeps the gradients in pieces of its own
+        trained, strategy = self.trained(), self.trainer.strategy
+        in_pieces = hasattr(strategy, "gradient_norms")  # ZeRO
+        norms = strategy.gradient_norms() if in_pieces else gradient_norms(trained.values())
+        rows = self._of_all_ranks(torch.cat([self._sums, norms]))
+        self.step = judged(rows, list(trained), in_pieces=in_pieces)
+        if self.step.fault:
+            self._skip()
+        elif in_pieces:
+            strategy.divide_gradients(self.step.weight)
         else:
-            torch._foreach_div_([p.grad for p in self.trained().values()], weight)
+            torch._foreach_div_([p.grad for p in trained.values()], self.step.weight)
+
+    def _skip(self) -> None:
+        """Neither the weights nor the optimizer's state may change in this step."""
+        if hasattr(self.trainer.strategy, "skip_step"):
+            self.trainer.strategy.skip_step()
+        for parameter in self.trained().values():
+            parameter.grad = None  # which AdamW passes over
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(4 + self.draft.block_size - 1, dtype=torch.float64)
@@ -172,6 +186,14 @@ class DraftTraining(lightning.LightningModule, ABC):
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(total)  # Lightning's own reduction has every rank wait for the others first
         return total
+
+    def _of_all_ranks(self, values: Tensor) -> list[list[float]]:
+        """By rank, in its order. The one place where a step waits for the device."""
+        if self.trainer.world_size == 1:
+            return [values.tolist()]
+        rows = [torch.empty_like(values) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(rows, values)
+        return torch.stack(rows).tolist()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Checkpoints hold the trained parameters by exported name, never the target."""

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import platform
+import stat
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,46 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data.errors import UserError
+from train.disk import DiskError, disk_error, why_not_written
 
 
-def publish(path: Path, write: Callable[[Path], Any], name: Callable[[Path], Path] | None = None) -> Path:
+def publish(
+    path: Path,
+    write: Callable[[Path], Any],
+    name: Callable[[Path], Path] | None = None,
+    *,
+    needed: int | None = None,
+) -> Path:
     """Write under a temporary name, sync, rename: a reader sees all of it or none of it, after a power cut too.
+
+    The file gets the mode that the umask gives, whatever mode `write` leaves.
 
     Args:
         write: writes the content to the path that it is given.
         name: makes the final path of the one that was written; `path` without it.
+        needed: bytes of the content, for the message if there is no room.
+
+    Raises:
+        DiskError: the disk is full or read-only, or there is no permission; what was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    sync(temporary)
-    published = name(temporary) if name else path
-    os.replace(temporary, published)
-    sync(path.parent)  # the name, too
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # no two writers share it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        write(temporary)
+        temporary.chmod(mode)
+        sync(temporary)
+        published = name(temporary) if name else path
+        os.replace(temporary, published)
+        sync(path.parent)  # the name, too
+    except Exception as error:
+        reason = why_not_written(temporary, error)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk has no room for half a file
+        if isinstance(reason, OSError) and not isinstance(reason, DiskError):
+            raise disk_error(reason, path, needed) from error
+        raise
     return published
 
 

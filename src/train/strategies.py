@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO under Lightning, on GPUs and, for tests, on CPU; one checkpoint file whatever the strategy."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,26 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.optimizers[0].loss_scale = 1.0
         super().backward(closure_loss, optimizer, *args, **kwargs)
 
-    def divide_gradients(self, divisor: Tensor) -> None:
+    def divide_gradients(self, divisor: float) -> None:
         """Before the optimizer's step: DeepSpeed divides the gradients, and their norm, by its loss scale."""
         self.optimizers[0].loss_scale = divisor
+
+    def gradient_norms(self) -> Tensor:
+        """[parameters] norm of this rank's piece of each trained parameter's gradient, summed over the ranks."""
+        zero, trained = self.optimizers[0], self.lightning_module.trained().values()
+        norms = {id(parameter): torch.zeros((), device=self.root_device) for parameter in trained}
+        groups = zero.fp16_groups if self.zero_stage_3 else zero.params_in_partition
+        for number, parameters in enumerate(groups):
+            # Behind the pieces of parameters comes what pads them to the same size on every rank.
+            for parameter, piece in zip(parameters, zero.averaged_gradients[number], strict=False):
+                norms[id(parameter)] = torch.linalg.vector_norm(piece.float())
+        return torch.stack([norms[id(parameter)] for parameter in trained])
+
+    def skip_step(self) -> None:
+        """Before the optimizer's step. DeepSpeed leaves out a step whose gradient is not finite: now this one's is."""
+        for pieces in self.optimizers[0].averaged_gradients.values():
+            for piece in pieces:
+                piece.fill_(math.nan)
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -1,0 +1,146 @@
+"""What the operating system refuses on disk, as one line with the path, the reason and the sizes. Needs no torch."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from data.errors import UserError
+
+# What a user can change about a disk. Any other OSError is a bug, and keeps its traceback.
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file is larger than the limit of this shell (ulimit -f) or file system",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission, or the file is immutable",
+    errno.ENOTDIR: "a part of the path is a file, not a directory",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the network file system has lost the file",
+    errno.EBUSY: "the file is in use",
+}
+PROBE = 2**16  # bytes that are written to learn why a write failed
+
+
+class DiskError(UserError, OSError):
+    """A file could not be written, read or deleted."""
+
+
+def disk_error(error: OSError, path: Path | None = None, needed: int | None = None) -> DiskError:
+    """
+    Args:
+        path: what was written, where the error names no file.
+        needed: bytes of it.
+    """
+    named = error.filename if isinstance(error.filename, str) else None
+    place = Path(path or named or tempfile.gettempdir())
+    reason = REASONS.get(error.errno or 0)
+    text = f"{place if path or named else 'A file'}: {reason + ' (' if reason else ''}{error.strerror or error}"
+    text += ")." if reason else "."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or needed:
+        free = free_bytes(place)
+        text += f" {size(needed)} are needed there" if needed else ""
+        text += f"{', and' if needed else ' There'} {size(free)} are free." if free is not None else "."
+    return DiskError(f"{text} What was saved before is unharmed; once this is solved, the same command goes on.")
+
+
+def as_user_error(error: BaseException) -> BaseException:
+    """The mistake of the user or refusal of the disk beneath an error; the error itself if there is none.
+
+    Libraries raise errors of their own while they tidy up after the first one.
+    """
+    for cause in _chain(error):
+        if isinstance(cause, UserError):
+            return cause
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in REASONS:
+            return disk_error(cause)
+    return error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def why_not_written(file: Path, error: Exception) -> Exception:
+    """torch and safetensors hide what the system said: ask it again, by some more bytes at the end of the file."""
+    if isinstance(error, OSError):
+        return error
+    try:
+        with file.open("ab") as out:
+            out.write(bytes(PROBE))
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as reason:
+        return reason
+    return error
+
+
+def free_bytes(place: Path) -> int | None:
+    """Free space for this user where a path lies or will lie; None if nobody knows."""
+    for existing in (place, *place.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(existing).free
+    return None
+
+
+def used_bytes(*places: Path) -> int:
+    """Bytes of the files in these directories."""
+    files = [file for place in places if place.is_dir() for file in place.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def check_access(*directories: Path) -> None:
+    """Make the directories and write a file into each.
+
+    Raises:
+        DiskError: this cannot be done.
+    """
+    for directory in directories:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as file:
+                file.write(b"x")
+                file.flush()
+        except OSError as error:
+            raise disk_error(error, directory) from error
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete a directory with all that it holds, or a file; nothing there is fine.
+
+    Raises:
+        DiskError: something stays; or it is a symbolic link, behind which the files may be another run's.
+    """
+    if directory.is_symlink():
+        raise DiskError(
+            f"{directory} is a symbolic link to {os.readlink(directory)}. What is behind a link is not deleted; "
+            "remove the link, or empty the directory behind it and remove the link."
+        )
+    try:
+        if directory.is_dir():
+            shutil.rmtree(directory)
+        else:
+            directory.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"{error.filename or directory} cannot be deleted: {error.strerror or error}. It must go before the stage "
+            "can be done again: delete it by hand (as its owner; chattr -i if it is immutable), or choose another "
+            "name=..."
+        ) from error

@@ -1,0 +1,158 @@
+"""What is kept is finite: a step whose loss or gradient is not is skipped, and weights that are not go nowhere."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from torch import Tensor, nn
+
+from train.endings import Diverged
+
+# Clipping, here and in DeepSpeed, squares the norm in float32.
+LARGEST_NORM = torch.finfo(torch.float32).max ** 0.5
+COUNTED = ("val/loss", "val/tau_estimate", "val/tau")  # an interval's ends may be NaN: one prompt has none
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What all ranks know of a step before its optimizer step."""
+
+    loss: float  # mean over the global batch, nats per weighted slot
+    weight: float  # sum over the global batch: the divisor of the gradients
+    gradient_norm: float  # of that mean's gradient, before clipping
+    fault: str  # says what is not finite, and on which rank; empty if the step can be made
+
+
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """[parameters] Euclidean norm of each gradient; 0 where there is none."""
+    gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in parameters]
+    return torch.stack(torch._foreach_norm(gradients))
+
+
+def judged(rows: list[list[float]], names: list[str], *, in_pieces: bool) -> StepFigures:
+    """The step's figures from those of every rank.
+
+    Args:
+        rows: by rank: sum of losses, sum of weights, and the norm of each parameter's gradient, before division.
+        names: of the parameters.
+        in_pieces: whether each rank holds pieces of the gradients (ZeRO), or all of them, summed over the ranks.
+    """
+    weight = max(sum(row[1] for row in rows), 1e-6)
+    norm = math.hypot(*(value for row in (rows if in_pieces else rows[:1]) for value in row[2:]))
+    return StepFigures(sum(row[0] for row in rows) / weight, weight, norm / weight, _fault(rows, names, norm))
+
+
+def _fault(rows: list[list[float]], names: list[str], norm: float) -> str:
+    losses = [rank for rank, row in enumerate(rows) if not all(map(math.isfinite, row[:2]))]
+    if losses:
+        return f"the loss{_on(losses, len(rows))} is not finite"
+    bad = {rank: [name for name, value in zip(names, row[2:], strict=True) if not math.isfinite(value)]
+           for rank, row in enumerate(rows)}  # fmt: skip
+    ranks = [rank for rank, found in bad.items() if found]
+    if ranks:
+        found = [name for name in names if any(name in bad[rank] for rank in ranks)]
+        return f"the gradient of {shortened(found)}{_on(ranks, len(rows))} is not finite"
+    return "" if norm < LARGEST_NORM else f"the square of the gradient's norm, {norm:.1e}, is not finite"
+
+
+def _on(ranks: list[int], world: int) -> str:
+    if world == 1:
+        return ""
+    return f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def shortened(names: list[str]) -> str:
+    """The first of a list of names, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold an infinity or a NaN. Waits for the device once."""
+    if not tensors:
+        return []
+    finite = torch.stack([tensor.isfinite().all().cpu() for tensor in tensors.values()])
+    return [name for name, good in zip(tensors, finite.tolist(), strict=True) if not good]
+
+
+def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], directory: Path, what: str) -> None:
+    """Nothing that is not finite is saved. Called on every rank, with the same tensors.
+
+    Raises:
+        Diverged: on every rank, if any rank holds a value that is not finite.
+    """
+    names = not_finite(tensors)
+    if not trainer.strategy.reduce_boolean_decision(bool(names), all=False):
+        return
+    named = f" ({shortened(names)})" if names else ""
+    raise Diverged(f"Step {trainer.global_step}: the {what} are not finite{named}. {way_out(directory)}")
+
+
+def way_out(directory: Path) -> str:
+    """What to do once training has diverged."""
+    last = max(directory.glob("step-*.ckpt"), default=None)
+    stage = directory.parent.name
+    again = f"The last good checkpoint is {last}: the same command goes on from it. If" if last else "If"
+    return (
+        f"{again} it ends here again, choose a lower stage.{stage}.module.learning_rate or stage.{stage}.gradient_clip "
+        "under another name=..., or look for a broken device where always the same rank is named."
+    )
+
+
+class SkippedSteps(Callback):
+    """Counts, names and logs the steps that were skipped, and ends a stage that skips too many in a row.
+
+    A skipped step changes neither weights nor the optimizer's state. It counts as a step: data and learning rate go on
+    as if it had been made, under every strategy alike.
+    """
+
+    def __init__(self, directory: Path, most: int) -> None:
+        """
+        Args:
+            directory: of the checkpoints.
+            most: so many skipped steps in a row end the stage.
+        """
+        self.directory, self.most = directory, most
+        self.total = self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total, self.in_a_row = state_dict["total"], state_dict["in_a_row"]
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """
+        Raises:
+            Diverged: too many in a row, or all steps of the stage.
+        """
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
+        fault = pl_module.step.fault
+        if not fault:
+            self.in_a_row = 0
+            return
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/skipped_steps": self.total}, step=step)
+        say(f"    step {step}: skipped, {fault} ({self.in_a_row} in a row, the stage ends at {self.most})")
+        if self.in_a_row >= self.most or (step == trainer.max_steps and self.total == step):
+            raise Diverged(
+                f"Step {step}: {self.in_a_row} steps in a row were skipped, because {fault}. "
+                f"{way_out(self.directory)}"
+            )
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """A line for the user, as it is."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
