@@ -18,6 +18,7 @@ from test_training import data, module, trainer
 from data.errors import UserError
 from train import checkpoints, preemption
 from train.checkpoints import CheckpointFiles, Checkpoints, step_of, usable_checkpoint
+from train.finite import SkippedSteps
 from train.modules import AttentionTuning
 from train.monitor import Monitor
 from train.random_state import random_state, set_random_state
@@ -76,7 +77,7 @@ class History(Monitor):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.losses[trainer.global_step] = float(pl_module.step_loss)
+        self.losses[trainer.global_step] = pl_module.step.loss
         self.drawn[trainer.global_step] = (random.random(), np.random.random(), float(torch.rand(())))
 
     def on_validation_end(self, trainer, pl_module):
@@ -84,19 +85,28 @@ class History(Monitor):
 
 
 def run(
-    directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, keep: int = 2, validate_every: int = 2
-):
-    """Train the small target's drafter; stop as a signal would at a step, if one is given."""
+    directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, keep: int = 2, validate_every: int = 2,
+    faults=(), most: int = 5, stage=AttentionTuning, **kept
+):  # fmt: skip
+    """Train the small target's drafter; stop as a signal would at a step, if one is given.
+
+    Args:
+        faults: callbacks that break something.
+        most: skipped steps in a row that end the run.
+        kept: more arguments of `Checkpoints`.
+    """
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1)
     history = History()
-    keeper = Checkpoints(directory, every=3, keep=keep, validate_every=validate_every, best_by="val/tau_estimate")
+    kept = {"best_by": "val/tau_estimate"} | kept
+    keeper = Checkpoints(directory, every=3, keep=keep, validate_every=validate_every, **kept)
     fitted = trainer(
         directory, STEPS, val_check_interval=validate_every * passes, check_val_every_n_epoch=None,
-        enable_checkpointing=True, callbacks=[history, keeper], plugins=[CheckpointFiles()],
+        enable_checkpointing=True,
+        callbacks=[history, *faults, SkippedSteps(directory, most), keeper], plugins=[CheckpointFiles()],
     )  # fmt: skip
     fitted.accumulate_grad_batches = passes
-    training, rows = module(AttentionTuning, random_target()), data(STEPS)
+    training, rows = module(stage, random_target()), data(STEPS)
     rows.rows_per_pass = 4 // passes
     chosen = usable_checkpoint(directory)
     if stop_at:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from data.configuration import CONF, composed
 from data.errors import UserError
+from train.endings import AgreedEnd
 from train.preemption import watch
 from train.sweep import check_jobs, run_job
 
@@ -24,6 +25,8 @@ def main(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_job(config, work)
         work(config)
+    except AgreedEnd as end:
+        end.leave()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -8,15 +8,18 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.errors import UserError
+from train.endings import Diverged, NotFinished
+from train.finite import COUNTED, check_state, way_out
 from train.preemption import agreed_signal, set_training, stop
 from train.random_state import random_state, set_random_state
 from train.run_state import file_sha256, publish
+from train.terminal import say
 
 DIGEST = 16  # hex digits of a checkpoint's SHA-256 in its name
 
@@ -117,6 +120,7 @@ class Checkpoints(Checkpoint):
         self.last: dict[str, float] = {}  # figures of the last validation
         self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of the best weights that it knows
         self._random: dict[str, Any] | None = None
+        self._saved = 0  # step of the newest checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         known = {"best": self.best, "last": self.last, "best_of": self.best_of, "waited": self.waited}
@@ -133,7 +137,14 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning counts passes; the passes of a step may be others now, with other ranks or `rows_per_pass`."""
+        """Lightning counts passes; the passes of a step may be others now, with other ranks or `rows_per_pass`.
+
+        A time limit (`trainer.max_time`) holds for each start of the run: with the time of earlier ones, the next would
+        end before its first step.
+        """
+        for timer in (callback for callback in trainer.callbacks if isinstance(callback, Timer)):
+            checkpoint["callbacks"].pop(timer.state_key, None)
+        self._saved = checkpoint["global_step"]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         passes = checkpoint["global_step"] * trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
@@ -169,18 +180,51 @@ class Checkpoints(Checkpoint):
         if not self._validates(trainer):
             self._boundary(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """
+        Raises:
+            Diverged: a weight or a moment of the optimizer is not finite.
+        """
+        check_state(trainer, checkpoint["state_dict"], self.directory, "trained weights")
+        states = [state["state"] for state in checkpoint["optimizer_states"]]
+        moments = {
+            f"{name} {key}": value for state in states for key, of in state.items() for name, value in of.items()
+        }
+        moments = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
+        check_state(trainer, moments, self.directory, "optimizer's moments")
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = trainer.callback_metrics  # the same on every rank
         self.last = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
+        if not (self._validates(trainer) and trainer.lightning_module.ends_step):
+            return  # Lightning validates whenever it is asked to stop; a resumed run would not
+        bad = [key for key in COUNTED if not math.isfinite(self.last.get(key, 0.0))]
+        if bad:  # says nothing of whether the weights became better: neither best nor a validation without progress
+            say(f"    step {trainer.global_step}: {', '.join(bad)} not finite; this validation does not count")
+        else:
+            self._judge(trainer)
+        if self.out_of_patience():
+            trainer.should_stop = True
+        self._boundary(trainer)
+
+    def faults(self) -> list[str]:
+        """Names of the figures of the handed-on weights that are not finite."""
+        return [key for key in COUNTED if not math.isfinite(self.figures().get(key, 0.0))]
+
+    def _judge(self, trainer: lightning.Trainer) -> None:
+        """Whether the weights just validated are the best so far."""
         value = self.last.get(self.best_by)
         better = value is not None and not math.isnan(value) and (not self.best or value > self.best["value"])
         self.waited = 0 if better else self.waited + 1
         if better:
             here = {"step": trainer.global_step, "value": value, "figures": self.last}
             self.best = here | {"file": self._save_weights(trainer)}
-        if self.out_of_patience():
-            trainer.should_stop = True
-        self._boundary(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Where the loop was ended between two boundaries: in the middle of a step, say."""
+        self._end_early(trainer)
 
     def out_of_patience(self) -> bool:
         """Whether the stage ends before its last step: the same on every rank, as the figures are."""
@@ -200,20 +244,40 @@ class Checkpoints(Checkpoint):
 
     def _boundary(self, trainer: lightning.Trainer) -> None:
         step, signal = trainer.global_step, agreed_signal(trainer.strategy)
-        if step % self.every == 0 or trainer.should_stop or signal:
-            self.best_of[step] = self.best.get("step", 0)
-            self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
-            # Not the weights alone: the whole state. It is plain values and tensors; `load_checkpoint` takes no others.
-            trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt", weights_only=False)
-            if trainer.is_global_zero:
-                self._forget_old(step)
+        due = step % self.every == 0 and not trainer.lightning_module.step.fault  # what was before skipped steps stays
+        if due or trainer.should_stop or signal:
+            self._save(trainer)
         if signal:
             trainer.strategy.barrier()  # no rank leaves before the file is there
             stop(signal)
+        self._end_early(trainer)
+
+    def _end_early(self, trainer: lightning.Trainer) -> None:
+        """
+        Raises:
+            NotFinished: something other than the last step, or this stage's own patience, has ended the loop.
+        """
+        stopping = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)
+        if not stopping or trainer.global_step >= trainer.max_steps or self.out_of_patience():
+            return
+        if self._saved != trainer.global_step:
+            self._save(trainer)
+        trainer.strategy.barrier()
+        raise NotFinished(not_finished(trainer, self.directory))
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        step = self._saved = trainer.global_step
+        self.best_of[step] = self.best.get("step", 0)
+        self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
+        # Not the weights alone: the whole state. It is plain values and tensors; `load_checkpoint` takes no others.
+        trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt", weights_only=False)
+        if trainer.is_global_zero:
+            self._forget_old(step)
 
     def _save_weights(self, trainer: lightning.Trainer) -> str | None:
         """The trained parameters as they are; returns the file's name, on the first rank."""
         state = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
+        check_state(trainer, state, self.directory, "validated weights")
         if not trainer.is_global_zero:
             return None
         weights = {name: tensor.cpu() for name, tensor in state.items()}
@@ -230,6 +294,36 @@ class Checkpoints(Checkpoint):
         for path in self.directory.glob("best-*.safetensors"):
             if step_of(path) < min(self.best_of.values()):
                 path.unlink()
+
+
+def check_handed_on(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> None:
+    """What a stage hands on is finite: the best weights were checked when they were saved; the last ones are here.
+
+    Args:
+        trained: the parameters after the last step.
+
+    Raises:
+        Diverged: weights, or the figures of their validation, are not finite.
+    """
+    kept = keeper(trainer)
+    if not kept.best:
+        check_state(trainer, trained, kept.directory, "trained weights")
+    if faults := kept.faults():
+        raise Diverged(
+            f"Step {trainer.global_step}: {', '.join(faults)} of the weights to be handed on are not finite. "
+            f"{way_out(kept.directory)}"
+        )
+
+
+def not_finished(trainer: lightning.Trainer, directory: Path) -> str:
+    """What to say where something other than the stage itself has ended its loop."""
+    stage = directory.parent.name
+    limit = "trainer.max_time" if any(isinstance(c, Timer) for c in trainer.callbacks) else "a callback"
+    return (
+        f"{stage} ended at step {trainer.global_step} of {trainer.max_steps}, by {limit}: it is not finished. "
+        "The same command goes on from here, without overwrite if it has that. "
+        f"To end a stage early for good, use stage.{stage}.patience or fewer stage.{stage}.steps."
+    )
 
 
 def _publish(path: Path, write: Callable[[Path], Any], needed: int) -> Path:

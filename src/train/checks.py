@@ -100,7 +100,7 @@ def _check_ranges(config: DictConfig) -> None:
     }
     for stage in TRAINED:
         keys = ("steps", "rows_per_step", "rows_per_pass", "num_anchors", "validate_every", "checkpoint_every")
-        keys += ("keep_checkpoints", "module.chunk")
+        keys += ("keep_checkpoints", "max_skipped_steps", "module.chunk")
         at_least |= {f"stage.{stage}.{key}": 1 for key in keys}
     check_at_least(config, at_least)
     for stage in TRAINED:

@@ -12,7 +12,7 @@ RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 class AgreedEnd(UserError):
     """Raised on every rank at the same step."""
 
-    status = 1
+    status, kind = 1, "error: "
 
     def leave(self) -> None:
         """
@@ -22,21 +22,18 @@ class AgreedEnd(UserError):
         """
         if not first_rank():
             sys.exit(0)
-        print(self, file=sys.stderr, flush=True)
+        print(f"{self.kind}{self}", file=sys.stderr, flush=True)
         sys.exit(self.status)
 
 
 class Diverged(AgreedEnd):
     """Training cannot go on: its loss, its gradients or its weights are not finite."""
 
-    def __str__(self) -> str:
-        return f"error: {super().__str__()}"
-
 
 class NotFinished(AgreedEnd):
     """The loop ended before the stage's last step, and not because of its own `patience`."""
 
-    status = TRY_AGAIN
+    status, kind = TRY_AGAIN, ""
 
 
 def first_rank() -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
 from torch import Tensor, nn
 
 from train.endings import Diverged
+from train.terminal import say
 
 # Clipping, here and in DeepSpeed, squares the norm in float32.
 LARGEST_NORM = torch.finfo(torch.float32).max ** 0.5
@@ -147,12 +146,10 @@ class SkippedSteps(Callback):
         say(f"    step {step}: skipped, {fault} ({self.in_a_row} in a row, the stage ends at {self.most})")
         if self.in_a_row >= self.most or (step == trainer.max_steps and self.total == step):
             raise Diverged(
-                f"Step {step}: {self.in_a_row} steps in a row were skipped, because {fault}. "
-                f"{way_out(self.directory)}"
+                f"Step {step}: {self.in_a_row} steps in a row were skipped, because {fault}. {way_out(self.directory)}"
             )
 
 
-@rank_zero_only
-def say(text: str) -> None:
-    """A line for the user, as it is."""
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+def skipped_steps(trainer: lightning.Trainer) -> int:
+    """How many steps of the stage were skipped."""
+    return next(callback.total for callback in trainer.callbacks if isinstance(callback, SkippedSteps))

@@ -13,9 +13,11 @@ from transformers import PretrainedConfig
 from data.packing import PackedRows
 from models.cost import step_flops
 from models.sizes import Sizes
-from train.checkpoints import CheckpointFiles, Checkpoints, keeper, step_of, usable_checkpoint
+from train.checkpoints import CheckpointFiles, Checkpoints, keeper, not_finished, step_of, usable_checkpoint
 from train.datamodule import DraftData
+from train.endings import NotFinished
 from train.estimate import draft_shape
+from train.finite import SkippedSteps
 from train.loggers import StageWandbLogger
 from train.modules import DraftTraining
 from train.monitor import Monitor
@@ -44,6 +46,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         patience=settings.patience,
         run=run_id(directory.parent, stage),
     )
+    skipped = SkippedSteps(checkpoints.directory, settings.max_skipped_steps)
     # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer: Trainer = instantiate(
@@ -58,7 +61,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         log_every_n_steps=1,  # what is logged, and when, is the monitor's business
         default_root_dir=str(directory),
         logger=stage_loggers(config, stage, directory),
-        callbacks=[*instantiate(config.callbacks).values(), checkpoints],
+        callbacks=[*instantiate(config.callbacks).values(), skipped, checkpoints],
         plugins=[CheckpointFiles(), *cluster],
     )
     passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, trainer.world_size)
@@ -102,6 +105,8 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
         trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     finally:
         data.close()
+    if trainer.global_step < trainer.max_steps and not keeper(trainer).out_of_patience():
+        raise NotFinished(not_finished(trainer, directory / "checkpoints"))  # ended before its first step
     if keeper(trainer).out_of_patience() and trainer.global_step < trainer.max_steps:
         say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
     return keeper(trainer).figures()

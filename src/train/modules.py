@@ -17,7 +17,7 @@ from models.execution import EAGER, Execution
 from models.metrics import acceptance_length, leading_true
 from models.objectives import Objective
 from models.target import bonus_tokens, target_pass
-from train.finite import gradient_norms, judged
+from train.finite import StepFigures, gradient_norms, judged
 
 
 @dataclass
@@ -62,6 +62,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         """
         super().__init__()
         self.target, self.draft = target, draft
+        self.step = StepFigures(math.nan, 0.0, math.nan, "")  # of the last step
         self.objective, self.execution = objective, execution
         self.slot0_loss, self.chunk, self.told_share = slot0_loss, chunk, told_share
         self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
@@ -124,12 +125,17 @@ class DraftTraining(lightning.LightningModule, ABC):
         # Lightning divides by the passes of a step, and gradients are averaged over ranks: neither is wanted.
         return loss_sum * (passes * self.trainer.world_size)
 
+    @property
+    def ends_step(self) -> bool:
+        """Whether the pass that is going on is the last of its step."""
+        return self._pass + 1 == self.trainer.accumulate_grad_batches
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Gradients of the mean over the global batch; clipping by their norm comes after this.
 
         If loss or gradient is not finite on any rank, no rank makes the step: `self.step` says why.
         """
-        if self._pass + 1 < self.trainer.accumulate_grad_batches:
+        if not self.ends_step:
             return  # DeepSpeed's engine is asked to step after every pass, and does so after the last
         trained, strategy = self.trained(), self.trainer.strategy
         in_pieces = hasattr(strategy, "gradient_norms")  # ZeRO

@@ -50,8 +50,9 @@ class Monitor(Callback):
             return
         _wait(trainer)
         rate = (trainer.global_step - self._step) / (time.perf_counter() - self._since)
+        made = {"train/loss": pl_module.step.loss, "train/gradient_norm": pl_module.step.gradient_norm}
         figures = {
-            "train/loss": float(pl_module.step_loss),
+            **({} if pl_module.step.fault else made),  # of a skipped step there is nothing to show
             "train/learning_rate": self._rate,
             "speed/steps_per_second": rate,
             "speed/rows_per_second": rate * self.rows,
@@ -62,7 +63,7 @@ class Monitor(Callback):
             figures["speed/share_of_peak"] = rate * self.flops / self.peak
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
-        shown = {"loss": figures["train/loss"], "tokens/s": figures["speed/tokens_per_second"]}
+        shown = {"loss": pl_module.step.loss, "tokens/s": figures["speed/tokens_per_second"]}
         if self.flops:
             shown["% of peak"] = 100 * figures["speed/share_of_peak"]
         pl_module.log_dict(shown, prog_bar=True, logger=False)

@@ -35,8 +35,8 @@ INPUTS = {
 }
 
 
-# How often something is saved, and how a step is cut into passes, leave the outcome what it is.
-WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "rows_per_pass")
+# How often something is saved, how a step is cut into passes, and how many may fail, leave the outcome what it is.
+WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "rows_per_pass", "max_skipped_steps")
 
 
 def run(config: DictConfig) -> None:

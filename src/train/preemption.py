@@ -11,8 +11,9 @@ import sys
 from types import FrameType
 from typing import Any
 
-# Exit status by signal. 75 is the system's "try again" (EX_TEMPFAIL): scripts/slurm/train.sbatch requeues the job.
-STATUS = {signal.SIGUSR1: 75, signal.SIGTERM: 128 + signal.SIGTERM}
+from train.endings import TRY_AGAIN, first_rank
+
+STATUS = {signal.SIGUSR1: TRY_AGAIN, signal.SIGTERM: 128 + signal.SIGTERM}
 
 _watching = False
 _starting = True
@@ -58,9 +59,7 @@ def stop(number: int) -> None:
     Raises:
         SystemExit: with the signal's exit status.
     """
-    # From the environment: nothing may be imported while the signal has interrupted an import.
-    ranks = [os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")]
-    if any(rank != "0" for rank in ranks):
+    if not first_rank():  # nothing may be imported here: the signal may have interrupted an import
         status = 0
     else:
         status = STATUS[signal.Signals(number)]

@@ -21,10 +21,11 @@ from models.draft import DraftModel, start_from_head
 from models.execution import Execution
 from models.export import export_draft, load_draft, load_draft_weights, recommend
 from train.benchmark import decoding_settings, drafter_sizes, evaluate_drafter
-from train.checkpoints import keeper
+from train.checkpoints import check_handed_on, keeper
 from train.datamodule import DraftData
 from train.evaluation import Variant
 from train.evaluation_report import markdown, plot_acceptance, plot_speed, print_report
+from train.finite import skipped_steps
 from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
 from train.live_decoding import check_decoding, live_decoding
 from train.preemption import agreed_signal, set_training
@@ -209,6 +210,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory, resume=not overwrites(config))
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
+    check_handed_on(trainer, trained)
     if trainer.is_global_zero:
         own = load_file(source) if calibrates else {}
         own |= {name: tensor.cpu() for name, tensor in trained.items()}
@@ -224,6 +226,8 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     steps = trainer.global_step  # fewer than asked for where it was stopped early
     weights_of_step = keeper(trainer).best.get("step", steps)
     result = {"trained_parameters": parameters, "steps": steps, "weights_of_step": weights_of_step, **metrics}
+    if skipped := skipped_steps(trainer):
+        result["skipped_steps"] = skipped
     if isinstance(draft, LoraDraft):
         result["adapter"] = str(directory.with_name(ADAPTER))
     return result

@@ -1,7 +1,9 @@
 """DeepSpeed ZeRO under Lightning, on GPUs and, for tests, on CPU; one checkpoint file whatever the strategy."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.optimizers[0].loss_scale = 1.0
         super().backward(closure_loss, optimizer, *args, **kwargs)
 
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            RuntimeError: DeepSpeed has made a step that was to be skipped.
+        """
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        module = self.lightning_module
+        if not module.ends_step:
+            return result
+        skipped = bool(self.optimizers[0].overflow)
+        if module.step.fault and not skipped:
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} made a step although {module.step.fault}.")
+        if skipped and not module.step.fault:
+            module.step = replace(module.step, fault="a gradient that DeepSpeed has computed is not finite")
+        return result
+
     def divide_gradients(self, divisor: float) -> None:
         """Before the optimizer's step: DeepSpeed divides the gradients, and their norm, by its loss scale."""
         self.optimizers[0].loss_scale = divisor
@@ -120,6 +138,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         flats = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
         for group in zero.optimizer.param_groups:
             group.update(hyperparameters)
+        if not saved["state"]:
+            return  # no step has been made: all of them were skipped
         for flat in flats:
             moments = {name: torch.zeros_like(flat) for name in MOMENTS}
             zero.optimizer.state[flat] = {"step": saved["state"][0]["step"].clone(), **moments}

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from data.configuration import check_settings, composed
 from data.errors import UserError
+from train.endings import NotFinished
 from train.run_state import read_json, write_json
 
 SUMMARY = "summary.json"  # in the directory of each job: what was asked of it and how it ended
@@ -83,7 +84,8 @@ def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
         else:
             traceback.print_exc()
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        _record(file, {**summary, "state": "failed", "reason": lines[0]})
+        state = "stopped" if isinstance(error, NotFinished) else "failed"
+        _record(file, {**summary, "state": state, "reason": lines[0]})
         return nan
     records = {stage: Path(config.run_dir, "records", f"{stage}.done.json") for stage in config.stages}
     summary["results"] = {stage: read_json(done)["result"] for stage, done in records.items() if done.exists()}
