@@ -1,6 +1,8 @@
 """Two ranks under every strategy give what one gives; what one saved, the other goes on from."""
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,9 @@ def decoded(run_dir) -> list[tuple[int, str, float]]:
 def assert_same(alone, run_dir) -> None:
     assert difference(alone, run_dir) < 1e-6
     assert decoded(alone) == decoded(run_dir) and len(decoded(alone)) == 2 * 2 * (3 + 7)
+    for stage in STAGES:  # before clipping
+        norms = [read_metrics(d / stage)[10]["train/gradient_norm"] for d in (alone, run_dir)]
+        assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_ddp_equals_one_rank(alone, tmp_path):
@@ -69,6 +74,40 @@ def test_zero_equals_one_rank(alone, tmp_path, zero):
     """Each with what could go wrong in it alone: passes (divided twice), sharded tensors and pieces of the loss."""
     extra = {1: (), 2: PASSES, 3: (SHARDED, *PIECES)}[zero]
     assert_same(alone, run(tmp_path, f"trainer=zero{zero}", *PAIR, *extra, **NO_COMPILER))
+
+
+# One value of the second rank's loss in the first step, when the optimizer has no state yet, and in a later one.
+BAD = ("+callbacks.bad._target_=faults.BadLoss", "+callbacks.bad.steps=[0,4]", "stages=[attention_tuning]")
+BAD += ("stage.attention_tuning.steps=8", "stage.attention_tuning.checkpoint_every=1")
+
+
+@pytest.fixture(scope="module")
+def alone_with_bad_steps(tmp_path_factory):
+    return faulty(tmp_path_factory.mktemp("bad"), "+callbacks.bad.rank=0", said="the loss is not finite")
+
+
+def faulty(cwd, *overrides: str, said: str):
+    """The run directory of a run with two bad steps; `said` of both, once each."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = command(*CALL, *BAD, *overrides, "name=short", cwd=cwd, PYTHONPATH=path, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    lines = [line[line.index("step") :] for line in done.stdout.splitlines() if "skipped" in line]
+    assert lines == [f"step {step}: skipped, {said} (1 in a row, the stage ends at 5)" for step in (1, 5)]
+    return cwd / "checkpoints" / "short"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_all_ranks_skip_the_same_steps_under_every_strategy(alone_with_bad_steps, tmp_path, strategy):
+    chosen = {"ddp": ("trainer.devices=2",)}.get(strategy, (f"trainer={strategy}", *PAIR))
+    chosen += {"zero2": PASSES, "zero3": (SHARDED,)}.get(strategy, ())
+    run_dir = faulty(tmp_path, *chosen, "+callbacks.bad.rank=1", said="the loss on rank 1 is not finite")
+    figures = [read_metrics(d / "attention_tuning") for d in (alone_with_bad_steps, run_dir)]
+    pair = [load_file(d / "attention_tuning" / "draft.safetensors") for d in (alone_with_bad_steps, run_dir)]
+    assert max(float((mine - pair[1][name]).abs().max()) for name, mine in pair[0].items()) < 1e-6
+    for key in ("val/loss", "train/skipped_steps"):
+        assert [row[key] for row in figures[1].values() if key in row] == pytest.approx(
+            [row[key] for row in figures[0].values() if key in row], abs=1e-5
+        )
 
 
 def test_joint_training_beyond_the_paper_equals_one_rank(tmp_path_factory):
