@@ -201,10 +201,9 @@ class Checkpoints(Checkpoint):
         if not (self._validates(trainer) and trainer.lightning_module.ends_step):
             return  # Lightning validates whenever it is asked to stop; a resumed run would not
         bad = [key for key in COUNTED if not math.isfinite(self.last.get(key, 0.0))]
-        if bad:  # says nothing of whether the weights became better: neither best nor a validation without progress
-            say(f"    step {trainer.global_step}: {', '.join(bad)} not finite; this validation does not count")
-        else:
-            self._judge(trainer)
+        if bad:
+            say(f"    step {trainer.global_step}: {', '.join(bad)} not finite; these weights cannot be the best")
+        self._judge(trainer, comparable=not bad)
         if self.out_of_patience():
             trainer.should_stop = True
         self._boundary(trainer)
@@ -213,10 +212,10 @@ class Checkpoints(Checkpoint):
         """Names of the figures of the handed-on weights that are not finite."""
         return [key for key in COUNTED if not math.isfinite(self.figures().get(key, 0.0))]
 
-    def _judge(self, trainer: lightning.Trainer) -> None:
-        """Whether the weights just validated are the best so far."""
+    def _judge(self, trainer: lightning.Trainer, comparable: bool) -> None:
+        """Whether the weights just validated are the best so far. `comparable`: all their figures are finite."""
         value = self.last.get(self.best_by)
-        better = value is not None and not math.isnan(value) and (not self.best or value > self.best["value"])
+        better = comparable and value is not None and (not self.best or value > self.best["value"])
         self.waited = 0 if better else self.waited + 1
         if better:
             here = {"step": trainer.global_step, "value": value, "figures": self.last}
