@@ -1,29 +1,57 @@
 # make quickstart: the whole pipeline on the embedded target.   make test: the test suite.
-# Both set up what they need in .venv. PYTHON picks the interpreter (3.11 or newer).
+# Both install the locked versions into .venv. PYTHON picks the interpreter (3.11 to 3.13).
+# make test-newest, make test-lowest: the suite against the newest releases and against the lowest bounds of
+# pyproject.toml, each in its own environment.   make lock: resolve requirements/ anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+LOCKED := requirements/locked.txt
+LOWEST := requirements/lowest.txt
+COMPILE := $(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --quiet --upgrade \
+	--constraint requirements/pins.txt --custom-compile-command 'make lock'
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-newest test-lowest lint lock clean
 
-quickstart: $(READY)
+quickstart: $(VENV)/.ready
 	$(BIN)/python -m train +experiment=tiny
 
-test: $(READY)
+test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(VENV)/.ready
 	$(BIN)/ruff check src scripts tests
 	$(BIN)/ruff format --check src scripts tests
 
-# torch is named first and pinned: resolved among the others, a newer build for GPUs may come instead of this one.
-$(READY): pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, found ' + sys.version) if sys.version_info < (3, 11) else None"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $(READY)
+# torch comes before deepspeed, whose build imports it. Without build isolation, the build tools are locked, too.
+define install
+	$(PYTHON) -c "import sys; sys.exit(f'Python 3.11 to 3.13 is needed, found {sys.version}') if not (3, 11) <= sys.version_info < (3, 14) else None"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet $(2) setuptools
+	$(1)/bin/python -m pip install --quiet $(2) torch
+	$(1)/bin/python -m pip install --quiet $(2) --no-build-isolation --editable ".[test]"
+endef
+
+$(VENV)/.ready: pyproject.toml $(LOCKED)
+	$(call install,$(VENV),--constraint $(LOCKED))
+	touch $@
+
+.venv-lowest/.ready: pyproject.toml $(LOWEST)
+	$(call install,.venv-lowest,--constraint $(LOWEST))
+	touch $@
+
+test-lowest: .venv-lowest/.ready
+	.venv-lowest/bin/python -m pytest
+
+# Upgraded at every call: what is newest changes without a change here.
+test-newest:
+	$(call install,.venv-newest,--upgrade --upgrade-strategy eager)
+	.venv-newest/bin/python -m pip list
+	.venv-newest/bin/python -m pytest
+
+lock: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet uv
+	$(COMPILE) --output-file $(LOCKED)
+	$(COMPILE) --resolution lowest-direct --output-file $(LOWEST)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-newest .venv-lowest
