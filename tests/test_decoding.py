@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from data.chat import ChatEncoder
 from data.records import prompt
 from data.sources import read_strictly
-from models import decoding
 from models.decoding import MODES, PHASES, Step, generate, stop_tokens
 from models.draft import DraftModel
 from models.export import load_draft
+from models.flight import Flight
 from models.passes import Passes
 from models.reference_decoding import autoregressive_generate, reference_generate
 from models.sampling import GREEDY, Sampling
@@ -298,7 +298,7 @@ def test_impossible_requests_are_refused_by_value():
 def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens(mode, monkeypatch):
     target, batch, checked = endless(), random_prompts(random.Random(6), 4, 15), []
     free = own_batch(target, batch, 14)
-    step = decoding._Flight.step
+    step = Flight.step
 
     def checked_step(flight):
         step(flight)
@@ -311,7 +311,7 @@ def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens
                 assert torch.allclose(values[place, :, : len(tokens)], layer.values[0], atol=1e-4)
             checked.append(len(flight.rows))
 
-    monkeypatch.setattr(decoding._Flight, "step", checked_step)
+    monkeypatch.setattr(Flight, "step", checked_step)
     generate(target, guessing(target), batch, max_new_tokens=14, mode=mode, stop=staggering(free))
     assert len(checked) > 5 and len(set(checked) - {0}) > 2  # with all rows in flight, and with others gone
 

@@ -105,7 +105,7 @@ def test_a_changed_output_ends_the_stage(trained_run, tiny_target, tmp_path, mon
     config = short(f"run_dir={run_dir}", "stage.evaluate.num_prompts=2", "stage.evaluate.speed.num_prompts=0")
     config.stage.evaluate.variants = ["calibrated"]
     stages.evaluate(config, run_dir / "evaluate", Resources(config))
-    monkeypatch.setattr("models.decoding.accepted_drafts", accept_everything)
+    monkeypatch.setattr("models.choice.accepted_drafts", accept_everything)
     with pytest.raises(UserError, match=r"held_out: calibrated: prompt \d, token \d+, margin [\d.e-]+"):
         stages.evaluate(config, run_dir / "evaluate", Resources(config))
     found = read_json(run_dir / "evaluate" / "report.json")["benchmarks"]["held_out"]["variants"]["calibrated"]

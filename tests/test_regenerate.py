@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -368,6 +369,26 @@ def test_the_target_answers_in_batches_as_it_does_alone(tiny_tokenizer, tiny_tar
             alone = tiny_tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
             assert message["content"] == alone
         assert exchange.outcome == "kept"
+
+
+def test_local_answers_follow_the_targets_generation_settings(tiny_tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(TINY / "target", tmp_path / "target")
+    settings = {"eos_token_id": 2, "pad_token_id": 0, "repetition_penalty": 1.4, "suppress_tokens": [270]}
+    settings |= {"do_sample": True, "temperature": 0.3, "top_k": 1, "min_p": 0.5, "num_beams": 3}
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(settings))
+    question = [users("Tom has 3 apples. How many?")]
+    found = answers(local(tiny_tokenizer, tmp_path / "target"), question)[0].messages[-1]["content"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype="float32")
+    prompt = tiny_tokenizer.apply_chat_template(
+        question[0], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    for penalty in (1.4, 1.0):
+        how = {"do_sample": False, "num_beams": 1, "max_new_tokens": 24, "repetition_penalty": penalty}
+        output = model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape), **how)
+        own = tiny_tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert (own == found) == (penalty == 1.4)
 
 
 def test_sampling_is_seeded_and_long_prompts_are_refused(tiny_tokenizer):

@@ -7,7 +7,7 @@ import torch
 from conftest import random_target
 from test_decoding import Guess, endless
 
-from models import decoding
+from models import choice
 from models.decoding import generate
 from models.sampling import GREEDY, Sampling
 from models.selection import OFF, RELEASE, Selection, drafts_and_confidence
@@ -149,14 +149,14 @@ def test_draws_follow_the_targets_own_joint_distribution(mode, temperature):
 
 @pytest.mark.parametrize(("mode", "broken"), [("parallel", "one too many"), ("sequential", "all")])
 def test_the_test_of_draws_fails_for_a_broken_acceptance_rule(mode, broken, monkeypatch):
-    rule = decoding.accepted_drafts
+    rule = choice.accepted_drafts
     rules = {
         "one too many": lambda drafted, predicted: (rule(drafted, predicted) + 1).clamp(max=drafted.shape[-1]),
         "all": lambda drafted, predicted: torch.full_like(rule(drafted, predicted), drafted.shape[-1]),
     }
     target, draft = pair_of_small_vocabulary()
     sampling = Sampling(1.0, top_p=0.9)
-    monkeypatch.setattr(decoding, "accepted_drafts", rules[broken])
+    monkeypatch.setattr(choice, "accepted_drafts", rules[broken])
     counts, _ = drawn(target, draft, mode, sampling, draws=4000)
     assert p_value(counts, exact_joint(target, sampling)) < 1e-6
 

@@ -11,6 +11,8 @@ from data.chat import ChatEncoder
 from data.errors import BadRecord, UserError
 from data.exchanges import REFUSED, Exchange, Finish, Sampling, seed_of
 
+# Settings of sampling in transformers, of which the target's own defaults are not taken.
+SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 WINDOW = 16  # batches that are sorted by length together
 
 
@@ -47,16 +49,17 @@ class LocalBackend:
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         greedy = sampling.temperature == 0
-        how = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        self.generation = GenerationConfig(
-            do_sample=not greedy,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.ends),
-            pad_token_id=encoder.pad_id,
-            **how,
-        )
-        # What is not set above, `generate` takes from the model's own: penalties, say, without which drafting decodes.
-        self.model.generation_config = GenerationConfig()
+        # The rest is the target's own defaults: penalties, say, which drafting follows as well.
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        self.generation = dict.fromkeys(SAMPLED & GenerationConfig().to_dict().keys()) | {
+            "do_sample": not greedy,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "max_new_tokens": sampling.max_new_tokens,
+            "eos_token_id": sorted(self.ends),
+            "pad_token_id": encoder.pad_id,
+            **({} if greedy else sampled),
+        }
 
     def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool = False) -> None:
         """Answer all questions of all exchanges; what was answered before makes no difference here."""
@@ -94,12 +97,13 @@ class LocalBackend:
         longest = max(map(len, prompts))
         padded = [[self.encoder.pad_id] * (longest - len(p)) + p for p in prompts]
         seen = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        if self.generation.do_sample:
+        if self.generation["do_sample"]:
             torch.manual_seed(seed_of(self.sampling.seed, str(prompts)))
         output = self.model.generate(
             torch.tensor(padded, device=self.device),
             attention_mask=torch.tensor(seen, device=self.device),
-            generation_config=self.generation,
+            tokenizer=self.tokenizer,
+            **self.generation,
         )
         answers = output[:, longest:].tolist()
         ends = [next((i + 1 for i, token in enumerate(a) if token in self.ends), len(a)) for a in answers]

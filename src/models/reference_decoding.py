@@ -4,34 +4,34 @@ Slow and obvious: the target alone, and sequential draft-then-verify. Tests and 
 its first prompts.
 """
 
-from collections.abc import Callable
+import inspect
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from models.decoding import GenerationResult, Step, stop_tokens, uniform_numbers
+from models.choice import next_token, uniform_numbers
 from models.draft import DraftModel
+from models.flight import GenerationResult, Step
+from models.generation_settings import stop_tokens, text
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection, drafts_and_confidence
 from models.target import cached_context
 
-Choice = Callable[[Tensor, int], int]  # the token of a number, from its logits [V]
+CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it
 
 
 @torch.inference_mode()
 def autoregressive_generate(
     target: PreTrainedModel, prompt: list[int], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
 ) -> list[int]:
-    """The target's own answer, one token a pass."""
-    stop, cache, tokens = stop_tokens(target), DynamicCache(), []
-    choose, step = _choice(sampling, seed, max_new_tokens), prompt
-    while len(tokens) < max_new_tokens:
-        logits = _target_logits(target, step, cache)
-        tokens.append(choose(logits[-1], len(tokens)))
-        if tokens[-1] in stop:
-            break
-        step = tokens[-1:]
+    """The target's own answer, one token a pass, with the processors and criteria of its `generation_config`."""
+    own = _Own(target, prompt, max_new_tokens, sampling, seed)
+    cache, tokens, step, ended = DynamicCache(), [], prompt, not max_new_tokens
+    while not ended:
+        token, ended = own.next(_target_logits(target, step, cache)[-1])
+        tokens.append(token)
+        step = [token]
     return tokens
 
 
@@ -51,11 +51,10 @@ def reference_generate(
     """Draft, verify, commit; what `decoding.generate` must give for one prompt, steps included; with a bonus slot, in
     sequential mode if the drafter is `told` the bonus before it drafts; in parallel mode if not, but for the first
     block, which comes after the prompt in every mode."""
-    stop, cache = stop_tokens(target), DynamicCache()
-    choose = _choice(sampling, seed, max_new_tokens)
+    cache, own = DynamicCache(), _Own(target, prompt, max_new_tokens, sampling, seed)
     tokens, steps = [], []
-    bonus = choose(_target_logits(target, prompt, cache)[-1], 0) if max_new_tokens else None
-    while len(tokens) + 1 < max_new_tokens and bonus not in stop:
+    bonus, ended = own.next(_target_logits(target, prompt, cache)[-1]) if max_new_tokens else (None, True)
+    while not ended:
         anchor = cache.get_seq_length()
         logits = draft_logits(draft, cache, anchor, torch.tensor([bonus]), calibrate=calibrate, told=told or not steps)
         drafts, confidence = drafts_and_confidence(logits[1:])
@@ -63,19 +62,33 @@ def reference_generate(
         drafts = drafts[: int(selection.count(confidence))][:room].tolist()
 
         after = _target_logits(target, [bonus, *drafts], cache)  # [1 + drafts, V]
-        accepted = 0
-        while (chosen := choose(after[accepted], len(tokens) + 1 + accepted)) in drafts[accepted : accepted + 1]:
-            accepted += 1
-        crop(cache, anchor + 1 + accepted)
-        for number, token in enumerate([bonus, *drafts[:accepted]]):
-            tokens.append(token)
-            if token in stop:
-                return GenerationResult([tokens], [[*steps, Step(len(drafts), number)]])
-        steps.append(Step(len(drafts), accepted))
-        bonus = chosen
-    if len(tokens) < max_new_tokens:
         tokens.append(bonus)
-    return GenerationResult([tokens], [steps])
+        accepted = 0
+        bonus, ended = own.next(after[0])
+        while bonus in drafts[accepted : accepted + 1]:
+            accepted += 1
+            tokens.append(bonus)
+            if ended:
+                return GenerationResult([tokens], [[*steps, Step(len(drafts), accepted)]])
+            bonus, ended = own.next(after[accepted])
+        steps.append(Step(len(drafts), accepted))
+        crop(cache, anchor + 1 + accepted)
+    return GenerationResult([tokens + [bonus] * (bonus is not None)], [steps])
+
+
+class _Own:
+    """The target's choice of one text's tokens, one after the other."""
+
+    def __init__(
+        self, target: PreTrainedModel, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> None:
+        self.stop, self.text, self.sampling = stop_tokens(target), text(target, prompt, max_new_tokens), sampling
+        self.uniforms = uniform_numbers(seed, max_new_tokens).to(target.device)
+
+    def next(self, logits: Tensor) -> tuple[int, bool]:
+        """The token after some, and whether it is the last, from logits [V]."""
+        token = next_token(self.text, logits, self.sampling, self.uniforms)
+        return token, self.text.add(token) or token in self.stop
 
 
 def draft_logits(
@@ -114,11 +127,19 @@ def crop(cache: DynamicCache, length: int) -> None:
 
 
 def _target_logits(target: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> Tensor:
-    """[tokens, V]; `cache` grows by the tokens."""
+    """[tokens, V]; `cache` grows by the tokens.
+
+    Raises:
+        ValueError: the target takes no cache, or leaves it as it was.
+    """
+    names = inspect.signature(target.forward).parameters
+    name = next((name for name in CACHE_NAMES if name in names), None)
+    length = cache.get_seq_length() + len(tokens)
     input_ids = torch.tensor([tokens], device=target.device)
-    return target(input_ids=input_ids, past_key_values=cache, use_cache=True).logits[0]
-
-
-def _choice(sampling: Sampling, seed: int, max_new_tokens: int) -> Choice:
-    uniforms = uniform_numbers(seed, max_new_tokens)
-    return lambda logits, number: int(sampling.choose(logits, uniforms[min(number, max_new_tokens - 1)]))
+    logits = target(input_ids=input_ids, use_cache=True, **({name: cache} if name else {})).logits[0]
+    if cache.get_seq_length() != length:
+        raise ValueError(
+            f"The cache of {type(target).__name__} holds {cache.get_seq_length()} tokens after {length}: its forward "
+            f"takes none of {', '.join(CACHE_NAMES)}, or does not fill it."
+        )
+    return logits

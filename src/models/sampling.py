@@ -1,6 +1,8 @@
 """Which token the target says: the most likely one, or one drawn from its distribution."""
 
 from dataclasses import dataclass
+from math import isnan
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,12 +22,12 @@ class Sampling:
         Raises:
             ValueError: out of range.
         """
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: expected 0 (greedy) or more.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: expected 0 (all tokens) or more.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: expected more than 0, at most 1 (all tokens).")
+        if not _number(self.temperature) or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature!r}: expected 0 (greedy) or more.")
+        if not _number(self.top_k) or not float(self.top_k).is_integer() or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k!r}: expected 0 (all tokens) or more, a whole number.")
+        if not _number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r}: expected more than 0, at most 1 (all tokens).")
 
     @property
     def greedy(self) -> bool:
@@ -58,10 +60,14 @@ class Sampling:
     def _warpers(self) -> list:
         warpers = [TemperatureLogitsWarper(float(self.temperature))]
         if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
+            warpers.append(TopKLogitsWarper(int(self.top_k)))
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(self.top_p))
         return warpers
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not isnan(value)
 
 
 GREEDY = Sampling()

@@ -1,6 +1,7 @@
 """Selective verification ("Flex Decoding"): verify only the drafts that are likely to be accepted."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ class Selection:
         """
         if self.rule not in RULES:
             raise ValueError(f"selection={self.rule!r}: expected one of {', '.join(RULES)}.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold}: expected a probability, 0 to 1.")
+        number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
+        if not number or not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold!r}: expected a probability, 0 to 1.")
 
     def count(self, confidence: Tensor) -> Tensor:
         """[...] how many leading drafts to verify, at least 1, from their confidence [..., B-1]."""

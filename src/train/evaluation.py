@@ -13,6 +13,7 @@ from data.records import Messages
 from models.decoding import GenerationResult, generate
 from models.draft import DraftModel
 from models.families import text_positions
+from models.generation_settings import text
 from models.intervals import tau_interval
 from models.metrics import acceptance_by_slot, mean_acceptance_length
 from models.passes import difference_from_forward
@@ -56,7 +57,7 @@ class Difference:
 
     prompt: int
     token: int
-    margin: float  # between the target's two greatest logits there: about 0 is a tie, which rounding decides
+    margin: float  # between the target's two greatest scores there: about 0 is a tie, which rounding decides
 
 
 @dataclass
@@ -222,8 +223,11 @@ def first_differences(target: PreTrainedModel, prompts: Prompts, outputs: list[l
         at = next((i for i, pair in enumerate(zip(own, got, strict=False)) if pair[0] != pair[1]), None)
         at = min(len(own), len(got)) if at is None else at
         before = torch.tensor([prompt + own[:at]], device=target.device)
+        so_far = text(target, prompt, len(own) + 1)
+        for token in own[:at]:
+            so_far.add(token)
         with torch.inference_mode():
-            best = target(input_ids=before, logits_to_keep=1).logits[0, -1].float().topk(2).values
+            best = so_far.scores(target(input_ids=before, logits_to_keep=1).logits[0, -1]).topk(2).values
         differences.append(Difference(number, at, float(best[0] - best[1])))
     return differences
 

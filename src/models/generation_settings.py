@@ -1,0 +1,271 @@
+"""What the target's own `generate` does to logits, and where it ends a text.
+
+The target's own output is what `target.generate` of transformers writes, a prompt at a time, with the same greedy or
+sampling settings. Logits processors (penalties, bans, forced tokens) come from `target.generation_config`; transformers
+itself prepares them, so they mean here what they mean there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [1, tokens], scores [1, V]) -> scores [1, V]
+Criterion = Callable[[Tensor, None], Any]  # (ids [1, tokens], None) -> whether the text ends here
+
+# Each becomes a logits processor, a stopping criterion or a stop token.
+FOLLOWED = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "max_time",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "repetition_penalty",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+)
+# Given to the decoder by its own arguments, whatever the target's defaults are.
+GIVEN = (
+    "do_sample",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "max_length",
+    "max_new_tokens",
+    "min_p",
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "typical_p",
+)
+# Ways to decode faster that give the same tokens.
+FASTER = (
+    "assistant_confidence_threshold",
+    "assistant_early_exit",
+    "assistant_ensemble_weight",
+    "assistant_lookbehind",
+    "is_assistant",
+    "max_matching_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "prompt_lookup_num_tokens",
+    "speculation_type",
+    "target_lookbehind",
+    "use_mtp",
+)
+WITHOUT_EFFECT = (
+    "_from_model_config",
+    "bos_token_id",
+    "cache_config",
+    "cache_implementation",
+    "compile_config",
+    "continuous_batching_config",
+    "decoder_start_token_id",
+    "disable_compile",
+    "diversity_penalty",  # of beams, as the next
+    "early_stopping",
+    "length_penalty",
+    "low_memory",
+    "max_cache_len",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "pad_token_id",
+    "prefill_chunk_size",
+    "return_dict_in_generate",
+    "return_legacy_cache",
+    "transformers_version",
+    "use_cache",
+)
+ROUNDING = {"cache_implementation": ("quantized",)}  # values of settings without effect that do have one
+
+
+def stop_tokens(target: PreTrainedModel) -> set[int]:
+    """Token ids at which the target's own `generate` ends its answer."""
+    stop = target.generation_config.eos_token_id
+    return set() if stop is None else set(torch.as_tensor(stop).flatten().tolist())
+
+
+def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """
+    Raises:
+        ValueError: the target's `generation_config` asks for what token by token decoding cannot follow.
+    """
+    config = target.generation_config.to_dict()
+    followed = {*FOLLOWED, *GIVEN, *FASTER, *WITHOUT_EFFECT}
+    # What transformers does not know, its `generate` passes over as well.
+    found = [name for name in GenerationConfig().to_dict() if name not in followed and _on(config.get(name))]
+    found += [name for name, values in ROUNDING.items() if config.get(name) in values]
+    if found:
+        raise ValueError(
+            f"The target's generation_config has {', '.join(f'{name}={config[name]!r}' for name in sorted(found))}, "
+            f"which drafting does not follow. Set {'it' if len(found) == 1 else 'them'} to None in "
+            "target.generation_config, or in the target's generation_config.json."
+        )
+    if config.get("stop_strings") and tokenizer is None:
+        raise ValueError(
+            f"The target's generation_config has stop_strings={config['stop_strings']!r}, which need a tokenizer: give "
+            "tokenizer=..., or set them to None in target.generation_config."
+        )
+
+
+def _on(value: Any) -> bool:
+    """Whether a setting is on: None, False, 0 and, of a number, 1 turn any of the others off."""
+    return value is True or value not in (None, False, 0, 1)
+
+
+class Text:
+    """The tokens of one row, and what processors and criteria make of them.
+
+    Both are called once for each new token, in order, as by `generate` of transformers: so they may keep state.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            device: of ids and scores.
+        """
+        self.ids = torch.zeros(1, len(prompt) + max_new_tokens, dtype=torch.long, device=device)
+        self.ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
+        self.new_tokens = 0
+        self.limit = max_new_tokens  # new tokens with which it ends; fewer once a criterion ends it
+        self._prompt_length, self._processors, self._criteria = len(prompt), processors, criteria
+
+    @property
+    def _so_far(self) -> Tensor:
+        return self.ids[:, : self._prompt_length + self.new_tokens]
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[V] float32, of the next token, from the target's logits [V].
+
+        Raises:
+            ValueError: a processor gave another shape.
+        """
+        scores = self._processors(self._so_far, logits[None].to(torch.float32, copy=True))
+        if scores.shape != (1, len(logits)):
+            raise ValueError(f"A logits processor gave scores {tuple(scores.shape)}; expected {(1, len(logits))}.")
+        return scores[0]
+
+    def add(self, token: int) -> bool:
+        """Put a token to the end; returns whether the text ends with it, by its length or a criterion."""
+        self.ids[0, self._prompt_length + self.new_tokens] = token
+        self.new_tokens += 1
+        if self._criteria and bool(torch.as_tensor(self._criteria(self._so_far, None)).all()):
+            self.limit = self.new_tokens
+        return self.new_tokens == self.limit
+
+
+def texts(
+    target: PreTrainedModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: set[int],
+    *,
+    processors: Sequence[Sequence[Processor] | None] | None = None,
+    criteria: Sequence[Sequence[Criterion] | None] | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Text] | None:
+    """The texts of some prompts; None if nothing is done to logits, and only stop tokens and length end a text.
+
+    Args:
+        stop: what transformers is given as `eos_token_id`.
+        processors, criteria: of each row, beside the target's own.
+        stop_strings: beside those of the target's `generation_config`.
+
+    Raises:
+        ValueError: settings that cannot be followed, or that transformers refuses.
+    """
+    check_followed(target, tokenizer)
+    own = target.generation_config.stop_strings or []
+    strings = [*([own] if isinstance(own, str) else own), *stop_strings]
+    ends = [StopStringCriteria(tokenizer, strings)] if strings else []
+    found = []
+    for row, prompt in enumerate(prompts):
+        extra = [list(given[row] or []) if given else [] for given in (processors, criteria)]
+        prepared = _prepared(target, prompt, max_new_tokens, stop, extra[0], ends + extra[1])
+        if row == 0 and not processors and not criteria and not any(prepared):
+            return None  # so it is in the other rows: their settings are the same
+        found.append(Text(prompt, max_new_tokens, *prepared, target.device))
+    return found
+
+
+def text(target: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> Text:
+    """One text under the target's own settings.
+
+    Raises:
+        ValueError: settings that cannot be followed.
+    """
+    check_followed(target)
+    prepared = _prepared(target, prompt, max_new_tokens, stop_tokens(target), [], [])
+    return Text(prompt, max_new_tokens, *prepared, target.device)
+
+
+def _prepared(
+    target: PreTrainedModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    stop: set[int],
+    processors: list[Processor],
+    criteria: list[Criterion],
+) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+    """What `generate` of transformers prepares for one prompt, but for warpers of sampling, stop tokens and length."""
+    prepared = []
+
+    def keep(model, input_ids, logits_processor, stopping_criteria, **_):
+        others = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+        prepared.extend([logits_processor, StoppingCriteriaList(others)])
+        return input_ids
+
+    ids = torch.tensor([prompt], device=target.device)
+    known = GenerationConfig().to_dict()
+    unset = dict.fromkeys([name for name in (*GIVEN, *FASTER, "stop_strings") if name in known])
+    settings = unset | {
+        "do_sample": False,  # warpers are `sampling.Sampling`'s business
+        "max_new_tokens": max(1, max_new_tokens),
+        "eos_token_id": sorted(stop) or None,
+        "use_cache": False,  # no cache is prepared
+    }
+    try:
+        # The class's own: the instance may have another in its place.
+        type(target).generate(
+            target,
+            inputs=ids,
+            attention_mask=torch.ones_like(ids),
+            logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList(criteria),
+            custom_generate=keep,
+            **settings,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"transformers refuses these generation settings: {error}") from error
+    return prepared[0], prepared[1]
