@@ -156,6 +156,7 @@ def main() -> None:
     config_file = args.out / "tokenizer_config.json"
     settings = json.loads(config_file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.pop("backend", None)
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # 4.57 gives token_type_ids too by default
     config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(f"written to {args.out}")
 

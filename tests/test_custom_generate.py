@@ -293,8 +293,8 @@ def test_what_it_cannot_do_is_refused(tmp_path, artifact):
     refused = {
         "does not follow beam search": {"num_beams": 2},
         "does not follow guidance_scale, output_scores": {"guidance_scale": 2.0, "output_scores": True, **dictionary},
-        "does not follow prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda batch, ids: [3]},
-        "does not follow position_ids, stop_strings": {"position_ids": ids, "stop_strings": ["x"]},
+        "does not follow negative_prompt_ids, position_ids": {"position_ids": ids, "negative_prompt_ids": ids},
+        "stop_strings=.'x'.: pass the model's tokenizer": {"stop_strings": ["x"]},
         "expected one of off, cumulative_product, min_confidence": {"selection": "best"},
         "A prompt is empty": {"attention_mask": torch.zeros_like(ids)},
         "no filled cache": {"past_key_values": filled},

@@ -3,375 +3,397 @@
     target.generate(**inputs, max_new_tokens=256, custom_generate="<this repository>", trust_remote_code=True)
 
 The output is the target's own, since a draft is kept only if it is the token that the target itself chooses there:
-token for token, greedy or, of one prompt under the same seed, sampled, but for ties within rounding. Method: FlexDraft,
-arXiv 2605.20022, sequential draft-then-verify. The rows of a batch are decoded one after the other, so a batch is no
-faster than its rows alone. Needs torch, transformers (4.57 or newer), safetensors and huggingface_hub.
+token for token, greedy or, under the same seed, sampled, but for ties within rounding. Method: FlexDraft, arXiv
+2605.20022, sequential draft-then-verify. Logits processors, stopping criteria and streamers see a batch as in
+`generate`, but its rows take their passes one after the other: a batch is no faster than its rows alone. The target may
+be quantized or carry LoRA. Needs torch, transformers (4.57 or newer), safetensors and huggingface_hub.
 
-Arguments beside those of `generate`, which prepares logits processors, sampling and stopping criteria as ever:
-    drafter: directory or Hub id of the drafter; None: that of `custom_generate`.
-    revision, token: of a Hub id.
+Arguments beside those of `generate`; for None the drafter's config recommends a value:
+    drafter: directory or Hub id of the drafter; None: that of `custom_generate`. revision, token: of a Hub id.
     calibrate: False leaves out what corrects the drafter's logits.
-    selection, threshold: which drafts to verify (off | cumulative_product | min_confidence); None: as the drafter's
-        config recommends.
-
-With `return_dict_in_generate=True` the result has `sequences` and `acceptance_lengths`: for each row the tokens gained
-by each verify step, the bonus token included.
+    selection, threshold: which drafts to verify (off | cumulative_product | min_confidence, from which probability on).
+With `return_dict_in_generate` the result has `acceptance_lengths`: for each row the tokens gained by each verify step.
 """
 
 import copy
 import inspect
 import json
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import nn
-from transformers import Cache, DynamicCache
-from transformers.utils import ModelOutput
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-RULES = ("off", "cumulative_product", "min_confidence")
-# Arguments of `generate` that are not followed here: they need other passes of the target, or the batch as a whole.
-ARGUMENTS = ("assistant_model", "negative_prompt_ids", "position_ids", "prefix_allowed_tokens_fn", "stop_strings")
-SETTINGS = ("guidance_scale", "watermarking_config", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
-OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-
-
-@dataclass
-class FlexDraftOutput(ModelOutput):
-    """[rows, tokens] prompts and answers, and the tokens gained by each verify step of each row."""
-
-    sequences: torch.LongTensor | None = None
-    acceptance_lengths: list[list[int]] | None = None
+CACHES = ("cache", "past_key_values")  # what transformers calls a cache, from 5.24 on and before
+# What is followed of the arguments of `generate`, of its settings, and of what it prepares for the model. All else is
+# refused by name unless it has its default: it may need other passes of the target than those made here.
+ARGUMENTS = """inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer
+    use_model_defaults"""
+SETTINGS = """max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample use_cache
+    cache_implementation max_cache_len temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
+    repetition_penalty no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
+    num_return_sequences return_dict_in_generate pad_token_id bos_token_id eos_token_id decoder_start_token_id
+    compile_config disable_compile prefill_chunk_size early_stopping length_penalty low_memory transformers_version"""
+NEUTRAL = {"guidance_scale": 1, "encoder_repetition_penalty": 1, "num_beams": 1, "num_beam_groups": 1}
+EXACT = (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")  # caches, not rounding
+PREPARED = ("attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep")
 
 
 @torch.no_grad()
 def generate(
-    model,
-    *,
-    drafter=None,
-    revision=None,
-    token=None,
-    calibrate=None,
-    selection=None,
-    threshold=None,
-    streamer=None,
-    **arguments,
+    model, *, drafter=None, revision=None, token=None, calibrate=None, selection=None, threshold=None, **arguments
 ):
-    """See the top of this file.
-
-    Raises:
-        ValueError: no drafter, one for another target, or an argument that drafting cannot follow.
-    """
-    draft = _drafter(model, drafter or _source(), revision, token)
-    said = draft.recommended
-    calibrate = said.get("calibrate", True) if calibrate is None else calibrate
-    selection = selection or said.get("selection", "cumulative_product")
-    threshold = said.get("threshold", 0.01) if threshold is None else threshold
-    if selection not in RULES:
-        raise ValueError(f"selection={selection!r}: expected one of {', '.join(RULES)}.")
-    _refuse([name for name in ARGUMENTS if arguments.get(name) is not None])
+    """See the top of this file. Raises ValueError for what is damaged, does not fit, or is not followed."""
+    arguments = _arguments(model, arguments)
+    draft, streamer = _drafter(model, drafter, revision, token), arguments.get("streamer")
+    how = draft.how(calibrate=calibrate, selection=selection, threshold=threshold)
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
-        _check(generation_config, input_ids, prepared)
-        mask = prepared.get("attention_mask")  # None: no padding
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        prompts = input_ids.to(model.get_input_embeddings().weight.device)
-        texts, gained = [], []
-        for row, kept in zip(prompts, mask.bool(), strict=True):
-            texts.append(Text(row, generation_config, logits_processor, stopping_criteria, streamer))
-            prompt = row[kept.to(row.device)].tolist()
-            if not prompt:
-                raise ValueError("A prompt is empty; decoding needs at least one token to continue.")
-            _check_rope(model.config, len(prompt), texts[-1].room, draft.size)
-            gained.append(_decode(model, draft, prompt, texts[-1], calibrate, selection, threshold))
+        put = (lambda _: None) if streamer is None else streamer.put
+        end, sampled, pad = (getattr(generation_config, n) for n in ("max_length", "do_sample", "_pad_token_tensor"))
+        kept = _kept(generation_config, input_ids, prepared)
+        rows = [Row(draft, row[mask].tolist(), end - len(row), how) for row, mask in zip(input_ids, kept, strict=True)]
+        # From here on as `generate` does it: where there are stop tokens, rows that have ended are padded.
+        padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        ids, going = input_ids, torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
+        while going.any():
+            for row, more in zip(rows, going.tolist(), strict=True):
+                row.advance(end - ids.shape[1] if more or not padded else None)
+            logits = torch.stack([row.logits for row in rows]).to(ids.device, torch.float32, copy=True)
+            scores = logits_processor(ids, logits)
+            chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampled else scores.argmax(-1)
+            chosen = torch.where(going, chosen, pad.to(ids.device)) if padded else chosen
+            for row, new in zip(rows, chosen.tolist(), strict=True):
+                row.take(new)
+            ids = torch.cat([ids, chosen[:, None]], dim=-1)
+            put(chosen.cpu())
+            going = going & ~stopping_criteria(ids, None)
         if streamer is not None:
             streamer.end()
-        pad = generation_config._pad_token_tensor
-        answers = [text.ids[0, : text.length] for text in texts]
-        sequences = nn.utils.rnn.pad_sequence(answers, True, 0 if pad is None else pad.item()).to(input_ids.device)
-        return FlexDraftOutput(sequences, gained) if generation_config.return_dict_in_generate else sequences
+        output = GenerateDecoderOnlyOutput(sequences=ids)
+        output["acceptance_lengths"] = [row.gained for row in rows]
+        return output if generation_config.return_dict_in_generate else ids
 
     # The class's own: the instance may have another in its place.
-    return type(model).generate(model, streamer=streamer, custom_generate=decode, **arguments)
+    return type(model).generate(model, custom_generate=decode, **arguments)
 
 
-def _decode(model, draft, prompt, text, calibrate, selection, threshold):
-    """One prompt, said to the end. Returns how many tokens each verify step gained."""
-    # Without a config: with one, layers with a sliding window forget what a rejected draft has pushed out.
-    cache, gained = DynamicCache(), []
-    bonus, ended = text.say(_logits(model, prompt, cache)[-1])
-    while not ended:
-        anchor = cache.get_seq_length()
-        drafts, confidence = draft.block(cache, anchor, bonus, calibrate)
-        drafts = drafts[: min(_worth(confidence, selection, threshold), text.room)]
-        logits = _logits(model, [bonus, *drafts], cache)
-        gained.append(1)
-        for drafted, after in zip([*drafts, None], logits, strict=True):
-            bonus, ended = text.say(after)
-            if bonus != drafted:
-                break
-            gained[-1] += 1
-            if ended:
-                break
-        _crop(cache, anchor + gained[-1])
-    return gained
+class Row:
+    """One text: the target's logits [V] for its next token, several of which come from one pass."""
+
+    def __init__(self, draft, prompt, room, how):
+        draft.check_rope(len(prompt), room)
+        self.draft, (self.calibrate, self.selection, self.threshold) = draft, how
+        # Without a config: with one, layers with a sliding window forget what a rejected draft has pushed out.
+        self.cache, self.drafts, self.gained = DynamicCache(), [], []
+        self.ahead, self.length = [*draft.target(self.cache, 0, prompt, 1)], len(prompt)  # tokens in the cache
+
+    def advance(self, room):
+        """Sets `logits`; drafts and verifies if none are left and the text may take `room` tokens. None: it ended."""
+        if not self.ahead and room is not None:
+            drafts, confidence = self.draft.block(self.cache, self.length, self.bonus, self.calibrate)
+            # "Flex Decoding": the leading drafts that are likely enough, at least 1.
+            likely = confidence.cumprod(-1) if self.selection == "cumulative_product" else confidence
+            count = max(1, int((likely >= self.threshold).long().cumprod(-1).sum()))
+            self.drafts = drafts[: max(0, min(room, len(drafts) if self.selection == "off" else count))]
+            tokens = [self.bonus, *self.drafts]
+            self.ahead = [*self.draft.target(self.cache, self.length, tokens, len(tokens))]
+            self.length += len(tokens)
+            self.gained.append(1)
+        self.logits = self.ahead[0] if self.ahead else self.logits
+
+    def take(self, token):
+        """The text goes on with a token: with the next draft, or the drafts that are left are rejected."""
+        if self.drafts and token == self.drafts[0]:
+            self.gained[-1] += 1
+            self.drafts, self.ahead = self.drafts[1:], self.ahead[1:]
+        elif self.ahead:
+            self.draft.crop(self.cache, self.length - len(self.drafts), self.length, self.length)
+            self.length -= len(self.drafts)
+            self.bonus, self.drafts, self.ahead = token, [], []
 
 
-def _logits(model, tokens, cache):
-    """[tokens, V] of the target; the cache grows by the tokens."""
-    ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
-    first = cache.get_seq_length() == 0  # of a prompt, the last alone are read
-    named = {_cache_name(type(model)): cache}
-    return model(input_ids=ids, use_cache=True, logits_to_keep=int(first), **named).logits[0]
-
-
-def _cache_name(kind):
-    """What a model's or a layer's forward calls the cache: `cache` from transformers 5.24 on."""
-    names = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
-
-
-def _crop(cache, length):
-    """Forget what lies behind the first tokens; not `cache.crop`, whose meaning differs between versions."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-
-
-def _worth(confidence, selection, threshold):
-    """How many leading drafts to verify, at least 1, from their probabilities [B-1] ("Flex Decoding")."""
-    if selection == "off":
-        return len(confidence)
-    likely = confidence.cumprod(-1) if selection == "cumulative_product" else confidence
-    return max(1, int((likely >= threshold).long().cumprod(-1).sum()))
-
-
-class Text:
-    """The tokens of one row, its padding included: what `generate` shows its processors and criteria."""
-
-    def __init__(self, prompt, config, processors, criteria, streamer):
-        self.length = len(prompt)
-        self.ids = torch.cat([prompt, prompt.new_zeros(config.max_length - self.length)])[None]
-        self.sample, self.processors, self.criteria, self.streamer = config.do_sample, processors, criteria, streamer
-
-    @property
-    def room(self):
-        """How many tokens it may still take."""
-        return self.ids.shape[1] - self.length
-
-    def say(self, logits):
-        """The target's next token, from its logits [V]: the most likely one, or a draw; and whether it is the last.
-
-        Called once for each token of the text, in order: so draws are those of `generate` itself.
-        """
-        logits = logits[None].to(self.ids.device, torch.float32, copy=True)
-        scores = self.processors(self.ids[:, : self.length], logits)
-        chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.sample else scores.argmax(-1)
-        self.ids[:, self.length] = chosen
-        self.length += 1
-        if self.streamer is not None:
-            self.streamer.put(chosen.cpu())
-        return int(chosen), bool(self.criteria(self.ids[:, : self.length], None).all())
-
-
-def _refuse(names):
-    if names:
+def _refuse(given):
+    if names := sorted(name for name, value in given.items() if value is not None and value is not False):
         raise ValueError(f"Drafting does not follow {', '.join(names)}; leave it out, or decode without the drafter.")
 
 
-def _check(settings, input_ids, prepared):
-    """
-    Raises:
-        ValueError: what `generate` has prepared, and cannot be decoded by drafting.
-    """
-    mode = settings.get_generation_mode()
-    _refuse([] if mode in ("greedy_search", "sample") else [mode.value.replace("_", " ")])
-    found = [name for name in SETTINGS if getattr(settings, name, None) not in (None, 0, 1)]  # which change nothing
-    _refuse(found + [name for name in OUTPUTS if getattr(settings, name, None)])
-    filled = any(isinstance(value, Cache) and value.get_seq_length() for value in prepared.values())
-    if not input_ids.shape[1] or filled:
-        raise ValueError("Give the whole prompt as input_ids: drafting takes no inputs_embeds, and no filled cache.")
+def _unknown(what):
+    """The error where transformers is not as this file knows it: to guess would be to print garbage."""
+    known = f"transformers 4.57.3 and 5.24.0 are tested, this is {transformers.__version__}"
+    return ValueError(f"{what}: {known}. Use one of those, a newer export of the drafter, or decode without it.")
 
 
-def _check_rope(config, length, room, size):
-    """Candidates and slots lie behind the end of the text: they must not take RoPE beyond where it changes.
+def _arguments(model, arguments):
+    """Arguments of `generate` as it takes them for a decoding function, from which it keeps the tokenizer."""
+    others = {*inspect.signature(type(model).generate).parameters, "position_ids", "cache_position"}
+    refused = {f"{name} (no filled cache: give the whole prompt)": arguments.get(name) for name in CACHES}
+    by = getattr(vars(model).get("prepare_inputs_for_generation", model), "__self__", model)
+    refused[f"inputs prepared by {type(by).__name__} (prompt or prefix tuning)"] = by is not model
+    _refuse(refused | {name: arguments.get(name) for name in others - set(ARGUMENTS.split())})
+    tokenizer, strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
+    for config in (arguments.get("generation_config"), model.generation_config):
+        strings = getattr(config, "stop_strings", None) if strings is None else strings
+    if strings is None:
+        return arguments
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={strings!r}: pass the model's tokenizer as tokenizer=... too.")
+    own = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+    criteria = StoppingCriteriaList([own, *(arguments.get("stopping_criteria") or [])])
+    return arguments | {"stopping_criteria": criteria, "stop_strings": None}
 
-    Behind that, `longrope` stays as it is; `dynamic` changes with each token.
 
-    Raises:
-        ValueError: they might.
-    """
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    holders = (rope.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
-    limit = next(filter(None, holders), config.max_position_embeddings)
-    changing = kind == "dynamic" or (kind == "longrope" and length <= limit)
-    if changing and length + room + 2 * size > limit:
-        raise ValueError(
-            f"{length} tokens and {room} new ones, with two blocks of {size} behind them, pass position {limit}, where "
-            "this model's RoPE changes. Choose fewer new tokens."
-        )
-
-
-def _source():
-    """What `generate` was given as `custom_generate`: transformers keeps it to itself, but for its own frame."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        given = frame.f_locals.get("custom_generate")
-        if frame.f_code.co_name == "generate" and isinstance(given, str):
-            return given
-        frame = frame.f_back
-    raise ValueError('Where is the drafter? Give drafter="directory or Hub id".')
+def _kept(settings, input_ids, prepared):
+    """[rows, tokens] which tokens are no padding, of prompts that are tokens alone, with settings that are followed."""
+    mode, kind = settings.get_generation_mode(), getattr(settings, "cache_implementation", None)
+    _refuse({mode.value.replace("_", " "): mode not in ("greedy_search", "sample")})
+    known = vars(type(settings)())  # other attributes mean nothing to `generate`
+    usual = known | NEUTRAL | getattr(settings, "_get_default_generation_params", dict)()
+    found = {name: getattr(settings, name, None) for name in known.keys() - SETTINGS.split() if name[0] != "_"}
+    found = {name: value for name, value in found.items() if value != usual[name]}
+    found[f"cache_implementation={kind}"] = kind not in EXACT
+    others = {name: v for name, v in prepared.items() if name not in PREPARED and not isinstance(v, Cache)}
+    _refuse(found | {name: value for name, value in others.items() if value != {}})
+    mask = prepared.get("attention_mask")  # None: no padding
+    kept = torch.ones_like(input_ids).bool() if mask is None else mask.to(input_ids.device).bool()
+    if kept.ndim != 2 or kept.shape != input_ids.shape:
+        raise ValueError(f"attention_mask is {list(kept.shape)}, input_ids {list(input_ids.shape)}: not the same.")
+    if not kept.any(-1).all():
+        raise ValueError("A prompt is empty; decoding needs at least one token to continue.")
+    return kept
 
 
 def _drafter(model, source, revision, token):
-    """The drafter, kept beside the model: a second call does not read it again."""
+    """The drafter, kept beside the model. Its default is what `generate` was given, as that function's frame shows."""
+    calls = [] if source else [call.frame.f_locals for call in inspect.stack(0) if call.function == "generate"]
+    source = next((given for call in calls if isinstance(given := call.get("custom_generate"), str)), source)
+    if not source:
+        raise ValueError('Where is the drafter? Give drafter="directory or Hub id".')
     directory = Path(source)
     if not directory.is_dir():
         directory = Path(snapshot_download(source, revision=revision, token=token, allow_patterns=FILES))
-    files = sorted(file for pattern in FILES for file in directory.glob(pattern))
-    key = [model.device, model.dtype, model.config.vocab_size]
-    key += [(str(file.resolve()), file.stat().st_mtime_ns) for file in files]
+    files = sorted(file.resolve() for pattern in FILES for file in directory.glob(pattern))
+    key = [model.device, model.dtype, model.config.vocab_size, *((str(f), f.stat().st_mtime_ns) for f in files)]
     known = getattr(model, "_flexdraft", None)
     if known is None or known[0] != key:
-        known = key, Drafter(model, directory)
+        known = key, _checked(directory, Drafter, model, directory)
         object.__setattr__(model, "_flexdraft", known)  # no part of the model: neither moved nor saved with it
     return known[1]
+
+
+def _checked(where, make, *arguments):
+    """What is made from a file or directory; all that can be wrong with it is one kind of error."""
+    try:
+        return make(*arguments)
+    except Exception as error:
+        if type(error) is ValueError:  # raised here
+            raise
+        found = f"{where}: not a whole drafter for this target ({type(error).__name__}: {error})"
+        raise ValueError(f"{found}. Download or export it again, and use the target that it was made for.") from error
 
 
 class Drafter:
     """The target's last layers with attention of their own, and what corrects their logits."""
 
     def __init__(self, model, directory):
-        """
-        Raises:
-            ValueError: no drafter there, or one for another target.
-        """
         config, settings = _settings(directory, model.config)
-        if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
-            raise ValueError("This target is spread over devices; drafting needs all of it on one.")
-        tensors = _tensors(directory)
         self.model, self.inner, self.size = model, model.model, config["block_size"]
-        self.recommended = settings.get("recommended_decoding") or {}
-        self.split = settings["target_layer_ids"][0]
-        self.mask_embedding = tensors["mask_embedding"].to(model.device, model.dtype)
-        self.layers = [
-            _draft_layer(layer, tensors, f"layers.{i}.self_attn.")
-            for i, layer in enumerate(self.inner.layers[self.split :])
-        ]
-        moved = {
-            name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items() if "layers." not in name
-        }
-        self.calibrator = moved if settings["enable_anchor_bias_logits"] else None
-        self.chain = moved if settings.get("chain_rank") else None
-        self.bonus_slot = moved["bonus_slot.weight"] if settings.get("bonus_slot") else None
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) > 1 or "meta" in map(str, devices):
+            raise ValueError("This target is spread over devices or offloaded; drafting needs all of it on one.")
+        embedded = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=devices.pop()))
+        self.device, self.dtype = embedded.device, embedded.dtype  # it computes in, whatever its weights are kept in
+        self.tensors = {name: t.to(self.device, self.dtype) for name, t in _tensors(directory).items()}
+        self.split, self.recommended = settings["target_layer_ids"][0], settings.get("recommended_decoding") or {}
+        self.calibrated, self.chain = settings["enable_anchor_bias_logits"], settings.get("chain_rank")
+        self.bonus_slot, self.vocabulary = settings.get("bonus_slot"), config["vocab_size"]
+        self.layers = [self._layer(number) for number in range(self.split, len(self.inner.layers))]
+        _compare(model, config.get("target_fingerprint") or {})
         self.window = getattr(model.config, "sliding_window", None)
-        everywhere = ["sliding_attention" if self.window else "full_attention"] * model.config.num_hidden_layers
+        everywhere = ["sliding_attention" if self.window else "full_attention"] * len(self.inner.layers)
         self.kinds = (getattr(model.config, "layer_types", None) or everywhere)[self.split :]
+        (self.names, self.cache_name), (self.layer_names, self.layer_cache) = _names(model), _names(self.layers[0])
+        # A trial: all tensors are there, the cache is read, and rounding explains what a text in two passes changes.
+        cache, whole = DynamicCache(), self.target(DynamicCache(), 0, [1, 2, 3, 4], 1)
+        self.target(cache, 0, [1, 2, 3], 1)
+        self.block(cache, 3, 4, True)
+        apart = (self.target(cache, 3, [4], 1) - whole).abs().max() / whole.abs().max()
+        if apart > (0.01 if self.dtype.itemsize > 2 else 0.25):
+            raise ValueError("This target's logits depend on what shares a pass; quantize its weights alone.")
+
+    def how(self, **given):
+        """calibrate, selection and threshold, as given or else recommended."""
+        default = {"calibrate": True, "selection": "cumulative_product", "threshold": 0.01} | self.recommended
+        calibrate, selection, threshold = (default[name] if value is None else value for name, value in given.items())
+        if selection not in ("off", "cumulative_product", "min_confidence"):
+            raise ValueError(f"selection={selection!r}: expected one of off, cumulative_product, min_confidence.")
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold!r}: expected a number from 0 to 1.")
+        return calibrate, selection, threshold
+
+    def check_rope(self, length, room):
+        """Slots and drafts behind a text must not take RoPE beyond where it changes; `dynamic` does with each token."""
+        config, name = self.model.config, "original_max_position_embeddings"
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kind = rope.get("rope_type") or rope.get("type")
+        limit = rope.get(name) or getattr(config, name, None) or config.max_position_embeddings
+        if (kind == "dynamic" or (kind == "longrope" and length <= limit)) and length + room + 2 * self.size > limit:
+            behind = f"{length} tokens and {room} new ones, with two blocks of {self.size} behind them, pass position"
+            raise ValueError(f"{behind} {limit}, where this model's RoPE changes. Choose fewer new tokens.")
+
+    def target(self, cache, before, tokens, wanted):
+        """[wanted, V] the target's logits of the last of some tokens, behind `before` others in the cache."""
+        after = before + len(tokens)
+        positions = torch.arange(before, after, device=self.device)[None]
+        given = {"position_ids": positions, "use_cache": True, "logits_to_keep": wanted}
+        given = {name: value for name, value in given.items() if name in self.names} | {self.cache_name: cache}
+        logits = self.model(input_ids=torch.tensor([tokens], device=self.device), **given).logits
+        self.crop(cache, after, after, after)
+        if logits.shape[1] < wanted:
+            raise _unknown(f"A pass gave logits of {logits.shape[1]} tokens, expected {wanted}")
+        return logits[0, -wanted:]
+
+    def crop(self, cache, length, early, late):
+        """Forget all behind the first tokens, of `early` in layers that do not draft, of `late` in those that do."""
+        layers = [(layer, vars(layer).items()) for layer in getattr(cache, "layers", ())]
+        held = [[(layer, n) for n, t in every if isinstance(t, Tensor) and t.ndim == 4] for layer, every in layers]
+        found = [[getattr(layer, name).shape[2] for layer, name in pair] for pair in held]
+        expected = [early] * self.split + [late] * (len(self.inner.layers) - self.split)
+        if found != [[tokens, tokens] for tokens in expected]:
+            raise _unknown(f"After a pass the layers of the cache hold {found} tokens; expected {expected}")
+        for layer, name in (place for pair in held for place in pair):
+            setattr(layer, name, getattr(layer, name)[..., :length, :])
+        if cache.get_seq_length() != length:
+            raise _unknown(f"A cache cut to {length} tokens counts others")
 
     def block(self, cache, anchor, bonus, calibrate):
-        """Drafts of slots 1 .. B-1 of the block at an anchor, as a list, and their probabilities [B-1].
-
-        `cache` holds the tokens before the anchor; the block's own keys and values are gone from it afterwards.
-        """
-        hidden = self.mask_embedding.expand(1, self.size, -1)
-        if self.bonus_slot is not None:
-            known = nn.functional.linear(self._embedded(bonus), self.bonus_slot)
+        """Drafts of slots 1 .. B-1 of the block at an anchor, and their probabilities [B-1]. The cache stays as is."""
+        hidden = self.tensors["mask_embedding"].expand(1, self.size, -1)
+        if self.bonus_slot:
+            known = nn.functional.linear(self._embedded(bonus), self.tensors["bonus_slot.weight"])
             hidden = torch.cat([hidden[:, :1] + known, hidden[:, 1:]], dim=1)
-        positions = torch.arange(anchor, anchor + self.size, device=hidden.device)[None]
+        positions = torch.arange(anchor, anchor + self.size, device=self.device)[None]
         for layer, kind in zip(self.layers, self.kinds, strict=True):
-            hidden = layer(
-                hidden,
-                attention_mask=self._mask(positions[0], kind, hidden.dtype),
-                position_ids=positions,
-                **{_cache_name(type(layer)): cache},
-                **self._rope(hidden, positions, kind),
-            )
+            mask = self._mask(positions[0]) if kind == "sliding_attention" else None  # None: it sees all there is
+            given = {"attention_mask": mask, **self._rope(hidden, positions, kind)}
+            hidden = layer(hidden, position_ids=positions, **{self.layer_cache: cache}, **given)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        _crop(cache, anchor)
+        self.crop(cache, anchor, anchor, anchor + self.size)
         hidden = self.inner.norm(hidden)[0, 1:]
-        logits = self.model.get_output_embeddings()(hidden)
-        if calibrate and self.calibrator:
-            logits = logits + _correction(self.calibrator, "anchor_bias_mlp", self._embedded(bonus), hidden)
+        logits = self.model.get_output_embeddings()(hidden)[:, : self.vocabulary]
+        if calibrate and self.calibrated:
+            logits = logits + self._correction("anchor_bias_mlp", bonus, hidden)
         before = bonus
         for slot in range(len(logits) if calibrate and self.chain else 0):
-            embedded = self._embedded(before)
-            embedded = nn.functional.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
-            logits[slot] += _correction(self.chain, "chain_mlp", embedded, hidden[slot : slot + 1])[0]
+            logits[slot] += self._correction("chain_mlp", before, hidden[slot : slot + 1])[0]
             before = int(logits[slot].argmax())
         best, drafts = logits.max(-1)
         return drafts.tolist(), (best.float() - logits.float().logsumexp(-1)).exp()
 
-    def _embedded(self, token):
-        return self.model.get_input_embeddings()(torch.tensor([token], device=self.model.device))
+    def _correction(self, name, token, hidden):
+        """[slots, V] `W2 SiLU(W1 [embedded ; h] + b1) + b2` for a token and hidden states h [slots, H]."""
+        embedded = self._embedded(token)
+        norm = nn.functional.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
+        embedded = norm if name == "chain_mlp" else embedded
+        (w1, b1), (w2, b2) = ((self.tensors[f"{name}.{i}.weight"], self.tensors[f"{name}.{i}.bias"]) for i in (0, 2))
+        inner = nn.functional.linear(torch.cat([embedded.expand_as(hidden), hidden], dim=-1), w1, b1)
+        return nn.functional.linear(nn.functional.silu(inner), w2, b2)
 
-    def _mask(self, positions, kind, dtype):
-        """[1, 1, B, anchor + B] added to scores: a slot sees its block, and of the tokens before those that its layer's
-        window would show a token in its place. None without a window: it sees all there is."""
-        if kind != "sliding_attention":
-            return None
-        keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
-        seen = keys > positions[:, None] - self.window  # and all of the block, which is no longer than a window
-        hidden = torch.zeros(seen.shape, dtype=dtype, device=keys.device).masked_fill(~seen, torch.finfo(dtype).min)
-        return hidden[None, None]
+    def _embedded(self, token):
+        return self.model.get_input_embeddings()(torch.tensor([token], device=self.device))
+
+    def _mask(self, positions):
+        """[1, 1, B, anchor + B] added to scores: a slot sees its block, and the tokens that a window shows it."""
+        unseen = torch.arange(int(positions[-1]) + 1, device=self.device) <= positions[:, None] - self.window
+        return (torch.finfo(self.dtype).min * unseen.to(self.dtype))[None, None]
+
+    def _layer(self, number):
+        """A layer of the target with an attention made anew: the target's may be quantized, or carry adapters."""
+        layer, prefix = copy.copy(self.inner.layers[number]), f"layers.{number - self.split}.self_attn."
+        base, config = layer.self_attn, copy.deepcopy(layer.self_attn.config)
+        config._attn_implementation = {"eager": "eager"}.get(config._attn_implementation, "sdpa")  # both take a mask
+        with torch.device("meta"):
+            attention = type(base)(config, base.layer_idx).eval()
+        own = {n.removeprefix(prefix): tensor for n, tensor in self.tensors.items() if n.startswith(prefix)}
+        attention.load_state_dict(own, assign=True)
+        attention.is_causal = False  # slots of a block see each other in both directions
+        vars(layer).pop("forward", None)  # a hook's, that calls the layer which this is a copy of
+        layer._modules = layer._modules | {"self_attn": attention}
+        return layer
 
     def _rope(self, hidden, positions, kind):
         """What the architecture's layers take for RoPE. Gemma 3 has another base where it has a window."""
-        if hasattr(self.inner, "rotary_emb_local"):  # in transformers 4
-            both = {"global": self.inner.rotary_emb, "local": self.inner.rotary_emb_local}
-            return {f"position_embeddings_{name}": rotary(hidden, positions) for name, rotary in both.items()}
         parts = (getattr(self.model.config, "rope_parameters", None) or {}).values()
         by_kind = (kind,) if any(isinstance(part, dict) for part in parts) else ()
-        return {"position_embeddings": self.inner.rotary_emb(hidden, positions, *by_kind)}
+        every = {name: self.inner.rotary_emb for name in self.layer_names if name.startswith("position_embeddings")}
+        if hasattr(self.inner, "rotary_emb_local"):  # in transformers 4
+            every["position_embeddings_local"] = self.inner.rotary_emb_local
+        return {name: rotary(hidden, positions, *by_kind) for name, rotary in every.items()}
 
 
-def _correction(tensors, name, embedded, hidden):
-    """[slots, V] `W2 SiLU(W1 [embedded ; h] + b1) + b2` for a token's embedding [1, H] and hidden states [slots, H]."""
-    (w1, b1), (w2, b2) = ((tensors[f"{name}.{i}.weight"], tensors[f"{name}.{i}.bias"]) for i in (0, 2))
-    inner = nn.functional.linear(torch.cat([embedded.expand_as(hidden), hidden], dim=-1), w1, b1)
-    return nn.functional.linear(nn.functional.silu(inner), w2, b2)
+def _compare(model, fingerprint):
+    """Warns of other weights than those that the drafter was trained for, by samples of all that are plain floats."""
+    modules, changed = dict(model.model.layers.named_modules(prefix="layers")), []
+    for name, values in fingerprint.items():
+        weight = getattr(modules.get(name), "weight", None)
+        expected = torch.tensor([float(value) for value in values.split()])
+        if type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1:
+            for number, size in enumerate(weight.shape):
+                places = torch.arange(count := 8 // weight.ndim, device=weight.device) * (size - 1) // (count - 1)
+                weight = weight.index_select(number, places)
+            changed += [name] if (weight.float().cpu().flatten() - expected).norm() > 0.005 * expected.norm() else []
+    if changed:
+        found = f"{len(changed)} weights of this model, {changed[0]} first, differ from those of the drafter's target"
+        warnings.warn(f"{found}: expect fewer accepted drafts. The output stays the model's own.", stacklevel=2)
 
 
-def _draft_layer(target_layer, tensors, prefix):
-    """The target's layer with the drafter's attention; norms and FFN stay the target's."""
-    attention = copy.deepcopy(target_layer.self_attn)
-    attention.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
-    attention.is_causal = False  # slots of a block see each other in both directions
-    attention.config = copy.deepcopy(attention.config)
-    if attention.config._attn_implementation not in ("sdpa", "eager"):  # others take no mask of this form
-        attention.config._attn_implementation = "sdpa"
-    layer = copy.copy(target_layer)
-    layer._modules = target_layer._modules | {"self_attn": attention}
-    return layer
+def _names(module):
+    """Parameters of a module's forward, without those that take any name; and which of them is the cache."""
+    every = inspect.signature(type(module).forward).parameters.items()
+    names = {name: str(p.annotation) for name, p in every if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    caches = [name for name in CACHES if name in names] or [name for name, kind in names.items() if "Cache" in kind]
+    if not caches:
+        raise _unknown(f"{type(module).__name__}.forward takes {', '.join(names)}, none of them a cache")
+    return names, caches[0]
 
 
 def _settings(directory, target):
     """The drafter's config, and what of it is its own, once it is known to fit a target's config."""
     file = directory / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings = config.get("flexdraft_config") or config.get("dflash_config")
+    config = _checked(file, _read, file) if file.is_file() else {}
+    settings = _checked(file, lambda: config.get("flexdraft_config") or config.get("dflash_config"))
     if not settings:
         raise ValueError(f"{directory}: no drafter there (config.json with flexdraft_config expected).")
-    names = {"model_type": "model_type", "num_target_layers": "num_hidden_layers"}
-    names |= {"hidden_size": "hidden_size", "vocab_size": "vocab_size"}
-    for key, name in names.items():
-        value = getattr(target, name, None)
-        if config.get(key) != value:
-            raise ValueError(f"{directory}: a drafter for {key}={config.get(key)}, but this model has {value}.")
+    expected = {"model_type": target.model_type, "num_target_layers": target.num_hidden_layers}
+    expected |= {name: getattr(target, name, None) for name in ("hidden_size", "num_key_value_heads")}
+    expected["vocab_size"] = min(config["vocab_size"], target.vocab_size)  # rows may have been added to the target
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise ValueError(f"{directory}: a drafter for {name}={config.get(name)}, but this model has {value}.")
+    size, layers = config["block_size"], settings["target_layer_ids"]
+    if not layers or layers != [*range(target.num_hidden_layers)][-len(layers) :] or size < 2:
+        raise ValueError(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, 2 or more.")
     return config, settings
 
 
 def _tensors(directory):
     """What the drafter owns. An export may hold tensors of the target's beside it, which the target has already."""
-    index, tensors = directory / "model.safetensors.index.json", {}
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for file in sorted(files):
-        with safe_open(directory / file, "pt") as shard:
-            names = shard.keys()
-            own = [name for name in names if ".self_attn." in name or not name.startswith(("layers.", "norm."))]
-            tensors |= {name: shard.get_tensor(name) for name in own}
-    return tensors
+    index = directory / "model.safetensors.index.json"
+    names = _checked(index, lambda: _read(index)["weight_map"].values()) if index.is_file() else ["model.safetensors"]
+    files = sorted({directory / name for name in names})
+    return {name: tensor for file in files for name, tensor in _checked(file, _read, file).items()}
+
+
+def _read(file):
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))
+    with safe_open(file, "pt") as shard:
+        own = [n for n in [*shard.keys()] if ".self_attn." in n or not n.startswith(("layers.", "norm."))]
+        return {name: shard.get_tensor(name) for name in own}
