@@ -14,6 +14,15 @@ def leading_true(correct: Tensor) -> Tensor:
     return correct.long().cumprod(-1).sum(-1)
 
 
+def running_product(values: Tensor) -> Tensor:
+    """Products of the leading 1, 2, ... n values. [..., n] -> [..., n].
+
+    `cumprod` of floats, as `cumsum`, may add up in any order on a GPU, and PyTorch has no deterministic one.
+    """
+    before = torch.ones(values.shape[-1:] * 2, dtype=torch.bool, device=values.device).tril()  # [j, m]: m <= j
+    return torch.where(before, values[..., None, :], 1.0).prod(-1)
+
+
 def acceptance_length(accepted: int | Tensor) -> int | Tensor:
     """Tokens gained by one verify step: the accepted drafts and the bonus token."""
     return accepted + 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.batch import IGNORE
+from models.metrics import running_product
 
 WEIGHTS = ("dpace", "decay", "flat")
 
@@ -65,8 +66,9 @@ def dpace_weights(confidence: Tensor, supervised: Tensor, alpha: float) -> Tenso
         [..., n], 0 where unsupervised.
     """
     softened = (1 - alpha) * confidence.detach() + alpha
-    reach = torch.cumprod(torch.where(supervised, softened, 0.0), dim=-1)
-    return reach.flip(-1).cumsum(-1).flip(-1) * supervised
+    reach = running_product(torch.where(supervised, softened, 0.0))
+    later = torch.ones(reach.shape[-1:] * 2, dtype=torch.bool, device=reach.device).triu()  # [j, m]: m >= j
+    return torch.where(later, reach[..., None, :], 0.0).sum(-1) * supervised
 
 
 def decay_weights(supervised: Tensor, gamma: float) -> Tensor:

@@ -1,12 +1,16 @@
 """Which token the target says: the most likely one, or one drawn from its distribution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan
 from numbers import Real
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+
+UNIT = 2**61  # their sum, rounded up, is within 64 bits
+Warper = Callable[[None, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,34 @@ class Sampling:
         """
         if self.greedy:
             return logits.argmax(-1)
-        cumulative = self.probabilities(logits).cumsum(-1)
-        # Scaled by the sum, so that rounding cannot reach beyond the last token that may be drawn.
-        point = uniforms.double() * cumulative[..., -1]
+        cumulative = _cumulative(self.probabilities(logits))
+        total = cumulative[..., -1]
+        # Below the sum, so that rounding cannot reach beyond the last token that may be drawn.
+        point = (uniforms.double() * total.double()).long().minimum(total - 1)
         return torch.searchsorted(cumulative, point[..., None], right=True)[..., 0]
 
-    def _warpers(self) -> list:
-        warpers = [TemperatureLogitsWarper(float(self.temperature))]
+    def _warpers(self) -> list[Warper]:
+        warpers: list[Warper] = [TemperatureLogitsWarper(float(self.temperature))]
         if self.top_k:
             warpers.append(TopKLogitsWarper(int(self.top_k)))
         if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
+            warpers.append(self._most_likely)
         return warpers
+
+    def _most_likely(self, ids: None, logits: Tensor) -> Tensor:
+        """`TopPLogitsWarper`, which adds up floats: no deterministic operation on a GPU. [N, V] -> [N, V]."""
+        ascending, order = logits.sort(-1)
+        unlikely = _cumulative(ascending.softmax(-1)) <= round((1 - self.top_p) * UNIT)
+        unlikely[..., -1] = False
+        return logits.masked_fill(unlikely.scatter(-1, order, unlikely), -torch.inf)
+
+
+def _cumulative(probabilities: Tensor) -> Tensor:
+    """[..., V] float64 that add up to 1 -> [..., V] their running sums in units of 1 / UNIT, as whole numbers.
+
+    These are exact, so the same in whatever order a device adds them up.
+    """
+    return (probabilities * UNIT).long().cumsum(-1)
 
 
 def _number(value: object) -> bool:

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from models.metrics import leading_true
+from models.metrics import leading_true, running_product
 
 RULES = ("off", "cumulative_product", "min_confidence")
 
@@ -33,7 +33,7 @@ class Selection:
         """[...] how many leading drafts to verify, at least 1, from their confidence [..., B-1]."""
         if self.rule == "off":
             return torch.full(confidence.shape[:-1], confidence.shape[-1], device=confidence.device)
-        likely = confidence.cumprod(-1) if self.rule == "cumulative_product" else confidence
+        likely = running_product(confidence) if self.rule == "cumulative_product" else confidence
         return leading_true(likely >= self.threshold).clamp(min=1)
 
 
