@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+import data.threads  # before torch  # noqa: F401
 from data.configuration import check_at_least, check_choices, command_line, plain
 from data.errors import BadRecord, UserError
 from data.exchanges import KEPT, Exchange, Sampling

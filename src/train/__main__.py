@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+import data.threads  # before torch  # noqa: F401
 from data.configuration import CONF, composed
 from data.errors import UserError
 from train.endings import AgreedEnd
