@@ -23,7 +23,8 @@ from models.metrics import acceptance_by_slot, mean_acceptance_length
 from models.selection import OFF
 from train import checkpoints, preemption
 from train.checkpoints import CheckpointFiles, Checkpoints, usable_checkpoint
-from train.live_decoding import LiveDecoding, as_exported, check_decoding, live_decoding
+from train.checks import check_decoding
+from train.live_decoding import LiveDecoding, as_exported, live_decoding
 from train.modules import AttentionTuning, BonusCalibration
 from train.random_state import random_state
 

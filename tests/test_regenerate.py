@@ -242,7 +242,7 @@ def test_what_is_no_character_is_refused(tmp_path):
         ("regenerate.backend=vllm", "expected local or server"),
         ("data.max_records=all", "expected a whole number"),
         ("data.num_proc=2.5", "expected a whole number"),
-        ("name=5", "expected str"),
+        ("name=[5]", "expected str"),
         ("model.target.dtype=float99", "float32 or bfloat16"),
     ],
 )

@@ -87,7 +87,7 @@ CALLS = {
     "unknown trainer setting": (["+trainer.devicez=2"], ["devicez"]),
     "name with a slash": (["name=a/b"], ["a/b", "plain directory name"]),
     "unknown kind of GPU": (["hardware.gpu=h101"], ["'h101'", "h100-80gb"]),
-    "more than the peak": (["hardware.share_of_peak=1.5"], ["share_of_peak=1.5", "1 at most"]),
+    "more than the peak": (["hardware.share_of_peak=1.5"], ["share_of_peak=1.5", "at most 1"]),
     "plan without a training stage": (["plan=true", "stages=[export]"], ["plan=true", "attention_tuning"]),
     "no room to answer": (["stage.evaluate.max_new_tokens=1016"], ["max_new_tokens=1016", "1024"]),
     "unknown selection": (["stage.evaluate.selection=product"], ["'product'", "cumulative_product"]),

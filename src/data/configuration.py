@@ -7,6 +7,7 @@ import math
 import sys
 from contextlib import nullcontext
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
+from data.ranges import RANGES, Range, check_number, check_ranges
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -33,11 +36,24 @@ GROUPS = (
     "logger",
     "callbacks",
 )
-# Null asks for random weights; for all records; for one process per core; for the last weights; for a single pass.
-NULLABLE = ("model.target.name", "data.max_records", "data.num_proc")
-NULLABLE += ("stage.attention_tuning.best_by", "stage.bonus_calibration.best_by")
-NULLABLE += ("stage.attention_tuning.patience", "stage.bonus_calibration.patience")
-NULLABLE += ("stage.attention_tuning.rows_per_pass", "stage.bonus_calibration.rows_per_pass")
+# Settings that may be null, which conf/ explains, and the type of any other value.
+NULLABLE: dict[str, type] = {
+    "model.target.name": str,
+    "model.target.revision": str,
+    "model.target.tokenizer": str,
+    "data.max_records": int,
+    "data.num_proc": int,
+    "adapter.target_modules": list,
+    "export.push_to_hub": str,
+    "export.tag": str,
+    "regenerate.server.key_file": str,
+    "regenerate.server.model": str,  # by default the target's name, which a target of random weights has not
+}
+for _stage in ("attention_tuning", "bonus_calibration"):
+    NULLABLE |= {f"stage.{_stage}.{key}": kind for key, kind in (("best_by", str), ("patience", int))}
+    NULLABLE[f"stage.{_stage}.rows_per_pass"] = int
+# Wiring between groups and classes: experiments and the command line set other keys instead.
+WIRING = ("_target_", "_partial_")
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
 # may be a list of sources, which are checked where they are opened.
 FREE_FORM = ("data.template_kwargs", "data.path", "model.target.architecture", "regenerate.server.extra")
@@ -67,6 +83,16 @@ def composed(overrides: list[str]) -> DictConfig:
     except HydraException as error:
         key = getattr(error.__cause__, "full_key", None)
         raise UserError(unknown_key(str(key), _known(overrides)) if key else str(error).strip()) from error
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(error)) from error
+    except ValueError as error:  # Hydra's, of a choice that is no name
+        raise UserError(f"{' '.join(overrides)}: {error}") from error
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """One line on a value that cannot be computed, such as `${no.such.key}`."""
+    reason = str(error).strip().splitlines()[0]
+    return f"{error.full_key}: {reason}" if error.full_key else reason
 
 
 def command_line(usage: str | None) -> DictConfig:
@@ -92,21 +118,33 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
     """
     if OmegaConf.is_missing(config, "name"):
         raise UserError("No experiment chosen. Try: +experiment=tiny   (all: conf/experiment/)")
-    known = _known(overrides)
-    given = OmegaConf.to_container(config, resolve=False)
+    known_config = _known_config(overrides)
+    known: Any = OmegaConf.to_container(known_config, resolve=False)
+    given: Any = OmegaConf.to_container(config, resolve=False)
     _compare(given, known, known, "")
     missing = sorted(path for path, value in _leaves(given, "") if value == "???")
     if missing:
         raise UserError(
             f"Settings without a value: {', '.join(missing)}. Give them on the command line or in an experiment."
         )
-    if not isinstance(config.name, str) or "/" in config.name or config.name in ("", ".", ".."):
+    types = (_composed_once(("name=any",)), known_config)  # defaults first: an experiment may be wrong, too
+    defaults = dict(_leaves(OmegaConf.to_container(types[0], resolve=False), ""))
+    for path, value in sorted(_leaves(given, ""), key=lambda leaf: leaf[0] not in ("name", "run_dir")):
+        default = defaults.get(path)
+        same = value is not None and type(value) is type(default) and value == default and "${" not in str(value)
+        if not same and not _is_free(path) and not _is_wired(value):
+            _check_leaf(config, types, path, value)
+    if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name={config.name!r}: expected a plain directory name; it names checkpoints/<name>.")
     check_finite(given)
     check_choices(config, {"model.target.dtype": ("float32", "bfloat16", "float64")})
     check_choices(config, {"data.bad_records": ("stop", "skip"), "data.overlong": ("turn", "token", "drop")})
-    check_at_least(config, {"data.row_length": 2, "data.validation_records": 0})
-    check_at_least(config, {"data.max_records": 1, "data.num_proc": 1})
+    try:
+        if empty := [key for key in RANGES if _is_free(key) and OmegaConf.select(config, key, default=0) is None]:
+            raise UserError(f"{empty[0]}=null: expected a number.")
+        check_ranges(config)
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(error)) from error
 
 
 def check_finite(settings: Any, path: str = "") -> None:
@@ -150,19 +188,23 @@ def check_at_least(config: DictConfig, bounds: dict[str, float]) -> None:
             null is not decided here.
     """
     for key, least in bounds.items():
-        value, kind = OmegaConf.select(config, key), int if isinstance(least, int) else int | float
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise UserError(f"{key}={value!r}: expected a {'whole ' if kind is int else ''}number.")
-        if value < least:
-            raise UserError(f"{key}={value}: expected {least} or more.")
+        check_number(key, OmegaConf.select(config, key), Range(least))
+
+
+def _known_config(overrides: list[str]) -> DictConfig:
+    """The configuration with only the choices of files among `overrides`: what conf/ knows."""
+    # A choice has a value: `~group` deletes what every command needs, as `stage=...` does, which keeps one of them.
+    groups = set(GROUPS) - {"stage"}
+    return _composed_once(tuple(o for o in overrides if "=" in o and o.split("=")[0].lstrip("+") in groups))
+
+
+@cache
+def _composed_once(overrides: tuple[str, ...]) -> DictConfig:
+    return _compose(list(overrides))
 
 
 def _known(overrides: list[str]) -> dict[str, Any]:
-    """The configuration with only the choices of files among `overrides`: what conf/ knows."""
-    choices = [o for o in overrides if o.split("=")[0].lstrip("+~") in GROUPS]
-    known: Any = OmegaConf.to_container(_compose(choices), resolve=False)
+    known: Any = OmegaConf.to_container(_known_config(overrides), resolve=False)
     return known
 
 
@@ -178,13 +220,60 @@ def _compare(given: Any, known: Any, root: dict[str, Any], path: str) -> None:
     if isinstance(known, dict):
         if not isinstance(given, dict):
             raise UserError(f"{path}={given!r}: a group of settings, not a value. It holds: {', '.join(known)}.")
+        if gone := [key for key in known if key not in given]:
+            here = f"{path}.{gone[0]}" if path else str(gone[0])
+            raise UserError(f"{here}: every setting is needed; give it a value in place of deleting it.")
         for key, value in given.items():
             here = f"{path}.{key}" if path else str(key)
             if key not in known:
                 raise UserError(unknown_key(here, root))
             _compare(value, known[key], root, here)
-    elif not _same_type(given, known) and path not in NULLABLE:
-        raise UserError(f"{path}={given!r}: expected {type(known).__name__}, such as {known!r}.")
+    elif given != known and _is_wired(known):
+        raise UserError(f"{path}: always the value of {known[2:-1]}; set that.")
+    elif isinstance(given, dict):
+        raise UserError(f"{path}={given!r}: a value, not a group of settings.")
+
+
+def _is_free(path: str) -> bool:
+    return any(path == free or path.startswith(f"{free}.") for free in FREE_FORM)
+
+
+def _is_wired(written: Any) -> bool:
+    """Whether a setting only passes on another one, which is checked itself."""
+    return isinstance(written, str) and written.startswith(("${stage.", "${objective}"))
+
+
+def _check_leaf(config: DictConfig, types: tuple[DictConfig, ...], path: str, written: Any) -> None:
+    """One setting has the type that it has in conf/. Numbers given as text (`name=1`) become text in `config`.
+
+    Args:
+        types: configurations that hold a value of the right type, the first that has one.
+        written: its value in `config` before interpolation.
+
+    Raises:
+        UserError: it has another type, or a value that does not resolve.
+    """
+    try:
+        value = _plain(config, path)
+        known = next((v for source in types if (v := _plain(source, path)) is not None), None)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}={written}: {str(error).strip().splitlines()[0]}.") from error
+    if path.rsplit(".", 1)[-1] in WIRING and value != known:
+        raise UserError(f"{path}={value!r}: this class is not a setting; leave it out.")
+    kind = NULLABLE.get(path) or (str if known is None else type(known))  # `name` alone has no default
+    if value is None and path in NULLABLE:
+        return
+    if kind is str and isinstance(value, int | float | bool):
+        OmegaConf.update(config, path, str(value))
+    elif not _is_a(value, kind):
+        words = {int: "a whole number", str: "text", list: "a list"}
+        wanted = f"{words[kind]} or null" if path in NULLABLE else f"{kind.__name__}, such as {known!r}"
+        raise UserError(f"{path}={value!r}: expected {wanted}.")
+
+
+def _plain(config: DictConfig, path: str) -> Any:
+    value = OmegaConf.select(config, path)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def unknown_key(key: str, root: dict[str, Any]) -> str:
@@ -207,14 +296,7 @@ def _leaves(tree: Any, path: str) -> list[tuple[str, Any]]:
     return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
 
 
-def _same_type(given: Any, known: Any) -> bool:
-    if given is None:
-        return known is None
-    interpolated = any(isinstance(v, str) and "${" in v for v in (given, known))
-    if known is None or interpolated or known == "???":
-        return True
-    if isinstance(known, bool) or isinstance(given, bool):
-        return isinstance(known, bool) and isinstance(given, bool)
-    if isinstance(known, float):
-        return isinstance(given, int | float)
-    return isinstance(given, type(known))
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import data.threads  # before torch  # noqa: F401
-from data.configuration import check_at_least, check_choices, command_line, plain
+from data.configuration import check_choices, command_line, plain
 from data.errors import BadRecord, UserError
 from data.exchanges import KEPT, Exchange, Sampling
 from data.journal import Journal
@@ -33,7 +33,14 @@ from data.records import Messages, questions
 from data.rejects import printable, refuse_bad, reject
 from data.sources import Found, Part, fingerprint, open_parts, read_all
 from data.terminal import say
+from data.unused import Unused, check_unused
 
+UNUSED = (
+    Unused(("regenerate.server",), lambda c: c.regenerate.backend != "server", "regenerate.backend=local"),
+    Unused(("regenerate.local",), lambda c: c.regenerate.backend != "local", "regenerate.backend=server"),
+    Unused(("regenerate.top_p",), lambda c: c.regenerate.temperature == 0, "regenerate.temperature=0 is greedy"),
+    Unused(("regenerate.repeat_words",), lambda c: c.regenerate.repeat_times == 0, "regenerate.repeat_times=0"),
+)
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
 
 
@@ -42,6 +49,7 @@ def main() -> None:
     try:
         config = command_line(__doc__)
         check_regeneration(config)
+        check_unused(config, sys.argv[1:], UNUSED)
         regenerate(config)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -56,18 +64,15 @@ def check_regeneration(config: DictConfig) -> None:
     """
     check_choices(config, {"regenerate.backend": ("local", "server")})
     check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
-    least = {"temperature": 0.0, "max_new_tokens": 1, "repeat_words": 1, "local.batch_size": 1}
-    least |= {"server.in_flight": 1, "server.patience": 0.0, "server.timeout": 0.0}
-    check_at_least(config, {f"regenerate.{key}": bound for key, bound in least.items()})
     if config.regenerate.repeat_times < 2 and config.regenerate.repeat_times != 0:
         raise UserError(f"regenerate.repeat_times={config.regenerate.repeat_times}: expected 0, or 2 or more.")
     server = config.regenerate.server
     if config.regenerate.backend == "server" and not str(server.url).startswith(("http://", "https://")):
         raise UserError(f"regenerate.server.url={server.url!r}: expected http://... or https://...")
+    if config.regenerate.backend == "server" and server.model is None:
+        raise UserError("regenerate.server.model=null: name the model as the server calls it.")
     if server.key_file is not None and not Path(server.key_file).is_file():
         raise UserError(f"regenerate.server.key_file={server.key_file!r}: no such file.")
-    if not 0 < config.regenerate.top_p <= 1:
-        raise UserError(f"regenerate.top_p={config.regenerate.top_p}: expected more than 0, and at most 1.")
 
 
 def regenerate(config: DictConfig) -> None:

@@ -40,13 +40,19 @@ class Lora:
         """Names of the updated projectors.
 
         Raises:
-            ValueError: `target_modules` is not one or more of the attention's linear projectors.
+            ValueError: `target_modules` is not one or more of the attention's linear projectors, or the rank is
+                greater than one's own.
         """
         known = [name for name, child in attention.named_children() if isinstance(child, nn.Linear)]
         chosen = known if self.target_modules is None else list(self.target_modules)
         if not chosen or not set(chosen) <= set(known):
             raise ValueError(
                 f"target_modules={chosen}: expected one or more of {', '.join(known)}, or null for all of them."
+            )
+        least = min(min(getattr(attention, name).weight.shape) for name in chosen)
+        if self.rank > least:
+            raise ValueError(
+                f"rank={self.rank}: the smallest of the matrices has rank {least}, the most that there is."
             )
         return [name for name in known if name in chosen]
 

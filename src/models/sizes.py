@@ -108,7 +108,7 @@ class Sizes:
         """The same with `models.adapter.Lora` in stage 1.
 
         Raises:
-            ValueError: no such projector.
+            ValueError: no such projector, or a rank greater than a projector's own.
         """
         widths = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys, "o_proj": self.queries}
         if self.family.fused:
@@ -116,6 +116,11 @@ class Sizes:
         chosen = set(widths if target_modules is None else target_modules)
         if not chosen or not chosen <= widths.keys():
             raise ValueError(f"adapter.target_modules={sorted(chosen)}: expected one or more of {', '.join(widths)}.")
+        least = min(self.hidden, *(widths[name] for name in chosen))
+        if rank > least:
+            raise ValueError(
+                f"adapter.rank={rank}: the smallest of the matrices has rank {least}, the most that there is."
+            )
         return replace(self, updates=rank * sum(self.hidden + widths[name] for name in chosen))
 
     @property

@@ -8,10 +8,16 @@ from omegaconf import DictConfig, ListConfig
 
 from data.configuration import check_at_least, check_choices, check_settings
 from data.errors import UserError
+from data.unused import check_unused
 from train.hardware import GPUS
+from train.preset import precision
+from train.trainer_settings import check_trainer
+from train.unused import TABLE
 
 STAGES = ("attention_tuning", "bonus_calibration", "export", "evaluate")
 TRAINED = STAGES[:2]
+FIGURE = "val/tau"  # of live decoding
+SELECTIONS = ("off", "cumulative_product", "min_confidence")
 VARIANTS = ("untuned", "attention_tuned", "calibrated_parallel", "calibrated")
 
 
@@ -21,11 +27,16 @@ def check_config(config: DictConfig) -> None:
     Raises:
         UserError: naming the setting, its value, what was expected and the way out.
     """
-    check_settings(config, list(HydraConfig.get().overrides.task))
+    overrides = list(HydraConfig.get().overrides.task)
+    check_settings(config, overrides)
+    check_trainer(config)
     _check_stages(config)
     _check_ranges(config)
     _check_push(config)
     check_adapter(config)
+    check_decoding(config)
+    if not config.plan:
+        check_unused(config, overrides, TABLE)
 
 
 def _check_stages(config: DictConfig) -> None:
@@ -79,50 +90,26 @@ def _check_ranges(config: DictConfig) -> None:
     choices = {"export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
     choices["speed.attention"] = ("auto", "flex", "sdpa", "dense")
     choices |= {f"stage.{stage}.best_by": ("val/tau", "val/tau_estimate", None) for stage in TRAINED}
-    # Any other would train weights in less than float32, or needs a scaler of the loss.
-    choices["trainer.precision"] = ("32-true", "bf16-mixed")
+    choices["stage.evaluate.selection"] = SELECTIONS
     check_choices(config, choices)
-    if config.trainer.precision == "32-true" and config.model.target.dtype not in ("float32", "float64"):
+    if precision(config) == "32-true" and config.model.target.dtype not in ("float32", "float64"):
         raise UserError(
             f"model.target.dtype={config.model.target.dtype} with trainer.precision=32-true: the target's layers would "
             "meet float32 projectors. Set trainer.precision=bf16-mixed, or model.target.dtype=float32."
         )
-    at_least = {"model.draft.num_layers": 1, "model.draft.block_size": 2, "model.draft.calibrator_rank": 1}
-    at_least |= {
-        "model.draft.chain_rank": 0,
-        "stage.evaluate.num_prompts": 1,
-        "stage.evaluate.max_new_tokens": 2,
-        "stage.evaluate.batch_size": 1,
-        "stage.evaluate.speed.num_prompts": 0,
-        "stage.evaluate.speed.repeats": 1,
-        "hardware.gpus_per_node": 1,
-        "speed.workers": 0,
-    }
-    for stage in TRAINED:
-        keys = ("steps", "rows_per_step", "rows_per_pass", "num_anchors", "validate_every", "checkpoint_every")
-        keys += ("keep_checkpoints", "max_skipped_steps", "module.chunk")
-        at_least |= {f"stage.{stage}.{key}": 1 for key in keys}
-    check_at_least(config, at_least)
     for stage in TRAINED:
         settings = config.stage[stage]
-        for key in ("learning_rate", "eps"):
-            if not settings.module[key] > 0:
-                raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected more than 0.")
         if draft.bonus_slot and settings.module.slot0_loss:
             raise UserError(
                 f"stage.{stage}.module.slot0_loss=true with model.draft.bonus_slot=true: slot 0 would be told its "
                 "label. Choose one of them."
             )
-        for key in ("warmup_share", "final_lr_share", "told_share"):
-            if not 0 <= settings.module[key] <= 1:
-                raise UserError(f"stage.{stage}.module.{key}={settings.module[key]}: expected 0 to 1.")
-    speed = config.stage.evaluate.speed
-    if not speed.batch_sizes or any(not isinstance(rows, int) or rows < 1 for rows in speed.batch_sizes):
-        raise UserError(f"stage.evaluate.speed.batch_sizes={list(speed.batch_sizes)}: expected numbers of 1 or more.")
-    if any(not isinstance(t, int | float) or not 0 <= t <= 1 for t in speed.thresholds):
-        raise UserError(f"stage.evaluate.speed.thresholds={list(speed.thresholds)}: expected probabilities, 0 to 1.")
-    if not 0 < config.hardware.share_of_peak <= 1:
-        raise UserError(f"hardware.share_of_peak={config.hardware.share_of_peak}: expected more than 0, 1 at most.")
+        blocks = config.data.row_length - 2  # not at the first token of a row, and the token after the anchor is in it
+        if settings.num_anchors > blocks:
+            raise UserError(
+                f"stage.{stage}.num_anchors={settings.num_anchors}: rows of data.row_length={config.data.row_length} "
+                f"tokens have room for {blocks} blocks at most."
+            )
     unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]
     if unknown or not config.stage.evaluate.variants:
         variants = list(config.stage.evaluate.variants)
@@ -132,6 +119,36 @@ def _check_ranges(config: DictConfig) -> None:
             f"model.draft.block_size={draft.block_size} exceeds data.row_length={config.data.row_length}; "
             "make rows longer or blocks smaller."
         )
+
+
+def check_decoding(config: DictConfig) -> None:
+    """Settings of decoding, and of what relies on its figure, in all stages to be trained: better before the first.
+
+    Raises:
+        UserError: out of range, or a figure that is not measured decides something.
+    """
+    for stage in TRAINED:
+        if stage in config.stages:
+            _check_stage(config, stage)
+
+
+def _check_stage(config: DictConfig, stage: str) -> None:
+    """
+    Raises:
+        UserError: as above.
+    """
+    settings, here = config.stage[stage], f"stage.{stage}"
+    at_least = {"decode.prompts": 0, "decode.max_new_tokens": 2, "decode.batch_size": 1, "patience": 1}
+    check_at_least(config, {f"{here}.{key}": least for key, least in at_least.items()})
+    if settings.best_by == FIGURE and not settings.decode.prompts:
+        raise UserError(
+            f"{here}.best_by={FIGURE}, but {here}.decode.prompts=0: nothing measures it. "
+            "Choose val/tau_estimate or null, or prompts."
+        )
+    if settings.patience and not config.data.validation_records:
+        raise UserError(f"{here}.patience={settings.patience}, but data.validation_records=0: nothing is validated.")
+    if settings.patience and not settings.best_by:
+        raise UserError(f"{here}.patience={settings.patience} needs {here}.best_by, the figure to be better by.")
 
 
 def check_target(config: DictConfig, target_config: Any, positions: int, tokens: int) -> None:
@@ -147,6 +164,7 @@ def check_target(config: DictConfig, target_config: Any, positions: int, tokens:
             f"model.draft.num_layers={layers}, but the target has {target_config.num_hidden_layers} layers; "
             "the draft layers are the last of them, choose fewer."
         )
+    check_ranks(config, target_config)
     longest = config.data.row_length + config.model.draft.block_size
     if longest > positions:
         raise UserError(
@@ -156,6 +174,23 @@ def check_target(config: DictConfig, target_config: Any, positions: int, tokens:
         raise UserError(
             f"The tokenizer {config.model.target.tokenizer or config.model.target.name!r} has {tokens} tokens, "
             f"the target's vocabulary {target_config.vocab_size}: they do not match. Set model.target.tokenizer."
+        )
+
+
+def check_ranks(config: DictConfig, target_config: Any) -> None:
+    """
+    Raises:
+        UserError: a rank greater than that of the matrix which it is of: memory for nothing.
+    """
+    for key in ("calibrator_rank", "chain_rank"):
+        if config.model.draft[key] > target_config.vocab_size:
+            raise UserError(
+                f"model.draft.{key}={config.model.draft[key]}: more than the {target_config.vocab_size} tokens of the "
+                "target's vocabulary."
+            )
+    if config.adapter and config.adapter.rank > target_config.hidden_size:
+        raise UserError(
+            f"adapter.rank={config.adapter.rank}: more than the target's hidden_size={target_config.hidden_size}."
         )
 
 

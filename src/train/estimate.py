@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
@@ -15,9 +16,9 @@ from models.activations import Setup
 from models.cost import step_flops
 from models.memory import decoding_memory, peak, step_memory
 from models.sizes import FAMILIES, Sizes
-from train.checks import check_path
+from train.checks import check_path, check_ranks
 from train.hardware import GIB, GPUS, peak_flops
-from train.preset import arithmetic, passes_per_step
+from train.preset import accelerator, arithmetic, device_count, passes_per_step
 
 # Assumed, not measured. What CUDA, its libraries and communication take of a GPU; and what Python and the libraries
 # take of the host's memory.
@@ -83,6 +84,7 @@ def target_sizes(config: DictConfig) -> Sizes:
         raise UserError(
             f"data.row_length + model.draft.block_size = {longest} exceeds the target's {sizes.positions} positions."
         )
+    check_ranks(config, SimpleNamespace(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden))
     if not config.adapter:
         return sizes
     try:
@@ -128,19 +130,21 @@ def machine_of(config: DictConfig) -> Machine:
     """The named GPUs of `hardware`, as many as the trainer takes; or this machine's CPU.
 
     Raises:
-        UserError: `hardware.gpu` is not in the table.
+        UserError: `hardware.gpu` is not in the table, or the devices are none that it could be.
     """
     trainer, hardware = config.trainer, config.hardware
-    devices = trainer.get("devices", 1)
-    if trainer.accelerator == "cpu":
-        count = devices if isinstance(devices, int) and devices > 0 else 1
+    nodes = trainer.get("num_nodes", 1)
+    # GPUs are planned with on a machine without any, so that only `auto` asks what is there.
+    kind = "cuda" if trainer.get("accelerator") == "gpu" else accelerator(config)
+    if kind == "mps":
+        raise UserError("trainer.accelerator: the plan knows no Apple GPU. Choose cpu, or gpu with hardware.gpu=...")
+    if kind == "cpu":
+        count = device_count(config, 1)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
-        return Machine(None, count * trainer.num_nodes, count, memory, _cpu_flops(config))
-    gpu = GPUS[hardware.gpu]
-    count = hardware.gpus_per_node if devices in (-1, "-1", "auto") else devices
-    count = int(count) if isinstance(count, int | str) else len(count)
+        return Machine(None, count * nodes, count, memory, _cpu_flops(config))
+    gpu, count = GPUS[hardware.gpu], device_count(config, hardware.gpus_per_node)
     rate = gpu.bfloat16 if _autocast(config) else gpu.float32
-    return Machine(hardware.gpu, count * trainer.num_nodes, count, gpu.memory, rate)
+    return Machine(hardware.gpu, count * nodes, count, gpu.memory, rate)
 
 
 def _cpu_flops(config: DictConfig) -> float:

@@ -21,7 +21,7 @@ from train.finite import SkippedSteps
 from train.loggers import StageWandbLogger
 from train.modules import DraftTraining
 from train.monitor import Monitor
-from train.preset import arithmetic, passes_per_step
+from train.preset import ALL, arithmetic, devices, passes_per_step, precision
 from train.report import read_metrics
 from train.run_state import run_id
 from train.terminal import say
@@ -51,6 +51,8 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer: Trainer = instantiate(
         config.trainer,
+        devices="auto" if (chosen := devices(config)) == ALL else chosen,
+        precision=precision(config),
         max_steps=settings.steps,
         max_epochs=-1,
         gradient_clip_val=settings.gradient_clip,
@@ -101,6 +103,8 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
         for logger in trainer.loggers:
             if isinstance(logger, StageWandbLogger):
                 logger.replay(rows)
+    if not len(data.validation):
+        say("    data.validation_records=0: nothing is validated, so the last weights are handed on")
     try:
         trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     finally:

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from torch import nn
 
-from data.configuration import check_at_least
 from data.errors import UserError
 from data.packing import PackedRows
 from models.adapter import LoraDraft
@@ -22,9 +21,8 @@ from models.draft import DraftModel
 from models.intervals import tau_interval
 from models.metrics import acceptance_by_slot, mean_acceptance_length
 from models.selection import OFF
-from train.checks import TRAINED
+from train.checks import FIGURE
 
-FIGURE = "val/tau"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -147,31 +145,3 @@ def live_decoding(config: DictConfig, stage: str, validation: PackedRows, positi
             f"Choose fewer, or stage.{stage}.decode.prompts=0 for no decoding."
         )
     return [LiveDecoding(prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)]
-
-
-def check_decoding(config: DictConfig) -> None:
-    """Settings of decoding, and of what relies on its figure, in all stages to be trained: better before the first.
-
-    Raises:
-        UserError: out of range, or a figure that is not measured decides something.
-    """
-    for stage in TRAINED:
-        if stage in config.stages:
-            _check_stage(config, stage)
-
-
-def _check_stage(config: DictConfig, stage: str) -> None:
-    """
-    Raises:
-        UserError: as above.
-    """
-    settings, here = config.stage[stage], f"stage.{stage}"
-    at_least = {"decode.prompts": 0, "decode.max_new_tokens": 2, "decode.batch_size": 1, "patience": 1}
-    check_at_least(config, {f"{here}.{key}": least for key, least in at_least.items()})
-    if settings.best_by == FIGURE and not settings.decode.prompts:
-        raise UserError(
-            f"{here}.best_by={FIGURE}, but {here}.decode.prompts=0: nothing measures it. "
-            "Choose val/tau_estimate or null, or prompts."
-        )
-    if settings.patience and not settings.best_by:
-        raise UserError(f"{here}.patience={settings.patience} needs {here}.best_by, the figure to be better by.")

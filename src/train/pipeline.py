@@ -19,7 +19,7 @@ from train.checks import STAGES, TRAINED
 from train.hub import check_access, destination, of_target, push
 from train.model_card import is_outdated, write_card
 from train.preemption import set_training
-from train.preset import arithmetic, device
+from train.preset import accelerator, arithmetic, check_device, device
 from train.report import plot_losses
 from train.resources import Resources
 from train.run_state import StageRecord, file_sha256, overwrites
@@ -46,6 +46,7 @@ def run(config: DictConfig) -> None:
         UserError: settings that do not fit together, or a stage whose input is missing.
     """
     set_training(False)  # from here on, signals may unwind what is going on
+    check_device(config)
     run_dir = Path(config.run_dir)
     resources = Resources(config)
     if config.export.push_to_hub and rank_zero_only.rank == 0:
@@ -159,7 +160,8 @@ def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resource
     if stage in TRAINED:
         settings["inputs"]["data"] = fingerprint(resources.parts)
     if stage == "evaluate":
-        settings |= {"seed": plain["seed"], "accelerator": config.trainer.accelerator}  # speed is of a device
+        where = "cpu" if accelerator(config) == "cpu" else "gpu"
+        settings |= {"seed": plain["seed"], "accelerator": where}  # speed is of a device
         settings["inputs"]["export/config.json"] = without_recommendation(run_dir / "export")
         given: Any = OmegaConf.to_container(config.benchmarks, resolve=True)
         settings["inputs"]["benchmarks"] = {name: benchmark_fingerprint(name, one) for name, one in given.items()}

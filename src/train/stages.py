@@ -27,7 +27,7 @@ from train.evaluation import Variant
 from train.evaluation_report import markdown, plot_acceptance, plot_speed, print_report
 from train.finite import skipped_steps
 from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
-from train.live_decoding import check_decoding, live_decoding
+from train.live_decoding import live_decoding
 from train.preemption import agreed_signal, set_training
 from train.preset import device
 from train.resources import Resources
@@ -36,11 +36,6 @@ from train.run_state import file_sha256, overwrites, publish, read_json, sync, w
 WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
 CONTEXT = 256  # tokens before a block whose arithmetic is put on record
 ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
-# Arguments of Lightning's Trainer that are not the user's: set by `build_trainer`, or at odds with batches that are a
-# function of the optimizer step.
-TAKEN = ("max_steps", "max_epochs", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch", "logger")
-TAKEN += ("callbacks", "default_root_dir", "use_distributed_sampler", "accumulate_grad_batches", "limit_train_batches")
-TAKEN += ("plugins",)
 
 
 def attention_tuning(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
@@ -162,17 +157,13 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     Raises:
         UserError: the preset does not fit this machine, the ranks cannot share a batch evenly, or objective is wrong.
     """
-    check_decoding(config)
     try:
         instantiate(config.objective)
     except HydraException as error:
         raise UserError(f"objective: {error.__cause__ or error} Presets: conf/objective/.") from error
-    taken = [key for key in config.trainer if key in TAKEN]
-    if taken:
-        raise UserError(f"trainer.{taken[0]}: set by the stage (conf/stage/) or not supported; leave it out.")
     try:
         trainer = build_trainer(config, stage, directory)
-    except HydraException as error:
+    except (HydraException, RuntimeError) as error:  # Lightning finds the variables of SLURM wrong with the latter
         raise UserError(
             f"trainer, logger or callbacks: {error.__cause__ or error} Presets: conf/trainer/, such as trainer=cpu."
         ) from error

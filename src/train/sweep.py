@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from data.configuration import check_settings, composed
 from data.errors import UserError
 from train.endings import NotFinished
+from train.preset import accelerator, device_count
 from train.run_state import read_json, write_json
 
 SUMMARY = "summary.json"  # in the directory of each job: what was asked of it and how it ended
@@ -105,7 +106,7 @@ def _check_ranks(config: DictConfig) -> None:
         UserError: Lightning would start further ranks by repeating this command, and with it the whole sweep.
     """
     started = {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    if config.trainer.get("devices") not in (1, "1") and not started:
+    if not started and device_count(config, 1 if accelerator(config) == "cpu" else 2) > 1:
         raise UserError(
             f"trainer.devices={config.trainer.get('devices')}: a sweep in one process trains on one device. "
             "Use trainer.devices=1, hydra/launcher=submitit_slurm, or one command for each job."

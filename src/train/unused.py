@@ -1,0 +1,73 @@
+"""Overrides of `python -m train` that would do nothing."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from data.unused import Unused
+
+
+def _local(path: object) -> bool:
+    return isinstance(path, str) and Path(path).exists()
+
+
+def _zero3(config: DictConfig) -> bool:
+    strategy = config.trainer.get("strategy")
+    return isinstance(strategy, DictConfig) and strategy.get("stage") == 3
+
+
+def _of_stage(stage: str) -> tuple[Unused, ...]:
+    here = f"stage.{stage}"
+    decode = tuple(f"{here}.decode.{key}" for key in ("max_new_tokens", "batch_size"))
+    return (
+        Unused(
+            (f"{here}.validate_every", f"{here}.decode", f"{here}.best_by", f"{here}.patience"),
+            lambda c: c.data.validation_records == 0,
+            "data.validation_records=0, so nothing is validated",
+        ),
+        Unused(decode, lambda c: c.stage[stage].decode.prompts == 0, f"{here}.decode.prompts=0"),
+    )
+
+
+def _told(stage: str) -> tuple[str, ...]:
+    return (f"stage.{stage}.module.told_share",)
+
+
+EVALUATE = "stage.evaluate"
+TABLE = (
+    Unused(("regenerate",), lambda c: True, "only python -m data.regenerate reads it"),
+    Unused(("hardware",), lambda c: not c.plan, "only plan=true reads it"),
+    Unused(("objective.alpha",), lambda c: c.objective.weights != "dpace", "objective.weights is not dpace"),
+    Unused(("objective.gamma",), lambda c: c.objective.weights != "decay", "objective.weights is not decay"),
+    Unused(
+        ("objective.temperature",),
+        lambda c: not c.objective.kl and not c.objective.tv,
+        "objective.kl and objective.tv are 0, so no distributions are compared",
+    ),
+    Unused(_told("attention_tuning"), lambda c: not c.model.draft.bonus_slot, "model.draft.bonus_slot=false"),
+    Unused(
+        _told("bonus_calibration"),
+        lambda c: not c.model.draft.bonus_slot and not c.model.draft.chain_rank,
+        "model.draft.bonus_slot=false and model.draft.chain_rank=0",
+    ),
+    *_of_stage("attention_tuning"),
+    *_of_stage("bonus_calibration"),
+    Unused((f"{EVALUATE}.threshold",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"),
+    Unused(
+        (f"{EVALUATE}.top_k", f"{EVALUATE}.top_p"),
+        lambda c: c.stage.evaluate.temperature == 0,
+        f"{EVALUATE}.temperature=0 is greedy",
+    ),
+    Unused(
+        tuple(f"{EVALUATE}.speed.{key}" for key in ("batch_sizes", "thresholds", "repeats")),
+        lambda c: c.stage.evaluate.speed.num_prompts == 0,
+        f"{EVALUATE}.speed.num_prompts=0, so no speed is measured",
+    ),
+    Unused(
+        (f"{EVALUATE}.speed.thresholds",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"
+    ),
+    Unused(("export.private", "export.tag"), lambda c: c.export.push_to_hub is None, "export.push_to_hub=null"),
+    Unused(("speed.compile",), lambda c: c.speed.compile and _zero3(c), "ZeRO 3 cannot be compiled"),
+    Unused(("data.split",), lambda c: _local(c.data.path), "data.path is a file or a folder, which has no splits"),
+    Unused(("model.target.revision",), lambda c: _local(c.model.target.name), "model.target.name is a directory"),
+)
