@@ -139,7 +139,6 @@ NO_EFFECT = (
     "stage.evaluate.top_k=5",
     "stage.evaluate.top_p=0.5",
     "stage.evaluate.threshold=0.5 stage.evaluate.selection=off",
-    "stage.evaluate.speed.repeats=5 stage.evaluate.speed.num_prompts=0",
     "objective.gamma=7",
     "objective.alpha=0.1 objective.weights=flat",
     "objective.temperature=2",
@@ -147,8 +146,6 @@ NO_EFFECT = (
     "stage.bonus_calibration.module.told_share=0.2",
     "stage.bonus_calibration.best_by=val/tau_estimate data.validation_records=0",
     "stage.bonus_calibration.patience=1 data.validation_records=0",
-    "stage.attention_tuning.decode.max_new_tokens=8 stage.attention_tuning.decode.prompts=0 "
-    "stage.attention_tuning.best_by=null",
     "export.tag=v1",
     "export.private=false",
     "regenerate.temperature=1",

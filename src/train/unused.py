@@ -1,4 +1,7 @@
-"""Overrides of `python -m train` that would do nothing."""
+"""Overrides of `python -m train` that would do nothing.
+
+Not among them: details of a part that the command turns off (speed.num_prompts=0, decode.prompts=0, stages=[...]).
+"""
 
 from pathlib import Path
 
@@ -16,16 +19,11 @@ def _zero3(config: DictConfig) -> bool:
     return isinstance(strategy, DictConfig) and strategy.get("stage") == 3
 
 
-def _of_stage(stage: str) -> tuple[Unused, ...]:
-    here = f"stage.{stage}"
-    decode = tuple(f"{here}.decode.{key}" for key in ("max_new_tokens", "batch_size"))
-    return (
-        Unused(
-            (f"{here}.validate_every", f"{here}.decode", f"{here}.best_by", f"{here}.patience"),
-            lambda c: c.data.validation_records == 0,
-            "data.validation_records=0, so nothing is validated",
-        ),
-        Unused(decode, lambda c: c.stage[stage].decode.prompts == 0, f"{here}.decode.prompts=0"),
+def _of_stage(stage: str) -> Unused:
+    return Unused(
+        (f"stage.{stage}.best_by", f"stage.{stage}.patience"),
+        lambda c: c.data.validation_records == 0 and c.stage[stage].best_by is not None,
+        "data.validation_records=0, so nothing is validated",
     )
 
 
@@ -50,18 +48,13 @@ TABLE = (
         lambda c: not c.model.draft.bonus_slot and not c.model.draft.chain_rank,
         "model.draft.bonus_slot=false and model.draft.chain_rank=0",
     ),
-    *_of_stage("attention_tuning"),
-    *_of_stage("bonus_calibration"),
+    _of_stage("attention_tuning"),
+    _of_stage("bonus_calibration"),
     Unused((f"{EVALUATE}.threshold",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"),
     Unused(
         (f"{EVALUATE}.top_k", f"{EVALUATE}.top_p"),
         lambda c: c.stage.evaluate.temperature == 0,
         f"{EVALUATE}.temperature=0 is greedy",
-    ),
-    Unused(
-        tuple(f"{EVALUATE}.speed.{key}" for key in ("batch_sizes", "thresholds", "repeats")),
-        lambda c: c.stage.evaluate.speed.num_prompts == 0,
-        f"{EVALUATE}.speed.num_prompts=0, so no speed is measured",
     ),
     Unused(
         (f"{EVALUATE}.speed.thresholds",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"
