@@ -52,6 +52,24 @@ CALLS = {
         ["model.target.dtype=bfloat16 with trainer.precision=32-true", "bf16-mixed"],
     ),
     "weights in less than float32": (["trainer.precision=bf16-true"], ["'bf16-true'", "32-true or bf16-mixed"]),
+    "a callback that saves": (
+        ["+callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint"],
+        ["error: callbacks.mine: ModelCheckpoint", "stage.<stage>.checkpoint_every"],
+    ),
+    "a callback that averages weights": (
+        ["+callbacks.mine._target_=lightning.pytorch.callbacks.EMAWeightAveraging"],
+        ["error: callbacks.mine: EMAWeightAveraging", "Leave it out"],
+    ),
+    "nothing to choose weights by": (
+        ["+trainer.limit_val_batches=0"],
+        ["trainer.limit_val_batches", "leave it out"],
+    ),
+    "no validation": (
+        ["data.validation_records=0", "stage.attention_tuning.patience=1"],
+        ["patience=1", "data.validation_records=0"],
+    ),
+    "validation before training": (["+trainer.num_sanity_val_steps=2"], ["num_sanity_val_steps", "leave it out"]),
+    "no skipped step allowed for": (["stage.attention_tuning.max_skipped_steps=0"], ["max_skipped_steps=0", "1 or"]),
     "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "leave it out"]),
     "passes that do not go round": (["stage.attention_tuning.rows_per_pass=3"], ["rows_per_pass=3", "4 rows"]),
     "no checkpoint kept": (["stage.attention_tuning.keep_checkpoints=0"], ["keep_checkpoints=0", "1 or more"]),

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from data.packing import PackedRows
 from models.cost import step_flops
 from models.sizes import Sizes
+from train.callbacks import SameWeights, check_callbacks
 from train.checkpoints import CheckpointFiles, Checkpoints, keeper, not_finished, step_of, usable_checkpoint
 from train.datamodule import DraftData
 from train.endings import NotFinished
@@ -33,6 +34,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     """The trainer preset with this stage's steps, loggers and checkpoints.
 
     Raises:
+        UserError: a callback that a stage cannot follow.
         ValueError: ranks and passes cannot share the rows of a step evenly.
     """
     settings = config.stage[stage]
@@ -46,6 +48,8 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         patience=settings.patience,
         run=run_id(directory.parent, stage),
     )
+    given = instantiate(config.callbacks)
+    check_callbacks(given)
     skipped = SkippedSteps(checkpoints.directory, settings.max_skipped_steps)
     # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -63,7 +67,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         log_every_n_steps=1,  # what is logged, and when, is the monitor's business
         default_root_dir=str(directory),
         logger=stage_loggers(config, stage, directory),
-        callbacks=[*instantiate(config.callbacks).values(), skipped, checkpoints],
+        callbacks=[*given.values(), skipped, SameWeights(), checkpoints],
         plugins=[CheckpointFiles(), *cluster],
     )
     passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, trainer.world_size)

@@ -32,6 +32,7 @@ from train.preemption import agreed_signal, set_training
 from train.preset import device
 from train.resources import Resources
 from train.run_state import file_sha256, overwrites, publish, read_json, sync, write_json
+from train.terminal import say
 
 WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
 CONTEXT = 256  # tokens before a block whose arithmetic is put on record
@@ -163,6 +164,8 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         raise UserError(f"objective: {error.__cause__ or error} Presets: conf/objective/.") from error
     try:
         trainer = build_trainer(config, stage, directory)
+    except UserError:
+        raise
     except (HydraException, RuntimeError) as error:  # Lightning finds the variables of SLURM wrong with the latter
         raise UserError(
             f"trainer, logger or callbacks: {error.__cause__ or error} Presets: conf/trainer/, such as trainer=cpu."
@@ -182,6 +185,8 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         load_draft_weights(draft.attention_parameters(), load_file(source), source=str(source))
         start_from_head(draft)
     training, validation = resources.rows
+    if settings.best_by and not len(validation):
+        say("    nothing is validated (data.validation_records=0): the last weights come out, not the best")
     data = DraftData(
         training,
         validation,
