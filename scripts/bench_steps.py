@@ -16,11 +16,13 @@ from bench_shapes import Block
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
 
 from data.batch import Batch
 from models.block_loss import block_loss
 from models.draft import DraftModel
 from models.execution import Execution
+from models.hf_cache import forward_cached
 from models.masks import dense, document_causal
 from models.objectives import Objective, slot_weights
 from models.target import cached_context, load_target, target_pass
@@ -101,10 +103,9 @@ class Training:
         with self.arithmetic():
             mask = dense(document_causal(batch.document_ids), rows, length, length, self.device)
             with torch.no_grad():
-                clean = self.target(
-                    batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=True
-                )
-            context = cached_context(clean.past_key_values, self.draft.split_layer)
+                places, cache = {"attention_mask": mask, "position_ids": batch.position_ids}, DynamicCache()
+                clean = forward_cached(self.target, batch.input_ids, cache, **places)
+            context = cached_context(cache, self.draft.split_layer)
             hidden = self.draft.forward_batch(context, batch, Execution("dense"))
             before = batch.anchors[..., None] + torch.arange(self.draft.block_size - 1, device=self.device)
             row = torch.arange(rows, device=self.device)[:, None, None]
@@ -125,8 +126,9 @@ class Training:
             prefix = block.anchor - block.start
             with self.arithmetic():
                 with torch.no_grad():
-                    clean = self.target(batch.input_ids[block.row, block.start : end][None], use_cache=True)
-                cached = cached_context(clean.past_key_values, self.draft.split_layer)
+                    cache = DynamicCache()
+                    clean = forward_cached(self.target, batch.input_ids[block.row, block.start : end][None], cache)
+                cached = cached_context(cache, self.draft.split_layer)
                 context = [(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in cached]
                 positions = prefix + torch.arange(size, device=self.device)[None, None]
                 teacher = clean.logits[:, None, prefix:-1] if self.objective.needs_target else None

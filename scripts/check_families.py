@@ -23,6 +23,7 @@ from data.packing import pack_documents
 from models.decoding import generate
 from models.draft import DraftModel
 from models.export import export_draft, load_draft
+from models.hf_cache import forward_cached
 from models.reference_decoding import draft_logits
 from models.target import bonus_tokens, load_target, target_pass
 
@@ -92,7 +93,7 @@ def parity(target: PreTrainedModel, draft: DraftModel) -> tuple[int, float]:
         for a, anchor in enumerate(batch.anchors[r, : len(valid_anchors(row))].tolist()):
             start = int((row.document_ids == row.document_ids[anchor]).argmax())
             prefix, cache = torch.from_numpy(row.input_ids[start:anchor])[None].long(), DynamicCache()
-            said = target(input_ids=prefix, past_key_values=cache, use_cache=True).logits[0, -1:].argmax(-1)
+            said = forward_cached(target, prefix, cache).logits[0, -1:].argmax(-1)
             for logits, known in ((tuned, None), (calibrated, said)):
                 decoded = draft_logits(draft, cache, anchor - start, known)
                 worst = max(worst, float((decoded - logits[r, a]).abs().max()))
@@ -129,7 +130,7 @@ def unchanged_by_export(target: PreTrainedModel, draft: DraftModel) -> bool:
         export_draft(draft, Path(directory), torch.float32)
         again = load_draft(Path(directory), target)
     cache = DynamicCache()
-    target(input_ids=torch.arange(3, 23)[None], past_key_values=cache, use_cache=True)
+    forward_cached(target, torch.arange(3, 23)[None], cache)
     return all(
         torch.equal(draft_logits(draft, cache, 20, bonus), draft_logits(again, cache, 20, bonus))
         for bonus in (None, torch.tensor([7]))

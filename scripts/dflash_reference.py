@@ -30,10 +30,10 @@ from models.block_loss import block_loss
 from models.decoding import stop_tokens
 from models.execution import through_layers
 from models.families import position_embeddings
+from models.hf_cache import crop, forward_cached
 from models.intervals import tau_interval
 from models.metrics import mean_acceptance_length
 from models.objectives import Objective
-from models.reference_decoding import crop
 from models.target import target_pass
 from train.batches import TrainingBatches
 from train.benchmark import decoding_settings
@@ -173,7 +173,7 @@ class Decoder:
         before = self.cache.get_seq_length()
         ids = torch.tensor([tokens], device=self.target.device)
         with outputs(self.target, self.draft.feature_layers) as kept:
-            logits = self.target(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[0]
+            logits = forward_cached(self.target, ids, self.cache).logits[0]
         positions = torch.arange(before, before + len(tokens), device=ids.device)[None]
         new = self.draft.context(torch.cat(kept, dim=-1), positions)
         old = self.pairs or [tuple(part[:, :, :0] for part in pair) for pair in new]

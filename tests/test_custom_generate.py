@@ -19,6 +19,7 @@ from models.custom_generate import generate as shipped
 from models.decoding import generate
 from models.draft import DraftModel
 from models.export import export_draft, recommend
+from models.hf_cache import forward_cached
 from models.reference_decoding import draft_logits
 from models.selection import OFF, RELEASE, Selection, drafts_and_confidence
 
@@ -149,7 +150,7 @@ def test_every_family_drafts_as_ours_does(family, implementation, tmp_path):
     for length in (1, 4, 9, 10, 30):
         ids = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(length))
         cache = DynamicCache()
-        twin(ids, past_key_values=cache)
+        forward_cached(twin, ids, cache)
         for calibrate in (False, True):
             logits = draft_logits(draft, cache, length, torch.tensor([7]), calibrate=calibrate)
             expected, sure = drafts_and_confidence(logits[1:])
@@ -288,7 +289,7 @@ def test_what_it_cannot_do_is_refused(tmp_path, artifact):
     twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
     export_draft(draft, tmp_path / "drafter", torch.float32)
     filled = DynamicCache()
-    twin(ids[:, :1], past_key_values=filled)
+    forward_cached(twin, ids[:, :1], filled)
     dictionary = {"return_dict_in_generate": True}
     refused = {
         "does not follow beam search": {"num_beams": 2},
@@ -298,6 +299,7 @@ def test_what_it_cannot_do_is_refused(tmp_path, artifact):
         "expected one of off, cumulative_product, min_confidence": {"selection": "best"},
         "A prompt is empty": {"attention_mask": torch.zeros_like(ids)},
         "no filled cache": {"past_key_values": filled},
+        "give the whole prompt": {"cache": filled},
         "no_such_argument": {"no_such_argument": 1},
         "num_target_layers=8, but this model has 5": {"drafter": str(artifact[1])},
         "no drafter there": {"drafter": str(tmp_path / "target")},

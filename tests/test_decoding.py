@@ -18,6 +18,7 @@ from models.decoding import MODES, PHASES, Step, generate, stop_tokens
 from models.draft import DraftModel
 from models.export import load_draft
 from models.flight import Flight
+from models.hf_cache import forward_cached
 from models.passes import Passes
 from models.reference_decoding import autoregressive_generate, reference_generate
 from models.sampling import GREEDY, Sampling
@@ -304,7 +305,7 @@ def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens
         step(flight)
         for place, row in enumerate(flight.rows):
             tokens, own = batch[row] + flight.result.tokens[row], DynamicCache()
-            target(input_ids=torch.tensor([tokens]), past_key_values=own, use_cache=True)
+            forward_cached(target, torch.tensor([tokens]), own)
             assert flight.lengths[place] == len(tokens)
             for (keys, values), layer in zip(flight.cache.layers, own.layers, strict=True):
                 assert torch.allclose(keys[place, :, : len(tokens)], layer.keys[0], atol=1e-4)

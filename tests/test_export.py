@@ -11,6 +11,7 @@ from transformers import AutoConfig, DynamicCache
 from models import export
 from models.draft import DraftModel
 from models.export import export_draft, load_draft
+from models.hf_cache import forward_cached
 from models.reference_decoding import draft_logits
 
 LAYERS, BLOCK, RANK, HIDDEN, VOCABULARY = 3, 6, 8, 32, 97
@@ -87,7 +88,7 @@ def test_loading_gives_bit_identical_drafts(exported):
     target, draft, directory = exported
     again = load_draft(directory, target)
     cache = DynamicCache()
-    target(input_ids=torch.randint(3, 97, (1, 12)), past_key_values=cache, use_cache=True)
+    forward_cached(target, torch.randint(3, 97, (1, 12)), cache)
     for bonus in (None, torch.tensor([7])):
         assert torch.equal(draft_logits(draft, cache, 12, bonus), draft_logits(again, cache, 12, bonus))
 
@@ -181,7 +182,7 @@ def beyond(exported, tmp_path_factory):
 def logits_of(drafts: list[DraftModel]) -> list[torch.Tensor]:
     """Of a block of each after the same random prompt."""
     target, cache = drafts[0].target, DynamicCache()
-    target(input_ids=torch.randint(3, 97, (1, 12)), past_key_values=cache, use_cache=True)
+    forward_cached(target, torch.randint(3, 97, (1, 12)), cache)
     return [draft_logits(draft, cache, 12, torch.tensor([7])) for draft in drafts]
 
 

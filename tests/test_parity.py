@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from data.anchors import make_batch, valid_anchors
 from data.packing import pack_documents
 from models.draft import UNKNOWN
+from models.hf_cache import forward_cached
 from models.reference_decoding import draft_logits
 from models.target import bonus_tokens, target_pass
 
@@ -48,7 +49,7 @@ def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
             start = int(document.argmax())
             prefix = torch.from_numpy(row.input_ids[start:anchor])[None]
             cache = DynamicCache()
-            prediction = target(input_ids=prefix, past_key_values=cache, use_cache=True).logits[0, -1:].argmax(-1)
+            prediction = forward_cached(target, prefix, cache).logits[0, -1:].argmax(-1)
             assert prediction == bonus[r, a]  # the bonus of training is the bonus of decoding
             for (told, calibrate), trained in logits.items():
                 how = {"told": told, "calibrate": calibrate}
@@ -72,7 +73,7 @@ def test_clean_context_is_the_targets_own_cache():
     clean = target_pass(target, batch, draft.split_layer)
     draft.forward_batch(clean.context, batch)
     cache = DynamicCache()
-    output = target.model(input_ids=batch.input_ids, past_key_values=cache, use_cache=True)
+    output = forward_cached(target.model, batch.input_ids, cache)
     assert torch.allclose(output.last_hidden_state, clean.hidden, atol=1e-5)
     for layer in range(draft.split_layer, target.config.num_hidden_layers):
         keys, values = clean.context[layer - draft.split_layer]
@@ -88,7 +89,7 @@ def test_drafts_equal_a_plain_recomputation():
     draft = random_draft(target, rank=8)
     tokens = torch.randint(3, 97, (1, 17))
     cache = DynamicCache()
-    target(input_ids=tokens, past_key_values=cache, use_cache=True)
+    forward_cached(target, tokens, cache)
     bonus = torch.tensor([5])
     got = draft_logits(draft, cache, 17, bonus)
 

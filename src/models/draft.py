@@ -50,9 +50,14 @@ class DraftModel(nn.Module):
             dtype: of the drafter's own parameters; the target's if None.
 
         Raises:
-            ValueError: L, B or r out of range.
+            ValueError: L, B or r out of range; a target that is wrapped in something else.
         """
         super().__init__()
+        if not isinstance(target, PreTrainedModel):
+            raise ValueError(
+                f"The target is a {type(target).__name__}, expected a model of transformers. Of PEFT's, give "
+                "`get_base_model()`, in which adapters stay active, or `merge_and_unload()`."
+            )
         config = target.config
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(f"num_layers={num_layers}: expected 1 to {config.num_hidden_layers}, the target's layers.")
@@ -91,8 +96,9 @@ class DraftModel(nn.Module):
             nn.init.zeros_(self.bonus_slot.weight)  # no effect, so training departs from the paper's drafter
 
     def _own_attention(self, attention: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """What the drafter has in place of a target layer's attention."""
-        return copy.deepcopy(attention).to(dtype).requires_grad_(True)
+        """What the drafter has in place of a target layer's attention: a copy, of quantized or adapted ones a blank."""
+        own = copy.deepcopy(attention) if is_plain(attention) else _blank(attention, self.mask_embedding.device)
+        return own.to(dtype).requires_grad_(True)
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
         """What Attention Tuning trains, by exported name: the projectors and the inputs of slots."""
@@ -245,6 +251,26 @@ def shallow_copy(module: nn.Module) -> nn.Module:
         if isinstance(registry, dict):
             setattr(twin, name, registry.copy())
     return twin
+
+
+def is_plain(attention: nn.Module) -> bool:
+    """Whether an attention's parameters are plain floats in plain layers, and so can be copied and trained."""
+    plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.itemsize > 1 for p in attention.parameters())
+    return plain and all(type(m) is nn.Linear for m in attention.modules() if hasattr(m, "in_features"))
+
+
+def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
+    """The same attention made anew of plain layers, and NaN until weights are loaded: the target's are no floats."""
+    try:
+        with torch.device("meta"):
+            own = type(attention)(attention.config, attention.layer_idx)
+    except Exception as error:
+        raise ValueError(f"{type(attention).__name__} of the target cannot be made anew ({error}).") from error
+    own = own.to_empty(device=device).train(attention.training)
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.fill_(float("nan"))
+    return own
 
 
 def _draft_layer(target_layer: nn.Module, attention: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from models.attention import KINDS, LayerStopped, View
 from models.compilation import compiled
 from models.families import position_embeddings
+from models.hf_cache import require
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ def through_layers(
 
     Returns:
         [R, tokens, H], or the input of a layer whose view says stop.
+
+    Raises:
+        ValueError: layers of this transformers version do not take what is passed to them.
     """
+    for layer in layers:  # a name that a layer does not know would vanish, and with it what its queries may see
+        require(type(layer), {"attention_mask", "position_ids", "position_embeddings"})
     numbers = range(first_layer, first_layer + len(layers))
     embeddings = position_embeddings(target, hidden, position_ids, numbers)
     call = _compiled_layer() if execution.compile else _layer

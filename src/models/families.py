@@ -67,6 +67,18 @@ def text_positions(config: PretrainedConfig, block_size: int) -> int:
     return min([config.max_position_embeddings, *constant])
 
 
+def check_trainable(config: PretrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: the target's weights are quantized, and a drafter starts from its projectors.
+    """
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            "The target is quantized; training starts from its projectors, and needs them unquantized. Name the model "
+            "that it was made from: the drafter fits the quantized one too."
+        )
+
+
 def check_architecture(config: PretrainedConfig) -> None:
     """What can be known of an architecture without its weights.
 

@@ -4,8 +4,6 @@ Slow and obvious: the target alone, and sequential draft-then-verify. Tests and 
 its first prompts.
 """
 
-import inspect
-
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -14,11 +12,10 @@ from models.choice import next_token, uniform_numbers
 from models.draft import DraftModel
 from models.flight import GenerationResult, Step
 from models.generation_settings import stop_tokens, text
+from models.hf_cache import crop, forward_cached
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection, drafts_and_confidence
 from models.target import cached_context
-
-CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it
 
 
 @torch.inference_mode()
@@ -72,7 +69,7 @@ def reference_generate(
                 return GenerationResult([tokens], [[*steps, Step(len(drafts), accepted)]])
             bonus, ended = own.next(after[accepted])
         steps.append(Step(len(drafts), accepted))
-        crop(cache, anchor + 1 + accepted)
+        crop(cache, anchor + 1 + accepted)  # what verification rejected
     return GenerationResult([tokens + [bonus] * (bonus is not None)], [steps])
 
 
@@ -120,26 +117,10 @@ def draft_logits(
     return logits
 
 
-def crop(cache: DynamicCache, length: int) -> None:
-    """Forget the candidates that verification rejected."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-
-
 def _target_logits(target: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> Tensor:
     """[tokens, V]; `cache` grows by the tokens.
 
     Raises:
         ValueError: the target takes no cache, or leaves it as it was.
     """
-    names = inspect.signature(target.forward).parameters
-    name = next((name for name in CACHE_NAMES if name in names), None)
-    length = cache.get_seq_length() + len(tokens)
-    input_ids = torch.tensor([tokens], device=target.device)
-    logits = target(input_ids=input_ids, use_cache=True, **({name: cache} if name else {})).logits[0]
-    if cache.get_seq_length() != length:
-        raise ValueError(
-            f"The cache of {type(target).__name__} holds {cache.get_seq_length()} tokens after {length}: its forward "
-            f"takes none of {', '.join(CACHE_NAMES)}, or does not fill it."
-        )
-    return logits
+    return forward_cached(target, torch.tensor([tokens], device=target.device), cache).logits[0]

@@ -18,6 +18,7 @@ from data.batch import Batch
 from models.attention import NAME, KeysValues, View, clean_mask
 from models.execution import EAGER, Execution, through_layers
 from models.families import layer_windows
+from models.hf_cache import keys_values
 from models.masks import per_window
 
 
@@ -26,7 +27,8 @@ def load_target(
     *,
     revision: str | None = None,
     architecture: dict[str, Any] | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
+    **options: Any,
 ) -> PreTrainedModel:
     """The target, frozen and in evaluation mode.
 
@@ -34,12 +36,13 @@ def load_target(
         name: directory or Hub id; None for a model with random weights.
         architecture: for random weights, the model's config (`model_type` and sizes).
         dtype: of weights and activations, e.g. `bfloat16`.
+        options: of transformers' `from_pretrained`, such as `quantization_config`.
 
     Raises:
         ValueError: not exactly one of `name` and `architecture`, or no such dtype.
         OSError: no such directory or Hub id.
     """
-    torch_dtype = getattr(torch, dtype, None)
+    torch_dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no torch dtype; expected float32, bfloat16 or float64.")
     if (name is None) == (architecture is None):
@@ -48,7 +51,7 @@ def load_target(
         )
     if name is not None:
         target = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=torch_dtype, attn_implementation=NAME
+            name, revision=revision, dtype=torch_dtype, attn_implementation=NAME, **options
         )
     else:
         config = AutoConfig.for_model(**architecture)
@@ -73,7 +76,7 @@ Context = list[KeysValues]  # K/V of the clean tokens, one pair for each draft l
 
 def cached_context(cache: DynamicCache, first_layer: int) -> Context:
     """The layers from `first_layer` on of a cache that the target has filled, by reference."""
-    return [(layer.keys, layer.values) for layer in cache.layers[first_layer:]]
+    return [keys_values(cache, number) for number in range(first_layer, len(cache.layers))]
 
 
 def clean_views(target: PreTrainedModel, document_ids: Tensor, kind: str) -> list[View]:

@@ -14,7 +14,7 @@ from data.prepare import describe, prepare
 from data.records import Messages
 from data.sources import Part, open_parts
 from models.decoding import check_untested
-from models.families import check_architecture, text_positions
+from models.families import check_architecture, check_trainable, text_positions
 from models.target import load_config, load_target
 from train.benchmark import decoding_settings
 from train.checks import TRAINED, check_path, check_sizes, check_target
@@ -40,6 +40,8 @@ class Resources:
         """
         try:
             check_architecture(self.target_config)
+            if stage in TRAINED:
+                check_trainable(self.target_config)
         except ValueError as error:
             raise UserError(f"model.target: {error}") from error
         check_target(self.config, self.target_config, self.positions, self.encoder.backend.get_vocab_size())

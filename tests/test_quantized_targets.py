@@ -1,0 +1,71 @@
+"""Our own decoding with targets whose projectors are quantized or adapted; training needs plain ones."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_draft, random_target
+from test_custom_generate_limits import adapted, packed
+
+from models.decoding import generate
+from models.draft import DraftModel, is_plain
+from models.export import export_draft, load_draft
+from models.families import check_trainable
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+PROMPTS = [[3, 4, 5, 6], [7, 8, 9]]
+TARGETS = {
+    "4 bits packed": packed,
+    "LoRA on queries and values": adapted("q_proj", "v_proj"),
+    "LoRA on the FFN": adapted("gate_proj"),
+    "LoRA merged": adapted("q_proj", merge=True),
+}
+
+
+@pytest.fixture
+def exported(tmp_path):
+    target = random_target()
+    draft = random_draft(target)
+    export_draft(draft, tmp_path, torch.float32)
+    return target, draft, tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_drafter_decodes_with_a_target_that_is_quantized_or_adapted(exported, kind):
+    target, trained, directory = exported
+    changed = TARGETS[kind](target)
+    draft = load_draft(directory, changed)
+    own = draft.own_parameters()
+    assert all(torch.equal(parameter, own[name]) for name, parameter in trained.own_parameters().items())
+    how = {"max_new_tokens": 12, "stop": set()}
+    expected = generate(changed, None, PROMPTS, **how).tokens
+    for mode in ("sequential", "parallel"):
+        assert generate(changed, draft, PROMPTS, mode=mode, **how).tokens == expected
+
+
+def test_weights_that_were_never_loaded_are_not_mistaken_for_trained_ones(exported):
+    target, _, directory = exported
+    assert is_plain(target.model.layers[-1].self_attn)
+    draft = DraftModel(packed(target), num_layers=2, block_size=4, calibrator_rank=0)
+    assert not is_plain(target.model.layers[-1].self_attn) and is_plain(draft.layers[0].self_attn)
+    with pytest.raises(ValueError, match="not finite"):
+        export_draft(draft, directory, torch.float32)
+
+
+def test_a_wrapped_target_is_refused_with_the_way_out(exported):
+    from peft import LoraConfig, get_peft_model
+
+    target, _, directory = exported
+    wrapped = get_peft_model(target, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"The target is a PeftModel.*get_base_model\(\).*merge_and_unload"):
+        load_draft(directory, wrapped)
+
+
+def test_training_refuses_a_quantized_target(exported):
+    config = exported[0].config
+    check_trainable(config)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="The target is quantized; .* Name the model that it was made from"):
+        check_trainable(config)
