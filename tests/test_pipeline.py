@@ -143,3 +143,18 @@ def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tm
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
     done = command(*SHORT, "name=short", "stages=[export]", "overwrite=true", cwd=tmp_path)
     assert done.returncode != 0 and "trained on another attention tuning" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["bonus_calibration", "export", "evaluate"])
+def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tmp_path):
+    """As an older version may have left them: every record says done."""
+    run_dir = tmp_path / "checkpoints" / "short"
+    shutil.copytree(trained_run, run_dir)
+    file = {"bonus_calibration": "attention_tuning/draft.safetensors", "export": "bonus_calibration/draft.safetensors"}
+    weights = run_dir / file.get(stage, "export/model.safetensors")
+    tensors = load_file(weights)
+    tensors["mask_embedding"][0] = float("inf")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = command(*SHORT, "name=short", f"stages=[{stage}]", "overwrite=true", cwd=tmp_path)
+    assert done.returncode == 1 and f"{weights.name}: mask_embedding not finite" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -9,8 +9,10 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data.errors import UserError
 from train.endings import Diverged
 from train.terminal import say
 
@@ -78,6 +80,30 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
         return []
     finite = torch.stack([tensor.isfinite().all().cpu() for tensor in tensors.values()])
     return [name for name, good in zip(tensors, finite.tolist(), strict=True) if not good]
+
+
+def read_finite(path: Path) -> dict[str, Tensor]:
+    """The weights that a stage has left, by exported name.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
+    tensors = load_file(path)
+    check_finite_weights(tensors, path)
+    return tensors
+
+
+def check_finite_weights(tensors: dict[str, Tensor], source: Path) -> None:
+    """
+    Raises:
+        UserError: a weight is not finite, in what a stage starts from.
+    """
+    if names := not_finite(tensors):
+        raise UserError(
+            f"{source}: {shortened(names)} not finite, so nothing can start from it. It was changed since it was "
+            f"written, or an older version kept such weights. Run the stage {source.parent.name} again under another "
+            "name=..., with a lower learning rate if training diverged."
+        )
 
 
 def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], directory: Path, what: str) -> None:

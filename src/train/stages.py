@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
@@ -25,7 +25,7 @@ from train.checkpoints import check_handed_on, keeper
 from train.datamodule import DraftData
 from train.evaluation import Variant
 from train.evaluation_report import markdown, plot_acceptance, plot_speed, print_report
-from train.finite import skipped_steps
+from train.finite import check_finite_weights, read_finite, skipped_steps
 from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
 from train.live_decoding import live_decoding
 from train.preemption import agreed_signal, set_training
@@ -53,7 +53,7 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
     """Write the directory that the inference side loads."""
     source = finished_weights(directory.parent)
     draft = _new_draft(config, resources, calibrated=source.parent.name == "bonus_calibration")
-    load_draft_weights(draft.own_parameters(), load_file(source), source=str(source))
+    load_draft_weights(draft.own_parameters(), read_finite(source), source=str(source))
     dtype, complete = getattr(torch, config.export.dtype), config.export.complete
     try:
         _publish_directory(directory, lambda new: export_draft(draft, new, dtype, complete=complete))
@@ -82,6 +82,7 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
         draft = load_draft(exported, target).to(target.device)
     except ValueError as error:
         raise UserError(f"The exported drafter did not load. {error}") from error
+    check_finite_weights(draft.own_parameters(), exported / "model.safetensors")
     variants = _variants(draft, list(settings.variants))
     evaluation = evaluate_drafter(
         target,
@@ -182,7 +183,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     draft = _new_draft(config, resources, calibrated=calibrates, adapted=not calibrates)
     if calibrates:
         source = directory.parent / "attention_tuning" / WEIGHTS
-        load_draft_weights(draft.attention_parameters(), load_file(source), source=str(source))
+        load_draft_weights(draft.attention_parameters(), read_finite(source), source=str(source))
         start_from_head(draft)
     training, validation = resources.rows
     if settings.best_by and not len(validation):
@@ -208,7 +209,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
     check_handed_on(trainer, trained)
     if trainer.is_global_zero:
-        own = load_file(source) if calibrates else {}
+        own = read_finite(source) if calibrates else {}
         own |= {name: tensor.cpu() for name, tensor in trained.items()}
         own |= keeper(trainer).best_weights()
         if not calibrates:
