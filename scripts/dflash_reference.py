@@ -25,11 +25,12 @@ from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
 from data.batch import Batch
 from data.configuration import check_settings, composed
+from data.errors import UserError
 from models.attention import KeysValues, Mask, View, blocks_mask
 from models.block_loss import block_loss
-from models.decoding import stop_tokens
 from models.execution import through_layers
 from models.families import position_embeddings
+from models.generation_settings import followed_settings, stop_tokens
 from models.hf_cache import crop, forward_cached
 from models.intervals import tau_interval
 from models.metrics import mean_acceptance_length
@@ -216,6 +217,9 @@ def decode(draft: Reference, prompt: list[int], max_new_tokens: int) -> tuple[li
 def compare(config: DictConfig, resources: Resources, draft: Reference) -> dict[str, Any]:
     """τ on the first benchmark, and how many outputs are the target's own."""
     how = decoding_settings(config)
+    settings = followed_settings(resources.target)
+    if settings:
+        raise UserError(f"model.target: this drafter is compared by argmax, but the target's defaults are {settings}.")
     name, conversations = next(iter(resources.benchmarks.items()))
     prompts = own_answers(resources.target, resources.encoder, name, conversations, how, draft.block_size)
     found = [decode(draft, tokens, how.max_new_tokens) for tokens in tqdm(prompts.tokens, desc=name, unit="prompt")]

@@ -6,9 +6,12 @@ import random
 import pytest
 import torch
 from conftest import random_draft
-from test_decoding import NUCLEUS, SELECTIONS, endless, own_batch, random_prompts
+from safetensors.torch import load_file, save_file
+from test_decoding import NUCLEUS, SELECTIONS, endless, own_batch, padded, random_prompts
 
+from models.custom_generate import generate as shipped
 from models.decoding import MODES, generate
+from models.export import export_draft
 from models.reference_decoding import reference_generate
 from models.sampling import GREEDY
 from models.selection import OFF, RULES, Selection, drafts_and_confidence
@@ -118,6 +121,23 @@ def test_the_oracle_takes_the_same_steps_with_a_broken_drafter(value):
     expected = [reference_generate(target, draft, prompt, NEW_TOKENS) for prompt in batch]
     assert result.tokens == [alone.tokens[0] for alone in expected]
     assert result.steps == [alone.steps[0] for alone in expected]
+
+
+@pytest.mark.parametrize("value", VALUES)
+@torch.no_grad()
+def test_the_shipped_decoder_is_not_changed_by_a_broken_drafter_either(value, tmp_path):
+    target = target_of()
+    target.generation_config.pad_token_id = 0
+    export_draft(random_draft(target, num_layers=2, rank=6, **BEYOND), tmp_path / "drafter", torch.float32)
+    weights = tmp_path / "drafter" / "model.safetensors"  # the export refuses such values
+    save_file({name: torch.full_like(tensor, value) for name, tensor in load_file(weights).items()}, weights)
+    batch = [[token or 1 for token in prompt] for prompt in ragged(4)]
+    ids, mask = padded(batch, left=True)
+    how = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    own = target.generate(ids, **how)
+    for rule in RULES:
+        found = shipped.generate(target, input_ids=ids, drafter=str(tmp_path / "drafter"), selection=rule, **how)
+        assert torch.equal(found, own)
 
 
 @pytest.mark.parametrize("rule", RULES)

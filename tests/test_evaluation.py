@@ -18,11 +18,14 @@ from models.cost import decoding_flops
 from models.decoding import generate
 from models.draft import DraftModel
 from models.export import FLEXDRAFT_KEYS, RECOMMENDED, load_draft, recommended, without_recommendation
+from models.generation_settings import text
 from models.passes import Passes, prefill
 from models.reference_decoding import autoregressive_generate
 from models.sampling import GREEDY, Sampling
 from models.selection import OFF, Selection
+from models.target import load_target
 from train import stages
+from train.benchmark import evaluate_drafter
 from train.evaluation import (
     BenchmarkReport,
     Decoding,
@@ -35,6 +38,7 @@ from train.evaluation import (
     own_answers,
     pooled,
 )
+from train.evaluation_report import _remarks
 from train.resources import Resources
 from train.run_state import read_json
 from train.speed import ALONE, Speed, filled, recommendation
@@ -139,6 +143,33 @@ def test_differences_are_placed_and_measured():
     logits = target(input_ids=torch.tensor([prompt + own[:3]])).logits[0, -1]
     best = logits.topk(2).values
     assert found[0].margin == pytest.approx(float(best[0] - best[1]), abs=1e-5)
+
+
+def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny_tokenizer):
+    target = load_target(str(TINY / "target"))
+    target.generation_config.repetition_penalty = 1.3
+    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=2, setting="x")
+    how = replace(HOW, max_new_tokens=12)
+    variants = {"x": Variant(random_draft(target, num_layers=2), True)}
+    found = evaluate_drafter(
+        target, variants, {"b": talks}, ChatEncoder(tiny_tokenizer, {}), how, {"num_prompts": 0}, "t"
+    )
+    prompts = own_answers(target, ChatEncoder(tiny_tokenizer, {}), "b", talks, how)
+    for prompt, answer in zip(prompts.tokens, prompts.answers, strict=True):
+        ids = torch.tensor([prompt])
+        output = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert output[0, len(prompt) :].tolist() == answer
+    assert found.broken() is None and found.benchmarks["b"].variants["x"].identical == 2
+    assert found.as_dict()["generation_settings"] == {"repetition_penalty": 1.3}
+    assert any("generation_config is followed" in line and "repetition_penalty=1.3" in line for line in _remarks(found))
+    other = [*prompts.answers[0][:9], 5]  # a margin is one of scores, not of logits
+    at = first_differences(target, prompts, [other, prompts.answers[1]])[0]
+    scores = text(target, prompts.tokens[0], 12)
+    for token in prompts.answers[0][:9]:
+        scores.add(token)
+    logits = target(input_ids=torch.tensor([prompts.tokens[0] + prompts.answers[0][:9]])).logits[0, -1]
+    best, raw = scores.scores(logits).topk(2).values, logits.topk(2).values
+    assert at.margin == pytest.approx(float(best[0] - best[1]), abs=1e-5) != pytest.approx(float(raw[0] - raw[1]))
 
 
 def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, trained_run, tiny_tokenizer):

@@ -146,6 +146,13 @@ def test_drafts_that_are_accepted_and_identical_give_no_warning():
     assert "τ 2.00 parallel, τ 2.00 sequential; identical" in check.summary and not check.warnings + check.faults
 
 
+def test_the_targets_generation_settings_are_followed_and_named():
+    draft = random_draft(random_target(eos_token_id=None))
+    draft.target.generation_config.repetition_penalty = 1.3
+    check = decoding_check(draft, [[5, 6], [7]], 8)
+    assert "identical to the target alone under its generation_config (repetition_penalty=1.3)" in check.summary
+
+
 def test_more_prompts_than_are_decoded_at_a_time_keep_their_order():
     draft = random_draft(random_target(eos_token_id=None))
     prompts = [[5 + i] * (1 + i % 3) for i in range(2 * ROWS + 1)]

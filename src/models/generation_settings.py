@@ -131,6 +131,12 @@ def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         )
 
 
+def followed_settings(target: PreTrainedModel) -> dict[str, Any]:
+    """The target's defaults that change its output, but for its stop tokens."""
+    config = target.generation_config.to_dict()
+    return {name: config[name] for name in FOLLOWED if name != "eos_token_id" and _on(config.get(name))}
+
+
 def _on(value: Any) -> bool:
     """Whether a setting is on: None, False, 0 and, of a number, 1 turn any of the others off."""
     return value is True or value not in (None, False, 0, 1)

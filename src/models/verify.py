@@ -29,6 +29,7 @@ from models.decoding import GenerationResult, check_untested, generate
 from models.draft import DraftModel
 from models.export import CONFIG, extras, load_draft
 from models.families import check_architecture
+from models.generation_settings import followed_settings
 from models.hub import artifact_directory, is_repository_name
 from models.target import load_config, load_target
 from models.verify_config import calibrator_rank, config_faults, draft_settings
@@ -175,7 +176,9 @@ def decoding_check(draft: DraftModel, prompts: list[list[int]], max_new_tokens: 
     if not result.accepted():
         warnings.append("no draft was verified, so nothing is known: take other prompts, or more new tokens.")
     if not differences:
-        return Check("decoding", f"{summary}; identical to the target alone", warnings=warnings)
+        settings = ", ".join(f"{name}={value}" for name, value in followed_settings(target).items())
+        alone = f"the target alone under its generation_config ({settings})" if settings else "the target alone"
+        return Check("decoding", f"{summary}; identical to {alone}", warnings=warnings)
     if target.dtype in EXACT:
         return Check("decoding", faults=differences, warnings=warnings)
     return Check("decoding", f"{summary}; near ties may turn in {target.dtype}", warnings=warnings + differences)

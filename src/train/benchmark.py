@@ -9,6 +9,7 @@ from data.benchmarks import ALL
 from data.chat import ChatEncoder
 from data.records import Messages
 from models.draft import DraftModel
+from models.generation_settings import followed_settings
 from models.sampling import Sampling
 from models.selection import Selection
 from models.sizes import Sizes
@@ -69,7 +70,7 @@ def evaluate_drafter(
         few = {benchmark: tokens[: speed["num_prompts"]] for benchmark, tokens in prompts.items()}
         measured = measure_speed(contest, few, speed["batch_sizes"], speed["thresholds"])
     dtype = str(target.dtype).removeprefix("torch.")
-    return Evaluation(how, dtype, name, reports, measured, wrong)
+    return Evaluation(how, dtype, name, reports, measured, wrong, followed_settings(target))
 
 
 def drafter_sizes(draft: DraftModel) -> Sizes | None:

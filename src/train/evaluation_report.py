@@ -1,7 +1,7 @@
 """What a person looks at in the end: tables in the terminal and in Markdown, and pictures."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Evaluation:
     benchmarks: dict[str, BenchmarkReport]  # `all` among them where there are several
     speed: SpeedReport | None
     wrong: list[str]  # prompts at which our passes of the target alone differ from transformers'
+    generation_settings: dict[str, Any] = field(default_factory=dict)  # of the target, that change its output
 
     @property
     def together(self) -> BenchmarkReport:
@@ -65,6 +66,7 @@ class Evaluation:
                 "sampling": vars(self.how.sampling),
                 "selection": vars(self.how.selection),
             },
+            "generation_settings": self.generation_settings,
             "wrong": self.wrong,
             "benchmarks": {name: report.as_dict() for name, report in self.benchmarks.items()},
             "speed": self.speed.as_dict() if self.speed else None,
@@ -231,9 +233,12 @@ def _remarks(evaluation: Evaluation) -> list[str]:
     together = evaluation.together
     identical = min(variant.identical for variant in together.variants.values())
     remarks = [f"lossless: {identical}/{together.prompts} prompts identical"]
+    if evaluation.generation_settings:
+        followed = ", ".join(f"{name}={value}" for name, value in evaluation.generation_settings.items())
+        remarks.append(f"the target's generation_config is followed, in its own answers and in drafting: {followed}")
     margins = [d.margin for variant in together.variants.values() for d in variant.differences]
     if margins:
-        remarks.append(f"at first differences, margin of the target's two greatest logits: at most {max(margins):.2g}")
+        remarks.append(f"at first differences, margin of the target's two greatest scores: at most {max(margins):.2g}")
     if together.left_out:
         remarks.append(f"left out: {together.left_out} turns that leave no room in the target's positions")
     if evaluation.speed:
