@@ -208,7 +208,7 @@ def test_no_worker_outlives_a_run_that_is_stopped(hook, tmp_path):
         check_val_every_n_epoch=None,
     )
     with pytest.raises(SystemExit) as stopped:
-        fit(fitting, stage, rows, tmp_path, resume=False)
+        fit(fitting, stage, rows, tmp_path)
     assert stopped.value.code == 75 and not set(multiprocessing.active_children()) - others
 
 

@@ -57,6 +57,7 @@ WIRING = ("_target_", "_partial_")
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
 # may be a list of sources, which are checked where they are opened.
 FREE_FORM = ("data.template_kwargs", "data.path", "model.target.architecture", "regenerate.server.extra")
+FREE_FORM += ("overwrite",)  # true, false or stages: train.checks
 FREE_FORM += ("trainer", "logger", "callbacks", "hydra", "benchmarks")
 
 

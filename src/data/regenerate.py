@@ -96,6 +96,8 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
     ids = sample_ids(parts, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
     settings, record = _settings(config, parts), output.with_suffix(".settings.json")
+    if not isinstance(config.overwrite, bool):
+        raise UserError(f"overwrite={config.overwrite}: expected true or false; stages are for python -m train.")
     if _finished(record, settings, output, config.overwrite):
         say(f"finished before: {output}")
         return

@@ -43,6 +43,21 @@ def _check_stages(config: DictConfig) -> None:
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or not config.stages:
         raise UserError(f"stages={list(config.stages)}: expected one or more of {', '.join(STAGES)}.")
+    again = config.overwrite
+    if not isinstance(again, bool):
+        names = list(again) if isinstance(again, ListConfig) else [again]
+        if not names or any(name not in STAGES for name in names):
+            raise UserError(
+                f"overwrite={_plain(again)}: expected true, false, or one or more of {', '.join(STAGES)}, such as "
+                "overwrite=evaluate or overwrite=[export,evaluate]."
+            )
+        idle = [name for name in names if name not in config.stages]
+        if idle:
+            raise UserError(f"overwrite={_plain(again)}: stages={list(config.stages)} leaves out {', '.join(idle)}.")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, ListConfig) else value
 
 
 def _check_push(config: DictConfig) -> None:

@@ -37,8 +37,8 @@ class DraftData(lightning.LightningDataModule):
         self.block_size, self.seed, self.workers = block_size, seed, workers
         self.loaders: list[Ahead] = []
 
-    def train_dataloader(self) -> Ahead:
-        batches = TrainingBatches(
+    def _batches(self, rank: int, world_size: int) -> TrainingBatches:
+        return TrainingBatches(
             self.training,
             steps=self.steps,
             rows_per_step=self.rows_per_step,
@@ -46,9 +46,17 @@ class DraftData(lightning.LightningDataModule):
             num_anchors=self.num_anchors,
             block_size=self.block_size,
             seed=self.seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
         )
+
+    def batch_bytes(self, world_size: int) -> int:
+        """Bytes of one batch."""
+        values = vars(self._batches(0, world_size)[0]).values()
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+    def train_dataloader(self) -> Ahead:
+        batches = self._batches(self.trainer.global_rank, self.trainer.world_size)
         return self._keep(Ahead(batches, self.workers, FromStep(batches, lambda: self.trainer.global_step)))
 
     def val_dataloader(self) -> Ahead:

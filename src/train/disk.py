@@ -24,6 +24,7 @@ REASONS = {
     errno.ESTALE: "the network file system has lost the file",
     errno.EBUSY: "the file is in use",
 }
+UNNAMED = ("/dev/shm with speed.workers", "the cache of datasets, HF_DATASETS_CACHE", "the directory of TMPDIR")
 PROBE = 2**16  # bytes that are written to learn why a write failed
 
 
@@ -39,9 +40,9 @@ def disk_error(error: OSError, path: Path | None = None, needed: int | None = No
     """
     named = error.filename if isinstance(error.filename, str) else None
     place = Path(path or named or tempfile.gettempdir())
-    reason = REASONS.get(error.errno or 0)
-    text = f"{place if path or named else 'A file'}: {reason + ' (' if reason else ''}{error.strerror or error}"
-    text += ")." if reason else "."
+    reason, said = REASONS.get(error.errno or 0), error.strerror or error
+    text = f"{place}: " if path or named else f"A file of which the system gives no name ({', '.join(UNNAMED)}?): "
+    text += f"{reason} ({said})." if reason else f"{said}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or needed:
         free = free_bytes(place)
         text += f" {size(needed)} are needed there" if needed else ""
@@ -60,6 +61,13 @@ def as_user_error(error: BaseException) -> BaseException:
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in REASONS:
             return disk_error(cause)
+        if isinstance(cause, RuntimeError) and "shared memory" in str(cause):  # of a DataLoader's dead worker
+            shm = Path("/dev/shm")
+            free = size(free_bytes(shm) or 0)
+            return UserError(
+                f"speed.workers: a process that makes batches has died, and {shm} has {free} free. "
+                f"Enlarge it (docker run --shm-size=1g), or set speed.workers=0. ({cause})"
+            )
     return error
 
 

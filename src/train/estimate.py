@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 from models.activations import Setup
 from models.cost import step_flops
-from models.memory import decoding_memory, peak, step_memory
+from models.memory import FLOAT32, decoding_memory, peak, step_memory
 from models.sizes import FAMILIES, Sizes
-from train.checks import check_path, check_ranks
+from train.checks import TRAINED, check_path, check_ranks
 from train.hardware import GIB, GPUS, peak_flops
 from train.preset import accelerator, arithmetic, device_count, passes_per_step
 
@@ -96,6 +96,25 @@ def target_sizes(config: DictConfig) -> Sizes:
 def draft_shape(config: DictConfig) -> dict[str, Any]:
     """The drafter and its training, as arguments of `Sizes.from_config`."""
     return {**config.model.draft, "joint": config.stage.bonus_calibration.module.joint}
+
+
+def disk_parts(config: DictConfig, sizes: Sizes, stages: list[str]) -> dict[str, int]:
+    """Bytes on the disk of the run directory, by part. Checkpoints are deleted when their stage is finished."""
+    trained = [stage for stage in TRAINED if stage in stages]
+    last = TRAINED[1] if TRAINED[1] in config.stages else TRAINED[0]
+    # One checkpoint more than are kept, while it is written.
+    checkpoints = [(config.stage[s].keep_checkpoints + 1) * _checkpoint(sizes, s) for s in trained]
+    exported = DTYPE_BYTES[config.export.dtype] * sizes.draft_parameters(last)
+    return {
+        "checkpoints of a stage": max(checkpoints, default=0),
+        "trained drafters": FLOAT32 * sum(sizes.draft_parameters(stage) for stage in trained),
+        "export": exported if "export" in stages else 0,
+    }
+
+
+def _checkpoint(sizes: Sizes, stage: str) -> int:
+    """Weights and two moments; and the best weights, which a kept checkpoint may refer to."""
+    return (3 + 1) * FLOAT32 * sizes.trained_parameters(stage)
 
 
 def _architecture(target: DictConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -86,9 +87,12 @@ def read_finite(path: Path) -> dict[str, Tensor]:
     """The weights that a stage has left, by exported name.
 
     Raises:
-        UserError: one of them is not finite.
+        UserError: one of them is not finite, or the file is damaged.
     """
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, it does not read as safetensors ({error}).") from error
     check_finite_weights(tensors, path)
     return tensors
 

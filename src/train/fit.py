@@ -90,15 +90,12 @@ def wandb_loggers(config: DictConfig, stage: str, directory: Path) -> list[Stage
     return [logger for logger in stage_loggers(config, stage, directory) if isinstance(logger, StageWandbLogger)]
 
 
-def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path, resume: bool) -> dict[str, float]:
+def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path) -> dict[str, float]:
     """Train to the last step, from the last whole checkpoint if there is one; returns the figures of what it hands on.
 
     With patience, to the step where that ends.
-
-    Args:
-        resume: False begins anew whatever lies there.
     """
-    chosen = usable_checkpoint(directory / "checkpoints", say, keeper(trainer).run) if resume else None
+    chosen = usable_checkpoint(directory / "checkpoints", say, keeper(trainer).run)
     keeper(trainer).resumed_from = chosen
     if chosen:
         step = step_of(chosen)

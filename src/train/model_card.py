@@ -3,7 +3,6 @@
 import hashlib
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from data.configuration import ROOT
 from models.export import extras, without_recommendation
 from train.checks import TRAINED, VARIANTS
-from train.run_state import file_sha256, publish, read_json
+from train.run_state import file_sha256, publish, read_json, read_record
 
 TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
 CARD, PLOT = "README.md", "acceptance_by_slot.png"
@@ -93,10 +92,10 @@ def is_outdated(run_dir: Path) -> bool:
     """Whether what was exported was not trained as the records now say: a stage has been trained again since."""
     stage = "export"
     while stage:
-        done = run_dir / "records" / f"{stage}.done.json"
-        if not done.exists():
+        done = read_record(run_dir / "records" / f"{stage}.done.json")
+        if not done:
             return True
-        given = {name: value for name, value in read_json(done)["settings"]["inputs"].items() if name in TRAINED_FILES}
+        given = {name: value for name, value in done["settings"]["inputs"].items() if name in TRAINED_FILES}
         if any((run_dir / name).exists() and file_sha256(run_dir / name) != value for name, value in given.items()):
             return True
         stage = next((name.split("/")[0] for name in given), None)
@@ -107,25 +106,31 @@ def write_card(run_dir: Path) -> None:
     """Write the card, and the plot that it shows, into the exported directory. The same records give the same card."""
     exported, records = run_dir / "export", {}
     for stage in (*TRAINED, "export", "evaluate"):
-        done = run_dir / "records" / f"{stage}.done.json"
-        if done.exists():
-            records[stage] = read_json(done)
+        if done := read_record(run_dir / "records" / f"{stage}.done.json"):
+            records[stage] = done
     config = without_recommendation(exported)
     if not config["flexdraft_config"]["enable_anchor_bias_logits"]:
         records.pop("bonus_calibration", None)  # the MLP was not exported
-    if "evaluate" in records and not _is_of(records["evaluate"], exported, config):
+    report = run_dir / "evaluate" / "report.json"
+    if "evaluate" in records and not (report.exists() and _is_of(records["evaluate"], exported, config)):
         del records["evaluate"]
     figures = "This drafter has not been evaluated."
     if "evaluate" in records:
-        figures = _figures(read_json(run_dir / "evaluate" / "report.json"), records["evaluate"]["settings"]["seed"])
+        figures = _figures(read_json(report), records["evaluate"]["settings"]["seed"])
     plot = run_dir / PLOT
     if "evaluate" in records and plot.exists():
-        publish(exported / PLOT, lambda temporary: shutil.copyfile(plot, temporary))
+        _publish_if_other(exported / PLOT, plot.read_bytes())
         figures += f"\n\n![acceptance by slot]({PLOT})"
     else:
         (exported / PLOT).unlink(missing_ok=True)
     text = f"{_header(records)}\n{_body(records, config, figures)}"
-    publish(exported / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _publish_if_other(exported / CARD, text.encode())
+
+
+def _publish_if_other(file: Path, content: bytes) -> None:
+    """A finished run is not written to again: its disk may be read-only by then."""
+    if not file.exists() or file.read_bytes() != content:
+        publish(file, lambda temporary: temporary.write_bytes(content))
 
 
 def named(card: str, repository: str) -> str:

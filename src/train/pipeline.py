@@ -1,6 +1,5 @@
 """The composition root: the chosen stages in order, each once."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,46 +7,50 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from data.benchmarks import benchmark_fingerprint
 from data.errors import UserError
-from data.sources import fingerprint
-from models.export import without_recommendation
 from train import stages
 from train.checks import STAGES, TRAINED
+from train.disk import DiskError, as_user_error, remove_tree
+from train.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_export, finished_weights
 from train.hub import check_access, destination, of_target, push
+from train.identity import check_inputs, settings_of
 from train.model_card import is_outdated, write_card
 from train.preemption import set_training
-from train.preset import accelerator, arithmetic, check_device, device
+from train.preset import check_device, device
+from train.progress import ANEW, FINISHED, left_to_do
 from train.report import plot_losses
 from train.resources import Resources
-from train.run_state import StageRecord, file_sha256, overwrites
+from train.run_lock import RunLock
+from train.run_state import StageRecord, read_record
+from train.space import check_disk
 from train.speed import device_name
 from train.terminal import say
-
-# What each stage starts from: files of earlier stages, without which it cannot run.
-INPUTS = {
-    "attention_tuning": [],
-    "bonus_calibration": [f"attention_tuning/{stages.WEIGHTS}"],
-    "export": [],  # stage 2 if it was finished, else stage 1: see `stages.finished_weights`
-    "evaluate": ["export/config.json"],
-}
-
-
-# How often something is saved, how a step is cut into passes, and how many may fail, leave the outcome what it is.
-WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "rows_per_pass", "max_skipped_steps")
 
 
 def run(config: DictConfig) -> None:
     """Run the chosen stages in order; finished ones are left as they are.
 
     Raises:
-        UserError: settings that do not fit together, or a stage whose input is missing.
+        UserError: settings that do not fit together or not this run directory, a stage whose input is missing, another
+            process in the run directory, or a disk that is full or refuses.
     """
     set_training(False)  # from here on, signals may unwind what is going on
     check_device(config)
-    run_dir = Path(config.run_dir)
+    lock = RunLock(Path(config.run_dir))
+    try:
+        _run(config, Path(config.run_dir), lock)
+    except Exception as error:
+        cause = as_user_error(error)
+        if cause is error:
+            raise
+        raise cause from error
+    finally:
+        lock.release()
+
+
+def _run(config: DictConfig, run_dir: Path, lock: RunLock) -> None:
     resources = Resources(config)
     if config.export.push_to_hub and rank_zero_only.rank == 0:
         check_access(destination(config), of_target(resources.target_config))  # before the training, not after it
@@ -56,8 +59,8 @@ def run(config: DictConfig) -> None:
         if rank_zero_only.rank and stage not in TRAINED:
             continue  # export and evaluation are the first rank's
         say(f"[{number}/{len(chosen)}] {stage}")
-        _run_stage(config, stage, run_dir / stage, resources, later=chosen[number:])
-    if rank_zero_only.rank == 0 and (run_dir / "records" / "export.done.json").exists():
+        _run_stage(config, stage, resources, lock, later=chosen[number:])
+    if rank_zero_only.rank == 0 and read_record(run_dir / "records" / "export.done.json"):
         _describe_and_push(config, run_dir)
 
 
@@ -66,38 +69,49 @@ def _describe_and_push(config: DictConfig, run_dir: Path) -> None:
     Raises:
         UserError: what was exported is not what the records speak of, or the Hub refused.
     """
-    if is_outdated(run_dir):
-        again = (
-            f"{run_dir / 'export'}: trained again since it was exported. Run stages=[export,evaluate] overwrite=true"
-        )
+    exported = run_dir / "export"
+    problem = ""
+    if not (exported / "config.json").exists():
+        problem = f"{exported / 'config.json'} is gone. Run stages=[export,evaluate]"
+    elif is_outdated(run_dir):
+        problem = f"{exported}: trained again since it was exported. Run stages=[export,evaluate] overwrite=true"
+    if problem:
         if config.export.push_to_hub:
-            raise UserError(f"{again} before it is pushed.")
-        say(f"{again}; its model card is left as it is.")
+            raise UserError(f"{problem} before it is pushed.")
+        say(f"{problem}; its model card is left as it is.")
         return
     write_card(run_dir)
     if config.export.push_to_hub:
-        say(f"pushed to {push(run_dir / 'export', destination(config))}")
+        say(f"pushed to {push(exported, destination(config))}")
 
 
-def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resources, later: list[str]) -> None:
-    run_dir, overwrite = directory.parent, overwrites(config)
-    record = StageRecord(run_dir, stage, _settings(config, stage, run_dir, resources))
-    if not overwrite and record.finished():
+def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLock, later: list[str]) -> None:
+    run_dir = Path(config.run_dir)
+    directory = run_dir / stage
+    check_inputs(stage, run_dir)
+    drafter = _checked_drafter(config, stage, run_dir, resources)
+    record = StageRecord(run_dir, stage, settings_of(config, stage, run_dir, resources))
+    todo = left_to_do(config, stage, record)
+    if todo == FINISHED:
         say(f"    finished before, see {directory}")
         if rank_zero_only.rank == 0:
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of a run killed when it had just finished
+            _drop_checkpoints(directory)  # of a run killed when it had just finished
         return
     if stage in TRAINED:
         stages.checked_trainer(config, stage, directory)  # refused before the data is read
+    if rank_zero_only.rank == 0:
+        lock.acquire()
+        if left_to_do(config, stage, record) != todo:
+            raise UserError(f"{directory}: another process has worked on this stage meanwhile. Run the command again.")
+        _remove_temporary(run_dir)
+        check_disk(config, resources, run_dir, [stage, *later])
+    else:
+        lock.refuse_other_jobs()
     resources.check(stage)
     if rank_zero_only.rank == 0:
-        if overwrite:
-            shutil.rmtree(directory, ignore_errors=True)
-            if stage == "attention_tuning":
-                shutil.rmtree(run_dir / stages.ADAPTER, ignore_errors=True)
-            for name in later:  # a restart must not take them for done
-                StageRecord(run_dir, name, {}).forget()
-        record.begin(anew=overwrite)
+        if todo == ANEW:
+            _clear(config, stage, record, later)
+        record.begin(anew=todo == ANEW)
     if stage in TRAINED:
         _barrier()  # the other ranks are gone by the time of export and evaluation
     seed_everything(config.seed, verbose=False)
@@ -105,11 +119,67 @@ def _run_stage(config: DictConfig, stage: str, directory: Path, resources: Resou
     if rank_zero_only.rank == 0:
         if "adapter" in result:
             say(f"    PEFT adapter: {result['adapter']}")
-        record.finish(result, overrides=_overrides(), hardware=_hardware(config))
+        files = stages.result_files(stage, directory)
+        origin = {"drafter": drafter} if drafter else {}
+        record.finish(result, files, overrides=_overrides(), hardware=_hardware(config), **origin)
         # Only now: until the stage is on record, the checkpoints are what a restart goes on from.
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        _drop_checkpoints(directory)
         if stage in TRAINED:
             plot_losses({name: run_dir / name for name in TRAINED}, run_dir / "loss.png")
+
+
+def _checked_drafter(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
+    """What the drafter that a stage starts from was trained for; nothing if it starts from none.
+
+    Raises:
+        UserError: the settings are for another drafter, or the file does not say what it is.
+    """
+    target = resources.target_identity
+    if stage == "attention_tuning":
+        return {}
+    if stage == "evaluate":
+        source, facts = run_dir / "export", facts_of_export(run_dir, target)
+    else:
+        tuned = run_dir / "attention_tuning" / WEIGHTS
+        source = tuned if stage == "bonus_calibration" else finished_weights(run_dir)
+        facts = facts_in(source, target)
+    check_fits(source, facts, config, target, stage)
+    return facts
+
+
+def _clear(config: DictConfig, stage: str, record: StageRecord, later: list[str]) -> None:
+    """
+    Raises:
+        DiskError: something of an earlier run cannot be deleted; until it can, the stage is not begun.
+    """
+    before = record.begun.exists() or config.overwrite is not False
+    record.drop()
+    if config.overwrite is not False:
+        for name in later:  # they start from this one: a restart must not take them for done
+            StageRecord(record.run_dir, name, {}).drop()
+    if before and stage != "export":  # which replaces its directory when the new one is whole
+        remove_tree(record.run_dir / stage)
+        if stage == "attention_tuning":
+            remove_tree(record.run_dir / stages.ADAPTER)
+
+
+def _drop_checkpoints(directory: Path) -> None:
+    """A finished stage needs them no more; where they cannot be deleted, their ids keep them from being used."""
+    try:
+        remove_tree(directory / "checkpoints")
+    except DiskError as error:
+        say(f"    {error}")
+
+
+def _remove_temporary(run_dir: Path) -> None:
+    """Of writers that were killed: there is no other writer now."""
+    parts = [
+        run_dir,
+        run_dir / "records",
+        *(run_dir / stage / part for stage in STAGES for part in (".", "checkpoints")),
+    ]
+    for file in [file for part in parts for file in part.glob(".*.tmp")]:
+        file.unlink(missing_ok=True)
 
 
 def _overrides() -> list[str]:
@@ -126,53 +196,3 @@ def _barrier() -> None:
     """All ranks, once an earlier stage has connected them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def _settings(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
-    """What the outcome of a stage depends on: its settings, and the content of the files that it starts from."""
-    inputs = [run_dir / name for name in INPUTS[stage]]
-    for file in inputs:
-        if not file.exists():
-            raise UserError(
-                f"stages=[{stage}] starts from {file}, which is not there. Run stage {file.parent.name} first."
-            )
-    if stage == "export":
-        inputs.append(stages.finished_weights(run_dir))
-    if stage == "evaluate":
-        inputs += sorted((run_dir / "export").glob("*.safetensors"))
-    # Unresolved, so that a moved checkout keeps its settings.
-    plain: Any = OmegaConf.to_container(config, resolve=False)
-    written = {"dtype": plain["export"]["dtype"]}  # what else is there says where it goes
-    if plain["export"]["complete"]:
-        written["complete"] = True
-    settings = {"model": plain["model"], "stage": written if stage == "export" else plain["stage"][stage]}
-    if stage in TRAINED:
-        settings["stage"] = {k: v for k, v in settings["stage"].items() if k not in WITHOUT_EFFECT}
-        data = {k: v for k, v in plain["data"].items() if k not in ("prompts", "num_proc", "bad_records")}
-        settings |= {"objective": plain["objective"], "data": data, "seed": plain["seed"]}
-        if stage == "attention_tuning" and plain["adapter"]:
-            settings["adapter"] = plain["adapter"]
-        settings["arithmetic"] = arithmetic(config)  # ranks and strategy change no more than the rounding
-    if stage == "evaluate":
-        settings["template_kwargs"] = plain["data"]["template_kwargs"]
-    inputs += _target_files(config)
-    settings["inputs"] = {f"{f.parent.name}/{f.name}": file_sha256(f) for f in inputs if f.is_file()}
-    if stage in TRAINED:
-        settings["inputs"]["data"] = fingerprint(resources.parts)
-    if stage == "evaluate":
-        where = "cpu" if accelerator(config) == "cpu" else "gpu"
-        settings |= {"seed": plain["seed"], "accelerator": where}  # speed is of a device
-        settings["inputs"]["export/config.json"] = without_recommendation(run_dir / "export")
-        given: Any = OmegaConf.to_container(config.benchmarks, resolve=True)
-        settings["inputs"]["benchmarks"] = {name: benchmark_fingerprint(name, one) for name, one in given.items()}
-    return settings
-
-
-def _target_files(config: DictConfig) -> list[Path]:
-    """Files of a local target; weights only up to a size that is hashed in a second."""
-    if not config.model.target.name:
-        return []
-    files = sorted(Path(config.model.target.name).glob("*.json")) + sorted(
-        Path(config.model.target.name).glob("*.safetensors")
-    )
-    return [file for file in files if file.stat().st_size < 2**30]

@@ -14,7 +14,16 @@ from data.terminal import terminal
 from models.memory import FLOAT32, PARTS
 from models.sizes import ATTENTION_TUNING, Sizes
 from train.checks import TRAINED
-from train.estimate import DTYPE_BYTES, LIBRARIES, Estimate, Machine, estimate, machine_of, target_sizes
+from train.estimate import (
+    DTYPE_BYTES,
+    LIBRARIES,
+    Estimate,
+    Machine,
+    disk_parts,
+    estimate,
+    machine_of,
+    target_sizes,
+)
 from train.hardware import GIB, GPUS
 
 GB = 10**9
@@ -86,14 +95,9 @@ def _elsewhere(config: DictConfig, sizes: Sizes, machine: Machine, estimates: li
     """What is needed outside the device's own memory."""
     target, last = config.model.target, estimates[-1].stage
     download = 0 if target.name is None or Path(target.name).exists() else 2 * sizes.target_parameters
-    keep = {e.stage: config.stage[e.stage].keep_checkpoints for e in estimates}
-    rows = {
-        "disk: download of the target, in bfloat16": download,
-        # One more than are kept, while it is written.
-        "disk: checkpoints of a stage": max((n + 1) * _checkpoint(sizes, stage) for stage, n in keep.items()),
-        "disk: trained drafters": FLOAT32 * sum(sizes.draft_parameters(e.stage) for e in estimates),
-        "disk: export": DTYPE_BYTES[config.export.dtype] * sizes.draft_parameters(last),
-    }
+    rows = {"disk: download of the target, in bfloat16": download}
+    parts = disk_parts(config, sizes, [*(e.stage for e in estimates), "export"])
+    rows |= {f"disk: {name}": count for name, count in parts.items()}
     if machine.gpu:
         # Each rank reads the whole target before it goes to the GPU, under ZeRO 3 too.
         weights = sizes.target_parameters * DTYPE_BYTES[target.dtype] + FLOAT32 * sizes.held_parameters(last)
@@ -108,11 +112,6 @@ def _elsewhere(config: DictConfig, sizes: Sizes, machine: Machine, estimates: li
 def _figure(value: float) -> str:
     """At least two digits that say something."""
     return "0" if not value else f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
-
-
-def _checkpoint(sizes: Sizes, stage: str) -> int:
-    """Bytes of weights and two moments; and of the best weights, which a kept checkpoint may refer to."""
-    return (3 + 1) * FLOAT32 * sizes.trained_parameters(stage)
 
 
 def refusal(config: DictConfig, sizes: Sizes, machine: Machine, estimated: Estimate) -> str:

@@ -63,7 +63,7 @@ def stop(number: int) -> None:
         status = 0
     else:
         status = STATUS[signal.Signals(number)]
-        text = "the same command goes on from here, without overwrite=true if it has that"
+        text = "the same command goes on from here, without overwrite=<stage> if it has that"
         print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
     if _starting:
         os._exit(status)  # an exception in the middle of an import may end anywhere

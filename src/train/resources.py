@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,6 +20,7 @@ from models.target import load_config, load_target
 from train.benchmark import decoding_settings
 from train.checks import TRAINED, check_path, check_sizes, check_target
 from train.live_decoding import live_decoding
+from train.target_files import hashes, target_files, tokenizer_files
 from train.terminal import say
 
 
@@ -74,6 +76,22 @@ class Resources:
         expected = self.architecture or {}
         check_sizes(expected, {key: getattr(config, key, None) for key in expected})  # by any name that it goes by
         return config
+
+    @cached_property
+    def target_identity(self) -> dict[str, Any]:
+        """What the target is, whatever its place: hashes of the files that are read, or repository and commit."""
+        if self.name is None:
+            found = {"architecture": self.architecture, "seed": self.config.seed}
+        elif Path(self.name).is_dir():
+            found = hashes(target_files(Path(self.name)))
+        else:
+            found = {"repository": self.name, "commit": getattr(self.target_config, "_commit_hash", self.revision)}
+        other = self.target_settings["tokenizer"]
+        if not other or other == self.name:
+            return found
+        if not Path(other).is_dir():
+            return found | {"tokenizer": other}
+        return found | {f"tokenizer/{name}": sha for name, sha in hashes(tokenizer_files(Path(other))).items()}
 
     @property
     def positions(self) -> int:

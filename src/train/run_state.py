@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from data.errors import UserError
 from train.disk import DiskError, disk_error, why_not_written
 
@@ -91,6 +89,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A record; None where there is none, and an empty one where it is empty, cut short or damaged."""
+    try:
+        found = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class StageRecord:
     """The record of one stage in `<run>/records/`: `<stage>.begun.json` from its start, `<stage>.done.json` at its end.
 
@@ -98,65 +107,76 @@ class StageRecord:
     """
 
     def __init__(self, run_dir: Path, stage: str, settings: dict[str, Any]) -> None:
+        self.run_dir = run_dir
         self.begun = run_dir / "records" / f"{stage}.begun.json"
         self.done = run_dir / "records" / f"{stage}.done.json"
         self.settings = json.loads(json.dumps(settings))  # as they will be read back
 
-    def finished(self) -> bool:
-        """Whether the stage was finished with these settings.
-
-        Raises:
-            UserError: it was begun or finished with others.
-        """
-        for file in (self.done, self.begun):
-            if not file.exists():
-                continue
-            changes = _differences(read_json(file)["settings"], self.settings)
-            if changes:
-                raise UserError(
-                    f"{file}: this stage was run with other settings: {'; '.join(changes)}.\n"
-                    "Choose another name=..., or overwrite=true to do the chosen stages again."
-                )
-        return self.done.exists()
-
     def begin(self, anew: bool) -> None:
         """Record the settings before the first step. `anew`: what was begun before counts for nothing."""
-        self.begun.parent.mkdir(parents=True, exist_ok=True)
-        self.done.unlink(missing_ok=True)
-        before = read_json(self.begun) if self.begun.exists() and not anew else {}
-        identity = {"id": before.get("id", uuid.uuid4().hex[:12])}
+        before = {} if anew else read_record(self.begun) or {}
+        identity = {"id": before.get("id") or uuid.uuid4().hex[:12], "job": before.get("job") if before else job()}
         write_json(self.begun, {"settings": self.settings, "environment": environment(), **identity})
 
-    def forget(self) -> None:
-        """What was begun or done counts for nothing any more."""
-        self.begun.unlink(missing_ok=True)
-        self.done.unlink(missing_ok=True)
+    def drop(self) -> None:
+        """What was begun or done counts for nothing any more, and its files may go: also after a kill at any moment."""
+        if self.begun.exists() or self.done.exists():
+            write_json(self.begun, {"dropped": True})
+            self.done.unlink(missing_ok=True)
 
-    def finish(self, result: dict[str, Any], **how: Any) -> None:
-        """Mark the stage as done. `how`: what else a reader should know of it; the outcome does not depend on it."""
-        write_json(self.done, {"settings": self.settings, "environment": environment(), "result": result, **how})
+    def finish(self, result: dict[str, Any], files: list[Path], **how: Any) -> None:
+        """Mark the stage as done.
+
+        Args:
+            files: its result, within the run directory; their hashes go on record.
+            how: what else a reader should know; the outcome does not depend on it.
+        """
+        hashes = {str(file.relative_to(self.run_dir)): file_sha256(file) for file in files}
+        record = {"settings": self.settings, "environment": environment(), "result": result, "files": hashes}
+        write_json(self.done, record | how)
 
 
-def overwrites(config: DictConfig) -> bool:
-    """Whether stages are done again. Not in a job that SLURM has put back into its queue: it has begun them anew."""
-    return config.overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+def check_written(run_dir: Path, found: dict[str, str]) -> None:
+    """The files that a stage starts from are those that their stages wrote.
+
+    Args:
+        found: path within the run directory -> SHA-256. Files that no record speaks of are passed over.
+
+    Raises:
+        UserError: a file was damaged or replaced.
+    """
+    for name, sha in found.items():
+        stage = name.split("/")[0]
+        record = read_record(run_dir / "records" / f"{stage}.done.json") or {}
+        if record.get("files", {}).get(name, sha) != sha:
+            raise UserError(
+                f"{run_dir / name} is not the file that stage {stage} wrote (SHA-256 {sha[:12]}, its record has "
+                f"{record['files'][name][:12]}): damaged or replaced. Put it back, or do the stage again with "
+                f"overwrite={stage}."
+            )
+
+
+def job() -> dict[str, Any] | None:
+    """The SLURM job that this is part of, and how often it has been requeued."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    return {"id": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+
+
+def is_requeue_of(earlier: Any) -> bool:
+    """Whether this is the same SLURM job as an `earlier` one of `job`, which has ended since and been requeued."""
+    here = job()
+    return bool(
+        here and isinstance(earlier, dict) and here["id"] == earlier["id"] and here["restart"] > earlier["restart"]
+    )
 
 
 def run_id(run_dir: Path, stage: str) -> str | None:
     """What names this run of a stage, the same after every restart; None before its first."""
-    begun = run_dir / "records" / f"{stage}.begun.json"
-    return read_json(begun).get("id") if begun.exists() else None
+    return (read_record(run_dir / "records" / f"{stage}.begun.json") or {}).get("id")
 
 
 def environment() -> dict[str, str]:
     """Versions that a result depends on."""
     packages = ("torch", "transformers", "lightning", "numpy", "deepspeed")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """`key: old -> new` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
-    return [] if old == new else [f"{path}: {old} -> {new}"]

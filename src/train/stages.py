@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from data.errors import UserError
@@ -19,10 +20,12 @@ from models.adapter import LoraDraft, save_adapter
 from models.cost import block_flops
 from models.draft import DraftModel, start_from_head
 from models.execution import Execution
-from models.export import export_draft, load_draft, load_draft_weights, recommend
+from models.export import DECODER, export_draft, load_draft, load_draft_weights, recommend
 from train.benchmark import decoding_settings, drafter_sizes, evaluate_drafter
 from train.checkpoints import check_handed_on, keeper
 from train.datamodule import DraftData
+from train.disk import disk_error, remove_tree, why_not_written
+from train.drafter_file import WEIGHTS, facts_of, finished_weights, save_drafter
 from train.evaluation import Variant
 from train.evaluation_report import markdown, plot_acceptance, plot_speed, print_report
 from train.finite import check_finite_weights, read_finite, skipped_steps
@@ -31,10 +34,10 @@ from train.live_decoding import live_decoding
 from train.preemption import agreed_signal, set_training
 from train.preset import device
 from train.resources import Resources
-from train.run_state import file_sha256, overwrites, publish, read_json, sync, write_json
+from train.run_state import publish, sync, write_json
+from train.space import check_shared_memory
 from train.terminal import say
 
-WEIGHTS = "draft.safetensors"  # the drafter after a training stage, float32, under the exported names
 CONTEXT = 256  # tokens before a block whose arithmetic is put on record
 ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
 
@@ -53,7 +56,7 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
     """Write the directory that the inference side loads."""
     source = finished_weights(directory.parent)
     draft = _new_draft(config, resources, calibrated=source.parent.name == "bonus_calibration")
-    load_draft_weights(draft.own_parameters(), read_finite(source), source=str(source))
+    _load(draft.own_parameters(), source)
     dtype, complete = getattr(torch, config.export.dtype), config.export.complete
     try:
         _publish_directory(directory, lambda new: export_draft(draft, new, dtype, complete=complete))
@@ -132,27 +135,6 @@ def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
     return {name: variant for name, variant in known.items() if name in chosen}  # the most trained is the last
 
 
-def finished_weights(run_dir: Path) -> Path:
-    """The drafter to export: calibrated if stage 2 was finished, else attention-tuned.
-
-    Raises:
-        UserError: neither was, or stage 2 started from another attention tuning than the one that is there now.
-    """
-    tuned, calibrated = (run_dir / stage / WEIGHTS for stage in ("attention_tuning", "bonus_calibration"))
-    done = run_dir / "records" / "bonus_calibration.done.json"
-    if done.exists() and calibrated.exists():
-        before = read_json(done)["settings"]["inputs"][f"attention_tuning/{WEIGHTS}"]
-        if tuned.exists() and file_sha256(tuned) != before:
-            raise UserError(
-                f"{calibrated} was trained on another attention tuning than {tuned}. "
-                "Run stages=[bonus_calibration,export,evaluate] overwrite=true."
-            )
-        return calibrated
-    if (run_dir / "records" / "attention_tuning.done.json").exists() and tuned.exists():
-        return tuned
-    raise UserError(f"{run_dir} holds no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first.")
-
-
 def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     """The trainer of a training stage.
 
@@ -183,7 +165,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     draft = _new_draft(config, resources, calibrated=calibrates, adapted=not calibrates)
     if calibrates:
         source = directory.parent / "attention_tuning" / WEIGHTS
-        load_draft_weights(draft.attention_parameters(), read_finite(source), source=str(source))
+        _load(draft.attention_parameters(), source)
         start_from_head(draft)
     training, validation = resources.rows
     if settings.best_by and not len(validation):
@@ -199,13 +181,14 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         seed=config.seed,
         workers=config.speed.workers,
     )
+    check_shared_memory(config.speed.workers, data.batch_bytes(trainer.world_size) if config.speed.workers else 0)
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     trainer.callbacks += live_decoding(config, stage, validation, resources.positions)
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
-    metrics = fit(trainer, module, data, directory, resume=not overwrites(config))
+    metrics = fit(trainer, module, data, directory)
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
     check_handed_on(trainer, trained)
     if trainer.is_global_zero:
@@ -214,7 +197,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         own |= keeper(trainer).best_weights()
         if not calibrates:
             own = _merged(draft, own, directory.with_name(ADAPTER))
-        publish(directory / WEIGHTS, lambda temporary: save_file(own, temporary, metadata={"format": "pt"}))
+        save_drafter(directory / WEIGHTS, own, facts_of(config, resources.target_identity, calibrated=calibrates))
     trainer.strategy.barrier()  # the next stage reads the file on every rank
     set_training(False, agreed_signal(trainer.strategy))
     if any(hasattr(p, "ds_id") for p in resources.target.parameters()):
@@ -230,10 +213,32 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     return result
 
 
+def _load(own: dict[str, Tensor], source: Path) -> None:
+    """
+    Raises:
+        UserError: the file is damaged, or of another drafter.
+    """
+    tensors = read_finite(source)
+    try:
+        load_draft_weights(own, tensors, source=str(source))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def result_files(stage: str, directory: Path) -> list[Path]:
+    """The files that a finished stage leaves, and that do not change after it."""
+    if stage == "evaluate":
+        return [directory / "report.json", directory / "report.md"]
+    if stage == "export":
+        return [*sorted(directory.glob("*.safetensors")), directory / DECODER]
+    adapter = sorted(directory.with_name(ADAPTER).glob("*")) if stage == "attention_tuning" else []
+    return [directory / WEIGHTS, *adapter]
+
+
 def _merged(draft: DraftModel, trained: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
     """What was trained in stage 1 by exported name. Of LoRA, the adapter goes to a directory of its own."""
     if not isinstance(draft, LoraDraft):
-        shutil.rmtree(directory, ignore_errors=True)  # of a run that this one takes the place of
+        remove_tree(directory)  # of a run that this one takes the place of
         return trained
     load_draft_weights(draft.attention_parameters(), trained, source="the trained weights")
     _publish_directory(directory, lambda new: save_adapter(draft, new))
@@ -241,13 +246,30 @@ def _merged(draft: DraftModel, trained: dict[str, Tensor], directory: Path) -> d
 
 
 def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, sync, rename."""
+    """Write under a temporary name, sync, rename. Files get the mode that the umask gives.
+
+    Raises:
+        DiskError: there is no room or no permission, or what was there before cannot be deleted.
+    """
     temporary = directory.with_name(f"{directory.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    for file in temporary.rglob("*"):
-        sync(file)
-    shutil.rmtree(directory, ignore_errors=True)  # of a run that was interrupted
+    remove_tree(temporary)
+    try:
+        write(temporary)
+        plain = temporary / ".mode"
+        plain.touch()
+        mode = stat.S_IMODE(plain.stat().st_mode)
+        plain.unlink()
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+            sync(file)
+    except (OSError, SafetensorError) as error:
+        reason = why_not_written(temporary / ".probe", error)
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has no room for half an export
+        if isinstance(reason, OSError):
+            raise disk_error(reason, directory) from error
+        raise
+    remove_tree(directory)
     os.replace(temporary, directory)
 
 
