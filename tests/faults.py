@@ -10,7 +10,8 @@ OVERFLOW = 1e25  # finite; its square in float32 is not
 
 
 class BadLoss(Callback):
-    """The loss of a pass on one rank, by number of the step from 0 on, times `value`."""
+    """The loss of a pass on one rank, by number of the step from 0 on, times `value`; infinity is added, so that the
+    gradient stays finite."""
 
     def __init__(self, steps: Collection[int], value: float = math.nan, rank: int = 0, number: int = 0) -> None:
         self.steps, self.value, self.rank, self.number = set(steps), value, rank, number
@@ -21,9 +22,18 @@ class BadLoss(Callback):
         def broken(batch):
             loss, *others = whole(batch)
             here = trainer.training and trainer.global_step in self.steps and trainer.global_rank == self.rank
-            return (loss * (self.value if here and pl_module._pass == self.number else 1), *others)
+            if here and pl_module._pass == self.number:
+                loss = loss + self.value if math.isinf(self.value) else loss * self.value
+            return (loss, *others)
 
         pl_module.loss = broken
+
+
+class InfiniteLoss(BadLoss):
+    """No setting may be infinite, so as a class."""
+
+    def __init__(self, steps: Collection[int], rank: int = 0) -> None:
+        super().__init__(steps, math.inf, rank)
 
 
 class BadGradient(Callback):

@@ -77,13 +77,19 @@ def test_zero_equals_one_rank(alone, tmp_path, zero):
 
 
 # One value of the second rank's loss in the first step, when the optimizer has no state yet, and in a later one.
-BAD = ("+callbacks.bad._target_=faults.BadLoss", "+callbacks.bad.steps=[0,4]", "stages=[attention_tuning]")
+# In that one its gradient is finite all the same, so that DeepSpeed on its own would make the step.
+BAD = ("+callbacks.bad._target_=faults.BadLoss", "+callbacks.bad.steps=[4]", "stages=[attention_tuning]")
+BAD += ("+callbacks.inf._target_=faults.InfiniteLoss", "+callbacks.inf.steps=[0]")
 BAD += ("stage.attention_tuning.steps=8", "stage.attention_tuning.checkpoint_every=1")
 
 
 @pytest.fixture(scope="module")
 def alone_with_bad_steps(tmp_path_factory):
-    return faulty(tmp_path_factory.mktemp("bad"), "+callbacks.bad.rank=0", said="the loss is not finite")
+    return faulty(tmp_path_factory.mktemp("bad"), *on_rank(0), said="the loss is not finite")
+
+
+def on_rank(rank: int) -> tuple[str, ...]:
+    return (f"+callbacks.bad.rank={rank}", f"+callbacks.inf.rank={rank}")
 
 
 def faulty(cwd, *overrides: str, said: str):
@@ -100,7 +106,7 @@ def faulty(cwd, *overrides: str, said: str):
 def test_all_ranks_skip_the_same_steps_under_every_strategy(alone_with_bad_steps, tmp_path, strategy):
     chosen = {"ddp": ("trainer.devices=2",)}.get(strategy, (f"trainer={strategy}", *PAIR))
     chosen += {"zero2": PASSES, "zero3": (SHARDED,)}.get(strategy, ())
-    run_dir = faulty(tmp_path, *chosen, "+callbacks.bad.rank=1", said="the loss on rank 1 is not finite")
+    run_dir = faulty(tmp_path, *chosen, *on_rank(1), said="the loss on rank 1 is not finite")
     figures = [read_metrics(d / "attention_tuning") for d in (alone_with_bad_steps, run_dir)]
     pair = [load_file(d / "attention_tuning" / "draft.safetensors") for d in (alone_with_bad_steps, run_dir)]
     assert max(float((mine - pair[1][name]).abs().max()) for name, mine in pair[0].items()) < 1e-6
