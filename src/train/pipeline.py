@@ -16,6 +16,7 @@ from train.disk import DiskError, as_user_error, remove_tree
 from train.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_export, finished_weights
 from train.hub import check_access, destination, of_target, push
 from train.identity import check_inputs, settings_of
+from train.loggers import check_loggers
 from train.model_card import is_outdated, write_card
 from train.preemption import set_training
 from train.preset import check_device, device
@@ -38,6 +39,7 @@ def run(config: DictConfig) -> None:
     """
     set_training(False)  # from here on, signals may unwind what is going on
     check_device(config)
+    check_loggers(config)
     lock = RunLock(Path(config.run_dir))
     try:
         _run(config, Path(config.run_dir), lock)
