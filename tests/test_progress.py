@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,6 +236,9 @@ def test_what_cannot_be_deleted_ends_an_overwrite_and_a_link_is_not_followed(tmp
     with pytest.raises(DiskError, match="symbolic link"):
         remove_tree(tmp_path / "attention_tuning")
     assert (precious / "draft.safetensors").exists()
+
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: pytest.fail("nothing is there"))
+    remove_tree(tmp_path / "gone")  # on a read-only disk, too
 
     def refuse(name, *arguments, **how):
         raise PermissionError(1, "Operation not permitted", str(name))

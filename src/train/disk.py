@@ -144,7 +144,7 @@ def remove_tree(directory: Path) -> None:
     try:
         if directory.is_dir():
             shutil.rmtree(directory)
-        else:
+        elif directory.exists():
             directory.unlink(missing_ok=True)
     except OSError as error:
         raise DiskError(
