@@ -103,7 +103,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
         stages.checked_trainer(config, stage, directory)  # refused before the data is read
     if rank_zero_only.rank == 0:
         lock.acquire()
-        if left_to_do(config, stage, record) != todo:
+        if left_to_do(config, stage, record, say=lambda text: None) != todo:
             raise UserError(f"{directory}: another process has worked on this stage meanwhile. Run the command again.")
         _remove_temporary(run_dir)
         check_disk(config, resources, run_dir, [stage, *later])

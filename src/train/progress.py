@@ -1,5 +1,6 @@
 """What is left to do of a stage: decided by its record, its settings and its files, before anything is touched."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def named(config: DictConfig) -> list[str]:
     return [] if isinstance(given, bool) else [given] if isinstance(given, str) else list(given)
 
 
-def left_to_do(config: DictConfig, stage: str, record: StageRecord) -> str:
+def left_to_do(config: DictConfig, stage: str, record: StageRecord, say: Callable[[str], None] = say) -> str:
     """FINISHED, GO_ON or ANEW. Changes nothing, so every rank decides alike.
 
     `overwrite=true` does again what has other settings than before, and export and evaluation in any case; training
@@ -39,11 +40,13 @@ def left_to_do(config: DictConfig, stage: str, record: StageRecord) -> str:
     if begun and begun.get("dropped"):
         return ANEW
     if done is not None:
-        return _finished(config, stage, record, done)
+        return _finished(config, stage, record, done, say)
     return _begun(config, stage, record, begun) if stage in TRAINED else ANEW
 
 
-def _finished(config: DictConfig, stage: str, record: StageRecord, done: dict[str, Any]) -> str:
+def _finished(
+    config: DictConfig, stage: str, record: StageRecord, done: dict[str, Any], say: Callable[[str], None]
+) -> str:
     trained, again = stage in TRAINED, config.overwrite is True
     if "settings" not in done:
         if not trained:
