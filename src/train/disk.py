@@ -147,8 +147,9 @@ def remove_tree(directory: Path) -> None:
         elif directory.exists():
             directory.unlink(missing_ok=True)
     except OSError as error:
+        name = Path(error.filename).name if isinstance(error.filename, str) else directory.name
         raise DiskError(
-            f"{error.filename or directory} cannot be deleted: {error.strerror or error}. It must go before the stage "
+            f"{directory}: {name} cannot be deleted: {error.strerror or error}. It must go before the stage "
             "can be done again: delete it by hand (as its owner; chattr -i if it is immutable), or choose another "
             "name=..."
         ) from error
