@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.errors import UserError
+from data.errors import INTERRUPTED, UserError
 from train.hub import Destination, push
 
 
@@ -26,6 +26,9 @@ def main() -> None:
         print(f"pushed to {push(arguments.directory, to)}")
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the upload", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

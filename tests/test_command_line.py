@@ -1,9 +1,12 @@
 """What the commands print and how they end: text as it is, one line for an error, the right exit status."""
 
 import ast
+import signal
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, SHORT, command_stopped_at_checkpoint
 
+from data.errors import UserError, interrupted
 from data.terminal import say
 from train.terminal import say as say_once
 
@@ -20,3 +23,19 @@ def test_only_one_place_makes_consoles():
         calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
         made = any(getattr(call.func, "id", getattr(call.func, "attr", "")) == "Console" for call in calls)
         assert not made or file.name == "terminal.py", f"{file}: use data.terminal, which takes no text for markup"
+
+
+def test_ctrl_c_in_training_writes_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    call = (*SHORT, "stages=[attention_tuning]", "speed.workers=1", "stage.attention_tuning.steps=400")
+    done = command_stopped_at_checkpoint(*call, cwd=tmp_path, stage="attention_tuning", number=signal.SIGINT)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert "stopped by SIGINT; the same command goes on from here" in done.stderr
+
+
+def test_ctrl_c_is_known_by_the_errors_of_the_pools_that_it_takes_down():
+    with pytest.raises(TimeoutError) as found:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise TimeoutError
+    assert interrupted(found.value) and not interrupted(UserError("x")) and not interrupted(None)

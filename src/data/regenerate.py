@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data.threads  # before torch  # noqa: F401
 from data.configuration import check_choices, command_line, plain
-from data.errors import BadRecord, UserError
+from data.errors import INTERRUPTED, BadRecord, UserError, interrupted
 from data.exchanges import KEPT, Exchange, Sampling
 from data.journal import Journal
 from data.records import Messages, questions
@@ -53,8 +53,11 @@ def main() -> None:
         regenerate(config)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+    except BaseException as error:
+        if not interrupted(error):
+            raise
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def check_regeneration(config: DictConfig) -> None:

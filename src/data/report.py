@@ -24,7 +24,7 @@ from data import statistics
 from data.chat import ChatEncoder, load_encoder
 from data.configuration import command_line, plain
 from data.documents import BAD, OUTCOMES
-from data.errors import UserError
+from data.errors import INTERRUPTED, UserError, interrupted
 from data.prepare import Prepared, prepare
 from data.records import prompt
 from data.sources import Part, open_parts, read_strictly
@@ -52,6 +52,11 @@ def main() -> None:
         write_report(command_line(__doc__))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BaseException as error:
+        if not interrupted(error):
+            raise
+        print("stopped; nothing is lost, what is tokenised is in the cache", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def write_report(config: DictConfig) -> None:

@@ -269,6 +269,9 @@ def main() -> None:
             faults += len(check.faults)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; checks that are not shown were not made", file=sys.stderr)
+        sys.exit(130)
     if faults:
         sys.exit(f"{faults} fault{'s' if faults > 1 else ''}; later checks were not made")
 

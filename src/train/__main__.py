@@ -10,12 +10,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 import data.threads  # before torch  # noqa: F401
-from data.configuration import CONF, composed
+from data.configuration import CONF, composed, unresolved
 from data.errors import UserError
 from train.endings import AgreedEnd
-from train.preemption import watch
+from train.preemption import received, stop, watch
 from train.sweep import check_jobs, run_job
 
 
@@ -30,8 +31,12 @@ def main(config: DictConfig) -> float | None:
         end.leave()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+    except OmegaConfBaseException as error:
+        sys.exit(f"error: {unresolved(error)}")
+    except Exception:
+        if number := received():  # worker pools turn the end that a signal asks for into errors of their own
+            stop(number)
+        raise
 
 
 def work(config: DictConfig) -> None:

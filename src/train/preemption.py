@@ -13,18 +13,20 @@ from typing import Any
 
 from train.endings import TRY_AGAIN, first_rank
 
-STATUS = {signal.SIGUSR1: TRY_AGAIN, signal.SIGTERM: 128 + signal.SIGTERM}
+STATUS = {number: 128 + number for number in (signal.SIGTERM, signal.SIGINT)} | {signal.SIGUSR1: TRY_AGAIN}
 
 _watching = False
 _starting = True
 _training = False
 _received = 0
+_said = False  # how to go on
+_process = 0  # that watches; those that it forks inherit the handlers
 
 
 def watch() -> None:
     """Take over the signals, in a process that is ours. In a job of submitit they are submitit's."""
-    global _watching
-    _watching = True
+    global _watching, _process
+    _watching, _process = True, os.getpid()
     for number in STATUS:
         signal.signal(number, _handle)
 
@@ -37,6 +39,11 @@ def set_training(training: bool, received: int = 0) -> None:
         watch()  # Lightning has installed its own handlers meanwhile
     if not training and (received or _received):
         stop(received or _received)
+
+
+def received() -> int:
+    """The signal that this process is ending for; 0 if none."""
+    return _received
 
 
 def agreed_signal(strategy: Any) -> int:
@@ -59,12 +66,14 @@ def stop(number: int) -> None:
     Raises:
         SystemExit: with the signal's exit status.
     """
+    global _said
     if not first_rank():  # nothing may be imported here: the signal may have interrupted an import
         status = 0
     else:
-        status = STATUS[signal.Signals(number)]
+        status, said, _said = STATUS[signal.Signals(number)], _said, True
         text = "the same command goes on from here, without overwrite=<stage> if it has that"
-        print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
+        if not said:
+            print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
     if _starting:
         os._exit(status)  # an exception in the middle of an import may end anywhere
     sys.exit(status)
@@ -72,6 +81,13 @@ def stop(number: int) -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _received
-    _received = number
-    if not _training:
+    if os.getpid() != _process:
+        if number != signal.SIGINT and not _training:  # a worker is ended by its process, which decides about Ctrl-C
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        return
+    again, _received = _received, number
+    if not _training or number == signal.SIGINT == again:
         stop(number)
+    if number == signal.SIGINT and first_rank():
+        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
