@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+DECODER = "custom_generate/generate.py"
 SETTINGS = ("flexdraft_config", "dflash_config")
 
 
@@ -125,8 +126,52 @@ DAMAGES = {
         "files: ghost: not in model-",
     ),
     "index no JSON": ("shards", write(INDEX, b"{"), f"files: {INDEX}: no readable JSON with a weight_map"),
+    "no decoder": ("whole", remove(DECODER), f"files: {DECODER}: missing, with which plain transformers decodes"),
+    "decoder altered": (
+        "whole",
+        lambda d: (d / DECODER).open("a").write("import os"),
+        f"files: {DECODER}: not the code that was exported (sha256",
+    ),
+    "decoder a directory": (
+        "whole",
+        lambda d: (remove(DECODER)(d), (d / DECODER).mkdir()),
+        f"files: {DECODER}: missing, with which",
+    ),
+    "code beside the decoder": (
+        "whole",
+        write("custom_generate/helper.py", b""),
+        "files: custom_generate/helper.py: code that no export writes",
+    ),
+    "code for transformers": ("whole", write("modeling_x.py", b""), "files: modeling_x.py: code that no export writes"),
+    "weights a directory": (
+        "whole",
+        lambda d: (remove(WEIGHTS)(d), (d / WEIGHTS).mkdir()),
+        f"files: {WEIGHTS}: not readable as a file",
+    ),
+    "config a directory": (
+        "whole",
+        lambda d: (remove(CONFIG)(d), (d / CONFIG).mkdir()),
+        "files: config.json: not readable (Is a directory)",
+    ),
+    "config not text": ("whole", write(CONFIG, b"\xff\xfe{"), "files: config.json: no valid JSON ('utf-8' codec"),
+    "config nested without end": ("whole", write(CONFIG, b"[" * 100_000), "files: config.json: no valid JSON ("),
+    "fingerprint": (
+        "whole",
+        change_config(target_fingerprint=[1]),
+        "config.json: target_fingerprint is no fingerprint",
+    ),
     "block size 0": ("whole", change_config(block_size=0), "config: config.json: block_size is 0; expected"),
     "block size 1": ("whole", change_config(block_size=1), "config: config.json: block_size is 1; expected"),
+    "block size beyond all positions": (
+        "whole",
+        change_config(block_size=10**9),
+        "config: config.json: block_size is 1000000000; expected at most 256, the target's positions",
+    ),
+    "scaling of RoPE that the target has not": (
+        "whole",
+        change_config(rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        "config: config.json: rope_scaling is {'rope_type': 'yarn', 'factor': 4.0}; expected None",
+    ),
     "block size as text": ("whole", change_config(block_size="8"), "config: config.json: block_size is '8'; expected"),
     "no FlexDraft settings": (
         "whole",

@@ -1,5 +1,6 @@
 """The card of an exported drafter says what the records say, and nothing of this machine."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -46,6 +47,20 @@ def test_a_run_leaves_a_card_with_its_figures(trained_run):
     assert "python -m train +experiment=tiny stage.attention_tuning.steps=40" in text
     plot = (trained_run / "export" / "acceptance_by_slot.png").read_bytes()
     assert plot == (trained_run / "acceptance_by_slot.png").read_bytes() and "(acceptance_by_slot.png)" in text
+
+
+def test_it_says_what_it_is_not_which_target_it_knows_and_what_runs_it(run):
+    text = card(run)
+    done = json.loads((run / "records" / "attention_tuning.done.json").read_text(encoding="utf-8"))
+    assert "**This is no model for `AutoModelForCausalLM.from_pretrained`**" in text
+    assert f"4.57 or newer (made and evaluated with {done['environment']['transformers']})" in text
+    assert "transformers (4.57 or newer)" in (run / "export" / "custom_generate" / "generate.py").read_text()
+    config = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(json.dumps(config["target_fingerprint"], sort_keys=True).encode()).hexdigest()
+    assert f"a fingerprint of the target's weights ({digest[:12]})" in text
+    del config["target_fingerprint"]
+    (run / "export" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "fingerprint of the target" not in card(run)
 
 
 def test_its_header_is_one(trained_run):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.artifact import CONFIG, FLEXDRAFT_KEYS, extras
 from models.draft import DraftModel, shallow_copy
-from models.export import CONFIG, FLEXDRAFT_KEYS, artifact_config, extras, load_draft_weights
+from models.export import artifact_config, load_draft_weights
 
 WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT names them
 NAME = "default"  # of the adapter, within PEFT's modules

@@ -3,29 +3,43 @@
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from data.errors import UserError
+from models.artifact import (
+    CONFIG,
+    DECODER,
+    DECODER_SHA256,
+    FLEXDRAFT_KEYS,
+    INDEX,
+    OWN_DECODER,
+    RECOMMENDED,
+    WEIGHTS,
+    draft_settings,
+    extras,
+    read_config,
+    sha256,
+    write_config,
+)
 from models.draft import DraftModel
 from models.families import layer_kinds
 from models.fingerprint import KEY as FINGERPRINT
-from models.fingerprint import compare, fingerprint
+from models.fingerprint import OtherTarget, compare, fingerprint
 from models.hub import artifact_directory
 from models.selection import Selection
+from models.verify_config import calibrator_rank, loading_faults, recommendation_faults, vocabulary_hint
+from models.verify_weights import headers, read_tensors, some, unfit_faults
+from models.verify_weights import loading_faults as file_loading_faults
 
-WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-# Both hold the same settings: the public release's code reads the first, its published checkpoint carries the second.
-FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
-
-RECOMMENDED = "recommended_decoding"  # within both
-DECODER = Path("custom_generate", "generate.py")  # where transformers looks for it
 
 
 def artifact_config(draft: DraftModel) -> dict[str, Any]:
@@ -54,11 +68,6 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
     for key in ("_name_or_path", "architectures", "transformers_version", "quantization_config"):
         config.pop(key, None)
     return config
-
-
-def extras(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a drafter has beyond the paper's by the settings of its `config.json`, as arguments of `DraftModel`."""
-    return {key: settings.get(key, absent) for key, absent in (("bonus_slot", False), ("chain_rank", 0))}
 
 
 def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
@@ -94,13 +103,25 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in sorted(parameters.items())}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{', '.join(broken)}: not finite in {dtype}. Training diverged; lower the learning rate.")
+        raise ValueError(f"{some(broken)}: not finite in {dtype}. Training diverged; lower the learning rate.")
     config = artifact_config(draft) | {"dtype": str(dtype).removeprefix("torch.")}
-    config[FINGERPRINT] = fingerprint(draft.target)
+    config |= {FINGERPRINT: fingerprint(draft.target), DECODER_SHA256: sha256(OWN_DECODER)}
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (directory / DECODER).parent.mkdir(exist_ok=True)
-    shutil.copyfile(Path(__file__).parent / DECODER, directory / DECODER)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as new:
+        _write(Path(new), config, tensors)
+        for stale in (*directory.glob("*.safetensors"), directory / INDEX):  # of an earlier export: it would be read
+            stale.unlink(missing_ok=True)
+        for file in [file for file in Path(new).rglob("*") if file.is_file()]:
+            place = directory / file.relative_to(new)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
+
+
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write config, decoder and weights into an empty directory."""
+    write_config(directory, config)
+    (directory / DECODER).parent.mkdir()
+    shutil.copyfile(OWN_DECODER, directory / DECODER)
     shards = _shards(tensors)
     if len(shards) == 1:
         _save(tensors, directory / WEIGHTS)
@@ -124,22 +145,28 @@ def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
     """Write down in an artifact's config which arguments of `decoding.generate` suit a device; None: nothing is known.
 
     Readers that do not know the key pass over it.
+
+    Raises:
+        UserError: no exported drafter there.
     """
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    config = without_recommendation(directory)
     for key in FLEXDRAFT_KEYS:
-        config[key].pop(RECOMMENDED, None)
-        if settings:
+        if settings and isinstance(config.get(key), dict):
             config[key][RECOMMENDED] = settings
-    temporary = directory / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / CONFIG)
+    write_config(directory, config)
 
 
 def recommended(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """What an artifact (directory or Hub id) recommends as arguments of `decoding.generate`; nothing if unmeasured."""
+    """What an artifact (directory or Hub id) recommends as arguments of `decoding.generate`; nothing if unmeasured.
+
+    Raises:
+        ValueError: no artifact there, or its recommendation is not readable.
+    """
     directory = artifact_directory(source, revision=revision)
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    found = next(config[key] for key in FLEXDRAFT_KEYS if key in config).get(RECOMMENDED)
+    settings = draft_settings(read_config(directory))
+    if faults := recommendation_faults(settings):
+        raise UserError(f"{directory}: {' '.join(faults)}")
+    found = settings.get(RECOMMENDED)
     if not found:
         return {}
     selection = Selection(found["selection"], found["threshold"])
@@ -147,10 +174,15 @@ def recommended(source: str | Path, *, revision: str | None = None) -> dict[str,
 
 
 def without_recommendation(directory: Path) -> dict[str, Any]:
-    """An artifact's config as it was exported."""
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    """An artifact's config as it was exported.
+
+    Raises:
+        UserError: no exported drafter there.
+    """
+    config = read_config(directory)
     for key in FLEXDRAFT_KEYS:
-        config[key].pop(RECOMMENDED, None)
+        if isinstance(config.get(key), dict):
+            config[key].pop(RECOMMENDED, None)
     return config
 
 
@@ -161,17 +193,47 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     drafter was trained for, by the fingerprint in the artifact (`models.fingerprint`).
 
     Raises:
-        ValueError: no artifact there, or one for another target.
+        ValueError: no artifact there, a damaged one, or one for another target.
     """
+    if not isinstance(target, PreTrainedModel):
+        raise UserError(
+            f"The target is a {type(target).__name__}; expected a model of transformers, as load_target gives. Of a "
+            "PEFT model, take target.get_base_model() (with its adapter) or target.merge_and_unload()."
+        )
     directory = artifact_directory(source, revision=revision)
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        settings = next(config[key] for key in FLEXDRAFT_KEYS if key in config)
-    except (OSError, StopIteration) as error:
-        raise ValueError(
-            f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected)."
-        ) from error
-    layers = settings["target_layer_ids"]
+    config, settings = _checked(directory, target)
+    draft = DraftModel(
+        target,
+        num_layers=len(settings["target_layer_ids"]),
+        block_size=config["block_size"],
+        calibrator_rank=calibrator_rank(settings),
+        **extras(settings),
+    )
+    own = draft.own_parameters()
+    shared = draft.shared_parameters().keys() - own.keys()
+    tensors = {name: tensor for name, tensor in read_tensors(directory).items() if name not in shared}
+    if faults := unfit_faults(tensors):
+        raise UserError(f"{directory}: {' '.join(faults)}")
+    load_draft_weights(own, tensors, source=str(directory))
+    if FINGERPRINT in config:
+        try:
+            warning = compare(config[FINGERPRINT], target).warning()
+        except ValueError as error:
+            raise UserError(f"{directory / CONFIG}: {error}") from error
+        if warning:
+            warnings.warn(f"{directory}: {warning}", OtherTarget, stacklevel=2)
+    return draft.requires_grad_(False).eval()
+
+
+def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An artifact's config and the drafter's settings in it, once files and config are known to fit the target.
+
+    Raises:
+        UserError: they do not.
+    """
+    config = read_config(directory)
+    if faults := file_loading_faults(directory):
+        raise UserError(f"{directory}: no whole drafter. {' '.join(faults)}")
     expected = {
         "model_type": target.config.model_type,
         "num_target_layers": target.config.num_hidden_layers,
@@ -180,24 +242,23 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     }
     for key, value in expected.items():
         if config.get(key) != value:
-            raise ValueError(
-                f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}."
+            way_out = vocabulary_hint(config.get(key), value) if key == "vocab_size" else ""
+            raise UserError(
+                f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}.{way_out}"
             )
-    rank = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
-    draft = DraftModel(
-        target,
-        num_layers=len(layers),
-        block_size=config["block_size"],
-        calibrator_rank=rank,
-        **extras(settings),
-    )
-    own = draft.own_parameters()
-    shared = draft.shared_parameters().keys() - own.keys()
-    tensors = {name: tensor for name, tensor in _read_tensors(directory).items() if name not in shared}
-    load_draft_weights(own, tensors, source=str(directory))
-    if FINGERPRINT in config and (warning := compare(config[FINGERPRINT], target).warning()):
-        warnings.warn(f"{directory}: {warning}", stacklevel=2)
-    return draft.requires_grad_(False).eval()
+    if faults := loading_faults(config, target.config):
+        raise UserError(f"{directory}: not for this target, or damaged. {' '.join(faults)}")
+    settings = draft_settings(config)
+    # Before anything is allocated: a rank that is wrong may be a huge one.
+    found, ranks = headers(directory), {"anchor_bias_mlp": calibrator_rank(settings)}
+    ranks["chain_mlp"] = extras(settings)["chain_rank"]
+    for name, rank in ranks.items():
+        bias = found.get(f"{name}.0.bias")
+        if rank and bias is None:
+            raise UserError(f"{directory}: tensors missing: ['{name}.0.bias'], of {CONFIG}'s rank {rank}.")
+        if rank and bias.shape != (rank,):
+            raise UserError(f"{directory}: {name}.0.bias has shape {bias.shape}, expected {(rank,)} by {CONFIG}.")
+    return config, settings
 
 
 @torch.no_grad()
@@ -209,22 +270,13 @@ def load_draft_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], *, so
     """
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
-        raise ValueError(f"{source}: tensors missing: {missing or 'none'}; unexpected: {unexpected or 'none'}.")
+        listed = (f"{names[:4]}{f' and {len(names) - 4} more' * (len(names) > 4)}" for names in (missing, unexpected))
+        raise UserError("{}: tensors missing: {}; unexpected: {}.".format(source, *listed).replace("[]", "none"))
     for name, parameter in own.items():
         if tensors[name].shape != parameter.shape:
             shapes = f"{tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
-            raise ValueError(f"{source}: {name} has shape {shapes}.")
+            raise UserError(f"{source}: {name} has shape {shapes}.")
         parameter.copy_(tensors[name])
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    if not (directory / INDEX).exists():
-        return load_file(directory / WEIGHTS)
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(index["weight_map"].values())):
-        tensors.update(load_file(directory / shard))
-    return tensors
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -25,6 +25,10 @@ UNRELATED = 0.7  # of two independent tensors of one scale it is 1.4
 LOSS = ((0.1, 0.12), (0.25, 0.3), (0.5, 0.6), (UNRELATED, 0.9))
 
 
+class OtherTarget(UserWarning):
+    """A drafter was loaded for weights that it was not trained for."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How far a target is from the one that a drafter was trained for."""

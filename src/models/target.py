@@ -1,9 +1,11 @@
 """The frozen target: loading it, and running it once over clean tokens."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -15,6 +17,7 @@ from transformers import (
 )
 
 from data.batch import Batch
+from models.artifact import CONFIG, draft_settings, read_json
 from models.attention import NAME, KeysValues, View, clean_mask
 from models.execution import EAGER, Execution, through_layers
 from models.families import layer_windows
@@ -23,7 +26,7 @@ from models.masks import per_window
 
 
 def load_target(
-    name: str | None,
+    name: str | Path | None,
     *,
     revision: str | None = None,
     architecture: dict[str, Any] | None = None,
@@ -35,28 +38,74 @@ def load_target(
     Args:
         name: directory or Hub id; None for a model with random weights.
         architecture: for random weights, the model's config (`model_type` and sizes).
-        dtype: of weights and activations, e.g. `bfloat16`.
-        options: of transformers' `from_pretrained`, such as `quantization_config`.
+        dtype: of weights and activations, e.g. `bfloat16` or `torch.bfloat16`; `auto`: as the weights are stored.
+        options: of transformers' `from_pretrained`, such as `quantization_config`, or `device_map` with one device. A
+            drafter decodes beside a quantised target, but is not trained beside one.
 
     Raises:
-        ValueError: not exactly one of `name` and `architecture`, or no such dtype.
-        OSError: no such directory or Hub id.
+        ValueError: not exactly one of `name` and `architecture`, no such dtype, an exported drafter, weights that are
+            incomplete or do not fit, or a device map that spreads the target.
+        OSError: no such directory or Hub id, or no weights there.
     """
-    torch_dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is no torch dtype; expected float32, bfloat16 or float64.")
+    torch_dtype = _floating(dtype)
     if (name is None) == (architecture is None):
         raise ValueError(
             f"Give either the target's name or an architecture for random weights, not {name!r} and {architecture!r}."
         )
-    if name is not None:
-        target = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=torch_dtype, attn_implementation=NAME, **options
-        )
-    else:
+    if name is None:
+        if options or torch_dtype == "auto":
+            raise ValueError(
+                f"Random weights take a dtype alone: no dtype='auto', and not {', '.join(options) or 'that'}."
+            )
         config = AutoConfig.for_model(**architecture)
         target = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=NAME)
+        return target.requires_grad_(False).eval()
+    target = _loaded(str(name), revision=revision, dtype=torch_dtype, **options)
+    devices = {str(parameter.device) for parameter in target.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map={options.get('device_map')!r} spreads the target over {', '.join(sorted(devices))}; drafting needs all of it "
+            "on one. Name that, such as device_map='cuda:0', or quantise the target so that it fits."
+        )
     return target.requires_grad_(False).eval()
+
+
+def _floating(dtype: Any) -> torch.dtype | str:
+    """
+    Raises:
+        ValueError: neither a floating dtype, nor the name of one, nor `auto`.
+    """
+    if dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating dtype of torch; expected float32, bfloat16, float16 or auto.")
+    return found
+
+
+def _loaded(name: str, **settings: Any) -> PreTrainedModel:
+    """A pretrained model, all of whose weights were there.
+
+    Raises:
+        ValueError: an exported drafter, or weights that are missing, damaged or do not fit.
+        OSError: no such directory or Hub id, or no weights there.
+    """
+    if draft_settings(read_json(Path(name) / CONFIG) or {}) is not None:
+        raise ValueError(f"{name}: an exported drafter, no target. Load its target, and this beside it by load_draft.")
+    try:
+        target, found = AutoModelForCausalLM.from_pretrained(
+            name, attn_implementation=NAME, output_loading_info=True, **settings
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: the target did not load ({type(error).__name__}: {error}). Is it whole?") from error
+    # Transformers gives them random values. Quantised models store them under other names.
+    missing = sorted(found["missing_keys"])
+    if missing and getattr(target.config, "quantization_config", None) is None:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(f"{name}: tensors are missing from the target's weights: {', '.join(missing[:4])}{more}.")
+    return target
 
 
 def load_config(name: str | None, *, revision: str | None = None, architecture: dict[str, Any] | None = None):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import data.threads  # noqa: F401
 
@@ -25,14 +26,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from models import verify_weights as weights
+from models.artifact import CARD, CONFIG, decoder_faults, draft_settings, extras, file_warnings, read_json
 from models.decoding import GenerationResult, check_untested, generate
 from models.draft import DraftModel
-from models.export import CONFIG, extras, load_draft
+from models.export import load_draft
 from models.families import check_architecture
+from models.fingerprint import KEY as FINGERPRINT
+from models.fingerprint import OtherTarget, compare
 from models.generation_settings import followed_settings
 from models.hub import artifact_directory, is_repository_name
 from models.target import load_config, load_target
-from models.verify_config import calibrator_rank, config_faults, draft_settings
+from models.verify_config import calibrator_rank, config_faults
 from models.verify_prompts import Messages, find_tokenizer, prompt_tokens, read_prompts
 
 MODES = ("parallel", "sequential")
@@ -88,8 +92,11 @@ def verify(
 
 
 def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterator[Check]:
-    yield Check("files", "config and weights are there and readable", weights.file_faults(directory))
-    config = weights.read_json(directory / CONFIG)
+    warnings = file_warnings(directory) + decoder_faults(directory)[1]
+    card = "" if (directory / CARD).exists() else f"; no card ({CARD})"
+    summary = f"config, weights and decoder are there and readable{card}"
+    yield Check("files", summary, weights.file_faults(directory), warnings)
+    config = read_json(directory / CONFIG)
     faults = config_faults(config, target)
     yield Check("config", "" if faults else _described(config), faults)
     yield tensor_check(directory, config, target)
@@ -124,7 +131,9 @@ def target_check(
     """The artifact against the target's weights and tokenizer; and the drafter, if it loads."""
     try:
         check_untested(target)
-        draft = load_draft(directory, target)
+        with catch_warnings():
+            simplefilter("ignore", OtherTarget)  # it is among the warnings of this check
+            draft = load_draft(directory, target)
     except ValueError as error:
         return Check("target", faults=[str(error)]), None
     faults = [
@@ -136,9 +145,13 @@ def target_check(
     if tokenizer is not None and len(tokenizer) > vocabulary:
         faults.append(f"the target's tokenizer has {len(tokenizer)} tokens, its vocabulary {vocabulary}: not its own.")
     warnings = ["the projectors equal the target's own: the drafter is untrained."] if is_untrained(draft) else []
+    stored = read_json(directory / CONFIG).get(FINGERPRINT)
+    if stored is not None and (warning := compare(stored, target).warning()):
+        warnings.append(warning)
+    known = "" if stored is not None else "; no fingerprint there, so nobody knows whether it is the one trained for"
     if tokenizer is None:
         warnings.append("the target has no tokenizer: the prompts are random tokens, and τ means little.")
-    return Check("target", "its weights and the drafter load, and fit", faults, warnings), draft
+    return Check("target", f"its weights and the drafter load, and fit{known}", faults, warnings), draft
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from models.export import CONFIG, FLEXDRAFT_KEYS, RECOMMENDED, extras
+from models.artifact import CONFIG, FLEXDRAFT_KEYS, RECOMMENDED, draft_settings, extras
 from models.families import layer_kinds, layer_windows
 from models.selection import Selection
 
@@ -13,23 +13,68 @@ from models.selection import Selection
 SHARED = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 SHARED += ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 # Likewise, where the artifact mentions it: the release builds its module with them.
+REQUIRED = ("model_type", "hidden_size", "vocab_size")  # of these, what no artifact may lack
 BUILT = ("attention_bias", "hidden_act", "intermediate_size")
 RANK, ENABLED, IDS = "anchor_bias_rank", "enable_anchor_bias_logits", "target_layer_ids"
 
 
 def config_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
     """All that contradicts the contract, the target or itself."""
-    faults = _architecture_faults(config, target) + _settings_faults(config)
+    faults = _architecture_faults(config, target) + _settings_faults(config) + _differing(config)
     settings = draft_settings(config)
     if settings is not None:
         faults += _layer_faults(config, settings, target) + _calibrator_faults(settings)
-        faults += _extra_faults(settings) + _recommendation_faults(settings)
+        faults += _extra_faults(settings) + recommendation_faults(settings)
     return faults + _block_faults(config, target) + _rope_faults(config, target)
 
 
-def draft_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """`flexdraft_config`, under either of its names; None if neither is an object."""
-    return next((config[key] for key in FLEXDRAFT_KEYS if isinstance(config.get(key), dict)), None)
+def loading_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
+    """What of a config contradicts itself or the target, and would make another drafter of it.
+
+    Less than `config_faults`: what only other readers need may be missing, as in the public release's own artifacts.
+    """
+    settings = draft_settings(config) or {}
+    settings = {key: value for key, value in settings.items() if key != RECOMMENDED}
+    ids = settings.get(IDS)
+    number = len(ids) if isinstance(ids, list) else 0
+    own = target.to_dict()
+    defaults = {key: own[key] for key in SHARED if key in own and key not in REQUIRED}
+    defaults |= {"num_hidden_layers": number, "layer_types": layer_kinds(target)[-number:]}
+    defaults |= {"sliding_window": own.get("sliding_window")}
+    rope = {key: _filled(config.get(key, value), value) for key, value in _rope_of(target).items()}
+    complete = defaults | config | rope | dict.fromkeys(FLEXDRAFT_KEYS, settings)
+    return config_faults(complete, target) + _differing(config)
+
+
+def own_faults(config: dict[str, Any]) -> list[str]:
+    """What contradicts the contract or itself, without knowing the target."""
+    settings = draft_settings(config)
+    if settings is None:
+        return _settings_faults(config)
+    faults = _ids_faults(settings.get(IDS)) + _calibrator_faults(settings) + _extra_faults(settings)
+    faults += recommendation_faults(settings)
+    size = config.get("block_size")
+    return faults if _is_int(size) and size >= 2 else [*faults, _block_size_fault(size)]
+
+
+def _filled(found: Any, own: Any) -> Any:
+    """What an artifact has of a setting, with the target's own in place of keys that it does not mention.
+
+    Releases of transformers add keys to the parameters of RoPE and leave others out.
+    """
+    if not isinstance(found, dict) or not isinstance(own, dict):
+        return found
+    return {key: _filled(found[key], value) if key in found else value for key, value in own.items()}
+
+
+def vocabulary_hint(drafter: Any, target: Any) -> str:
+    """The way out where a target has more rows of embeddings than the drafter knows tokens; else nothing."""
+    if not (_is_int(drafter) and _is_int(target) and 0 < drafter < target):
+        return ""
+    return (
+        " If this is the same model with rows added to its embeddings (resized, padded), load the target and take them "
+        f"off: target.resize_token_embeddings({drafter})."
+    )
 
 
 def calibrator_rank(settings: dict[str, Any]) -> int:
@@ -45,6 +90,7 @@ def _architecture_faults(config: dict[str, Any], target: PretrainedConfig) -> li
     own = target.to_dict()
     return [
         _differs(key, config.get(key), own[key], "the target's. Was it made for another target?")
+        + (vocabulary_hint(config.get(key), own[key]) if key == "vocab_size" else "")
         for key in SHARED + tuple(key for key in BUILT if key in config)
         if key in own and config.get(key) != own[key]
     ]
@@ -58,6 +104,13 @@ def _settings_faults(config: dict[str, Any]) -> list[str]:
     if absent:
         other = first if absent == [second] else second
         return [f"{CONFIG}: {absent[0]} is missing or no object; readers look for either. Copy {other} to it."]
+    return []
+
+
+def _differing(config: dict[str, Any]) -> list[str]:
+    first, second = FLEXDRAFT_KEYS
+    if not all(isinstance(config.get(key), dict) for key in FLEXDRAFT_KEYS):
+        return []
     keys = sorted(config[first].keys() | config[second].keys())
     different = [key for key in keys if config[first].get(key) != config[second].get(key)]
     if different:
@@ -73,8 +126,8 @@ def _layer_faults(config: dict[str, Any], settings: dict[str, Any], target: Pret
         faults.append(
             _differs("num_target_layers", config.get("num_target_layers"), total, "the number of the target's layers.")
         )
-    if not isinstance(ids, list) or not ids or not all(_is_int(i) for i in ids):
-        return [*faults, f"{CONFIG}: {IDS} is {ids!r}; expected a list of the target's last layers' numbers."]
+    if wrong := _ids_faults(ids):
+        return faults + wrong
     if any(after != before + 1 for before, after in pairwise(ids)):
         faults.append(f"{CONFIG}: {IDS} is {ids}; expected consecutive numbers.")
     elif ids[-1] != total - 1 or ids[0] < 0:
@@ -89,6 +142,12 @@ def _layer_faults(config: dict[str, Any], settings: dict[str, Any], target: Pret
     if "sliding_attention" in kinds and config.get("sliding_window") != window:
         faults.append(_differs("sliding_window", config.get("sliding_window"), window, "the target's."))
     return faults
+
+
+def _ids_faults(ids: Any) -> list[str]:
+    if isinstance(ids, list) and ids and all(_is_int(i) for i in ids):
+        return []
+    return [f"{CONFIG}: {IDS} is {ids!r}; expected a list of the target's last layers' numbers."]
 
 
 def _calibrator_faults(settings: dict[str, Any]) -> list[str]:
@@ -114,7 +173,7 @@ def _extra_faults(settings: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _recommendation_faults(settings: dict[str, Any]) -> list[str]:
+def recommendation_faults(settings: dict[str, Any]) -> list[str]:
     """What an evaluation recommends must be readable by `export.recommended`."""
     found = settings.get(RECOMMENDED)
     if found is None:
@@ -133,10 +192,13 @@ def _recommendation_faults(settings: dict[str, Any]) -> list[str]:
 def _block_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
     size = config.get("block_size")
     if not _is_int(size) or size < 2:
-        return [f"{CONFIG}: block_size is {size!r}; expected a number of 2 or more, since slot 0 is never drafted."]
+        return [_block_size_fault(size)]
     windows = [window for window in layer_windows(target) if window is not None]
     if windows and size > min(windows):
         return [f"{CONFIG}: block_size is {size}; expected at most {min(windows)}, the target's sliding window."]
+    if size > target.max_position_embeddings:
+        positions = target.max_position_embeddings
+        return [f"{CONFIG}: block_size is {size}; expected at most {positions}, the target's positions."]
     return []
 
 
@@ -145,20 +207,38 @@ def _rope_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
 
     Without `rope_parameters`, transformers 5 reads the others too.
     """
-    own = getattr(target, "rope_parameters", None) or {}
-    if "rope_theta" not in own:  # one for each kind of layer, which 4.57 has no common word for
-        found = config.get("rope_parameters") or {}
-        return [_differs("rope_parameters", found, own, "the target's.")] if found != own else []
-    expected = {"rope_theta": own["rope_theta"]}
-    if "rope_parameters" in config:
-        expected["rope_parameters"] = own
-    if own.get("rope_type", "default") != "default":
-        expected["rope_scaling"] = {key: value for key, value in own.items() if key != "rope_theta"}
+    expected, by_kind = _rope_of(target), "rope_theta" not in (getattr(target, "rope_parameters", None) or {})
+    if by_kind:  # one for each kind of layer, which 4.57 has no common word for
+        config = config | {"rope_parameters": config.get("rope_parameters") or {}}
+    elif "rope_parameters" not in config:
+        expected.pop("rope_parameters")
+    scaling = config.get("rope_scaling")
+    if "rope_scaling" not in expected and not by_kind and scaling and not _is_default(scaling):
+        expected["rope_scaling"] = None
     return [
         _differs(key, config.get(key), value, "the target's. Positions would be turned by other angles.")
         for key, value in expected.items()
         if config.get(key) != value
     ]
+
+
+def _rope_of(target: PretrainedConfig) -> dict[str, Any]:
+    """All that says the target's RoPE in the config of an artifact, by key."""
+    own = getattr(target, "rope_parameters", None) or {}
+    if "rope_theta" not in own:
+        return {"rope_parameters": own}
+    expected = {"rope_theta": own["rope_theta"], "rope_parameters": own}
+    if not _is_default(own):
+        expected["rope_scaling"] = {key: value for key, value in own.items() if key != "rope_theta"}
+    return expected
+
+
+def _is_default(rope: Any) -> bool:
+    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+
+
+def _block_size_fault(size: Any) -> str:
+    return f"{CONFIG}: block_size is {size!r}; expected a number of 2 or more, since slot 0 is never drafted."
 
 
 def _is_int(value: Any) -> bool:

@@ -4,6 +4,7 @@ Each function finds all faults of its kind. Tensors are read one at a time: a la
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.export import CONFIG, INDEX, WEIGHTS
+from data.errors import UserError
+from models.artifact import CONFIG, INDEX, WEIGHTS, decoder_faults, read_json, why_no_object
 
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # As safetensors and as configs name them.
@@ -34,23 +36,20 @@ class Header:
 
 
 def file_faults(directory: Path) -> list[str]:
-    """Config and weights must be there, whole and readable, and nothing there may be pickled."""
-    faults = [] if isinstance(read_json(directory / CONFIG), dict) else [_why_no_object(directory / CONFIG)]
-    faults += [
+    """An artifact must be whole: what an export writes is there and readable, and nothing there may be pickled."""
+    faults = [
         f"{path.relative_to(directory)}: pickled weights, which run their author's code when loaded. "
         "Delete the file; the weights belong in *.safetensors."
         for path in sorted(directory.rglob("*"))
         if path.suffix in PICKLED
     ]
-    return faults + _weight_file_faults(directory)
+    return loading_faults(directory) + faults + decoder_faults(directory)[0]
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is not there or not readable."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def loading_faults(directory: Path) -> list[str]:
+    """Config and weights must be there, readable, and agree with the index: what loading a drafter needs."""
+    reason = why_no_object(directory / CONFIG)
+    return ([reason] if reason else []) + _weight_file_faults(directory)
 
 
 def headers(directory: Path) -> dict[str, Header]:
@@ -112,10 +111,31 @@ def dtype_faults(found: dict[str, Header], promised: Any) -> list[str]:
     common = counts[0][0]
     if len(counts) > 1:
         other = [f"{name} is {header.dtype}" for name, header in sorted(found.items()) if header.dtype != common]
-        return [f"mixed dtypes: {counts[0][1]} tensors are {common}, but {_some(other)}. Export them in one dtype."]
+        return [f"mixed dtypes: {counts[0][1]} tensors are {common}, but {some(other)}. Export them in one dtype."]
     if promised != common:
         return [f"{CONFIG}: dtype is {promised!r}, but the tensors are {common}. Set dtype to {common!r}."]
     return []
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of an artifact without faults of its files, by name.
+
+    Raises:
+        UserError: a tensor cannot be read.
+    """
+    try:
+        return dict(tensors(directory))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{directory}: the weights are not readable ({error}). Copy or export them again.") from error
+
+
+def unfit_faults(found: dict[str, Tensor]) -> list[str]:
+    """Tensors of a drafter must be finite floats."""
+    whole = sorted(name for name, tensor in found.items() if str(tensor.dtype)[6:] not in DTYPES.values())
+    if whole:
+        return [f"{some(whole)}: dtype {found[whole[0]].dtype}; expected one of {', '.join(DTYPES.values())}."]
+    broken = sorted(name for name, tensor in found.items() if not tensor.isfinite().all())
+    return [f"{some(broken)}: not finite. Training diverged, or the file was altered."] if broken else []
 
 
 def value_faults(directory: Path) -> tuple[list[str], list[str]]:
@@ -137,7 +157,7 @@ def value_faults(directory: Path) -> tuple[list[str], list[str]]:
             zeros.append(name)
     idle = [part for prefix, part in PARTS.items() if any(name.startswith(prefix) for name in zeros)]
     effect = f" ({', '.join(f'the {part} changes nothing' for part in idle)})" if idle else ""
-    return faults, [f"all zeros, so perhaps untrained: {_some(zeros)}{effect}."] if zeros else []
+    return faults, [f"all zeros, so perhaps untrained: {some(zeros)}{effect}."] if zeros else []
 
 
 def foreign_tensors(directory: Path, own: dict[str, Tensor]) -> list[str]:
@@ -160,7 +180,7 @@ def _weight_file_faults(directory: Path) -> list[str]:
     faults = [fault for name in sorted(present) if (fault := _unreadable(directory / name))]
     if not (directory / INDEX).exists():
         if WEIGHTS not in present:
-            found = f"found only {_some(sorted(present))}" if present else "found no *.safetensors at all"
+            found = f"found only {some(sorted(present))}" if present else "found no *.safetensors at all"
             return [*faults, f"{WEIGHTS}: not there, nor {INDEX}; {found}. Copy or export the whole directory again."]
         stray = sorted(present - {WEIGHTS})
         return faults + [f"{name}: stray weights beside {WEIGHTS}. Delete the file." for name in stray]
@@ -191,6 +211,8 @@ def _unreadable(path: Path) -> str | None:
         with safe_open(path, "pt"):
             return None
     except (SafetensorError, OSError) as error:
+        if not path.is_file() or not os.access(path, os.R_OK):
+            return f"{path.name}: not readable as a file ({error}). Copy or export it again."
         promised, size = _promised_bytes(path), path.stat().st_size
         if promised is None:
             return f"{path.name}: no safetensors header in its {size} bytes ({error}). Copy or export it again."
@@ -215,16 +237,6 @@ def _promised_bytes(path: Path) -> int | None:
             return None
 
 
-def _why_no_object(path: Path) -> str:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return f"{path.name}: not there. An exported drafter has one; give the directory that holds it."
-    except ValueError as error:
-        return f"{path.name}: no valid JSON ({error}). Export again, or mend it."
-    return f"{path.name}: holds a JSON {type(content).__name__}; expected an object."
-
-
 def _hint(name: str) -> str:
     if name.startswith(CALIBRATOR):
         return f"; {CONFIG} says enable_anchor_bias_logits false, so there is no calibrator"
@@ -233,6 +245,7 @@ def _hint(name: str) -> str:
     return "; an artifact holds only what the drafter owns"
 
 
-def _some(names: list[str], most: int = 4) -> str:
+def some(names: list[str], most: int = 4) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -18,14 +18,12 @@ from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
 from data.errors import UserError
-from models.export import CONFIG, DECODER, FLEXDRAFT_KEYS, INDEX, extras
+from models.artifact import CARD, CONFIG, FLEXDRAFT_KEYS, PARTS, draft_settings, extras, read_json
 from models.hub import is_repository_name
-from models.verify_config import calibrator_rank, draft_settings
-from models.verify_weights import file_faults, headers, read_json, value_faults
-from train.model_card import CARD, named
+from models.verify_config import IDS, calibrator_rank, own_faults
+from models.verify_weights import file_faults, headers, value_faults
+from train.model_card import named
 
-# What is sent of a directory; nothing else.
-PARTS = (CONFIG, CARD, "*.safetensors", INDEX, "*.png", "custom_generate/*.py")
 HARMLESS = {".gitattributes", CARD, "LICENSE"}  # what a repository may hold before a drafter
 
 
@@ -148,14 +146,9 @@ def check_artifact(directory: Path) -> dict[str, Any]:
     settings = draft_settings(config)
     if settings is None:
         raise UserError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).")
-    try:
-        layers, rank = range(config["num_hidden_layers"]), calibrator_rank(settings)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory / CONFIG}: {error} is missing or no number. `python -m models.verify` says more."
-        ) from error
-    if not (directory / DECODER).exists():
-        raise UserError(f"{directory}: {DECODER} is missing, with which plain transformers decodes. Export it again.")
+    if faults := own_faults(config):
+        raise UserError(f"{directory}: {' '.join(faults)}")
+    layers, rank = range(len(settings[IDS])), calibrator_rank(settings)
     expected = {"mask_embedding", *(f"layers.{i}.self_attn.o_proj.weight" for i in layers)}
     if rank:
         expected |= _correction_tensors("anchor_bias_mlp")

@@ -1,6 +1,7 @@
 """The model card of an exported drafter, made from the run's own records."""
 
 import hashlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from data.configuration import ROOT
-from models.export import extras, without_recommendation
+from models.artifact import CARD, extras
+from models.export import without_recommendation
+from models.fingerprint import KEY as FINGERPRINT
 from train.checks import TRAINED, VARIANTS
 from train.run_state import file_sha256, publish, read_json, read_record
 
 TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
-CARD, PLOT = "README.md", "acceptance_by_slot.png"
+PLOT = "acceptance_by_slot.png"
+MINIMUM = "4.57"  # of transformers, for custom_generate/generate.py
 NOWHERE = "path/to/this/directory"  # where the drafter is, until it has a repository
 # What of a command made the drafter. Others say where things are or go, and may hold what is nobody's business.
 SHOWN = (
@@ -38,14 +42,18 @@ Drafts for `{target}` ({architecture}) by speculative decoding, with the target 
 {block_size} mask tokens run through its last {layers} layers with attention projectors of their own{calibrator}
 ([FlexDraft](https://arxiv.org/abs/2605.20022)). The target verifies every draft, so its output stays its own. What was
 trained is here; the target is not.
-{beyond}
+
+**This is no model for `AutoModelForCausalLM.from_pretrained`**, which would fill in what is not here with random
+values. Load the target, and this beside it, as below.
+{fingerprint}{beyond}
 ## How well it drafts
 
 {figures}
 
 ## How to use it
 
-With `transformers` alone; `trust_remote_code=True` runs `custom_generate/generate.py` from here, so read it first:
+With `transformers` alone, {minimum} or newer ({transformers}); `trust_remote_code=True` runs
+`custom_generate/generate.py` from here, so read it first:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -217,6 +225,9 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
         block_size=config["block_size"],
         layers=config["num_hidden_layers"],
         calibrator=",\nand a small MLP corrects the drafts once the bonus token is known" if calibrated else "",
+        fingerprint=_fingerprint(config),
+        minimum=MINIMUM,
+        transformers=_transformers(list(columns.values())[-1]),
         beyond=_beyond(extras(config["flexdraft_config"])),
         figures=figures,
         load_target=f'"{_place(name)}"{revision}, dtype="{target["dtype"]}"',
@@ -227,6 +238,23 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
         commands="\n".join(["```bash", *_commands(records), "```"]),
         versions=_versions(list(columns.values())[-1]),
     )
+
+
+def _fingerprint(config: dict[str, Any]) -> str:
+    """Which target the drafter knows for its own; nothing of exports by earlier versions."""
+    if FINGERPRINT not in config:
+        return ""
+    digest = hashlib.sha256(json.dumps(config[FINGERPRINT], sort_keys=True).encode()).hexdigest()
+    return (
+        f"\n`config.json` holds a fingerprint of the target's weights ({digest[:12]}). Loading it beside other\n"
+        "weights of the same shapes, such as a fine-tuned relative's, warns: it stays lossless, and drafts less well.\n"
+    )
+
+
+def _transformers(record: dict[str, Any]) -> str:
+    """The version under which the drafter was made, which is one that it was run with."""
+    version = record["environment"].get("transformers")
+    return f"made and evaluated with {version}" if version else "the version is not on record"
 
 
 def _beyond(extra: dict[str, Any]) -> str:
