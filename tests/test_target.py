@@ -121,4 +121,4 @@ def test_training_beside_a_quantised_target_is_refused_before_it_loads(tmp_path)
     (tmp_path / "target" / "model.safetensors").unlink()
     done = command("+experiment=tiny", f"model.target.name={tmp_path / 'target'}", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "quantised (bitsandbytes)" in done.stderr and "Train with the unquantised model" in done.stderr
+    assert "The target is quantized" in done.stderr and "Name the model that it was made from" in done.stderr

@@ -64,8 +64,8 @@ def load_target(
     devices = {str(parameter.device) for parameter in target.parameters()}
     if len(devices) > 1:
         raise ValueError(
-            f"device_map={options.get('device_map')!r} spreads the target over {', '.join(sorted(devices))}; drafting needs all of it "
-            "on one. Name that, such as device_map='cuda:0', or quantise the target so that it fits."
+            f"device_map={options.get('device_map')!r} spreads the target over {', '.join(sorted(devices))}; drafting "
+            "needs all of it on one. Name that, such as device_map='cuda:0', or quantise the target so that it fits."
         )
     return target.requires_grad_(False).eval()
 

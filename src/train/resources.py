@@ -40,11 +40,6 @@ class Resources:
         Raises:
             UserError: target, tokenizer, data and settings do not fit together.
         """
-        if stage != "evaluate" and (quantised := getattr(self.target_config, "quantization_config", None)):
-            raise UserError(
-                f"model.target.name={self.name!r}: quantised ({_method(quantised)}), and training beside quantised "
-                "layers is not supported. Train with the unquantised model; its drafter decodes beside this one, too."
-            )
         try:
             check_architecture(self.target_config)
             if stage in TRAINED:
@@ -173,9 +168,3 @@ class Resources:
         first_turn = next(i for i, message in enumerate(talk) if message["role"] == "user") + 1
         longest = self.positions - self.config.stage.evaluate.max_new_tokens
         return len(self.encoder.prompt(talk[:first_turn])) <= longest
-
-
-def _method(quantised: Any) -> str:
-    """How a target is quantised, by the settings in its config."""
-    found = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
-    return str(getattr(found, "value", found))
