@@ -3,6 +3,7 @@
 import atexit
 import os
 import random
+import re
 import runpy
 import signal
 import sys
@@ -116,7 +117,13 @@ class Process:
         return self.status is None
 
     def signal(self, number: int) -> None:
-        os.killpg(self.pid, number)
+        """To the run and all that it has started; nothing once it has ended."""
+        if not self.running():
+            return
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:  # not yet in a session of its own
+            os.kill(self.pid, number)
 
     def wait(self, seconds: float = 600) -> int:
         """The exit status. A log with a traceback is wrong, and so is a failure without a message."""
@@ -129,7 +136,7 @@ class Process:
         text = self.drill.logs[self.number] = self.text()
         expect("Traceback (most recent call last)" not in text, "a traceback", self.drill)
         if self.status and self.status > 0:
-            messages = [line for line in text.splitlines() if line.startswith(("error:", "stopped", "    stopped"))]
+            messages = re.findall("error: |stopped by |stopped;", text)  # some behind a progress bar
             expect(len(messages) == 1, f"{len(messages)} messages for exit status {self.status}", self.drill)
         return self.status
 
