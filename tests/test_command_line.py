@@ -2,12 +2,15 @@
 
 import ast
 import signal
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, SHORT, command_stopped_at_checkpoint
 
 from data.errors import UserError, interrupted
 from data.terminal import say
+from train.__main__ import options_first
 from train.terminal import say as say_once
 
 
@@ -21,7 +24,9 @@ def test_brackets_and_colons_in_messages_are_printed_as_they_are(capsys):
 def test_only_one_place_makes_consoles():
     for file in (ROOT / "src").rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
-        made = any(getattr(call.func, "id", getattr(call.func, "attr", "")) == "Console" for call in calls)
+        made = any(
+            getattr(call.func, "id", getattr(call.func, "attr", "")) in ("Console", "Terminal") for call in calls
+        )
         assert not made or file.name == "terminal.py", f"{file}: use data.terminal, which takes no text for markup"
 
 
@@ -39,3 +44,17 @@ def test_ctrl_c_is_known_by_the_errors_of_the_pools_that_it_takes_down():
         finally:
             raise TimeoutError
     assert interrupted(found.value) and not interrupted(UserError("x")) and not interrupted(None)
+
+
+def test_a_command_whose_output_nobody_reads_says_so():
+    code = "from data.terminal import say\nfor number in range(10**5): say(str(number))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        shown = process.stderr.read().decode()
+    assert process.returncode == 1 and shown.startswith("stopped: the program that reads") and shown.count("\n") == 1
+
+
+def test_a_sweeps_option_may_stand_anywhere():
+    given = ["+experiment=tiny", "seed=1,2", "-m", "name=${seed}"]
+    assert options_first(given) == ["-m", "+experiment=tiny", "seed=1,2", "name=${seed}"]

@@ -19,6 +19,8 @@ from train.endings import AgreedEnd
 from train.preemption import received, stop, watch
 from train.sweep import check_jobs, run_job
 
+MULTIRUN = {"-m", "--multirun"}
+
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> float | None:
@@ -66,7 +68,7 @@ def check_overrides(arguments: list[str]) -> None:
         SystemExit: the overrides do not compose.
     """
     flags = {argument for argument in arguments if argument.startswith("-")}
-    if flags - {"-m", "--multirun"}:
+    if flags - MULTIRUN:
         return  # --help, --cfg ...: Hydra's own business
     overrides = [argument for argument in arguments if argument not in flags]
     try:
@@ -93,8 +95,14 @@ def quiet() -> None:
     atexit.register(time.sleep, 0.5)
 
 
+def options_first(arguments: list[str]) -> list[str]:
+    """The same arguments in an order that Hydra's parser takes: it knows no option behind an override."""
+    return sorted(arguments, key=lambda argument: argument not in MULTIRUN)
+
+
 if __name__ == "__main__":
     watch()
     quiet()
     check_overrides(sys.argv[1:])
+    sys.argv[1:] = options_first(sys.argv[1:])
     main()
