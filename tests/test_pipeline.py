@@ -1,6 +1,7 @@
 """The main job by its command: all stages, once, and on from where it was killed."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT, command, command_stopped_at_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.export import load_draft
@@ -154,7 +156,13 @@ def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tm
     weights = run_dir / file.get(stage, "export/model.safetensors")
     tensors = load_file(weights)
     tensors["mask_embedding"][0] = float("inf")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    done = command(*SHORT, "name=short", f"stages=[{stage}]", "overwrite=true", cwd=tmp_path)
-    assert done.returncode == 1 and f"{weights.name}: mask_embedding not finite" in done.stderr
+    with safe_open(weights, "pt") as before:
+        save_file(tensors, weights, metadata=before.metadata())
+    for record in (run_dir / "records").glob("*.done.json"):
+        held = json.loads(record.read_text())
+        del held["files"]  # hashes of the results, which older versions did not record
+        record.write_text(json.dumps(held))
+    done = command(*SHORT, "name=short", f"stages=[{stage}]", f"overwrite={stage}", cwd=tmp_path)
+    named = "export" if stage == "evaluate" else weights.name
+    assert done.returncode == 1 and re.search(f"{named}: mask_embedding:? not finite", done.stderr), done.stderr
     assert "Traceback" not in done.stderr

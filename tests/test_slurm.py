@@ -109,14 +109,16 @@ def test_signals_to_the_shell_leave_the_tasks_to_decide(tmp_path):
 
 def test_a_sweep_ends_with_a_table_that_shows_failed_jobs(tmp_path):
     rate = "stage.attention_tuning.module.learning_rate"
-    done = command("-m", *VERY_SHORT, f"{rate}=-1,2e-3", f"name=lr_${{{rate}}}", cwd=tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "lr_0.001").write_text("a file in the place of the first job's run directory")
+    done = command("-m", *VERY_SHORT, f"{rate}=1e-3,2e-3", f"name=lr_${{{rate}}}", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     written = next(tmp_path.glob("multirun/*/table.md"))
     text = written.read_text(encoding="utf-8")
     assert text in done.stdout and str(written) in done.stdout
     header, _, failed, finished = text.splitlines()[:4]
-    assert "| learning_rate |" in header and "| -1 " in failed and "| failed |" in failed
-    assert "job 0 failed: stage.attention_tuning.module.learning_rate=-1: expected more than 0." in text
+    assert "| learning_rate |" in header and "| 0.001 " in failed and "| failed |" in failed
+    assert "job 0 failed: checkpoints/lr_0.001" in text
     report = json.loads((tmp_path / "checkpoints/lr_0.002/evaluate/report.json").read_text())
     decoded = report["benchmarks"]["held_out"]["variants"]
     for name in ("attention_tuned", "calibrated"):
