@@ -17,7 +17,7 @@ from test_training import data, module, trainer
 
 from data.errors import UserError
 from train import checkpoints, preemption
-from train.checkpoints import CheckpointFiles, Checkpoints, step_of, usable_checkpoint
+from train.checkpoints import CheckpointFiles, Checkpoints, checkpoints_in, step_of, usable_checkpoint
 from train.finite import SkippedSteps
 from train.modules import AttentionTuning
 from train.monitor import Monitor
@@ -261,3 +261,11 @@ def test_files_get_the_mode_of_the_umask(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "draft.safetensors").stat().st_mode) == mode
+
+
+def test_what_a_user_puts_beside_the_checkpoints_is_left_alone(tmp_path):
+    names = ["step-mine.ckpt", "step-00000004-.ckpt", "best-mine.safetensors", f"step-00000004-{'a' * 16}.ckpt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in checkpoints_in(tmp_path)] == names[-1:]
+    assert usable_checkpoint(tmp_path, lambda text: None) is None  # damaged, and no error for the others

@@ -292,6 +292,23 @@ def test_a_drafter_that_is_not_finite_cannot_change_the_output(twin, drafter, va
                 assert torch.equal(drafted(twin, drafter, selection=selection, calibrate=calibrate), expected)
 
 
+def test_a_draft_on_which_the_target_overflows_does_not_reach_the_tokens_before_it(twin, drafter):
+    """A token that the target never chooses, and whose embedding is not finite, is drafted in every step."""
+    token = 7
+    with torch.no_grad():
+        twin.get_output_embeddings().weight[token] = 0  # never the most likely one
+        twin.get_input_embeddings().weight[token] = float("inf")
+    tensors = load_file(drafter / "model.safetensors")
+    for name, bias in tensors.items():
+        if name in ("anchor_bias_mlp.2.bias", "chain_mlp.2.bias"):
+            bias[token] = 1e4
+    save_file(tensors, drafter / "model.safetensors")
+    expected = own(twin)
+    assert not (expected == token).any()
+    for selection in ("off", "cumulative_product"):
+        assert torch.equal(drafted(twin, drafter, selection=selection), expected)
+
+
 def config_of(change):
     def damage(directory):
         file = directory / "config.json"

@@ -108,5 +108,5 @@ def test_a_target_is_loaded_in_a_dtype_by_name_or_as_it_is():
     sizes |= {"intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
     for dtype in ("bfloat16", torch.bfloat16):
         assert load_target(None, architecture=sizes, dtype=dtype).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype='auto' is no torch dtype"):
+    with pytest.raises(ValueError, match="dtype='auto'"):
         load_target(None, architecture=sizes, dtype="auto")

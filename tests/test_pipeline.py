@@ -166,3 +166,13 @@ def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tm
     named = "export" if stage == "evaluate" else weights.name
     assert done.returncode == 1 and re.search(f"{named}: mask_embedding:? not finite", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_call_that_is_refused_deletes_nothing(trained_run, tmp_path):
+    run_dir = tmp_path / "checkpoints" / "short"
+    shutil.copytree(trained_run, run_dir)
+    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    call = ("overwrite=attention_tuning", "adapter=lora", "adapter.target_modules=[nope]")
+    done = command(*SHORT, "name=short", *call, cwd=tmp_path)
+    assert done.returncode == 1 and "adapter.target_modules" in done.stderr and "Traceback" not in done.stderr
+    assert {file: file.read_bytes() for file in before if file.exists()} == before

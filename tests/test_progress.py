@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -279,3 +281,38 @@ def test_errors_are_ignored_where_nothing_depends_on_them_and_nowhere_else():
     """Temporary directories: what is made in their place afterwards fails by itself if they are still there."""
     counts = {file.name: file.read_text().count("ignore_errors=True") for file in (ROOT / "src").rglob("*.py")}
     assert {name: count for name, count in counts.items() if count} == {"stages.py": 1, "documents.py": 2}
+
+
+def test_overwrite_true_does_not_train_over_weights_whose_record_is_gone(tmp_path):
+    made, _ = finished(tmp_path)
+    made.done.unlink()
+    with pytest.raises(UserError, match="overwrite=attention_tuning"):
+        left_to_do(config(overwrite=True), "attention_tuning", made)
+    assert left_to_do(config(overwrite="attention_tuning"), "attention_tuning", made) == ANEW
+
+
+def test_a_result_that_is_not_on_the_record_is_missed_too(tmp_path):
+    """The evaluation changes the exported config.json, so no record holds its hash."""
+    made, weights = finished(tmp_path, "export", "model.safetensors")
+    assert left_to_do(config(), "export", made) == ANEW
+    (weights.parent / "config.json").write_text("{}")
+    assert left_to_do(config(), "export", made) == FINISHED
+
+
+def test_a_target_on_the_hub_is_known_by_the_commit_that_its_name_stands_for(tmp_path):
+    """What the name stands for may move between two stages."""
+    cached = tmp_path / "hub" / "models--acme--tiny"
+    (cached / "refs").mkdir(parents=True)
+    commits = ["1" * 40, "3" * 40]
+    for commit in commits:
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        shutil.copy(ROOT / "src/data/tiny/target/config.json", cached / "snapshots" / commit)
+    code = "from data.hub_commit import commit_of; print(commit_of('acme/tiny', None))"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        key: value for key, value in environment.items() if key not in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+    }
+    for commit in commits:
+        (cached / "refs" / "main").write_text(commit)
+        shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert shown.stdout.split()[-1:] == [commit], shown.stderr

@@ -259,20 +259,6 @@ def test_no_room_for_an_answer(tmp_path):
     run(tmp_path)  # nothing was begun with the settings that were refused
 
 
-def test_penalties_of_the_target_are_not_applied(tiny_tokenizer, tmp_path):
-    import shutil
-
-    shutil.copytree(TINY / "target", tmp_path / "target")
-    config = json.loads((tmp_path / "target/generation_config.json").read_text())
-    penalties = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "suppress_tokens": list(range(300, 900))}
-    (tmp_path / "target/generation_config.json").write_text(json.dumps(config | penalties))
-    questions = [users("Tom has 3 apples. How many?")]
-    plain, other = (
-        answers(local(tiny_tokenizer, name=name), questions) for name in (TINY / "target", tmp_path / "target")
-    )
-    assert plain[0].messages == other[0].messages
-
-
 def test_one_refusal_is_a_dropped_sample(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(5)])
     with StubServer(faults=[None, 400]) as stub:

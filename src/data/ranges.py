@@ -48,7 +48,8 @@ class Range:
 
 
 COUNT, SOME, SHARE = Range(1), Range(0), Range(0.0, 1.0)
-POSITIVE, NOT_NEGATIVE = Range(0.0, above=True), Range(0.0)
+FLOAT32 = 3e38  # what the optimizer can hold
+POSITIVE, NOT_NEGATIVE = Range(0.0, FLOAT32, above=True), Range(0.0, FLOAT32)
 PROBABILITY = Range(0.0, 1.0, above=True)  # of which 0 is none
 PROCESSES = 1024  # more are a typing error, and would bring the machine down
 

@@ -206,14 +206,13 @@ def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
     settings["questions"] = fingerprint(parts)
     if chosen["backend"] == "server":
         return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
-    from transformers import AutoConfig
-
     from data.chat import load_encoder
+    from data.hub_commit import commit_of
 
     if target["name"] is None:
         raise UserError("model.target.name is not set, and random weights have nothing to say. Name a target.")
     try:
-        commit = getattr(AutoConfig.from_pretrained(target["name"], revision=target["revision"]), "_commit_hash", None)
+        commit = None if Path(target["name"]).is_dir() else commit_of(target["name"], target["revision"])
     except (OSError, ValueError) as error:
         raise UserError(f"model.target.name={target['name']!r}: the target's config did not load. {error}") from error
     settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}

@@ -180,7 +180,9 @@ def check_untested(target: PreTrainedModel) -> None:
         )
     ids = torch.tensor([prompt], device=target.device)
     mask = torch.ones_like(ids)
-    own = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8)[0, len(prompt) :].tolist()
+    own = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8, return_dict_in_generate=False)[
+        0, len(prompt) :
+    ].tolist()
     wrong = [mode for mode, tokens in decoded.items() if tokens != own]
     if wrong and target.dtype in (torch.float32, torch.float64):  # coarser ones may have ties
         raise ValueError(f"{kind} cannot be a target: {' and '.join(wrong)} decoding gives other tokens than its own.")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 KEY = "target_fingerprint"  # in config.json
 LAYERS = 8  # layers sampled, spread evenly
-TOKENS = tuple(range(3, 91, 11))  # rows of embeddings and head; low ids exist whatever a vocabulary is padded to
+TOKENS = tuple(range(3, 91, 11))  # rows of embeddings and head, below any padding; modulo a smaller vocabulary
 POINTS = 4  # rows and columns sampled of a matrix
 SAME = 0.005  # relative distance of a tensor up to which it is the same: casts between dtypes stay below 0.004
 QUANTISED = 0.4  # likewise of a quantised tensor; 4 bits make about 0.1
@@ -108,10 +108,10 @@ def _sample(target: PreTrainedModel, name: str) -> list[float]:
     if _is_norm(module):
         values = module.weight[_spread(len(module.weight), 2 * POINTS)]
     elif name == "embed_tokens":
-        embedded = module(torch.tensor(TOKENS, device=device))
+        embedded = module(torch.tensor(TOKENS, device=device) % module.weight.shape[0])
         values = embedded[:, _spread(embedded.shape[-1])]
     else:
-        rows = torch.tensor(TOKENS) if name == "lm_head" else _spread(module.out_features)
+        rows = torch.tensor(TOKENS) % module.out_features if name == "lm_head" else _spread(module.out_features)
         values = _entries(module, rows, _spread(module.in_features), target.dtype, device)
     return values.float().flatten().tolist()
 

@@ -1,6 +1,7 @@
 """Checkpoints that survive: written whole or not at all, checked before use, the last few and the best kept."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from train.run_state import file_sha256, publish
 from train.terminal import say
 
 DIGEST = 16  # hex digits of a checkpoint's SHA-256 in its name
+NAMED = re.compile(rf"(step|best)-\d{{8,}}-[0-9a-f]{{{DIGEST}}}")
 
 
 class CheckpointFiles(CheckpointIO):
@@ -45,6 +47,11 @@ def keeper(trainer: lightning.Trainer) -> "Checkpoints":
     return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
 
 
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, the newest first; not what a user has put beside them."""
+    return sorted((path for path in directory.glob("step-*.ckpt") if NAMED.fullmatch(path.stem)), reverse=True)
+
+
 def step_of(path: Path) -> int:
     """The step that a file of this directory is about."""
     return int(path.stem.split("-")[1])
@@ -61,7 +68,7 @@ def usable_checkpoint(directory: Path, say: Callable[[str], None] = print, run: 
         run: the id of the stage's run (`run_state.run_id`). Checkpoints of other runs are passed over; those of earlier
             versions hold no id and are taken.
     """
-    found = sorted(directory.glob("step-*.ckpt"), reverse=True)
+    found = checkpoints_in(directory)
     whole = []
     for path in found:
         if not whole_file(path):
@@ -285,13 +292,13 @@ class Checkpoints(Checkpoint):
 
     def _forget_old(self, step: int) -> None:
         """Remove what no kept checkpoint needs, and what an interrupted run has left; never what is ahead of it."""
-        for path in self.directory.glob("step-*.ckpt"):
+        for path in checkpoints_in(self.directory):
             if step_of(path) < step and step_of(path) not in self.best_of:
                 path.unlink()
         for path in self.directory.glob(".*.tmp"):
             path.unlink()
         for path in self.directory.glob("best-*.safetensors"):
-            if step_of(path) < min(self.best_of.values()):
+            if NAMED.fullmatch(path.stem) and step_of(path) < min(self.best_of.values()):
                 path.unlink()
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from data.configuration import check_at_least, check_choices, check_settings
+from data.configuration import check_at_least, check_choices, check_settings, unresolved
 from data.errors import UserError
 from data.unused import check_unused
 from train.hardware import GPUS
@@ -27,7 +28,18 @@ def check_config(config: DictConfig) -> None:
     Raises:
         UserError: naming the setting, its value, what was expected and the way out.
     """
-    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        _check(config, list(HydraConfig.get().overrides.task))
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(error)) from error
+
+
+def _check(config: DictConfig, overrides: list[str]) -> None:
+    """
+    Raises:
+        UserError: as above.
+        OmegaConfBaseException: a value that cannot be computed.
+    """
     check_settings(config, overrides)
     check_trainer(config)
     _check_stages(config)

@@ -7,9 +7,11 @@ import torch
 from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
+from data.errors import UserError
 from data.packing import PackedRows
 from models.cost import step_flops
 from models.sizes import Sizes
@@ -108,6 +110,8 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
         say("    data.validation_records=0: nothing is validated, so the last weights are handed on")
     try:
         trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer, logger or callbacks: {error}") from error
     finally:
         data.close()
     if trainer.global_step < trainer.max_steps and not keeper(trainer).out_of_patience():

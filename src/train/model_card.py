@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from data.configuration import ROOT
+from data.errors import UserError
 from models.artifact import CARD, extras
 from models.export import without_recommendation
 from models.fingerprint import KEY as FINGERPRINT
@@ -124,7 +125,11 @@ def write_card(run_dir: Path) -> None:
         del records["evaluate"]
     figures = "This drafter has not been evaluated."
     if "evaluate" in records:
-        figures = _figures(read_json(report), records["evaluate"]["settings"]["seed"])
+        try:
+            measured = read_json(report)
+        except ValueError as error:
+            raise UserError(f"{report}: damaged. Evaluate again with overwrite=evaluate.") from error
+        figures = _figures(measured, records["evaluate"]["settings"]["seed"])
     plot = run_dir / PLOT
     if "evaluate" in records and plot.exists():
         _publish_if_other(exported / PLOT, plot.read_bytes())

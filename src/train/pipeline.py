@@ -110,6 +110,8 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     else:
         lock.refuse_other_jobs()
     resources.check(stage)
+    if stage in TRAINED and todo == ANEW:
+        stages.untrained(config, stage, resources)  # what can be refused is refused before anything is deleted
     if rank_zero_only.rank == 0:
         if todo == ANEW:
             _clear(config, stage, record, later)

@@ -60,7 +60,7 @@ def _finished(
         if again:
             return ANEW
         raise _other_settings(config, stage, record, record.done, changes)
-    files = done.get("files") or dict.fromkeys(RESULTS[stage])
+    files = dict.fromkeys(RESULTS[stage]) | (done.get("files") or {})
     gone = [name for name in files if not (record.run_dir / name).exists()]
     if gone and (again or not trained):
         say(f"    {record.run_dir / gone[0]} is gone; the stage is done again")
@@ -98,7 +98,7 @@ def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str,
         raise _other_settings(config, stage, record, record.begun, changes)
     if checkpoints:
         return ANEW if changes else GO_ON
-    if (directory / WEIGHTS).exists() and not again:
+    if (directory / WEIGHTS).exists() and not (again and changes):
         raise UserError(
             f"{directory / WEIGHTS} is there, but no record says what it is. Training would replace it: move it away, "
             f"or use overwrite={stage}."

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from data.benchmarks import read_benchmark
 from data.chat import ChatEncoder, load_encoder
 from data.errors import BadRecord, UserError
+from data.hub_commit import commit_of
 from data.packing import PackedRows
 from data.prepare import describe, prepare
 from data.records import Messages
@@ -85,7 +86,7 @@ class Resources:
         elif Path(self.name).is_dir():
             found = hashes(target_files(Path(self.name)))
         else:
-            found = {"repository": self.name, "commit": getattr(self.target_config, "_commit_hash", self.revision)}
+            found = {"repository": self.name, "commit": commit_of(self.name, self.revision)}
         other = self.target_settings["tokenizer"]
         if not other or other == self.name:
             return found

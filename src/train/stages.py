@@ -162,7 +162,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     settings = config.stage[stage]
     trainer = checked_trainer(config, stage, directory)
     calibrates = stage == "bonus_calibration"
-    draft = _new_draft(config, resources, calibrated=calibrates, adapted=not calibrates)
+    draft = untrained(config, stage, resources)
     if calibrates:
         source = directory.parent / "attention_tuning" / WEIGHTS
         _load(draft.attention_parameters(), source)
@@ -279,6 +279,16 @@ def _execution(config: DictConfig, trainer: Trainer) -> Execution:
     # ZeRO 3 fetches the weights of each layer when it is called, which no graph may do.
     in_pieces = getattr(trainer.strategy, "zero_stage_3", False)
     return Execution(attention=speed.attention, compile=speed.compile and not in_pieces, recompute=speed.recompute)
+
+
+def untrained(config: DictConfig, stage: str, resources: Resources) -> DraftModel | LoraDraft:
+    """The drafter that a training stage begins with, before any weights are read.
+
+    Raises:
+        UserError: the target does not load, or the adapter is not for it.
+    """
+    calibrates = stage == "bonus_calibration"
+    return _new_draft(config, resources, calibrated=calibrates, adapted=not calibrates)
 
 
 def _new_draft(

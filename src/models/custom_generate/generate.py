@@ -99,13 +99,15 @@ class Row:
         """Sets `logits`; drafts and verifies if none are left and the text may take `room` tokens. None: it ended."""
         if not self.ahead and room is not None:
             drafts, confidence = self.draft.block(self.cache, self.length, self.bonus, self.calibrate)
-            # "Flex Decoding": the leading drafts that are likely enough, at least 1.
             likely = confidence.cumprod(-1) if self.selection == "cumulative_product" else confidence
-            count = max(1, int((likely >= self.threshold).long().cumprod(-1).sum()))
+            count = max(1, int((likely >= self.threshold).long().cumprod(-1).sum()))  # "Flex Decoding": at least 1
             self.drafts = drafts[: max(0, min(room, len(drafts) if self.selection == "off" else count))]
             tokens = [self.bonus, *self.drafts]
             self.ahead = [*self.draft.target(self.cache, self.length, tokens, len(tokens))]
-            self.length += len(tokens)
+            if self.drafts and torch.stack(self.ahead).isnan().any():  # the target overflows on a draft: without drafts
+                self.draft.crop(self.cache, self.length, *2 * [self.length + len(tokens)])
+                self.drafts, self.ahead = [], [*self.draft.target(self.cache, self.length, tokens[:1], 1)]
+            self.length += 1 + len(self.drafts)
             self.gained.append(1)
         self.logits = self.ahead[0] if self.ahead else self.logits
 
@@ -116,8 +118,7 @@ class Row:
             self.drafts, self.ahead = self.drafts[1:], self.ahead[1:]
         elif self.ahead:
             self.draft.crop(self.cache, self.length - len(self.drafts), self.length, self.length)
-            self.length -= len(self.drafts)
-            self.bonus, self.drafts, self.ahead = token, [], []
+            self.length, self.bonus, self.drafts, self.ahead = self.length - len(self.drafts), token, [], []
 
 
 def _refuse(given):
@@ -156,11 +157,10 @@ def _kept(settings, input_ids, prepared):
     _refuse({mode.value.replace("_", " "): mode not in ("greedy_search", "sample")})
     known = vars(type(settings)())  # other attributes mean nothing to `generate`
     usual = known | NEUTRAL | getattr(settings, "_get_default_generation_params", dict)()
-    found = {name: getattr(settings, name, None) for name in known.keys() - SETTINGS.split() if name[0] != "_"}
-    found = {name: value for name, value in found.items() if value != usual[name]}
+    rest = [name for name in known.keys() - SETTINGS.split() if name[0] != "_"]
+    found = {name: value for name in rest if (value := getattr(settings, name, None)) != usual[name]}
     found[f"cache_implementation={kind}"] = kind not in EXACT
-    others = {name: v for name, v in prepared.items() if name not in PREPARED and not isinstance(v, Cache)}
-    _refuse(found | {name: value for name, value in others.items() if value != {}})
+    _refuse(found | {n: v for n, v in prepared.items() if n not in PREPARED and not isinstance(v, Cache) and v != {}})
     mask = prepared.get("attention_mask")  # None: no padding
     kept = torch.ones_like(input_ids).bool() if mask is None else mask.to(input_ids.device).bool()
     if kept.ndim != 2 or kept.shape != input_ids.shape:
