@@ -10,6 +10,7 @@ from data.errors import UserError
 
 STAGES = ("attention_tuning", "bonus_calibration")
 LARGEST = 2**31 - 1  # of whole numbers: what every library stores
+FLOAT32 = 3e38  # of the others: what the optimizer computes with
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Range:
 
     @property
     def most(self) -> float:
-        return min(self.high, LARGEST) if self.whole else self.high
+        return min(self.high, LARGEST if self.whole else FLOAT32)
 
     def holds(self, value: float) -> bool:
         enough = value > self.low if self.above else value >= self.low
@@ -48,8 +49,7 @@ class Range:
 
 
 COUNT, SOME, SHARE = Range(1), Range(0), Range(0.0, 1.0)
-FLOAT32 = 3e38  # what the optimizer can hold
-POSITIVE, NOT_NEGATIVE = Range(0.0, FLOAT32, above=True), Range(0.0, FLOAT32)
+POSITIVE, NOT_NEGATIVE = Range(0.0, above=True), Range(0.0)
 PROBABILITY = Range(0.0, 1.0, above=True)  # of which 0 is none
 PROCESSES = 1024  # more are a typing error, and would bring the machine down
 
