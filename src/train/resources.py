@@ -86,7 +86,7 @@ class Resources:
         elif Path(self.name).is_dir():
             found = hashes(target_files(Path(self.name)))
         else:
-            assert self.target_config  # refused by name if it does not load
+            _ = self.target_config  # a target that is not there is refused by its name
             found = {"repository": self.name, "commit": commit_of(self.name, self.revision)}
         other = self.target_settings["tokenizer"]
         if not other or other == self.name:
