@@ -99,9 +99,11 @@ def tiny_tokenizer():
     return load_tokenizer(str(TINY / "target"))
 
 
-def command(*overrides: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m train ...` as a user would call it."""
-    call = [sys.executable, "-m", "train", *overrides]
+def command(
+    *overrides: str, cwd: Path, timeout: float = 300, module: str = "train", **environment: str
+) -> subprocess.CompletedProcess:
+    """`python -m train ...`, or another command, as a user would call it."""
+    call = [sys.executable, "-m", module, *overrides]
     return subprocess.run(call, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
 
 

@@ -1,6 +1,7 @@
 """Chat template and supervision: which tokens of a conversation the assistant itself would write."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
@@ -14,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import BadRecord, UserError
 from data.records import Messages
+from data.templates import check_template_kwargs
 
 
 @dataclass
@@ -58,6 +60,13 @@ class ChatEncoder:
         self.backend.post_processor = None
         self.backend.no_truncation()
         self.backend.no_padding()
+
+    def check_kwargs(self, given: dict[str, Any], overrides: list[str], say: Callable[[str], None]) -> None:
+        """
+        Raises:
+            UserError: as for `check_template_kwargs`.
+        """
+        check_template_kwargs(self.template, given, overrides, say, also=self.variables.keys() - given.keys())
 
     def prompt(self, messages: Messages) -> list[int]:
         """Tokens up to the point where the assistant starts to write.

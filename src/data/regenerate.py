@@ -195,6 +195,7 @@ def _backend(config: DictConfig) -> Any:
 
     target = chosen["model"]["target"]
     encoder, tokenizer = load_encoder(target, template_kwargs)
+    encoder.check_kwargs(template_kwargs, sys.argv[1:], say)
     return LocalBackend(target, tokenizer, encoder, sampling, **chosen["regenerate"]["local"])
 
 

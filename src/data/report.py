@@ -68,6 +68,7 @@ def write_report(config: DictConfig) -> None:
     settings = plain(config, "data", "model", "stage")
     data, draft = settings["data"], settings["model"]["draft"]
     encoder, tokenizer = load_encoder(settings["model"]["target"], data["template_kwargs"])
+    encoder.check_kwargs(data["template_kwargs"], sys.argv[1:], say)
     parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
     folder = Path(config.run_dir) / "data_report"
     prepared = prepare(
