@@ -13,6 +13,7 @@ from data.errors import UserError
 from models.export import CONFIG, extras
 from models.export import FLEXDRAFT_KEYS as KEYS
 from train.run_state import file_sha256, publish, read_record
+from train.target_files import comparable, short
 
 WEIGHTS = "draft.safetensors"  # float32, under the exported names
 FACTS = "flexdraft"  # the only key of the metadata: with several, safetensors writes them in a random order
@@ -152,10 +153,10 @@ def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: 
             f"{source} was trained with {trained}, but stage {stage} is asked for with {given}. "
             f"Give {trained}, or train another drafter under another name=..."
         )
-    then = facts.get("target", target)
+    then = comparable(facts.get("target", target), target)
     changed = [key for key in sorted(then.keys() | target.keys()) if then.get(key) != target.get(key)]
     if changed:
-        pairs = "; ".join(f"{key}: {_hash(then.get(key))} -> {_hash(target.get(key))}" for key in changed)
+        pairs = "; ".join(f"{key}: {short(then.get(key))} -> {short(target.get(key))}" for key in changed)
         raise UserError(
             f"{source} was trained for another target than model.target={config.model.target.name} ({pairs}). "
             "Give the target that it was trained for, or train another drafter under another name=..."
@@ -164,10 +165,6 @@ def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: 
 
 def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _hash(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def target_then(settings: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +177,7 @@ def target_then(settings: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]
     known = {key.split("/")[-1]: v for key, v in inputs.items() if "/" in key and not key.startswith(ours)}
     target = settings.get("model", {}).get("target", {})
     if not known and target.get("name"):
-        known = {"repository": target["name"]} | ({"commit": target["revision"]} if target.get("revision") else {})
-    elif not known:
+        return {"repository": target["name"]} | ({"commit": target["revision"]} if target.get("revision") else {})
+    if not known:
         known = {"architecture": target.get("architecture")}
     return {key: known.get(key, value) for key, value in now.items()} if known.keys() & now.keys() else known

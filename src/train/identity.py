@@ -19,6 +19,7 @@ from train.drafter_file import WEIGHTS, finished_weights, target_then
 from train.preset import accelerator, arithmetic
 from train.resources import Resources
 from train.run_state import check_written, file_sha256
+from train.target_files import comparable, short
 
 TUNING, CALIBRATION, EXPORT, EVALUATE = STAGES
 
@@ -191,7 +192,9 @@ def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources)
 
 def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[str]:
     """`key: old -> new` for everything in two records of a stage that its outcome depends on, and that differs."""
-    found = _differences(_of_this_version(old, new), new)
+    old = _of_this_version(old, new)
+    target = comparable(old["inputs"]["target"], new["inputs"]["target"])
+    found = _differences(old | {"inputs": old["inputs"] | {"target": target}}, new)
     return [f"{key}: {_short(a)} -> {_short(b)}" for key, a, b in found if counts(key, stage)]
 
 
@@ -221,6 +224,4 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 
 def _short(value: Any) -> str:
     """A value as text, hashes cut to 12 digits."""
-    if isinstance(value, str) and len(value) == 64:
-        return value[:12]
-    return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else str(value)
+    return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else short(value)
