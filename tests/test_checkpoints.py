@@ -17,7 +17,8 @@ from test_training import data, module, trainer
 
 from data.errors import UserError
 from train import checkpoints, preemption
-from train.checkpoints import CheckpointFiles, Checkpoints, checkpoints_in, step_of, usable_checkpoint
+from train.checkpoint_names import checkpoints_in, step_of
+from train.checkpoints import CheckpointFiles, Checkpoints, usable_checkpoint
 from train.finite import SkippedSteps
 from train.modules import AttentionTuning
 from train.monitor import Monitor

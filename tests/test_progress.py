@@ -1,6 +1,7 @@
 """What is left to do of a stage, from records and files alone; and the file that says what drafter it holds."""
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -16,12 +17,13 @@ from safetensors.torch import save_file
 from test_configs import composed
 
 from data.errors import UserError
-from train.disk import DiskError, check_access, remove_tree
+from train.disk import DiskError, as_user_error, check_access, remove_tree
 from train.drafter_file import check_fits, facts_in, facts_of, finished_weights, save_drafter
+from train.finite import way_out
 from train.progress import ANEW, FINISHED, GO_ON, left_to_do
 from train.run_state import StageRecord, check_written, file_sha256
 from train.space import check_disk, check_shared_memory
-from train.target_files import hashes, target_files
+from train.target_files import hashes, in_directory, target_files
 
 TARGET = {"config.json": "a" * 64}
 SETTINGS = {"stage": {"steps": 6}, "inputs": {"target": TARGET}}
@@ -52,7 +54,7 @@ def begun(run_dir):
     made = record(run_dir)
     made.begin(anew=True)
     (run_dir / "attention_tuning" / "checkpoints").mkdir(parents=True)
-    (run_dir / "attention_tuning" / "checkpoints" / "step-00000002-x.ckpt").write_bytes(b"x")
+    (run_dir / "attention_tuning" / "checkpoints" / f"step-00000002-{'0' * 16}.ckpt").write_bytes(b"x")
     return made
 
 
@@ -212,6 +214,10 @@ def test_the_same_drafter_gives_the_same_bytes(tmp_path):
     assert len(contents) == 1
 
 
+def content(directory):
+    return hashes(target_files(in_directory(directory)))
+
+
 def test_a_target_is_its_content_whatever_its_place_and_neighbours(tmp_path):
     here, there = tmp_path / "a", tmp_path / "elsewhere" / "b"
     for place in (here, there):
@@ -220,14 +226,14 @@ def test_a_target_is_its_content_whatever_its_place_and_neighbours(tmp_path):
             (place / name).write_text(name)
     for name in ("notes.json", "trainer_state.json", "consolidated.safetensors", "vocab.json", "README.md"):
         (there / name).write_text("new")
-    assert hashes(target_files(here)) == hashes(target_files(there))
+    assert content(here) == content(there)
     (there / "chat_template.jinja").write_text("{{ messages }}")
-    assert hashes(target_files(here)) != hashes(target_files(there))
+    assert content(here) != content(there)
     shards = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
     (there / "model.safetensors").unlink()
     (there / "model.safetensors.index.json").write_text(json.dumps(shards))
     (there / "model-00001-of-00001.safetensors").write_text("shard")
-    assert "model-00001-of-00001.safetensors" in hashes(target_files(there))
+    assert "model-00001-of-00001.safetensors" in content(there)
 
 
 def test_what_cannot_be_deleted_ends_an_overwrite_and_a_link_is_not_followed(tmp_path, monkeypatch):
@@ -248,6 +254,48 @@ def test_what_cannot_be_deleted_ends_an_overwrite_and_a_link_is_not_followed(tmp
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(DiskError, match="draft.safetensors cannot be deleted: Operation not permitted.*chattr"):
         remove_tree(precious)
+
+
+@pytest.mark.parametrize(("stage", "name"), [("attention_tuning", "adapter"), ("export", "export")])
+def test_a_link_in_the_place_of_a_result_is_refused_before_anything_is_trained(tmp_path, stage, name):
+    from train.resources import Resources
+
+    (tmp_path / "other").mkdir()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / name).symlink_to(tmp_path / "other")
+    resources = Resources(config())
+    with pytest.raises(DiskError, match=f"run/{name} is a symbolic link to .*other"):
+        check_disk(config(), resources, run_dir, ["attention_tuning", "bonus_calibration", "export"])
+    assert "target" not in vars(resources)
+    check_disk(config(), resources, run_dir, ["bonus_calibration"])  # which does not replace it
+
+
+def test_an_error_that_hides_what_came_before_it_is_not_explained_by_it():
+    """`raise ... from None` says that the first error is not the reason."""
+    full = OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
+    for cause in ("from None", "", "from full"):
+        try:
+            exec(f"try:\n    raise full\nexcept OSError:\n    raise KeyError('a bug') {cause}", {"full": full})
+        except KeyError as error:
+            found = as_user_error(error)
+            assert isinstance(found, KeyError if cause == "from None" else DiskError), cause
+
+
+def test_a_file_of_the_users_own_beside_the_checkpoints_is_no_checkpoint(tmp_path):
+    """One definition of a checkpoint, here and where checkpoints are read."""
+    made = record(tmp_path)
+    made.begin(anew=True)
+    place = tmp_path / "attention_tuning" / "checkpoints"
+    place.mkdir(parents=True)
+    for name in ("step-mine.ckpt", "step-00000009-.ckpt"):
+        (place / name).write_bytes(b"x")
+    assert left_to_do(config(), "attention_tuning", other(tmp_path)) == ANEW
+    assert "good checkpoint" not in way_out(place)
+    (place / f"step-00000002-{'0' * 16}.ckpt").write_bytes(b"x")
+    assert f"last good checkpoint is {place}/step-00000002" in way_out(place)
+    with pytest.raises(UserError, match="stage.steps: 6 -> 7"):
+        left_to_do(config(), "attention_tuning", other(tmp_path))
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):

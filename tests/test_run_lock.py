@@ -10,9 +10,11 @@ from contextlib import suppress
 
 import pytest
 from conftest import ROOT
+from test_progress import config, finished
 
 from data.errors import UserError
 from train import run_lock
+from train.pipeline import _drop_left_over
 from train.run_lock import FILE, RunLock
 
 HOLD = "import sys, time; from pathlib import Path; from train.run_lock import RunLock\n"
@@ -114,3 +116,41 @@ def test_an_empty_or_cut_file_of_a_dead_writer_stops_nobody(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.release()
+
+
+def test_checkpoints_beside_a_finished_stage_are_another_writers(tmp_path, holder, capsys):
+    """Who does the stage again may have written them since this process has found the stage finished."""
+    made, _ = finished(tmp_path)
+    checkpoints = tmp_path / "attention_tuning" / "checkpoints"
+    checkpoints.mkdir()
+    first, lock = holder(), RunLock(tmp_path)
+    _drop_left_over(config(), "attention_tuning", made, lock)
+    assert checkpoints.exists() and f"process {first.pid} on" in capsys.readouterr().out
+    first.kill()
+    first.wait()
+    made.done.rename(tmp_path / "aside")  # it was begun again in the meantime
+    made.begin(anew=True)
+    (tmp_path / "attention_tuning" / "draft.safetensors").unlink()
+    _drop_left_over(config(), "attention_tuning", made, lock)
+    assert checkpoints.exists()
+    (tmp_path / "attention_tuning" / "draft.safetensors").write_bytes(b"result")
+    (tmp_path / "aside").rename(made.done)
+    _drop_left_over(config(), "attention_tuning", made, lock)
+    assert not checkpoints.exists()
+    lock.release()
+
+
+def test_a_lock_that_was_refused_once_gives_signs_of_life_when_it_is_held(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.01)
+    first, lock = holder(), RunLock(tmp_path)
+    with pytest.raises(UserError):
+        lock.acquire()
+    first.kill()
+    first.wait()
+    lock.acquire()
+    os.utime(tmp_path / FILE, (0, 0))
+    deadline = time.monotonic() + 10
+    while not (alive := (tmp_path / FILE).stat().st_mtime > 0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lock.release()
+    assert alive

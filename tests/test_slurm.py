@@ -107,6 +107,18 @@ def test_signals_to_the_shell_leave_the_tasks_to_decide(tmp_path):
     assert done.returncode == 75 and called(folder, "scontrol")[:2] == ["requeue", "42"]
 
 
+@pytest.mark.parametrize("tasks", ["2", "16"])
+def test_tasks_that_slurm_does_not_spread_over_nodes_are_refused_by_name(tasks, tmp_path):
+    """With --ntasks, SLURM_NTASKS is set and SLURM_NTASKS_PER_NODE is not: nobody knows which ranks share a node."""
+    done, folder = batch(tmp_path, SLURM_NTASKS=tasks)
+    assert done.returncode == 1 and "--ntasks-per-node=N" in done.stdout and not (folder / "srun.called").exists()
+    here = {"SLURM_NTASKS": tasks, "SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "flexdraft", "SLURM_PROCID": "0"}
+    done = command(*VERY_SHORT, cwd=tmp_path, **here)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "--ntasks-per-node" in done.stderr and f"--ntasks={tasks}" in done.stderr
+    assert not list(tmp_path.glob("checkpoints/*/*/*"))
+
+
 def test_a_sweep_ends_with_a_table_that_shows_failed_jobs(tmp_path):
     rate = "stage.attention_tuning.module.learning_rate"
     (tmp_path / "checkpoints").mkdir()

@@ -72,9 +72,10 @@ def as_user_error(error: BaseException) -> BaseException:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it, as a traceback would show them: `raise ... from None` ends it."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def why_not_written(file: Path, error: Exception) -> Exception:
@@ -130,17 +131,26 @@ def check_access(*directories: Path) -> None:
             raise disk_error(error, directory) from error
 
 
+def check_no_link(*places: Path) -> None:
+    """
+    Raises:
+        DiskError: a directory that will be replaced is a symbolic link, behind which the files may be another run's.
+    """
+    for place in places:
+        if place.is_symlink():
+            raise DiskError(
+                f"{place} is a symbolic link to {os.readlink(place)}. What is behind a link is not deleted; "
+                "remove the link, or empty the directory behind it and remove the link."
+            )
+
+
 def remove_tree(directory: Path) -> None:
     """Delete a directory with all that it holds, or a file; nothing there is fine.
 
     Raises:
         DiskError: something stays; or it is a symbolic link, behind which the files may be another run's.
     """
-    if directory.is_symlink():
-        raise DiskError(
-            f"{directory} is a symbolic link to {os.readlink(directory)}. What is behind a link is not deleted; "
-            "remove the link, or empty the directory behind it and remove the link."
-        )
+    check_no_link(directory)
     try:
         if directory.is_dir():
             shutil.rmtree(directory)

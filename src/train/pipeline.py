@@ -25,7 +25,7 @@ from train.report import plot_losses
 from train.resources import Resources
 from train.run_lock import RunLock
 from train.run_state import StageRecord, read_record
-from train.space import check_disk
+from train.space import ADAPTER, check_disk
 from train.speed import device_name
 from train.terminal import say
 
@@ -96,8 +96,10 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     todo = left_to_do(config, stage, record)
     if todo == FINISHED:
         say(f"    finished before, see {directory}")
-        if rank_zero_only.rank == 0:
-            _drop_checkpoints(directory)  # of a run killed when it had just finished
+        if (
+            rank_zero_only.rank == 0 and (directory / "checkpoints").exists()
+        ):  # of a run killed when it had just finished
+            _drop_left_over(config, stage, record, lock)
         return
     if stage in TRAINED:
         stages.checked_trainer(config, stage, directory)  # refused before the data is read
@@ -164,7 +166,7 @@ def _clear(config: DictConfig, stage: str, record: StageRecord, later: list[str]
     if before and stage != "export":  # which replaces its directory when the new one is whole
         remove_tree(record.run_dir / stage)
         if stage == "attention_tuning":
-            remove_tree(record.run_dir / stages.ADAPTER)
+            remove_tree(record.run_dir / ADAPTER)
 
 
 def _drop_checkpoints(directory: Path) -> None:
@@ -173,6 +175,18 @@ def _drop_checkpoints(directory: Path) -> None:
         remove_tree(directory / "checkpoints")
     except DiskError as error:
         say(f"    {error}")
+
+
+def _drop_left_over(config: DictConfig, stage: str, record: StageRecord, lock: RunLock) -> None:
+    """Checkpoints beside a finished stage; not those of another process that does the stage again meanwhile."""
+    directory = record.run_dir / stage
+    try:
+        lock.acquire()
+    except UserError as error:
+        say(f"    {directory / 'checkpoints'} stays: {error}")
+        return
+    if left_to_do(config, stage, record, say=lambda text: None) == FINISHED:
+        _drop_checkpoints(directory)
 
 
 def _remove_temporary(run_dir: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data.errors import UserError
+from train.checkpoint_names import checkpoints_in
 from train.checks import STAGES, TRAINED
 from train.drafter_file import WEIGHTS
 from train.identity import differences
@@ -84,7 +85,7 @@ def _finished(
 def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str, Any] | None) -> str:
     """Of a training stage that was not finished."""
     directory, again = record.run_dir / stage, config.overwrite is True
-    checkpoints = list((directory / "checkpoints").glob("step-*.ckpt"))
+    checkpoints = checkpoints_in(directory / "checkpoints")
     if checkpoints and "settings" not in (begun or {}):
         if again:
             return ANEW

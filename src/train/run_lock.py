@@ -57,6 +57,7 @@ class RunLock:
         except UserError:
             self.release(keep=True)
             raise
+        self._ended = threading.Event()  # that of an attempt that was refused is set
         os.register_at_fork(after_in_child=self._close)  # else workers would hold on to it after this process
         threading.Thread(target=self._beat, daemon=True).start()
 

@@ -8,9 +8,13 @@ from omegaconf import DictConfig
 from data.errors import UserError
 from models.sizes import Sizes
 from train.checks import TRAINED
-from train.disk import check_access, free_bytes, size, used_bytes
+from train.disk import check_access, check_no_link, free_bytes, size, used_bytes
 from train.estimate import disk_parts, draft_shape
 from train.resources import Resources
+
+ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
+# Stage -> the directories of the run that it deletes at its end, to put its result in their place.
+REPLACED = {"attention_tuning": (ADAPTER, f"{ADAPTER}.new"), "export": ("export", "export.new")}
 
 
 def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: list[str]) -> None:
@@ -20,7 +24,9 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
 
     Raises:
         UserError: the run directory cannot be written to, or what these stages write has no room there.
+        DiskError: a directory that these stages replace at their end is a symbolic link.
     """
+    check_no_link(*(run_dir / name for stage in stages for name in REPLACED.get(stage, ())))
     places = [run_dir / stage / part for stage in stages for part in (".", "checkpoints")]
     check_access(run_dir, run_dir / "records", *(place for place in places if place.is_dir()))
     try:

@@ -35,11 +35,10 @@ from train.preemption import agreed_signal, set_training
 from train.preset import device
 from train.resources import Resources
 from train.run_state import publish, sync, write_json
-from train.space import check_shared_memory
+from train.space import ADAPTER, check_shared_memory
 from train.terminal import say
 
 CONTEXT = 256  # tokens before a block whose arithmetic is put on record
-ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
 
 
 def attention_tuning(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
