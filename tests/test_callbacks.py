@@ -17,6 +17,10 @@ class MyAverage(EMAWeightAveraging):
     """A user's own, by another name."""
 
 
+class MyStopping(lightnings.EarlyStopping):
+    """A user's own, by another name."""
+
+
 class MySaver(Callback):
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         checkpoint["state_dict"] = {}
@@ -56,6 +60,8 @@ class Swap(Callback):
         (MySaver(), "MySaver changes what checkpoints hold"),
         (LambdaCallback(on_save_checkpoint=print), "LambdaCallback changes what checkpoints hold"),
         (StochasticWeightAveraging(1e-3), "StochasticWeightAveraging changes what is trained"),
+        (lightnings.EarlyStopping("val/loss"), "EarlyStopping would end the training.*stage.<stage>.patience"),
+        (MyStopping("val/tau", mode="max"), "MyStopping would end the training.*stage.<stage>.patience"),
         (lightnings.GradientAccumulationScheduler({0: 2}), "these are followed: "),
         (object(), "is no lightning.pytorch.callbacks.Callback"),
     ],
@@ -67,7 +73,7 @@ def test_what_a_stage_cannot_follow_is_refused_by_name(callback, said):
 
 def test_callbacks_that_watch_are_taken():
     check_callbacks({"mine": Watcher(), "bar": lightnings.TQDMProgressBar(), "rich": lightnings.RichProgressBar()})
-    check_callbacks({"rate": lightnings.LearningRateMonitor(), "stop": lightnings.EarlyStopping("val/loss")})
+    check_callbacks({"rate": lightnings.LearningRateMonitor(), "limit": lightnings.Timer({"hours": 1})})
 
 
 def test_every_callback_of_lightning_is_either_known_or_refused():

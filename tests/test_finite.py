@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from test_checkpoints import STEPS, run
 from test_training import module
 
-from train.checkpoints import CheckpointFiles, check_handed_on, step_of, usable_checkpoint
+from train.checkpoint_names import step_of
+from train.checkpoints import CheckpointFiles, check_handed_on, usable_checkpoint
 from train.endings import Diverged
 from train.finite import LARGEST_NORM, judged, not_finite
 from train.modules import AttentionTuning, BonusCalibration
@@ -139,16 +140,17 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(step, value,
 
 
 def test_a_fault_names_what_it_is_and_on_which_rank():
-    good = [1.0, 2.0, 3.0, 4.0]
+    good = [1.0, 2.0, 9.0, 8.0, 3.0, 4.0]  # losses, weights, blocks, labelled blocks, gradient norms
     for in_pieces in (False, True):
         figures = judged([good, good], ["a", "b"], in_pieces=in_pieces)
         assert figures.loss == 0.5 and figures.weight == 4 and not figures.fault
+        assert figures.blocks == 18 and figures.labelled == 16
         assert figures.gradient_norm == pytest.approx((math.sqrt(2) if in_pieces else 1) * 5 / 4)
         for bad, said in (
-            ([math.nan, 2.0, 3.0, 4.0], "the loss on rank 1"),
-            ([1.0, 2.0, 3.0, math.inf], "the gradient of b on rank 1"),
-            ([1.0, 2.0, math.nan, math.nan], "the gradient of a and 1 more on rank 1"),
+            ([math.nan, *good[1:]], "the loss on rank 1"),
+            ([*good[:5], math.inf], "the gradient of b on rank 1"),
+            ([*good[:4], math.nan, math.nan], "the gradient of a and 1 more on rank 1"),
         ):
             assert judged([good, bad], ["a", "b"], in_pieces=in_pieces).fault == f"{said} is not finite"
-    assert "gradient's norm" in judged([[1.0, 1.0, LARGEST_NORM]], ["a"], in_pieces=False).fault
+    assert "gradient's norm" in judged([[1.0, 1.0, 1.0, 1.0, LARGEST_NORM]], ["a"], in_pieces=False).fault
     assert torch.tensor(LARGEST_NORM * 1.001).square().isinf()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from lightning.fabric.accelerators import MPSAccelerator
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from omegaconf import ListConfig, OmegaConf
@@ -151,14 +152,22 @@ NO_EFFECT = (
     "regenerate.temperature=1",
     "hardware.gpu=l40s",
     "data.split=test",
+    "data.split=test data.path=[{root},{root}/README.md]",
+    "data.split=test data.path=[{{path:{root},weight:2}},{{path:owner/name,weight:1,split:train}}]",
+    "data.prompts=mine.jsonl benchmarks=paper",
     "model.target.revision=main",
+    "model.target.revision=main model.target.name=null",
+    "+trainer.benchmark=true",
+    "stage.attention_tuning.patience=3",
+    "stage.bonus_calibration.patience=2 stage.bonus_calibration.validate_every=1000",
     "trainer=zero3 speed.compile=true",
 )
 
 
 @pytest.mark.parametrize("overrides", NO_EFFECT)
 def test_an_override_without_effect_is_refused(overrides, checked):
-    first = overrides.split()[-1 if overrides.startswith("trainer") else 0].split("=")[0]
+    overrides = overrides.format(root=ROOT)
+    first = overrides.split()[-1 if overrides.startswith("trainer=") else 0].split("=")[0].lstrip("+")
     with pytest.raises(UserError, match=f"{first}.*(has no effect|nothing is validated)"):
         checked("+experiment=tiny", *overrides.split())
 
@@ -171,6 +180,13 @@ def test_the_settings_of_the_presets_have_an_effect_where_they_are_given(checked
         "hardware.gpu=l40s plan=true trainer=gpu",
         "+recipe=beyond stage.attention_tuning.module.told_share=0.2",
         "data.validation_records=0",
+        "data.split=test data.path=[src,owner/name]",
+        "data.split=test data.path=owner/name",
+        "data.prompts=mine.jsonl",
+        "data.prompts=mine.jsonl benchmarks=paper +benchmarks.mine.path=${data.prompts}",
+        "model.target.revision=main model.target.name=owner/name",
+        "stage.attention_tuning.patience=2",
+        "stage.bonus_calibration.patience=9 stages=[attention_tuning]",
     ):
         checked("+experiment=tiny", *overrides.split())
 

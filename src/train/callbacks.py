@@ -21,8 +21,8 @@ from torch import Tensor
 from data.errors import UserError
 from train.endings import AgreedEnd
 
-# Of Lightning's, those that watch a training or end it; others change what is trained, or how.
-KNOWN = (DeviceStatsMonitor, EarlyStopping, LambdaCallback, LearningRateMonitor, ModelSummary, ProgressBar)
+# Of Lightning's, those that watch a training, and its time limit; others change what is trained, how, or how long.
+KNOWN = (DeviceStatsMonitor, LambdaCallback, LearningRateMonitor, ModelSummary, ProgressBar)
 KNOWN += (ThroughputMonitor, Timer)
 OF_CHECKPOINTS = ("on_save_checkpoint", "on_load_checkpoint")
 
@@ -31,7 +31,8 @@ def check_callbacks(callbacks: dict[str, Any]) -> None:
     """By what a callback's class is and overrides, not by its name.
 
     Raises:
-        UserError: a callback saves checkpoints, changes what they hold, or is one of Lightning's that change training.
+        UserError: a callback saves checkpoints, changes what they hold, ends the training by a figure, or is one of
+            Lightning's that change training.
     """
     for name, callback in callbacks.items():
         here = f"callbacks.{name}: {type(callback).__name__}"
@@ -41,6 +42,11 @@ def check_callbacks(callbacks: dict[str, Any]) -> None:
             raise UserError(
                 f"{here} saves checkpoints of its own. Leave it out: the stage saves its own; see "
                 "stage.<stage>.checkpoint_every, .keep_checkpoints and .best_by (docs/scaling.md)."
+            )
+        if isinstance(callback, EarlyStopping):
+            raise UserError(
+                f"{here} would end the training without finishing the stage. Leave it out and set "
+                "stage.<stage>.patience, the number of validations without a better stage.<stage>.best_by."
             )
         if any(_overrides(callback, hook) for hook in OF_CHECKPOINTS):
             raise UserError(

@@ -1,7 +1,6 @@
 """Checkpoints that survive: written whole or not at all, checked before use, the last few and the best kept."""
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.errors import UserError
-from train.endings import Diverged, NotFinished
+from train.checkpoint_names import DIGEST, NAMED, checkpoints_in, step_of
+from train.endings import AgreedEnd, Diverged, NotFinished
 from train.finite import COUNTED, check_state, way_out
 from train.preemption import agreed_signal, set_training, stop
 from train.random_state import random_state, set_random_state
 from train.run_state import file_sha256, publish
 from train.terminal import say
-
-DIGEST = 16  # hex digits of a checkpoint's SHA-256 in its name
-NAMED = re.compile(rf"(step|best)-\d{{8,}}-[0-9a-f]{{{DIGEST}}}")
 
 
 class CheckpointFiles(CheckpointIO):
@@ -45,16 +42,6 @@ class CheckpointFiles(CheckpointIO):
 def keeper(trainer: lightning.Trainer) -> "Checkpoints":
     """The callback below, among whatever else a user has added."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
-
-
-def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, the newest first; not what a user has put beside them."""
-    return sorted((path for path in directory.glob("step-*.ckpt") if NAMED.fullmatch(path.stem)), reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """The step that a file of this directory is about."""
-    return int(path.stem.split("-")[1])
 
 
 def usable_checkpoint(directory: Path, say: Callable[[str], None] = print, run: str | None = None) -> Path | None:
@@ -128,6 +115,7 @@ class Checkpoints(Checkpoint):
         self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of the best weights that it knows
         self._random: dict[str, Any] | None = None
         self._saved = 0  # step of the newest checkpoint
+        self.started_at = 0  # step at which this process began
 
     def state_dict(self) -> dict[str, Any]:
         known = {"best": self.best, "last": self.last, "best_of": self.best_of, "waited": self.waited}
@@ -151,7 +139,7 @@ class Checkpoints(Checkpoint):
         """
         for timer in (callback for callback in trainer.callbacks if isinstance(callback, Timer)):
             checkpoint["callbacks"].pop(timer.state_key, None)
-        self._saved = checkpoint["global_step"]
+        self._saved = self.started_at = checkpoint["global_step"]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         passes = checkpoint["global_step"] * trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
@@ -261,7 +249,7 @@ class Checkpoints(Checkpoint):
     def _end_early(self, trainer: lightning.Trainer) -> None:
         """
         Raises:
-            NotFinished: something other than the last step, or this stage's own patience, has ended the loop.
+            AgreedEnd: something other than the last step, or this stage's own patience, has ended the loop.
         """
         stopping = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)
         if not stopping or trainer.global_step >= trainer.max_steps or self.out_of_patience():
@@ -269,7 +257,7 @@ class Checkpoints(Checkpoint):
         if self._saved != trainer.global_step:
             self._save(trainer)
         trainer.strategy.barrier()
-        raise NotFinished(not_finished(trainer, self.directory))
+        raise not_finished(trainer, self.directory)
 
     def _save(self, trainer: lightning.Trainer) -> None:
         step = self._saved = trainer.global_step
@@ -321,14 +309,21 @@ def check_handed_on(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> N
         )
 
 
-def not_finished(trainer: lightning.Trainer, directory: Path) -> str:
-    """What to say where something other than the stage itself has ended its loop."""
+def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
+    """The end of a run whose loop was ended by something other than the stage itself.
+
+    A run that has made no step since its start must not be started again: it would end in the same place.
+    """
     stage = directory.parent.name
-    limit = "trainer.max_time" if any(isinstance(c, Timer) for c in trainer.callbacks) else "a callback"
-    return (
-        f"{stage} ended at step {trainer.global_step} of {trainer.max_steps}, by {limit}: it is not finished. "
-        "The same command goes on from here, without overwrite if it has that. "
-        f"To end a stage early for good, use stage.{stage}.patience or fewer stage.{stage}.steps."
+    timed = any(isinstance(c, Timer) for c in trainer.callbacks)
+    limit = "trainer.max_time" if timed else "a callback"
+    text = f"{stage} ended at step {trainer.global_step} of {trainer.max_steps}, by {limit}: it is not finished. "
+    early = f"To end a stage early for good, use stage.{stage}.patience or fewer stage.{stage}.steps."
+    if trainer.global_step > keeper(trainer).started_at:
+        return NotFinished(f"{text}The same command goes on from here, without overwrite if it has that. {early}")
+    way = "Give it more time than one step takes" if timed else "Leave out the callback that sets trainer.should_stop"
+    return AgreedEnd(
+        f"{text}No step was made since the start, so the same command would end here again. {way}. {early}"
     )
 
 

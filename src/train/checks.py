@@ -176,6 +176,13 @@ def _check_stage(config: DictConfig, stage: str) -> None:
         raise UserError(f"{here}.patience={settings.patience}, but data.validation_records=0: nothing is validated.")
     if settings.patience and not settings.best_by:
         raise UserError(f"{here}.patience={settings.patience} needs {here}.best_by, the figure to be better by.")
+    validations = -(-settings.steps // settings.validate_every)  # one is at the last step
+    if settings.patience and settings.patience > validations:
+        raise UserError(
+            f"{here}.patience={settings.patience} has no effect: {here}.steps={settings.steps} with "
+            f"{here}.validate_every={settings.validate_every} have {validations} validations. Choose fewer, or a "
+            "smaller validate_every."
+        )
 
 
 def check_target(config: DictConfig, target_config: Any, positions: int, tokens: int) -> None:

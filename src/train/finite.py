@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.errors import UserError
+from train.checkpoint_names import checkpoints_in
 from train.endings import Diverged
 from train.terminal import say
 
 # Clipping, here and in DeepSpeed, squares the norm in float32.
 LARGEST_NORM = torch.finfo(torch.float32).max ** 0.5
+SUMS = 4  # figures of a rank's share of a step before its gradient norms
 COUNTED = ("val/loss", "val/tau_estimate", "val/tau")  # an interval's ends may be NaN: one prompt has none
 
 
@@ -30,6 +32,8 @@ class StepFigures:
     weight: float  # sum over the global batch: the divisor of the gradients
     gradient_norm: float  # of that mean's gradient, before clipping
     fault: str  # says what is not finite, and on which rank; empty if the step can be made
+    blocks: float = 0.0  # of the global batch, those where the assistant's text has tokens to predict
+    labelled: float = 0.0  # of these, those that teach something
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -42,20 +46,22 @@ def judged(rows: list[list[float]], names: list[str], *, in_pieces: bool) -> Ste
     """The step's figures from those of every rank.
 
     Args:
-        rows: by rank: sum of losses, sum of weights, and the norm of each parameter's gradient, before division.
+        rows: by rank: sum of losses, sum of weights, blocks, labelled blocks, and the norm of each parameter's
+            gradient, before division.
         names: of the parameters.
         in_pieces: whether each rank holds pieces of the gradients (ZeRO), or all of them, summed over the ranks.
     """
-    weight = max(sum(row[1] for row in rows), 1e-6)
-    norm = math.hypot(*(value for row in (rows if in_pieces else rows[:1]) for value in row[2:]))
-    return StepFigures(sum(row[0] for row in rows) / weight, weight, norm / weight, _fault(rows, names, norm))
+    loss, weight, blocks, labelled = (sum(row[i] for row in rows) for i in range(SUMS))
+    weight = max(weight, 1e-6)
+    norm = math.hypot(*(value for row in (rows if in_pieces else rows[:1]) for value in row[SUMS:]))
+    return StepFigures(loss / weight, weight, norm / weight, _fault(rows, names, norm), blocks, labelled)
 
 
 def _fault(rows: list[list[float]], names: list[str], norm: float) -> str:
     losses = [rank for rank, row in enumerate(rows) if not all(map(math.isfinite, row[:2]))]
     if losses:
         return f"the loss{_on(losses, len(rows))} is not finite"
-    bad = {rank: [name for name, value in zip(names, row[2:], strict=True) if not math.isfinite(value)]
+    bad = {rank: [name for name, value in zip(names, row[SUMS:], strict=True) if not math.isfinite(value)]
            for rank, row in enumerate(rows)}  # fmt: skip
     ranks = [rank for rank, found in bad.items() if found]
     if ranks:
@@ -125,7 +131,7 @@ def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], director
 
 def way_out(directory: Path) -> str:
     """What to do once training has diverged."""
-    last = max(directory.glob("step-*.ckpt"), default=None)
+    last = next(iter(checkpoints_in(directory)), None)
     stage = directory.parent.name
     again = f"The last good checkpoint is {last}: the same command goes on from it. If" if last else "If"
     return (

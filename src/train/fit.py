@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
@@ -16,11 +17,12 @@ from data.packing import PackedRows
 from models.cost import step_flops
 from models.sizes import Sizes
 from train.callbacks import SameWeights, check_callbacks
-from train.checkpoints import CheckpointFiles, Checkpoints, keeper, not_finished, step_of, usable_checkpoint
+from train.checkpoint_names import step_of
+from train.checkpoints import CheckpointFiles, Checkpoints, keeper, not_finished, usable_checkpoint
 from train.datamodule import DraftData
-from train.endings import NotFinished
 from train.estimate import draft_shape
 from train.finite import SkippedSteps
+from train.labels import LabelledBlocks
 from train.loggers import StageWandbLogger
 from train.modules import DraftTraining
 from train.monitor import Monitor
@@ -53,6 +55,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     given = instantiate(config.callbacks)
     check_callbacks(given)
     skipped = SkippedSteps(checkpoints.directory, settings.max_skipped_steps)
+    labelled = LabelledBlocks(needed=config.model.target.name is not None)
     # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer: Trainer = instantiate(
@@ -69,13 +72,27 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         log_every_n_steps=1,  # what is logged, and when, is the monitor's business
         default_root_dir=str(directory),
         logger=stage_loggers(config, stage, directory),
-        callbacks=[*given.values(), skipped, SameWeights(), checkpoints],
+        callbacks=[*given.values(), skipped, labelled, SameWeights(), checkpoints],
         plugins=[CheckpointFiles(), *cluster],
     )
+    _check_time_limit(trainer)
     passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, trainer.world_size)
     trainer.accumulate_grad_batches = passes
     trainer.val_check_interval = validate_every * passes  # Lightning counts passes
     return trainer
+
+
+def _check_time_limit(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: a time limit that is over before the first step.
+    """
+    limits = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
+    if any(limit is not None and limit <= 0 for limit in limits):
+        raise UserError(
+            "trainer.max_time, or a Timer's duration, is 0 or less: no step would be made. Expected more time than one "
+            "step takes, such as trainer.max_time=00:12:00:00 (days, hours, minutes, seconds)."
+        )
 
 
 def stage_loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
@@ -115,7 +132,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     finally:
         data.close()
     if trainer.global_step < trainer.max_steps and not keeper(trainer).out_of_patience():
-        raise NotFinished(not_finished(trainer, directory / "checkpoints"))  # ended before its first step
+        raise not_finished(trainer, directory / "checkpoints")  # ended before its first step
     if keeper(trainer).out_of_patience() and trainer.global_step < trainer.max_steps:
         say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
     return keeper(trainer).figures()

@@ -71,6 +71,8 @@ class DraftTraining(lightning.LightningModule, ABC):
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
 
+    masks_labels = False  # whether `features` leaves out labels of the batch
+
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters of this stage by exported name."""
@@ -119,8 +121,9 @@ class DraftTraining(lightning.LightningModule, ABC):
         if self._pass == 0:  # Lightning drops the last step's gradients only before the backward pass
             for parameter in self.trained().values():
                 parameter.grad = None
-        loss_sum, weight_sum, _, _ = self.loss(batch)
-        here = torch.stack([loss_sum.detach(), weight_sum])
+        loss_sum, weight_sum, _, labels = self.loss(batch)
+        blocks = [(of[..., 1:] != IGNORE).any(-1).sum() for of in (batch.labels, labels)]
+        here = torch.stack([loss_sum.detach(), weight_sum, *(count.to(loss_sum.dtype) for count in blocks)])
         self._sums = here if self._pass == 0 else self._sums + here
         # Lightning divides by the passes of a step, and gradients are averaged over ranks: neither is wanted.
         return loss_sum * (passes * self.trainer.world_size)
@@ -249,6 +252,8 @@ class BonusCalibration(DraftTraining):
 
     Calibrator and chain on frozen features, as in the paper; or, `joint`, together with all that stage 1 has trained.
     """
+
+    masks_labels = True
 
     def __init__(self, target: PreTrainedModel, draft: DraftModel, *, joint: bool, **settings: Any) -> None:
         self.joint = joint

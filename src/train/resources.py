@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -21,7 +22,7 @@ from models.target import load_config, load_target
 from train.benchmark import decoding_settings
 from train.checks import TRAINED, check_path, check_sizes, check_target
 from train.live_decoding import live_decoding
-from train.target_files import hashes, target_files, tokenizer_files
+from train.target_files import hashes, in_directory, on_hub, target_files, tokenizer_files
 from train.terminal import say
 
 
@@ -41,13 +42,12 @@ class Resources:
         Raises:
             UserError: target, tokenizer, data and settings do not fit together.
         """
-        try:
-            check_architecture(self.target_config)
-            if stage in TRAINED:
+        self.check_shape()
+        if stage in TRAINED:
+            try:
                 check_trainable(self.target_config)
-        except ValueError as error:
-            raise UserError(f"model.target: {error}") from error
-        check_target(self.config, self.target_config, self.positions, self.encoder.backend.get_vocab_size())
+            except ValueError as error:
+                raise UserError(f"model.target: {error}") from error
         if stage in TRAINED:
             for later in TRAINED:
                 if later in self.config.stages:
@@ -58,6 +58,18 @@ class Resources:
             except ValueError as error:
                 raise UserError(f"stage.evaluate.{error}") from error
             self.benchmarks  # noqa: B018  better now than after the training
+
+    def check_shape(self) -> None:
+        """What the target's config and tokenizer alone can tell.
+
+        Raises:
+            UserError: an architecture that cannot be a target, or one that the settings do not fit.
+        """
+        try:
+            check_architecture(self.target_config)
+        except ValueError as error:
+            raise UserError(f"model.target: {error}") from error
+        check_target(self.config, self.target_config, self.positions, self.encoder.backend.get_vocab_size())
 
     def forget_target(self) -> None:
         """Drop the target, to load it afresh: ZeRO 3 leaves it in pieces."""
@@ -80,20 +92,27 @@ class Resources:
 
     @cached_property
     def target_identity(self) -> dict[str, Any]:
-        """What the target is, whatever its place: hashes of the files that are read, or repository and commit."""
+        """What the target is, whatever its place: hashes of the files that are read; of one on the Hub, which is
+        downloaded, repository and commit too.
+
+        Raises:
+            UserError: as for `check_shape`.
+        """
         if self.name is None:
             found = {"architecture": self.architecture, "seed": self.config.seed}
         elif Path(self.name).is_dir():
-            found = hashes(target_files(Path(self.name)))
+            found = hashes(target_files(in_directory(Path(self.name))))
         else:
-            _ = self.target_config  # a target that is not there is refused by its name
-            found = {"repository": self.name, "commit": commit_of(self.name, self.revision)}
+            self.check_shape()  # what can be refused is refused before the weights are downloaded
+            commit = commit_of(self.name, self.revision)
+            found = hashes(target_files(on_hub(self.name, commit))) | {"repository": self.name, "commit": commit}
         other = self.target_settings["tokenizer"]
         if not other or other == self.name:
             return found
-        if not Path(other).is_dir():
-            return found | {"tokenizer": other}
-        return found | {f"tokenizer/{name}": sha for name, sha in hashes(tokenizer_files(Path(other))).items()}
+        local = Path(other).is_dir()
+        files = tokenizer_files(in_directory(Path(other)) if local else on_hub(other, None))
+        found |= {f"tokenizer/{name}": sha for name, sha in hashes(files).items()}
+        return found if local else found | {"tokenizer": other}
 
     @property
     def positions(self) -> int:
@@ -103,7 +122,11 @@ class Resources:
     @cached_property
     def encoder(self) -> ChatEncoder:
         """The target's chat template and tokenizer."""
-        return load_encoder(self.target_settings, OmegaConf.to_container(self.config.data.template_kwargs))[0]
+        given = OmegaConf.to_container(self.config.data.template_kwargs, resolve=True)
+        encoder = load_encoder(self.target_settings, given)[0]
+        overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+        encoder.check_kwargs(given, overrides, lambda text: say(f"    {text}"))
+        return encoder
 
     @cached_property
     def target(self) -> PreTrainedModel:

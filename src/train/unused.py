@@ -5,13 +5,28 @@ Not among them: details of a part that the command turns off (speed.num_prompts=
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data.unused import Unused
+from train.preset import accelerator
 
 
 def _local(path: object) -> bool:
     return isinstance(path, str) and Path(path).exists()
+
+
+def _no_splits(path: object) -> bool:
+    """Whether `data.split` is asked of no source: all are files or folders, or name a split themselves."""
+    if isinstance(path, ListConfig):
+        return all(_no_splits(item) for item in path)
+    if isinstance(path, DictConfig):
+        return bool(path.get("split")) or _local(path.get("path"))
+    return _local(path)
+
+
+def _read_by_benchmarks(config: DictConfig, key: str) -> bool:
+    written = OmegaConf.to_container(config.benchmarks, resolve=False)
+    return f"${{{key}}}" in str(written)
 
 
 def _zero3(config: DictConfig) -> bool:
@@ -61,6 +76,20 @@ TABLE = (
     ),
     Unused(("export.private", "export.tag"), lambda c: c.export.push_to_hub is None, "export.push_to_hub=null"),
     Unused(("speed.compile",), lambda c: c.speed.compile and _zero3(c), "ZeRO 3 cannot be compiled"),
-    Unused(("data.split",), lambda c: _local(c.data.path), "data.path is a file or a folder, which has no splits"),
-    Unused(("model.target.revision",), lambda c: _local(c.model.target.name), "model.target.name is a directory"),
+    Unused(
+        ("data.split",),
+        lambda c: _no_splits(c.data.path),
+        "data.path names files or folders, which have no splits, or sources with a split of their own",
+    ),
+    Unused(("data.prompts",), lambda c: not _read_by_benchmarks(c, "data.prompts"), "no benchmark has it as its path"),
+    Unused(
+        ("model.target.revision",),
+        lambda c: c.model.target.name is None or _local(c.model.target.name),
+        "model.target.name is no Hub id, so there is one version",
+    ),
+    Unused(
+        ("trainer.benchmark",),
+        lambda c: accelerator(c) == "cpu",
+        "it chooses between kernels of GPUs, and the trainer computes on the CPU",
+    ),
 )
