@@ -110,6 +110,7 @@ RULES = (
     not_run(r"^python -m [\w.]+$", "the command's name alone"),
     not_run(r"scripts/compare_strategies", "8 minutes and nothing to shorten"),
     not_run(r"scripts/regeneration_drill", "needs transformers[serving]"),
+    not_run(r"scripts/bench_threads", "3 minutes on idle cores and nothing to shorten"),
     not_run(r"scripts/run_docs", "this script"),
     # The plan loads nothing: as written.
     Rule(

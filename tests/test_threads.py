@@ -1,4 +1,4 @@
-"""Commands that decode let OpenMP's threads sleep while they wait: set before torch loads the OpenMP runtime."""
+"""Commands limit how long OpenMP's threads spin: set before torch loads the OpenMP runtime."""
 
 import os
 import subprocess
@@ -6,35 +6,43 @@ import sys
 
 import pytest
 
+from data.threads import SPIN_COUNT
+
 SHOW = """
 import os, sys
 
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print("torch with", os.environ.get("OMP_WAIT_POLICY"))
+            print("torch with", os.environ.get("GOMP_SPINCOUNT"))
             os._exit(0)
 
 sys.meta_path.insert(0, Watch())
 import {command}
-print("no torch but", os.environ.get("OMP_WAIT_POLICY"))
+print("no torch but", os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
-def policy(command: str, **environment: str) -> str:
-    """The wait policy at the moment when torch is imported, or at the end of a command's imports."""
-    clean = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | environment
-    sys.stdout.flush()
+def spin_count(command: str, **environment: str) -> str:
+    """The setting at the moment when torch is imported, or at the end of a command's imports."""
+    others = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     shown = subprocess.run(
-        [sys.executable, "-c", SHOW.format(command=command)], env=clean, capture_output=True, text=True
+        [sys.executable, "-c", SHOW.format(command=command)],
+        env=others | environment,
+        capture_output=True,
+        text=True,
     )
     return shown.stdout.split()[-1]
 
 
 @pytest.mark.parametrize("command", ["train.__main__", "data.regenerate", "models.verify"])
-def test_threads_sleep_while_they_wait(command):
-    assert policy(command) == "passive"
+def test_threads_spin_only_briefly(command):
+    assert spin_count(command) == SPIN_COUNT
 
 
-def test_the_users_own_choice_stays():
-    assert policy("train.__main__", OMP_WAIT_POLICY="active") == "active"
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_the_users_own_choice_stays(given, found):
+    assert spin_count("train.__main__", **given) == found
