@@ -173,7 +173,7 @@ def test_its_examples_load_it_by_name():
         ("data.path=https://host/x.jsonl?token=abc123", "data.path=x.jsonl"),
         ("data.path=C:\\Users\\me\\x.jsonl", "data.path=x.jsonl"),
         ("model.target.name=Qwen/Qwen3-8B", "model.target.name=Qwen/Qwen3-8B"),
-        ("${root:}/src/data/tiny/target", "target"),
+        ("${embedded:}/target", "target"),
         ("+experiment=tiny", "+experiment=tiny"),
         ("stage.evaluate.speed.batch_sizes=[1,2]", "stage.evaluate.speed.batch_sizes=[1,2]"),
     ],

@@ -17,11 +17,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import data
 from data.errors import UserError
 from data.ranges import RANGES, Range, check_number, check_ranges
 
-ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
+PACKAGE = Path(data.__file__).resolve().parent
+# A wheel carries conf/ inside this package (setup.py); a checkout has it beside src/.
+CONF = next((place for place in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if place.is_dir()), PACKAGE / "conf")
+EMBEDDED = PACKAGE / "tiny"  # target, conversations and prompts that come with the project
 GROUPS = (
     "experiment",
     "data",
@@ -69,7 +72,7 @@ def cpu_precision() -> str:
     return "bf16-mixed" if native else "32-true"
 
 
-OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+OmegaConf.register_new_resolver("embedded", lambda: str(EMBEDDED), replace=True)
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 

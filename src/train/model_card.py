@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from data.configuration import ROOT
+from data.configuration import EMBEDDED
 from data.errors import UserError
 from models.artifact import CARD, extras
 from models.export import without_recommendation
@@ -157,9 +157,8 @@ def without_paths(text: str) -> str:
     `owner/name` stays, unless there is such a path here.
     """
     key, equals, value = text.partition("=") if re.match(r"[+~]*[\w.@]+=", text) else ("", "", text)
-    parts = re.split(
-        r"([,\[\]{}'\"]|: )", value.replace("${root:}", "")
-    )  # of lists and the like; paths may have blanks
+    value = value.replace("${embedded:}", "")
+    parts = re.split(r"([,\[\]{}'\"]|: )", value)  # of lists and the like; paths may have blanks
     return key + equals + "".join(map(_last_part, parts))
 
 
@@ -207,7 +206,7 @@ def _license(target: dict[str, Any]) -> dict[str, str]:
     """What the target's own card says of its license, if that card is on this machine."""
     if target["name"] is None:
         return {}
-    place = Path(target["name"].replace("${root:}", str(ROOT)), CARD)
+    place = Path(target["name"].replace("${embedded:}", str(EMBEDDED)), CARD)
     if _on_hub(target["name"]):
         cached = try_to_load_from_cache(target["name"], CARD, revision=target["revision"])
         place = Path(cached) if isinstance(cached, str) else place
