@@ -1,4 +1,4 @@
-# make quickstart: the whole pipeline on the embedded target.   make test: the test suite.
+# make quickstart: the whole pipeline on the embedded target.   make test: the test suite.   make test-fast: its fast lane.
 # Both install the locked versions into .venv. PYTHON picks the interpreter (3.11 to 3.13).
 # make test-newest, make test-lowest: the suite against the newest releases and against the lowest bounds of
 # pyproject.toml, each in its own environment.   make lock: resolve requirements/ anew.
@@ -7,10 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKED := requirements/locked.txt
 LOWEST := requirements/lowest.txt
+LINTED := src scripts tests examples setup.py
 COMPILE := $(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --quiet --upgrade \
 	--constraint requirements/pins.txt --custom-compile-command 'make lock'
 
-.PHONY: quickstart test test-newest test-lowest lint lock clean
+.PHONY: quickstart test test-fast test-newest test-lowest lint lock clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python -m train +experiment=tiny
@@ -18,9 +19,12 @@ quickstart: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
 lint: $(VENV)/.ready
-	$(BIN)/ruff check src scripts tests
-	$(BIN)/ruff format --check src scripts tests
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
 
 # torch comes before deepspeed, whose build imports it. Without build isolation, the build tools are locked, too.
 define install
