@@ -71,6 +71,14 @@ def test_a_low_share_is_a_warning_with_its_number(share, target_says, tmp_path, 
     assert all(f"{counted.labelled / counted.blocks:.1%} of the blocks" in s and "data.regenerate" in s for s in lines)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.0, 4), (1.0, 0)])
+def test_a_figure_that_no_block_of_the_validation_gives_is_missed(share, count, target_says, tmp_path, capsys):
+    target_says(share)
+    _, kept, history = run(tmp_path, stage=BonusCalibration)
+    lines = [s for s in capsys.readouterr().out.splitlines() if "val/tau_estimate was not measured" in s]
+    assert len(lines) == count and bool(kept.best) == (not count) and len(history.validations) == 4
+
+
 def test_attention_tuning_learns_from_all_blocks(tmp_path, capsys):
     counted = LabelledBlocks()
     run(tmp_path, stage=AttentionTuning, faults=[counted])

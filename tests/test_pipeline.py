@@ -51,6 +51,18 @@ def test_finished_stages_are_not_repeated_and_one_can_be_run_alone(trained_run):
     assert (trained_run / "attention_tuning" / "draft.safetensors").stat().st_mtime_ns == weights
 
 
+def test_a_link_in_the_place_of_a_later_result_is_refused_before_the_first_stage(trained_run, tmp_path):
+    run_dir = tmp_path / "checkpoints" / "short"
+    shutil.copytree(trained_run, run_dir)
+    (run_dir / "evaluate").rename(tmp_path / "behind")
+    (run_dir / "evaluate").symlink_to(tmp_path / "behind")
+    done = command(*SHORT, "name=short", "overwrite=attention_tuning", cwd=tmp_path)
+    assert (
+        done.returncode == 1 and "short/evaluate is a symbolic link" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert (run_dir / "records" / "attention_tuning.done.json").exists() and (run_dir / EXPORTED).exists()
+
+
 def test_other_settings_under_the_same_name_are_refused(trained_run):
     call = (*SHORT, "name=short", "stage.attention_tuning.module.learning_rate=0.1")
     done = command(*call, cwd=trained_run.parents[1])

@@ -137,6 +137,8 @@ WRONG = {
     "no path": ([{"weight": 1}], "is no source"),
     "unknown key": ([{"path": "a", "wait": 1}], "is no source"),
     "negative weight": ([{"path": "a", "weight": -1}], "above 0"),
+    "a split of local files": ([{"path": ".", "split": "test"}], "split=test of . has no effect"),
+    "a subset of local files": ([{"path": ".", "subset": "main"}], "subset=main of . has no effect"),
     "some weights": ([{"path": "a", "weight": 1}, "b"], "Give all of them one, or none"),
 }
 

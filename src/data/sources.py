@@ -240,6 +240,11 @@ def _settings(item: Any, split: str, setting: str) -> dict[str, Any]:
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
         raise UserError(f"{setting}: weight {weight!r} of {item['path']}; expected a number above 0.")
     subset = item.get("subset")
+    named = next((key for key in ("split", "subset") if item.get(key)), None)
+    if named and setting == "data.path" and Path(str(item["path"])).exists():
+        raise UserError(
+            f"{setting}: {named}={item[named]} of {item['path']} has no effect on local files. Leave it out."
+        )
     return {"path": item["path"], "weight": weight, "split": item.get("split") or split, "subset": subset}
 
 

@@ -198,6 +198,11 @@ class Checkpoints(Checkpoint):
         bad = [key for key in COUNTED if not math.isfinite(self.last.get(key, 0.0))]
         if bad:
             say(f"    step {trainer.global_step}: {', '.join(bad)} not finite; these weights cannot be the best")
+        elif self.best_by and self.best_by not in self.last:
+            say(
+                f"    step {trainer.global_step}: warning: {self.best_by} was not measured, as no block of the "
+                "validation has a label; these weights cannot be the best"
+            )
         self._judge(trainer, comparable=not bad)
         if self.out_of_patience():
             trainer.should_stop = True

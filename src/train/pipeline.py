@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from data.errors import UserError
 from train import stages
 from train.checks import STAGES, TRAINED
-from train.disk import DiskError, as_user_error, remove_tree
+from train.disk import DiskError, as_user_error, check_no_link, remove_tree
 from train.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_export, finished_weights
 from train.hub import check_access, destination, of_target, push
 from train.identity import check_inputs, settings_of
@@ -108,6 +108,8 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
         if left_to_do(config, stage, record, say=lambda text: None) != todo:
             raise UserError(f"{directory}: another process has worked on this stage meanwhile. Run the command again.")
         _remove_temporary(run_dir)
+        if todo == ANEW and config.overwrite is not False:  # the later ones are done again, too
+            check_no_link(*(run_dir / name for name in (stage, *later) if name != "export"))
         check_disk(config, resources, run_dir, [stage, *later])
     else:
         lock.refuse_other_jobs()

@@ -28,6 +28,7 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
     """
     check_no_link(*(run_dir / name for stage in stages for name in REPLACED.get(stage, ())))
     places = [run_dir / stage / part for stage in stages for part in (".", "checkpoints")]
+    places += [run_dir / name for stage in stages for name in REPLACED.get(stage, ())]
     check_access(run_dir, run_dir / "records", *(place for place in places if place.is_dir()))
     try:
         sizes = Sizes.from_config(resources.target_config.to_dict(), **draft_shape(config))
