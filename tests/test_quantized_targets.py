@@ -11,6 +11,9 @@ from models.decoding import generate
 from models.draft import DraftModel, is_plain
 from models.export import export_draft, load_draft
 from models.families import check_trainable
+from models.target import vocabulary
+from models.verify import decoding_check, is_untrained, target_check
+from models.verify_prompts import prompt_tokens
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -52,6 +55,39 @@ def test_weights_that_were_never_loaded_are_not_mistaken_for_trained_ones(export
     assert not is_plain(target.model.layers[-1].self_attn) and is_plain(draft.layers[0].self_attn)
     with pytest.raises(ValueError, match="not finite"):
         export_draft(draft, directory, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*TARGETS, "adapted embeddings", "copied embeddings"])
+def test_verifying_takes_a_target_that_is_quantized_or_adapted(kind, exported):
+    target, _, directory = exported
+    changed = TARGETS[kind](target) if kind in TARGETS else embeddings_changed(target, kind)
+    assert vocabulary(changed) == 97
+    check, draft = target_check(directory, changed, None)
+    assert not check.faults
+    check = decoding_check(draft, prompt_tokens(None, changed, None), 12)
+    assert not check.faults and "identical to the target alone" in check.summary
+
+
+def embeddings_changed(target, kind):
+    from peft import LoraConfig, get_peft_model
+
+    where = {"target_modules" if kind == "adapted embeddings" else "modules_to_save": ["embed_tokens"]}
+    return get_peft_model(target, LoraConfig(r=2, **{"target_modules": ["q_proj"]} | where)).get_base_model()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["plain", "LoRA on queries and values", "LoRA on the FFN"])
+def test_an_untrained_drafter_is_known_beside_an_adapted_target_too(kind):
+    target = random_target()
+    draft = DraftModel(target, num_layers=2, block_size=4, calibrator_rank=0)
+    assert is_untrained(draft)
+    if kind != "plain":
+        TARGETS[kind](target)  # in place
+    assert is_untrained(draft)
+    with torch.no_grad():
+        draft.layers[1].self_attn.o_proj.weight[0, 0] += 1
+    assert not is_untrained(draft)
 
 
 def test_a_wrapped_target_is_refused_with_the_way_out(exported):

@@ -18,7 +18,7 @@ from models.decoding import generate
 from models.draft import DraftModel
 from models.export import export_draft
 from models.target import load_target
-from models.verify import ROWS, _decoded, decoding_check, target_check, verify
+from models.verify import ROWS, _decoded, decoding_check, main, target_check, verify
 from models.verify_prompts import prompt_tokens, read_prompts
 from models.verify_weights import foreign_tensors
 
@@ -163,6 +163,7 @@ def test_more_prompts_than_are_decoded_at_a_time_keep_their_order():
 
 def test_answers_too_short_to_verify_a_draft_are_no_proof():
     check = decoding_check(random_draft(random_target()), [[5, 6]], 1)
+    assert "identical" not in check.summary and "nan" not in check.summary
     assert not check.faults and check.warnings == [
         "no draft was verified, so nothing is known: take other prompts, or more new tokens."
     ]
@@ -215,10 +216,22 @@ def test_the_command_ends_with_1_after_faults_and_wrong_calls(healthy, tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "no such directory" in done.stderr
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "", "²"])
+def test_a_number_of_new_tokens_out_of_range_is_refused_with_the_range(value, healthy, monkeypatch, capsys):
+    call = ["verify", str(healthy / "whole"), str(healthy / "target"), f"--max-new-tokens={value}"]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "expected a whole number, 1 or more" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="max_new_tokens=0: expected a whole number, 1 or more"):
+        next(verify(healthy / "whole", healthy / "target", max_new_tokens=0))
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
         ("", "no prompt in it"),
+        ("[" * 100_000, ":1: no valid JSON"),
         ('{"turns": ["a"]}\n{', ":2: no valid JSON"),
         ('{"text": "a"}', ":1: expected an object with turns"),
         ('{"messages": [{"role": "system", "content": "a"}]}', ":1: no message of a user"),
@@ -236,10 +249,18 @@ def test_a_conversation_is_a_prompt_up_to_its_last_question(tmp_path):
     assert read_prompts(tmp_path / "prompts.jsonl") == [messages[:3]]
 
 
-def test_a_tokenizer_with_more_tokens_than_the_target_is_a_fault(healthy, tiny_tokenizer):
+def test_a_tokenizer_with_more_tokens_than_the_target_embeds_is_a_warning_unless_a_prompt_has_one(
+    healthy, tiny_tokenizer
+):
+    """Gemma 3 ships 262,145 tokens for 262,144 rows of embeddings."""
     target = load_target(str(healthy / "target"))
     check, _ = target_check(healthy / "whole", target, tiny_tokenizer)
-    assert check.faults == ["the target's tokenizer has 2048 tokens, its vocabulary 97: not its own."]
+    assert not check.faults
+    assert "the tokenizer has 2048 tokens, the target's embeddings 97 rows: no prompt may hold" in check.warnings[0]
+    with pytest.raises(ValueError, match=r"Prompt 1 has token \d+ of the target's tokenizer; expected 0 to 96"):
+        prompt_tokens(None, target, tiny_tokenizer)
+    one_too_many = random_target(vocab_size=2047)
+    assert len(prompt_tokens(None, one_too_many, tiny_tokenizer)) == 4
     with pytest.raises(ValueError, match="no tokenizer, so prompts of text"):
         prompt_tokens([[{"role": "user", "content": "a"}]], target, None)
 

@@ -27,6 +27,7 @@ from models.requests import (
 )
 from models.sampling import GREEDY, Sampling
 from models.selection import RELEASE, Selection
+from models.target import vocabulary
 
 __all__ = ["MODES", "PHASES", "GenerationResult", "Step", "check_untested", "generate", "stop_tokens"]
 
@@ -160,7 +161,7 @@ def check_untested(target: PreTrainedModel) -> None:
             settings that cannot be followed.
     """
     check_followed(target)
-    kind, known = target.config.model_type, target.get_input_embeddings().num_embeddings
+    kind, known = target.config.model_type, vocabulary(target)
     if kind in TESTED:
         return
     prompt = [(7 * i + 1) % known for i in range(40)]

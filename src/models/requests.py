@@ -14,6 +14,7 @@ from models.families import text_positions
 from models.generation_settings import stop_tokens
 from models.sampling import Sampling
 from models.selection import Selection
+from models.target import vocabulary
 
 SEEDS = range(-(2**63), 2**64)  # that torch takes
 
@@ -97,14 +98,14 @@ def prompts_of(target: PreTrainedModel, input_ids: Any, attention_mask: Tensor |
         prompts = _lists(input_ids)
     if not prompts:
         raise ValueError("There is no prompt; decoding needs at least one.")
-    vocabulary = target.get_input_embeddings().num_embeddings
+    known = vocabulary(target)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"The prompt of row {row} is empty; decoding needs at least one token to continue.")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+        if not 0 <= min(prompt) <= max(prompt) < known:
             raise ValueError(
                 f"The prompt of row {row} has token {min(prompt) if min(prompt) < 0 else max(prompt)}; "
-                f"expected 0 to {vocabulary - 1}."
+                f"expected 0 to {known - 1}."
             )
     return prompts
 
@@ -198,11 +199,11 @@ def stop_set(target: PreTrainedModel, stop: Any) -> set[int]:
     Raises:
         ValueError: no set of the target's tokens.
     """
-    vocabulary = target.get_input_embeddings().num_embeddings
+    known = vocabulary(target)
     iterable = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes)) and not hasattr(stop, "keys")
     tokens = [_index(token) for token in stop] if iterable else [None]
-    if any(token is None or not 0 <= token < vocabulary for token in tokens):
-        raise ValueError(f"stop={stop!r}: expected a set of token ids, 0 to {vocabulary - 1}, such as {{2}}.")
+    if any(token is None or not 0 <= token < known for token in tokens):
+        raise ValueError(f"stop={stop!r}: expected a set of token ids, 0 to {known - 1}, such as {{2}}.")
     return set(tokens)
 
 

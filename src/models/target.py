@@ -120,6 +120,15 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
+def vocabulary(target: PreTrainedModel) -> int:
+    """Number of token ids that the target embeds: rows of its input embeddings, also of quantized or adapted ones."""
+    embeddings = target.get_input_embeddings()
+    for module in embeddings.modules():  # an adapter holds the layer that it wraps
+        if isinstance(getattr(module, "num_embeddings", None), int):
+            return module.num_embeddings
+    return embeddings.weight.shape[0]
+
+
 Context = list[KeysValues]  # K/V of the clean tokens, one pair for each draft layer
 
 

@@ -21,7 +21,7 @@ import data.threads  # noqa: F401
 
 # isort: split
 import torch  # after data.threads
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -35,7 +35,8 @@ from models.fingerprint import KEY as FINGERPRINT
 from models.fingerprint import OtherTarget, compare
 from models.generation_settings import followed_settings
 from models.hub import artifact_directory, is_repository_name
-from models.target import load_config, load_target
+from models.requests import integer
+from models.target import load_config, load_target, vocabulary
 from models.verify_config import calibrator_rank, config_faults
 from models.verify_prompts import Messages, find_tokenizer, prompt_tokens, read_prompts
 
@@ -75,8 +76,10 @@ def verify(
         dtype: of the target. Only in float32 is every token that differs a fault: coarser ones turn near ties.
 
     Raises:
-        ValueError: no such artifact or target, a target that cannot be one, or prompts that it cannot decode.
+        ValueError: no such artifact or target, a target that cannot be one, prompts that it cannot decode, or no new
+            tokens asked for.
     """
+    integer("max_new_tokens", max_new_tokens, 1)
     directory = artifact_directory(artifact, revision=revision)
     target_config = _target_config(str(target), target_revision)
     for check in _without_target_weights(directory, target_config):
@@ -141,14 +144,16 @@ def target_check(
         "another target or revision: export it again beside this target."
         for name in weights.foreign_tensors(directory, draft.shared_parameters())
     ]
-    vocabulary = target.config.vocab_size
-    if tokenizer is not None and len(tokenizer) > vocabulary:
-        faults.append(f"the target's tokenizer has {len(tokenizer)} tokens, its vocabulary {vocabulary}: not its own.")
     warnings = ["the projectors equal the target's own: the drafter is untrained."] if is_untrained(draft) else []
     stored = read_json(directory / CONFIG).get(FINGERPRINT)
     if stored is not None and (warning := compare(stored, target).warning()):
         warnings.append(warning)
     known = "" if stored is not None else "; no fingerprint there, so nobody knows whether it is the one trained for"
+    if tokenizer is not None and len(tokenizer) > vocabulary(target):  # Gemma 3: 262,145 tokens, 262,144 rows
+        warnings.append(
+            f"the tokenizer has {len(tokenizer)} tokens, the target's embeddings {vocabulary(target)} rows: no prompt "
+            "may hold a token beyond them. Is it the target's own tokenizer?"
+        )
     if tokenizer is None:
         warnings.append("the target has no tokenizer: the prompts are random tokens, and τ means little.")
     return Check("target", f"its weights and the drafter load, and fit{known}", faults, warnings), draft
@@ -156,14 +161,23 @@ def target_check(
 
 @torch.no_grad()
 def is_untrained(draft: DraftModel) -> bool:
-    """Whether every projector is still the copy of the target's that training begins with."""
+    """Whether every projector is still the copy of the target's that training begins with.
+
+    Of an adapted target the layers below the adapters count. Quantized projectors equal no float.
+    """
     originals = draft.target.model.layers[draft.split_layer :]
     return all(
-        torch.equal(tensor, original.self_attn.get_parameter(name))
+        _is_copy(projector.weight, original.self_attn.get_submodule(name))
         for layer, original in zip(draft.layers, originals, strict=True)
-        for name, tensor in layer.self_attn.named_parameters()
-        if name.endswith("_proj.weight")
+        for name, projector in layer.self_attn.named_children()
+        if name.endswith("_proj")
     )
+
+
+def _is_copy(tensor: Tensor, original: nn.Module) -> bool:
+    own = getattr(getattr(original, "base_layer", original), "weight", None)  # an adapter has a base layer
+    comparable = isinstance(own, Tensor) and (own.shape, own.dtype) == (tensor.shape, tensor.dtype)
+    return comparable and torch.equal(tensor, own)
 
 
 def decoding_check(draft: DraftModel, prompts: list[list[int]], max_new_tokens: int) -> Check:
@@ -180,14 +194,18 @@ def decoding_check(draft: DraftModel, prompts: list[list[int]], max_new_tokens: 
     for mode in MODES:
         result = _decoded(target, draft, prompts, max_new_tokens=max_new_tokens, mode=mode)
         differences += _differences(mode, result.tokens, own)
-        tau[mode] = result.tau
+        if result.accepted():
+            tau[mode] = result.tau
     figures = ", ".join(f"τ {value:.2f} {mode}" for mode, value in tau.items())
-    summary = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, up to {max_new_tokens} new tokens: {figures}"
+    summary = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, up to {max_new_tokens} new tokens: "
+    summary += figures or "no draft was verified"
     warnings = []
-    if max(tau.values()) <= LITTLE:
+    if tau and max(tau.values()) <= LITTLE:
         warnings.append(f"{figures}: drafts are hardly ever accepted. Another target's drafter, or untrained?")
-    if not result.accepted():
+    if not tau:
         warnings.append("no draft was verified, so nothing is known: take other prompts, or more new tokens.")
+    if not differences and not tau:
+        return Check("decoding", summary, warnings=warnings)
     if not differences:
         settings = ", ".join(f"{name}={value}" for name, value in followed_settings(target).items())
         alone = f"the target alone under its generation_config ({settings})" if settings else "the target alone"
@@ -252,6 +270,16 @@ def _shapes(tensors: dict[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def _positive(text: str) -> int:
+    """
+    Raises:
+        ArgumentTypeError: no whole number of 1 or more.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m models.verify", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -261,7 +289,7 @@ def _arguments() -> argparse.Namespace:
     add("--target-revision", help="of the target's repository")
     add("--prompts", type=Path, help="JSONL, a record with turns or messages to a line; default: a few of our own")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the target")
-    add("--max-new-tokens", type=int, default=32)
+    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="1 or more, for each prompt; default: 32")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 

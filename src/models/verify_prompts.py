@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.target import load_tokenizer
+from models.target import load_tokenizer, vocabulary
 
 Messages = list[dict[str, str]]
 
@@ -52,24 +52,34 @@ def prompt_tokens(
     """[prompts][tokens] of prompts, or of QUESTIONS; without a tokenizer, as many of random tokens.
 
     Raises:
-        ValueError: the chat template refuses a prompt, or there are prompts but no tokenizer.
+        ValueError: a prompt cannot be encoded or has a token that the target does not embed, or there are prompts but
+            no tokenizer.
     """
     if tokenizer is None:
         if prompts:
             raise ValueError("The target has no tokenizer, so prompts of text cannot be used; leave --prompts out.")
-        vocabulary = target.get_input_embeddings().num_embeddings
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocabulary, (len(QUESTIONS), RANDOM_TOKENS), generator=generator).tolist()
-    return [_encode(m, tokenizer) for m in prompts or ([{"role": "user", "content": text}] for text in QUESTIONS)]
+        return torch.randint(vocabulary(target), (len(QUESTIONS), RANDOM_TOKENS), generator=generator).tolist()
+    own = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    found = [_encode(messages, tokenizer) for messages in prompts or own]
+    for number, tokens in enumerate(found, 1):
+        if max(tokens, default=0) >= vocabulary(target):
+            raise ValueError(
+                f"Prompt {number} has token {max(tokens)} of the target's tokenizer; expected 0 to "
+                f"{vocabulary(target) - 1}, the rows of the target's embeddings. Use the target's own tokenizer."
+            )
+    return found
 
 
 def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
     try:
+        if not tokenizer.chat_template:
+            return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     except Exception as error:  # a template may raise anything
-        raise ValueError(f"The target's chat template refuses {messages[-1]['content'][:60]!r}: {error}") from error
+        raise ValueError(
+            f"The target's tokenizer or chat template refuses {messages[-1]['content'][:60]!r}: {error}"
+        ) from error
 
 
 def _messages(line: str, place: str) -> Messages:
@@ -79,7 +89,7 @@ def _messages(line: str, place: str) -> Messages:
     """
     try:
         record: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: no valid JSON ({error}).") from error
     record = record if isinstance(record, dict) else {}
     turns, messages = record.get("turns"), record.get("messages")
