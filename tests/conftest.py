@@ -79,7 +79,12 @@ def random_documents(
 LONG = ("test_ranks", "test_wrong_calls", "test_decoding", "test_slurm", "test_configs", "test_pipeline")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
+    """`slow(but="text")`: variants whose id holds this text are fast."""
+    for item in items:
+        if (mark := item.get_closest_marker("slow")) and "but" in mark.kwargs and mark.kwargs["but"] in item.name:
+            item.own_markers.remove(mark)
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 

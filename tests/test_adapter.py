@@ -139,6 +139,7 @@ def test_updates_are_added_in_float32_to_bfloat16_weights():
     assert torch.equal(as_exported(draft).own_parameters()["layers.0.self_attn.q_proj.weight"], merged.bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_decoding_takes_the_same_steps_merged_and_unmerged(mode):
     target = random_target()
@@ -164,6 +165,7 @@ def test_only_the_adapter_is_trained(tmp_path):
     assert {id(p) for p in training.parameters() if p.requires_grad} == trained
 
 
+@pytest.mark.slow
 def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     def module(stage, target):
         return AttentionTuning(target, lora_draft(target, trained=False), **SETTINGS)
@@ -233,6 +235,7 @@ def count(parameters: dict[str, torch.Tensor]) -> int:
     return sum(p.numel() for p in parameters.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [("adapter.rnk=8", "Did you mean adapter.rank"),
@@ -243,6 +246,7 @@ def test_wrong_settings_end_with_a_message(override, said, tmp_path):
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_all_stages_with_an_adapter(tmp_path, tiny_target):
     short = (*SHORT, "stage.attention_tuning.steps=10", "stage.bonus_calibration.steps=4", "name=short")
     short += ("stage.evaluate.speed.num_prompts=0", "stage.evaluate.num_prompts=3", "adapter=lora", "adapter.rank=4")

@@ -146,6 +146,7 @@ def test_rows_of_a_table_are_named_too(tmp_path, tiny_tokenizer):
         prepared(tmp_path / "data.parquet", tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_from_the_command_line(policy, tmp_path):
     path = write(tmp_path / "data.jsonl", GOOD, BAD["empty turn"][0], *[GOOD] * 20)

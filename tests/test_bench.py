@@ -45,6 +45,7 @@ def called(monkeypatch, *options: str) -> None:
     bench_train_step.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", bench_train_step.OBJECTIVES)
 def test_every_way_has_the_same_loss_and_gradient(objective):
     ways, batch = training(objective), random_batch(SHAPE, 0)
@@ -85,6 +86,7 @@ def test_typical_blocks_have_the_mean_prefix_of_all():
     assert sum(block.anchor - block.start for block in blocks) / 8 == pytest.approx(mean, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "recompute"), [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_least_memory_is_less_than_a_step_takes(dtype, recompute):
     fast, batch = training(dtype=dtype, recompute=recompute), random_batch(SHAPE, 0)
@@ -117,6 +119,7 @@ def test_fits_and_slopes():
     assert slopes(x, [v**1.5 for v in x]) == pytest.approx([1.5] * 3)
 
 
+@pytest.mark.slow
 def test_step_phases_and_baselines_without_the_rest_of_the_project(tmp_path):
     """In a process of its own, without an install."""
     script = ROOT / "scripts" / "bench_train_step.py"
@@ -148,6 +151,7 @@ def test_step_phases_and_baselines_without_the_rest_of_the_project(tmp_path):
     assert {name: found["ratio"] > 0 for name, found in figures["baselines"].items()} == {"dense": True, "naive": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sweep", "values"), [("anchors", "4,16"), ("rows", "40,64")])
 def test_sweep_of_time(sweep, values, tmp_path, monkeypatch, capsys):
     called(monkeypatch, *SMALL, f"--sweep={sweep}", f"--values={values}", "--anchors=8", f"--out={tmp_path}")
@@ -160,6 +164,7 @@ def test_sweep_of_time(sweep, values, tmp_path, monkeypatch, capsys):
     assert (tmp_path / f"tiny_cpu_{sweep}.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_costs_its_head_and_one_chunk_of_logits(tmp_path, monkeypatch, capsys):
     options = ("--sweep=vocabulary", "--values=256,4096", "--anchors=32", "--chunk=56", f"--out={tmp_path}")
     called(monkeypatch, *SMALL, *options)

@@ -35,6 +35,7 @@ def chained(target) -> ChainGuess:
     return draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("selection", [OFF, Selection("min_confidence", 0.3)], ids=str)
 def test_with_bonus_slot_and_chain_each_mode_takes_the_steps_of_its_oracle(sampling, selection):

@@ -62,6 +62,7 @@ def check(target, draft, batch, *, sampling=GREEDY, selections=SELECTIONS, **cha
     return own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", VALUES)
 @torch.no_grad()
@@ -74,6 +75,7 @@ def test_a_drafter_of_one_value_leaves_every_batch_as_it_is(value, dtype):
         assert dtype != "float32" or own[:2] == own_batch(target, batch[:2], NEW_TOKENS, sampling, seed=3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_broken_tensor_or_a_few_elements_of_it_change_nothing():
     target, batch = target_of(), ragged(4)
@@ -84,6 +86,7 @@ def test_one_broken_tensor_or_a_few_elements_of_it_change_nothing():
         check(target, draft, batch, selections=(OFF,), calibrate=number % 3 != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "qwen3_moe", "mistral"])
 @torch.no_grad()
 def test_broken_drafters_of_other_families_change_nothing(family):
@@ -97,6 +100,7 @@ def test_broken_drafters_of_other_families_change_nothing(family):
         check(target, broken(target, value), ragged(4), selections=(OFF,))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_draft_on_which_the_target_overflows_does_not_reach_the_tokens_before_it():
     """As with garbage in the embeddings of unused tokens: the drafter proposes one, the target never does."""
@@ -112,6 +116,7 @@ def test_a_draft_on_which_the_target_overflows_does_not_reach_the_tokens_before_
         assert generate(target, draft, batch, max_new_tokens=4, selection=OFF).tau == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 @torch.no_grad()
 def test_the_oracle_takes_the_same_steps_with_a_broken_drafter(value):
@@ -123,6 +128,7 @@ def test_the_oracle_takes_the_same_steps_with_a_broken_drafter(value):
     assert result.steps == [alone.steps[0] for alone in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 @torch.no_grad()
 def test_the_shipped_decoder_is_not_changed_by_a_broken_drafter_either(value, tmp_path):

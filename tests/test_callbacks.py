@@ -88,6 +88,7 @@ def test_every_callback_of_lightning_is_either_known_or_refused():
                 check_callbacks({"given": instance})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "end"),
     [
@@ -101,6 +102,7 @@ def test_weights_of_a_validation_alone_end_the_run(start, end, tmp_path):
         run(tmp_path, faults=[Swap(start, end), SameWeights()], best_by=None)
 
 
+@pytest.mark.slow
 def test_weights_that_stay_are_no_error(tmp_path):
     training, keeper, _ = run(tmp_path, faults=[Swap("on_train_start"), Watcher(), SameWeights()])
     assert keeper.best and all(torch.isfinite(p).all() for p in training.trained().values())

@@ -109,6 +109,7 @@ def bytes_of_token(tokenizer):
     return lambda token: token.encode() if token in special else bytes(alphabet[c] for c in token)
 
 
+@pytest.mark.slow(but="[qwen3]")
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations())
 @settings(max_examples=150, deadline=None)

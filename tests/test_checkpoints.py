@@ -121,6 +121,7 @@ def run(
     return training, keeper, history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, passes):
     straight, kept, history = run(tmp_path / "straight", passes=passes)
@@ -139,6 +140,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
+@pytest.mark.slow
 def test_the_last_step_is_validated_whatever_its_number(tmp_path, monkeypatch):
     straight, kept, history = run(tmp_path / "straight", validate_every=3)
     assert history.validations == [3, 6, 8] and list(history.losses) == list(range(1, STEPS + 1))
@@ -150,6 +152,7 @@ def test_the_last_step_is_validated_whatever_its_number(tmp_path, monkeypatch):
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
+@pytest.mark.slow
 def test_the_last_few_and_the_best_are_kept(tmp_path):
     training, keeper, _ = run(tmp_path)
     assert [step_of(f) for f in sorted(tmp_path.glob("step-*"))] == [6, 8]  # every third, and the last
@@ -161,6 +164,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
         assert all(p.equal(keeper.best_weights()[n]) for n, p in training.trained().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4)])
 @pytest.mark.parametrize("step", [3, 4])
 def test_passes_may_change_on_the_way(tmp_path, monkeypatch, before, after, step):
@@ -191,6 +195,7 @@ def test_without_any_whole_best_weights_the_newest_checkpoint_has_to_do(tmp_path
     assert usable_checkpoint(tmp_path, said.append) is None and "beginning anew" in said[-1]
 
 
+@pytest.mark.slow
 def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
     straight, kept, _ = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
@@ -205,6 +210,7 @@ def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
     assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
+@pytest.mark.slow
 def test_passes_of_a_step_weigh_their_tokens_not_their_number(tmp_path):
     whole, _, one = run(tmp_path / "one")
     parts, _, four = run(tmp_path / "four", passes=4)

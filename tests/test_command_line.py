@@ -30,6 +30,7 @@ def test_only_one_place_makes_consoles():
         assert not made or file.name == "terminal.py", f"{file}: use data.terminal, which takes no text for markup"
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_writes_a_checkpoint_and_says_how_to_go_on(tmp_path):
     call = (*SHORT, "stages=[attention_tuning]", "speed.workers=1", "stage.attention_tuning.steps=400")
     done = command_stopped_at_checkpoint(*call, cwd=tmp_path, stage="attention_tuning", number=signal.SIGINT)

@@ -26,6 +26,7 @@ def composed(*overrides):
         return compose("config", overrides=list(overrides))
 
 
+@pytest.mark.slow(but="[qwen3_8b]")
 @pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
 def test_experiments_compose_and_name_classes_that_exist(experiment):
     config = composed(f"+experiment={experiment}")
@@ -63,6 +64,7 @@ def test_trainer_presets_build(preset, tmp_path):
     assert trainer.max_steps > 0 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_real_experiment_runs_on_a_stand_in(tmp_path):
     done = command(
         "+experiment=qwen3_8b",

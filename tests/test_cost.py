@@ -60,6 +60,7 @@ def flop_counter() -> FlopCounterMode:
     return counter
 
 
+@pytest.mark.slow(but="[paper-")
 @pytest.mark.parametrize("stage", TRAINED)
 @pytest.mark.parametrize("objective", [Objective(), Objective(ce=0.1, tv=0.9)], ids=["ce", "mixture"])
 @pytest.mark.parametrize(
@@ -108,6 +109,7 @@ def test_flops_are_those_of_the_training_step(
     assert sum(parts.values()) == pytest.approx(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "stand_in"])
 @pytest.mark.parametrize("recipe", [[], ["+recipe=beyond"]], ids=["paper", "beyond"])
 def test_parameters_are_those_of_the_real_modules(model, recipe):
@@ -134,6 +136,7 @@ def weight_memory(config, stage) -> int:
     return word * sizes.target_parameters + 4 * sizes.draft_parameters(stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINED)
 @pytest.mark.parametrize(
     "case",
@@ -155,12 +158,14 @@ def test_memory_is_what_a_real_step_takes(stage, case):
     assert estimated(config, stage)[0] - weights == pytest.approx(expected, rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [["speed.recompute=true"], ["objective=mixture"]], ids=["recompute", "mixture"])
 def test_memory_of_other_ways_to_tune(changes):
     config = composed(CASES["wide, bfloat16 target"] + changes)
     assert estimated(config, "attention_tuning")[0] == pytest.approx(tensor_peak(config, "attention_tuning"), rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [[], EXPERTS], ids=["dense", "experts"])
 def test_memory_of_live_decoding(family):
     few = [f"stage.bonus_calibration.decode.{key}" for key in ("prompts=6", "batch_size=3", "max_new_tokens=8")]
@@ -272,6 +277,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
         assert estimate(changed, "attention_tuning", target_sizes(changed), machine_of(changed)).fits
 
 
+@pytest.mark.slow
 def test_a_joint_stage_2_may_recompute_its_layers_as_well():
     small = ["hardware.gpu=a100-40gb", "stages=[bonus_calibration]"]
     with pytest.raises(UserError, match=r"bonus_calibration takes .* GiB[\s\S]*\n  speed.recompute=true"):
@@ -290,6 +296,7 @@ def test_where_nothing_else_helps_a_lesser_training_is_named():
         plan(composed(["+experiment=qwen3_8b", *few]))
 
 
+@pytest.mark.slow
 def test_the_command_plans_a_hub_target_without_network_or_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     done = command("+experiment=qwen3_8b", "plan=true", cwd=tmp_path)

@@ -95,6 +95,7 @@ def artifact(request, tiny_target, tmp_path_factory):
 BOTH = pytest.mark.parametrize("artifact", ["plain", "beyond"], indirect=True)
 
 
+@pytest.mark.slow
 @BOTH
 def test_same_tokens_and_acceptance_as_our_own_decoder(alone, tiny_target, prompts, artifact):
     draft, directory = artifact
@@ -106,6 +107,7 @@ def test_same_tokens_and_acceptance_as_our_own_decoder(alone, tiny_target, promp
     assert lengths > {1, 2}  # something was accepted, and not everything
 
 
+@pytest.mark.slow
 @BOTH
 def test_batches_selection_and_the_calibrator(alone, tiny_target, prompts, artifact):
     """Rows of unequal length, padded on the left; other rules; without the calibrator."""
@@ -136,6 +138,7 @@ def plain(target, tmp_path, implementation="sdpa"):
 
 # Masks and RoPE are made another way there than here, so they are compared at lengths on both sides of the window of 9.
 # "ours": our own attention function takes no mask of transformers' form, and neither does flash attention.
+@pytest.mark.slow(but="[qwen3-sdpa]")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "ours"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -162,6 +165,7 @@ def test_every_family_drafts_as_ours_does(family, implementation, tmp_path):
     assert twin.config._attn_implementation == given
 
 
+@pytest.mark.slow
 def test_a_file_of_settings_is_followed(alone, tiny_target, prompts, artifact, tmp_path):
     """What the evaluation found goes for whoever decodes with the artifact."""
     draft, _ = artifact
@@ -174,6 +178,7 @@ def test_a_file_of_settings_is_followed(alone, tiny_target, prompts, artifact, t
     assert gained == [step.accepted + 1 for step in own.steps[0]]
 
 
+@pytest.mark.slow
 def test_a_drafter_of_the_hub_is_found_by_its_name(alone, prompts, artifact, tmp_path):
     _, directory = artifact
     files = {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
@@ -187,6 +192,7 @@ def test_a_drafter_of_the_hub_is_found_by_its_name(alone, prompts, artifact, tmp
 SAMPLED = {"do_sample": True, "temperature": 0.7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

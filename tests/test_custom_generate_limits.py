@@ -279,6 +279,7 @@ def test_a_target_with_rows_added_to_its_vocabulary_is_drafted_for(twin, drafter
         drafted(twin, drafter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_drafter_that_is_not_finite_cannot_change_the_output(twin, drafter, value):
     tensors = load_file(drafter / "model.safetensors")
@@ -292,6 +293,7 @@ def test_a_drafter_that_is_not_finite_cannot_change_the_output(twin, drafter, va
                 assert torch.equal(drafted(twin, drafter, selection=selection, calibrate=calibrate), expected)
 
 
+@pytest.mark.slow
 def test_a_draft_on_which_the_target_overflows_does_not_reach_the_tokens_before_it(twin, drafter):
     """A token that the target never chooses, and whose embedding is not finite, is drafted in every step."""
     token = 7
@@ -387,6 +389,7 @@ def test_a_threshold_is_a_probability(twin, drafter, threshold):
         drafted(twin, drafter, threshold=threshold)
 
 
+@pytest.mark.slow
 def test_another_target_is_warned_of_and_a_quantized_one_is_not(twin, drafter):
     if "target_fingerprint" not in json.loads((drafter / "config.json").read_text()):
         pytest.skip("the artifact has no fingerprint")

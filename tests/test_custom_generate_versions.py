@@ -176,6 +176,7 @@ class Counting(OtherCache):
         return self.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Hidden, Forgetful, Counting])
 def test_a_cache_that_works_another_way_is_an_error(pair, monkeypatch, kind):
     twin, drafter, _ = pair

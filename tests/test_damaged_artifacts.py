@@ -80,6 +80,7 @@ def outcomes(directory: Path, target, expected, context):
             assert clear(error, directory), (context, reader, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "beyond"])
 def test_no_value_of_any_key_makes_another_drafter_or_a_raw_error(kind, healthy, tmp_path):
     target, root = healthy

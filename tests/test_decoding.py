@@ -136,6 +136,7 @@ def own_batch(target, prompts: list[list[int]], new_tokens: int, sampling=GREEDY
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("trained", 500), ("untrained", 80), ("adversarial", 80)])
 def test_output_equals_the_targets_own_in_every_mode_rule_and_batch_size(
     kind, count, tiny_target, prompts, own_answers, request
@@ -155,6 +156,7 @@ def test_output_equals_the_targets_own_in_every_mode_rule_and_batch_size(
     assert kind != "trained" or (met == set(COMBINATIONS) and accepted > 100)  # no empty test
 
 
+@pytest.mark.slow(but="[qwen3]")
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
 def test_output_equals_the_targets_own_for_other_families(family):
     target = random_target(model_type=family)
@@ -166,6 +168,7 @@ def test_output_equals_the_targets_own_for_other_families(family):
         assert generate(target, drafts[number % 3], batch, **arguments).tokens == own_batch(target, batch, 6)
 
 
+@pytest.mark.slow
 def test_own_loop_equals_transformers_generate(tiny_target, prompts):
     for tokens in prompts[:4]:
         output = tiny_target.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=15)
@@ -180,6 +183,7 @@ def test_without_a_drafter_the_target_decodes_alone():
         assert set(result.accepted()) == {0} and result.tau == 1
 
 
+@pytest.mark.slow(but="rule='off', threshold=0.01)-sampled")
 @pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     "selection", [*SELECTIONS, Selection("cumulative_product", 0.2), Selection("min_confidence", 0.6)], ids=str
@@ -206,6 +210,7 @@ def test_all_modes_take_the_steps_of_the_oracle_whatever_else_is_in_the_batch(sa
             assert len(set(result.accepted())) > 2  # nothing, all and something between
 
 
+@pytest.mark.slow
 def test_a_trained_drafter_takes_the_steps_of_the_oracle(tiny_target, prompts, trained_run):
     draft = load_draft(trained_run / "export", tiny_target)
     expected = [reference_generate(tiny_target, draft, tokens, 20) for tokens in prompts[:4]]
@@ -225,6 +230,7 @@ class Echo(DraftModel):
         return torch.nn.functional.one_hot(torch.tensor(known), self.target.config.vocab_size).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 @pytest.mark.parametrize(("limit", "last"), [(25, []), (22, [Step(3, 3)]), (20, [Step(1, 1)]), (19, [])])
 def test_a_drafter_that_echoes_the_target_is_accepted_in_full(mode, limit, last):
@@ -238,6 +244,7 @@ def test_a_drafter_that_echoes_the_target_is_accepted_in_full(mode, limit, last)
     assert result.steps == [full + last] * 3
 
 
+@pytest.mark.slow
 def test_a_random_prompt_limit_and_stop_token_never_give_a_wrong_token():
     targets = [endless(num_hidden_layers=2, max_position_embeddings=40, seed=seed) for seed in range(2)]
     generator, known = random.Random(5), {}

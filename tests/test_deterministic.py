@@ -79,6 +79,7 @@ def test_the_list_is_the_documented_one():
     assert sorted(name.split(".")[1] for name in watch.bad) == ["cumsum", "median", "nll_loss_forward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["dpace", "decay", "flat"])
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
 def test_a_step_of_training_and_its_validation_run_nothing_of_it(stage, weights, tmp_path, deterministic):

@@ -83,6 +83,7 @@ def said(command: Command) -> str:
     return HYDRA.split(f"{command.text} ")[-1].strip()
 
 
+@pytest.mark.slow
 def test_settings_compose():
     ours = [c for c in WHOLE if HYDRA.search(f"{c.text} ")]
     assert len(ours) > 20

@@ -15,6 +15,7 @@ def same(left, right) -> bool:
     return all(p.equal(right.trained()[name]) for name, p in left.trained().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("passes", "number"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_run_that_a_callback_ends_goes_on_as_if_it_had_not_been(step, passes, number, tmp_path):
@@ -29,6 +30,7 @@ def test_a_run_that_a_callback_ends_goes_on_as_if_it_had_not_been(step, passes, 
     assert same(straight, training)
 
 
+@pytest.mark.slow
 def test_a_time_limit_holds_for_each_start(tmp_path):
     straight, kept, _ = run(tmp_path / "straight")
     for step in range(1, STEPS):
@@ -100,6 +102,7 @@ def test_only_the_first_rank_reports(capsys, monkeypatch):
             assert capsys.readouterr().err == ("" if rank == "1" else said)
 
 
+@pytest.mark.slow
 def test_the_command_says_that_a_stage_is_not_finished_and_goes_on_until_it_is(tmp_path):
     call = (*SHORT, "stages=[attention_tuning]", "stage.attention_tuning.steps=2", "name=short")
     records = tmp_path / "checkpoints" / "short" / "records"

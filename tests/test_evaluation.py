@@ -50,6 +50,7 @@ def short(*overrides: str):
     return composed([*SHORT, "name=short", *overrides])
 
 
+@pytest.mark.slow
 def test_the_report_says_how_fast_and_in_which_mode(trained_run):
     report = (trained_run / "evaluate" / "report.md").read_text(encoding="utf-8")
     for words in ("95%", "Tokens/s by batch size", "Milliseconds of a verify step", "| off |", "recommended on CPU"):
@@ -69,6 +70,7 @@ def test_the_report_says_how_fast_and_in_which_mode(trained_run):
         assert (trained_run / "evaluate" / file).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_recommendation_is_in_the_artifact_and_leaves_it_loadable(trained_run, tiny_target):
     config = json.loads((trained_run / "export" / "config.json").read_text())
     speed = read_json(trained_run / "evaluate" / "report.json")["speed"]
@@ -79,6 +81,7 @@ def test_the_recommendation_is_in_the_artifact_and_leaves_it_loadable(trained_ru
     generate(tiny_target, draft, [[5, 6, 7]], max_new_tokens=4, **recommended(trained_run / "export"))
 
 
+@pytest.mark.slow
 def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, tmp_path):
     encoder = Resources(short()).encoder
     talks = [
@@ -102,6 +105,7 @@ def accept_everything(drafted, predicted):
     return torch.full(drafted.shape[:-1], drafted.shape[-1])
 
 
+@pytest.mark.slow
 def test_a_changed_output_ends_the_stage(trained_run, tiny_target, tmp_path, monkeypatch):
     """The gate is tried with an acceptance rule that is wrong on purpose."""
     run_dir = tmp_path / "short"
@@ -116,6 +120,7 @@ def test_a_changed_output_ends_the_stage(trained_run, tiny_target, tmp_path, mon
     assert found["identical"] < 2 and found["differences"]
 
 
+@pytest.mark.slow
 def test_a_wrong_baseline_ends_the_stage(trained_run, tmp_path, monkeypatch):
     config = short(f"run_dir={trained_run}", "stage.evaluate.num_prompts=2", "stage.evaluate.speed.num_prompts=0")
     config.stage.evaluate.variants = ["calibrated"]
@@ -172,6 +177,7 @@ def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny
     assert at.margin == pytest.approx(float(best[0] - best[1]), abs=1e-5) != pytest.approx(float(raw[0] - raw[1]))
 
 
+@pytest.mark.slow
 def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, trained_run, tiny_tokenizer):
     how = replace(HOW, sampling=Sampling(0.8, top_p=0.9))
     encoder = ChatEncoder(tiny_tokenizer, {})

@@ -70,6 +70,7 @@ def fresh_compiler(monkeypatch):
         cached.cache_clear()
 
 
+@pytest.mark.slow(but="how1-")
 @STAGES
 @pytest.mark.parametrize("objective", [Objective(), Objective(ce=0.1, kl=0.2, tv=0.9)])
 @pytest.mark.parametrize("how", [{"attention": "dense"}, {"recompute": True}, {"compile": True}])
@@ -83,6 +84,7 @@ def test_how_a_step_is_run_changes_nothing(stage, beyond, objective, how, fresh_
             assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_from_step_to_step(fresh_compiler):
     # FlexAttention has no gradient on CPU, so it is counted apart, below.
     stage = training(compile=True, attention="dense", objective=Objective(ce=0.1, tv=0.9))
@@ -95,6 +97,7 @@ def test_nothing_is_compiled_again_from_step_to_step(fresh_compiler):
     assert len(set(graphs[1:])) == 1 and graphs[-1] <= 5, graphs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_with_flex_attention_are_compiled_once(fresh_compiler):
     """Without gradient, which it lacks on CPU; masks and rules are new objects in every step."""
@@ -106,6 +109,7 @@ def test_layers_with_flex_attention_are_compiled_once(fresh_compiler):
     assert graphs[0] == 4 and len(set(graphs)) == 1 and not counters["graph_break"], graphs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_block_sparse_masks_and_their_attention_are_compiled_once(fresh_compiler, monkeypatch):
     build, attend = masks._mask_builder(), attention._compiled_flex_attention()

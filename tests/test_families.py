@@ -31,6 +31,7 @@ def test_the_families_are_the_ones_that_are_said_to_be_tested():
     assert {special["model_type"] for special in FAMILIES.values()} == set(TESTED)
 
 
+@pytest.mark.slow(but="[gemma 3]")
 @EVERY
 def test_training_and_decoding_agree_and_the_output_is_the_targets_own(family):
     target, draft = random_pair(family)
@@ -40,6 +41,7 @@ def test_training_and_decoding_agree_and_the_output_is_the_targets_own(family):
     assert unchanged_by_export(target, draft)
 
 
+@pytest.mark.slow(but="[phi 4 mini]")
 @EVERY
 def test_decoding_takes_the_oracles_steps(family):
     """A copy of the target drafts: some drafts are right."""
@@ -53,6 +55,7 @@ def test_decoding_takes_the_oracles_steps(family):
         assert result.steps == [one.steps[0] for one in expected]
 
 
+@pytest.mark.slow
 @EVERY
 def test_all_stages(family, tmp_path, monkeypatch):
     """Trained, exported, loaded again, decoded; the target is bit for bit what it was, the drafter is not."""

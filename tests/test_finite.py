@@ -42,6 +42,7 @@ def same(left, right) -> bool:
     return len(left) == len(right) and all(a.equal(b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.slow(but="AttentionTuning")
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_state_of_the_optimizer(
@@ -66,6 +67,7 @@ def test_one_bad_pass_skips_its_whole_step(number, tmp_path):
     assert same(snapshots.after[2], snapshots.after[3]) and not same(snapshots.after[3], snapshots.after[4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_run_stopped_among_skipped_steps_goes_on_as_if_it_had_not_been(passes, tmp_path, monkeypatch):
     faults = [BadLoss({0, 2, 3, 6})]
@@ -81,6 +83,7 @@ def test_a_run_stopped_among_skipped_steps_goes_on_as_if_it_had_not_been(passes,
         assert [c["callbacks"]["SkippedSteps"] for c in counted] == [{"total": 4, "in_a_row": 0}] * 2
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_and_the_state_before_survives(tmp_path, monkeypatch):
     straight, kept, _ = run(tmp_path / "straight")
     directory = tmp_path / "attention_tuning" / "checkpoints"
@@ -109,6 +112,7 @@ def test_a_stage_of_skipped_steps_alone_is_an_error(tmp_path):
         run(tmp_path, faults=[BadLoss(range(STEPS))], most=100)
 
 
+@pytest.mark.slow
 def test_a_validation_that_is_not_finite_is_never_the_best_nor_progress(tmp_path):
     _, kept, _ = run(tmp_path / "all", faults=[BadValidation({2, 4, 6, 8})], patience=3)
     assert not kept.best and kept.waited == 3 and not list((tmp_path / "all").glob("best-*"))
@@ -116,6 +120,7 @@ def test_a_validation_that_is_not_finite_is_never_the_best_nor_progress(tmp_path
     assert kept.best["step"] in (2, 6) and all(map(math.isfinite, kept.best["figures"].values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best_by", [None, "val/tau_estimate"])
 def test_weights_whose_validation_is_not_finite_are_not_handed_on(best_by, tmp_path):
     class End(Callback):
@@ -126,6 +131,7 @@ def test_weights_whose_validation_is_not_finite_are_not_handed_on(best_by, tmp_p
     run(tmp_path, faults=[BadValidation({2, 4, 6, 8}), End()], best_by=best_by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "value"), list(product([3, 4, 6, STEPS], [math.nan, math.inf])))
 def test_weights_that_are_not_finite_are_never_saved_over_good_ones(step, value, tmp_path):
     with pytest.raises(Diverged, match="weights are not finite|in a row were skipped"):

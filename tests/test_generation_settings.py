@@ -74,6 +74,7 @@ def every_way(target, prompts, new_tokens: int = NEW_TOKENS, **settings):
         yield generate(target, draft, prompts, max_new_tokens=new_tokens, **how)
 
 
+@pytest.mark.slow(but="[top_k]")
 @pytest.mark.parametrize("name", [*SETTINGS, *WITHOUT_CHANGE, "all"])
 def test_the_targets_generation_settings_are_followed_in_every_mode(name):
     given = SETTINGS | WITHOUT_CHANGE
@@ -89,6 +90,7 @@ def test_the_targets_generation_settings_are_followed_in_every_mode(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=40, top_p=0.95)], ids=["greedy", "sampled"])
 def test_drafting_takes_the_steps_of_the_oracle_under_generation_settings(sampling):
     target, prompts = settled(repetition_penalty=1.05, begin_suppress_tokens=[60, 30], eos_token_id=[16, 92])
@@ -103,6 +105,7 @@ def test_drafting_takes_the_steps_of_the_oracle_under_generation_settings(sampli
     assert len(accepted) > 2
 
 
+@pytest.mark.slow
 def test_a_penalty_that_changes_nothing_changes_nothing():
     """Decoding by text and by logits alone are the same."""
     prompts = random_prompts(random.Random(4), 4, 20)
@@ -117,6 +120,7 @@ def test_a_penalty_that_changes_nothing_changes_nothing():
         assert (plain.tokens, plain.steps) == (by_text.tokens, by_text.steps)
 
 
+@pytest.mark.slow
 def test_stop_tokens_given_are_those_of_transformers_too():
     target, prompts = settled(min_new_tokens=4)
     for stop in ({70, 43}, set()):
@@ -175,6 +179,7 @@ def test_every_setting_of_transformers_is_known_or_refused():
             check_followed(target)
 
 
+@pytest.mark.slow
 def test_an_unknown_architecture_may_have_generation_settings(monkeypatch):
     monkeypatch.setattr("models.decoding.TESTED", ())
     for settings in ({"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 8}):
@@ -184,6 +189,7 @@ def test_an_unknown_architecture_may_have_generation_settings(monkeypatch):
         check_untested(target)
 
 
+@pytest.mark.slow
 def test_processors_given_are_merged_with_the_targets_own_as_transformers_does():
     target, prompts = settled(suppress_tokens=[60])
     extra = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])
@@ -204,6 +210,7 @@ class Once:
         return scores.index_fill(1, ids[0, -1:], float("-inf"))
 
 
+@pytest.mark.slow
 def test_a_processor_sees_each_new_token_of_its_row_once_and_in_order():
     target, prompts = settled()
     own = of_transformers(target, prompts, logits_processor=LogitsProcessorList([Once()]))
@@ -215,6 +222,7 @@ def test_a_processor_sees_each_new_token_of_its_row_once_and_in_order():
             assert processor.seen == [prompt + answer[:number] for number in range(len(answer))]
 
 
+@pytest.mark.slow
 def test_stopping_criteria_end_their_row_alone():
     target, prompts = settled(eos_token_id=None)
     free = of_transformers(target, prompts)
@@ -226,6 +234,7 @@ def test_stopping_criteria_end_their_row_alone():
     assert alone.tokens == [free[0][:3]]
 
 
+@pytest.mark.slow
 def test_stop_strings_end_a_row_as_in_transformers(tiny_target, tiny_tokenizer):
     questions = ("Tom has 3 apples and buys 4 more. How many?", "Ann has 2 dogs. How many?", "What is 5 + 6?")
     chats = [[{"role": "user", "content": text}] for text in questions]

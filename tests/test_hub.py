@@ -89,6 +89,7 @@ def nothing_published(hub, name="owner/drafter"):
     return name not in hub.repositories or head(hub, name).keys() <= {".gitattributes"}
 
 
+@pytest.mark.slow
 def test_round_trip(hub, artifact, tmp_path):
     done = script(hub, tmp_path, artifact, "--tag", "v1")
     assert done.returncode == 0, done.stderr
@@ -110,6 +111,7 @@ def test_round_trip(hub, artifact, tmp_path):
     assert again.stdout == got.stdout, again.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_goes_on(hub, sharded, tmp_path):
     hub.accepted_puts = 1
     broken = script(hub, tmp_path, sharded)
@@ -126,6 +128,7 @@ def test_an_interrupted_upload_goes_on(hub, sharded, tmp_path):
     assert sorted(head(hub)) == [".gitattributes", "config.json", *code, *weights]
 
 
+@pytest.mark.slow
 def test_a_wrong_token(hub, artifact, tmp_path):
     done = script(hub, tmp_path, artifact, HF_TOKEN="hf_wrong")
     message = "error: push to owner/drafter: the Hub does not accept the token. Set another HF_TOKEN, or run "
@@ -133,6 +136,7 @@ def test_a_wrong_token(hub, artifact, tmp_path):
     assert not hub.repositories
 
 
+@pytest.mark.slow
 def test_no_network(hub, artifact, tmp_path):
     done = script(hub, tmp_path, artifact, HF_ENDPOINT="http://127.0.0.1:9")
     message = "error: push to owner/drafter: the Hub is out of reach, or broke off. [Errno 111] Connection refused "
@@ -277,6 +281,7 @@ def test_a_damaged_drafter_is_not_sent(hub, here, artifact, tmp_path, damage, te
     assert refused(text, tmp_path / "export", drafter()) and not hub.calls
 
 
+@pytest.mark.slow
 def test_a_run_pushes_at_its_end_and_repeats_nothing(hub, trained_run, tmp_path):
     shutil.copytree(trained_run, tmp_path / "checkpoints" / "short")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
@@ -290,6 +295,7 @@ def test_a_run_pushes_at_its_end_and_repeats_nothing(hub, trained_run, tmp_path)
     assert "push_to_hub" not in card and head(hub)["acceptance_by_slot.png"].startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, environment, text",
     [

@@ -19,6 +19,7 @@ def leaves(tree, path=""):
     return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_every_setting_is_classified_by_its_own_name(choice):
     config = OmegaConf.to_container(composed("+experiment=tiny", *choice), resolve=False)

@@ -91,6 +91,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
 def test_training_does_not_notice(stage, tmp_path):
     with_it, _, noticed, _ = run(tmp_path / "with", stage, best_by=None)
@@ -102,6 +103,7 @@ def test_training_does_not_notice(stage, tmp_path):
     assert {id(p) for p in with_it.parameters() if p.requires_grad} == {id(p) for p in with_it.trained().values()}
 
 
+@pytest.mark.slow
 def test_it_is_done_with_the_weights_of_the_moment(tmp_path):
     """Each figure is what a drafter with those weights gives by itself."""
     _, _, _, decoding = run(tmp_path)
@@ -121,6 +123,7 @@ def test_it_is_done_with_the_weights_of_the_moment(tmp_path):
     assert len(taus) > 1
 
 
+@pytest.mark.slow
 def test_the_calibrator_is_used():
     """One that always drafts what the target says most often is right that often."""
     draft = random_draft(random_target())
@@ -156,6 +159,7 @@ def test_it_decodes_as_after_export(dtype, tmp_path):
     assert same(draft.own_parameters(), masters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_a_stopped_run_goes_on_with_the_same_figures_and_the_same_choice(step, tmp_path, monkeypatch):
     straight, kept, _, figures = run(tmp_path / "straight")
@@ -206,6 +210,7 @@ def each_step(monkeypatch):
     monkeypatch.setitem(globals(), "trainer", every_step)
 
 
+@pytest.mark.slow
 def test_patience_ends_the_stage(tmp_path, each_step):
     training, keeper, history, _ = patient(tmp_path, FLAT)
     assert history.validations == [1, 2, 3, 4] and list(history.losses) == [1, 2, 3, 4]  # equal is not better
@@ -215,6 +220,7 @@ def test_patience_ends_the_stage(tmp_path, each_step):
     assert all(long.losses[step] == loss for step, loss in history.losses.items())
 
 
+@pytest.mark.slow
 def test_patience_survives_a_stop_and_a_crash_at_the_end(tmp_path, each_step, monkeypatch):
     with pytest.raises(SystemExit):
         patient(tmp_path, FLAT, stop_at=3, monkeypatch=monkeypatch)  # one validation without a better figure
@@ -261,6 +267,7 @@ def test_settings_choose_prompts_once_and_for_all():
         live_decoding(config, "attention_tuning", validation, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -277,6 +284,7 @@ def test_settings_that_do_not_fit_together_are_refused(changes, words):
             check_decoding(settings(stage, **changes))
 
 
+@pytest.mark.slow
 def test_settings_that_fit_together_are_not_refused():
     for changes in ({}, {"best_by": "val/tau"}, {"decode.prompts": 0, "best_by": "val/tau_estimate"}, {"patience": 2}):
         check_decoding(settings(**changes))

@@ -38,6 +38,7 @@ def logged(folder):
     return dict(zip((r.run_id for r in runs), zip(runs, map(history, files), strict=True), strict=True))
 
 
+@pytest.mark.slow
 def test_the_variables_of_wandb_mean_what_they_mean_there(tmp_path):
     variables = {"WANDB_PROJECT": "p", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g", "WANDB_ENTITY": "e"}
     elsewhere = tmp_path / "elsewhere"
@@ -52,6 +53,7 @@ def test_the_variables_of_wandb_mean_what_they_mean_there(tmp_path):
         assert sorted(one.tags) == ["a", "b"] and [row["trainer/global_step"] for row in rows] == [1, 2]
 
 
+@pytest.mark.slow
 def test_without_variables_each_stage_is_a_run_of_the_runs_group(tmp_path):
     assert run(STAGES, tmp_path).returncode == 0
     found = logged(tmp_path)
@@ -59,6 +61,7 @@ def test_without_variables_each_stage_is_a_run_of_the_runs_group(tmp_path):
     assert names == {("flexdraft", f"mine-{stage}", "mine") for stage in ("attention_tuning", "bonus_calibration")}
 
 
+@pytest.mark.slow
 def test_stages_that_share_a_run_do_not_share_keys(tmp_path):
     done = run(STAGES, tmp_path, WANDB_RUN_ID="agent1", WANDB_SWEEP_ID="sweep1")
     assert done.returncode == 0, done.stderr
@@ -72,6 +75,7 @@ def test_stages_that_share_a_run_do_not_share_keys(tmp_path):
         assert [row[f"{stage}/trainer/global_step"] for row in mine] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_server_out_of_reach_is_found_out_in_seconds_and_the_training_goes_on_offline(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
@@ -82,6 +86,7 @@ def test_a_server_out_of_reach_is_found_out_in_seconds_and_the_training_goes_on_
     assert len(logged(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_run_does_not_end_the_training(tmp_path):
     refuse = STAGES.replace("import sys", "import sys, wandb; begin = wandb.init")
     refuse = refuse.replace(
@@ -97,6 +102,7 @@ def test_a_server_that_refuses_the_run_does_not_end_the_training(tmp_path):
     assert "invalid key" in done.stdout and len(logged(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_what_fails_in_the_middle_ends_the_logging_and_not_the_training(tmp_path):
     dying = STAGES.replace(
         "    logger.finalize", "    logger.experiment.log = lambda row: 1 / 0\n" + "    logger.finalize"
@@ -107,11 +113,13 @@ def test_what_fails_in_the_middle_ends_the_logging_and_not_the_training(tmp_path
     assert done.stdout.count("division by zero") == 2  # one line for each stage
 
 
+@pytest.mark.slow
 def test_a_wrong_mode_is_one_line(tmp_path):
     done = run(STAGES, tmp_path, WANDB_MODE="ofline")
     assert done.returncode and "WANDB_MODE=ofline: expected one of online, offline" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", ["csv", "wandb"])
 def test_wandb_is_needed_only_by_its_own_logger(logger, tmp_path):
     code = f"""

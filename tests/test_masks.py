@@ -117,6 +117,7 @@ def test_block_sparse_masks_compute_every_allowed_pair():
             assert computed[row, 0, query // side, key // side]
 
 
+@pytest.mark.slow(but="[dense-7]")
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kind", ["sdpa", "flex", "dense"])
 @torch.no_grad()

@@ -33,6 +33,7 @@ def change(run: Path, stage: str, *path: str, to) -> None:
     file.write_text(json.dumps(record), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_card_with_its_figures(trained_run):
     text = (trained_run / "export" / "README.md").read_text(encoding="utf-8")
     report = json.loads((trained_run / "evaluate" / "report.json").read_text(encoding="utf-8"))
@@ -49,6 +50,7 @@ def test_a_run_leaves_a_card_with_its_figures(trained_run):
     assert plot == (trained_run / "acceptance_by_slot.png").read_bytes() and "(acceptance_by_slot.png)" in text
 
 
+@pytest.mark.slow
 def test_it_says_what_it_is_not_which_target_it_knows_and_what_runs_it(run):
     text = card(run)
     done = json.loads((run / "records" / "attention_tuning.done.json").read_text(encoding="utf-8"))
@@ -63,12 +65,14 @@ def test_it_says_what_it_is_not_which_target_it_knows_and_what_runs_it(run):
     assert "fingerprint of the target" not in card(run)
 
 
+@pytest.mark.slow
 def test_its_header_is_one(trained_run):
     data = ModelCard.load(trained_run / "export" / "README.md").data
     assert data.library_name == "transformers" and {"speculative-decoding", "flexdraft"} <= set(data.tags)
     assert data.base_model is None and data.license is None  # of a local target without a card
 
 
+@pytest.mark.slow
 def test_it_says_nothing_of_this_machine(run):
     for stage in ("attention_tuning", "bonus_calibration"):
         change(run, stage, "settings", "data", "path", to=[{"path": str(run / "mine.jsonl"), "weight": 1}])
@@ -78,11 +82,13 @@ def test_it_says_nothing_of_this_machine(run):
     assert not [word for word in (str(run.parent), str(ROOT), str(Path.home()) + "/", "${", "secret") if word in text]
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_card(run):
     before = (run / "export" / "README.md").read_bytes()
     assert card(run).encode() == before
 
 
+@pytest.mark.slow
 def test_without_an_evaluation_it_says_so(run):
     (run / "records" / "evaluate.done.json").unlink()
     text = card(run)
@@ -90,6 +96,7 @@ def test_without_an_evaluation_it_says_so(run):
     assert not (run / "export" / "acceptance_by_slot.png").exists()
 
 
+@pytest.mark.slow
 def test_what_is_nobodys_business_is_not_in_the_command(run):
     for stage in ("attention_tuning", "bonus_calibration", "export", "evaluate"):
         done = run / "records" / f"{stage}.done.json"
@@ -100,6 +107,7 @@ def test_what_is_nobodys_business_is_not_in_the_command(run):
     assert "+experiment=tiny" in text and "deadbeef" not in text and "hf_abc" not in text
 
 
+@pytest.mark.slow
 def test_a_stage_trained_again_outdates_the_export(run):
     assert not is_outdated(run)
     weights = run / "attention_tuning" / "draft.safetensors"
@@ -111,17 +119,20 @@ def test_a_stage_trained_again_outdates_the_export(run):
     assert is_outdated(run)
 
 
+@pytest.mark.slow
 def test_without_a_plot_there_is_none_on_it(run):
     (run / "acceptance_by_slot.png").unlink()
     assert "| calibrated |" in card(run) and "acceptance_by_slot" not in card(run)
 
 
+@pytest.mark.slow
 def test_figures_of_another_drafter_are_none(run):
     assert "| calibrated |" in card(run)
     shutil.copyfile(run / "attention_tuning" / "draft.safetensors", run / "export" / "model.safetensors")
     assert "This drafter has not been evaluated." in card(run)
 
 
+@pytest.mark.slow
 def test_a_target_on_the_hub(run):
     change(run, "export", "settings", "model", "target", "name", to="someone/target")
     change(run, "export", "settings", "model", "target", "revision", to="abc")
@@ -131,6 +142,7 @@ def test_a_target_on_the_hub(run):
     assert "| target | someone/target at abc | someone/target at abc |" in text
 
 
+@pytest.mark.slow
 def test_the_license_is_the_targets(run, tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
@@ -138,6 +150,7 @@ def test_the_license_is_the_targets(run, tmp_path):
     assert ModelCard(card(run)).data.license == "apache-2.0"
 
 
+@pytest.mark.slow
 def test_a_drafter_that_is_not_calibrated(run):
     file = run / "export" / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -147,6 +160,7 @@ def test_a_drafter_that_is_not_calibrated(run):
     assert "small MLP" not in text and "|  | attention_tuning |\n" in text
 
 
+@pytest.mark.slow
 def test_what_a_drafter_has_beyond_the_paper(run):
     assert "Beyond the paper" not in card(run)
     file = run / "export" / "config.json"

@@ -82,6 +82,7 @@ def relative_error(value, expected) -> float:
     return float((value.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow(but="dtype1-1e-13-7-True")
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("slot0_loss", [False, True])
 @pytest.mark.parametrize("chunk", [1000, 7])

@@ -70,6 +70,7 @@ def test_settings_and_embedded_files_are_found_in_an_installed_package(installed
     assert found == list(map(str, expected)) and run_dir == "checkpoints/tiny"  # below the working directory
 
 
+@pytest.mark.slow
 def test_an_installed_package_plans_in_an_empty_directory(installed, tmp_path):
     done = run(installed, tmp_path, "-m", "train", "+experiment=tiny", "plan=true")
     assert done.returncode == 0 and "attention_tuning" in done.stdout, done.stderr

@@ -24,6 +24,7 @@ def training_states(dtype: str, beyond: bool):
     return target, draft, rows, batch
 
 
+@pytest.mark.slow(but="float32-0.0001-True")
 @pytest.mark.parametrize("beyond", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
 @torch.no_grad()

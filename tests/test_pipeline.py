@@ -20,6 +20,7 @@ from train.checks import VARIANTS
 EXPORTED = "export/model.safetensors"
 
 
+@pytest.mark.slow
 def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
     output = (trained_run / "stdout.txt").read_text(encoding="utf-8")
     assert "lossless: 6/6 prompts identical" in output
@@ -40,6 +41,7 @@ def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
     assert metrics["trained_parameters"] > 0 and "val/tau_estimate" in metrics
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_repeated_and_one_can_be_run_alone(trained_run):
     cwd = trained_run.parents[1]
     weights = (trained_run / "attention_tuning" / "draft.safetensors").stat().st_mtime_ns
@@ -51,6 +53,7 @@ def test_finished_stages_are_not_repeated_and_one_can_be_run_alone(trained_run):
     assert (trained_run / "attention_tuning" / "draft.safetensors").stat().st_mtime_ns == weights
 
 
+@pytest.mark.slow
 def test_a_link_in_the_place_of_a_later_result_is_refused_before_the_first_stage(trained_run, tmp_path):
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run, run_dir)
@@ -63,6 +66,7 @@ def test_a_link_in_the_place_of_a_later_result_is_refused_before_the_first_stage
     assert (run_dir / "records" / "attention_tuning.done.json").exists() and (run_dir / EXPORTED).exists()
 
 
+@pytest.mark.slow
 def test_other_settings_under_the_same_name_are_refused(trained_run):
     call = (*SHORT, "name=short", "stage.attention_tuning.module.learning_rate=0.1")
     done = command(*call, cwd=trained_run.parents[1])
@@ -70,6 +74,7 @@ def test_other_settings_under_the_same_name_are_refused(trained_run):
     assert "overwrite=true" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_path, number, status):
     call = (*SHORT, "stages=[attention_tuning,bonus_calibration]")
@@ -86,6 +91,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_p
     assert all(straight[name].equal(resumed[name]) for name in straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.6, 1.2, 1.8, 2.4, 3.5])
 def test_a_signal_while_starting_stops_the_run_with_its_status(tmp_path, delay):
     """Whatever is being imported at that moment."""
@@ -105,6 +111,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 def test_a_requeued_job_overwrites_once(tmp_path):
     call = (*SHORT, "stages=[attention_tuning]", "overwrite=true")
     stop = {"cwd": tmp_path, "stage": "attention_tuning", "number": signal.SIGUSR1}
@@ -113,12 +120,14 @@ def test_a_requeued_job_overwrites_once(tmp_path):
     assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_without_its_input_says_which_to_run(tmp_path):
     done = command(*SHORT, "stages=[bonus_calibration]", cwd=tmp_path)
     assert done.returncode != 0 and "Run stage attention_tuning first" in done.stderr
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run / "attention_tuning", run_dir / "attention_tuning")
@@ -132,6 +141,7 @@ def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
     assert "calibrated" not in report["benchmarks"]["held_out"]["variants"]
 
 
+@pytest.mark.slow
 def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tiny_target):
     """All of the recipe by one command; what it exports says what it has, and decodes in both modes."""
     shorter = ("stage.attention_tuning.steps=20", "stage.evaluate.num_prompts=3", "stage.evaluate.speed.repeats=1")
@@ -150,6 +160,7 @@ def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tin
     assert set(report["benchmarks"]["held_out"]["variants"]) == set(VARIANTS)
 
 
+@pytest.mark.slow
 def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tmp_path):
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run, run_dir)
@@ -159,6 +170,7 @@ def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tm
     assert done.returncode != 0 and "trained on another attention tuning" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["bonus_calibration", "export", "evaluate"])
 def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tmp_path):
     """As an older version may have left them: every record says done."""
@@ -180,6 +192,7 @@ def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tm
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_call_that_is_refused_deletes_nothing(trained_run, tmp_path):
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run, run_dir)

@@ -62,6 +62,7 @@ def other(run_dir, stage="attention_tuning"):
     return record(run_dir, stage, {"stage": {"steps": 7}, "inputs": {"target": TARGET}})
 
 
+@pytest.mark.slow
 def test_true_keeps_training_with_unchanged_settings_and_a_named_stage_is_done_again(tmp_path):
     made, _ = finished(tmp_path)
     assert left_to_do(config(), "attention_tuning", made) == FINISHED
@@ -105,6 +106,7 @@ def test_other_settings_are_no_matter_before_the_first_checkpoint(tmp_path):
         left_to_do(config(), "attention_tuning", other(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", '{"settings": {"sta', "[]", "\x00\x00"])
 def test_a_damaged_record_is_named_or_its_stage_done_again(tmp_path, content):
     made, _ = finished(tmp_path)
@@ -158,6 +160,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", CHANGES)
 def test_a_drafter_of_other_settings_is_refused_with_both_values(tmp_path, setting):
     file = tmp_path / "run" / "attention_tuning" / "draft.safetensors"
@@ -173,6 +176,7 @@ def test_a_drafter_of_other_settings_is_refused_with_both_values(tmp_path, setti
     assert f"{setting}={before}" in str(refused.value) and f"{setting}={shown}" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_drafter_of_another_target_or_another_rank_is_refused(tmp_path):
     file = tmp_path / "bonus_calibration" / "draft.safetensors"
     save_drafter(file, {"a": torch.zeros(2)}, facts_of(config(), TARGET, calibrated=True))
@@ -347,6 +351,7 @@ def test_a_result_that_is_not_on_the_record_is_missed_too(tmp_path):
     assert left_to_do(config(), "export", made) == FINISHED
 
 
+@pytest.mark.slow
 def test_a_target_on_the_hub_is_known_by_the_commit_that_its_name_stands_for(tmp_path):
     """What the name stands for may move between two stages."""
     cached = tmp_path / "hub" / "models--acme--tiny"

@@ -65,6 +65,7 @@ def assert_same(alone, run_dir) -> None:
         assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ddp_equals_one_rank(alone, tmp_path):
     assert_same(alone, run(tmp_path, "trainer.devices=2"))
 
@@ -102,6 +103,7 @@ def faulty(cwd, *overrides: str, said: str):
     return cwd / "checkpoints" / "short"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_all_ranks_skip_the_same_steps_under_every_strategy(alone_with_bad_steps, tmp_path, strategy):
     chosen = {"ddp": ("trainer.devices=2",)}.get(strategy, (f"trainer={strategy}", *PAIR))
@@ -116,6 +118,7 @@ def test_all_ranks_skip_the_same_steps_under_every_strategy(alone_with_bad_steps
         )
 
 
+@pytest.mark.slow
 def test_joint_training_beyond_the_paper_equals_one_rank(tmp_path_factory):
     """Hardest where every rank has a piece of each tensor, and the head of the loss trains with what is before it."""
     beyond = ("+recipe=beyond", "model.draft.chain_rank=16", *(f"stage.{stage}.steps=4" for stage in STAGES))
@@ -125,6 +128,7 @@ def test_joint_training_beyond_the_paper_equals_one_rank(tmp_path_factory):
     assert difference(one, two) < 1e-6 and decoded(one) == decoded(two)
 
 
+@pytest.mark.slow
 def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):
     """One rank, then two under ZeRO 2, then one again; with the data and the losses of one all along."""
     stop = {"cwd": tmp_path, "number": signal.SIGUSR1}
@@ -150,6 +154,7 @@ def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):
         assert sum(t.numel() for t in tensors) == 3 * trained and all(t.dtype == torch.float32 for t in tensors)
 
 
+@pytest.mark.slow
 def test_zero_keeps_float32_master_weights_under_bfloat16_arithmetic(tmp_path):
     settings = (
         "trainer=zero2",

@@ -56,6 +56,7 @@ def test_training_and_decoding_logits_agree(dtype, tolerance):
     assert states > 30 and worst < tolerance
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_block_sees_its_document_before_its_anchor_and_its_bonus_and_no_other_token():
     draft = reference(random_target())
@@ -83,6 +84,7 @@ def test_output_is_the_targets_own():
     assert accepted
 
 
+@pytest.mark.slow
 def test_drafts_that_are_right_are_kept_and_counted(monkeypatch):
     """No random drafter is ever right: here drafts are the target's own answer, up to a place that is drawn."""
     target, generator, counted = random_target(), random.Random(4), []

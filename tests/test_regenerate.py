@@ -110,6 +110,7 @@ def test_every_turn_is_answered_in_its_place(tmp_path):
     assert record["settings"]["template_kwargs"] == {"x": 1} and record["settings"]["backend"] == "server"
 
 
+@pytest.mark.slow
 def test_a_server_with_faults_loses_and_repeats_nothing(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(40)])
     with StubServer(faults=[500, "hang up", 429, "half", 503] * 3, delay=0.02) as stub:
@@ -118,6 +119,7 @@ def test_a_server_with_faults_loses_and_repeats_nothing(tmp_path):
     assert sum(stub.asked.values()) == 40 + 15 and 2 <= stub.most_at_once <= 8
 
 
+@pytest.mark.slow
 def test_clients_killed_at_any_moment_ask_every_sample_until_it_is_finished(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(120)])
     journal = tmp_path / "checkpoints" / "tiny" / "regenerated.unfinished.jsonl"
@@ -140,6 +142,7 @@ def test_clients_killed_at_any_moment_ask_every_sample_until_it_is_finished(tmp_
     assert not journal.exists() and "finished before" in run(tmp_path, *call)
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_run_and_loses_nothing(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(30)])
     with StubServer(faults=[None] * 10 + [503] * 10_000) as stub:
@@ -158,6 +161,7 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
     assert "No answer from http://127.0.0.1:9/v1 for 1 seconds (ConnectError" in run(tmp_path, *call, status=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "count"), [(404, 5), (401, 5), (422, 30), (400, 5)])
 def test_a_server_that_refuses_everything_is_not_taken_for_bad_samples(status, count, tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(count)])
@@ -209,6 +213,7 @@ def test_ids_tell_files_of_one_name_apart(tmp_path):
     assert [s["messages"][0]["content"][:4] for s in found] == ["2024"] * 3 + ["2025"] * 3
 
 
+@pytest.mark.slow
 def test_overwriting_begins_anew_once(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(12)])
     with StubServer() as stub:
@@ -232,6 +237,7 @@ def test_what_is_no_character_is_refused(tmp_path):
     assert reasons[0].startswith("id: half of a surrogate pair") and "the keys are \\ud800" in reasons[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -252,6 +258,7 @@ def test_wrong_settings(setting, words, tmp_path):
     assert words in said and not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_no_room_for_an_answer(tmp_path):
     write(tmp_path, QUESTIONS)
     said = run(tmp_path, "regenerate.max_new_tokens=1024", status=1)
@@ -287,6 +294,7 @@ def test_cut_off_answers(keep, tmp_path):
     assert stub.asked["And 3+4?"] == int(keep)  # no use in asking on
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(tmp_path):
     write(tmp_path, QUESTIONS)
     with StubServer() as stub:
@@ -338,6 +346,7 @@ def answers(backend, questions):
     return [found[str(i)] for i in range(len(questions))]
 
 
+@pytest.mark.slow
 def test_the_target_answers_in_batches_as_it_does_alone(tiny_tokenizer, tiny_target):
     import torch
 

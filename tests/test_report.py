@@ -52,6 +52,7 @@ def report(files, tmp_path_factory):
     return cwd / "checkpoints" / "tiny" / "data_report", done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [
@@ -107,6 +108,7 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
     assert counted.tolist() == [len(valid_anchors(row)) for row in rows] and np.all(counted > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -135,6 +135,7 @@ def pair_of_small_vocabulary():
 CASES = list(itertools.product(["parallel", "sequential"], [0.7, 1.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "temperature"), CASES)
 def test_draws_follow_the_targets_own_joint_distribution(mode, temperature):
     target, draft = pair_of_small_vocabulary()
@@ -147,6 +148,7 @@ def test_draws_follow_the_targets_own_joint_distribution(mode, temperature):
     assert p_value(counts, joint) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "broken"), [("parallel", "one too many"), ("sequential", "all")])
 def test_the_test_of_draws_fails_for_a_broken_acceptance_rule(mode, broken, monkeypatch):
     rule = choice.accepted_drafts

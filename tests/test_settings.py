@@ -72,6 +72,7 @@ def with_value(config, key, value):
     return changed
 
 
+@pytest.mark.slow
 def test_a_number_out_of_its_range_is_refused(checked):
     fresh = composed(["+experiment=tiny", "adapter=lora"])
     OmegaConf.set_struct(fresh, False)
@@ -86,6 +87,7 @@ def test_a_number_out_of_its_range_is_refused(checked):
                 checked("+experiment=tiny", "adapter=lora", given=with_value(fresh, key, value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_whatever_a_setting_is_given_ends_in_one_line_or_works(experiment, checked):
     start, others = EXPERIMENTS[experiment], known(*EXPERIMENTS["tiny"])
@@ -113,6 +115,7 @@ def test_whatever_a_setting_is_given_ends_in_one_line_or_works(experiment, check
             )
 
 
+@pytest.mark.slow
 def test_no_setting_can_be_deleted_and_none_added(checked):
     fresh = composed(["+experiment=tiny", "adapter=lora"])
     OmegaConf.set_struct(fresh, False)
@@ -130,6 +133,7 @@ def test_no_setting_can_be_deleted_and_none_added(checked):
             checked("+experiment=tiny", "adapter=lora", f"+{group}nothing=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, found", [("1", "1"), ("${seed}", "0"), ("0.5", "0.5"), ("true", "True"), ("v1", "v1")])
 def test_a_number_is_a_name(name, found, checked):
     config = checked("+experiment=tiny", f"name={name}")
@@ -167,6 +171,7 @@ NO_EFFECT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", NO_EFFECT)
 def test_an_override_without_effect_is_refused(overrides, checked):
     overrides = overrides.format(root=ROOT)
@@ -176,6 +181,7 @@ def test_an_override_without_effect_is_refused(overrides, checked):
         checked("+experiment=tiny", *overrides.split())
 
 
+@pytest.mark.slow
 def test_the_settings_of_the_presets_have_an_effect_where_they_are_given(checked):
     for overrides in (
         "stage.evaluate.top_k=5 stage.evaluate.temperature=1",
@@ -195,6 +201,7 @@ def test_the_settings_of_the_presets_have_an_effect_where_they_are_given(checked
         checked("+experiment=tiny", *overrides.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("available", ["none", "cuda", "mps"])
 @pytest.mark.parametrize("chosen", ["auto", "cpu", "cuda", "mps", "gpu"])
 def test_export_and_evaluation_use_the_device_that_lightning_trains_on(available, chosen, monkeypatch):
@@ -245,6 +252,7 @@ def test_devices_that_lightning_would_not_take_are_refused(form, checked):
         checked("+experiment=qwen3_8b", f"trainer.devices={form}")
 
 
+@pytest.mark.slow
 def test_precision_goes_by_lightnings_shorter_names_too(checked):
     names = {"32": "float32", "'32'": "float32", "32-true": "float32", "null": "float32", "bf16": "bfloat16"}
     for name, dtype in (names | {"bf16-mixed": "bfloat16"}).items():
@@ -270,6 +278,7 @@ def test_what_the_stages_set_of_the_trainer_is_not_for_the_user():
     assert ARGUMENTS.keys() - {"_target_"} < signature(Trainer).parameters.keys()
 
 
+@pytest.mark.slow
 def test_calls_refused_from_their_settings_alone_need_no_target(checked):
     refused = 0
     for name, (overrides, words) in CALLS.items():

@@ -75,6 +75,7 @@ def test_every_tested_family_is_counted():
     assert set(FAMILIES) == set(TESTED) == {family for family, _ in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, billions, active",
     [

@@ -107,6 +107,7 @@ def test_signals_to_the_shell_leave_the_tasks_to_decide(tmp_path):
     assert done.returncode == 75 and called(folder, "scontrol")[:2] == ["requeue", "42"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", ["2", "16"])
 def test_tasks_that_slurm_does_not_spread_over_nodes_are_refused_by_name(tasks, tmp_path):
     """With --ntasks, SLURM_NTASKS is set and SLURM_NTASKS_PER_NODE is not: nobody knows which ranks share a node."""
@@ -119,6 +120,7 @@ def test_tasks_that_slurm_does_not_spread_over_nodes_are_refused_by_name(tasks, 
     assert not list(tmp_path.glob("checkpoints/*/*/*"))
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_a_table_that_shows_failed_jobs(tmp_path):
     rate = "stage.attention_tuning.module.learning_rate"
     (tmp_path / "checkpoints").mkdir()
@@ -161,6 +163,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_sweeps_are_refused_before_anything_starts(case, tmp_path):
     overrides, words = WRONG[case]
@@ -171,6 +174,7 @@ def test_wrong_sweeps_are_refused_before_anything_starts(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_over_several_ranks_needs_a_launcher(tmp_path):
     done = command("-m", "+experiment=tiny", "trainer.devices=2", "seed=1,2", "name=s${seed}", cwd=tmp_path)
     assert done.returncode == 1 and "job 1 failed: trainer.devices=2: a sweep in one process" in done.stdout

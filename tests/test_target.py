@@ -113,6 +113,7 @@ def test_rows_added_to_the_embeddings_are_refused_with_a_way_out_that_works(tmp_
     load_draft(tmp_path, target)
 
 
+@pytest.mark.slow
 def test_training_beside_a_quantised_target_is_refused_before_it_loads(tmp_path):
     shutil.copytree(TINY / "target", tmp_path / "target")
     config = json.loads((tmp_path / "target" / "config.json").read_text())

@@ -72,6 +72,7 @@ def test_a_variable_that_a_template_sets_itself_where_it_is_missing_is_read():
     assert "day" not in variables_read("{% set day = 1 %}{{ day }}{% for m in messages %}{% break %}{% endfor %}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["train", "data.report"])
 def test_the_commands_refuse_an_argument_without_effect(module, tmp_path):
     done = command("+experiment=tiny", "+data.template_kwargs.enable_thinkng=false", cwd=tmp_path, module=module)

@@ -22,6 +22,8 @@ import {command}
 print("no torch but", os.environ.get("GOMP_SPINCOUNT"))
 """
 
+pytestmark = pytest.mark.slow  # each starts processes
+
 
 def spin_count(command: str, **environment: str) -> str:
     """The setting at the moment when torch is imported, or at the end of a command's imports."""

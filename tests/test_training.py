@@ -162,6 +162,7 @@ def test_the_share_of_blocks_that_are_told_their_bonus(share, told):
     assert (training.told(torch.zeros(3, 8, dtype=torch.long)) != UNKNOWN).sum(1).tolist() == [told] * 3
 
 
+@pytest.mark.slow(but="AttentionTuning'>-True")
 @STAGES
 def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_path):
     straight = module(stage, random_target(), beyond)

@@ -193,6 +193,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_checked_and_ends_with_0(tmp_path, tiny_target):
     draft = DraftModel(tiny_target, num_layers=2, block_size=4, calibrator_rank=0)
     export_draft(draft, tmp_path / "artifact", torch.bfloat16)
@@ -206,6 +207,7 @@ def test_the_command_says_what_was_checked_and_ends_with_0(tmp_path, tiny_target
     assert "1 prompt, up to 8 new tokens: τ " in done.stdout and "warning  target    the projectors" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_1_after_faults_and_wrong_calls(healthy, tmp_path):
     shutil.copytree(healthy / "whole", tmp_path / "artifact")
     change_config(block_size=1)(tmp_path / "artifact")

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import pytest
 from conftest import SHORT, command, command_stopped_at_checkpoint
 from wandb_file import history, records
 
@@ -11,6 +12,7 @@ from train.report import read_metrics
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HF_TOKEN": "hf_thisisnobodysbusiness"}
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_is_one_run_with_one_history(tmp_path):
     call = (*SHORT, "logger=wandb")
     environment = {"HOME": str(tmp_path / "home"), "WANDB_MODE": "offline", **SECRETS}

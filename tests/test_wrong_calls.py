@@ -125,6 +125,7 @@ def assert_refused(done, words, cwd):
     assert not list(cwd.glob("checkpoints/*/*/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CALLS)
 def test_wrong_setting(case, tmp_path):
     overrides, words = CALLS[case]
@@ -147,6 +148,7 @@ DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DATA)
 def test_wrong_data(case, tmp_path):
     records, words = DATA[case]
@@ -155,6 +157,7 @@ def test_wrong_data(case, tmp_path):
     assert_refused(done, words, tmp_path)
 
 
+@pytest.mark.slow
 def test_broken_json_is_named_by_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(chat("Because.")) + "\n{broken\n", encoding="utf-8")
@@ -162,6 +165,7 @@ def test_broken_json_is_named_by_line(tmp_path):
     assert_refused(done, ["data.jsonl:2", "not JSON"], tmp_path)
 
 
+@pytest.mark.slow
 def test_tokenizer_of_another_target(tmp_path):
     other = tmp_path / "target"
     shutil.copytree(TINY / "target", other)
