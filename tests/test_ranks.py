@@ -70,6 +70,7 @@ def test_ddp_equals_one_rank(alone, tmp_path):
     assert_same(alone, run(tmp_path, "trainer.devices=2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero_equals_one_rank(alone, tmp_path, zero):
     """Each with what could go wrong in it alone: passes (divided twice), sharded tensors and pieces of the loss."""
