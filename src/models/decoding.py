@@ -150,17 +150,20 @@ def rows_in_parallel(device: torch.device) -> int:
     return 0 if device.type == "cpu" else PARALLEL_ROWS
 
 
-def check_untested(target: PreTrainedModel) -> None:
+def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Decode a few tokens with an architecture that no test covers, in every way.
 
     Finds what no list of settings can: embeddings or logits that a model scales, layers that it runs another way,
     attention that the passes cannot run.
 
+    Args:
+        tokenizer: of the target; its stop strings need it.
+
     Raises:
         ValueError: it cannot be decoded, gives other logits or tokens than by its own forward, or has generation
             settings that cannot be followed.
     """
-    check_followed(target)
+    check_followed(target, tokenizer)
     kind, known = target.config.model_type, vocabulary(target)
     if kind in TESTED:
         return
@@ -168,7 +171,8 @@ def check_untested(target: PreTrainedModel) -> None:
     try:
         difference = difference_from_forward(target, prompt)
         draft = DraftModel(target, num_layers=1, block_size=4, calibrator_rank=0)
-        decoded = {m: generate(target, draft, [prompt], max_new_tokens=8, mode=m).tokens[0] for m in MODES[1:]}
+        how = {"max_new_tokens": 8, "tokenizer": tokenizer}
+        decoded = {m: generate(target, draft, [prompt], mode=m, **how).tokens[0] for m in MODES[1:]}
     except Exception as error:
         raise ValueError(
             f"{kind} cannot be a target: its layers do not run in the passes of drafting "
@@ -181,9 +185,8 @@ def check_untested(target: PreTrainedModel) -> None:
         )
     ids = torch.tensor([prompt], device=target.device)
     mask = torch.ones_like(ids)
-    own = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8, return_dict_in_generate=False)[
-        0, len(prompt) :
-    ].tolist()
+    how |= {"attention_mask": mask, "do_sample": False, "return_dict_in_generate": False}
+    own = target.generate(ids, **how)[0, len(prompt) :].tolist()
     wrong = [mode for mode, tokens in decoded.items() if tokens != own]
     if wrong and target.dtype in (torch.float32, torch.float64):  # coarser ones may have ties
         raise ValueError(f"{kind} cannot be a target: {' and '.join(wrong)} decoding gives other tokens than its own.")

@@ -211,10 +211,7 @@ def texts(
     Raises:
         ValueError: settings that cannot be followed, or that transformers refuses.
     """
-    check_followed(target, tokenizer)
-    own = target.generation_config.stop_strings or []
-    strings = [*([own] if isinstance(own, str) else own), *stop_strings]
-    ends = [StopStringCriteria(tokenizer, strings)] if strings else []
+    ends = _stop_strings(target, tokenizer, stop_strings)
     found = []
     for row, prompt in enumerate(prompts):
         extra = [list(given[row] or []) if given else [] for given in (processors, criteria)]
@@ -225,15 +222,34 @@ def texts(
     return found
 
 
-def text(target: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> Text:
+def text(
+    target: PreTrainedModel, prompt: list[int], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Text:
     """One text under the target's own settings.
+
+    Args:
+        tokenizer: of the target; its stop strings need it.
 
     Raises:
         ValueError: settings that cannot be followed.
     """
-    check_followed(target)
-    prepared = _prepared(target, prompt, max_new_tokens, stop_tokens(target), [], [])
+    ends = _stop_strings(target, tokenizer)
+    prepared = _prepared(target, prompt, max_new_tokens, stop_tokens(target), [], ends)
     return Text(prompt, max_new_tokens, *prepared, target.device)
+
+
+def _stop_strings(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, others: Sequence[str] = ()
+) -> list[Criterion]:
+    """The criterion of the target's own stop strings and others, if there are any.
+
+    Raises:
+        ValueError: settings that cannot be followed.
+    """
+    check_followed(target, tokenizer)
+    own = target.generation_config.stop_strings or []
+    strings = [*([own] if isinstance(own, str) else own), *others]
+    return [StopStringCriteria(tokenizer, strings)] if strings else []
 
 
 def _prepared(

@@ -6,7 +6,7 @@ its first prompts.
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.choice import next_token, uniform_numbers
 from models.draft import DraftModel
@@ -20,10 +20,19 @@ from models.target import cached_context
 
 @torch.inference_mode()
 def autoregressive_generate(
-    target: PreTrainedModel, prompt: list[int], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
+    target: PreTrainedModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[int]:
-    """The target's own answer, one token a pass, with the processors and criteria of its `generation_config`."""
-    own = _Own(target, prompt, max_new_tokens, sampling, seed)
+    """The target's own answer, one token a pass, with the processors and criteria of its `generation_config`.
+
+    Args:
+        tokenizer: of the target; its stop strings need it.
+    """
+    own = _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
     cache, tokens, step, ended = DynamicCache(), [], prompt, not max_new_tokens
     while not ended:
         token, ended = own.next(_target_logits(target, step, cache)[-1])
@@ -44,11 +53,12 @@ def reference_generate(
     seed: int = 0,
     calibrate: bool = True,
     told: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> GenerationResult:
     """Draft, verify, commit; what `decoding.generate` must give for one prompt, steps included; with a bonus slot, in
     sequential mode if the drafter is `told` the bonus before it drafts; in parallel mode if not, but for the first
     block, which comes after the prompt in every mode."""
-    cache, own = DynamicCache(), _Own(target, prompt, max_new_tokens, sampling, seed)
+    cache, own = DynamicCache(), _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
     tokens, steps = [], []
     bonus, ended = own.next(_target_logits(target, prompt, cache)[-1]) if max_new_tokens else (None, True)
     while not ended:
@@ -77,9 +87,16 @@ class _Own:
     """The target's choice of one text's tokens, one after the other."""
 
     def __init__(
-        self, target: PreTrainedModel, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int
+        self,
+        target: PreTrainedModel,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        self.stop, self.text, self.sampling = stop_tokens(target), text(target, prompt, max_new_tokens), sampling
+        self.stop, self.sampling = stop_tokens(target), sampling
+        self.text = text(target, prompt, max_new_tokens, tokenizer)
         self.uniforms = uniform_numbers(seed, max_new_tokens).to(target.device)
 
     def next(self, logits: Tensor) -> tuple[int, bool]:

@@ -91,7 +91,7 @@ def verify(
     check, draft = target_check(directory, loaded, tokenizer)
     yield check
     if not check.faults:
-        yield decoding_check(draft, prompt_tokens(prompts, loaded, tokenizer), max_new_tokens)
+        yield decoding_check(draft, prompt_tokens(prompts, loaded, tokenizer), max_new_tokens, tokenizer)
 
 
 def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterator[Check]:
@@ -133,7 +133,7 @@ def target_check(
 ) -> tuple[Check, DraftModel | None]:
     """The artifact against the target's weights and tokenizer; and the drafter, if it loads."""
     try:
-        check_untested(target)
+        check_untested(target, tokenizer)
         with catch_warnings():
             simplefilter("ignore", OtherTarget)  # it is among the warnings of this check
             draft = load_draft(directory, target)
@@ -180,19 +180,26 @@ def _is_copy(tensor: Tensor, original: nn.Module) -> bool:
     return comparable and torch.equal(tensor, own)
 
 
-def decoding_check(draft: DraftModel, prompts: list[list[int]], max_new_tokens: int) -> Check:
+def decoding_check(
+    draft: DraftModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Check:
     """Greedy decoding in both modes against the target alone, token by token.
 
     Args:
         prompts: [prompts][tokens].
+        tokenizer: of the target; its stop strings need it.
 
     Raises:
         ValueError: prompts that the target cannot decode.
     """
     target, differences, tau = draft.target, [], {}
-    own = _decoded(target, None, prompts, max_new_tokens=max_new_tokens).tokens
+    settings = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
+    own = _decoded(target, None, prompts, **settings).tokens
     for mode in MODES:
-        result = _decoded(target, draft, prompts, max_new_tokens=max_new_tokens, mode=mode)
+        result = _decoded(target, draft, prompts, mode=mode, **settings)
         differences += _differences(mode, result.tokens, own)
         if result.accepted():
             tau[mode] = result.tau
@@ -207,8 +214,8 @@ def decoding_check(draft: DraftModel, prompts: list[list[int]], max_new_tokens: 
     if not differences and not tau:
         return Check("decoding", summary, warnings=warnings)
     if not differences:
-        settings = ", ".join(f"{name}={value}" for name, value in followed_settings(target).items())
-        alone = f"the target alone under its generation_config ({settings})" if settings else "the target alone"
+        followed = ", ".join(f"{name}={value}" for name, value in followed_settings(target).items())
+        alone = f"the target alone under its generation_config ({followed})" if followed else "the target alone"
         return Check("decoding", f"{summary}; identical to {alone}", warnings=warnings)
     if target.dtype in EXACT:
         return Check("decoding", faults=differences, warnings=warnings)

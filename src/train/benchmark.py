@@ -3,7 +3,7 @@
 from typing import Any
 
 from omegaconf import DictConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.benchmarks import ALL
 from data.chat import ChatEncoder
@@ -18,8 +18,11 @@ from train.evaluation_report import Evaluation
 from train.speed import Contest, measure_speed
 
 
-def decoding_settings(config: DictConfig) -> Decoding:
+def decoding_settings(config: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Decoding:
     """How the evaluation decodes.
+
+    Args:
+        tokenizer: of the target; its stop strings need it.
 
     Raises:
         ValueError: a setting out of range.
@@ -31,6 +34,7 @@ def decoding_settings(config: DictConfig) -> Decoding:
         selection=Selection(settings.selection, settings.threshold),
         batch_size=settings.batch_size,
         seed=config.seed,
+        tokenizer=tokenizer,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import ChatEncoder
 from data.records import Messages
@@ -31,6 +31,7 @@ class Decoding:
     selection: Selection
     batch_size: int
     seed: int = 0
+    tokenizer: PreTrainedTokenizerBase | None = None  # of the target; its stop strings need it
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def decode(
                 max_new_tokens=how.max_new_tokens,
                 sampling=how.sampling,
                 selection=how.selection,
+                tokenizer=how.tokenizer,
                 seed=[prompt_seed(how, first + start + i) for i in range(len(batch))],
                 **({"calibrate": variant.calibrate, "mode": variant.mode} if variant else {}),
             )
@@ -172,7 +174,7 @@ def compare(target: PreTrainedModel, variant: Variant, prompts: Prompts, how: De
     got = decode(target, variant, prompts.tokens, how, say)
     accepted = [[step.accepted for step in steps] for steps in got.steps]
     scored = [step.verified for steps in got.steps for step in steps]
-    differences = first_differences(target, prompts, got.tokens)
+    differences = first_differences(target, prompts, got.tokens, how.tokenizer)
     return _report(accepted, sum(scored) / max(1, len(scored)), differences, variant.draft.block_size)
 
 
@@ -214,7 +216,12 @@ def _report(
     )
 
 
-def first_differences(target: PreTrainedModel, prompts: Prompts, outputs: list[list[int]]) -> list[Difference]:
+def first_differences(
+    target: PreTrainedModel,
+    prompts: Prompts,
+    outputs: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Difference]:
     """Every prompt whose output is not the target's own."""
     differences = []
     for number, (prompt, own, got) in enumerate(zip(prompts.tokens, prompts.answers, outputs, strict=True)):
@@ -223,7 +230,7 @@ def first_differences(target: PreTrainedModel, prompts: Prompts, outputs: list[l
         at = next((i for i, pair in enumerate(zip(own, got, strict=False)) if pair[0] != pair[1]), None)
         at = min(len(own), len(got)) if at is None else at
         before = torch.tensor([prompt + own[:at]], device=target.device)
-        so_far = text(target, prompt, len(own) + 1)
+        so_far = text(target, prompt, len(own) + 1, tokenizer)
         for token in own[:at]:
             so_far.add(token)
         with torch.inference_mode():
@@ -245,7 +252,8 @@ def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: De
     wrong = [f"{name}: the target's logits, by {off:.1%} of the greatest,"] if off else []
     for number, (prompt, own) in enumerate(zip(prompts.tokens[:count], prompts.answers, strict=False)):
         seed = prompt_seed(how, number)
-        if exact and autoregressive_generate(target, prompt, how.max_new_tokens, how.sampling, seed) != own:
+        settings = (how.max_new_tokens, how.sampling, seed, how.tokenizer)
+        if exact and autoregressive_generate(target, prompt, *settings) != own:
             wrong.append(f"{name}: prompt {number} of the target alone")
     return wrong
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
 from data.packing import PackedRows
@@ -34,13 +35,22 @@ class LiveDecoding(Callback):
     prompts and tokens, not by a clock: the figure does not depend on the machine's speed.
     """
 
-    def __init__(self, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         """
         Args:
             prompts: at least one, over all ranks.
             batch_size: prompts that a rank decodes at a time.
+            tokenizer: of the target; its stop strings need it.
         """
         self.prompts, self.max_new_tokens, self.batch_size = prompts, max_new_tokens, batch_size
+        self.tokenizer = tokenizer
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         begun = time.perf_counter()
@@ -80,12 +90,11 @@ class LiveDecoding(Callback):
         # Tensors of inference mode must not find their way into what training goes on with.
         with torch.inference_mode(False), torch.no_grad():
             decoder = as_exported(draft)
+            how = {"max_new_tokens": self.max_new_tokens, "mode": "sequential", "selection": OFF}
             counts = []
             for first in range(0, len(prompts), self.batch_size):
                 batch = prompts[first : first + self.batch_size]
-                result = generate(
-                    draft.target, decoder, batch, max_new_tokens=self.max_new_tokens, mode="sequential", selection=OFF
-                )
+                result = generate(draft.target, decoder, batch, tokenizer=self.tokenizer, **how)
                 counts += [[step.accepted for step in row] for row in result.steps]
             return counts
 
@@ -124,11 +133,18 @@ def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
-def live_decoding(config: DictConfig, stage: str, validation: PackedRows, positions: int) -> list[LiveDecoding]:
+def live_decoding(
+    config: DictConfig,
+    stage: str,
+    validation: PackedRows,
+    positions: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[LiveDecoding]:
     """The callback that a stage's settings ask for; none if they ask for none, or nothing is validated.
 
     Args:
         positions: how many the target has.
+        tokenizer: of the target; its stop strings need it.
 
     Raises:
         UserError: no validation conversation leaves room for so many new tokens.
@@ -144,4 +160,5 @@ def live_decoding(config: DictConfig, stage: str, validation: PackedRows, positi
             f"conversation leaves so much room in the target's {positions} positions. "
             f"Choose fewer, or stage.{stage}.decode.prompts=0 for no decoding."
         )
-    return [LiveDecoding(prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)]
+    limits = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    return [LiveDecoding(prompts, tokenizer=tokenizer, **limits)]

@@ -64,7 +64,8 @@ tokenizer = AutoTokenizer.from_pretrained({load_tokenizer})
 chat = [{{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples does he have?"}}]
 settings = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"{template}}}
 inputs = tokenizer.apply_chat_template(chat, **settings)
-output = target.generate(**inputs, custom_generate="{nowhere}", trust_remote_code=True, max_new_tokens=100)
+how = {{"trust_remote_code": True, "tokenizer": tokenizer, "max_new_tokens": 100}}
+output = target.generate(**inputs, custom_generate="{nowhere}", **how)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 ```
 
@@ -77,7 +78,7 @@ from models.target import load_target
 
 target = load_target({load_target})
 draft = load_draft("{nowhere}", target)
-result = generate(target, draft, inputs["input_ids"].tolist(), max_new_tokens=100)
+result = generate(target, draft, inputs["input_ids"].tolist(), max_new_tokens=100, tokenizer=tokenizer)
 print(tokenizer.decode(result.tokens[0]), result.tau)
 ```
 

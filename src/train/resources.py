@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.benchmarks import read_benchmark
 from data.chat import ChatEncoder, load_encoder
@@ -119,14 +119,23 @@ class Resources:
         """How many tokens a text may have."""
         return text_positions(self.target_config, self.config.model.draft.block_size)
 
-    @cached_property
+    @property
     def encoder(self) -> ChatEncoder:
         """The target's chat template and tokenizer."""
+        return self._encoder_and_tokenizer[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer as transformers loads it."""
+        return self._encoder_and_tokenizer[1]
+
+    @cached_property
+    def _encoder_and_tokenizer(self) -> tuple[ChatEncoder, PreTrainedTokenizerBase]:
         given = OmegaConf.to_container(self.config.data.template_kwargs, resolve=True)
-        encoder = load_encoder(self.target_settings, given)[0]
+        encoder, tokenizer = load_encoder(self.target_settings, given)
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         encoder.check_kwargs(given, overrides, lambda text: say(f"    {text}"))
-        return encoder
+        return encoder, tokenizer
 
     @cached_property
     def target(self) -> PreTrainedModel:
@@ -137,7 +146,7 @@ class Resources:
                 architecture=None if self.name else self.architecture,
                 dtype=self.target_settings["dtype"],
             )
-            check_untested(target)
+            check_untested(target, self.tokenizer)
             return target
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"model.target: the target did not load. {error}") from error

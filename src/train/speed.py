@@ -128,6 +128,7 @@ class Contest:
                 sampling=how.sampling,
                 seed=how.seed,
                 calibrate=self.calibrate,
+                tokenizer=how.tokenizer,
                 timer=timer,
             )
             for group in groups

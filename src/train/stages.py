@@ -91,7 +91,7 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
         variants,
         resources.benchmarks,
         resources.encoder,
-        decoding_settings(config),
+        decoding_settings(config, resources.tokenizer),
         OmegaConf.to_container(settings.speed, resolve=True),
         name=resources.name or "random weights",
     )
@@ -184,7 +184,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    trainer.callbacks += live_decoding(config, stage, validation, resources.positions)
+    trainer.callbacks += live_decoding(config, stage, validation, resources.positions, resources.tokenizer)
     # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory)
