@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from models.custom_generate import generate as shipped
 from models.export import export_draft
+from models.hf_cache import forward_cached
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from check_families import random_pair
@@ -211,7 +212,10 @@ def test_nothing_that_is_called_is_deprecated(pair):
 
 
 def test_a_cache_that_the_caller_gives_is_refused_by_its_name(pair):
+    """An empty one holds nothing that the text lacks: tests/test_custom_generate_calls.py."""
     twin, drafter, _ = pair
+    cache = DynamicCache()
+    forward_cached(twin, IDS, cache)
     for name in shipped.CACHES:
         with pytest.raises(ValueError, match=f"does not follow {name} .no filled cache"):
-            shipped.generate(twin, inputs=IDS, drafter=drafter, **{name: DynamicCache()}, **CALL)
+            shipped.generate(twin, inputs=IDS, drafter=drafter, **{name: cache}, **CALL)

@@ -10,7 +10,7 @@ from test_decoding import MODES, SELECTIONS, endless, guessing, random_prompts, 
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from models.decoding import check_untested, generate, stop_tokens
-from models.generation_settings import FASTER, FOLLOWED, GIVEN, WITHOUT_EFFECT, check_followed
+from models.generation_settings import FASTER, FOLLOWED, GIVEN, WITHOUT_EFFECT, check_followed, followed_settings
 from models.reference_decoding import autoregressive_generate, reference_generate
 from models.sampling import Sampling
 from models.selection import OFF
@@ -161,6 +161,33 @@ def test_generation_settings_that_drafting_cannot_follow_are_refused_by_name(nam
             call()
     setattr(target.generation_config, name, 1 if name.startswith("num") else None)
     check_followed(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("penalty_alpha", 1), ("penalty_alpha", 1.0), ("guidance_scale", 0), ("num_beam_groups", 0)]
+)
+def test_zero_and_one_turn_off_only_the_settings_whose_default_they_are(name, value):
+    target, _ = settled(**{name: value})
+    with pytest.raises(ValueError, match=f"generation_config has {name}="):
+        check_followed(target)
+
+
+def test_the_settings_that_are_reported_are_those_that_change_the_output():
+    on = {
+        "no_repeat_ngram_size": 1,
+        "encoder_no_repeat_ngram_size": 1,
+        "min_new_tokens": 1,
+        "min_length": 1,
+        "forced_bos_token_id": 0,
+        "forced_eos_token_id": 1,
+        "max_time": 1,
+        "suppress_tokens": [1],
+    }
+    assert followed_settings(settled(**on)[0]) == on
+    off = {"repetition_penalty": 1, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+    off |= {"min_length": 0, "remove_invalid_values": False, "suppress_tokens": None}
+    assert followed_settings(settled(**off)[0]) == {} == followed_settings(settled()[0])
+    assert followed_settings(settled(repetition_penalty=0)[0]) == {"repetition_penalty": 0}
 
 
 def test_every_setting_of_transformers_is_known_or_refused():

@@ -89,6 +89,36 @@ def test_a_temperature_of_zero_is_greedy():
     assert (GREEDY.probabilities(logits).sum(-1) == 1).all()
 
 
+EXPONENTS = (-1074, -1073, -1022, -1000, -500, -200, -100, -50, 0, 1, 50, 200, 500, 1000, 1023)
+
+
+@pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4, 1e30])
+def test_every_temperature_that_a_float_can_hold_gives_a_distribution(exponent, scale):
+    """The most likely tokens stay the most likely; a small temperature leaves them alone, a great one evens all out."""
+    logits = scale * torch.randn(6, 40, generator=torch.Generator().manual_seed(4))
+    logits[:, 7] = -torch.inf  # banned by a processor
+    uniforms = torch.linspace(0, 1 - 2**-24, 6)
+    for shape in ({}, {"top_k": 5}, {"top_p": 0.9}):
+        sampling = Sampling(temperature=2.0**exponent, **shape)
+        found = sampling.probabilities(logits)
+        assert found.isfinite().all() and (found.sum(-1) - 1).abs().max() < 1e-12
+        assert torch.equal(found.gather(1, logits.argmax(-1, keepdim=True))[:, 0], found.amax(-1))
+        chosen = sampling.choose(logits, uniforms)
+        assert (found.gather(1, chosen[:, None]) > 0).all() and not (chosen == 7).any()
+        if exponent <= -100:
+            assert torch.equal(chosen, logits.argmax(-1))
+        if exponent >= 500 and not shape:
+            assert (found[:, :7] - 1 / 39).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+@pytest.mark.parametrize("value", ["1", None, True, float("nan"), float("inf"), -1, -(2.0**-1074), 10**400, 1j])
+def test_settings_that_are_no_such_number_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*: expected"):
+        Sampling(**{"temperature": 1.0, name: value})
+
+
 def exact_joint(target, sampling: Sampling) -> torch.Tensor:
     """[V, V, V] probability of the first three new tokens, from the logits of all prefixes, by hand."""
     pairs = list(itertools.product(range(VOCABULARY), repeat=2))

@@ -99,6 +99,8 @@ WITHOUT_EFFECT = (
     "transformers_version",
     "use_cache",
 )
+# Values that turn a setting off, beside transformers' own defaults.
+OFF = {"guidance_scale": 1, "penalty_alpha": 0, "min_new_tokens": 0}
 ROUNDING = {"cache_implementation": ("quantized",)}  # values of settings without effect that do have one
 
 
@@ -116,7 +118,7 @@ def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     config = target.generation_config.to_dict()
     followed = {*FOLLOWED, *GIVEN, *FASTER, *WITHOUT_EFFECT}
     # What transformers does not know, its `generate` passes over as well.
-    found = [name for name in GenerationConfig().to_dict() if name not in followed and _on(config.get(name))]
+    found = [name for name, off in _defaults().items() if name not in followed and _on(config.get(name), off)]
     found += [name for name, values in ROUNDING.items() if config.get(name) in values]
     if found:
         raise ValueError(
@@ -134,12 +136,21 @@ def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 def followed_settings(target: PreTrainedModel) -> dict[str, Any]:
     """The target's defaults that change its output, but for its stop tokens."""
     config = target.generation_config.to_dict()
-    return {name: config[name] for name in FOLLOWED if name != "eos_token_id" and _on(config.get(name))}
+    names = [name for name in FOLLOWED if name != "eos_token_id"]
+    return {name: config[name] for name in names if _on(config.get(name), _defaults().get(name))}
 
 
-def _on(value: Any) -> bool:
-    """Whether a setting is on: None, False, 0 and, of a number, 1 turn any of the others off."""
-    return value is True or value not in (None, False, 0, 1)
+def _defaults() -> dict[str, Any]:
+    """Each setting that transformers knows, with the value that changes nothing."""
+    # Since version 5 a fresh config has None, and `generate` fills in what counts as the default.
+    filled_in = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    known = GenerationConfig().to_dict()
+    return known | {name: value for name, value in filled_in.items() if name in known} | OFF
+
+
+def _on(value: Any, default: Any) -> bool:
+    """Whether a setting changes anything. None and False turn off every setting; 0 and 1 are values like others."""
+    return value is not None and value is not False and value != default
 
 
 class Text:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isnan
+from math import inf, nan
 from numbers import Real
 
 import torch
@@ -26,22 +26,24 @@ class Sampling:
         Raises:
             ValueError: out of range.
         """
-        if not _number(self.temperature) or not 0 <= self.temperature < float("inf"):
+        if not 0 <= _number(self.temperature) < inf:
             raise ValueError(f"temperature={self.temperature!r}: expected 0 (greedy) or more.")
-        if not _number(self.top_k) or not float(self.top_k).is_integer() or self.top_k < 0:
+        if not _number(self.top_k).is_integer() or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k!r}: expected 0 (all tokens) or more, a whole number.")
-        if not _number(self.top_p) or not 0 < self.top_p <= 1:
+        if not 0 < _number(self.top_p) <= 1:
             raise ValueError(f"top_p={self.top_p!r}: expected more than 0, at most 1 (all tokens).")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return float(self.temperature) == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., V] the distribution that tokens are drawn from, in float64; one-hot if greedy."""
         if self.greedy:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
         flat = logits.reshape(-1, logits.shape[-1]).double()
+        # The greatest becomes 0: divided by a small temperature, several great ones would become infinite, and equal.
+        flat = flat - flat.amax(-1, keepdim=True)
         for warp in self._warpers():
             flat = warp(None, flat)
         return flat.softmax(-1).view(logits.shape)
@@ -86,8 +88,12 @@ def _cumulative(probabilities: Tensor) -> Tensor:
     return (probabilities * UNIT).long().cumsum(-1)
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not isnan(value)
+def _number(value: object) -> float:
+    """A real number as a float; NaN if it is none, or has no float."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else nan
+    except OverflowError:
+        return nan
 
 
 GREEDY = Sampling()

@@ -2,11 +2,9 @@
 
     target.generate(**inputs, max_new_tokens=256, custom_generate="<this repository>", trust_remote_code=True)
 
-The output is the target's own, since a draft is kept only if it is the token that the target itself chooses there:
-token for token, greedy or, under the same seed, sampled, but for ties within rounding. Method: FlexDraft, arXiv
-2605.20022, sequential draft-then-verify. Logits processors, stopping criteria and streamers see a batch as in
-`generate`, but its rows take their passes one after the other: a batch is no faster than its rows alone. The target may
-be quantized or carry LoRA. Needs torch, transformers (4.57 or newer), safetensors and huggingface_hub.
+A draft is kept only if it is the token that the target itself chooses there, so the output is the target's own, greedy
+or, under the same seed, sampled; rounding may decide near ties another way. Method: FlexDraft, arXiv 2605.20022. The
+rows of a batch take their passes one after the other, so a batch is no faster than its rows alone.
 
 Arguments beside those of `generate`; for None the drafter's config recommends a value:
     drafter: directory or Hub id of the drafter; None: that of `custom_generate`. revision, token: of a Hub id.
@@ -19,18 +17,20 @@ import copy
 import inspect
 import json
 import warnings
+from numbers import Real
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StoppingCriteriaList, StopStringCriteria
+from transformers import Cache, DynamicCache, StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 CACHES = ("cache", "past_key_values")  # what transformers calls a cache, from 5.24 on and before
+TOKENS = torch.arange(3, 91, 11)  # rows of embeddings and head in the fingerprint
 # What is followed of the arguments of `generate`, of its settings, and of what it prepares for the model. All else is
 # refused by name unless it has its default: it may need other passes of the target than those made here.
 ARGUMENTS = """inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer
@@ -40,20 +40,28 @@ SETTINGS = """max_length max_new_tokens min_length min_new_tokens max_time stop_
     repetition_penalty no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
     num_return_sequences return_dict_in_generate pad_token_id bos_token_id eos_token_id decoder_start_token_id
-    compile_config disable_compile prefill_chunk_size early_stopping length_penalty low_memory transformers_version"""
-NEUTRAL = {"guidance_scale": 1, "encoder_repetition_penalty": 1, "num_beams": 1, "num_beam_groups": 1}
+    compile_config disable_compile prefill_chunk_size early_stopping length_penalty low_memory transformers_version
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
+    target_lookbehind max_matching_ngram_size assistant_ensemble_weight is_assistant"""
+NEUTRAL = {"guidance_scale": 1, "penalty_alpha": 0}  # beside transformers' own defaults
 EXACT = (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")  # caches, not rounding
 PREPARED = ("attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep")
+UNKNOWN = f": transformers 4.57.3 and 5.24.0 are tested, this is {transformers.__version__}. Use one of those."
+RECOMMENDED = {"calibrate": True, "selection": "cumulative_product", "threshold": 0.01}  # where nothing else is
+OWN_LOOP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")  # not run here
+
+
+class Refused(ValueError):
+    """A damaged drafter, one that does not fit, or a request that drafting does not follow; the message says which."""
 
 
 @torch.no_grad()
-def generate(
-    model, *, drafter=None, revision=None, token=None, calibrate=None, selection=None, threshold=None, **arguments
-):
-    """See the top of this file. Raises ValueError for what is damaged, does not fit, or is not followed."""
+def generate(model, *, drafter=None, revision=None, token=None, **arguments):
+    """See the top of this file. Raises Refused, a ValueError."""
+    given = {name: value for name in RECOMMENDED if (value := arguments.pop(name, None)) is not None}
     arguments = _arguments(model, arguments)
     draft, streamer = _drafter(model, drafter, revision, token), arguments.get("streamer")
-    how = draft.how(calibrate=calibrate, selection=selection, threshold=threshold)
+    how = _how(draft.settings["recommended_decoding"] | given)
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
         put = (lambda _: None) if streamer is None else streamer.put
@@ -123,50 +131,49 @@ class Row:
 
 def _refuse(given):
     if names := sorted(name for name, value in given.items() if value is not None and value is not False):
-        raise ValueError(f"Drafting does not follow {', '.join(names)}; leave it out, or decode without the drafter.")
-
-
-def _unknown(what):
-    """The error where transformers is not as this file knows it: to guess would be to print garbage."""
-    known = f"transformers 4.57.3 and 5.24.0 are tested, this is {transformers.__version__}"
-    return ValueError(f"{what}: {known}. Use one of those, a newer export of the drafter, or decode without it.")
+        raise Refused(f"Drafting does not follow {', '.join(names)}; leave it out, or decode without the drafter.")
 
 
 def _arguments(model, arguments):
     """Arguments of `generate` as it takes them for a decoding function, from which it keeps the tokenizer."""
     others = {*inspect.signature(type(model).generate).parameters, "position_ids", "cache_position"}
-    refused = {f"{name} (no filled cache: give the whole prompt)": arguments.get(name) for name in CACHES}
-    by = getattr(vars(model).get("prepare_inputs_for_generation", model), "__self__", model)
-    refused[f"inputs prepared by {type(by).__name__} (prompt or prefix tuning)"] = by is not model
-    _refuse(refused | {name: arguments.get(name) for name in others - set(ARGUMENTS.split())})
+    caches = {name: cache for name in CACHES if (cache := arguments.pop(name, None)) is not None}
+    empty = [n for n, c in caches.items() if type(c) in (DynamicCache, StaticCache) and not c.get_seq_length()]
+    refused = {f"{name} (no filled cache: give the whole prompt)": name not in empty for name in caches}
+    refused |= {name: arguments.get(name) for name in others - set(ARGUMENTS.split())}
+    # By hooks PEFT gives each pass the adapter of each row, or where Activated LoRA acts; drafting has other passes.
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    hooks = [hook for hook in hooks if str(getattr(hook, "func", hook).__module__).startswith("peft.")]
+    refused |= {f"{name} (of PEFT)": True for hook in hooks for name in getattr(hook, "keywords", ())}
+    for function in (getattr(model, name) for name in OWN_LOOP):
+        function = getattr(function, "__func__", function)
+        by = getattr(function, "__globals__", {}).get("__name__", "")
+        what = f"inputs prepared by {getattr(function, '__qualname__', function)} of {by}"
+        refused[what] = by.split(".")[0] != "transformers"
+    _refuse(refused)
     tokenizer, strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
     for config in (arguments.get("generation_config"), model.generation_config):
         strings = getattr(config, "stop_strings", None) if strings is None else strings
-    if strings is None:
-        return arguments
-    if tokenizer is None:
-        raise ValueError(f"stop_strings={strings!r}: pass the model's tokenizer as tokenizer=... too.")
-    own = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+    if strings is None or tokenizer is None:  # without it transformers refuses them, and says so
+        return arguments | {"stop_strings": strings}
+    own = StopStringCriteria(tokenizer, strings)
     criteria = StoppingCriteriaList([own, *(arguments.get("stopping_criteria") or [])])
     return arguments | {"stopping_criteria": criteria, "stop_strings": None}
 
 
 def _kept(settings, input_ids, prepared):
     """[rows, tokens] which tokens are no padding, of prompts that are tokens alone, with settings that are followed."""
-    mode, kind = settings.get_generation_mode(), getattr(settings, "cache_implementation", None)
-    _refuse({mode.value.replace("_", " "): mode not in ("greedy_search", "sample")})
-    known = vars(type(settings)())  # other attributes mean nothing to `generate`
-    usual = known | NEUTRAL | getattr(settings, "_get_default_generation_params", dict)()
-    rest = [name for name in known.keys() - SETTINGS.split() if name[0] != "_"]
+    usual = vars(type(settings)()) | NEUTRAL | getattr(settings, "_get_default_generation_params", dict)()
+    rest = [name for name in usual.keys() - SETTINGS.split() if name[0] != "_"]  # others mean nothing to `generate`
     found = {name: value for name in rest if (value := getattr(settings, name, None)) != usual[name]}
-    found[f"cache_implementation={kind}"] = kind not in EXACT
+    found[f"cache_implementation={settings.cache_implementation}"] = settings.cache_implementation not in EXACT
     _refuse(found | {n: v for n, v in prepared.items() if n not in PREPARED and not isinstance(v, Cache) and v != {}})
     mask = prepared.get("attention_mask")  # None: no padding
     kept = torch.ones_like(input_ids).bool() if mask is None else mask.to(input_ids.device).bool()
     if kept.ndim != 2 or kept.shape != input_ids.shape:
-        raise ValueError(f"attention_mask is {list(kept.shape)}, input_ids {list(input_ids.shape)}: not the same.")
+        raise Refused(f"attention_mask is {list(kept.shape)}, input_ids {list(input_ids.shape)}: not the same.")
     if not kept.any(-1).all():
-        raise ValueError("A prompt is empty; decoding needs at least one token to continue.")
+        raise Refused("A prompt is empty; decoding needs at least one token to continue.")
     return kept
 
 
@@ -175,17 +182,15 @@ def _drafter(model, source, revision, token):
     calls = [] if source else [call.frame.f_locals for call in inspect.stack(0) if call.function == "generate"]
     source = next((given for call in calls if isinstance(given := call.get("custom_generate"), str)), source)
     if not source:
-        raise ValueError('Where is the drafter? Give drafter="directory or Hub id".')
-    directory = Path(source)
-    if not directory.is_dir():
-        directory = Path(snapshot_download(source, revision=revision, token=token, allow_patterns=FILES))
+        raise Refused('Where is the drafter? Give drafter="directory or Hub id".')
+    hub = {"revision": revision, "token": token, "allow_patterns": FILES}
+    directory = Path(source if Path(source).is_dir() else snapshot_download(source, **hub))
     files = sorted(file.resolve() for pattern in FILES for file in directory.glob(pattern))
     key = [model.device, model.dtype, model.config.vocab_size, *((str(f), f.stat().st_mtime_ns) for f in files)]
-    known = getattr(model, "_flexdraft", None)
-    if known is None or known[0] != key:
-        known = key, _checked(directory, Drafter, model, directory)
-        object.__setattr__(model, "_flexdraft", known)  # no part of the model: neither moved nor saved with it
-    return known[1]
+    if getattr(model, "_flexdraft", [None])[0] != key:
+        new = key, _checked(directory, Drafter, model, directory)
+        object.__setattr__(model, "_flexdraft", new)  # no part of the model: neither moved nor saved with it
+    return model._flexdraft[1]
 
 
 def _checked(where, make, *arguments):
@@ -193,10 +198,10 @@ def _checked(where, make, *arguments):
     try:
         return make(*arguments)
     except Exception as error:
-        if type(error) is ValueError:  # raised here
-            raise
+        if isinstance(error, (Refused, MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise  # torch says the last on a CPU
         found = f"{where}: not a whole drafter for this target ({type(error).__name__}: {error})"
-        raise ValueError(f"{found}. Download or export it again, and use the target that it was made for.") from error
+        raise Refused(f"{found}. Download or export it again, and use the target that it was made for.") from error
 
 
 class Drafter:
@@ -205,17 +210,14 @@ class Drafter:
     def __init__(self, model, directory):
         config, settings = _settings(directory, model.config)
         self.model, self.inner, self.size = model, model.model, config["block_size"]
-        devices = {parameter.device for parameter in model.parameters()}
-        if len(devices) > 1 or "meta" in map(str, devices):
-            raise ValueError("This target is spread over devices or offloaded; drafting needs all of it on one.")
-        embedded = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=devices.pop()))
+        if {parameter.device for parameter in model.parameters()} != {model.device} or model.device.type == "meta":
+            raise Refused("This target is spread over devices or offloaded; drafting needs all of it on one.")
+        embedded = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=model.device))
         self.device, self.dtype = embedded.device, embedded.dtype  # it computes in, whatever its weights are kept in
         self.tensors = {name: t.to(self.device, self.dtype) for name, t in _tensors(directory).items()}
-        self.split, self.recommended = settings["target_layer_ids"][0], settings.get("recommended_decoding") or {}
-        self.calibrated, self.chain = settings["enable_anchor_bias_logits"], settings.get("chain_rank")
-        self.bonus_slot, self.vocabulary = settings.get("bonus_slot"), config["vocab_size"]
+        self.settings, self.split, self.vocabulary = settings, settings["target_layer_ids"][0], config["vocab_size"]
         self.layers = [self._layer(number) for number in range(self.split, len(self.inner.layers))]
-        _compare(model, config.get("target_fingerprint") or {})
+        _checked(directory / "config.json", _compare, model, config.get("target_fingerprint") or {})
         self.window = getattr(model.config, "sliding_window", None)
         everywhere = ["sliding_attention" if self.window else "full_attention"] * len(self.inner.layers)
         self.kinds = (getattr(model.config, "layer_types", None) or everywhere)[self.split :]
@@ -224,19 +226,9 @@ class Drafter:
         cache, whole = DynamicCache(), self.target(DynamicCache(), 0, [1, 2, 3, 4], 1)
         self.target(cache, 0, [1, 2, 3], 1)
         self.block(cache, 3, 4, True)
-        apart = (self.target(cache, 3, [4], 1) - whole).abs().max() / whole.abs().max()
-        if apart > (0.01 if self.dtype.itemsize > 2 else 0.25):
-            raise ValueError("This target's logits depend on what shares a pass; quantize its weights alone.")
-
-    def how(self, **given):
-        """calibrate, selection and threshold, as given or else recommended."""
-        default = {"calibrate": True, "selection": "cumulative_product", "threshold": 0.01} | self.recommended
-        calibrate, selection, threshold = (default[name] if value is None else value for name, value in given.items())
-        if selection not in ("off", "cumulative_product", "min_confidence"):
-            raise ValueError(f"selection={selection!r}: expected one of off, cumulative_product, min_confidence.")
-        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold!r}: expected a number from 0 to 1.")
-        return calibrate, selection, threshold
+        apart, rounding = (self.target(cache, 3, [4], 1) - whole).abs().max(), 0.01 if self.dtype.itemsize > 2 else 0.25
+        if not apart <= rounding * whole.abs().max():
+            raise Refused("This target's logits depend on what shares a pass; quantize its weights alone.")
 
     def check_rope(self, length, room):
         """Slots and drafts behind a text must not take RoPE beyond where it changes; `dynamic` does with each token."""
@@ -246,7 +238,7 @@ class Drafter:
         limit = rope.get(name) or getattr(config, name, None) or config.max_position_embeddings
         if (kind == "dynamic" or (kind == "longrope" and length <= limit)) and length + room + 2 * self.size > limit:
             behind = f"{length} tokens and {room} new ones, with two blocks of {self.size} behind them, pass position"
-            raise ValueError(f"{behind} {limit}, where this model's RoPE changes. Choose fewer new tokens.")
+            raise Refused(f"{behind} {limit}, where this model's RoPE changes. Choose fewer new tokens.")
 
     def target(self, cache, before, tokens, wanted):
         """[wanted, V] the target's logits of the last of some tokens, behind `before` others in the cache."""
@@ -257,62 +249,56 @@ class Drafter:
         logits = self.model(input_ids=torch.tensor([tokens], device=self.device), **given).logits
         self.crop(cache, after, after, after)
         if logits.shape[1] < wanted:
-            raise _unknown(f"A pass gave logits of {logits.shape[1]} tokens, expected {wanted}")
+            raise Refused(f"A pass gave logits of {logits.shape[1]} tokens, expected {wanted}{UNKNOWN}")
         return logits[0, -wanted:]
 
     def crop(self, cache, length, early, late):
         """Forget all behind the first tokens, of `early` in layers that do not draft, of `late` in those that do."""
-        layers = [(layer, vars(layer).items()) for layer in getattr(cache, "layers", ())]
-        held = [[(layer, n) for n, t in every if isinstance(t, Tensor) and t.ndim == 4] for layer, every in layers]
-        found = [[getattr(layer, name).shape[2] for layer, name in pair] for pair in held]
+        layers = [vars(layer) for layer in getattr(cache, "layers", ())]
+        held = [{name: t for name, t in layer.items() if isinstance(t, Tensor) and t.ndim == 4} for layer in layers]
+        found = [[t.shape[2] for t in pair.values()] for pair in held]
         expected = [early] * self.split + [late] * (len(self.inner.layers) - self.split)
         if found != [[tokens, tokens] for tokens in expected]:
-            raise _unknown(f"After a pass the layers of the cache hold {found} tokens; expected {expected}")
-        for layer, name in (place for pair in held for place in pair):
-            setattr(layer, name, getattr(layer, name)[..., :length, :])
+            raise Refused(f"After a pass the layers of the cache hold {found} tokens; expected {expected}{UNKNOWN}")
+        for layer, pair in zip(cache.layers, held, strict=True):
+            vars(layer).update({name: t[..., :length, :] for name, t in pair.items()})
         if cache.get_seq_length() != length:
-            raise _unknown(f"A cache cut to {length} tokens counts others")
+            raise Refused(f"A cache cut to {length} tokens counts others{UNKNOWN}")
 
     def block(self, cache, anchor, bonus, calibrate):
         """Drafts of slots 1 .. B-1 of the block at an anchor, and their probabilities [B-1]. The cache stays as is."""
         hidden = self.tensors["mask_embedding"].expand(1, self.size, -1)
-        if self.bonus_slot:
+        if self.settings.get("bonus_slot"):
             known = nn.functional.linear(self._embedded(bonus), self.tensors["bonus_slot.weight"])
             hidden = torch.cat([hidden[:, :1] + known, hidden[:, 1:]], dim=1)
         positions = torch.arange(anchor, anchor + self.size, device=self.device)[None]
+        # Added to scores: a slot sees its block, and the tokens that a window shows it. None: it sees all there is.
+        unseen = torch.arange(anchor + self.size, device=self.device) <= positions[0, :, None] - (self.window or 0)
+        masks = {"sliding_attention": (torch.finfo(self.dtype).min * unseen.to(self.dtype))[None, None]}
         for layer, kind in zip(self.layers, self.kinds, strict=True):
-            mask = self._mask(positions[0]) if kind == "sliding_attention" else None  # None: it sees all there is
-            given = {"attention_mask": mask, **self._rope(hidden, positions, kind)}
+            given = {"attention_mask": masks.get(kind), **self._rope(hidden, positions, kind)}
             hidden = layer(hidden, position_ids=positions, **{self.layer_cache: cache}, **given)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         self.crop(cache, anchor, anchor, anchor + self.size)
         hidden = self.inner.norm(hidden)[0, 1:]
         logits = self.model.get_output_embeddings()(hidden)[:, : self.vocabulary]
-        if calibrate and self.calibrated:
-            logits = logits + self._correction("anchor_bias_mlp", bonus, hidden)
-        before = bonus
-        for slot in range(len(logits) if calibrate and self.chain else 0):
-            logits[slot] += self._correction("chain_mlp", before, hidden[slot : slot + 1])[0]
-            before = int(logits[slot].argmax())
+        if calibrate and self.settings["enable_anchor_bias_logits"]:
+            logits = logits + self._correction("anchor_bias_mlp", self._embedded(bonus), hidden)
+        for slot in range(len(logits) if calibrate and self.settings.get("chain_rank") else 0):
+            known = nn.functional.rms_norm(self._embedded(bonus), hidden.shape[-1:], eps=1e-6)
+            logits[slot] += self._correction("chain_mlp", known, hidden[slot : slot + 1])[0]
+            bonus = int(logits[slot].argmax())  # for the next slot
         best, drafts = logits.max(-1)
         return drafts.tolist(), (best.float() - logits.float().logsumexp(-1)).exp()
 
-    def _correction(self, name, token, hidden):
-        """[slots, V] `W2 SiLU(W1 [embedded ; h] + b1) + b2` for a token and hidden states h [slots, H]."""
-        embedded = self._embedded(token)
-        norm = nn.functional.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
-        embedded = norm if name == "chain_mlp" else embedded
+    def _correction(self, name, embedded, hidden):
+        """[slots, V] `W2 SiLU(W1 [embedded ; h] + b1) + b2` for embeddings [1, H] and states h [slots, H]."""
         (w1, b1), (w2, b2) = ((self.tensors[f"{name}.{i}.weight"], self.tensors[f"{name}.{i}.bias"]) for i in (0, 2))
         inner = nn.functional.linear(torch.cat([embedded.expand_as(hidden), hidden], dim=-1), w1, b1)
         return nn.functional.linear(nn.functional.silu(inner), w2, b2)
 
     def _embedded(self, token):
         return self.model.get_input_embeddings()(torch.tensor([token], device=self.device))
-
-    def _mask(self, positions):
-        """[1, 1, B, anchor + B] added to scores: a slot sees its block, and the tokens that a window shows it."""
-        unseen = torch.arange(int(positions[-1]) + 1, device=self.device) <= positions[:, None] - self.window
-        return (torch.finfo(self.dtype).min * unseen.to(self.dtype))[None, None]
 
     def _layer(self, number):
         """A layer of the target with an attention made anew: the target's may be quantized, or carry adapters."""
@@ -338,17 +324,32 @@ class Drafter:
         return {name: rotary(hidden, positions, *by_kind) for name, rotary in every.items()}
 
 
+def _how(chosen, where=""):
+    """calibrate, selection and threshold of some settings."""
+    calibrate, selection, threshold = (chosen[name] for name in RECOMMENDED)
+    if not isinstance(calibrate, bool):
+        raise Refused(f"{where}calibrate={calibrate!r}: expected True or False.")
+    if selection not in ("off", "cumulative_product", "min_confidence"):
+        raise Refused(f"{where}selection={selection!r}: expected one of off, cumulative_product, min_confidence.")
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise Refused(f"{where}threshold={threshold!r}: expected a number from 0 to 1.")
+    return calibrate, selection, float(threshold)
+
+
 def _compare(model, fingerprint):
-    """Warns of other weights than those that the drafter was trained for, by samples of all that are plain floats."""
-    modules, changed = dict(model.model.layers.named_modules(prefix="layers")), []
+    """Warns of other weights than the drafter was trained for, by samples of plain floats and of what is looked up."""
+    modules, changed = dict(model.model.named_modules()) | {"lm_head": model.get_output_embeddings()}, []
     for name, values in fingerprint.items():
         weight = getattr(modules.get(name), "weight", None)
         expected = torch.tensor([float(value) for value in values.split()])
-        if type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1:
-            for number, size in enumerate(weight.shape):
-                places = torch.arange(count := 8 // weight.ndim, device=weight.device) * (size - 1) // (count - 1)
-                weight = weight.index_select(number, places)
-            changed += [name] if (weight.float().cpu().flatten() - expected).norm() > 0.005 * expected.norm() else []
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() == 1:
+            continue
+        size, count = len(weight), 8 // weight.ndim
+        rows = TOKENS % size if name in ("embed_tokens", "lm_head") else torch.arange(count) * (size - 1) // (count - 1)
+        found = modules[name](rows.to(weight.device)) if name == "embed_tokens" else weight[rows]
+        found = found[:, torch.arange(4) * (found.shape[1] - 1) // 3] if found.ndim == 2 else found
+        distance = (found.float().cpu().flatten() - expected).norm()
+        changed += [] if distance <= 0.005 * expected.norm() else [name]  # NaN has changed too
     if changed:
         found = f"{len(changed)} weights of this model, {changed[0]} first, differ from those of the drafter's target"
         warnings.warn(f"{found}: expect fewer accepted drafts. The output stays the model's own.", stacklevel=2)
@@ -360,40 +361,39 @@ def _names(module):
     names = {name: str(p.annotation) for name, p in every if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     caches = [name for name in CACHES if name in names] or [name for name, kind in names.items() if "Cache" in kind]
     if not caches:
-        raise _unknown(f"{type(module).__name__}.forward takes {', '.join(names)}, none of them a cache")
+        raise Refused(f"{type(module).__name__}.forward takes {', '.join(names)}, none of them a cache{UNKNOWN}")
     return names, caches[0]
 
 
 def _settings(directory, target):
     """The drafter's config, and what of it is its own, once it is known to fit a target's config."""
     file = directory / "config.json"
-    config = _checked(file, _read, file) if file.is_file() else {}
+    config = _checked(file, lambda: json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     settings = _checked(file, lambda: config.get("flexdraft_config") or config.get("dflash_config"))
     if not settings:
-        raise ValueError(f"{directory}: no drafter there (config.json with flexdraft_config expected).")
+        raise Refused(f"{directory}: no drafter there (config.json with flexdraft_config expected).")
     expected = {"model_type": target.model_type, "num_target_layers": target.num_hidden_layers}
     expected |= {name: getattr(target, name, None) for name in ("hidden_size", "num_key_value_heads")}
     expected["vocab_size"] = min(config["vocab_size"], target.vocab_size)  # rows may have been added to the target
     for name, value in expected.items():
         if config.get(name) != value:
-            raise ValueError(f"{directory}: a drafter for {name}={config.get(name)}, but this model has {value}.")
+            raise Refused(f"{directory}: a drafter for {name}={config.get(name)}, but this model has {value}.")
     size, layers = config["block_size"], settings["target_layer_ids"]
     if not layers or layers != [*range(target.num_hidden_layers)][-len(layers) :] or size < 2:
-        raise ValueError(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, 2 or more.")
+        raise Refused(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, 2 or more.")
+    recommended = settings.get("recommended_decoding") or {}
+    if not isinstance(recommended, dict):
+        raise Refused(f"{file}: recommended_decoding={recommended!r}: expected an object with selection and threshold.")
+    settings["recommended_decoding"] = RECOMMENDED | recommended
+    _how(settings["recommended_decoding"], f"{file}: recommended_decoding: ")
     return config, settings
 
 
 def _tensors(directory):
     """What the drafter owns. An export may hold tensors of the target's beside it, which the target has already."""
-    index = directory / "model.safetensors.index.json"
-    names = _checked(index, lambda: _read(index)["weight_map"].values()) if index.is_file() else ["model.safetensors"]
-    files = sorted({directory / name for name in names})
-    return {name: tensor for file in files for name, tensor in _checked(file, _read, file).items()}
-
-
-def _read(file):
-    if file.suffix == ".json":
-        return json.loads(file.read_text(encoding="utf-8"))
-    with safe_open(file, "pt") as shard:
-        own = [n for n in [*shard.keys()] if ".self_attn." in n or not n.startswith(("layers.", "norm."))]
-        return {name: shard.get_tensor(name) for name in own}
+    index, names, found = directory / "model.safetensors.index.json", ["model.safetensors"], {}
+    if index.is_file():
+        names = _checked(index, lambda: json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for file in sorted({directory / name for name in names}):
+        found |= _checked(file, load_file, file)
+    return {n: t for n, t in found.items() if ".self_attn." in n or not n.startswith(("layers.", "norm."))}

@@ -1,0 +1,214 @@
+"""The shipped decoder: other calls that it follows or refuses, each refusal with its true reason."""
+
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from test_custom_generate_limits import CALL, IDS, drafted, own, root, twin  # noqa: F401
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from models.custom_generate import generate as shipped
+
+
+@pytest.fixture
+def drafter(root, tmp_path):  # noqa: F811
+    """A copy, to be changed."""
+    return shutil.copytree(root / "drafter", tmp_path / "drafter")
+
+
+def set_config(drafter, **values):
+    file = drafter / "config.json"
+    config = json.loads(file.read_text())
+    for key, value in values.items():
+        place = config if key in config else config["flexdraft_config"]
+        place[key] = value
+    file.write_text(json.dumps(config))
+    return file
+
+
+class Embeds:
+    """Prepares embeddings, as a model with image tokens does."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        prepared = super().prepare_inputs_for_generation(*args, **kwargs)
+        return prepared | {"inputs_embeds": 2 * self.get_input_embeddings()(prepared.pop("input_ids"))}
+
+
+class KeepsState:
+    def _update_model_kwargs_for_generation(self, *args, **kwargs):
+        return super()._update_model_kwargs_for_generation(*args, **kwargs)
+
+
+class SamplesItself:
+    def _sample(self, *args, **kwargs):
+        return super()._sample(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Embeds, KeepsState, SamplesItself])
+def test_a_subclass_that_prepares_its_passes_itself_is_refused_by_name(twin, drafter, kind):  # noqa: F811
+    twin.__class__ = type("Own", (kind, type(twin)), {})
+    with pytest.raises(ValueError, match=f"inputs prepared by {kind.__name__}.* of {kind.__module__}"):
+        drafted(twin, drafter)
+
+
+@pytest.mark.parametrize("wrap", ["none", "partial", "name and module of transformers' own"])
+def test_a_function_on_the_instance_that_prepares_inputs_is_refused(twin, drafter, wrap):  # noqa: F811
+    def prepare(*args, **kwargs):
+        prepared = type(twin).prepare_inputs_for_generation(twin, *args, **kwargs)
+        return prepared | {"inputs_embeds": 2 * twin.get_input_embeddings()(prepared.pop("input_ids"))}
+
+    if wrap == "partial":
+        prepare = functools.partial(prepare)
+    if wrap == "name and module of transformers' own":
+        prepare = functools.wraps(type(twin).prepare_inputs_for_generation)(prepare)
+    twin.prepare_inputs_for_generation = prepare
+    with pytest.raises(ValueError, match="does not follow inputs prepared by"):
+        drafted(twin, drafter)
+
+
+@pytest.mark.parametrize(
+    "name", ["embed_tokens", "lm_head", "norm", "layers.2.mlp.up_proj", "layers.0.input_layernorm"]
+)
+@pytest.mark.parametrize("change", [1.05, float("nan")])
+def test_every_tensor_of_the_fingerprint_is_compared(twin, drafter, name, change):  # noqa: F811
+    module = twin.get_output_embeddings() if name == "lm_head" else twin.model.get_submodule(name)
+    rows = 5 if name in ("embed_tokens", "lm_head") else 0
+    with torch.no_grad():
+        module.weight[rows:].mul_(change)
+    with pytest.warns(UserWarning, match=f"1 weights of this model, {name} first, differ"):
+        shipped._compare(twin, json.loads((drafter / "config.json").read_text())["target_fingerprint"])
+
+
+DAMAGED = {
+    "fingerprint with words": ({"target_fingerprint": {"norm": "one two"}}, "ValueError: could not convert"),
+    "fingerprint of another length": ({"target_fingerprint": {"norm": "1.0 2.0 3.0"}}, "RuntimeError"),
+    "fingerprint that is a list": ({"target_fingerprint": ["norm"]}, "AttributeError"),
+    "recommendation that is a list": ({"recommended_decoding": ["off"]}, r"recommended_decoding=\['off'\]: expected"),
+    "recommendation that is a text": ({"recommended_decoding": "off"}, "recommended_decoding='off': expected"),
+    "recommended threshold": (
+        {"recommended_decoding": {"threshold": 5}},
+        "recommended_decoding: threshold=5: expected",
+    ),
+    "recommended calibrate": ({"recommended_decoding": {"calibrate": "no"}}, "recommended_decoding: calibrate='no'"),
+    "recommended selection": ({"recommended_decoding": {"selection": None}}, "recommended_decoding: selection=None"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_config_is_an_error_that_names_the_file(twin, drafter, damage):  # noqa: F811
+    values, message = DAMAGED[damage]
+    file = set_config(drafter, **values)
+    with pytest.raises(ValueError, match=f"{file}.*{message}"):
+        drafted(twin, drafter)
+
+
+@pytest.mark.parametrize("calibrate", ["no", "", 0, 1.0, [], torch.tensor(True)])
+def test_calibrate_is_true_or_false(twin, drafter, calibrate):  # noqa: F811
+    with pytest.raises(ValueError, match="calibrate=.*: expected True or False"):
+        drafted(twin, drafter, calibrate=calibrate)
+
+
+@pytest.mark.parametrize("threshold", [np.float64(0.2), np.float32(0.2), np.float16(0.2), np.int64(1), 0, 1])
+def test_a_threshold_may_be_any_real_number(twin, drafter, threshold):  # noqa: F811
+    assert torch.equal(drafted(twin, drafter, threshold=threshold), own(twin))
+
+
+def test_an_empty_cache_is_no_reason_to_refuse_and_a_filled_one_is(twin, drafter):  # noqa: F811
+    name = next(name for name in shipped.CACHES if name in shipped._names(twin)[0])
+    for cache in (DynamicCache(), StaticCache(config=twin.config, max_cache_len=64)):
+        assert torch.equal(drafted(twin, drafter, **{name: cache}), own(twin))
+    filled = DynamicCache()
+    twin(input_ids=IDS, use_cache=True, **{name: filled})
+
+    class Rounds(DynamicCache):
+        """Such as a quantized one, empty or not."""
+
+    for cache in (filled, Rounds()):
+        with pytest.raises(ValueError, match=f"does not follow {name} .no filled cache"):
+            drafted(twin, drafter, **{name: cache})
+
+
+ASSISTED = {
+    "num_assistant_tokens": 5,
+    "num_assistant_tokens_schedule": "heuristic",
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "target_lookbehind": 10,
+    "max_matching_ngram_size": 2,
+    "assistant_ensemble_weight": 0.5,
+    "is_assistant": False,
+}
+
+
+@pytest.mark.parametrize("name", [*ASSISTED, "all"])
+def test_settings_of_assisted_decoding_alone_change_nothing(twin, drafter, name):  # noqa: F811
+    for one in ASSISTED if name == "all" else [name]:
+        setattr(twin.generation_config, one, ASSISTED[one])
+    assert torch.equal(drafted(twin, drafter), own(twin))
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_early_exit", "num_beams", "dola_layers"])
+def test_a_setting_with_passes_of_its_own_is_refused_by_its_name(name):
+    settings = GenerationConfig()
+    setattr(settings, name, "high" if name == "dola_layers" else 3)
+    with pytest.raises(ValueError, match=f"does not follow {name}"):
+        shipped._kept(settings, IDS, {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError("no room"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+    ids=["GPU", "Python", "CPU"],
+)
+@pytest.mark.parametrize("where", ["load_file", "Drafter.block", "Drafter.target", "_compare"])
+def test_too_little_memory_is_not_called_a_damaged_drafter(twin, drafter, monkeypatch, error, where):  # noqa: F811
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(f"models.custom_generate.generate.{where}", fails)
+    with pytest.raises(type(error)) as raised:
+        drafted(twin, drafter)
+    assert raised.value is error
+
+
+def through_peft(tuned, twin, drafter):  # noqa: F811
+    """`generate` of a PEFT model, with `custom_generate` given by name."""
+
+    def through(self, *args, **kwargs):
+        return shipped.generate(self, inputs=kwargs.pop("input_ids"), drafter=str(drafter), **kwargs)
+
+    twin.generate = through.__get__(twin)
+    return tuned
+
+
+def test_adapters_that_differ_by_row_or_token_are_refused_by_name(twin, drafter):  # noqa: F811
+    import peft
+
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned = through_peft(peft.get_peft_model(twin, lora), twin, drafter).eval()
+    tuned.generate(input_ids=IDS, **CALL)  # one adapter for all rows is followed
+    for names in (["default", "__base__", "default"], ["default"] * 3):
+        with pytest.raises(ValueError, match="does not follow adapter_names .of PEFT"):
+            tuned.generate(input_ids=IDS, adapter_names=names, **CALL)
+
+
+def test_activated_lora_is_refused_by_name(twin, drafter):  # noqa: F811
+    import peft
+
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        alora_invocation_tokens=IDS[0, 3:5].tolist(),
+    )
+    tuned = through_peft(peft.get_peft_model(twin, config), twin, drafter)
+    with pytest.raises(ValueError, match="does not follow alora_offsets .of PEFT"):
+        tuned.generate(input_ids=IDS, **CALL)
