@@ -143,6 +143,39 @@ def test_untested_families_with_the_same_parts_are_taken(kind):
     check_untested(target)
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "Python", "CPU"])
+@pytest.mark.parametrize("where", ["decoding.difference_from_forward", "decoding.DraftModel", "decoding.generate"])
+def test_too_little_memory_is_no_fault_of_the_architecture(error, where, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    target = random_target()
+    monkeypatch.setattr("models.decoding.TESTED", ())
+    monkeypatch.setattr(f"models.{where}", fails)
+    with pytest.raises(type(error)) as raised:
+        check_untested(target)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "Python", "CPU"])
+def test_too_little_memory_is_no_damage_of_the_target(error, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    random_target().save_pretrained(tmp_path)
+    monkeypatch.setattr("models.target.AutoModelForCausalLM.from_pretrained", fails)
+    with pytest.raises(type(error)) as raised:
+        load_target(str(tmp_path))
+    assert raised.value is error
+
+
 @pytest.mark.parametrize(
     ("kind", "said"), [("diffllama", "gives other tokens|logits differ"), ("doge", "do not run in the passes")]
 )

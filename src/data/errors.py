@@ -15,5 +15,11 @@ def interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out. On a CPU torch raises RuntimeError, known by its words alone."""
+    words = any(text in str(error) for text in ("out of memory", "allocate memory"))
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or words
+
+
 class BadRecord(ValueError):
     """One record cannot be used. Says why; whoever reads the file knows which record it is."""

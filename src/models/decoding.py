@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.errors import out_of_memory
 from models.choice import Choice, ChoiceByText
 from models.draft import DraftModel
 from models.families import TESTED
@@ -174,6 +175,8 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         how = {"max_new_tokens": 8, "tokenizer": tokenizer}
         decoded = {m: generate(target, draft, [prompt], mode=m, **how).tokens[0] for m in MODES[1:]}
     except Exception as error:
+        if out_of_memory(error):  # nothing is wrong with the target
+            raise
         raise ValueError(
             f"{kind} cannot be a target: its layers do not run in the passes of drafting "
             f"({type(error).__name__}: {error})."

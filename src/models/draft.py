@@ -8,6 +8,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from data.batch import Batch
+from data.errors import out_of_memory
 from models.attention import Mask, View, blocks_mask
 from models.execution import EAGER, Execution, through_layers
 from models.families import layer_windows
@@ -265,6 +266,8 @@ def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
         with torch.device("meta"):
             own = type(attention)(attention.config, attention.layer_idx)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(f"{type(attention).__name__} of the target cannot be made anew ({error}).") from error
     own = own.to_empty(device=device).train(attention.training)
     with torch.no_grad():

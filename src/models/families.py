@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from data.errors import out_of_memory
+
 # Held against transformers' own model in tests/test_families.py. For others there is `decoding.check_untested`.
 TESTED = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on how long the text is
@@ -110,6 +112,8 @@ def _missing_parts(config: PretrainedConfig) -> list[str]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers says where it knows no language model of this kind
+        if out_of_memory(error):
+            raise
         return [f"no causal language model that transformers can build ({str(error).splitlines()[0]})"]
     inner = getattr(model, "model", None)
     found = [f"no model.{name}" for name in ("layers", "norm", "rotary_emb") if not hasattr(inner, name)]

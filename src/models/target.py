@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from data.batch import Batch
+from data.errors import out_of_memory
 from models.artifact import CONFIG, draft_settings, read_json
 from models.attention import NAME, KeysValues, View, clean_mask
 from models.execution import EAGER, Execution, through_layers
@@ -96,9 +97,9 @@ def _loaded(name: str, **settings: Any) -> PreTrainedModel:
         target, found = AutoModelForCausalLM.from_pretrained(
             name, attn_implementation=NAME, output_loading_info=True, **settings
         )
-    except torch.OutOfMemoryError:
-        raise
     except (SafetensorError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(f"{name}: the target did not load ({type(error).__name__}: {error}). Is it whole?") from error
     # Transformers gives them random values. Quantised models store them under other names.
     missing = sorted(found["missing_keys"])
