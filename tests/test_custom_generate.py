@@ -298,16 +298,16 @@ def test_what_it_cannot_do_is_refused(tmp_path, artifact):
     forward_cached(twin, ids[:, :1], filled)
     dictionary = {"return_dict_in_generate": True}
     refused = {
-        "does not follow beam search": {"num_beams": 2},
+        "does not follow num_beams": {"num_beams": 2},
         "does not follow guidance_scale, output_scores": {"guidance_scale": 2.0, "output_scores": True, **dictionary},
         "does not follow negative_prompt_ids, position_ids": {"position_ids": ids, "negative_prompt_ids": ids},
-        "stop_strings=.'x'.: pass the model's tokenizer": {"stop_strings": ["x"]},
+        "stop strings, you must pass the model's tokenizer": {"stop_strings": ["x"]},
         "expected one of off, cumulative_product, min_confidence": {"selection": "best"},
         "A prompt is empty": {"attention_mask": torch.zeros_like(ids)},
         "no filled cache": {"past_key_values": filled},
         "give the whole prompt": {"cache": filled},
         "no_such_argument": {"no_such_argument": 1},
-        "num_target_layers=8, but this model has 5": {"drafter": str(artifact[1])},
+        "num_target_layers=8, but this one has 5": {"drafter": str(artifact[1])},
         "no drafter there": {"drafter": str(tmp_path / "target")},
         "Where is the drafter": {"drafter": None},
     }

@@ -275,7 +275,7 @@ def test_a_target_with_rows_added_to_its_vocabulary_is_drafted_for(twin, drafter
     twin.resize_token_embeddings(104, mean_resizing=False)
     assert torch.equal(drafted(twin, drafter), own(twin))
     twin.resize_token_embeddings(90, mean_resizing=False)
-    with pytest.raises(ValueError, match="vocab_size=97, but this model has 90"):
+    with pytest.raises(ValueError, match="vocab_size=97, but this one has 90"):
         drafted(twin, drafter)
 
 
@@ -351,8 +351,8 @@ DAMAGES = {
     "not a whole drafter .*'target_layer_ids'": config_of(lambda c: c.pop("target_layer_ids", None)),
     r"target_layer_ids=\[0, 1\]": config_of(lambda c: c.update(target_layer_ids=[0, 1])),
     "'enable_anchor_bias_logits'": config_of(lambda c: c.pop("enable_anchor_bias_logits", None)),
-    "vocab_size=98, but this model has 97": config_of(lambda c: c.update(vocab_size=98)),
-    "num_key_value_heads=4, but this model has 2": config_of(lambda c: c.update(num_key_value_heads=4)),
+    "vocab_size=98, but this one has 97": config_of(lambda c: c.update(vocab_size=98)),
+    "num_key_value_heads=4, but this one has 2": config_of(lambda c: c.update(num_key_value_heads=4)),
     "model.safetensors: not a whole drafter .*SafetensorError": file_of(
         "model.safetensors", lambda b: b[: len(b) // 2]
     ),

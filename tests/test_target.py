@@ -7,10 +7,15 @@ import pytest
 import torch
 from conftest import ARCHITECTURE, TINY, command, random_draft, random_target
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from data.errors import UserError
+from models.custom_generate import generate as shipped
+from models.decoding import MODES, generate
 from models.export import export_draft, load_draft
+from models.selection import OFF
 from models.target import load_target
+from models.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +108,42 @@ def test_a_wrapped_target_is_refused_with_the_way_out(tmp_path):
         load_draft(tmp_path, None)
 
 
-def test_rows_added_to_the_embeddings_are_refused_with_a_way_out_that_works(tmp_path):
+@pytest.mark.parametrize("rows", [98, 128])
+@pytest.mark.parametrize("beyond", [{}, {"bonus_slot": True, "chain_rank": 4}, {"rank": 0}], ids=str)
+def test_a_target_with_rows_added_to_its_embeddings_is_decoded_as_by_itself(rows, beyond, tmp_path):
+    """By all that load a drafter; a target with fewer rows is refused by all in the same words."""
+    target = random_target()
+    export_draft(random_draft(target, **beyond), tmp_path / "drafter", torch.float32)
+    target.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():  # so that the target chooses them now and then
+        target.get_output_embeddings().weight[97:] = 1.5 * target.get_output_embeddings().weight[: rows - 97]
+    target.generation_config.eos_token_id = None
+    target.save_pretrained(tmp_path / "target")
+    loaded = load_target(tmp_path / "target")
+    draft = load_draft(tmp_path / "drafter", loaded)
+    prompts = [[5, 6, 7, 97], [8, 9], [96, rows - 1, 4]]
+    own = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 16}
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+        own.append(plain.generate(ids, **how)[0, len(prompt) :].tolist())
+        shown = shipped.generate(plain, inputs=ids, drafter=str(tmp_path / "drafter"), **how)
+        assert shown[0, len(prompt) :].tolist() == own[-1]
+    assert rows == 98 or any(token >= 97 for answer in own for token in answer)
+    for mode in MODES:
+        assert generate(loaded, draft, prompts, max_new_tokens=16, mode=mode, selection=OFF).tokens == own
+    checks = list(verify(tmp_path / "drafter", tmp_path / "target", max_new_tokens=8))
+    assert checks[-1].name == "decoding" and not any(check.faults for check in checks)
+
+
+def test_a_target_with_fewer_rows_of_embeddings_is_refused_in_the_same_words(tmp_path):
     target = random_target()
     export_draft(random_draft(target), tmp_path, torch.float32)
-    target.resize_token_embeddings(128)
-    with pytest.raises(UserError, match=r"vocab_size=97, but this one has 128.*resize_token_embeddings\(97\)"):
-        load_draft(tmp_path, target)
-    target.resize_token_embeddings(97)
-    load_draft(tmp_path, target)
+    target.resize_token_embeddings(90, mean_resizing=False)
+    for load in (lambda: load_draft(tmp_path, target), lambda: shipped._settings(tmp_path, target.config)):
+        with pytest.raises(ValueError, match="drafter for a target with vocab_size=97, but this one has 90"):
+            load()
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ class DraftModel(nn.Module):
         if not isinstance(target, PreTrainedModel):
             raise ValueError(
                 f"The target is a {type(target).__name__}, expected a model of transformers. Of PEFT's, give "
-                "`get_base_model()`, in which adapters stay active, or `merge_and_unload()`."
+                "`merge_and_unload()`, or `get_base_model()`, in which LoRA stays active, but Activated LoRA does not."
             )
         config = target.config
         if not 1 <= num_layers <= config.num_hidden_layers:

@@ -35,7 +35,7 @@ from models.fingerprint import KEY as FINGERPRINT
 from models.fingerprint import OtherTarget, compare, fingerprint
 from models.hub import artifact_directory
 from models.selection import Selection
-from models.verify_config import calibrator_rank, loading_faults, recommendation_faults, vocabulary_hint
+from models.verify_config import calibrator_rank, known_tokens, loading_faults, recommendation_faults
 from models.verify_weights import headers, read_tensors, some, unfit_faults
 from models.verify_weights import loading_faults as file_loading_faults
 
@@ -189,8 +189,10 @@ def without_recommendation(directory: Path) -> dict[str, Any]:
 def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | None = None) -> DraftModel:
     """The drafter of an exported directory or Hub id, for the target that it was trained for.
 
-    Its parameters keep the exported values, in the target's dtype. Warns if the target's weights are not those that the
-    drafter was trained for, by the fingerprint in the artifact (`models.fingerprint`).
+    Its parameters keep the exported values, in the target's dtype. A target may have more rows of embeddings than at
+    the training (resized, padded): the drafter's corrections leave the logits of those tokens alone. Warns if the
+    target's weights are not those that the drafter was trained for, by the fingerprint in the artifact
+    (`models.fingerprint`).
 
     Raises:
         ValueError: no artifact there, a damaged one, or one for another target.
@@ -198,7 +200,8 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     if not isinstance(target, PreTrainedModel):
         raise UserError(
             f"The target is a {type(target).__name__}; expected a model of transformers, as load_target gives. Of a "
-            "PEFT model, take target.get_base_model() (with its adapter) or target.merge_and_unload()."
+            "PEFT model, take target.merge_and_unload(), or target.get_base_model(), in which LoRA stays active. "
+            "Activated LoRA and adapter_names do not: by PEFT they act in its own generate alone."
         )
     directory = artifact_directory(source, revision=revision)
     config, settings = _checked(directory, target)
@@ -214,7 +217,7 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     tensors = {name: tensor for name, tensor in read_tensors(directory).items() if name not in shared}
     if faults := unfit_faults(tensors):
         raise UserError(f"{directory}: {' '.join(faults)}")
-    load_draft_weights(own, tensors, source=str(directory))
+    load_draft_weights(own, _with_added_rows(tensors, own), source=str(directory))
     if FINGERPRINT in config:
         try:
             warning = compare(config[FINGERPRINT], target).warning()
@@ -223,6 +226,16 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
         if warning:
             warnings.warn(f"{directory}: {warning}", OtherTarget, stacklevel=2)
     return draft.requires_grad_(False).eval()
+
+
+def _with_added_rows(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with zeros where corrections of logits have no row for tokens that were added to the target."""
+    added = {}
+    for name in [f"{part}.2.{kind}" for part in ("anchor_bias_mlp", "chain_mlp") for kind in ("weight", "bias")]:
+        if name in tensors and name in own and len(tensors[name]) < len(own[name]):
+            more = tensors[name].new_zeros(len(own[name]) - len(tensors[name]), *tensors[name].shape[1:])
+            added[name] = torch.cat([tensors[name], more])
+    return tensors | added
 
 
 def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -238,13 +251,12 @@ def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], 
         "model_type": target.config.model_type,
         "num_target_layers": target.config.num_hidden_layers,
         "hidden_size": target.config.hidden_size,
-        "vocab_size": target.config.vocab_size,
+        "vocab_size": known_tokens(config, target.config),
     }
     for key, value in expected.items():
         if config.get(key) != value:
-            way_out = vocabulary_hint(config.get(key), value) if key == "vocab_size" else ""
             raise UserError(
-                f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}.{way_out}"
+                f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}."
             )
     if faults := loading_faults(config, target.config):
         raise UserError(f"{directory}: not for this target, or damaged. {' '.join(faults)}")

@@ -9,6 +9,7 @@ there are faults, else 0. Warnings are no faults: they tell of a drafter that is
 """
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,8 @@ def tensor_check(directory: Path, config: dict[str, Any], target: PretrainedConf
 def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, Shapes]:
     """Shapes of the tensors that an artifact must hold, and of those that it may hold, from the architecture alone."""
     settings = draft_settings(config)
+    target = copy.deepcopy(target)
+    target.vocab_size = config["vocab_size"]  # rows may have been added to the target
     with torch.device("meta"):  # no memory for weights
         draft = DraftModel(
             AutoModelForCausalLM.from_config(target),

@@ -67,14 +67,10 @@ def _filled(found: Any, own: Any) -> Any:
     return {key: _filled(found[key], value) if key in found else value for key, value in own.items()}
 
 
-def vocabulary_hint(drafter: Any, target: Any) -> str:
-    """The way out where a target has more rows of embeddings than the drafter knows tokens; else nothing."""
-    if not (_is_int(drafter) and _is_int(target) and 0 < drafter < target):
-        return ""
-    return (
-        " If this is the same model with rows added to its embeddings (resized, padded), load the target and take them "
-        f"off: target.resize_token_embeddings({drafter})."
-    )
+def known_tokens(config: dict[str, Any], target: PretrainedConfig) -> int:
+    """The `vocab_size` that a drafter for a target must have: rows may have been added to the target (padded)."""
+    size = config.get("vocab_size")
+    return size if _is_int(size) and 0 < size < target.vocab_size else target.vocab_size
 
 
 def calibrator_rank(settings: dict[str, Any]) -> int:
@@ -87,10 +83,9 @@ def _differs(key: str, value: Any, expected: Any, why: str) -> str:
 
 
 def _architecture_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
-    own = target.to_dict()
+    own = target.to_dict() | {"vocab_size": known_tokens(config, target)}
     return [
         _differs(key, config.get(key), own[key], "the target's. Was it made for another target?")
-        + (vocabulary_hint(config.get(key), own[key]) if key == "vocab_size" else "")
         for key in SHARED + tuple(key for key in BUILT if key in config)
         if key in own and config.get(key) != own[key]
     ]

@@ -377,7 +377,7 @@ def _settings(directory, target):
     expected["vocab_size"] = min(config["vocab_size"], target.vocab_size)  # rows may have been added to the target
     for name, value in expected.items():
         if config.get(name) != value:
-            raise Refused(f"{directory}: a drafter for {name}={config.get(name)}, but this model has {value}.")
+            raise Refused(f"{file}: drafter for a target with {name}={config.get(name)}, but this one has {value}.")
     size, layers = config["block_size"], settings["target_layer_ids"]
     if not layers or layers != [*range(target.num_hidden_layers)][-len(layers) :] or size < 2:
         raise Refused(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, 2 or more.")
