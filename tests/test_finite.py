@@ -42,7 +42,7 @@ def same(left, right) -> bool:
     return len(left) == len(right) and all(a.equal(b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.slow(but="AttentionTuning")
+@pytest.mark.slow(but="a loss of NaN-AttentionTuning")
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_state_of_the_optimizer(

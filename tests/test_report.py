@@ -73,6 +73,7 @@ def test_the_report_says(line, report):
     assert line in (report[0] / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_terminal_files_and_rejects(report):
     folder, printed = report
     assert "38 records" in printed and "Supervised tokens by role" in printed

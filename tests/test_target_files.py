@@ -87,6 +87,7 @@ print(json.dumps(Resources(composed(["+experiment=tiny", *sys.argv[1:]])).target
 """
 
 
+@pytest.mark.slow
 def test_a_hub_id_and_a_directory_of_the_same_files_are_one_target(target, tmp_path):
     """With a cache as plain transformers leaves it, on a node without a network."""
     cached = tmp_path / "hub" / "models--acme--tiny"
