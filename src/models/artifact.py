@@ -35,19 +35,24 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def why_no_object(path: Path) -> str | None:
+def read_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds an object; an empty one if it holds something else or cannot be read."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
+def why_no_object(path: Path, way_out: str = "Export again, or correct it.") -> str | None:
     """Why a file holds no JSON object; None if it does."""
-    again = "Export again, or correct it."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{path.name}: not there. An exported drafter has one; give the directory that holds it."
     except OSError as error:
-        return f"{path.name}: not readable ({error.strerror}). {again}"
+        return f"{path.name}: not readable ({error.strerror}). {way_out}"
     except (ValueError, RecursionError) as error:
-        return f"{path.name}: no valid JSON ({error}). {again}"
+        return f"{path.name}: no valid JSON ({error}). {way_out}"
     if not isinstance(content, dict):
-        return f"{path.name}: holds a JSON {type(content).__name__}; expected an object."
+        return f"{path.name}: holds a JSON {type(content).__name__}; expected an object. {way_out}"
     return None
 
 
@@ -110,7 +115,7 @@ def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
         return [*faults, f"{DECODER}: not readable ({error.strerror}). Export the drafter again."], []
     if found == sha256(OWN_DECODER):
         return faults, []
-    exported = (read_json(directory / CONFIG) or {}).get(DECODER_SHA256)
+    exported = read_object(directory / CONFIG).get(DECODER_SHA256)
     if exported is not None and found != exported:
         fault = f"{DECODER}: not the code that was exported (sha256 {found[:12]}, {CONFIG} has {str(exported)[:12]}). "
         return [*faults, f"{fault}It was changed since: read it before anyone runs it, or export again."], []

@@ -111,10 +111,11 @@ def _missing_parts(config: PretrainedConfig) -> list[str]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever transformers says where it knows no language model of this kind
+    except Exception as error:  # transformers raises many kinds for models that it cannot build
         if out_of_memory(error):
             raise
-        return [f"no causal language model that transformers can build ({str(error).splitlines()[0]})"]
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return [f"no causal language model that transformers can build ({text})"]
     inner = getattr(model, "model", None)
     found = [f"no model.{name}" for name in ("layers", "norm", "rotary_emb") if not hasattr(inner, name)]
     if found:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -17,13 +16,13 @@ from transformers import (
 )
 
 from data.batch import Batch
-from data.errors import out_of_memory
-from models.artifact import CONFIG, draft_settings, read_json
+from models.artifact import CONFIG, draft_settings, read_object
 from models.attention import NAME, KeysValues, View, clean_mask
 from models.execution import EAGER, Execution, through_layers
 from models.families import layer_windows
 from models.hf_cache import keys_values
 from models.masks import per_window
+from models.readable import CONFIG_FILES, MODEL_FILES, TOKENIZER_FILES, reading, weight_files
 
 
 def load_target(
@@ -91,16 +90,12 @@ def _loaded(name: str, **settings: Any) -> PreTrainedModel:
         ValueError: an exported drafter, or weights that are missing, damaged or do not fit.
         OSError: no such directory or Hub id, or no weights there.
     """
-    if draft_settings(read_json(Path(name) / CONFIG) or {}) is not None:
+    if draft_settings(read_object(Path(name) / CONFIG)) is not None:
         raise ValueError(f"{name}: an exported drafter, no target. Load its target, and this beside it by load_draft.")
-    try:
+    with reading(name, "target", (*MODEL_FILES, *weight_files(Path(name)))):
         target, found = AutoModelForCausalLM.from_pretrained(
             name, attn_implementation=NAME, output_loading_info=True, **settings
         )
-    except (SafetensorError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        if out_of_memory(error):
-            raise
-        raise ValueError(f"{name}: the target did not load ({type(error).__name__}: {error}). Is it whole?") from error
     # Transformers gives them random values. Quantised models store them under other names.
     missing = sorted(found["missing_keys"])
     if missing and getattr(target.config, "quantization_config", None) is None:
@@ -110,15 +105,27 @@ def _loaded(name: str, **settings: Any) -> PreTrainedModel:
 
 
 def load_config(name: str | None, *, revision: str | None = None, architecture: dict[str, Any] | None = None):
-    """The target's config alone, cheap enough to check the settings against before any weight is read."""
+    """The target's config alone, cheap enough to check the settings against before any weight is read.
+
+    Raises:
+        ValueError: a damaged config, or one that transformers does not know.
+        OSError: no such directory or Hub id.
+    """
     if name is None:
         return AutoConfig.for_model(**(architecture or {}))
-    return AutoConfig.from_pretrained(name, revision=revision)
+    with reading(name, "target's config", CONFIG_FILES):
+        return AutoConfig.from_pretrained(name, revision=revision)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The target's tokenizer."""
-    return AutoTokenizer.from_pretrained(name, revision=revision)
+    """The target's tokenizer.
+
+    Raises:
+        ValueError: damaged files.
+        OSError: no such directory or Hub id, or no tokenizer there.
+    """
+    with reading(name, "tokenizer", TOKENIZER_FILES):
+        return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def vocabulary(target: PreTrainedModel) -> int:

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from models import verify_weights as weights
 from models.artifact import CARD, CONFIG, decoder_faults, draft_settings, extras, file_warnings, read_json
-from models.decoding import GenerationResult, check_untested, generate
+from models.decoding import GenerationResult, check_untested, generate, stop_tokens
 from models.draft import DraftModel
 from models.export import load_draft
 from models.families import check_architecture
@@ -36,6 +36,7 @@ from models.fingerprint import KEY as FINGERPRINT
 from models.fingerprint import OtherTarget, compare
 from models.generation_settings import followed_settings
 from models.hub import artifact_directory, is_repository_name
+from models.readable import CONFIG_FILES, reading
 from models.requests import integer
 from models.target import load_config, load_target, vocabulary
 from models.verify_config import calibrator_rank, config_faults
@@ -89,6 +90,9 @@ def verify(
             return
     loaded = load_target(str(target), revision=target_revision, dtype=dtype).to(device)
     tokenizer = find_tokenizer(str(target), target_revision)
+    with reading(str(target), "generation settings", ("generation_config.json",)):  # values are checked in use alone
+        stop_tokens(loaded)
+        loaded.generate(torch.tensor([[0]], device=loaded.device), max_new_tokens=1, tokenizer=tokenizer)
     check, draft = target_check(directory, loaded, tokenizer)
     yield check
     if not check.faults:
@@ -259,9 +263,10 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
         raise ValueError(f"{name}: no such directory, and no name of a repository of the Hub (owner/name) either.")
     try:
         config = load_config(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ValueError(f"{name}: the target's config did not load. {error}") from error
-    check_architecture(config)
+    with reading(name, "architecture", CONFIG_FILES):
+        check_architecture(config)
     return config
 
 
@@ -316,10 +321,10 @@ def main() -> None:
             lines = [("fault", text) for text in check.faults] or [("ok", check.summary)]
             lines += [("warning", text) for text in check.warnings]
             for kind, text in lines:
-                print(f"{kind:8} {check.name:9} {text}")
+                print(f"{kind:8} {check.name:9} {' '.join(text.split())}")
             faults += len(check.faults)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print("stopped; checks that are not shown were not made", file=sys.stderr)
         sys.exit(130)

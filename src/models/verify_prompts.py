@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.readable import TOKENIZER_FILES, one_line
 from models.target import load_tokenizer, vocabulary
 
 Messages = list[dict[str, str]]
@@ -37,13 +38,28 @@ def read_prompts(path: Path) -> list[Messages]:
 
 
 def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The target's tokenizer; None if it has none."""
+    """The target's tokenizer; None if it has none.
+
+    Raises:
+        ValueError: its files are damaged or incomplete.
+    """
+    present = [file for file in TOKENIZER_FILES if (Path(name) / file).exists()]
+    if Path(name).is_dir() and not present:
+        return None
     try:
         tokenizer = load_tokenizer(name, revision=revision)
-    except (OSError, ValueError):
+    except OSError as error:
+        if present:
+            raise ValueError(f"{name}: no tokenizer in {', '.join(present)} ({one_line(error)}).") from error
         return None
     # Without its files, transformers gives one of special tokens alone.
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+    if len(tokenizer) > len(tokenizer.all_special_ids):
+        return tokenizer
+    if present:
+        raise ValueError(
+            f"{name}: no vocabulary for the tokenizer, only {', '.join(present)}. Copy the other files too."
+        )
+    return None
 
 
 def prompt_tokens(

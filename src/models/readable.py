@@ -1,0 +1,82 @@
+"""Reading a target's files by transformers, so that each damaged one ends in one error that names it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from data.errors import UserError, out_of_memory
+from models.artifact import CONFIG, INDEX, WEIGHTS, read_object, why_no_object
+
+CONFIG_FILES = (CONFIG,)
+MODEL_FILES = (CONFIG, "generation_config.json", INDEX, "adapter_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja")
+WAY_OUT = "Copy or download it again."
+
+
+@contextmanager
+def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
+    """Around the loading of one part of a target.
+
+    Args:
+        name: directory or Hub id; files are checked in a directory only.
+        what: the part, as the message names it.
+        files: names of the files that transformers reads for it, as far as they exist.
+
+    Raises:
+        ValueError: a file is damaged, or transformers cannot use what is in the files.
+        OSError: transformers does not find a file, or cannot reach the Hub.
+    """
+    faults = damaged(Path(name), files) if Path(name).is_dir() else []
+    if faults:
+        raise UserError(f"{name}: the {what} did not load. {' '.join(faults)}")
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # of transformers and all that it reads files with: no list of kinds is complete
+        if out_of_memory(error):
+            raise
+        found = ", ".join(file for file in files if (Path(name) / file).exists())
+        raise UserError(
+            f"{name}: the {what} did not load{f' from {found}' if found else ''} ({one_line(error)}). Is it whole?"
+        ) from error
+
+
+def damaged(directory: Path, files: Sequence[str]) -> list[str]:
+    """What is wrong with those of some files that exist: JSON files hold objects, others text or tensors."""
+    present = [directory / file for file in files if (directory / file).exists() or (directory / file).is_symlink()]
+    return [fault for path in present if (fault := _fault(path))]
+
+
+def weight_files(directory: Path) -> list[str]:
+    """Names of the files from which transformers reads a model's weights: one file, else those of the index."""
+    if (directory / WEIGHTS).exists():
+        return [WEIGHTS]
+    places = read_object(directory / INDEX).get("weight_map")
+    if isinstance(places, dict):
+        return sorted({file for file in places.values() if isinstance(file, str)})
+    return [file.name for file in sorted(directory.glob("pytorch_model*.bin"))]
+
+
+def one_line(error: Exception) -> str:
+    """Kind and text of an error, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+
+
+def _fault(path: Path) -> str | None:
+    if path.suffix == ".json":
+        return why_no_object(path, WAY_OUT)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return None
+        if path.suffix in (".txt", ".jinja"):
+            path.read_text(encoding="utf-8")
+        elif not path.stat().st_size:
+            return f"{path.name}: empty. {WAY_OUT}"
+    except (OSError, UnicodeDecodeError, SafetensorError) as error:
+        return f"{path.name}: not readable ({one_line(error)}). {WAY_OUT}"
+    return None
