@@ -36,7 +36,7 @@ from models.fingerprint import KEY as FINGERPRINT
 from models.fingerprint import OtherTarget, compare
 from models.generation_settings import followed_settings
 from models.hub import artifact_directory, is_repository_name
-from models.readable import CONFIG_FILES, reading
+from models.readable import one_line, reading
 from models.requests import integer
 from models.target import load_config, load_target, vocabulary
 from models.verify_config import calibrator_rank, config_faults
@@ -265,8 +265,12 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
         config = load_config(name, revision=revision)
     except OSError as error:
         raise ValueError(f"{name}: the target's config did not load. {error}") from error
-    with reading(name, "architecture", CONFIG_FILES):
+    try:
         check_architecture(config)
+    except ValueError:
+        raise
+    except Exception as error:  # values of types that the config's class lets pass
+        raise ValueError(f"{name}: {CONFIG} describes no model that can be built ({one_line(error)}).") from error
     return config
 
 
