@@ -267,8 +267,8 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
         raise ValueError(f"{name}: the target's config did not load. {error}") from error
     try:
         check_architecture(config)
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # values of types that the config's class lets pass
         raise ValueError(f"{name}: {CONFIG} describes no model that can be built ({one_line(error)}).") from error
     return config
