@@ -95,7 +95,7 @@ def test_a_wrapped_target_is_refused_with_the_way_out(exported):
 
     target, _, directory = exported
     wrapped = get_peft_model(target, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"The target is a PeftModel.*get_base_model\(\).*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"The target is a PeftModel.*merge_and_unload\(\).*get_base_model"):
         load_draft(directory, wrapped)
 
 

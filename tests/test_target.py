@@ -1,5 +1,6 @@
 """The target loads as transformers loads it, or one error says why not."""
 
+import copy
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURE, TINY, command, random_draft, random_target
 from safetensors.torch import load_file, save_file
+from test_configs import composed
 from transformers import AutoModelForCausalLM
 
 from data.errors import UserError
@@ -14,8 +16,9 @@ from models.custom_generate import generate as shipped
 from models.decoding import MODES, generate
 from models.export import export_draft, load_draft
 from models.selection import OFF
-from models.target import load_target
+from models.target import load_config, load_target
 from models.verify import verify
+from train.resources import Resources
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,31 @@ def test_training_beside_a_quantised_target_is_refused_before_it_loads(tmp_path)
     done = command("+experiment=tiny", f"model.target.name={tmp_path / 'target'}", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "The target is quantized" in done.stderr and "Name the model that it was made from" in done.stderr
+
+
+@pytest.mark.parametrize("in_the_data", [False, True])
+def test_a_tokenizer_may_have_more_tokens_than_the_target_but_not_the_data(tmp_path, tiny_tokenizer, in_the_data):
+    shutil.copytree(TINY / "target", tmp_path / "target")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    rows = load_config(str(tmp_path / "target")).vocab_size
+    tokenizer.add_tokens([f"<more{i}>" for i in range(rows + 1 - len(tokenizer))])
+    assert len(tokenizer) == rows + 1
+    tokenizer.save_pretrained(tmp_path / "target")
+    word = f"<more{rows - len(tiny_tokenizer)}>" if in_the_data else "seven"
+    answer = {"role": "assistant", "content": f"one two three four five six {word}"}
+    turns = [{"role": "user", "content": "Count."}, answer]
+    (tmp_path / "data.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    config = composed(
+        "+experiment=tiny",
+        f"run_dir={tmp_path}",
+        f"model.target.name={tmp_path / 'target'}",
+        f"data.path={tmp_path / 'data.jsonl'}",
+        "data.validation_records=1",
+    )
+    resources = Resources(config)
+    resources.check_shape()
+    if in_the_data:
+        with pytest.raises(UserError, match=f"gives token {rows}, but the target's vocabulary ends at {rows - 1}"):
+            resources.rows  # noqa: B018
+    else:
+        assert len(resources.rows[0])

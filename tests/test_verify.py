@@ -98,7 +98,7 @@ def test_another_target_is_noticed_by_its_config_alone(key, healthy, tmp_path):
 
 def test_all_faults_of_a_check_are_told_and_later_checks_left_out(healthy, tmp_path):
     shutil.copytree(healthy / "whole", tmp_path / "artifact")
-    change_config(block_size=1, rope_theta=1.0, vocab_size=5)(tmp_path / "artifact")
+    change_config(block_size=1, rope_theta=1.0, head_dim=5)(tmp_path / "artifact")
     change_tensors(lambda tensors: tensors.pop("mask_embedding"))(tmp_path / "artifact")
     faults = faults_of(tmp_path / "artifact", healthy / "target")
     assert len(faults) == 3 and all(fault.startswith("config: ") for fault in faults)

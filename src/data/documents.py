@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as compute
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from filelock import FileLock, Timeout
 
@@ -71,6 +72,11 @@ class Documents(Sequence[Document]):
     def lengths(self) -> np.ndarray:
         """[documents] tokens, after cutting."""
         return _lengths(self.table, "input_ids")[self.indices]
+
+    def largest_token(self) -> int:
+        """The largest token id of all documents; -1 without tokens."""
+        chunks = [chunk.flatten() for chunk in self.table.data.column("input_ids").chunks]
+        return max((int(compute.max(tokens).as_py()) for tokens in chunks if len(tokens)), default=-1)
 
     def outcomes(self) -> dict[str, int]:
         """How many records were kept, cut, left out and refused."""

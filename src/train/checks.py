@@ -185,12 +185,11 @@ def _check_stage(config: DictConfig, stage: str) -> None:
         )
 
 
-def check_target(config: DictConfig, target_config: Any, positions: int, tokens: int) -> None:
-    """Check the settings against the target's config, how many tokens a text may have, and its tokenizer's size, before
-    its weights are read.
+def check_target(config: DictConfig, target_config: Any, positions: int) -> None:
+    """Check the settings against the target's config and how many tokens a text may have, before its weights are read.
 
     Raises:
-        UserError: draft layers, positions or vocabulary do not fit.
+        UserError: draft layers or positions do not fit.
     """
     layers = config.model.draft.num_layers
     if layers > target_config.num_hidden_layers:
@@ -203,11 +202,6 @@ def check_target(config: DictConfig, target_config: Any, positions: int, tokens:
     if longest > positions:
         raise UserError(
             f"data.row_length + model.draft.block_size = {longest} exceeds the target's {positions} positions."
-        )
-    if tokens > target_config.vocab_size:
-        raise UserError(
-            f"The tokenizer {config.model.target.tokenizer or config.model.target.name!r} has {tokens} tokens, "
-            f"the target's vocabulary {target_config.vocab_size}: they do not match. Set model.target.tokenizer."
         )
 
 

@@ -69,7 +69,7 @@ class Resources:
             check_architecture(self.target_config)
         except ValueError as error:
             raise UserError(f"model.target: {error}") from error
-        check_target(self.config, self.target_config, self.positions, self.encoder.backend.get_vocab_size())
+        check_target(self.config, self.target_config, self.positions)
 
     def forget_target(self) -> None:
         """Drop the target, to load it afresh: ZeRO 3 leaves it in pieces."""
@@ -174,7 +174,23 @@ class Resources:
             rejects=Path(self.config.run_dir) / "rejects.jsonl",
         )
         say(describe(prepared))
+        self._check_tokens(prepared.documents.largest_token())
         return prepared.training, prepared.validation
+
+    def _check_tokens(self, largest: int) -> None:
+        """A tokenizer may hold more tokens than the target embeds (Gemma 3 has one for images), but not in the data.
+
+        Raises:
+            UserError: a token of the data is not in the target's vocabulary.
+        """
+        vocabulary = self.target_config.vocab_size
+        if largest >= vocabulary:
+            name = self.target_settings["tokenizer"] or self.name
+            raise UserError(
+                f"data.path: the tokenizer {name!r} gives token {largest}, but the target's vocabulary ends at "
+                f"{vocabulary - 1}. Set model.target.tokenizer to the target's own tokenizer, or remove the records "
+                "with such tokens."
+            )
 
     @cached_property
     def benchmarks(self) -> dict[str, list[Messages]]:
