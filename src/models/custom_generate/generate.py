@@ -1,4 +1,4 @@
-"""FlexDraft decoding for plain transformers: the target drafts with its own last layers, and verifies in one pass.
+"""FlexDraft decoding for plain transformers (4.57 or newer): the target drafts with its own last layers and verifies.
 
     target.generate(**inputs, max_new_tokens=256, custom_generate="<this repository>", trust_remote_code=True)
 
