@@ -4,7 +4,7 @@
 #   examples/sweep.sh +experiment=tiny [override ...]
 #
 # Each run has a directory of its own, checkpoints/sweep_<block size>_<learning rate>. On a cluster, add
-# hydra/launcher=submitit_slurm (docs/cluster.md): each run becomes a job.
+# hydra/launcher=submitit_slurm (docs/guide/cluster.md): each run becomes a job.
 set -euo pipefail
 (($# >= 1)) || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
 

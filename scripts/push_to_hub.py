@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from data.errors import INTERRUPTED, UserError
-from train.hub import Destination, push
+from train.publish.upload import Destination, push
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.chat import Document
+from data.preprocess.chat_template import Document
 from models.draft import DraftModel
 from models.target import load_target, load_tokenizer
 

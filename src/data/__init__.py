@@ -1,1 +1,1 @@
-"""From conversations to batches: records -> tokens -> packed rows -> anchors. Knows nothing of models."""
+"""From conversations to batches: records, tokens, packed rows, anchors. Knows nothing of models."""

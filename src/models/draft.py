@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from data.batch import Batch
 from data.errors import out_of_memory
-from models.attention import Mask, View, blocks_mask
-from models.execution import EAGER, Execution, through_layers
+from models.attention.layers import EAGER, Execution, through_layers
+from models.attention.masks import dense, own_block, per_window
+from models.attention.packed import Mask, View, blocks_mask
 from models.families import layer_windows
-from models.masks import dense, own_block, per_window
 from models.target import Context
 
 UNKNOWN = -1  # in place of a token that the drafter is not told
@@ -27,7 +27,7 @@ class DraftModel(nn.Module):
 
     Beyond the paper, both off in its recipe: `bonus_slot`, by which slot 0 tells the other slots a bonus token that is
     known before drafting, as in sequential mode; and `chain_mlp`, by which each slot's logits depend on the token that
-    was drafted before it (docs/recipe.md).
+    was drafted before it (docs/results/recipe.md).
     """
 
     def __init__(
@@ -295,7 +295,8 @@ def _correction(hidden: int, rank: int, vocabulary: int, **kwargs) -> nn.Sequent
 
 @torch.no_grad()
 def start_from_head(draft: DraftModel) -> None:
-    """A start of calibrator and chain for training that has no effect either, and learns faster (docs/recipe.md).
+    """A start of calibrator and chain for training that has no effect either, and learns faster
+    (docs/results/recipe.md).
 
     W1 and b1 become zero, so the hidden units are silent; W2 becomes the target's head in its own principal directions,
     so that the first gradient already tells W1 how to move the hidden state. With random W1 and zero W2, only W2 can

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data.errors import out_of_memory
 
-# Held against transformers' own model in tests/test_families.py. For others there is `decoding.check_untested`.
+# Held against transformers' own model in tests/models/test_families.py. For others there is `decoding.check_untested`.
 TESTED = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on how long the text is
 
@@ -91,7 +91,7 @@ def check_architecture(config: PretrainedConfig) -> None:
     if missing:
         raise ValueError(
             f"{config.model_type} cannot be a target: it has {', '.join(missing)}. Tested families: "
-            f"{', '.join(TESTED)}; docs/families.md says what a family needs."
+            f"{', '.join(TESTED)}; docs/guide/families.md says what a family needs."
         )
 
 

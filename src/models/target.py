@@ -17,11 +17,11 @@ from transformers import (
 
 from data.batch import Batch
 from models.artifact import CONFIG, draft_settings, read_object
-from models.attention import NAME, KeysValues, View, clean_mask
-from models.execution import EAGER, Execution, through_layers
+from models.attention.layers import EAGER, Execution, through_layers
+from models.attention.masks import per_window
+from models.attention.packed import NAME, KeysValues, View, clean_mask
 from models.families import layer_windows
 from models.hf_cache import keys_values
-from models.masks import per_window
 from models.readable import CONFIG_FILES, MODEL_FILES, TOKENIZER_FILES, reading, weight_files
 
 

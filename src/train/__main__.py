@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import data.threads  # before torch  # noqa: F401
-from data.configuration import CONF, composed, unresolved
+from data.config.compose import CONF, composed, unresolved
 from data.errors import UserError
-from train.endings import AgreedEnd
-from train.preemption import received, stop, watch
+from train.endings.agreed import AgreedEnd
+from train.endings.preemption import received, stop, watch
 from train.sweep import check_jobs, run_job
 
 MULTIRUN = {"-m", "--multirun"}
@@ -47,11 +47,11 @@ def work(config: DictConfig) -> None:
     Raises:
         UserError: the settings, the data or the run directory do not allow it.
     """
-    from train.checks import check_config
+    from train.settings.checks import check_config
 
     check_config(config)
     if config.plan:
-        from train.plan import plan
+        from train.plan.report import plan
 
         plan(config)
         return

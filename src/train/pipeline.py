@@ -11,22 +11,22 @@ from omegaconf import DictConfig
 
 from data.errors import UserError
 from train import stages
-from train.checks import STAGES, TRAINED
-from train.disk import DiskError, as_user_error, check_no_link, remove_tree
-from train.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_export, finished_weights
-from train.hub import check_access, destination, of_target, push
-from train.identity import check_inputs, settings_of
-from train.loggers import check_loggers
-from train.model_card import is_outdated, write_card
-from train.preemption import set_training
-from train.preset import check_device, device
-from train.progress import ANEW, FINISHED, left_to_do
-from train.report import plot_losses
-from train.resources import Resources
-from train.run_lock import RunLock
-from train.run_state import StageRecord, read_record
-from train.space import ADAPTER, check_disk
-from train.speed import device_name
+from train.context import Resources
+from train.disk_space import ADAPTER, check_disk
+from train.endings.preemption import set_training
+from train.evaluate.plots import plot_losses
+from train.evaluate.throughput import device_name
+from train.loop.loggers import check_loggers
+from train.publish.model_card import is_outdated, write_card
+from train.publish.upload import check_access, destination, of_target, push
+from train.resume.identity import check_inputs, settings_of
+from train.resume.progress import ANEW, FINISHED, left_to_do
+from train.run_dir.disk import DiskError, as_user_error, check_no_link, remove_tree
+from train.run_dir.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_export, finished_weights
+from train.run_dir.lock import RunLock
+from train.run_dir.state import StageRecord, read_record
+from train.settings.checks import STAGES, TRAINED
+from train.settings.derived import check_device, device
 from train.terminal import say
 
 

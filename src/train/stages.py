@@ -16,26 +16,26 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.errors import UserError
-from models.adapter import LoraDraft, save_adapter
-from models.cost import block_flops
+from models.attention.layers import Execution
+from models.cost.flops import block_flops
 from models.draft import DraftModel, start_from_head
-from models.execution import Execution
-from models.export import DECODER, export_draft, load_draft, load_draft_weights, recommend
-from train.benchmark import decoding_settings, drafter_sizes, evaluate_drafter
-from train.checkpoints import check_handed_on, keeper
-from train.datamodule import DraftData
-from train.disk import disk_error, remove_tree, why_not_written
-from train.drafter_file import WEIGHTS, facts_of, finished_weights, save_drafter
-from train.evaluation import Variant
-from train.evaluation_report import markdown, plot_acceptance, plot_speed, print_report
-from train.finite import check_finite_weights, read_finite, skipped_steps
-from train.fit import build_trainer, fit, stage_monitor, wandb_loggers
-from train.live_decoding import live_decoding
-from train.preemption import agreed_signal, set_training
-from train.preset import device
-from train.resources import Resources
-from train.run_state import publish, sync, write_json
-from train.space import ADAPTER, check_shared_memory
+from models.export.artifact_io import DECODER, export_draft, load_draft, load_draft_weights, recommend
+from models.lora import LoraDraft, save_adapter
+from train.checkpoint.checkpoints import check_handed_on, keeper
+from train.context import Resources
+from train.disk_space import ADAPTER, check_shared_memory
+from train.endings.finite import check_finite_weights, read_finite, skipped_steps
+from train.endings.preemption import agreed_signal, set_training
+from train.evaluate.acceptance import Variant
+from train.evaluate.report import markdown, plot_acceptance, plot_speed, print_report
+from train.evaluate.run import decoding_settings, drafter_sizes, evaluate_drafter
+from train.loop.datamodule import DraftData
+from train.loop.fit import build_trainer, fit, stage_monitor, wandb_loggers
+from train.loop.validation_decoding import live_decoding
+from train.run_dir.disk import disk_error, remove_tree, why_not_written
+from train.run_dir.drafter_file import WEIGHTS, facts_of, finished_weights, save_drafter
+from train.run_dir.state import publish, sync, write_json
+from train.settings.derived import device
 from train.terminal import say
 
 CONTEXT = 256  # tokens before a block whose arithmetic is put on record

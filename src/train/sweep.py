@@ -16,11 +16,11 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from data.configuration import check_settings, composed
+from data.config.compose import check_settings, composed
 from data.errors import UserError
-from train.endings import NotFinished
-from train.preset import accelerator, device_count
-from train.run_state import read_json, write_json
+from train.endings.agreed import NotFinished
+from train.run_dir.state import read_json, write_json
+from train.settings.derived import accelerator, device_count
 
 SUMMARY = "summary.json"  # in the directory of each job: what was asked of it and how it ended
 TRAINED = ("attention_tuning", "bonus_calibration")

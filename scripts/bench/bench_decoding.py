@@ -1,0 +1,163 @@
+"""What a verify step takes in each mode and at each batch size, beside the floor that arithmetic and memory set.
+
+    python scripts/bench/bench_decoding.py --preset cpu                  # a minute on 2 cores
+    python scripts/bench/bench_decoding.py --preset 8b --dtype bfloat16  # on a GPU
+
+Weights and cache are random: what is measured does not depend on what is said. The floor of a pass is the greater of
+two times, by rates measured in the same run: its FLOPs (`models.cost.flops.decoding_flops`) at that of large matrix
+products, and the bytes that it cannot but read, weights and the cache, at that of a large matrix-vector product. "τ to
+break even" is how many tokens a step must gain to be as fast as the target alone.
+
+Needs torch and transformers. Works without an install, with PYTHONPATH=src.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from bench_report import machine, print_facts, print_table
+from bench_shapes import PRESETS
+from bench_steps import Clock, matmul_rate
+
+from models.cost.flops import decoding_flops
+from models.cost.sizes import Sizes
+from models.decoding.forward_passes import Passes
+from models.decoding.kv_cache import KVCache
+from models.draft import DraftModel
+from models.target import load_target
+
+ALONE, MODES = "target alone", ("sequential", "parallel")
+
+
+def arguments() -> argparse.Namespace:
+    """
+    Raises:
+        SystemExit: unknown or contradicting.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="shape of the target")
+    parser.add_argument("--rows", default="1,2,4,8,16", help="batch sizes")
+    parser.add_argument("--context", type=int, default=512, help="tokens in the cache")
+    parser.add_argument("--candidates", type=int, help="tokens that a step verifies; default: the block size")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=7, help="timed; the median counts")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench_decoding"))
+    return parser.parse_args()
+
+
+def read_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s at which a large matrix goes through a matrix-vector product: decoding one row does little else."""
+    matrix = torch.randn(8192, 16384, device=device, dtype=dtype)
+    vector = torch.randn(16384, device=device, dtype=dtype)
+    matrix @ vector
+    return matrix.nbytes / min(times(lambda: matrix @ vector, device, 10))
+
+
+def times(work: Callable[[], object], device: torch.device, count: int) -> list[float]:
+    """Seconds of each of several calls, after two to warm up."""
+    for _ in range(2):
+        work()
+    clock = Clock(device)
+    for _ in range(count):
+        work()
+        clock.mark()
+    return [seconds for _, seconds in clock.laps()]
+
+
+def floor(sizes: Sizes, mode: str, args: argparse.Namespace, rows: int, rates: tuple[float, float], word: int) -> dict:
+    """Seconds that a step takes at least: by arithmetic, by memory, and the sum of its passes' greater ones."""
+    count = 1 if mode == ALONE else args.candidates
+    parts = decoding_flops(
+        sizes, context=args.context, candidates=count, blocks={ALONE: 0, MODES[0]: 1}.get(mode, count)
+    )
+    token = 2 * sizes.keys * args.context * word  # of the cache, in one layer
+    head = sizes.embedding_parameters * word
+    target = (
+        parts["target"] + count * 2 * sizes.embedding_parameters,
+        sizes.weights(sizes.all_layers) * word + sizes.layers * rows * token + head,
+    )
+    blocks = parts["draft"] + parts["redundant blocks"]
+    own = sizes.draft_layers * (sizes.attention_weights * word + rows * token)  # projectors of the drafter, cache again
+    logits = ((sizes.block_size - 1) * 2 * sizes.embedding_parameters, head)
+    if mode == ALONE:
+        passes = [target]
+    elif mode == "sequential":
+        ffn = sum(sizes.ffn_weights(layer) for layer in sizes.drafting)
+        passes = [target, (blocks, own + ffn * word), logits]
+    else:
+        passes = [(target[0] + blocks, target[1] + own), logits]
+    arithmetic, memory = ([rows * f / rates[0] for f, _ in passes], [b / rates[1] for _, b in passes])
+    least = sum(map(max, zip(arithmetic, memory, strict=True)))
+    return {"arithmetic": sum(arithmetic), "memory": sum(memory), "floor": least, "flops": rows * sum(parts.values())}
+
+
+@torch.inference_mode()
+def measure(draft: DraftModel, args: argparse.Namespace, rows: int, mode: str) -> float:
+    """Median seconds of a step at this batch size."""
+    target, device, size = draft.target, draft.target.device, draft.block_size
+    config, count = target.config, 1 if mode == ALONE else args.candidates
+    shape = (1, config.num_key_value_heads, rows * args.context, config.head_dim)
+    packed = [
+        tuple(torch.randn(shape, device=device, dtype=target.dtype) for _ in range(2)) for _ in target.model.layers
+    ]
+    row_of = torch.arange(rows, device=device).repeat_interleave(args.context)
+    places = torch.arange(args.context, device=device).repeat(rows)
+    cache = KVCache(packed, row_of, places, rows, args.context + count, slots=count * size)
+    passes = Passes(target, draft, cache)
+    del packed
+    candidates = torch.randint(config.vocab_size, (rows, count), device=device)
+    positions, reach = args.context + torch.arange(count, device=device).expand(rows, -1), args.context + count
+
+    def step() -> None:
+        if mode == "parallel":
+            blocks = passes.verify_and_draft(candidates, positions, reach)[1]
+        else:
+            passes.verify(candidates, positions, reach)
+        if mode == "sequential":
+            blocks = passes.draft_blocks(positions[:, -1:] + 1, reach)
+        if mode != ALONE:
+            draft.logits(blocks[:, 0, 1:]).max(-1)
+
+    return median(times(step, device, args.steps))
+
+
+def main() -> None:
+    args = arguments()
+    preset, device = PRESETS[args.preset], torch.device(args.device)
+    args.candidates = args.candidates or preset.block_size
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    print_facts("Machine", machine(device))
+    with torch.device(device):
+        target = load_target(None, architecture=preset.architecture(preset.vocabulary), dtype=args.dtype)
+    draft = DraftModel(target, num_layers=preset.draft_layers, block_size=preset.block_size, calibrator_rank=0)
+    sizes = preset.sizes(preset.vocabulary, preset.draft_layers)
+    rates = (matmul_rate(device, args.dtype, 2048, 8), read_rate(device, dtype))
+    print_facts("Rates", {"products": f"{rates[0] / 1e9:,.0f} GFLOP/s", "reading": f"{rates[1] / 1e9:,.1f} GB/s"})
+    found, lines = [], []
+    for rows in map(int, args.rows.split(",")):
+        alone = None
+        for mode in (ALONE, *MODES):
+            seconds, least = measure(draft, args, rows, mode), floor(sizes, mode, args, rows, rates, dtype.itemsize)
+            alone = alone or seconds
+            found.append({"rows": rows, "mode": mode, "seconds": seconds, **least})
+            bound = "memory" if least["memory"] > least["arithmetic"] else "arithmetic"
+            cells = [f"{1e3 * seconds:,.1f}", f"{1e3 * least['floor']:,.1f}", bound, f"{seconds / least['floor']:.2f}"]
+            lines.append([str(rows), mode, f"{least['flops'] / 1e9:,.2f}", *cells, f"{seconds / alone:.2f}"])
+            print(f"{rows} rows, {mode}: {1e3 * seconds:,.1f} ms", flush=True)
+    header = ["rows", "mode", "GFLOP", "ms", "floor, ms", "bound by", "ms / floor", "τ to break even"]
+    print_table(
+        f"A step: {args.candidates} candidates, {args.context} tokens before them, preset {args.preset}", header, lines
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{args.preset}_{args.device}.json"
+    file.write_text(json.dumps({"machine": machine(device), "rates": rates, "steps": found}, indent=2) + "\n")
+    print(f"\nWritten: {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The targets and batches that `bench_train_step.py` measures, and what is known of them beforehand.
+
+Shapes as in `data.batch`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.batch import Batch
+from models.attention.masks import allowed_pairs
+from models.cost.flops import step_flops
+from models.cost.sizes import ATTENTION_TUNING, Sizes
+
+PARTS = ("target pass", "mask pass", "head and loss")  # of the FLOPs
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A target and the batches to train its drafter on."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int = 151936
+    tied: bool = True
+    draft_layers: int = 10
+    block_size: int = 16
+    row_length: int = 4096
+    documents: int = 4
+    anchors: int = 512
+
+    def architecture(self, vocabulary: int) -> dict:
+        """The target's config."""
+        return {
+            "model_type": "qwen3",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": 2**20,
+        }
+
+    def sizes(self, vocabulary: int, draft_layers: int) -> Sizes:
+        """The sizes of target and drafter."""
+        draft = {"num_layers": draft_layers, "block_size": self.block_size, "calibrator_rank": 0}
+        return Sizes.from_config(self.architecture(vocabulary), **draft)
+
+
+SMALL_ROWS = {"row_length": 512, "anchors": 24}
+PRESETS = {
+    "tiny": Preset(192, 512, 8, 6, 3, 32, vocabulary=2048, draft_layers=6, block_size=8, **SMALL_ROWS),
+    "cpu": Preset(1024, 3072, 8, 16, 8, 64, vocabulary=32768, draft_layers=4, row_length=1024, anchors=64),
+    "0.6b": Preset(1024, 3072, 28, 16, 8, 128),
+    "1.7b": Preset(2048, 6144, 28, 16, 8, 128),
+    "4b": Preset(2560, 9728, 36, 32, 8, 128),
+    "8b": Preset(4096, 12288, 36, 32, 8, 128, tied=False),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a batch."""
+
+    rows: int  # R
+    row_length: int  # T
+    documents: int  # of each row, as equal as whole tokens allow
+    anchors: int  # A
+    block_size: int  # B
+    vocabulary: int  # V
+
+    @property
+    def places(self) -> int:
+        """How many indices of a row may be anchors: all but each document's first, where the whole block fits."""
+        return self.row_length - self.documents * self.block_size
+
+    @property
+    def clean(self) -> int:
+        """Clean tokens of a step."""
+        return self.rows * self.row_length
+
+    @property
+    def masks(self) -> int:
+        """Mask tokens of a step."""
+        return self.rows * self.anchors * self.block_size
+
+    @property
+    def drafted(self) -> int:
+        """Slots with a loss: all are labelled, and slot 0 has none."""
+        return self.rows * self.anchors * (self.block_size - 1)
+
+    def misfit(self) -> str | None:
+        """Why the blocks do not fit into the documents, if they do not."""
+        rows = f"rows of {self.row_length} tokens in {self.documents} documents"
+        if self.row_length // self.documents <= self.block_size:
+            return f"blocks of {self.block_size} do not fit behind the first token of a document: {rows}"
+        if self.anchors > self.places:
+            return f"{self.anchors} anchors of {self.block_size} slots: {rows} have {self.places} places for them"
+        return None
+
+
+def random_batch(shape: Shape, seed: int) -> Batch:
+    """Random text, and anchors drawn from the places of each row without replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    size, length = shape.block_size, shape.row_length
+    ids = torch.randint(shape.vocabulary, (shape.rows, length), generator=generator)
+    documents = torch.arange(length) * shape.documents // length  # [T]
+    positions = torch.arange(length) - torch.searchsorted(documents, documents)
+    starts = torch.arange(length - size + 1)
+    places = starts[(positions[starts] > 0) & (documents[starts + size - 1] == documents[starts])]
+    drawn = [places[torch.randperm(len(places), generator=generator)[: shape.anchors]] for _ in range(shape.rows)]
+    anchors = torch.stack(drawn).sort().values  # [R, A]
+    at = anchors[..., None] + torch.arange(size)  # [R, A, B]
+    labels = ids.gather(1, at.flatten(1)).view_as(at)
+    positions, documents = (one.expand(shape.rows, -1).contiguous() for one in (positions, documents))
+    return Batch(ids, positions, documents, anchors, labels)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where in a batch a block is: its row, the start of its document, its anchor, its number in the row."""
+
+    row: int
+    start: int
+    anchor: int
+    number: int
+
+
+def typical_blocks(batch: Batch, count: int) -> list[Block]:
+    """Blocks whose prefixes are as long as those of the whole batch: the middles of `count` equal parts of them."""
+    prefixes = batch.position_ids.gather(1, batch.anchors).tolist()
+    blocks = [
+        Block(row, anchor - prefix, anchor, number)
+        for row, (anchors, lengths) in enumerate(zip(batch.anchors.tolist(), prefixes, strict=True))
+        for number, (anchor, prefix) in enumerate(zip(anchors, lengths, strict=True))
+    ]
+    blocks.sort(key=lambda block: block.anchor - block.start)
+    return [blocks[(2 * i + 1) * len(blocks) // (2 * count)] for i in range(count)]
+
+
+def floor_flops(sizes: Sizes, batches: list[Batch], teacher: bool) -> dict[str, float]:
+    """FLOPs of a step by part, which it cannot do without: a mean over the batches, whose anchors differ."""
+    totals: dict[str, float] = {}
+    for batch in batches:
+        rows, length = batch.input_ids.shape
+        clean_pairs, mask_pairs = allowed_pairs(batch)
+        parts = step_flops(
+            sizes,
+            ATTENTION_TUNING,
+            rows=rows,
+            row_length=length,
+            num_anchors=batch.anchors.shape[1],
+            teacher=teacher,
+            supervised=sum(max(0, labelled - 1) for labelled in batch.lengths),
+            clean_pairs=clean_pairs,
+            mask_pairs=mask_pairs,
+        )
+        for part in PARTS:
+            totals[part] = totals.get(part, 0) + parts[part] / len(batches)
+    return totals
+
+
+def least_memory(sizes: Sizes, shape: Shape, *, word: int, chunk: int, recompute: bool) -> dict[str, int]:
+    """Bytes that a step takes at least, by what for. `word`: bytes of a number of the target."""
+    # Of each mask token in each draft layer: inputs of the norms, queries, keys, values, attention's output, FFN.
+    token = 2 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys + 3 * sizes.intermediate
+    token = sizes.hidden if recompute else token
+    return {
+        "target": sizes.target_parameters * word,
+        "drafter, gradients, AdamW": 4 * 4 * sizes.tuned_parameters,
+        "activations": sizes.draft_layers * word * (shape.masks * token + shape.clean * 2 * sizes.keys),
+        "logits": min(chunk, shape.drafted) * sizes.vocabulary * 4,
+    }
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that may still be had, if the system tells."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")  # a container may have less than its machine
+        found += [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)

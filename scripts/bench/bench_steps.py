@@ -1,0 +1,279 @@
+"""What `bench_train_step.py` measures: a training step of stage 1 as `train` takes it, and two obvious ways to do it.
+
+Needs torch and transformers alone. Shapes as in `data.batch`; all times in seconds, all memory in bytes.
+"""
+
+import gc
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from bench_shapes import Block
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
+
+from data.batch import Batch
+from models.attention.layers import Execution
+from models.attention.masks import dense, document_causal
+from models.draft import DraftModel
+from models.hf_cache import forward_cached
+from models.loss.block_loss import block_loss
+from models.loss.objectives import Objective, slot_weights
+from models.target import cached_context, load_target, target_pass
+
+WARM_UP = 2  # steps; with --compile, the first compiles
+Mark = Callable[[str], None]
+Step = Callable[[Batch, Mark], Tensor]  # does one optimizer step, marks the end of each phase, gives the mean loss
+
+
+def unmarked(phase: str) -> None:
+    """The mark of steps that are timed as a whole."""
+
+
+class Training:
+    """Target with random weights, drafter, optimizer, and the ways to take a step with them."""
+
+    def __init__(
+        self,
+        architecture: dict,
+        *,
+        draft_layers: int,
+        block_size: int,
+        device: torch.device,
+        dtype: str,
+        execution: Execution,
+        objective: Objective,
+        chunk: int,
+    ) -> None:
+        self.device, self.execution, self.objective, self.chunk = device, execution, objective, chunk
+        self.autocast = dtype == "bfloat16"
+        with torch.device(device):
+            self.target = load_target(None, architecture=architecture, dtype=dtype)
+            shape = {"num_layers": draft_layers, "block_size": block_size, "calibrator_rank": 0}
+            self.draft = DraftModel(self.target, **shape, dtype=torch.float32)
+        self.draft.requires_grad_(False)
+        self.trained = [p.requires_grad_(True) for p in self.draft.attention_parameters().values()]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=2e-4, weight_decay=0.0, betas=(0.9, 0.95))
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Forward passes as with `trainer.precision`: bf16-mixed for a bfloat16 target, 32-true for a float32 one."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            yield
+
+    def fast(self, batch: Batch, mark: Mark = unmarked) -> Tensor:
+        """The step as training takes it."""
+        with self.arithmetic():
+            wanted, split = self.objective.needs_target, self.draft.split_layer
+            clean = target_pass(self.target, batch, split, with_hidden=wanted, execution=self.execution)
+            mark("target pass")
+            hidden = self.draft.forward_batch(clean.context, batch, self.execution)
+            mark("mask pass")
+            loss, weight, _ = block_loss(
+                self.draft.logits,
+                hidden,
+                batch,
+                objective=self.objective,
+                chunk=self.chunk,
+                target_hidden=clean.hidden,
+                compiled=self.execution.compile,
+            )
+            mark("loss")
+        (loss / weight).backward()
+        mark("mask pass")
+        self.update()
+        mark("optimizer")
+        return (loss / weight).detach()
+
+    def update(self) -> None:
+        """Clip the gradients, let the optimizer step, drop them."""
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def dense(self, batch: Batch, mark: Mark = unmarked) -> Tensor:
+        """The target pass shared by all anchors, but in full, with its logits; dense masks; all logits in autograd."""
+        rows, length = batch.input_ids.shape
+        with self.arithmetic():
+            mask = dense(document_causal(batch.document_ids), rows, length, length, self.device)
+            with torch.no_grad():
+                places, cache = {"attention_mask": mask, "position_ids": batch.position_ids}, DynamicCache()
+                clean = forward_cached(self.target, batch.input_ids, cache, **places)
+            context = cached_context(cache, self.draft.split_layer)
+            hidden = self.draft.forward_batch(context, batch, Execution("dense"))
+            before = batch.anchors[..., None] + torch.arange(self.draft.block_size - 1, device=self.device)
+            row = torch.arange(rows, device=self.device)[:, None, None]
+            teacher = clean.logits[row, before] if self.objective.needs_target else None
+            loss, weight = self.plain_loss(hidden, batch.labels, teacher)
+        (loss / weight).backward()
+        self.update()
+        mark("all")
+        return (loss / weight).detach()
+
+    def naive(self, batch: Batch, blocks: list[Block], mark: Mark = unmarked) -> Tensor:
+        """Like `dense`, with a pass of the target for every one of `blocks`, over its own prefix."""
+        size = self.draft.block_size
+        total = torch.zeros(2, device=self.device)
+        for block in blocks:
+            # Only an objective that compares with the target needs its predictions beyond the anchor.
+            end = block.anchor + (size if self.objective.needs_target else 0)
+            prefix = block.anchor - block.start
+            with self.arithmetic():
+                with torch.no_grad():
+                    cache = DynamicCache()
+                    clean = forward_cached(self.target, batch.input_ids[block.row, block.start : end][None], cache)
+                cached = cached_context(cache, self.draft.split_layer)
+                context = [(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in cached]
+                positions = prefix + torch.arange(size, device=self.device)[None, None]
+                teacher = clean.logits[:, None, prefix:-1] if self.objective.needs_target else None
+                labels = batch.labels[block.row, block.number][None, None]
+                loss, weight = self.plain_loss(self.draft(context, positions), labels, teacher)
+            loss.backward()
+            total += torch.stack([loss.detach(), weight])
+        mark("anchors")
+        torch._foreach_div_([p.grad for p in self.trained], total[1])
+        self.update()
+        mark("optimizer")
+        return total[0] / total[1]
+
+    def plain_loss(self, hidden: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sums of weighted losses and of weights of fully labelled blocks, the loss for autograd.
+
+        [R, A, B, H], [R, A, B], [R, A, B-1, V] or None: the target's logits of the drafted slots.
+        """
+        log_q = self.draft.logits(hidden[:, :, 1:]).float().log_softmax(-1)
+        ce = -log_q.gather(-1, labels[:, :, 1:, None])[..., 0]
+        values, confidence = self.objective.ce * ce, torch.exp(-ce)
+        if teacher is not None:
+            log_p = teacher.float().log_softmax(-1)
+            variation = (log_q.exp() - log_p.exp()).abs().sum(-1) / 2
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+            values = values + self.objective.kl * divergence + self.objective.tv * variation
+            confidence = 1 - variation
+        weights = slot_weights(self.objective, confidence.detach(), torch.ones_like(ce, dtype=torch.bool))
+        return (values * weights).sum(), weights.sum()
+
+    def held(self) -> int:
+        """Bytes of weights and of the optimizer's state, each storage once."""
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        tensors = [*self.target.parameters(), *self.target.buffers(), *self.draft.parameters(), *state]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Clock:
+    """Seconds between marks, by name. On a GPU by events, so that a mark makes nothing wait, unless `wait`."""
+
+    def __init__(self, device: torch.device, wait: bool = False) -> None:
+        self.cuda, self.wait = device.type == "cuda", wait
+        self.marks: list[tuple[str, object]] = []
+        self.mark("start")
+
+    def mark(self, name: str = "") -> None:
+        """What ran since the last mark is called `name`."""
+        if self.cuda and (self.wait or not self.marks):
+            torch.cuda.synchronize()
+        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            now.record()
+        self.marks.append((name, now))
+
+    def laps(self) -> list[tuple[str, float]]:
+        """Name and seconds of what each mark ended."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        return [(name, a.elapsed_time(b) / 1e3 if self.cuda else b - a) for (_, a), (name, b) in pairs]
+
+
+def whole_steps(step: Step, batches: list[Batch], count: int, device: torch.device) -> list[float]:
+    """Seconds of each of `count` steps, one after the other, over the batches in turn."""
+    clock = Clock(device)
+    for number in range(count):
+        step(batches[number % len(batches)], unmarked)
+        clock.mark()
+    return [seconds for _, seconds in clock.laps()]
+
+
+def warm_up(training: Training, batches: list[Batch]) -> float:
+    """Steps that are not timed: they compile, and make the optimizer's state. The mean loss of the first."""
+    loss = float(training.fast(batches[0]))
+    whole_steps(training.fast, batches[1:], WARM_UP - 1, training.device)
+    return loss
+
+
+def by_phase(step: Step, batches: list[Batch], count: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each phase in each of `count` steps; the device finishes a phase before the next begins."""
+    found: dict[str, list[float]] = {}
+    for number in range(count):
+        clock = Clock(device, wait=True)
+        step(batches[number % len(batches)], clock.mark)
+        laps = clock.laps()
+        for phase in dict.fromkeys(name for name, _ in laps):
+            found.setdefault(phase, []).append(sum(seconds for name, seconds in laps if name == phase))
+    return found
+
+
+def against_floor(times: list[float], flops: float, rate: float) -> dict:
+    """The median beside the time that the FLOPs take at a rate."""
+    seconds, floor = statistics.median(times), flops / rate
+    return {"seconds": seconds, "times": times, "floor": floor, "ratio": seconds / floor if floor else None}
+
+
+def matmul_rate(device: torch.device, dtype: str, size: int, repeats: int) -> float:
+    """FLOP/s of the fastest of several products of two random square matrices."""
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    for _ in range(2):
+        a @ b
+    clock = Clock(device)
+    for _ in range(repeats):
+        a @ b
+        clock.mark()
+    return 2 * size**3 / min(seconds for _, seconds in clock.laps())
+
+
+def peak_memory(step: Step, batch: Batch, training: Training) -> int:
+    """Greatest sum of all tensors' bytes in a step, weights and the optimizer's state included."""
+    gc.collect()
+    if training.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step(batch, unmarked)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports its own start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(batch, unmarked)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()  # negative for a release
+        peak = max(peak, now)
+    return training.held() + peak
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
+def first_wait(step: Step, batch: Batch) -> str | None:
+    """The line at which a step makes the host wait for the GPU; None if it never does."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch, unmarked)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((f for f in reversed(frames) if "/torch/" not in f.filename), frames[-1])
+        return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None

@@ -1,0 +1,387 @@
+"""What one optimizer step of stage 1 takes, in time and memory, beside the floor that its arithmetic sets.
+
+    python scripts/bench/bench_train_step.py --preset cpu                    # a step and its phases: minutes on 2 cores
+    python scripts/bench/bench_train_step.py --preset 8b --compile            # on a GPU
+    python scripts/bench/bench_train_step.py --preset tiny --baseline naive   # beside two obvious ways to do the same
+    python scripts/bench/bench_train_step.py --preset cpu --sweep anchors     # does time grow as its FLOPs do?
+    python scripts/bench/bench_train_step.py --preset cpu --sweep vocabulary  # what a large vocabulary costs in memory
+
+The floor is the FLOPs of `models.cost.flops.step_flops`, with the pairs that the masks allow in these very batches, at
+the rate of large matrix products, which is measured in the same run: before and after the steps, the greater counts.
+The step is what `train` takes, without Lightning: pass of the target, pass of the mask tokens, loss by chunks,
+backward, clipping, AdamW. Weights and texts are random; all slots are labelled. Several batches take turns, and are on
+the device beforehand. Whole steps are timed apart from phases, which need the device to wait between them, and from the
+step whose memory is measured: on a CPU every tensor that PyTorch's allocator gives and takes back, on a GPU what it has
+in use.
+
+Baselines, to be read beside the fast step: `dense` writes masks and the logits of all slots out and leaves the rest to
+autograd; `naive` also runs the target for every anchor anew, measured on a few anchors and scaled up to all.
+
+Needs torch and transformers; matplotlib for the picture. Works without an install, with PYTHONPATH=src.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from bench_report import (
+    PARTS,
+    Figures,
+    compare_growth,
+    draw_growth,
+    draw_phases,
+    draw_vocabulary,
+    listed,
+    machine,
+    print_facts,
+    print_growth,
+    print_step,
+    print_vocabulary,
+    save,
+)
+from bench_shapes import (
+    PRESETS,
+    Preset,
+    Shape,
+    floor_flops,
+    free_memory,
+    least_memory,
+    random_batch,
+    typical_blocks,
+)
+from bench_steps import (
+    WARM_UP,
+    Mark,
+    Training,
+    against_floor,
+    by_phase,
+    compiled_graphs,
+    first_wait,
+    matmul_rate,
+    peak_memory,
+    warm_up,
+    whole_steps,
+)
+from torch import Tensor
+from transformers.utils import logging
+
+from data.batch import Batch
+from models.attention.layers import Execution
+from models.attention.packed import KINDS
+from models.cost.sizes import Sizes
+from models.loss.objectives import Objective
+
+BATCHES = 3  # that take turns, so that nothing can be kept from one step to the next
+OBJECTIVES = {"ce": {}, "kl": {"ce": 0.0, "kl": 1.0}, "tv": {"ce": 0.0, "tv": 1.0}, "mixture": {"ce": 0.1, "tv": 0.9}}
+SWEEPS = {"anchors": [8, 16, 32, 64, 128], "rows": [256, 512, 1024, 2048, 4096], "vocabulary": [8192, 151936]}
+SIZES = {"anchors": "anchors", "rows": "row_length", "vocabulary": "vocabulary"}  # that a sweep changes
+BASELINES = {"none": (), "dense": ("dense",), "naive": ("dense", "naive")}
+SWEPT_MASKS = 2048  # mask tokens of the sweep over vocabularies, unless --anchors says otherwise
+SWEPT_ANCHORS = 64  # of the sweep over row lengths at most, or they would not fit short rows
+
+
+class OneLineErrors(argparse.ArgumentParser):
+    """Without the usage in front of what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def several(text: str) -> list[int]:
+    """Two whole numbers or more, separated by commas, in order."""
+    values = sorted({positive(value.strip()) for value in text.split(",")})
+    if len(values) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: a sweep has two values or more")
+    return values
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked as far as no device has to be asked for memory; shapes default to the preset's."""
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="cpu", help="shape of target and batches")
+    for name in ("row-length", "anchors", "documents", "vocabulary", "draft-layers"):
+        add(f"--{name}", type=positive, help="default: the preset's")
+    add("--rows", type=positive, default=1, help="of a batch")
+    add("--chunk", type=positive, default=2048, help="slots whose logits are held at a time")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the target and its arithmetic; default: bfloat16 on GPUs")
+    add("--attention", choices=KINDS, default="auto")
+    add("--compile", action="store_true", help="torch.compile of layers and loss")
+    add("--recompute", action="store_true", help="activation checkpointing of the draft layers")
+    add("--objective", choices=OBJECTIVES, default="ce")
+    add("--threads", type=positive, help="of PyTorch on the CPU")
+    add("--steps", type=positive, default=5, help=f"timed ones, after {WARM_UP} to warm up")
+    add("--seed", type=int, default=0)
+    add("--baseline", choices=("none", "dense", "naive"), default="none", help="naive: both of them")
+    add("--naive-anchors", type=positive, default=4, help="that the naive baseline is measured on")
+    add("--sweep", choices=SWEEPS, help="in place of a single shape; rows: the row length")
+    add("--values", type=several, help="of the sweep, separated by commas")
+    add("--matmul-size", type=positive, help="of the matrices whose products set the peak; default: by device")
+    add("--out", type=Path, default=Path("outputs/bench_train_step"), help="folder of JSON and PNG")
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    if problem := _contradiction(args, preset):
+        parser.error(problem)
+    if args.sweep:
+        args.values = args.values or SWEEPS[args.sweep]
+    if args.sweep == "vocabulary":
+        args.anchors = args.anchors or SWEPT_MASKS // preset.block_size
+    if args.sweep == "rows":
+        args.anchors = args.anchors or min(preset.anchors, SWEPT_ANCHORS)
+    for name in ("row_length", "anchors", "documents", "vocabulary", "draft_layers"):
+        setattr(args, name, getattr(args, name) or getattr(preset, name))
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.matmul_size = args.matmul_size or (8192 if args.device == "cuda" else 2048)
+    problems = filter(None, (shape.misfit() for shape in shapes(args)))
+    if problem := next(problems, None) or _too_large(args):
+        parser.error(problem)
+    return args
+
+
+def _contradiction(args: argparse.Namespace, preset: Preset) -> str | None:
+    """What is wrong with the command line, whatever the shape."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda, but PyTorch sees no GPU"
+    if args.device == "cpu" and args.attention == "flex":
+        return "--attention flex has no gradient on CPUs; use sdpa or auto"
+    if args.values and not args.sweep:
+        return "--values belongs to --sweep"
+    if args.sweep and args.baseline != "none":
+        return "--baseline is measured at a single shape, without --sweep"
+    if args.draft_layers and args.draft_layers > preset.layers:
+        return f"--draft-layers {args.draft_layers}, but the target has {preset.layers}"
+    if args.out.exists() and not args.out.is_dir():
+        return f"--out {args.out} is no folder"
+    return None
+
+
+def shapes(args: argparse.Namespace) -> list[Shape]:
+    """Those to measure."""
+    size = PRESETS[args.preset].block_size
+    shape = Shape(args.rows, args.row_length, args.documents, args.anchors, size, args.vocabulary)
+    return [replace(shape, **{SIZES[args.sweep]: value}) for value in args.values] if args.sweep else [shape]
+
+
+def _too_large(args: argparse.Namespace) -> str | None:
+    """Why not even the largest shape's least memory is there, if so: better than to be killed for it."""
+    free, options = free_memory(args.device), {"word": word(args), "chunk": args.chunk, "recompute": args.recompute}
+    found = [least_memory(sizes_of(args, shape), shape, **options) for shape in shapes(args)]
+    parts = max(found, key=lambda parts: sum(parts.values()))
+    if free is None or sum(parts.values()) <= free:
+        return None
+    listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+    need = sum(parts.values()) / 2**30
+    return f"{args.preset} in {args.dtype} takes {need:.1f} GiB at least ({listed}); free: {free / 2**30:.1f} GiB"
+
+
+def sizes_of(args: argparse.Namespace, shape: Shape) -> Sizes:
+    """The sizes of target and drafter."""
+    return PRESETS[args.preset].sizes(shape.vocabulary, args.draft_layers)
+
+
+def word(args: argparse.Namespace) -> int:
+    """Bytes of a number of the target."""
+    return getattr(torch, args.dtype).itemsize
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def objective_of(args: argparse.Namespace) -> Objective:
+    """With the weights of conf/objective/."""
+    return Objective(**OBJECTIVES[args.objective])
+
+
+def new_training(args: argparse.Namespace, shape: Shape) -> Training:
+    """Target and drafter with random weights."""
+    say(f"{args.preset}: making the target, vocabulary {shape.vocabulary:,}")
+    torch.manual_seed(args.seed)
+    return Training(
+        PRESETS[args.preset].architecture(shape.vocabulary),
+        draft_layers=args.draft_layers,
+        block_size=shape.block_size,
+        device=torch.device(args.device),
+        dtype=args.dtype,
+        execution=Execution(args.attention, args.compile, args.recompute),
+        objective=objective_of(args),
+        chunk=args.chunk,
+    )
+
+
+def new_batches(args: argparse.Namespace, shape: Shape) -> list[Batch]:
+    """On the device."""
+    return [random_batch(shape, args.seed + i).to(torch.device(args.device)) for i in range(BATCHES)]
+
+
+def rate_now(args: argparse.Namespace) -> float:
+    """FLOP/s of large matrix products."""
+    say(f"matmul rate, {args.matmul_size} x {args.matmul_size}")
+    repeats = 50 if args.device == "cuda" else 5
+    return matmul_rate(torch.device(args.device), args.dtype, args.matmul_size, repeats)
+
+
+def rates(args: argparse.Namespace, before: float) -> Figures:
+    """Of matrix products, now that all steps are done. The rate drifts where others use the machine too."""
+    after = rate_now(args)
+    used = max(before, after)
+    return {"dtype": args.dtype, "size": args.matmul_size, "before": before, "after": after, "used": used}
+
+
+def measure_step(args: argparse.Namespace) -> Figures:
+    """A single shape: steps, phases, memory, baselines."""
+    (shape,) = shapes(args)
+    training, batches = new_training(args, shape), new_batches(args, shape)
+    before = rate_now(args)
+    say(f"{WARM_UP} steps to warm up, {args.steps} as a whole, {args.steps} by phase")
+    figures = {"loss": warm_up(training, batches)}
+    graphs = compiled_graphs()
+    times = whole_steps(training.fast, batches, args.steps, training.device)
+    phases = by_phase(training.fast, batches, args.steps, training.device)
+    figures["recompilations"] = compiled_graphs() - graphs
+    if args.device == "cuda":
+        figures["waits"] = first_wait(training.fast, batches[0])
+    say("memory of a step")
+    figures["memory"] = memory_of(args, shape, training, batches[0])
+    figures["baselines"] = {name: baseline(args, name, training, batches) for name in BASELINES[args.baseline]}
+    parts = floor_flops(sizes_of(args, shape), batches, objective_of(args).needs_target)
+    figures["matmul"] = rates(args, before)
+    figures["step"] = against_floor(times, sum(parts.values()), figures["matmul"]["used"])
+    figures["phases"] = {
+        name: against_floor(laps, parts[PARTS[name]] if name in PARTS else 0, figures["matmul"]["used"])
+        for name, laps in phases.items()
+    }
+    total = sum(phase["seconds"] for phase in figures["phases"].values())
+    for phase in figures["phases"].values():
+        phase["share"] = phase["seconds"] / total
+    tokens = {"clean": shape.clean, "mask": shape.masks}
+    figures["tokens_per_second"] = {kind: count / figures["step"]["seconds"] for kind, count in tokens.items()}
+    return figures | {"flops": parts | {"step": sum(parts.values())}}
+
+
+def memory_of(args: argparse.Namespace, shape: Shape, training: Training, batch: Batch) -> dict[str, int]:
+    """Bytes: the peak of a step, and what of it a vocabulary explains."""
+    sizes = sizes_of(args, shape)
+    matrix = sizes.embedding_parameters * word(args)
+    return {
+        "peak": peak_memory(training.fast, batch, training),
+        "held": training.held(),
+        "head": matrix,
+        "head and embedding": matrix if sizes.tied else 2 * matrix,
+        "chunk": min(args.chunk, shape.drafted) * sizes.vocabulary * 4,
+    }
+
+
+def baseline(args: argparse.Namespace, name: str, training: Training, batches: list[Batch]) -> Figures:
+    """Seconds and bytes of a step done an obvious way; what a GPU has no memory for is said, and left out."""
+    say(f"baseline {name}")
+    total = batches[0].anchors.numel()
+    few = min(args.naive_anchors, total)
+    blocks = {id(batch): typical_blocks(batch, few) for batch in batches}
+
+    def naive(batch: Batch, mark: Mark) -> Tensor:
+        return training.naive(batch, blocks[id(batch)], mark)
+
+    def fast_as_one(batch: Batch, mark: Mark) -> Tensor:
+        loss = training.fast(batch)
+        mark("fast")
+        return loss
+
+    step = naive if name == "naive" else training.dense
+    phases: dict[str, list[float]] = {}
+    try:
+        whole_steps(step, batches, WARM_UP, training.device)
+        for number in range(args.steps):  # in turn with the fast step: on a drifting machine, both drift
+            for one in (step, fast_as_one):
+                for phase, laps in by_phase(one, batches[number % BATCHES :], 1, training.device).items():
+                    phases.setdefault(phase, []).extend(laps)
+        memory = peak_memory(step, batches[0], training)
+    except torch.OutOfMemoryError:
+        training.optimizer.zero_grad(set_to_none=True)
+        return {"failed": "does not fit the GPU's memory"}
+    times = {phase: statistics.median(laps) for phase, laps in phases.items()}
+    seconds = times["anchors"] * total / few + times["optimizer"] if name == "naive" else times["all"]
+    found = {"seconds": seconds, "fast": times["fast"], "ratio": seconds / times["fast"], "memory": memory}
+    return found | ({"measured": few, "anchors": total} if name == "naive" and few < total else {})
+
+
+def measure_growth(args: argparse.Namespace) -> Figures:
+    """Step times over anchors or row lengths. Shapes take turns, so that a drifting machine drifts for all of them."""
+    torch._dynamo.config.recompile_limit = 64  # each shape is compiled for itself
+    swept = shapes(args)
+    training, before = new_training(args, swept[0]), rate_now(args)
+    batches = [new_batches(args, shape) for shape in swept]
+    for value, own in zip(args.values, batches, strict=True):
+        say(f"{value}: {WARM_UP} steps to warm up")
+        warm_up(training, own)
+    graphs = compiled_graphs()
+    times: list[list[float]] = [[] for _ in swept]
+    for number in range(args.steps):
+        say(f"step {number + 1} of {args.steps}")
+        for found, own in zip(times, batches, strict=True):
+            found += whole_steps(training.fast, own[number % BATCHES :], 1, training.device)
+    points = []
+    for value, shape, own, found in zip(args.values, swept, batches, times, strict=True):
+        flops = sum(floor_flops(sizes_of(args, shape), own, objective_of(args).needs_target).values())
+        points.append({"value": value, "flops": flops, "seconds": statistics.median(found), "times": found})
+    figures = {"points": points, "recompilations": compiled_graphs() - graphs, "matmul": rates(args, before)}
+    figures["sweep"] = args.sweep
+    compare_growth(figures)
+    return figures
+
+
+def measure_vocabulary(args: argparse.Namespace) -> Figures:
+    """Peak memory over vocabularies."""
+    points = []
+    for shape in shapes(args):
+        training, batches = new_training(args, shape), new_batches(args, shape)
+        warm_up(training, batches)
+        say("memory of a step")
+        points.append({"value": shape.vocabulary, **memory_of(args, shape, training, batches[0])})
+        del training
+        gc.collect()  # before the next target is made
+    for point in points:
+        point["limit"] = 1.3 * points[0]["peak"] + point["head and embedding"] + point["chunk"]
+    within = all(point["peak"] <= point["limit"] for point in points[1:])
+    return {"sweep": args.sweep, "points": points, "mask_tokens": shapes(args)[0].masks, "within": within}
+
+
+def main() -> None:
+    args = arguments()
+    logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    figures: Figures = {"arguments": vars(args) | {"out": str(args.out)}, "machine": machine(torch.device(args.device))}
+    print_facts("Machine", figures["machine"])
+    batch = vars(shapes(args)[0]) | ({SIZES[args.sweep]: "swept"} if args.sweep else {})
+    keys = ("draft_layers", "chunk", "dtype", "attention", "compile", "recompute", "objective")
+    settings = {key: getattr(args, key) for key in keys}
+    print_facts(f"Preset {args.preset}", {"batch": listed(batch), "settings": listed(settings)})
+    measure, show, draw = {
+        None: (measure_step, print_step, draw_phases),
+        "vocabulary": (measure_vocabulary, print_vocabulary, draw_vocabulary),
+    }.get(args.sweep, (measure_growth, print_growth, draw_growth))
+    try:
+        figures |= measure(args)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(__file__).name}: {str(error).splitlines()[0]}")
+    show(figures)
+    name = f"{args.preset}_{args.device}_{args.sweep or 'step'}"
+    print("\nWritten:", *save(args.out, name, figures, draw))
+
+
+if __name__ == "__main__":
+    main()

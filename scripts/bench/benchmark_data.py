@@ -1,0 +1,143 @@
+"""How fast conversations become rows, in how much memory: 50,000 and 200,000 records, with 1 and 2 processes.
+
+    python scripts/bench/benchmark_data.py
+
+The records are conversations of one to six turns, put together from the embedded ones and all different. Every
+measurement is a process of its own with an empty cache; the second call finds the first one's cache. "One row" is the
+time to put one row of 4,096 tokens together. About 15 minutes, 4 GB of temporary disk; Linux only.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+TINY = Path(__file__).resolve().parents[2] / "src" / "data" / "tiny"
+ROW_LENGTH = 4096
+
+
+def write_records(file: Path, count: int) -> None:
+    """`count` different conversations."""
+    turns = [json.loads(line)["messages"] for line in (TINY / "conversations.jsonl").open(encoding="utf-8")]
+    draw = random.Random(0)
+    with file.open("w", encoding="utf-8") as out:
+        for number in range(count):
+            chosen = [message for _ in range(draw.randint(1, 6)) for message in draw.choice(turns)]
+            system = {"role": "system", "content": f"This is conversation {number}."}
+            out.write(json.dumps({"messages": [system, *chosen]}, ensure_ascii=False) + "\n")
+
+
+def measure(file: str, num_proc: int) -> None:
+    """Prepare a file and print the figures as JSON; runs in a process of its own."""
+    from data.preprocess.chat_template import ChatEncoder
+    from data.preprocess.prepare import prepare
+    from data.sources.readers import open_parts
+    from models.target import load_tokenizer
+
+    encoder = ChatEncoder(load_tokenizer(str(TINY / "target")), {})
+    start = time.perf_counter()
+    prepared = prepare(
+        open_parts(file, split="train", max_records=None),
+        encoder,
+        row_length=ROW_LENGTH,
+        overlong="turn",
+        bad_records="stop",
+        num_proc=num_proc,
+        validation_records=256,
+        block_size=16,
+        seed=0,
+        rejects=Path(file).with_suffix(".rejects"),
+    )
+    seconds = time.perf_counter() - start
+    rows = prepared.training
+    for index in range(0, len(rows), max(1, len(rows) // 1000)):
+        rows[index]
+    figures = {
+        "seconds": seconds,
+        "tokens": int(prepared.documents.lengths.sum()),
+        "rows": len(rows),
+        "efficiency": rows.efficiency(),
+        "row_ms": (time.perf_counter() - start - seconds) / min(1000, len(rows)) * 1e3,
+    }
+    print(json.dumps(figures))
+
+
+def watched(command: list[str], environment: dict[str, str]) -> tuple[dict, float, float]:
+    """The figures that a command prints, and the peaks in MB of its own memory and of its largest worker's.
+
+    Own memory is what no file backs: pages of memory-mapped files are the system's to take back, and do not count.
+    """
+    with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as process:
+        peaks = {"main": 0.0, "worker": 0.0}
+
+        def watch() -> None:
+            while process.poll() is None:
+                for who, pid in [("main", process.pid), *(("worker", child) for child in children(process.pid))]:
+                    peaks[who] = max(peaks[who], own_memory(pid))
+                time.sleep(0.02)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        printed = process.stdout.read()
+        thread.join()
+    if process.returncode:
+        sys.exit(f"{command} ended with status {process.returncode}")
+    return json.loads(printed), peaks["main"], peaks["worker"]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started, and those that they started."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        found = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def own_memory(pid: int) -> float:
+    """MB of a process that no file backs."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, nargs="+", default=[50_000, 200_000])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        return measure(args.measure[0], int(args.measure[1]))
+
+    print("| records | processes | call | seconds | tokens/s | rows full | peak of main, worker | one row |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for count in args.records:
+            file = Path(folder) / f"{count}.jsonl"
+            write_records(file, count)
+            for processes in args.processes:
+                for call in ("first", "second"):
+                    # RAYON: the tokenizer's own threads would make one process look like two.
+                    cache = {"HF_DATASETS_CACHE": f"{folder}/cache-{count}-{processes}", "RAYON_NUM_THREADS": "1"}
+                    command = [sys.executable, __file__, "--measure", str(file), str(processes)]
+                    found, own, worker = watched(command, cache)
+                    print(
+                        f"| {count:,} | {processes} | {call} | {found['seconds']:.1f} "
+                        f"| {found['tokens'] / found['seconds']:,.0f} | {found['efficiency']:.2%} "
+                        f"| {own:.0f} MB, {worker:.0f} MB | {found['row_ms']:.2f} ms |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Peak memory of real training steps on CPU, beside the estimate of `models.cost.memory`.
+
+    python scripts/bench/measure_memory.py                       # the tiny experiment, and other shapes and dtypes
+    python scripts/bench/measure_memory.py +experiment=tiny ...  # one configuration, both stages
+
+Each measurement is a fresh process that trains a few steps through Lightning. Tensors are counted from every allocation
+and release of PyTorch's CPU allocator, as its profiler reports them, plus the weights, which are there before. The
+kernel's own figure of the process (its greatest resident size less that before training) is a cross-check: it also
+holds what libraries allocate past PyTorch and what the C library keeps for later. All slots carry a label, as the
+estimate assumes.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+from rich.console import Console
+from rich.table import Table
+
+from data.config.compose import composed
+from models.cost.sizes import Sizes
+from train.plan.estimate import estimate, machine_of, target_sizes
+from train.settings.checks import TRAINED
+
+MB = 10**6
+STEPS = 3  # from the second on, there are moments of the optimizer and gradients of the step before
+TINY = "+experiment=tiny"
+# A target whose vocabulary outweighs its layers as a real one's does.
+WIDE = [TINY, "model=stand_in", "model.draft.num_layers=3", "model.draft.calibrator_rank=64", "data.row_length=512"]
+WIDE += [f"model.target.architecture.{size}" for size in ("vocab_size=8192", "hidden_size=256", "head_dim=32")]
+WIDE += [f"model.target.architecture.{size}" for size in ("intermediate_size=768", "num_attention_heads=8")]
+WIDE += [f"stage.{stage}.{key}" for stage in TRAINED for key in ("rows_per_step=2", "num_anchors=16")]
+FLOAT32, BF16 = ["trainer.precision=32-true"], ["trainer.precision=bf16-mixed"]
+WIDE_BF16 = [*WIDE, *BF16, "model.target.dtype=bfloat16"]
+SMALL_CHUNKS = [f"stage.{stage}.module.chunk=64" for stage in TRAINED]
+ONE_ROW = [f"stage.{stage}.rows_per_pass=1" for stage in TRAINED]
+RECOMPUTE = ["speed.recompute=true"]
+FEW_BLOCKS = [f"stage.{stage}.num_anchors=4" for stage in TRAINED]
+MANY_BLOCKS = [f"stage.{stage}.num_anchors=100" for stage in TRAINED]
+FAMILY = "model.target.architecture.model_type="
+GEMMA = [f"{FAMILY}gemma3_text", "+model.target.architecture.sliding_window=128"]
+EXPERTS = [f"{FAMILY}qwen3_moe", "+model.target.architecture.num_local_experts=16"]
+EXPERTS += [f"+model.target.architecture.{size}" for size in ("num_experts_per_tok=4", "moe_intermediate_size=384")]
+BEYOND = ["+recipe=beyond", "model.draft.chain_rank=32"]
+CASES = {
+    "tiny, float32": [TINY, *FLOAT32],
+    "tiny, bf16-mixed": [TINY, *BF16],
+    "wide, float32": [*WIDE, *FLOAT32],
+    "wide, float32, small chunks": [*WIDE, *FLOAT32, *SMALL_CHUNKS],
+    "wide, float32, mixture": [*WIDE, *FLOAT32, "objective=mixture"],
+    "wide, float32, bf16-mixed": [*WIDE, *BF16],
+    "wide, bfloat16 target": WIDE_BF16,
+    "wide, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS],
+    "wide, bfloat16 target, two passes": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW],
+    "wide, bfloat16 target, mixture": [*WIDE_BF16, "objective=mixture"],
+    "wide, bfloat16 target, recompute": [*WIDE_BF16, *RECOMPUTE],
+    "wide, bfloat16 target, recompute, small chunks": [*WIDE_BF16, *RECOMPUTE, *SMALL_CHUNKS],
+    "wide, bfloat16 target, compiled": [*WIDE_BF16, "speed.compile=true"],
+    "wide, long rows, few blocks": [*WIDE_BF16, *SMALL_CHUNKS, "data.row_length=1000", *FEW_BLOCKS],
+    "wide, one row, many blocks": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS],
+    "beyond, float32": [*WIDE, *FLOAT32, *BEYOND],
+    "beyond, bfloat16 target": [*WIDE_BF16, *BEYOND],
+    "beyond, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *BEYOND],
+    "experts, float32": [*WIDE, *FLOAT32, *EXPERTS],
+    "experts, bf16-mixed": [*WIDE, *BF16, *EXPERTS],
+    "experts, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *EXPERTS],
+    "experts, recompute, many blocks": [*WIDE_BF16, *RECOMPUTE, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS, *EXPERTS],
+    "experts, compiled": [*WIDE_BF16, *EXPERTS, "speed.compile=true"],
+    "Gemma 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *GEMMA],
+    "OLMo 2, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}olmo2"],
+    "Phi 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}phi3"],
+}
+
+
+class Repeated:
+    """A loader that gives the same batch in every pass."""
+
+    def __init__(self, batch, passes: int) -> None:
+        self.batch, self.passes = batch, passes
+
+    def __len__(self) -> int:
+        return self.passes
+
+    def __iter__(self):
+        return iter([self.batch] * self.passes)
+
+
+def full_batch(sizes: Sizes, rows: int, row_length: int, num_anchors: int):
+    """Random text in which every slot of every block carries a label."""
+    import torch
+
+    from data.batch import Batch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, sizes.vocabulary, (rows, row_length), generator=generator)
+    starts = row_length - sizes.block_size
+    anchors = 1 + torch.stack([torch.randperm(starts, generator=generator)[:num_anchors] for _ in range(rows)])
+    anchors = anchors.sort().values
+    at = anchors[..., None] + torch.arange(sizes.block_size)  # [R, A, B]
+    labels = ids.gather(1, at.flatten(1)).view_as(at)
+    positions = torch.arange(row_length).expand(rows, -1).contiguous()
+    return Batch(ids, positions, torch.zeros_like(ids), anchors, labels)
+
+
+def prepared(config, stage: str):
+    """Module, a full batch of one pass and the passes of a step, as the pipeline would make them."""
+    from hydra.utils import instantiate
+
+    from models.attention.layers import Execution
+    from models.draft import DraftModel
+    from train.context import Resources
+
+    settings, shape = config.stage[stage], config.model.draft
+    target = Resources(config).target
+    absent = {} if stage == "bonus_calibration" else {"calibrator_rank": 0, "chain_rank": 0}
+    import torch
+
+    draft = DraftModel(target, **{**shape, **absent}, dtype=torch.float32)
+    rows = settings.rows_per_pass or settings.rows_per_step
+    batch = full_batch(target_sizes(config), rows, config.data.row_length, settings.num_anchors)
+    execution = Execution(**{key: config.speed[key] for key in ("attention", "compile", "recompute")})
+    return instantiate(settings.module)(target, draft, execution=execution), batch, settings.rows_per_step // rows
+
+
+def train(config, module, batch, passes: int) -> None:
+    """A few optimizer steps."""
+    import lightning
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False}
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        max_epochs=-1,
+        precision=config.trainer.precision,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=passes,
+        **quiet,
+    )
+    # Stage 2 leaves out blocks at whose anchor the target would have said another word; here it says what is written.
+    with mock.patch("train.loop.modules.bonus_tokens", saying(batch)):
+        trainer.fit(module, Repeated(batch, STEPS * passes))
+
+
+def saying(batch):
+    """`bonus_tokens`, which does its work but answers with the text."""
+    from models.target import bonus_tokens
+
+    def answer(*arguments):
+        bonus_tokens(*arguments)
+        return batch.input_ids.gather(1, batch.anchors)
+
+    return answer
+
+
+def weights_bytes(module) -> int:
+    """Of target and drafter, each storage once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def tensor_peak(config, stage: str) -> int:
+    """Greatest sum of all tensors' bytes over a few training steps."""
+    module, batch, passes = prepared(config, stage)
+    return weights_bytes(module) + most_allocated(lambda: train(config, module, batch, passes))
+
+
+def decoding_peak(config, stage: str, prompt_length: int) -> int:
+    """Greatest sum of all tensors' bytes while prompts of a length are decoded as between two steps."""
+    import torch
+
+    from train.loop.validation_decoding import LiveDecoding
+
+    module, _, _ = prepared(config, stage)
+    settings, vocabulary = config.stage[stage].decode, module.target.config.vocab_size
+    prompts = torch.randint(3, vocabulary, (settings.prompts, prompt_length)).tolist()
+    limits = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    decoding = LiveDecoding(prompts, **limits)
+    return weights_bytes(module) + most_allocated(lambda: decoding._decode(module.draft, prompts))
+
+
+def most_allocated(run: Callable[[], object]) -> int:
+    """Greatest sum of the bytes of all tensors that are made meanwhile."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()  # negative for a release
+        peak = max(peak, now)
+    return peak
+
+
+def resident_peak(config, stage: str) -> int:
+    """Weights, and by how much the process grew while it trained."""
+    module, batch, passes = prepared(config, stage)
+    before = _status("VmRSS")
+    train(config, module, batch, passes)
+    return weights_bytes(module) + _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def estimated(config, stage: str) -> tuple[float, str]:
+    """Bytes without what Python and the libraries take, and the fullest phase; nothing is validated here."""
+    config = config.copy()
+    config.stage[stage].decode.prompts = 0
+    result = estimate(config, stage, target_sizes(config), machine_of(config))
+    return result.bytes - result.parts["other"], result.phase
+
+
+def in_fresh_process(kind: str, stage: str, overrides: list[str]) -> int:
+    """A measurement by name, away from what this process holds."""
+    command = [sys.executable, __file__, "--measure", kind, stage, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    overrides = sys.argv[1:]
+    if overrides[:1] == ["--measure"]:
+        measure = {"tensors": tensor_peak, "resident": resident_peak}[overrides[1]]
+        print(json.dumps(measure(composed(overrides[3:]), overrides[2])))
+        return
+    table = Table(title="Peak of one rank, MB", title_justify="left")
+    for column in ("case", "stage", "fullest phase", "estimate", "tensors", "ratio", "resident"):
+        table.add_column(column, justify="left" if column in ("case", "stage", "fullest phase") else "right")
+    for name, case in ({"given": overrides} if overrides else CASES).items():
+        for stage in TRAINED:
+            guess, phase = estimated(composed(case), stage)
+            real = in_fresh_process("tensors", stage, case)
+            resident = in_fresh_process("resident", stage, case)
+            print(f"{name}, {stage}: {guess / real:.3f}", file=sys.stderr)
+            figures = (f"{guess / MB:.1f}", f"{real / MB:.1f}", f"{guess / real:.3f}", f"{resident / MB:.0f}")
+            table.add_row(name, stage, phase, *figures)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Conversations to packed rows: chat template, supervision, tokenisation, packing, anchors."""

@@ -1,0 +1,125 @@
+"""Pack documents into rows of one length."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.batch import PADDING_DOCUMENT
+from data.preprocess.chat_template import Document
+
+
+@dataclass
+class Row:
+    """One packed row; arrays of length T."""
+
+    input_ids: np.ndarray  # int64
+    position_ids: np.ndarray  # int64, restarting at 0 with every document
+    document_ids: np.ndarray  # int64, PADDING_DOCUMENT for padding
+    supervised: np.ndarray  # bool
+
+
+def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """[documents] the row of each, so that lengths add up to at most `row_length` in all of them.
+
+    Best fit, longest document first, ties by index: each goes to the fullest row that still has room for it.
+
+    Raises:
+        ValueError: a document is longer than a row.
+    """
+    rows = np.empty(len(lengths), np.int32)
+    open_rows: dict[int, list[int]] = {}  # by the room left
+    rooms: list[int] = []  # the keys of `open_rows`, ascending; at most `row_length` of them, whatever the data
+    count = 0
+    for i in np.argsort(-lengths, kind="stable"):  # not as a list: memory should not grow with the data
+        length = int(lengths[i])
+        if length > row_length:
+            raise ValueError(f"document {i} has {length} tokens, a row {row_length}")
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[at]
+        else:
+            room, row = row_length, count
+            count += 1
+        rows[i] = row
+        left = room - length
+        if left not in open_rows:
+            open_rows[left] = []
+            insort(rooms, left)
+        open_rows[left].append(row)
+    return rows
+
+
+class PackedRows(Sequence[Row]):
+    """Rows that hold every document once, put together when asked for: only the plan is in memory."""
+
+    def __init__(self, documents: Sequence[Document], lengths: np.ndarray, row_length: int, pad_id: int) -> None:
+        """`lengths` are those of the documents, known without reading them."""
+        self.documents, self.row_length, self.pad_id = documents, row_length, pad_id
+        rows = best_fit(lengths, row_length)
+        self._members = np.argsort(rows, kind="stable")  # documents, row by row
+        self._edges = np.searchsorted(rows[self._members], np.arange(rows.max(initial=-1) + 2))
+        self.tokens = int(lengths.sum())
+        # Pairs of a token and one that it may attend to: none before it, or of another document.
+        self.pairs = int((lengths.astype(np.int64) * (lengths.astype(np.int64) + 1)).sum()) // 2
+
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  rows are asked for one by one
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        members = self._members[self._edges[index] : self._edges[index + 1]]
+        return fill([self.documents[i] for i in members.tolist()], self.row_length, self.pad_id)
+
+    def totals(self, values: np.ndarray) -> np.ndarray:
+        """[rows] a number per document, added up over each row."""
+        return np.add.reduceat(values[self._members], self._edges[:-1]) if len(self) else np.zeros(0, np.int64)
+
+    def beginnings(self, most: int, longest: int) -> list[list[int]]:
+        """What comes before the first supervised token, of the first documents where that is 1 to `longest` tokens.
+
+        By the order of the documents, which is drawn, not of the rows: they begin with the longest ones.
+        """
+        found: list[list[int]] = []
+        for i in range(len(self.documents)):
+            if len(found) == most:
+                break
+            document = self.documents[i]
+            tokens = document.input_ids[: int(np.argmax(document.supervised))]
+            if 0 < len(tokens) <= longest:
+                found.append(tokens.tolist())
+        return found
+
+    def efficiency(self) -> float:
+        """Share of the rows' places that hold a token."""
+        return self.tokens / max(1, len(self) * self.row_length)
+
+
+def pack_documents(documents: Sequence[Document], row_length: int, pad_id: int) -> PackedRows:
+    """Rows of documents in memory."""
+    return PackedRows(documents, np.array([len(d.input_ids) for d in documents], np.int32), row_length, pad_id)
+
+
+def fill(documents: list[Document], row_length: int, pad_id: int) -> Row:
+    """One row of these documents, in this order, padded at its end."""
+    row = Row(
+        input_ids=np.full(row_length, pad_id, np.int64),
+        position_ids=np.zeros(row_length, np.int64),
+        document_ids=np.full(row_length, PADDING_DOCUMENT, np.int64),
+        supervised=np.zeros(row_length, bool),
+    )
+    start = 0
+    for number, document in enumerate(documents):
+        end = start + len(document.input_ids)
+        row.input_ids[start:end] = document.input_ids
+        row.position_ids[start:end] = np.arange(end - start)
+        row.document_ids[start:end] = number
+        row.supervised[start:end] = document.supervised
+        start = end
+    return row

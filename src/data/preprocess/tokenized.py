@@ -1,0 +1,249 @@
+"""Records to tokens, in several processes, kept on disk under a fingerprint of everything that matters."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as compute
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from filelock import FileLock, Timeout
+
+from data.errors import BadRecord
+from data.preprocess.chat_template import ChatEncoder, Document
+from data.sources.readers import Chunk, Found, Part, fingerprint
+from data.sources.records import Messages, conversation
+from data.sources.rejects import RAW_CHARACTERS, printable, reject
+
+OUTCOMES = ("kept", "cut", "too long", "no block fits", "bad")  # what became of a record
+KEPT, CUT, TOO_LONG, SILENT, BAD = range(len(OUTCOMES))
+FEATURES = Features(
+    part=Value("int32"),
+    place=Value("int64"),  # line or row in its source
+    outcome=Value("int8"),  # index in OUTCOMES
+    reason=Value("string"),  # why a record is bad
+    raw=Value("string"),  # the beginning of a bad record
+    tokens=Value("int32"),  # of the whole conversation, before it was cut
+    anchors=Value("int32"),  # places where a block can start
+    longest=Value("int32"),  # tokens of the longest answer
+    digest=Value("int64"),  # of the messages, to find those that come twice
+    input_ids=List(Value("int32")),
+    supervised=List(Value("bool")),
+)
+CODE = ("batch", "preprocess/chat_template", "preprocess/tokenized", "sources/records", "sources/readers")
+
+
+@dataclass(frozen=True)
+class Tokenising:
+    """Settings that the tokens depend on, beside the records and the encoder."""
+
+    row_length: int
+    overlong: str  # turn: cut behind the last turn that fits; token: cut anywhere; drop: leave it out
+
+
+class Documents(Sequence[Document]):
+    """Conversations as tokens, memory-mapped, in the order of their records; those left out do not count."""
+
+    def __init__(self, table: Dataset, parts: list[Part]) -> None:
+        self.table, self.parts = table, parts
+        self.indices = np.flatnonzero(np.isin(table.data.column("outcome").to_numpy(), (KEPT, CUT)))
+        self._tokens = table.select_columns(["input_ids", "supervised"]).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  documents are asked for one by one
+        found = self._tokens[int(self.indices[index])]
+        return Document(found["input_ids"], found["supervised"])
+
+    def column(self, name: str, *, all_records: bool = False) -> np.ndarray:
+        """One number per document, or per record."""
+        column = self.table.data.column(name).to_numpy()
+        return column if all_records else column[self.indices]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens, after cutting."""
+        return _lengths(self.table, "input_ids")[self.indices]
+
+    def largest_token(self) -> int:
+        """The largest token id of all documents; -1 without tokens."""
+        chunks = [chunk.flatten() for chunk in self.table.data.column("input_ids").chunks]
+        return max((int(compute.max(tokens).as_py()) for tokens in chunks if len(tokens)), default=-1)
+
+    def outcomes(self) -> dict[str, int]:
+        """How many records were kept, cut, left out and refused."""
+        counts = np.bincount(self.column("outcome", all_records=True), minlength=len(OUTCOMES))
+        return dict(zip(OUTCOMES, counts.tolist(), strict=True))
+
+    def lost(self) -> tuple[int, int]:
+        """Tokens cut off, and tokens of conversations that were left out: too long, or without room for a block."""
+        tokens, outcome = (self.column(name, all_records=True) for name in ("tokens", "outcome"))
+        left_out = np.isin(outcome, (TOO_LONG, SILENT))
+        return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[left_out].sum())
+
+    def rejects(self) -> Iterator[dict[str, Any]]:
+        """Every bad record: where it is, why it is bad, and how it begins."""
+        for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():
+            row = self.table[i]
+            found = Found(row["place"], None, None, row["raw"])
+            yield reject(self.parts[row["part"]], found, row["reason"])
+
+
+def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, num_proc: int) -> Documents:
+    """Documents of all records, from the cache if they were made before.
+
+    The order, and so everything after it, does not depend on the number of processes. Ranks and runs that want the
+    same documents wait for the first of them to finish. Interrupted work leaves nothing behind that is taken for
+    finished.
+    """
+    key = _fingerprint(parts, encoder, settings)
+    home = Path(datasets.config.HF_DATASETS_CACHE) / "flexdraft" / key
+    home.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{home}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print("waiting for another process that tokenises the same data", flush=True)
+        lock.acquire()
+    try:
+        if not (home / "files.json").exists():
+            _write(home, parts, encoder, settings, num_proc, key)
+    finally:
+        lock.release()
+    files = json.loads((home / "files.json").read_text(encoding="utf-8"))
+    return Documents(concatenate_datasets([Dataset.from_file(str(home / file)) for file in files]), parts)
+
+
+def _write(home: Path, parts: list[Part], encoder: ChatEncoder, settings: Tokenising, num_proc: int, key: str) -> None:
+    chunks = [{"part": n} | asdict(chunk) for n, part in enumerate(parts) for chunk in part.source.chunks()]
+    index = Dataset.from_list(chunks)
+    temporary = home.with_name(f"{key}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    table = index.map(
+        tokenise_chunk,
+        fn_kwargs={"parts": parts, "encoder": encoder, "settings": settings},
+        batched=True,
+        batch_size=1,
+        remove_columns=index.column_names,
+        features=FEATURES,
+        num_proc=workers if (workers := min(num_proc, len(chunks))) > 1 else None,
+        cache_file_name=str(temporary / "documents.arrow"),
+        new_fingerprint=key,
+        desc=f"tokenise {sum(part.take for part in parts):,} conversations, in chunks",
+    )
+    files = [Path(file["filename"]).name for file in table.cache_files]
+    (temporary / "files.json").write_text(json.dumps(files), encoding="utf-8")
+    shutil.rmtree(home, ignore_errors=True)
+    temporary.rename(home)
+
+
+def tokenise_chunk(
+    columns: dict[str, list[int]], *, parts: list[Part], encoder: ChatEncoder, settings: Tokenising
+) -> dict[str, list[Any]]:
+    """Rows of `FEATURES` for the records of one chunk."""
+    (number,) = columns.pop("part")
+    part, chunk = parts[number], Chunk(**{name: value for name, (value,) in columns.items()})
+    rows, whole = [], []
+    for found in part.read(chunk):
+        row = {"part": number, "place": found.place, "reason": "", "raw": "", "digest": 0, "tokens": 0}
+        rows.append(row)
+        try:
+            messages = _conversation(found)
+            rendered = encoder.render(messages)
+        except BadRecord as error:
+            reason, raw = printable(str(error)), found.raw()[:RAW_CHARACTERS]
+            row |= {"outcome": BAD, "reason": reason, "raw": raw} | _content(None)
+        else:
+            row["digest"] = _digest(messages)
+            whole.append((row, messages, rendered))
+    documents = encoder.tokenise([rendered for _, _, rendered in whole])
+    for (row, messages, _), document in zip(whole, documents, strict=True):
+        kept = fit_to_row(document, messages, encoder, settings)
+        row |= {"outcome": _outcome(document, kept), "tokens": len(document.input_ids)}
+        row |= _content(kept if row["outcome"] in (KEPT, CUT) else None)
+    return {name: [row[name] for row in rows] for name in FEATURES}
+
+
+def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, settings: Tokenising) -> Document | None:
+    """The document, cut if it is longer than a row; None if nothing of it may stay."""
+    limit = settings.row_length
+    if len(document.input_ids) <= limit:
+        return document
+    if settings.overlong == "drop":
+        return None
+    if settings.overlong == "token":
+        return Document(document.input_ids[:limit], document.supervised[:limit])
+    # Tokenised again rather than cut: a template may render the last turn differently, and so a shorter conversation
+    # may even have more tokens than a longer one.
+    ends = [turn for turn, message in enumerate(messages, start=1) if message["role"] == "assistant"][:-1]
+    shorter = (encoder.conversation(messages[:end]) for end in reversed(ends))
+    return next((document for document in shorter if len(document.input_ids) <= limit), None)
+
+
+def _conversation(found: Found) -> Messages:
+    if found.problem:
+        raise BadRecord(found.problem)
+    return conversation(found.record)
+
+
+def _outcome(document: Document, kept: Document | None) -> int:
+    if kept is None:
+        return TOO_LONG
+    if not _anchors(kept.supervised):
+        return SILENT
+    return KEPT if len(kept.input_ids) == len(document.input_ids) else CUT
+
+
+def _content(document: Document | None) -> dict[str, Any]:
+    if document is None:
+        empty = np.zeros(0, np.int32)
+        return {"anchors": 0, "longest": 0, "input_ids": empty, "supervised": empty.astype(bool)}
+    return {
+        "anchors": _anchors(document.supervised),
+        "longest": longest_answer(document.supervised),
+        "input_ids": document.input_ids,
+        "supervised": document.supervised,
+    }
+
+
+def _anchors(supervised: np.ndarray) -> int:
+    """Places where a block can start, as `data.preprocess.anchors.valid_anchors` finds them in a row."""
+    return int((supervised[1:-1] & supervised[2:]).sum())
+
+
+def longest_answer(supervised: np.ndarray) -> int:
+    """Longest run of supervised tokens."""
+    edges = np.diff(np.concatenate([[0], supervised.astype(np.int8), [0]]))
+    return int((np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).max(initial=0))
+
+
+def _digest(messages: Messages) -> int:
+    content = json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def _lengths(table: Dataset, name: str) -> np.ndarray:
+    """Lengths of a column of lists, without reading the lists."""
+    offsets = [np.diff(chunk.offsets.to_numpy()) for chunk in table.data.column(name).chunks]
+    return np.concatenate(offsets) if offsets else np.zeros(0, np.int32)
+
+
+def _fingerprint(parts: list[Part], encoder: ChatEncoder, settings: Tokenising) -> str:
+    here = Path(__file__).parents[1]
+    matters = {
+        "records": fingerprint(parts),
+        "encoder": encoder.fingerprint(),
+        "settings": asdict(settings),
+        "code": [(here / f"{name}.py").read_text(encoding="utf-8") for name in CODE],
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
+    }
+    return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""`python -m data.regenerate`: the target answers the prompts of a data set."""

@@ -1,0 +1,6 @@
+"""The command line of `python -m data.regenerate`."""
+
+from data.regenerate.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A conversation while it is answered: what is asked next, and which answers are dropped."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data.sources.records import Messages
+
+KEPT, CUT_OFF, EMPTY, REPEATS, REFUSED = "kept", "cut off", "empty", "repeats itself", "refused"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn, and which of them are dropped."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    drop_cut_off: bool
+    repeat_words: int
+    repeat_times: int  # 0: never dropped for that
+
+    def fault(self, text: str, complete: bool) -> str:
+        """Why an answer is dropped, or KEPT."""
+        if self.drop_cut_off and not complete:
+            return CUT_OFF
+        if not text.strip():
+            return EMPTY
+        return REPEATS if self.repeat_times and repeats(text, self.repeat_words, self.repeat_times) else KEPT
+
+
+def repeats(text: str, words: int, times: int) -> bool:
+    """Whether some run of `words` words comes `times` times or more: the answer loops."""
+    found, counts = text.split(), {}
+    for i in range(len(found) - words + 1):
+        run = tuple(found[i : i + words])
+        counts[run] = counts.get(run, 0) + 1
+        if counts[run] >= times:
+            return True
+    return False
+
+
+@dataclass
+class Exchange:
+    """A conversation while it is answered, one question after the other."""
+
+    id: str
+    questions: Messages  # system and user turns
+    messages: Messages = field(default_factory=list)
+    outcome: str | None = None
+    tokens: int = 0
+
+    def ask(self) -> Messages:
+        """The conversation up to its next question."""
+        asked = sum(message["role"] != "assistant" for message in self.messages)
+        upto = next(i for i in range(asked, len(self.questions)) if self.questions[i]["role"] == "user")
+        self.messages += self.questions[asked : upto + 1]
+        return self.messages
+
+    def answer(self, message: dict[str, str], complete: bool, tokens: int, sampling: Sampling) -> None:
+        """Take the answer; sets `outcome` when there is nothing left to ask, or no point in it."""
+        if not complete:  # it was cut anywhere; servers trim what is left, so both backends do
+            message = {**message, "content": message["content"].rstrip()}
+        self.messages.append({"role": "assistant", **message})
+        self.tokens += tokens
+        fault = sampling.fault(message["content"], complete)
+        asked = sum(message["role"] != "assistant" for message in self.messages)
+        if fault != KEPT or asked == len(self.questions):
+            self.outcome = fault
+
+
+Finish = Callable[[Exchange], None]
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed that depends on nothing but these."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big") >> 1

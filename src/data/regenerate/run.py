@@ -1,0 +1,287 @@
+"""Let the target answer the questions of a data set, so that a drafter learns the target's own words.
+
+    python -m data.regenerate +experiment=qwen3_8b                                          # in this process
+    python -m data.regenerate +experiment=qwen3_8b regenerate.backend=server \\
+        regenerate.server.url=http://localhost:8000/v1                                     # a running server
+    python -m train +experiment=qwen3_8b data.path=checkpoints/qwen3_8b/regenerated.jsonl
+
+Multi-turn conversations are answered turn by turn. A killed run goes on with the same command: every sample has an id,
+and those that are finished are not asked again. Beside the output lie `.settings.json` (what wrote it, with counts) and
+`.dropped.jsonl` (answers that a filter took out, and why). Settings: conf/regenerate/default.yaml.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+import data.threads  # before torch  # noqa: F401
+from data.config.compose import check_choices, command_line, plain
+from data.config.unused import Unused, check_unused
+from data.errors import INTERRUPTED, BadRecord, UserError, interrupted
+from data.regenerate.conversation import KEPT, Exchange, Sampling
+from data.regenerate.sample_log import Journal
+from data.sources.readers import Found, Part, fingerprint, open_parts, read_all
+from data.sources.records import Messages, questions
+from data.sources.rejects import printable, refuse_bad, reject
+from data.terminal import say
+
+UNUSED = (
+    Unused(("regenerate.server",), lambda c: c.regenerate.backend != "server", "regenerate.backend=local"),
+    Unused(("regenerate.local",), lambda c: c.regenerate.backend != "local", "regenerate.backend=server"),
+    Unused(("regenerate.top_p",), lambda c: c.regenerate.temperature == 0, "regenerate.temperature=0 is greedy"),
+    Unused(("regenerate.repeat_words",), lambda c: c.regenerate.repeat_times == 0, "regenerate.repeat_times=0"),
+)
+SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        config = command_line(__doc__)
+        check_regeneration(config)
+        check_unused(config, sys.argv[1:], UNUSED)
+        regenerate(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BaseException as error:
+        if not interrupted(error):
+            raise
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def check_regeneration(config: DictConfig) -> None:
+    """
+    Raises:
+        UserError: a setting of `regenerate` that makes no sense.
+    """
+    check_choices(config, {"regenerate.backend": ("local", "server")})
+    check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
+    if config.regenerate.repeat_times < 2 and config.regenerate.repeat_times != 0:
+        raise UserError(f"regenerate.repeat_times={config.regenerate.repeat_times}: expected 0, or 2 or more.")
+    server = config.regenerate.server
+    if config.regenerate.backend == "server" and not str(server.url).startswith(("http://", "https://")):
+        raise UserError(f"regenerate.server.url={server.url!r}: expected http://... or https://...")
+    if config.regenerate.backend == "server" and server.model is None:
+        raise UserError("regenerate.server.model=null: name the model as the server calls it.")
+    if server.key_file is not None and not Path(server.key_file).is_file():
+        raise UserError(f"regenerate.server.key_file={server.key_file!r}: no such file.")
+
+
+def regenerate(config: DictConfig) -> None:
+    """Answer what is not answered yet, then put the output together in the order of the questions.
+
+    Raises:
+        UserError: bad records, other settings than before, another process at the same output, or a server that
+            stays away.
+    """
+    output = Path(config.regenerate.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{output}.lock", blocking=False):
+            _regenerate(config, output)
+    except Timeout:
+        raise UserError(f"{output}: another process is writing it.") from None
+
+
+def _regenerate(config: DictConfig, output: Path) -> None:
+    data = plain(config, "data")["data"]
+    parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
+    ids = sample_ids(parts, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
+    settings, record = _settings(config, parts), output.with_suffix(".settings.json")
+    if not isinstance(config.overwrite, bool):
+        raise UserError(f"overwrite={config.overwrite}: expected true or false; stages are for python -m train.")
+    if _finished(record, settings, output, config.overwrite):
+        say(f"finished before: {output}")
+        return
+    journal = Journal(output.with_suffix(".unfinished.jsonl"))
+    todo = sum(sample_id not in journal for sample_id in ids.values())
+    backend = _backend(config) if todo else None  # what it refuses has begun nothing
+    _write_json(record, {"settings": settings, "written_with": _written_with(config)})
+    counts = Counter()
+    with tqdm(total=len(ids), initial=len(ids) - todo, desc="answers", unit="") as bar:
+
+        def finish(exchange: Exchange) -> None:
+            outcome = str(exchange.outcome)
+            journal.add(exchange.id, {"outcome": outcome, "tokens": exchange.tokens, "messages": exchange.messages})
+            counts["tokens"] += exchange.tokens
+            counts["dropped"] += outcome != KEPT
+            bar.update()
+            speed = counts["tokens"] / max(1e-9, bar.format_dict["elapsed"])
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
+
+        if backend:
+            backend.run(_open_exchanges(parts, ids, journal), finish, answered_before=len(journal) > 0)
+    outcomes = _put_together(journal, list(ids.values()), output)
+    _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
+    journal.remove()
+    found = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
+    say(f"{len(ids):,} conversations: {found}\n{output}")
+    if not outcomes.get(KEPT):
+        raise UserError(f"No answer was kept; why is in {output.with_suffix('.dropped.jsonl')}.")
+
+
+def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
+    """Part and place of each sample -> its id: the record's own `id`, or else its file and line.
+
+    Raises:
+        UserError: records that hold no question, or an id that comes twice, and `bad_records` is "stop".
+    """
+    ids: dict[tuple[int, int], str] = {}
+    owners: dict[str, str] = {}
+    labels = Counter(part.source.label for part in parts)
+    bad = []
+    for number, part, found in _numbered(parts):
+        where, label = part.source.where(found.place), part.source.label
+        label = label if labels[label] == 1 else f"{number}/{label}"
+        try:
+            _questions(found)
+            own = found.record.get("id")
+            sample_id = f"{label}:{found.place}" if own is None else str(own)
+            if printable(sample_id) != sample_id:
+                raise BadRecord("id: half of a surrogate pair, which is no character")
+            if sample_id in owners:
+                raise BadRecord(f"id {sample_id!r} was used before, at {owners[sample_id]}")
+        except BadRecord as error:
+            bad.append(reject(part, found, str(error)))
+        else:
+            ids[number, found.place] = sample_id
+            owners[sample_id] = where
+    refuse_bad(bad, len(ids) + len(bad), bad_records, rejects)
+    if not ids:
+        raise UserError("data.path holds no question to answer.")
+    return ids
+
+
+def _numbered(parts: list[Part]) -> Iterator[tuple[int, Part, Found]]:
+    return ((number, part, found) for number, part in enumerate(parts) for _, found in read_all([part]))
+
+
+def _questions(found: Found) -> Messages:
+    if found.problem:
+        raise BadRecord(found.problem)
+    return questions(found.record)
+
+
+def _open_exchanges(parts: list[Part], ids: dict[tuple[int, int], str], journal: Journal) -> Iterator[Exchange]:
+    """What is still to be answered, read when it is asked for."""
+    for number, _, found in _numbered(parts):
+        sample_id = ids.get((number, found.place))
+        if sample_id is not None and sample_id not in journal:
+            yield Exchange(sample_id, questions(found.record))
+
+
+def _backend(config: DictConfig) -> Any:
+    chosen = plain(config, "data", "model", "regenerate")
+    sampling = Sampling(seed=config.seed, **{key: chosen["regenerate"][key] for key in SAMPLING})
+    template_kwargs = chosen["data"]["template_kwargs"]
+    # Imported late: a server's client should not wait for torch.
+    if chosen["regenerate"]["backend"] == "server":
+        from data.regenerate.server_backend import ServerBackend
+
+        return ServerBackend(sampling, template_kwargs, **chosen["regenerate"]["server"])
+    from data.preprocess.chat_template import load_encoder
+    from data.regenerate.local_backend import LocalBackend
+
+    target = chosen["model"]["target"]
+    encoder, tokenizer = load_encoder(target, template_kwargs)
+    encoder.check_kwargs(template_kwargs, sys.argv[1:], say)
+    return LocalBackend(target, tokenizer, encoder, sampling, **chosen["regenerate"]["local"])
+
+
+def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
+    """What the answers depend on."""
+    chosen, target = plain(config, "regenerate")["regenerate"], plain(config, "model")["model"]["target"]
+    settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
+    settings |= {"seed": config.seed, "template_kwargs": plain(config, "data")["data"]["template_kwargs"]}
+    settings["questions"] = fingerprint(parts)
+    if chosen["backend"] == "server":
+        return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
+    from data.preprocess.chat_template import load_encoder
+    from data.sources.hub_commit import commit_of
+
+    if target["name"] is None:
+        raise UserError("model.target.name is not set, and random weights have nothing to say. Name a target.")
+    try:
+        commit = None if Path(target["name"]).is_dir() else commit_of(target["name"], target["revision"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.target.name={target['name']!r}: the target's config did not load. {error}") from error
+    settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
+    encoder, _ = load_encoder(target, settings["template_kwargs"])
+    settings["encoder"] = hashlib.sha256(json.dumps(encoder.fingerprint(), default=str).encode()).hexdigest()
+    files = [f for f in sorted(Path(target["name"]).glob("*")) if f.suffix in (".json", ".safetensors")]
+    settings["files"] = {file.name: _sha256(file) for file in files}
+    return settings
+
+
+def _written_with(config: DictConfig) -> dict[str, Any]:
+    """For the record: what does not change the answers, or should not."""
+    chosen = plain(config, "regenerate")["regenerate"]
+    where = {key: value for key, value in chosen[chosen["backend"]].items() if key != "key_file"}
+    return {**where, "versions": {name: version(name) for name in ("torch", "transformers")}}
+
+
+def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: bool) -> bool:
+    """Whether the output was written with these settings; with `overwrite`, what was written goes.
+
+    Raises:
+        UserError: it was begun with others, or is not ours.
+    """
+    unfinished = output.with_suffix(".unfinished.jsonl")
+    if not record.exists():
+        if overwrite:
+            return False
+        if output.exists():
+            raise UserError(f"{output} exists, without a record of its settings. Choose another regenerate.output.")
+        return False
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = sorted(key for key in settings | before["settings"] if settings.get(key) != before["settings"].get(key))
+    if overwrite and (changed or not unfinished.exists()):
+        unfinished.unlink(missing_ok=True)  # else it is this very call that was killed, and goes on
+        return False
+    if changed:
+        changes = "; ".join(f"{key}: {before['settings'].get(key)} -> {settings.get(key)}" for key in changed)
+        raise UserError(
+            f"{output} was begun with other settings: {changes}.\n"
+            "Choose another regenerate.output, or overwrite=true to begin anew."
+        )
+    return output.exists() and not unfinished.exists()
+
+
+def _put_together(journal: Journal, ids: list[str], output: Path) -> dict[str, int]:
+    """Write what was kept and what was dropped, each in the order of the questions; counts by outcome."""
+    outcomes: Counter[str] = Counter()
+    files = [output, output.with_suffix(".dropped.jsonl")]
+    temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]
+    with temporary[0].open("w", encoding="utf-8") as kept, temporary[1].open("w", encoding="utf-8") as dropped:
+        for entry in journal.read(ids):
+            outcome = entry.pop("outcome")
+            del entry["tokens"]
+            outcomes[outcome.partition(":")[0]] += 1
+            entry |= {} if outcome == KEPT else {"reason": outcome}
+            (kept if outcome == KEPT else dropped).write(json.dumps(entry, ensure_ascii=False) + "\n")
+    for new, file in zip(temporary, files, strict=True):
+        os.replace(new, file)
+    return dict(outcomes)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,177 @@
+"""Answers by a server that speaks OpenAI's protocol."""
+
+import asyncio
+import random
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from data.errors import BadRecord, UserError
+from data.regenerate.conversation import REFUSED, Exchange, Finish, Sampling, seed_of
+from data.sources.records import Messages
+
+FIRST_REFUSALS = 20  # so many before the first answer, and the requests themselves are at fault
+FAILURES = 6  # so often may one request break the connection or the server
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between two tries
+
+
+class ServerBackend:
+    """An OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
+
+    def __init__(
+        self, sampling: Sampling, template_kwargs: dict[str, Any],
+        *, url: str, model: str, in_flight: int, patience: float, timeout: float, key_file: str | None,
+        extra: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.sampling, self.url, self.in_flight, self.patience = sampling, url.rstrip("/"), in_flight, patience
+        self.timeout = timeout
+        self.request = {
+            "model": model,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            **({"chat_template_kwargs": template_kwargs} if template_kwargs else {}),
+            **extra,
+        }
+        self.headers = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
+        self.away_since: float | None = None
+        self.answered = False
+        self.held: list[Exchange] = []
+
+    def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool) -> None:
+        """Answer all questions of all exchanges, many at a time.
+
+        Until a first answer has come, now or before, refusals are held back: they may be every request's fault.
+
+        Raises:
+            UserError: the server stays away, or refuses everything.
+        """
+        self.answered, self.held = answered_before, []
+        try:
+            asyncio.run(self._all(iter(exchanges), finish))
+        except* UserError as errors:
+            raise errors.exceptions[0] from None
+        if self.held:
+            raise self._at_fault(str(self.held[0].outcome))
+
+    async def _all(self, exchanges: Iterator[Exchange], finish: Finish) -> None:
+        limits = httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
+        async with (
+            httpx.AsyncClient(timeout=self.timeout, limits=limits, headers=self.headers) as client,
+            asyncio.TaskGroup() as workers,
+        ):
+            for _ in range(self.in_flight):
+                workers.create_task(self._worker(client, exchanges, finish))
+
+    async def _worker(self, client: httpx.AsyncClient, exchanges: Iterator[Exchange], finish: Finish) -> None:
+        for exchange in exchanges:  # shared by all workers: each takes the next one
+            while exchange.outcome is None:
+                seed = seed_of(self.sampling.seed, f"{exchange.id}/{len(exchange.messages)}")
+                try:
+                    exchange.answer(*await self._ask(client, exchange.ask(), seed), self.sampling)
+                except BadRecord as error:
+                    exchange.outcome = f"{REFUSED}: {error}"
+            if self.answered:
+                for waiting in (*self.held, exchange):
+                    finish(waiting)
+                self.held = []
+            else:
+                self.held.append(exchange)
+                if len(self.held) >= FIRST_REFUSALS:
+                    raise self._at_fault(str(exchange.outcome))
+
+    async def _ask(self, client: httpx.AsyncClient, messages: Messages, seed: int) -> tuple[dict[str, str], bool, int]:
+        """What `_read` finds in the reply, after as many tries as it takes while the server is away for a while.
+
+        Raises:
+            BadRecord: the server will never answer this.
+            UserError: it answers nothing any more.
+        """
+        pause, failures = FIRST_PAUSE, 0
+        while True:
+            try:
+                body = {**self.request, "messages": messages, "seed": seed}
+                response = await client.post(f"{self.url}/chat/completions", json=body)
+                if response.status_code == 200:
+                    answer = _read(_json(response))
+                    self.away_since, self.answered = None, True
+                    if isinstance(answer, BadRecord):
+                        raise answer
+                    return answer
+                problem = f"status {response.status_code}: {response.text:.300}"
+                self._raise_if_final(response.status_code, problem)
+                failures += response.status_code == 500
+            except httpx.ConnectError as error:
+                problem = f"{type(error).__name__}: {error}"
+            except (httpx.TransportError, NoAnswer) as error:  # it was there, and then it was not
+                problem = f"{type(error).__name__}: {error}"
+                failures += 1
+            # A request that fails again and again at a server that is alive is at fault itself.
+            if failures >= FAILURES and await self._alive(client):
+                raise BadRecord(f"no answer in {failures} tries ({problem})")
+            now = time.monotonic()
+            self.away_since = self.away_since or now
+            if now - self.away_since > self.patience:
+                raise UserError(
+                    f"No answer from {self.url} for {self.patience:g} seconds ({problem}). What was answered is kept: "
+                    "start the server, and the same command goes on. regenerate.server.patience is how long to wait."
+                )
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _alive(self, client: httpx.AsyncClient) -> bool:
+        try:
+            return (await client.get(f"{self.url}/models")).status_code < 500
+        except httpx.TransportError:
+            return False
+
+    def _raise_if_final(self, status: int, problem: str) -> None:
+        if status in (401, 403, 404, 405):
+            raise self._at_fault(problem)
+        if status < 500 and status not in (408, 425, 429):
+            raise BadRecord(problem)
+
+    def _at_fault(self, problem: str) -> UserError:
+        return UserError(
+            f"{self.url} refuses the requests ({problem}). Check regenerate.server.url, .model, .key_file, .extra."
+        )
+
+
+class NoAnswer(Exception):
+    """A reply that is none: torn, or of a server that was stopped while it wrote."""
+
+
+def _read(reply: Any) -> tuple[dict[str, str], bool, int] | BadRecord:
+    """Message, whether it ended by itself, and its tokens; or why it cannot be used, and asking again would not help.
+
+    Raises:
+        NoAnswer: to be asked again.
+    """
+    try:
+        choice = reply["choices"][0]
+        found, ending = choice["message"], choice.get("finish_reason")
+        message = {"content": found.get("content") or ""}
+        # Servers that take the reasoning out of the answer give it apart; templates want it back under this name.
+        if reasoning := found.get("reasoning_content") or found.get("reasoning"):
+            message["reasoning_content"] = reasoning
+        tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
+        "".join(message.values()).encode("utf-8")
+    except UnicodeEncodeError:
+        return BadRecord("the answer holds half of a surrogate pair, which is no character")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise NoAnswer(f"a reply without an answer ({type(error).__name__}: {error})") from error
+    if ending in ("tool_calls", "function_call", "content_filter"):
+        return BadRecord(f"the server ended the answer with {ending!r}")
+    if ending not in ("stop", "length"):  # "abort", say: it was stopped while it wrote
+        raise NoAnswer(f"the answer ended with {ending!r}")
+    return message, ending == "stop", tokens
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise NoAnswer(f"a torn reply ({error})") from error

@@ -1,0 +1,1 @@
+"""`python -m data.report`: statistics of the training data before a GPU is paid for."""

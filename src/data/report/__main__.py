@@ -1,0 +1,6 @@
+"""The command line of `python -m data.report`."""
+
+from data.report.run import main
+
+if __name__ == "__main__":
+    main()

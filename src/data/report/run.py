@@ -1,0 +1,257 @@
+"""What is in the training data, before a GPU is paid for.
+
+    python -m data.report +experiment=qwen3_8b
+
+Reads, tokenises and packs the data as training would (and leaves it in the cache for training), and says what was read,
+rejected and cut, how full the rows are, and what is supervised: in the terminal, and as Markdown with plots in
+checkpoints/<name>/data_report/. Bad records are counted and listed here, whatever data.bad_records says.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from omegaconf import DictConfig
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from data.config.compose import command_line, plain
+from data.errors import INTERRUPTED, UserError, interrupted
+from data.preprocess.chat_template import ChatEncoder, load_encoder
+from data.preprocess.prepare import Prepared, prepare
+from data.preprocess.tokenized import BAD, OUTCOMES
+from data.report import statistics
+from data.sources.readers import Part, open_parts, read_strictly
+from data.sources.records import prompt
+from data.terminal import say, terminal
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SHOWN_TOKENS = 400  # of the conversation in colour
+
+
+@dataclass
+class Section:
+    """One table of the report."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        write_report(command_line(__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BaseException as error:
+        if not interrupted(error):
+            raise
+        print("stopped; nothing is lost, what is tokenised is in the cache", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def write_report(config: DictConfig) -> None:
+    """Print the report and write it below the run directory.
+
+    Raises:
+        UserError: the tokenizer or the data do not load, or nothing in them can be trained on.
+    """
+    settings = plain(config, "data", "model", "stage")
+    data, draft = settings["data"], settings["model"]["draft"]
+    encoder, tokenizer = load_encoder(settings["model"]["target"], data["template_kwargs"])
+    encoder.check_kwargs(data["template_kwargs"], sys.argv[1:], say)
+    parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
+    folder = Path(config.run_dir) / "data_report"
+    prepared = prepare(
+        parts,
+        encoder,
+        **{key: data[key] for key in ("row_length", "overlong", "num_proc", "validation_records")},
+        bad_records="skip",
+        block_size=draft["block_size"],
+        seed=config.seed,
+        rejects=folder / "rejects.jsonl",
+    )
+    prompts = read_strictly(data["prompts"], prompt, split="test", most=None, setting="data.prompts")
+    sections = [
+        _records(prepared, parts),
+        *_rejects(prepared, folder),
+        _lengths(prepared),
+        _supervision(parts, encoder),
+        _rows(prepared, settings["stage"]["attention_tuning"]),
+        _overlap(parts, prompts, data["prompts"]),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    _plot(prepared, data["row_length"], folder)
+    example = _example(prepared, tokenizer)
+    title = f"Data of {config.name}: {data['path']}"
+    _print(title, sections, example)
+    (folder / "report.md").write_text(_markdown(title, sections, example), encoding="utf-8")
+    say(f"\n{folder / 'report.md'}, with plots")
+
+
+def _records(prepared: Prepared, parts: list[Part]) -> Section:
+    documents = prepared.documents
+    found = documents.outcomes()
+    meaning = {
+        "kept": "whole",
+        "cut": "behind the last turn that fits a row (data.overlong=turn), or at its end (token)",
+        "too long": "left out: not even the first exchange fits a row, or data.overlong=drop",
+        "no block fits": "left out: no two supervised tokens in a row",
+        "bad": "rejected",
+    }
+    total = sum(found.values())
+    rows = [[name, f"{count:,}", f"{count / total:.1%}", meaning[name]] for name, count in found.items()]
+    sources = [f"{part.source.name}: {part.take:,} of {part.source.count:,} records" for part in parts]
+    same = statistics.duplicates(documents)
+    return Section(
+        f"{total:,} records",
+        ["what became of them", "records", "share", ""],
+        rows,
+        [*sources, f"{same:,} conversations equal an earlier one, word for word."],
+    )
+
+
+def _rejects(prepared: Prepared, folder: Path) -> list[Section]:
+    if not prepared.documents.outcomes()[OUTCOMES[BAD]]:
+        return []
+    rows = [[reason, f"{count:,}", where] for reason, count, where in statistics.reasons(prepared.documents, 10)]
+    return [Section("Rejected", ["why", "records", "first"], rows, [f"All of them: {folder / 'rejects.jsonl'}"])]
+
+
+def _lengths(prepared: Prepared) -> Section:
+    documents = prepared.documents
+    before, after = documents.column("tokens"), documents.lengths
+    cut, left_out = documents.lost()
+    whole = max(1, int(before.sum()) + left_out)
+    rows = [
+        ["conversation", *(f"{x:,}" for x in statistics.percentiles(before))],
+        ["after cutting", *(f"{x:,}" for x in statistics.percentiles(after))],
+        ["longest answer in it", *(f"{x:,}" for x in statistics.percentiles(documents.column("longest")))],
+    ]
+    note = (
+        f"{int(after.sum()):,} tokens to train on; lost: {cut:,} to cutting ({cut / whole:.2%}), "
+        f"{left_out:,} in conversations that were left out ({left_out / whole:.2%})."
+    )
+    return Section("Length in tokens", ["", "least", "10%", "median", "90%", "most"], rows, [note])
+
+
+def _supervision(parts: list[Part], encoder: ChatEncoder) -> Section:
+    found = statistics.roles(parts, encoder)
+    total = sum(found.tokens.values())
+    rows = [
+        [role, f"{count:,}", f"{count / total:.1%}", f"{found.supervised[role] / count:.1%}"]
+        for role, count in sorted(found.tokens.items())
+    ]
+    notes = [
+        f"Of {found.conversations:,} conversations, spread over the data. `template` is what the chat template adds: "
+        "headers, and end tokens, of which those of the assistant are supervised."
+    ]
+    share = found.supervised["assistant"] / max(1, found.tokens["assistant"])
+    if share < 0.9:
+        notes.append(
+            f"Only {share:.0%} of the assistant's tokens are supervised: the template renders earlier answers "
+            "differently from the last one (Qwen3 does), so that decoding would never have seen them so."
+        )
+    return Section("Supervised tokens by role", ["role", "tokens", "share", "supervised"], rows, notes)
+
+
+def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:
+    rows = prepared.training
+    anchors = statistics.anchors_per_row(prepared.documents, rows, rows.documents.indices)
+    wanted, epochs = stage["num_anchors"], stage["steps"] * stage["rows_per_step"] / len(rows)
+    least, tenth, median, ninetieth, most = statistics.percentiles(anchors)
+    table = [
+        ["training rows", f"{len(rows):,} of {rows.row_length:,} tokens"],
+        ["validation rows", f"{len(prepared.validation):,}"],
+        ["full", f"{rows.efficiency():.1%}"],
+        ["anchors per row", f"{median:,} (from {least:,} to {most:,}; 80% between {tenth:,} and {ninetieth:,})"],
+        ["rows with fewer anchors than blocks drawn", f"{(anchors < wanted).mean():.1%} (num_anchors={wanted})"],
+        ["epochs of attention tuning", f"{epochs:.2f} ({stage['steps']:,} steps of {stage['rows_per_step']} rows)"],
+    ]
+    return Section("Rows", ["", ""], table)
+
+
+def _overlap(parts: list[Part], prompts: list[Any], path: Any) -> Section:
+    total = sum(part.take for part in parts)
+
+    def progress(records: Iterable[Any]) -> Iterable[Any]:
+        return tqdm(records, total=total, desc="overlap with the evaluation", unit=" records", delay=2)
+
+    same, shared, where = statistics.overlap(parts, prompts, progress)
+    rows = [
+        ["the same question", f"{same:,}"],
+        [f"{statistics.OVERLAP_WORDS} words in a row in common", f"{shared:,}"],
+    ]
+    title = f"Overlap with the {len(prompts):,} evaluation prompts"
+    return Section(title, ["training records with", ""], rows, [f"data.prompts: {path}", *where])
+
+
+def _example(prepared: Prepared, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Pieces of the first training conversation, and whether each is supervised."""
+    document = prepared.training.documents[0]
+    ids, supervised = document.input_ids[:SHOWN_TOKENS], document.supervised[:SHOWN_TOKENS]
+    edges = [0, *(np.flatnonzero(np.diff(supervised.astype(int))) + 1).tolist(), len(ids)]
+    return [(tokenizer.decode(ids[a:b].tolist()), bool(supervised[a])) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _print(title: str, sections: list[Section], example: list[tuple[str, bool]]) -> None:
+    console = terminal()
+    console.rule(title)
+    for section in sections:
+        table = Table(title=section.title, title_justify="left", show_header=any(section.header))
+        for name in section.header:
+            table.add_column(name)
+        for row in section.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        for note in section.notes:
+            say(note)
+        console.print()
+    green = Text("supervised tokens in green", "bold green")
+    console.print(Text.assemble("A conversation as the target reads it; ", green, ":"))
+    console.print(Text.assemble(*((text, "bold green" if supervised else "dim") for text, supervised in example)))
+
+
+def _markdown(title: str, sections: list[Section], example: list[tuple[str, bool]]) -> str:
+    lines = [f"# {title}", "", "![lengths](lengths.png) ![anchors](anchors.png)", ""]
+    for section in sections:
+        lines += [f"## {section.title}", "", _table_line(section.header), "|---" * len(section.header) + "|"]
+        lines += [*map(_table_line, section.rows), "", *(f"* {note}" for note in section.notes), ""]
+    lines += ["## A conversation", "", "As the target reads it; lines with a plus are supervised.", "", "```diff"]
+    lines += [("+ " if supervised else "  ") + line for text, supervised in example for line in text.split("\n")]
+    return "\n".join([*lines, "```", ""])
+
+
+def _table_line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plot(prepared: Prepared, row_length: int, folder: Path) -> None:
+    documents, rows = prepared.documents, prepared.training
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.hist(documents.column("tokens"), bins=60, color="#2878b5", label="conversations")
+    axes.axvline(row_length, color="#c8443c", linestyle="--", label=f"row of {row_length:,} tokens")
+    axes.set(xlabel="tokens", ylabel="conversations", title="Length before cutting")
+    _save(figure, axes, folder / "lengths.png")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    anchors = statistics.anchors_per_row(documents, rows, rows.documents.indices)
+    axes.hist(anchors, bins=60, color="#2878b5", label="rows")
+    axes.set(xlabel="places where a block can start", ylabel="rows", title="Anchors per row")
+    _save(figure, axes, folder / "anchors.png")
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""What a data set holds, in numbers: for the report before training."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data.errors import BadRecord
+from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.packing import PackedRows
+from data.preprocess.tokenized import BAD, Documents
+from data.sources.readers import Part, read_all
+from data.sources.records import Messages, conversation, questions
+
+OVERLAP_WORDS = 13  # a shared run of so many words counts as overlap, as GPT-3's authors counted it
+SAMPLED = 1000  # conversations whose tokens are told apart by role
+WORD = re.compile(r"\w+")
+
+
+def percentiles(values: np.ndarray) -> list[int]:
+    """Smallest, 10th percentile, median, 90th percentile, largest."""
+    return [int(x) for x in np.percentile(values, [0, 10, 50, 90, 100])] if len(values) else [0] * 5
+
+
+def reasons(documents: Documents, most: int) -> list[tuple[str, int, str]]:
+    """The commonest reasons why records are bad, how often each, and where first; numbers left out."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for reject in documents.rejects():
+        reason = re.sub(r"^turn \d+: |\d[\d,]*", "", reject["reason"].partition(";")[0])
+        counts[reason] += 1
+        first.setdefault(reason, reject["where"])
+    return [(reason, count, first[reason]) for reason, count in counts.most_common(most)]
+
+
+def duplicates(documents: Documents) -> int:
+    """Conversations that equal an earlier one, word for word."""
+    digests = documents.column("digest", all_records=True)
+    digests = digests[documents.column("outcome", all_records=True) != BAD]
+    return len(digests) - len(np.unique(digests))
+
+
+def anchors_per_row(documents: Documents, rows: PackedRows, order: np.ndarray) -> np.ndarray:
+    """[rows] places where a block can start; `order` are the documents that the rows were made of."""
+    return rows.totals(documents.column("anchors")[order])
+
+
+@dataclass
+class Roles:
+    """Tokens of some conversations by who wrote them: how many, and how many of them are supervised."""
+
+    tokens: Counter[str] = field(default_factory=Counter)
+    supervised: Counter[str] = field(default_factory=Counter)
+    conversations: int = 0
+
+
+def roles(parts: list[Part], encoder: ChatEncoder) -> Roles:
+    """Tokens by role in up to SAMPLED conversations, spread over the data, found by looking for their texts.
+
+    Independent of how supervision is found: if a user's tokens are supervised, something is wrong.
+    """
+    found = Roles()
+    for messages in _sampled(parts):
+        try:
+            rendered = encoder.render(messages)
+        except BadRecord:
+            continue
+        document = encoder.tokenise([rendered])[0]
+        starts = [start for start, _ in encoder.backend.encode(rendered.text, add_special_tokens=False).offsets]
+        if len(starts) != len(document.input_ids):
+            continue  # an answer that melts into its prompt: no character belongs to one token
+        found.conversations += 1
+        owner, cursor = np.full(len(rendered.text) + 1, "template", dtype=object), 0
+        for message in messages:
+            text = message["content"].strip()
+            at = rendered.text.find(text, cursor)
+            if at >= 0:
+                owner[at : at + len(text)] = message["role"]
+                cursor = at + len(text)
+        for role, supervised in zip(owner[starts], document.supervised, strict=True):
+            found.tokens[role] += 1
+            found.supervised[role] += bool(supervised)
+    return found
+
+
+def _sampled(parts: list[Part]) -> Iterator[Messages]:
+    total = sum(part.take for part in parts)
+    for number, (_, record) in enumerate(read_all(parts)):
+        if (number + 1) * SAMPLED // total > number * SAMPLED // total or total <= SAMPLED:
+            try:
+                if not record.problem:
+                    yield conversation(record.record)
+            except BadRecord:
+                continue
+
+
+def overlap(parts: list[Part], prompts: list[Messages], progress: Callable[[Any], Any]) -> tuple[int, int, list[str]]:
+    """Training records that ask what the evaluation asks: the same question, a long run of words in common, and where.
+
+    Upper and lower case, punctuation and white space do not count.
+    """
+    asked = [_words(message["content"]) for messages in prompts for message in messages if message["role"] == "user"]
+    whole = {tuple(words) for words in asked}
+    runs = {run for words in asked for run in _runs(words)}
+    same, shared, where = 0, 0, []
+    for part, found in progress(read_all(parts)):
+        try:
+            turns = [m["content"] for m in questions(found.record) if m["role"] == "user"] if not found.problem else []
+        except BadRecord:
+            continue
+        texts = [_words(turn) for turn in turns]
+        equal = any(tuple(words) in whole for words in texts)
+        run = not equal and any(run in runs for words in texts for run in _runs(words))
+        same, shared = same + equal, shared + run
+        if (equal or run) and len(where) < 5:
+            where.append(part.source.where(found.place))
+    return same, shared, where
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _runs(words: list[str]) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1))

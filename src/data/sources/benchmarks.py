@@ -1,0 +1,69 @@
+"""Benchmarks: questions for the target to answer, out of files or data sets of the Hub, in one or several turns."""
+
+from typing import Any
+
+from data.errors import BadRecord, UserError
+from data.sources.readers import fingerprint, open_parts, read_strictly
+from data.sources.records import Messages, questions
+
+ALL = "all"  # benchmarks together
+KEYS = ("path", "subset", "split", "turns", "template")
+
+
+def read_benchmark(name: str, settings: Any, most: int | None) -> list[Messages]:
+    """System and user turns of the first conversations of one benchmark.
+
+    Args:
+        settings: `path` of a file, a folder or a data set on the Hub; of the latter `subset` and `split`; and where
+            records are no conversations: `turns`, the column that lists the user's turns, or `template`, the text of
+            the only turn, with columns in braces.
+
+    Raises:
+        UserError: settings or records that make no sense, by name and place.
+    """
+    _check(name, settings)
+    parse = _parser(settings.get("turns"), settings.get("template"))
+    return read_strictly(_source(settings), parse, split="test", most=most, setting=f"benchmarks.{name}.path")
+
+
+def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
+    """What the questions depend on: content and how it is read, not place or date."""
+    _check(name, settings)
+    parts = open_parts(_source(settings), split="test", max_records=None, setting=f"benchmarks.{name}.path")
+    return [fingerprint(parts), settings.get("turns"), settings.get("template")]
+
+
+def _check(name: str, settings: Any) -> None:
+    if name == ALL:
+        raise UserError(f"benchmarks.{ALL}: that is what all of them together are called. Choose another name.")
+    if not isinstance(settings, dict) or not isinstance(settings.get("path"), str):
+        raise UserError(f"benchmarks.{name}={settings!r}: expected at least a path; see conf/benchmarks/.")
+    if unknown := sorted(settings.keys() - set(KEYS)):
+        raise UserError(f"benchmarks.{name}.{unknown[0]}: no such setting. A benchmark has {', '.join(KEYS)}.")
+    if settings.get("turns") and settings.get("template"):
+        raise UserError(f"benchmarks.{name}: give turns or template, not both.")
+
+
+def _source(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{key: settings[key] for key in ("path", "subset", "split") if settings.get(key)}]
+
+
+def _parser(turns: str | None, template: str | None):
+    def parse(record: Any) -> Messages:
+        if not turns and not template:
+            return questions(record)
+        if not isinstance(record, dict):
+            raise BadRecord("expected a JSON object")
+        try:
+            given = record[turns] if turns else [template.format_map(_columns(record)).strip()]
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise BadRecord(f"{error!r} of turns or template; the keys are {', '.join(map(str, record))}") from None
+        return questions({"turns": given})
+
+    return parse
+
+
+def _columns(record: dict[str, Any]) -> dict[str, Any]:
+    """As text: lists a line an item, null as nothing."""
+    text = {key: "\n".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
+    return {key: "" if value is None else value for key, value in text.items()}

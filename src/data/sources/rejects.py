@@ -1,0 +1,49 @@
+"""Records that cannot be used: listed in a file, and the end of the run or not."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.sources.readers import Found, Part
+
+RAW_CHARACTERS = 2000  # of a bad record, in the file
+SHOWN = 5  # bad records in the message; all of them are in the file
+
+
+def reject(part: Part, found: Found, reason: str) -> dict[str, Any]:
+    """One entry of the file."""
+    where, raw = part.source.where(found.place), found.raw()[:RAW_CHARACTERS]
+    return {"file": part.source.name, "line": found.place, "where": where, "reason": printable(reason), "record": raw}
+
+
+def printable(text: str) -> str:
+    """The text with what is no character spelt out: a reason quotes from records."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+def refuse_bad(bad: Iterable[dict[str, Any]], total: int, policy: str, file: Path) -> None:
+    """List bad records in a file: where each is, why it is bad, and how it begins.
+
+    Raises:
+        UserError: there are some, and the policy is to stop.
+    """
+    temporary, count, first = file.with_suffix(f".{os.getpid()}.tmp"), 0, []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("w", encoding="utf-8") as out:
+        for count, reject in enumerate(bad, start=1):
+            first += [f"  {reject['where']}: {reject['reason']}"] if count <= SHOWN else []
+            out.write(json.dumps(reject) + "\n")
+    if not count:
+        temporary.unlink()
+        file.unlink(missing_ok=True)  # of an earlier call, before they were mended
+        return
+    temporary.replace(file)
+    if policy == "stop":
+        raise UserError(
+            f"{count:,} of {total:,} records in data.path cannot be used:\n"
+            + "\n".join(first + (["  ..."] if count > SHOWN else []))
+            + f"\nAll of them are in {file}. Mend them, or set data.bad_records=skip to go on without them."
+        )

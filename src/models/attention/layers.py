@@ -1,0 +1,80 @@
+"""How layers are run, which changes nothing of what they compute: kernel of attention, compilation, recomputation."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from models.attention.compiled import compiled
+from models.attention.packed import KINDS, LayerStopped, View
+from models.families import position_embeddings
+from models.hf_cache import require
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Settings of `speed` in conf/config.yaml."""
+
+    attention: str = "auto"  # flex | sdpa | dense; auto: flex on GPUs, else sdpa
+    compile: bool = False  # torch.compile of the layers and of the loss
+    recompute: bool = False  # activation checkpointing of the draft layers
+
+    def __post_init__(self) -> None:
+        if self.attention not in KINDS:
+            raise ValueError(f"attention={self.attention!r}: expected one of {', '.join(KINDS)}.")
+
+
+EAGER = Execution()
+
+
+def through_layers(
+    target: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    first_layer: int,
+    hidden: Tensor,
+    position_ids: Tensor,
+    views: Iterable[View],
+    execution: Execution = EAGER,
+) -> Tensor:
+    """Decoder layers of the target's kind, one after the other, each with its view.
+
+    Args:
+        first_layer: which layer of the target the first of them is, or is a copy of.
+        hidden: [R, tokens, H]. position_ids: [R, tokens].
+
+    Returns:
+        [R, tokens, H], or the input of a layer whose view says stop.
+
+    Raises:
+        ValueError: layers of this transformers version do not take what is passed to them.
+    """
+    for layer in layers:  # a name that a layer does not know would vanish, and with it what its queries may see
+        require(type(layer), {"attention_mask", "position_ids", "position_embeddings"})
+    numbers = range(first_layer, first_layer + len(layers))
+    embeddings = position_embeddings(target, hidden, position_ids, numbers)
+    call = _compiled_layer() if execution.compile else _layer
+    for layer, view, rope in zip(layers, views, embeddings, strict=True):
+        if view.stop:
+            try:
+                _layer(layer, hidden, view, position_ids, rope)
+            except LayerStopped:
+                return hidden
+        if execution.recompute and torch.is_grad_enabled():
+            hidden = checkpoint(call, layer, hidden, view, position_ids, rope, use_reentrant=False)
+        else:
+            hidden = call(layer, hidden, view, position_ids, rope)
+    return hidden
+
+
+def _layer(layer: nn.Module, hidden: Tensor, view: View, position_ids: Tensor, rope: tuple) -> Tensor:
+    return layer(hidden, attention_mask=view, position_ids=position_ids, position_embeddings=rope)
+
+
+@functools.cache
+def _compiled_layer() -> Callable[..., Tensor]:
+    """One graph for all layers of a kind, since they share their code: compiling takes seconds, not minutes."""
+    return compiled(_layer, dynamic=False)

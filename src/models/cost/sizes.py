@@ -1,0 +1,270 @@
+"""The sizes of a target and of its drafter, and the parameters that follow from them. Needs no torch.
+
+Counted are the families of `FAMILIES`; every count equals that of transformers' own modules
+(tests/models/test_sizes.py).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+ATTENTION_TUNING, BONUS_CALIBRATION = "attention_tuning", "bonus_calibration"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the layers of a `model_type` have beyond projectors and a gated FFN."""
+
+    norms: int = 2  # of the residual stream, in one layer
+    query_norms: str | None = None  # head: of each head of queries and keys; width: of all heads together
+    bias: bool = False  # of the projectors of queries, keys and values, whatever the config says
+    fused: bool = False  # gate and up are one product, and queries, keys and values another
+
+
+FAMILIES = {
+    "gemma3_text": Family(norms=4, query_norms="head"),
+    "llama": Family(),
+    "mistral": Family(),
+    "olmo2": Family(query_norms="width"),
+    "phi3": Family(fused=True),
+    "qwen2": Family(bias=True),
+    "qwen3": Family(query_norms="head"),
+    "qwen3_moe": Family(query_norms="head"),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a target and of its drafter. Layers are numbered from 0; the last `draft_layers` of them draft."""
+
+    hidden: int  # H
+    intermediate: int  # of a dense layer's FFN
+    layers: int  # N
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int  # V
+    tied: bool  # embedding and head are one matrix
+    positions: int  # the longest sequence
+    draft_layers: int  # L
+    block_size: int  # B
+    rank: int  # r, of the calibrator; 0: none
+    family: Family
+    attention_biases: int  # of one layer: numbers
+    ffn_biases: int
+    windows: tuple[int | None, ...]  # [N] how many keys a query sees at most; None: all before it
+    sparse: tuple[bool, ...]  # [N] whether a layer has experts in place of one FFN
+    experts: int  # of such a layer
+    active: int  # experts that a token goes through
+    expert_intermediate: int  # of one expert
+    bonus_slot: bool = False  # whether slot 0's input can hold a known bonus token
+    chain_rank: int = 0  # of the MLP that sees the draft before a slot's; 0: none
+    joint: bool = False  # whether stage 2 trains what stage 1 does, too
+    updates: int | None = None  # parameters of a layer's low-rank updates; None: the projectors are trained themselves
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        num_layers: int,
+        block_size: int,
+        calibrator_rank: int,
+        bonus_slot: bool = False,
+        chain_rank: int = 0,
+        joint: bool = False,
+    ) -> "Sizes":
+        """
+        Args:
+            config: a model's config of `transformers` as a dict, such as its config.json.
+            num_layers, block_size, calibrator_rank, bonus_slot, chain_rank: the drafter's, as in conf/model/.
+            joint: as in conf/stage/bonus_calibration.yaml.
+
+        Raises:
+            ValueError: the config lacks a size, or is of a family that is not counted.
+        """
+        kind = config.get("model_type")
+        if kind not in FAMILIES:
+            raise ValueError(f"model_type={kind!r} is not counted; these are: {', '.join(FAMILIES)}.")
+        try:
+            return cls(
+                **_layer_sizes(config, FAMILIES[kind]),
+                **_expert_sizes(config),
+                windows=_windows(config),
+                vocabulary=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", kind == "gemma3_text")),
+                positions=config["max_position_embeddings"],
+                draft_layers=num_layers,
+                block_size=block_size,
+                rank=calibrator_rank,
+                bonus_slot=bonus_slot,
+                chain_rank=chain_rank,
+                joint=joint,
+                family=FAMILIES[kind],
+            )
+        except KeyError as error:
+            raise ValueError(f"the config has no {error.args[0]}.") from error
+
+    def with_lora(self, rank: int, target_modules: Iterable[str] | None) -> "Sizes":
+        """The same with `models.lora.Lora` in stage 1.
+
+        Raises:
+            ValueError: no such projector, or a rank greater than a projector's own.
+        """
+        widths = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys, "o_proj": self.queries}
+        if self.family.fused:
+            widths = {"qkv_proj": self.queries + 2 * self.keys, "o_proj": self.queries}
+        chosen = set(widths if target_modules is None else target_modules)
+        if not chosen or not chosen <= widths.keys():
+            raise ValueError(f"adapter.target_modules={sorted(chosen)}: expected one or more of {', '.join(widths)}.")
+        least = min(self.hidden, *(widths[name] for name in chosen))
+        if rank > least:
+            raise ValueError(
+                f"adapter.rank={rank}: the smallest of the matrices has rank {least}, the most that there is."
+            )
+        return replace(self, updates=rank * sum(self.hidden + widths[name] for name in chosen))
+
+    @property
+    def all_layers(self) -> range:
+        """Numbers of the target's layers."""
+        return range(self.layers)
+
+    @property
+    def drafting(self) -> range:
+        """Numbers of the layers that draft."""
+        return range(self.layers - self.draft_layers, self.layers)
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads together, which is that of the value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of the four projectors of one layer."""
+        return 2 * self.hidden * (self.queries + self.keys)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention: projectors, their biases, norms of queries and keys."""
+        return self.attention_weights + self.attention_biases + self.query_norms
+
+    @property
+    def query_norms(self) -> int:
+        """Parameters of one layer's norms of queries and keys."""
+        return {None: 0, "head": 2 * self.head_dim, "width": self.queries + self.keys}[self.family.query_norms]
+
+    def ffn_parameters(self, layer: int) -> int:
+        """Parameters of a layer's FFN: gate, up and down; with experts, those of all, and the router's."""
+        if self.sparse[layer]:
+            return self.experts * (3 * self.expert_intermediate + 1) * self.hidden
+        return 3 * self.hidden * self.intermediate + self.ffn_biases
+
+    def ffn_weights(self, layer: int) -> int:
+        """Weights of a layer's FFN that one token is multiplied with: of its active experts, and of the router."""
+        if self.sparse[layer]:
+            return (3 * self.active * self.expert_intermediate + self.experts) * self.hidden
+        return 3 * self.hidden * self.intermediate
+
+    def weights(self, layers: Iterable[int]) -> int:
+        """Weights that one token is multiplied with in these layers."""
+        return sum(self.attention_weights + self.ffn_weights(layer) for layer in layers)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding; the head has as many."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def target_parameters(self) -> int:
+        """Parameters of the target: embedding, layers, final norm, head unless tied."""
+        matrices = 1 if self.tied else 2
+        layer = self.attention_parameters + self.family.norms * self.hidden
+        ffn = sum(self.ffn_parameters(n) for n in self.all_layers)
+        return matrices * self.embedding_parameters + self.layers * layer + ffn + self.hidden
+
+    @property
+    def tuned_parameters(self) -> int:
+        """Parameters that stage 1 trains: attention of the draft layers, or its updates and norms; inputs of slots."""
+        layer = self.attention_parameters if self.updates is None else self.updates + self.query_norms
+        return self.draft_layers * layer + self.slot_parameters
+
+    @property
+    def slot_parameters(self) -> int:
+        """Parameters of the inputs of slots: mask embedding, bonus slot."""
+        return self.hidden + (self.hidden**2 if self.bonus_slot else 0)
+
+    @property
+    def corrections(self) -> list[int]:
+        """Ranks of the MLPs that correct the logits: the calibrator's, the chain's; of those that there are."""
+        return [rank for rank in (self.rank, self.chain_rank) if rank]
+
+    @property
+    def calibrator_parameters(self) -> int:
+        """Parameters of what corrects the logits: W1, b1, W2, b2 of each."""
+        return sum((2 * self.hidden + 1) * rank + (rank + 1) * self.vocabulary for rank in self.corrections)
+
+    def trains_layers(self, stage: str) -> bool:
+        """Whether a stage trains what the mask pass is made of."""
+        return stage == ATTENTION_TUNING or self.joint
+
+    def trained_parameters(self, stage: str) -> int:
+        """Parameters that a stage trains."""
+        tuned = self.tuned_parameters if self.trains_layers(stage) else 0
+        return tuned + (self.calibrator_parameters if stage == BONUS_CALIBRATION else 0)
+
+    def draft_parameters(self, stage: str) -> int:
+        """Parameters of the drafter that a stage leaves, as they are exported."""
+        tuned = self.draft_layers * self.attention_parameters + self.slot_parameters
+        return tuned + (self.calibrator_parameters if stage == BONUS_CALIBRATION else 0)
+
+    def held_parameters(self, stage: str) -> int:
+        """Parameters of the drafter while a stage trains it."""
+        return self.tuned_parameters if stage == ATTENTION_TUNING else self.draft_parameters(stage)
+
+
+def _layer_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What a layer without experts is made of, as arguments of `Sizes`."""
+    hidden, intermediate, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    three = (heads + 2 * kv_heads) * head_dim
+    biases = three if family.bias else three + hidden if config.get("attention_bias") else 0
+    return {
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "attention_biases": biases,
+        "ffn_biases": 2 * intermediate + hidden if config.get("mlp_bias") else 0,
+    }
+
+
+def _expert_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What layers with experts are made of, and which these are, as arguments of `Sizes`."""
+    layers = config["num_hidden_layers"]
+    # As config.json says it, or as transformers 5 does.
+    experts = config.get("num_experts") or config.get("num_local_experts") or 0
+    if not experts:
+        return {"sparse": (False,) * layers, "experts": 0, "active": 0, "expert_intermediate": 0}
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    return {
+        "sparse": tuple((n + 1) % step == 0 and n not in dense for n in range(layers)),
+        "experts": experts,
+        "active": config["num_experts_per_tok"],
+        "expert_intermediate": config["moe_intermediate_size"],
+    }
+
+
+def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The window of each layer, by the rules of `models.families`."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

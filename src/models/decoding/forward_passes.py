@@ -1,0 +1,194 @@
+"""The passes of decoding: over prompts, over candidates, over mask blocks, and over both at once."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.attention.layers import through_layers
+from models.attention.masks import Rule, cached_causal, dense, own_block, per_window, slots_first
+from models.attention.packed import KeysValues, Places, View
+from models.decoding.kv_cache import KVCache
+from models.draft import DraftModel
+from models.families import layer_windows
+from models.target import clean_views
+
+
+def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int, slots: int = 0) -> tuple[Tensor, KVCache]:
+    """Run the target over prompts, packed into one row.
+
+    Returns:
+        [R, V] logits after the last token of each prompt, and the cache with room for `capacity` tokens and `slots`
+        slots a row.
+    """
+    device = target.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    row_of = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    input_ids = torch.tensor([token for prompt in prompts for token in prompt])
+    row_of, positions, input_ids = row_of.to(device), positions.to(device), input_ids.to(device)
+    # By tiles on every device: FlexAttention would compile anew for other lengths.
+    views = clean_views(target, row_of[None], "sdpa")
+    for view in views:
+        view.keep = True
+    hidden = target.get_input_embeddings()(input_ids[None])
+    hidden = through_layers(target, target.model.layers, 0, hidden, positions[None], views)
+    last = (lengths.cumsum(0) - 1).to(device)
+    cache = KVCache(_given_up(views), row_of, positions, len(prompts), capacity, slots)
+    return target_logits(target, hidden[0, last]), cache
+
+
+def _given_up(views: list[View]) -> Iterator[KeysValues]:
+    """What views kept, one after the other, each forgotten when the next is asked for."""
+    for view in views:
+        kept, view.kept = view.kept, None
+        yield kept
+
+
+def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[..., V] from what the last layer gave, [..., H]."""
+    return target.get_output_embeddings()(target.model.norm(hidden))
+
+
+@torch.no_grad()
+def difference_from_forward(target: PreTrainedModel, tokens: list[int]) -> float:
+    """By how much, as a share of the greatest, the logits after some tokens differ from those of the target's own
+    forward; 0 within what rounding explains."""
+    own = target(input_ids=torch.tensor([tokens], device=target.device), logits_to_keep=1).logits[0, -1].float()
+    ours = prefill(target, [tokens], capacity=len(tokens))[0][0].float()
+    difference = float((ours - own).abs().max() / own.abs().max())
+    exact = target.dtype in (torch.float32, torch.float64)
+    return 0.0 if difference < (1e-3 if exact else 0.1) else difference
+
+
+def separate(part: Tensor) -> Tensor:
+    """A slice as a tensor of its own: of a slice, PyTorch makes one small product a row, even of one row."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+class Passes:
+    """The passes of one batch over its cache. `reach`: positions before it may hold tokens, in any row."""
+
+    def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:
+        self.target, self.draft, self.cache = target, draft, cache
+        self.joint_layers = _joint_layers(target, draft) if draft else []
+        self.windows = layer_windows(target.config)
+
+    def verify(self, candidates: Tensor, positions: Tensor, reach: int) -> Tensor:
+        """The target over candidates [R, C] at positions [R, C]. Returns its logits, [R, C, V]."""
+        views = self._candidate_views(positions, reach)
+        hidden = self.target.get_input_embeddings()(candidates)
+        hidden = through_layers(self.target, self.target.model.layers, 0, hidden, positions, views)
+        return target_logits(self.target, hidden)
+
+    def draft_blocks(self, anchors: Tensor, reach: int, bonus: Tensor | None = None) -> Tensor:
+        """One block per anchor through the draft layers. [R, g] -> [R, g, B, H] after the final norm.
+
+        `bonus` [R, g]: the tokens at the anchors, for drafters with a bonus slot; None: not known yet.
+        """
+        hidden, positions, views = self._blocks(anchors, reach, bonus)
+        hidden = through_layers(self.target, self.draft.layers, self.draft.split_layer, hidden, positions, views)
+        return self.target.model.norm(hidden).view(*anchors.shape, self.draft.block_size, -1)
+
+    def verify_and_draft(self, candidates: Tensor, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """Both in one pass: a block for every number of candidates that may be accepted.
+
+        Block k is anchored after candidate k, and sees what is before its anchor: so it sees the candidates 0 .. k.
+
+        Returns:
+            [R, C, V] the target's logits and [R, C, B, H] hidden states of the blocks.
+        """
+        split, count = self.draft.split_layer, candidates.shape[1]
+        clean = self._candidate_views(positions, reach)
+        hidden = self.target.get_input_embeddings()(candidates)
+        hidden = through_layers(self.target, self.target.model.layers[:split], 0, hidden, positions, clean[:split])
+
+        slots, slot_positions, blocks = self._blocks(positions + 1, reach)
+        views = [_JointView(*pair, count) for pair in zip(clean[split:], blocks, strict=True)]
+        hidden = torch.cat([hidden, slots], dim=1)
+        both = torch.cat([positions, slot_positions], dim=1)
+        hidden = through_layers(self.target, self.joint_layers, split, hidden, both, views)
+        drafted = self.target.model.norm(hidden[:, count:])
+        blocks = drafted.view(*positions.shape, self.draft.block_size, -1)
+        return target_logits(self.target, separate(hidden[:, :count])), blocks
+
+    def _candidate_views(self, positions: Tensor, reach: int) -> list[View]:
+        rows, count = positions.shape
+        places = self.cache.token_places(positions, reach, drafts=self.draft is not None)
+        return _views(lambda window: cached_causal(positions, window), self.windows, (rows, count, reach), places)
+
+    def _blocks(self, anchors: Tensor, reach: int, bonus: Tensor | None = None) -> tuple[Tensor, Tensor, list[View]]:
+        """Slots of blocks at anchors [R, g]: input [R, g*B, H], positions [R, g*B], and a view for each draft layer."""
+        size, rows, device = self.draft.block_size, anchors.shape[0], anchors.device
+        positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
+        slots = positions.shape[1]
+        one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, reach)
+        own_layers = slice(self.draft.split_layer, None)
+        places = self.cache.slot_places(slots, reach, own_layers)
+
+        def rule(window: int | None) -> Rule:
+            return slots_first(own_block(one_document, anchors, size, window), slots, reach)
+
+        views = _views(rule, self.windows[own_layers], (rows, slots, slots + reach), places)
+        hidden = self.draft.slot_inputs(tuple(anchors.shape), bonus).flatten(1, 2)
+        return hidden, positions, views
+
+
+def _views(
+    rule: Callable[[int | None], Rule], windows: list[int | None], shape: tuple[int, int, int], places: list[Places]
+) -> list[View]:
+    """A view for each layer: the rule of its window written out, [R, queries, keys], and its places."""
+    masks = per_window(windows, lambda window: dense(rule(window), *shape, places[0].rows.device))
+    return [View(mask, places=own, window=window) for mask, window, own in zip(masks, windows, places, strict=True)]
+
+
+@dataclass
+class _JointView:
+    """Views of candidates and of slots, which lie behind one another."""
+
+    clean: View
+    blocks: View
+    count: int  # candidates
+    stop: bool = False
+
+
+class _JointAttention(nn.Module):
+    """The target's projectors for candidates, the drafter's for slots."""
+
+    def __init__(self, clean: nn.Module, blocks: nn.Module) -> None:
+        super().__init__()
+        self.clean, self.blocks = clean, blocks
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: _JointView,
+        position_ids: Tensor,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        view, outputs = attention_mask, []
+        parts = ((self.clean, view.clean, slice(view.count)), (self.blocks, view.blocks, slice(view.count, None)))
+        for attention, own_view, part in parts:  # candidates first: the slots read what they write
+            embeddings = tuple(table[:, part] for table in position_embeddings)
+            own = attention(
+                separate(hidden_states[:, part]),
+                position_embeddings=embeddings,
+                attention_mask=own_view,
+                position_ids=position_ids[:, part],
+            )
+            outputs.append(own[0])
+        return torch.cat(outputs, dim=1), None
+
+
+def _joint_layers(target: PreTrainedModel, draft: DraftModel) -> list[nn.Module]:
+    """Norms and FFN of a layer run once over candidates and slots together, so that their weights are read once."""
+    layers = []
+    for clean, drafting in zip(target.model.layers[draft.split_layer :], draft.layers, strict=True):
+        layer = copy.copy(clean)
+        layer._modules = clean._modules | {"self_attn": _JointAttention(clean.self_attn, drafting.self_attn)}
+        layers.append(layer)
+    return layers

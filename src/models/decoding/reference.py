@@ -1,0 +1,143 @@
+"""The oracle that the tests hold decoding against: one prompt at a time, through transformers' own model and cache.
+
+Slow and obvious: the target alone, and sequential draft-then-verify. Tests and drills use it, and the evaluation for
+its first prompts.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from models.decoding.batch_decoder import GenerationResult, Step
+from models.decoding.generation_settings import stop_tokens, text
+from models.decoding.sampling import GREEDY, Sampling
+from models.decoding.selection import RELEASE, Selection, drafts_and_confidence
+from models.decoding.target_choice import next_token, uniform_numbers
+from models.draft import DraftModel
+from models.hf_cache import crop, forward_cached
+from models.target import cached_context
+
+
+@torch.inference_mode()
+def autoregressive_generate(
+    target: PreTrainedModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[int]:
+    """The target's own answer, one token a pass, with the processors and criteria of its `generation_config`.
+
+    Args:
+        tokenizer: of the target; its stop strings need it.
+    """
+    own = _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
+    cache, tokens, step, ended = DynamicCache(), [], prompt, not max_new_tokens
+    while not ended:
+        token, ended = own.next(_target_logits(target, step, cache)[-1])
+        tokens.append(token)
+        step = [token]
+    return tokens
+
+
+@torch.inference_mode()
+def reference_generate(
+    target: PreTrainedModel,
+    draft: DraftModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    selection: Selection = RELEASE,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    calibrate: bool = True,
+    told: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> GenerationResult:
+    """Draft, verify, commit; what `decoding.generate` must give for one prompt, steps included; with a bonus slot, in
+    sequential mode if the drafter is `told` the bonus before it drafts; in parallel mode if not, but for the first
+    block, which comes after the prompt in every mode."""
+    cache, own = DynamicCache(), _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
+    tokens, steps = [], []
+    bonus, ended = own.next(_target_logits(target, prompt, cache)[-1]) if max_new_tokens else (None, True)
+    while not ended:
+        anchor = cache.get_seq_length()
+        logits = draft_logits(draft, cache, anchor, torch.tensor([bonus]), calibrate=calibrate, told=told or not steps)
+        drafts, confidence = drafts_and_confidence(logits[1:])
+        room = max_new_tokens - len(tokens) - 1
+        drafts = drafts[: int(selection.count(confidence))][:room].tolist()
+
+        after = _target_logits(target, [bonus, *drafts], cache)  # [1 + drafts, V]
+        tokens.append(bonus)
+        accepted = 0
+        bonus, ended = own.next(after[0])
+        while bonus in drafts[accepted : accepted + 1]:
+            accepted += 1
+            tokens.append(bonus)
+            if ended:
+                return GenerationResult([tokens], [[*steps, Step(len(drafts), accepted)]])
+            bonus, ended = own.next(after[accepted])
+        steps.append(Step(len(drafts), accepted))
+        crop(cache, anchor + 1 + accepted)  # what verification rejected
+    return GenerationResult([tokens + [bonus] * (bonus is not None)], [steps])
+
+
+class _Own:
+    """The target's choice of one text's tokens, one after the other."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.stop, self.sampling = stop_tokens(target), sampling
+        self.text = text(target, prompt, max_new_tokens, tokenizer)
+        self.uniforms = uniform_numbers(seed, max_new_tokens).to(target.device)
+
+    def next(self, logits: Tensor) -> tuple[int, bool]:
+        """The token after some, and whether it is the last, from logits [V]."""
+        token = next_token(self.text, logits, self.sampling, self.uniforms)
+        return token, self.text.add(token) or token in self.stop
+
+
+def draft_logits(
+    draft: DraftModel,
+    cache: DynamicCache,
+    anchor: int,
+    bonus: Tensor | None,
+    *,
+    calibrate: bool = True,
+    told: bool = True,
+) -> Tensor:
+    """[B, V] logits of all slots of the block at `anchor`; `cache` holds the positions before it.
+
+    Args:
+        bonus: [1] the token at the anchor; None: it is not known, and the logits are not corrected.
+        calibrate: whether the logits are corrected by it, and by the draft before each slot.
+        told: whether slot 0 holds it, as in sequential mode.
+    """
+    positions = torch.arange(anchor, anchor + draft.block_size, device=draft.mask_embedding.device)
+    known = bonus[None] if told and bonus is not None else None
+    hidden = draft(cached_context(cache, draft.split_layer), positions[None, None], bonus=known)[0, 0]  # [B, H]
+    if bonus is None or not calibrate:
+        return draft.logits(hidden)
+    logits = draft.logits(hidden, bonus.expand(draft.block_size))
+    before = bonus[0]
+    for slot in range(1, draft.block_size if draft.chain_rank else 0):
+        logits[slot] = draft.logits(hidden[slot], bonus[0], before)
+        before = logits[slot].argmax()
+    return logits
+
+
+def _target_logits(target: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> Tensor:
+    """[tokens, V]; `cache` grows by the tokens.
+
+    Raises:
+        ValueError: the target takes no cache, or leaves it as it was.
+    """
+    return forward_cached(target, torch.tensor([tokens], device=target.device), cache).logits[0]

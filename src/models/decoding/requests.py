@@ -1,0 +1,283 @@
+"""What a caller asks of the decoder: checked before anything runs."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.attention.packed import NAME
+from models.decoding.generation_settings import stop_tokens
+from models.decoding.sampling import Sampling
+from models.decoding.selection import Selection
+from models.draft import DraftModel
+from models.families import text_positions
+from models.target import vocabulary
+
+SEEDS = range(-(2**63), 2**64)  # that torch takes
+
+
+def check_models(target: PreTrainedModel, draft: DraftModel | None) -> None:
+    """
+    Raises:
+        ValueError: no target, no drafter, or one of another target.
+    """
+    if not isinstance(target, nn.Module):
+        raise ValueError(f"target is a {type(target).__name__}; expected a model: load it with load_target.")
+    if target.config._attn_implementation != NAME:
+        raise ValueError(f"The target's attention is {target.config._attn_implementation!r}; load it with load_target.")
+    if draft is None:
+        return
+    if not isinstance(draft, DraftModel):
+        raise ValueError(f"draft is a {type(draft).__name__}; expected a drafter (load it with load_draft) or None.")
+    if draft.target is not target:
+        raise ValueError("The drafter belongs to another target: it runs that one's layers.")
+    if draft.mask_embedding.device != target.device:
+        raise ValueError(f"The drafter is on {draft.mask_embedding.device}, its target on {target.device}.")
+
+
+def check_types(
+    *, selection: Any, sampling: Any, calibrate: Any, timer: Any, streamers: Sequence[Any], tokenizer: Any, strings: Any
+) -> None:
+    """
+    Raises:
+        ValueError: an argument of another type.
+    """
+    if not isinstance(selection, Selection):
+        raise ValueError(f'selection={selection!r}: expected a Selection, such as Selection("off").')
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling={sampling!r}: expected a Sampling, such as Sampling(temperature=0.7).")
+    if not isinstance(calibrate, bool):
+        raise ValueError(f"calibrate={calibrate!r}: expected True or False.")
+    if timer is not None and not callable(timer):
+        raise ValueError(f"timer={timer!r}: expected a function of a phase's name.")
+    for streamer in streamers:
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"streamer={streamer!r}: expected an object with put(ids) and end().")
+    if strings and tokenizer is None:
+        raise ValueError(f"stop_strings={strings!r} need the target's tokenizer: give tokenizer=...")
+
+
+def integer(name: str, value: Any, least: int = 0) -> int:
+    """A whole number of at least so much.
+
+    Raises:
+        ValueError: something else.
+    """
+    number = _index(value)
+    if number is None or number < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number, {least} or more.")
+    return number
+
+
+def _index(value: Any) -> int | None:
+    """A value as an integer, if it is one; True and 1.0 are none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def prompts_of(target: PreTrainedModel, input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
+    """Prompts without padding.
+
+    Args:
+        input_ids: a list of prompts, or [R, T] padded on either side.
+        attention_mask: [R, T] of a padded tensor; None: as transformers infers it from the target's padding token.
+
+    Raises:
+        ValueError: something else, an empty prompt, an unknown token, or a mask that does not fit or has holes.
+    """
+    if isinstance(input_ids, Tensor):
+        prompts = _without_padding(target, input_ids, attention_mask)
+    elif attention_mask is not None:
+        raise ValueError("attention_mask belongs to a padded tensor; prompts in lists have no padding.")
+    else:
+        prompts = _lists(input_ids)
+    if not prompts:
+        raise ValueError("There is no prompt; decoding needs at least one.")
+    known = vocabulary(target)
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"The prompt of row {row} is empty; decoding needs at least one token to continue.")
+        if not 0 <= min(prompt) <= max(prompt) < known:
+            raise ValueError(
+                f"The prompt of row {row} has token {min(prompt) if min(prompt) < 0 else max(prompt)}; "
+                f"expected 0 to {known - 1}."
+            )
+    return prompts
+
+
+def _lists(prompts: Any) -> list[list[int]]:
+    """
+    Raises:
+        ValueError: no list of lists of token ids.
+    """
+    if isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys") or not hasattr(prompts, "__iter__"):
+        raise ValueError(f"input_ids is a {type(prompts).__name__}; expected a list of prompts, each of token ids.")
+    found = []
+    for row, prompt in enumerate(prompts):
+        if _index(prompt) is not None:
+            raise ValueError("input_ids is one prompt; expected a list of prompts, such as [input_ids].")
+        if isinstance(prompt, (str, bytes)) or hasattr(prompt, "keys") or not hasattr(prompt, "__iter__"):
+            raise ValueError(f"The prompt of row {row} is a {type(prompt).__name__}; expected a list of token ids.")
+        tokens = [_index(token) for token in prompt]
+        if None in tokens:
+            wrong = list(prompt)[tokens.index(None)]
+            raise ValueError(f"The prompt of row {row} has {wrong!r}; expected token ids, which are whole numbers.")
+        found.append(tokens)
+    return found
+
+
+def _without_padding(target: PreTrainedModel, input_ids: Tensor, attention_mask: Any) -> list[list[int]]:
+    """
+    Raises:
+        ValueError: not [R, T] of integers, or a mask that does not fit, has holes or is missing.
+    """
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected token ids, "
+            "[rows, tokens]."
+        )
+    if attention_mask is None:
+        attention_mask = _inferred_mask(target, input_ids)
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(attention_mask).__name__}; expected a tensor [rows, tokens].")
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}."
+        )
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask has other values than 0 (padding) and 1.")
+    mask = attention_mask.to(input_ids.device).bool()
+    if (mask.int().diff(dim=1).abs().sum(1) > 1).any():
+        raise ValueError(
+            "attention_mask, given or inferred from the padding token, has padding within a prompt; expected it on one "
+            "side only."
+        )
+    return [row[kept].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+
+
+def _inferred_mask(target: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """[R, T] 0 where the padding token is, unless that may be text: then it also ends texts, or there is none.
+
+    Raises:
+        ValueError: rows begin or end with a token that pads and also ends texts.
+    """
+    pad, stop = target.generation_config.pad_token_id, stop_tokens(target)
+    if pad is not None and pad not in stop:
+        return (input_ids != pad).long()
+    # Without a padding token of its own, a tokenizer pads with the one that ends texts.
+    rows, length = input_ids.shape
+    edges = input_ids[:, [0, -1]] if length else input_ids
+    if rows > 1 and any(token in stop for token in edges.flatten().tolist()):
+        raise ValueError(
+            f"Rows of input_ids begin or end with a stop token, one of {sorted(stop)}, which may be padding: give "
+            "attention_mask, or the prompts as lists."
+        )
+    return torch.ones_like(input_ids)
+
+
+def check_length(target: PreTrainedModel, draft: DraftModel | None, prompts: list[list[int]], new: int) -> None:
+    """
+    Raises:
+        ValueError: more tokens than the target has positions.
+    """
+    limit = text_positions(target.config, draft.block_size if draft else 0)
+    for row, prompt in enumerate(prompts):
+        if len(prompt) + new > limit:
+            raise ValueError(
+                f"The prompt of row {row} has {len(prompt)} tokens, which with max_new_tokens={new} makes "
+                f"{len(prompt) + new}; the target has {limit} positions for them."
+            )
+
+
+def stop_set(target: PreTrainedModel, stop: Any) -> set[int]:
+    """
+    Raises:
+        ValueError: no set of the target's tokens.
+    """
+    known = vocabulary(target)
+    iterable = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes)) and not hasattr(stop, "keys")
+    tokens = [_index(token) for token in stop] if iterable else [None]
+    if any(token is None or not 0 <= token < known for token in tokens):
+        raise ValueError(f"stop={stop!r}: expected a set of token ids, 0 to {known - 1}, such as {{2}}.")
+    return set(tokens)
+
+
+def seeds_of(seed: Any, rows: int) -> list[int]:
+    """One for each row; of one number, row i has seed + i.
+
+    Raises:
+        ValueError: not a number or one for each row.
+    """
+    if isinstance(seed, (list, tuple)):
+        seeds = [_index(one) for one in seed]
+        if len(seeds) != rows:
+            raise ValueError(f"There are {len(seeds)} seeds for {rows} prompts.")
+    else:
+        first = _index(seed)
+        seeds = [None if first is None else first + row for row in range(rows)]
+    if any(one is None or one not in SEEDS for one in seeds):
+        raise ValueError(
+            f"seed={seed!r}: expected a whole number, -2^63 to 2^64 - 1, or a list of one for each prompt."
+        )
+    return seeds
+
+
+def by_row(name: str, given: Any, rows: int) -> list[list[Callable]] | None:
+    """Processors or criteria of each row; None if there are none.
+
+    Raises:
+        ValueError: a single list for several prompts, or no list of functions for each.
+    """
+    if given is None or (isinstance(given, (list, tuple)) and not given):
+        return None
+    one = f"{name}: expected a list of functions for one prompt, or a list of such lists, one for each prompt"
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"{one}, not a {type(given).__name__}.")
+    lists = [part is None or isinstance(part, (list, tuple)) for part in given]
+    if not any(lists):
+        if rows > 1:
+            raise ValueError(
+                f"{one}. Rows are decoded each by itself, so functions that know their row or keep state need a list "
+                f"for each; of others, [{name}] * {rows} will do."
+            )
+        given, lists = [given], [True]
+    if not all(lists) or len(given) != rows:
+        raise ValueError(f"{one}; there are {len(given)} for {rows} prompts.")
+    found = [list(part or []) for part in given]
+    wrong = [function for part in found for function in part if not callable(function)]
+    if wrong:
+        raise ValueError(f"{one}; {wrong[0]!r} is no function.")
+    return found if any(found) else None
+
+
+def streamers_of(streamer: Any, rows: int) -> list[Any]:
+    """One for each row, or None.
+
+    Raises:
+        ValueError: one for several prompts.
+    """
+    if streamer is None:
+        return [None] * rows
+    streamers = list(streamer) if isinstance(streamer, (list, tuple)) else [streamer]
+    if len(streamers) != rows:
+        raise ValueError(
+            f"streamer: {len(streamers)} for {rows} prompts; rows go on at their own pace, so give a list of one for "
+            "each prompt (or None)."
+        )
+    return streamers
+
+
+def strings_of(strings: Any) -> list[str]:
+    """
+    Raises:
+        ValueError: no text or list of texts.
+    """
+    found = [strings] if isinstance(strings, str) else [] if strings is None else strings
+    if not isinstance(found, (list, tuple, set)) or not all(isinstance(text, str) and text for text in found):
+        raise ValueError(f"stop_strings={strings!r}: expected a text or a list of texts.")
+    return list(found)

@@ -1,0 +1,173 @@
+"""LoRA adapters (arXiv 2106.09685, by PEFT): Attention Tuning of low-rank updates instead of whole projectors.
+
+The drafter's projectors are the target's own modules, shared and frozen, inside PEFT's; nothing of them is copied. What
+comes after training needs to know nothing of this: `LoraDraft.merged` is a drafter like any other.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.artifact import CONFIG, FLEXDRAFT_KEYS, extras
+from models.draft import DraftModel, shallow_copy
+from models.export.artifact_io import artifact_config, load_draft_weights
+
+WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT names them
+NAME = "default"  # of the adapter, within PEFT's modules
+PREFIX = "base_model.model."  # of PEFT's names of tensors
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of conf/adapter/lora.yaml. An update is `alpha / rank * B A`, with A (rank, in) and B (out, rank)."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] | None = None  # names of linear projectors in the attention; None: all
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: expected 1 or more.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha={self.alpha}: expected more than 0.")
+
+    def projectors(self, attention: nn.Module) -> list[str]:
+        """Names of the updated projectors.
+
+        Raises:
+            ValueError: `target_modules` is not one or more of the attention's linear projectors, or the rank is
+                greater than one's own.
+        """
+        known = [name for name, child in attention.named_children() if isinstance(child, nn.Linear)]
+        chosen = known if self.target_modules is None else list(self.target_modules)
+        if not chosen or not set(chosen) <= set(known):
+            raise ValueError(
+                f"target_modules={chosen}: expected one or more of {', '.join(known)}, or null for all of them."
+            )
+        least = min(min(getattr(attention, name).weight.shape) for name in chosen)
+        if self.rank > least:
+            raise ValueError(
+                f"rank={self.rank}: the smallest of the matrices has rank {least}, the most that there is."
+            )
+        return [name for name in known if name in chosen]
+
+
+class LoraDraft(DraftModel):
+    """A drafter in Attention Tuning whose projectors are the target's own with low-rank updates.
+
+    It starts as the target, since B = 0. Norms of queries and keys are copies, as in full tuning; biases stay the
+    target's.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        lora: Lora,
+        *,
+        num_layers: int,
+        block_size: int,
+        bonus_slot: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            num_layers, block_size, bonus_slot: as for `DraftModel`.
+            dtype: of what is trained; the target's if None. Updates are added to the target's weights in it.
+
+        Raises:
+            ValueError: as for `DraftModel` and `Lora.projectors`.
+        """
+        from peft import LoraConfig, inject_adapter_in_model  # late: it takes seconds
+
+        sizes = {"num_layers": num_layers, "block_size": block_size, "calibrator_rank": 0, "bonus_slot": bonus_slot}
+        super().__init__(target, **sizes, dtype=dtype)
+        self.lora_config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=lora.projectors(self.layers[0].self_attn),
+            inference_mode=True,  # what loads the file is not about to train it
+        )
+        inject_adapter_in_model(self.lora_config, self, NAME)
+        for parameter in self.attention_parameters().values():
+            parameter.data = parameter.data.to(self.mask_embedding.dtype)
+            parameter.requires_grad_(True)
+
+    def _own_attention(self, attention: nn.Module, dtype: torch.dtype) -> nn.Module:
+        own = shallow_copy(attention)
+        for name, child in attention.named_children():
+            if not isinstance(child, nn.Linear):
+                own._modules[name] = copy.deepcopy(child).to(dtype)
+        return own
+
+    def attention_parameters(self) -> dict[str, nn.Parameter]:
+        """What Attention Tuning trains, by the names of PEFT's files: A and B, the norms, the mask embedding."""
+        shared = {id(p) for p in self.target.parameters()}
+        own = {name: p for name, p in super().attention_parameters().items() if id(p) not in shared}
+        return {name.replace(f".{NAME}.", "."): p for name, p in own.items()}
+
+    def own_parameters(self) -> dict[str, Tensor]:
+        """Whole projectors, norms and the mask embedding, by exported name: copies where anything was added."""
+        own: dict[str, Tensor] = {"mask_embedding": self.mask_embedding, **self._named("bonus_slot")}
+        for i, layer in enumerate(self.layers):
+            for name, module in layer.self_attn.named_children():
+                base = getattr(module, "base_layer", module)
+                for kind, parameter in base.named_parameters():
+                    whole = parameter.to(self.mask_embedding.dtype)
+                    if base is not module and kind == "weight":
+                        whole = whole + module.get_delta_weight(NAME)
+                    own[f"layers.{i}.self_attn.{name}.{kind}"] = whole
+        return own
+
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype | None = None) -> DraftModel:
+        """The same drafter with projectors of its own, in a dtype; None: that of what is trained."""
+        sizes = {"num_layers": len(self.layers), "block_size": self.block_size, "calibrator_rank": 0}
+        sizes |= {"bonus_slot": self.bonus_slot is not None}
+        draft = DraftModel(self.target, **sizes, dtype=dtype or self.mask_embedding.dtype)
+        load_draft_weights(draft.own_parameters(), self.own_parameters(), source="adapter")
+        return draft.requires_grad_(False).eval()
+
+
+def save_adapter(draft: LoraDraft, directory: Path) -> None:
+    """Write a PEFT adapter: config, tensors, and the drafter's `config.json` as in an export.
+
+    `PeftModel.from_pretrained(DraftModel(target, ...), directory)` reads it, mask embedding and norms included.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(draft.lora_config)
+    config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in every process
+    config.save_pretrained(str(directory))
+    (directory / CONFIG).write_text(json.dumps(artifact_config(draft), indent=2, sort_keys=True) + "\n", "utf-8")
+    tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in sorted(draft.attention_parameters().items())}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_adapter(directory: Path, target: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LoraDraft:
+    """The drafter of a directory that `save_adapter` wrote, for the target that it was trained for.
+
+    Raises:
+        ValueError: no adapter there, or one for another target.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        written = json.loads((directory / LORA_CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(directory / WEIGHTS)
+    except OSError as error:
+        raise ValueError(f"{directory}: no drafter's adapter there ({LORA_CONFIG}, {WEIGHTS}, {CONFIG}).") from error
+    settings = config[FLEXDRAFT_KEYS[0]]
+    lora = Lora(written["r"], written["lora_alpha"], tuple(written["target_modules"]))
+    sizes = {"num_layers": len(settings["target_layer_ids"]), "block_size": config["block_size"]}
+    draft = LoraDraft(target, lora, **sizes, bonus_slot=extras(settings)["bonus_slot"], dtype=dtype)
+    here = artifact_config(draft)
+    for key in ("model_type", "num_target_layers", "hidden_size", "vocab_size"):
+        if config[key] != here[key]:
+            raise ValueError(f"{directory}: for a target with {key}={config[key]}, but this one has {here[key]}.")
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    load_draft_weights(draft.attention_parameters(), tensors, source=str(directory))
+    return draft.requires_grad_(False).eval()

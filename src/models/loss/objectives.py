@@ -1,0 +1,159 @@
+"""Losses of drafted slots as pure functions. Sums and counts are divided once, by the caller, over all ranks.
+
+Gradients with respect to logits are written out, so that a chunk's logits are turned into its gradient in place: the
+weight of a slot is known only after the losses of its block (D-PACE), which rules ready-made fused losses out. Tests
+compare them with autograd in float64. Shapes as in `data.batch`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.batch import IGNORE
+from models.acceptance import running_product
+
+WEIGHTS = ("dpace", "decay", "flat")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a slot's prediction costs, and how much each slot of a block counts.
+
+    The value of a slot is `ce * CE + kl * KL + tv * TV` (CE and KL in nats), with the draft's distribution q and,
+    at the same place, the target's p: CE = -log q(label), KL = KL(p || q), TV = 1/2 sum |p - q|. 1 - TV is the
+    probability that sampling accepts the draft (arXiv 2211.17192, section 3).
+    """
+
+    ce: float = 1.0
+    kl: float = 0.0
+    tv: float = 0.0
+    weights: str = "dpace"
+    alpha: float = 0.5  # of dpace
+    gamma: float = 4.0  # of decay
+    temperature: float = 1.0  # of p and q
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: a value out of its range.
+        """
+        if min(self.ce, self.kl, self.tv) < 0 or not self.ce + self.kl + self.tv > 0:
+            raise ValueError(f"ce={self.ce}, kl={self.kl}, tv={self.tv}: expected 0 or more, and one of them more.")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights={self.weights!r}: expected one of {', '.join(WEIGHTS)}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}: expected 0 to 1.")
+        if not (self.gamma > 0 and self.temperature > 0):
+            raise ValueError(f"gamma={self.gamma}, temperature={self.temperature}: expected more than 0.")
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the target's distribution is compared with."""
+        return self.kl > 0 or self.tv > 0
+
+
+def dpace_weights(confidence: Tensor, supervised: Tensor, alpha: float) -> Tensor:
+    """D-PACE (arXiv 2605.18810): weight of a slot = how much of the expected acceptance length hangs on it.
+
+    q~ = (1 - alpha) q + alpha, w_j = sum over m >= j of the product of q~ up to m. Detached.
+
+    Args:
+        confidence: [..., n] q of the drafted slots, in order: the probability that a slot is accepted.
+        supervised: [..., n] bool, True up to some slot.
+
+    Returns:
+        [..., n], 0 where unsupervised.
+    """
+    softened = (1 - alpha) * confidence.detach() + alpha
+    reach = running_product(torch.where(supervised, softened, 0.0))
+    later = torch.ones(reach.shape[-1:] * 2, dtype=torch.bool, device=reach.device).triu()  # [j, m]: m >= j
+    return torch.where(later, reach[..., None, :], 0.0).sum(-1) * supervised
+
+
+def decay_weights(supervised: Tensor, gamma: float) -> Tensor:
+    """Fixed decay: slot k = 1 .. n weighs exp(-(k - 1) / gamma). [..., n] bool -> [..., n]."""
+    slots = torch.arange(supervised.shape[-1], dtype=torch.float64, device=supervised.device)
+    return torch.exp(-slots / gamma) * supervised
+
+
+def slot_weights(objective: Objective, confidence: Tensor, supervised: Tensor) -> Tensor:
+    """[..., n] by the objective's rule; arguments as in `dpace_weights`."""
+    if objective.weights == "dpace":
+        return dpace_weights(confidence, supervised, objective.alpha)
+    if objective.weights == "decay":
+        return decay_weights(supervised, objective.gamma).to(confidence.dtype)
+    return supervised.to(confidence.dtype)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Labelled slots of neighbouring whole blocks, no more than a chunk holds."""
+
+    slots: Tensor  # [n] indices among all R*A*B slots
+    labels: Tensor  # [n]; IGNORE where a label was withdrawn after all
+    places: Tensor  # [n] indices among the blocks' slots from the first trained one on
+    shape: tuple[int, int]  # blocks, slots of each
+
+
+def piece_loss(
+    logits: Tensor, teacher: Tensor | None, piece: Piece, objective: Objective, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Weighted loss of a piece. Overwrites `logits` and `teacher`.
+
+    Args:
+        logits, teacher: [n, V] of draft and target, in float32 or better; the teacher's only if the objective needs it.
+
+    Returns:
+        sum of weighted values, sum of weights, whether the most likely token is the label [n], and the gradient of the
+        first with respect to `logits`, in their memory.
+    """
+    used = piece.labels != IGNORE
+    labels = torch.where(used, piece.labels, 0)[:, None]
+    if objective.temperature != 1:
+        logits /= objective.temperature
+    top, best = logits.max(dim=-1, keepdim=True)
+    at_label = logits.gather(1, labels)
+    logits -= top
+    if objective.needs_target:
+        target = _softmax(teacher, objective.temperature)  # p
+        # KL = sum p log p - sum p z + log sum exp z; xlogy is 0 at p = 0.
+        divergence = torch.special.xlogy(target, target).sum(-1) - (target * logits).sum(-1)
+    total = logits.exp_().sum(-1, keepdim=True)
+    log_total = total.log()
+    draft = logits.div_(total)  # q
+    cross_entropy = (log_total + top - at_label)[:, 0]
+    values, confidence = objective.ce * cross_entropy, torch.exp(-cross_entropy)
+    if objective.needs_target:
+        difference = draft - target
+        variation = torch.linalg.vector_norm(difference, ord=1, dim=-1) / 2  # TV; abs() would be as large as the logits
+        values = values + objective.kl * (divergence + log_total[:, 0]) + objective.tv * variation
+        confidence = 1 - variation
+    weights = _spread_weights(confidence, used, piece, objective)
+    loss, weight, correct = (values * weights).sum(), weights.sum(), (best == labels)[:, 0] & used
+    if not with_gradient:
+        return loss, weight, correct, None
+    scale = weights[:, None] / objective.temperature
+    if objective.needs_target:
+        step = difference.sign_().mul_(draft).div_(2)  # q times the derivative of TV with respect to q
+        draft.mul_(objective.ce + objective.kl - objective.tv * step.sum(-1, keepdim=True))
+        draft.add_(step, alpha=objective.tv).sub_(target, alpha=objective.kl).mul_(scale)
+    else:
+        draft.mul_(objective.ce * scale)
+    return loss, weight, correct, draft.scatter_add_(1, labels, -objective.ce * scale)
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    """In place."""
+    if temperature != 1:
+        logits /= temperature
+    logits -= logits.amax(-1, keepdim=True)
+    return logits.exp_().div_(logits.sum(-1, keepdim=True))
+
+
+def _spread_weights(confidence: Tensor, used: Tensor, piece: Piece, objective: Objective) -> Tensor:
+    """[n] of the piece's slots, each among the slots of its block."""
+    empty = torch.zeros(piece.shape, dtype=confidence.dtype, device=confidence.device)
+    grid = empty.flatten().scatter(0, piece.places, confidence).view(piece.shape)
+    supervised = torch.zeros_like(empty, dtype=torch.bool).flatten().scatter(0, piece.places, used).view(piece.shape)
+    return slot_weights(objective, grid, supervised).flatten()[piece.places]

@@ -1,0 +1,1 @@
+"""`python -m models.verify`: is an exported drafter intact, made for this target, and lossless on it?"""

@@ -1,0 +1,6 @@
+"""The command line of `python -m models.verify`."""
+
+from models.verify.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""The command that says whether an exported drafter is whole, fits its target, and leaves its output as it is.
+
+    python -m models.verify checkpoints/tiny/export src/data/tiny/target
+    python -m models.verify owner/drafter owner/target --revision v1 --dtype bfloat16
+
+The cheapest checks come first: files, config, tensors, values; then what needs the target's weights; then decoding.
+All faults of a check are shown; after a check with faults, none of the later ones is made. The exit status is 1 if
+there are faults, else 0. Warnings are no faults: they tell of a drafter that is valid, but perhaps not worth using.
+"""
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import data.threads  # noqa: F401
+
+# isort: split
+import torch  # after data.threads
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from models.artifact import CARD, CONFIG, decoder_faults, draft_settings, extras, file_warnings, read_json
+from models.decoding.flex import GenerationResult, check_untested, generate, stop_tokens
+from models.decoding.generation_settings import followed_settings
+from models.decoding.requests import integer
+from models.draft import DraftModel
+from models.export import weight_checks as weights
+from models.export.artifact_io import load_draft
+from models.export.config_checks import calibrator_rank, config_faults
+from models.export.download import artifact_directory, is_repository_name
+from models.export.fingerprint import KEY as FINGERPRINT
+from models.export.fingerprint import OtherTarget, compare
+from models.families import check_architecture
+from models.readable import one_line, reading
+from models.target import load_config, load_target, vocabulary
+from models.verify.prompts import Messages, find_tokenizer, prompt_tokens, read_prompts
+
+MODES = ("parallel", "sequential")
+ROWS = 8  # prompts decoded at a time
+LITTLE = 1.05  # τ up to which drafts are hardly ever accepted; 1 is never
+EXACT = (torch.float32, torch.float64)
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    summary: str = ""  # of what is sound, if nothing is wrong
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def verify(
+    artifact: str | Path,
+    target: str | Path,
+    *,
+    revision: str | None = None,
+    target_revision: str | None = None,
+    prompts: list[Messages] | None = None,
+    dtype: str = "float32",
+    max_new_tokens: int = 32,
+    device: str = "cpu",
+) -> Iterator[Check]:
+    """The checks of an artifact in order, up to the first with faults; each is made when it is asked for.
+
+    Args:
+        artifact, target: directories or Hub ids; the revisions are the Hub's.
+        prompts: conversations to decode, each up to a user's turn; None: a few of our own.
+        dtype: of the target. Only in float32 is every token that differs a fault: coarser ones turn near ties.
+
+    Raises:
+        ValueError: no such artifact or target, a target that cannot be one, prompts that it cannot decode, or no new
+            tokens asked for.
+    """
+    integer("max_new_tokens", max_new_tokens, 1)
+    directory = artifact_directory(artifact, revision=revision)
+    target_config = _target_config(str(target), target_revision)
+    for check in _without_target_weights(directory, target_config):
+        yield check
+        if check.faults:
+            return
+    loaded = load_target(str(target), revision=target_revision, dtype=dtype).to(device)
+    tokenizer = find_tokenizer(str(target), target_revision)
+    with reading(str(target), "generation settings", ("generation_config.json",)):  # values are checked in use alone
+        stop_tokens(loaded)
+        loaded.generate(torch.tensor([[0]], device=loaded.device), max_new_tokens=1, tokenizer=tokenizer)
+    check, draft = target_check(directory, loaded, tokenizer)
+    yield check
+    if not check.faults:
+        yield decoding_check(draft, prompt_tokens(prompts, loaded, tokenizer), max_new_tokens, tokenizer)
+
+
+def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterator[Check]:
+    warnings = file_warnings(directory) + decoder_faults(directory)[1]
+    card = "" if (directory / CARD).exists() else f"; no card ({CARD})"
+    summary = f"config, weights and decoder are there and readable{card}"
+    yield Check("files", summary, weights.file_faults(directory), warnings)
+    config = read_json(directory / CONFIG)
+    faults = config_faults(config, target)
+    yield Check("config", "" if faults else _described(config), faults)
+    yield tensor_check(directory, config, target)
+    yield Check("values", "all finite", *weights.value_faults(directory))
+
+
+def tensor_check(directory: Path, config: dict[str, Any], target: PretrainedConfig) -> Check:
+    """Names, shapes and dtypes by the files' headers alone, for a config without faults."""
+    found = weights.headers(directory)
+    faults = weights.shape_faults(found, *contract(config, target))
+    faults += weights.dtype_faults(found, config.get("dtype", config.get("torch_dtype")))
+    return Check("tensors", f"{len(found)} tensors, with the names, shapes and dtype expected", faults)
+
+
+def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, Shapes]:
+    """Shapes of the tensors that an artifact must hold, and of those that it may hold, from the architecture alone."""
+    settings = draft_settings(config)
+    target = copy.deepcopy(target)
+    target.vocab_size = config["vocab_size"]  # rows may have been added to the target
+    with torch.device("meta"):  # no memory for weights
+        draft = DraftModel(
+            AutoModelForCausalLM.from_config(target),
+            num_layers=len(settings["target_layer_ids"]),
+            block_size=config["block_size"],
+            calibrator_rank=calibrator_rank(settings),
+            **extras(settings),
+        )
+    return _shapes(draft.own_parameters()), _shapes(draft.shared_parameters())
+
+
+def target_check(
+    directory: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Check, DraftModel | None]:
+    """The artifact against the target's weights and tokenizer; and the drafter, if it loads."""
+    try:
+        check_untested(target, tokenizer)
+        with catch_warnings():
+            simplefilter("ignore", OtherTarget)  # it is among the warnings of this check
+            draft = load_draft(directory, target)
+    except ValueError as error:
+        return Check("target", faults=[str(error)]), None
+    faults = [
+        f"{name}: other values than the target's own, although a drafter does not train it. Altered, or made for "
+        "another target or revision: export it again beside this target."
+        for name in weights.foreign_tensors(directory, draft.shared_parameters())
+    ]
+    warnings = ["the projectors equal the target's own: the drafter is untrained."] if is_untrained(draft) else []
+    stored = read_json(directory / CONFIG).get(FINGERPRINT)
+    if stored is not None and (warning := compare(stored, target).warning()):
+        warnings.append(warning)
+    known = "" if stored is not None else "; no fingerprint there, so nobody knows whether it is the one trained for"
+    if tokenizer is not None and len(tokenizer) > vocabulary(target):  # Gemma 3: 262,145 tokens, 262,144 rows
+        warnings.append(
+            f"the tokenizer has {len(tokenizer)} tokens, the target's embeddings {vocabulary(target)} rows: no prompt "
+            "may hold a token beyond them. Is it the target's own tokenizer?"
+        )
+    if tokenizer is None:
+        warnings.append("the target has no tokenizer: the prompts are random tokens, and τ means little.")
+    return Check("target", f"its weights and the drafter load, and fit{known}", faults, warnings), draft
+
+
+@torch.no_grad()
+def is_untrained(draft: DraftModel) -> bool:
+    """Whether every projector is still the copy of the target's that training begins with.
+
+    Of an adapted target the layers below the adapters count. Quantized projectors equal no float.
+    """
+    originals = draft.target.model.layers[draft.split_layer :]
+    return all(
+        _is_copy(projector.weight, original.self_attn.get_submodule(name))
+        for layer, original in zip(draft.layers, originals, strict=True)
+        for name, projector in layer.self_attn.named_children()
+        if name.endswith("_proj")
+    )
+
+
+def _is_copy(tensor: Tensor, original: nn.Module) -> bool:
+    own = getattr(getattr(original, "base_layer", original), "weight", None)  # an adapter has a base layer
+    comparable = isinstance(own, Tensor) and (own.shape, own.dtype) == (tensor.shape, tensor.dtype)
+    return comparable and torch.equal(tensor, own)
+
+
+def decoding_check(
+    draft: DraftModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Check:
+    """Greedy decoding in both modes against the target alone, token by token.
+
+    Args:
+        prompts: [prompts][tokens].
+        tokenizer: of the target; its stop strings need it.
+
+    Raises:
+        ValueError: prompts that the target cannot decode.
+    """
+    target, differences, tau = draft.target, [], {}
+    settings = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
+    own = _decoded(target, None, prompts, **settings).tokens
+    for mode in MODES:
+        result = _decoded(target, draft, prompts, mode=mode, **settings)
+        differences += _differences(mode, result.tokens, own)
+        if result.accepted():
+            tau[mode] = result.tau
+    figures = ", ".join(f"τ {value:.2f} {mode}" for mode, value in tau.items())
+    summary = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, up to {max_new_tokens} new tokens: "
+    summary += figures or "no draft was verified"
+    warnings = []
+    if tau and max(tau.values()) <= LITTLE:
+        warnings.append(f"{figures}: drafts are hardly ever accepted. Another target's drafter, or untrained?")
+    if not tau:
+        warnings.append("no draft was verified, so nothing is known: take other prompts, or more new tokens.")
+    if not differences and not tau:
+        return Check("decoding", summary, warnings=warnings)
+    if not differences:
+        followed = ", ".join(f"{name}={value}" for name, value in followed_settings(target).items())
+        alone = f"the target alone under its generation_config ({followed})" if followed else "the target alone"
+        return Check("decoding", f"{summary}; identical to {alone}", warnings=warnings)
+    if target.dtype in EXACT:
+        return Check("decoding", faults=differences, warnings=warnings)
+    return Check("decoding", f"{summary}; near ties may turn in {target.dtype}", warnings=warnings + differences)
+
+
+def _decoded(
+    target: PreTrainedModel, draft: DraftModel | None, prompts: list[list[int]], **settings: Any
+) -> GenerationResult:
+    result = GenerationResult([], [])
+    for start in range(0, len(prompts), ROWS):
+        part = generate(target, draft, prompts[start : start + ROWS], **settings)
+        result.tokens += part.tokens
+        result.steps += part.steps
+    return result
+
+
+def _differences(mode: str, answers: list[list[int]], own: list[list[int]]) -> list[str]:
+    """Answers that are not the target's own, each with the first token that differs."""
+    found = []
+    for number, (answer, expected) in enumerate(zip(answers, own, strict=True), 1):
+        pairs = itertools.zip_longest(answer, expected)
+        place = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        if place is not None:
+            said, right = answer[place : place + 1], expected[place : place + 1]
+            found.append(f"{mode}, prompt {number}: new token {place} is {said}; the target alone says {right}.")
+    return found
+
+
+def _target_config(name: str, revision: str | None) -> PretrainedConfig:
+    """
+    Raises:
+        ValueError: no such target, or one that cannot be a target.
+    """
+    if Path(name).is_dir() and revision:
+        raise ValueError(f"{name} is a local directory; revision={revision} is for a repository of the Hub.")
+    if not Path(name).is_dir() and not is_repository_name(name):
+        raise ValueError(f"{name}: no such directory, and no name of a repository of the Hub (owner/name) either.")
+    try:
+        config = load_config(name, revision=revision)
+    except OSError as error:
+        raise ValueError(f"{name}: the target's config did not load. {error}") from error
+    try:
+        check_architecture(config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:  # values of types that the config's class lets pass
+        raise ValueError(f"{name}: {CONFIG} describes no model that can be built ({one_line(error)}).") from error
+    return config
+
+
+def _described(config: dict[str, Any]) -> str:
+    settings = draft_settings(config)
+    rank = calibrator_rank(settings)
+    layers = f"the last {len(settings['target_layer_ids'])} of {config['num_target_layers']} layers"
+    calibrator = f"calibrator of rank {rank}" if rank else "no calibrator"
+    more = extras(settings)
+    beyond = ", bonus slot" if more["bonus_slot"] else ""
+    beyond += f", chain of rank {more['chain_rank']}" if more["chain_rank"] else ""
+    return f"{config['model_type']}, {layers}, blocks of {config['block_size']}, {calibrator}{beyond}"
+
+
+def _shapes(tensors: dict[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _positive(text: str) -> int:
+    """
+    Raises:
+        ArgumentTypeError: no whole number of 1 or more.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m models.verify", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("artifact", help="directory of an exported drafter, or its Hub id")
+    add("target", help="directory of its target, or its Hub id")
+    add("--revision", help="branch, tag or commit of the artifact's repository")
+    add("--target-revision", help="of the target's repository")
+    add("--prompts", type=Path, help="JSONL, a record with turns or messages to a line; default: a few of our own")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the target")
+    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="1 or more, for each prompt; default: 32")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command line."""
+    settings = vars(_arguments())
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    faults = 0
+    try:
+        settings["prompts"] = settings["prompts"] and read_prompts(settings["prompts"])
+        for check in verify(**settings):
+            lines = [("fault", text) for text in check.faults] or [("ok", check.summary)]
+            lines += [("warning", text) for text in check.warnings]
+            for kind, text in lines:
+                print(f"{kind:8} {check.name:9} {' '.join(text.split())}")
+            faults += len(check.faults)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("stopped; checks that are not shown were not made", file=sys.stderr)
+        sys.exit(130)
+    if faults:
+        sys.exit(f"{faults} fault{'s' if faults > 1 else ''}; later checks were not made")

@@ -1,0 +1,220 @@
+"""Target, tokenizer and data: each loaded once, when first needed, and checked before anything expensive."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.errors import BadRecord, UserError
+from data.preprocess.chat_template import ChatEncoder, load_encoder
+from data.preprocess.packing import PackedRows
+from data.preprocess.prepare import describe, prepare
+from data.sources.benchmarks import read_benchmark
+from data.sources.hub_commit import commit_of
+from data.sources.readers import Part, open_parts
+from data.sources.records import Messages
+from models.decoding.flex import check_untested
+from models.families import check_architecture, check_trainable, text_positions
+from models.target import load_config, load_target
+from train.evaluate.run import decoding_settings
+from train.loop.validation_decoding import live_decoding
+from train.run_dir.target_files import hashes, in_directory, on_hub, target_files, tokenizer_files
+from train.settings.checks import TRAINED, check_path, check_sizes, check_target
+from train.terminal import say
+
+
+class Resources:
+    """What the stages of one run share."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.target_settings = OmegaConf.to_container(config.model.target, resolve=True)
+        self.name = self.target_settings["name"]
+        self.revision = self.target_settings["revision"]
+        self.architecture = self.target_settings["architecture"]
+
+    def check(self, stage: str) -> None:
+        """Everything that the stage, and an evaluation after it, can know without the target's weights.
+
+        Raises:
+            UserError: target, tokenizer, data and settings do not fit together.
+        """
+        self.check_shape()
+        if stage in TRAINED:
+            try:
+                check_trainable(self.target_config)
+            except ValueError as error:
+                raise UserError(f"model.target: {error}") from error
+        if stage in TRAINED:
+            for later in TRAINED:
+                if later in self.config.stages:
+                    live_decoding(self.config, later, self.rows[1], self.positions)  # or says what does not fit
+        if "evaluate" in self.config.stages:
+            try:
+                decoding_settings(self.config)
+            except ValueError as error:
+                raise UserError(f"stage.evaluate.{error}") from error
+            self.benchmarks  # noqa: B018  better now than after the training
+
+    def check_shape(self) -> None:
+        """What the target's config and tokenizer alone can tell.
+
+        Raises:
+            UserError: an architecture that cannot be a target, or one that the settings do not fit.
+        """
+        try:
+            check_architecture(self.target_config)
+        except ValueError as error:
+            raise UserError(f"model.target: {error}") from error
+        check_target(self.config, self.target_config, self.positions)
+
+    def forget_target(self) -> None:
+        """Drop the target, to load it afresh: ZeRO 3 leaves it in pieces."""
+        self.__dict__.pop("target", None)
+
+    @cached_property
+    def target_config(self) -> PretrainedConfig:
+        if self.name is None and self.architecture is None:
+            raise UserError("model.target: give a name, or an architecture for random weights.")
+        if self.name is None:
+            return load_config(None, architecture=self.architecture)
+        check_path(self.name)
+        try:
+            config = load_config(self.name, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.target.name={self.name!r}: the target's config did not load. {error}") from error
+        expected = self.architecture or {}
+        check_sizes(expected, {key: getattr(config, key, None) for key in expected})  # by any name that it goes by
+        return config
+
+    @cached_property
+    def target_identity(self) -> dict[str, Any]:
+        """What the target is, whatever its place: hashes of the files that are read; of one on the Hub, which is
+        downloaded, repository and commit too.
+
+        Raises:
+            UserError: as for `check_shape`.
+        """
+        if self.name is None:
+            found = {"architecture": self.architecture, "seed": self.config.seed}
+        elif Path(self.name).is_dir():
+            found = hashes(target_files(in_directory(Path(self.name))))
+        else:
+            self.check_shape()  # what can be refused is refused before the weights are downloaded
+            commit = commit_of(self.name, self.revision)
+            found = hashes(target_files(on_hub(self.name, commit))) | {"repository": self.name, "commit": commit}
+        other = self.target_settings["tokenizer"]
+        if not other or other == self.name:
+            return found
+        local = Path(other).is_dir()
+        files = tokenizer_files(in_directory(Path(other)) if local else on_hub(other, None))
+        found |= {f"tokenizer/{name}": sha for name, sha in hashes(files).items()}
+        return found if local else found | {"tokenizer": other}
+
+    @property
+    def positions(self) -> int:
+        """How many tokens a text may have."""
+        return text_positions(self.target_config, self.config.model.draft.block_size)
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """The target's chat template and tokenizer."""
+        return self._encoder_and_tokenizer[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer as transformers loads it."""
+        return self._encoder_and_tokenizer[1]
+
+    @cached_property
+    def _encoder_and_tokenizer(self) -> tuple[ChatEncoder, PreTrainedTokenizerBase]:
+        given = OmegaConf.to_container(self.config.data.template_kwargs, resolve=True)
+        encoder, tokenizer = load_encoder(self.target_settings, given)
+        overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+        encoder.check_kwargs(given, overrides, lambda text: say(f"    {text}"))
+        return encoder, tokenizer
+
+    @cached_property
+    def target(self) -> PreTrainedModel:
+        try:
+            target = load_target(
+                self.name,
+                revision=self.revision,
+                architecture=None if self.name else self.architecture,
+                dtype=self.target_settings["dtype"],
+            )
+            check_untested(target, self.tokenizer)
+            return target
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"model.target: the target did not load. {error}") from error
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Where the training conversations come from."""
+        data = OmegaConf.to_container(self.config.data, resolve=True)
+        return open_parts(data["path"], split=data["split"], max_records=data["max_records"])
+
+    @cached_property
+    def rows(self) -> tuple[PackedRows, PackedRows]:
+        """Training and validation rows."""
+        data = self.config.data
+        prepared = prepare(
+            self.parts,
+            self.encoder,
+            row_length=data.row_length,
+            overlong=data.overlong,
+            bad_records=data.bad_records,
+            num_proc=data.num_proc,
+            validation_records=data.validation_records,
+            block_size=self.config.model.draft.block_size,
+            seed=self.config.seed,
+            rejects=Path(self.config.run_dir) / "rejects.jsonl",
+        )
+        say(describe(prepared))
+        self._check_tokens(prepared.documents.largest_token())
+        return prepared.training, prepared.validation
+
+    def _check_tokens(self, largest: int) -> None:
+        """A tokenizer may hold more tokens than the target embeds (Gemma 3 has one for images), but not in the data.
+
+        Raises:
+            UserError: a token of the data is not in the target's vocabulary.
+        """
+        vocabulary = self.target_config.vocab_size
+        if largest >= vocabulary:
+            name = self.target_settings["tokenizer"] or self.name
+            raise UserError(
+                f"data.path: the tokenizer {name!r} gives token {largest}, but the target's vocabulary ends at "
+                f"{vocabulary - 1}. Set model.target.tokenizer to the target's own tokenizer, or remove the records "
+                "with such tokens."
+            )
+
+    @cached_property
+    def benchmarks(self) -> dict[str, list[Messages]]:
+        """System and user turns of the conversations of each benchmark; some leave room for an answer."""
+        settings = self.config.stage.evaluate
+        found = {}
+        for name, given in OmegaConf.to_container(self.config.benchmarks, resolve=True).items():
+            conversations = read_benchmark(name, given, settings.num_prompts)
+            try:
+                fitting = [self._leaves_room(talk) for talk in conversations]
+            except BadRecord as error:
+                raise UserError(f"benchmarks.{name}.path={given['path']}: {error}.") from error
+            if not any(fitting):
+                raise UserError(
+                    f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of benchmarks.{name}.path="
+                    f"{given['path']} leaves so much room in the target's "
+                    f"{self.positions} positions. Choose fewer."
+                )
+            found[name] = conversations
+        if not found:
+            raise UserError("benchmarks is empty; name at least one. Presets: conf/benchmarks/.")
+        return found
+
+    def _leaves_room(self, talk: Messages) -> bool:
+        first_turn = next(i for i, message in enumerate(talk) if message["role"] == "user") + 1
+        longest = self.positions - self.config.stage.evaluate.max_new_tokens
+        return len(self.encoder.prompt(talk[:first_turn])) <= longest

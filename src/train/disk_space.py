@@ -1,0 +1,70 @@
+"""Whether what the stages write has room on the disk, by the plan's own sizes, before the target is loaded."""
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from data.errors import UserError
+from models.cost.sizes import Sizes
+from train.context import Resources
+from train.plan.estimate import disk_parts, draft_shape
+from train.run_dir.disk import check_access, check_no_link, free_bytes, size, used_bytes
+from train.settings.checks import TRAINED
+
+ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
+# Stage -> the directories of the run that it deletes at its end, to put its result in their place.
+REPLACED = {"attention_tuning": (ADAPTER, f"{ADAPTER}.new"), "export": ("export", "export.new")}
+
+
+def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: list[str]) -> None:
+    """
+    Args:
+        stages: those that are still to be done.
+
+    Raises:
+        UserError: the run directory cannot be written to, or what these stages write has no room there.
+        DiskError: a directory that these stages replace at their end is a symbolic link.
+    """
+    check_no_link(*(run_dir / name for stage in stages for name in REPLACED.get(stage, ())))
+    places = [run_dir / stage / part for stage in stages for part in (".", "checkpoints")]
+    places += [run_dir / name for stage in stages for name in REPLACED.get(stage, ())]
+    check_access(run_dir, run_dir / "records", *(place for place in places if place.is_dir()))
+    try:
+        sizes = Sizes.from_config(resources.target_config.to_dict(), **draft_shape(config))
+        if config.adapter:
+            sizes = sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
+    except ValueError:
+        return  # an architecture that is not counted, or settings that are refused elsewhere
+    if sizes.draft_layers > sizes.layers:
+        return
+    parts = {name: count for name, count in disk_parts(config, sizes, stages).items() if count}
+    needed, free = sum(parts.values()), free_bytes(run_dir)
+    held = used_bytes(*(run_dir / stage for stage in stages))  # what these stages left before is replaced
+    if free is not None and needed > free + held:
+        detail = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+        less = " fewer stage.<stage>.keep_checkpoints," if any(s in TRAINED for s in stages) else ""
+        raise UserError(
+            f"{run_dir}: {size(free)} are free there, and the stages {', '.join(stages)} need {size(needed - held)} "
+            f"more ({detail}). Make room,{less} or choose a run_dir=... on another disk; then the same command works."
+        )
+
+
+def check_shared_memory(workers: int, batch: int, place: Path = Path("/dev/shm")) -> None:
+    """Loaders' processes hand over batches through shared memory.
+
+    Args:
+        workers: processes of each of the two loaders.
+        batch: bytes of one batch; each process makes two ahead.
+
+    Raises:
+        UserError: it has no room for them.
+    """
+    if not workers or not os.access(place, os.F_OK):
+        return
+    needed, free = 2 * workers * (2 * batch + 2**14), free_bytes(place)
+    if free is not None and free < needed:
+        raise UserError(
+            f"speed.workers={workers}: {place} has {size(free)} free, and their batches need {size(needed)}. "
+            f"Enlarge it (docker run --shm-size=1g; mount -o remount,size=1g {place}), or set speed.workers=0."
+        )

@@ -1,0 +1,1 @@
+"""Evaluation by real decoding: acceptance length, losslessness, throughput, tables and plots."""

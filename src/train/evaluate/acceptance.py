@@ -1,0 +1,264 @@
+"""Acceptance and losslessness: decode benchmarks for real and compare with what the target itself says."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data.preprocess.chat_template import ChatEncoder
+from data.sources.records import Messages
+from models.acceptance import acceptance_by_slot, mean_acceptance_length
+from models.decoding.flex import GenerationResult, generate
+from models.decoding.forward_passes import difference_from_forward
+from models.decoding.generation_settings import text
+from models.decoding.reference import autoregressive_generate
+from models.decoding.sampling import Sampling
+from models.decoding.selection import Selection
+from models.draft import DraftModel
+from models.families import text_positions
+from models.intervals import tau_interval
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How all decoders of an evaluation decode."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    selection: Selection
+    batch_size: int
+    seed: int = 0
+    tokenizer: PreTrainedTokenizerBase | None = None  # of the target; its stop strings need it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A drafter, and how it is used."""
+
+    draft: DraftModel
+    calibrate: bool
+    mode: str = "auto"  # of `decoding.generate`
+
+
+@dataclass
+class Prompts:
+    """A benchmark's prompts, each turn of a conversation one of them, and the target's own answers."""
+
+    tokens: list[list[int]]
+    answers: list[list[int]]
+    left_out: int = 0  # turns without room for an answer in the target's positions, and those after them
+
+
+@dataclass
+class Difference:
+    """Where an output first departs from the target's own."""
+
+    prompt: int
+    token: int
+    margin: float  # between the target's two greatest scores there: about 0 is a tie, which rounding decides
+
+
+@dataclass
+class VariantReport:
+    """What one drafter gave on all prompts of a benchmark."""
+
+    tau: float  # mean acceptance length, micro average over verify steps
+    low: float  # 95% interval of it, by bootstrap over prompts
+    high: float
+    verify_steps: int
+    verified: float  # drafts that a step verified, on average
+    identical: int  # prompts whose output equals the target's own
+    differences: list[Difference]
+    acceptance_by_slot: list[float]  # slots 1 .. B-1: share of verify steps that accepted the slot
+    accepted: list[list[int]]  # accepted drafts of every verify step, by prompt
+
+
+@dataclass
+class BenchmarkReport:
+    """What decoding said of the drafters on one benchmark."""
+
+    prompts: int
+    left_out: int
+    new_tokens: int  # the target's own
+    variants: dict[str, VariantReport]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def own_answers(
+    target: PreTrainedModel,
+    encoder: ChatEncoder,
+    name: str,
+    conversations: list[Messages],
+    how: Decoding,
+    block_size: int = 0,
+) -> Prompts:
+    """Let the target answer all turns, each after its own answers to those before.
+
+    Turns are left out after which there is no room for an answer and for the blocks of the drafters that come later.
+    """
+    limit = text_positions(target.config, block_size) - how.max_new_tokens
+    prompts = Prompts([], [])
+    talks: list[Messages] = [[] for _ in conversations]
+    turns = [_turns(conversation) for conversation in conversations]
+    going = list(range(len(conversations)))
+    for turn in range(max(map(len, turns))):
+        going = [i for i in going if turn < len(turns[i])]
+        asked = {i: encoder.prompt(talks[i] + turns[i][turn]) for i in going}
+        going = [i for i in going if len(asked[i]) <= limit]
+        prompts.left_out += sum(len(turns[i]) - turn for i in asked if i not in going)
+        asking = [asked[i] for i in going]
+        answers = decode(target, None, asking, how, f"{name}: target alone", first=len(prompts.tokens)).tokens
+        for i, answer in zip(going, answers, strict=True):
+            text = encoder.backend.decode(answer, skip_special_tokens=True)
+            talks[i] += [*turns[i][turn], {"role": "assistant", "content": text}]
+            prompts.tokens.append(asked[i])
+            prompts.answers.append(answer)
+    return prompts
+
+
+def _turns(conversation: Messages) -> list[Messages]:
+    """One list a user's turn: a system message goes with the first."""
+    turns: list[Messages] = [[]]
+    for message in conversation:
+        turns[-1].append(message)
+        if message["role"] == "user":
+            turns.append([])
+    return turns[:-1]
+
+
+def decode(
+    target: PreTrainedModel,
+    variant: Variant | None,
+    prompts: list[list[int]],
+    how: Decoding,
+    say: str,
+    *,
+    first: int = 0,
+) -> GenerationResult:
+    """All prompts in batches; without a variant, by the target alone. Each has a seed of its own, by its number;
+    `first` is that of the first prompt."""
+    decoded = GenerationResult([], [])
+    with tqdm(total=len(prompts), desc=say, unit="prompt") as bar:
+        for start in range(0, len(prompts), how.batch_size):
+            batch = prompts[start : start + how.batch_size]
+            result = generate(
+                target,
+                variant and variant.draft,
+                batch,
+                max_new_tokens=how.max_new_tokens,
+                sampling=how.sampling,
+                selection=how.selection,
+                tokenizer=how.tokenizer,
+                seed=[prompt_seed(how, first + start + i) for i in range(len(batch))],
+                **({"calibrate": variant.calibrate, "mode": variant.mode} if variant else {}),
+            )
+            decoded.tokens += result.tokens
+            decoded.steps += result.steps
+            bar.update(len(batch))
+    return decoded
+
+
+def prompt_seed(how: Decoding, number: int) -> int:
+    """So that a prompt is answered alike in whatever batch, and differently from the others."""
+    return 1_000_003 * how.seed + number
+
+
+def compare(target: PreTrainedModel, variant: Variant, prompts: Prompts, how: Decoding, say: str) -> VariantReport:
+    """Decode with a drafter; every token is compared with the target's own."""
+    got = decode(target, variant, prompts.tokens, how, say)
+    accepted = [[step.accepted for step in steps] for steps in got.steps]
+    scored = [step.verified for steps in got.steps for step in steps]
+    differences = first_differences(target, prompts, got.tokens, how.tokenizer)
+    return _report(accepted, sum(scored) / max(1, len(scored)), differences, variant.draft.block_size)
+
+
+def pooled(reports: list[BenchmarkReport]) -> BenchmarkReport:
+    """All prompts of all benchmarks as one."""
+    first = [sum(report.prompts for report in reports[:i]) for i in range(len(reports))]
+    variants = {}
+    for name, one in reports[0].variants.items():
+        found = [report.variants[name] for report in reports]
+        steps = max(1, sum(v.verify_steps for v in found))
+        differences = [
+            replace(d, prompt=d.prompt + start) for v, start in zip(found, first, strict=True) for d in v.differences
+        ]
+        variants[name] = _report(
+            [steps for v in found for steps in v.accepted],
+            sum(v.verified * v.verify_steps for v in found) / steps,
+            differences,
+            1 + len(one.acceptance_by_slot),
+        )
+    totals = {key: sum(getattr(report, key) for report in reports) for key in ("prompts", "left_out", "new_tokens")}
+    return BenchmarkReport(**totals, variants=variants)
+
+
+def _report(
+    accepted: list[list[int]], verified: float, differences: list[Difference], block_size: int
+) -> VariantReport:
+    every = [a for steps in accepted for a in steps]
+    low, high = tau_interval(accepted)
+    return VariantReport(
+        tau=mean_acceptance_length(every),
+        low=low,
+        high=high,
+        verify_steps=len(every),
+        verified=verified,
+        identical=len(accepted) - len(differences),
+        differences=differences,
+        acceptance_by_slot=acceptance_by_slot(every, block_size),
+        accepted=accepted,
+    )
+
+
+def first_differences(
+    target: PreTrainedModel,
+    prompts: Prompts,
+    outputs: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Difference]:
+    """Every prompt whose output is not the target's own."""
+    differences = []
+    for number, (prompt, own, got) in enumerate(zip(prompts.tokens, prompts.answers, outputs, strict=True)):
+        if own == got:
+            continue
+        at = next((i for i, pair in enumerate(zip(own, got, strict=False)) if pair[0] != pair[1]), None)
+        at = min(len(own), len(got)) if at is None else at
+        before = torch.tensor([prompt + own[:at]], device=target.device)
+        so_far = text(target, prompt, len(own) + 1, tokenizer)
+        for token in own[:at]:
+            so_far.add(token)
+        with torch.inference_mode():
+            best = so_far.scores(target(input_ids=before, logits_to_keep=1).logits[0, -1]).topk(2).values
+        differences.append(Difference(number, at, float(best[0] - best[1])))
+    return differences
+
+
+def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: Decoding, count: int = 2) -> list[str]:
+    """What our passes call the target's output must be it: compare with transformers' own model and cache.
+
+    Logits after the first prompt in any dtype; in float32 also the tokens of the first answers.
+
+    Returns:
+        What differs, in words.
+    """
+    off = difference_from_forward(target, prompts.tokens[0])
+    exact = target.dtype in (torch.float32, torch.float64)
+    wrong = [f"{name}: the target's logits, by {off:.1%} of the greatest,"] if off else []
+    for number, (prompt, own) in enumerate(zip(prompts.tokens[:count], prompts.answers, strict=False)):
+        seed = prompt_seed(how, number)
+        settings = (how.max_new_tokens, how.sampling, seed, how.tokenizer)
+        if exact and autoregressive_generate(target, prompt, *settings) != own:
+            wrong.append(f"{name}: prompt {number} of the target alone")
+    return wrong
+
+
+def histogram(accepted: list[list[int]]) -> dict[int, int]:
+    """Acceptance length -> verify steps."""
+    counts = Counter(a + 1 for steps in accepted for a in steps)
+    return dict(sorted(counts.items()))

@@ -1,0 +1,87 @@
+"""One evaluation from end to end: acceptance of every drafter on every benchmark, then speed."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data.preprocess.chat_template import ChatEncoder
+from data.sources.benchmarks import ALL
+from data.sources.records import Messages
+from models.cost.sizes import Sizes
+from models.decoding.generation_settings import followed_settings
+from models.decoding.sampling import Sampling
+from models.decoding.selection import Selection
+from models.draft import DraftModel
+from train.evaluate.acceptance import BenchmarkReport, Decoding, Variant, check_baseline, compare, own_answers, pooled
+from train.evaluate.report import Evaluation
+from train.evaluate.throughput import Contest, measure_speed
+
+
+def decoding_settings(config: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Decoding:
+    """How the evaluation decodes.
+
+    Args:
+        tokenizer: of the target; its stop strings need it.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    settings = config.stage.evaluate
+    return Decoding(
+        max_new_tokens=settings.max_new_tokens,
+        sampling=Sampling(settings.temperature, settings.top_k, settings.top_p),
+        selection=Selection(settings.selection, settings.threshold),
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        tokenizer=tokenizer,
+    )
+
+
+def evaluate_drafter(
+    target: PreTrainedModel,
+    variants: dict[str, Variant],
+    benchmarks: dict[str, list[Messages]],
+    encoder: ChatEncoder,
+    how: Decoding,
+    speed: dict[str, Any],
+    name: str,
+) -> Evaluation:
+    """
+    Args:
+        variants: by name; the speed of the last one's drafter is measured, in all modes.
+        benchmarks: name -> system and user turns of its conversations.
+        speed: `stage.evaluate.speed`.
+        name: of the target.
+    """
+    reports, prompts, wrong = {}, {}, []
+    block_size = max(variant.draft.block_size for variant in variants.values())
+    for benchmark, conversations in benchmarks.items():
+        own = own_answers(target, encoder, benchmark, conversations, how, block_size)
+        wrong += check_baseline(target, benchmark, own, how)
+        found = {
+            label: compare(target, variant, own, how, f"{benchmark}: {label}") for label, variant in variants.items()
+        }
+        new_tokens = sum(map(len, own.answers))
+        reports[benchmark] = BenchmarkReport(len(own.tokens), own.left_out, new_tokens, found)
+        prompts[benchmark] = own.tokens
+    if len(reports) > 1:
+        reports[ALL] = pooled(list(reports.values()))
+    measured = None
+    if speed["num_prompts"]:
+        last = list(variants.values())[-1]
+        contest = Contest(target, last.draft, last.calibrate, drafter_sizes(last.draft), how, speed["repeats"])
+        few = {benchmark: tokens[: speed["num_prompts"]] for benchmark, tokens in prompts.items()}
+        measured = measure_speed(contest, few, speed["batch_sizes"], speed["thresholds"])
+    dtype = str(target.dtype).removeprefix("torch.")
+    return Evaluation(how, dtype, name, reports, measured, wrong, followed_settings(target))
+
+
+def drafter_sizes(draft: DraftModel) -> Sizes | None:
+    """None where the architecture is not counted."""
+    shape = {"num_layers": len(draft.layers), "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
+    shape |= {"bonus_slot": draft.bonus_slot is not None, "chain_rank": draft.chain_rank}
+    try:
+        return Sizes.from_config(draft.target.config.to_dict(), **shape)
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""One training stage under Lightning: modules, batches, ZeRO, validation by decoding, logging."""

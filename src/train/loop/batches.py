@@ -1,0 +1,151 @@
+"""Batches of a step as a pure function of (seed, step): nothing to save, nothing to lose on resume."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.batch import IGNORE, Batch
+from data.preprocess.anchors import make_batch
+from data.preprocess.packing import Row
+from train.settings.derived import passes_per_step
+
+VALIDATION = 1  # keeps validation's draws apart from training's
+
+
+class TrainingBatches(Dataset[Batch]):
+    """One rank's share of every global batch: one item for each pass of each step.
+
+    Rows come in a fresh shuffled order each epoch, anchors are drawn anew each time a row is seen. The global batch of
+    a step is the same whatever the number of ranks and of passes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        steps: int,
+        rows_per_step: int,
+        num_anchors: int,
+        block_size: int,
+        seed: int,
+        rows_per_pass: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            rows_per_pass: rows of a batch; a step takes as many batches as its share on this rank needs. None: one.
+
+        Raises:
+            ValueError: ranks and passes cannot share `rows_per_step` evenly.
+        """
+        self.passes = passes_per_step(rows_per_step, rows_per_pass, world_size)
+        self.rows, self.steps, self.rows_per_step = rows, steps, rows_per_step
+        self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return self.steps * self.passes
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batch(*divmod(index, self.passes))
+
+    def batch(self, step: int, number: int = 0) -> Batch:
+        """This rank's rows of global batch `step` in pass `number`."""
+        size = self.rows_per_step // (self.world_size * self.passes)
+        first = (self.rank * self.passes + number) * size
+        places = range(first, first + size)
+        chosen = [self.rows[self._row_at(step * self.rows_per_step + place)] for place in places]
+        seeds = [(self.seed, 0, step, place) for place in places]
+        return make_batch(chosen, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+
+    def _row_at(self, drawn: int) -> int:
+        """Row number `drawn` of the endless sequence of shuffled epochs."""
+        epoch, place = divmod(drawn, len(self.rows))
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        return int(self._order[place])
+
+
+class FromStep(Sampler[int]):
+    """The passes from the current step to the last, in order; asked for the step when the loop begins."""
+
+    def __init__(self, batches: TrainingBatches, current_step: Callable[[], int]) -> None:
+        self.batches, self.current_step = batches, current_step
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.current_step() * self.batches.passes, len(self.batches)))
+
+
+class ValidationBatches(Dataset[Batch]):
+    """The same rows with the same anchors every time, shared out over the ranks.
+
+    Every rank gets as many batches of as many rows: under ZeRO 3 a rank that stops early leaves the others waiting, so
+    where rows run out, one comes again, without labels, and counts for nothing.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        rows_per_batch: int,
+        num_anchors: int,
+        block_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.rows, self.rows_per_batch = rows, rows_per_batch
+        self.num_anchors, self.block_size = num_anchors, block_size
+        share = -(-len(rows) // world_size)
+        self.mine = range(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.rows_per_batch)
+
+    def __getitem__(self, index: int) -> Batch:
+        places = self.mine[index * self.rows_per_batch : (index + 1) * self.rows_per_batch]
+        if not places:
+            raise IndexError(index)
+        rows, seeds = [self.rows[i % len(self.rows)] for i in places], [(0, VALIDATION, i) for i in places]
+        batch = make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+        again = torch.tensor([i >= len(self.rows) for i in places])
+        return replace(batch, labels=batch.labels.masked_fill(again[:, None, None], IGNORE), lengths=())
+
+
+class Ahead(DataLoader):
+    """Batches as they are, made by `workers` processes before they are due; 0: when they are due."""
+
+    def __init__(self, batches: Dataset[Batch], workers: int, sampler: Sampler[int] | None = None) -> None:
+        super().__init__(
+            batches, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=_leave_signals_to_the_run
+        )
+        self._begun: list[Any] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._begun = [iterator for iterator in self._begun if not getattr(iterator, "_shutdown", True)]
+        self._begun.append(super().__iter__())
+        return self._begun[-1]
+
+    def close(self) -> None:
+        """End the workers, also those of a loop that was left by an exception, which holds on to them.
+
+        At the interpreter's exit they would be waited for, and they do not listen to signals.
+        """
+        for iterator in self._begun:
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+        self._begun = []
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole job would end the workers before the run has saved what it is at."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,85 @@
+"""Rows to the loaders of one training stage."""
+
+from collections.abc import Sequence
+
+import lightning
+import torch
+
+from data.batch import Batch
+from data.preprocess.packing import Row
+from train.loop.batches import Ahead, FromStep, TrainingBatches, ValidationBatches
+
+
+class DraftData(lightning.LightningDataModule):
+    """The loaders of one training stage."""
+
+    def __init__(
+        self,
+        training: Sequence[Row],
+        validation: Sequence[Row],
+        *,
+        steps: int,
+        rows_per_step: int,
+        rows_per_pass: int | None = None,
+        num_anchors: int,
+        block_size: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        """
+        Args:
+            workers: processes of each loader that make batches ahead of the step; 0: none.
+        """
+        super().__init__()
+        self.training, self.validation = training, validation
+        self.steps, self.rows_per_step, self.rows_per_pass = steps, rows_per_step, rows_per_pass
+        self.num_anchors = num_anchors
+        self.block_size, self.seed, self.workers = block_size, seed, workers
+        self.loaders: list[Ahead] = []
+
+    def _batches(self, rank: int, world_size: int) -> TrainingBatches:
+        return TrainingBatches(
+            self.training,
+            steps=self.steps,
+            rows_per_step=self.rows_per_step,
+            rows_per_pass=self.rows_per_pass,
+            num_anchors=self.num_anchors,
+            block_size=self.block_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def batch_bytes(self, world_size: int) -> int:
+        """Bytes of one batch."""
+        values = vars(self._batches(0, world_size)[0]).values()
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+    def train_dataloader(self) -> Ahead:
+        batches = self._batches(self.trainer.global_rank, self.trainer.world_size)
+        return self._keep(Ahead(batches, self.workers, FromStep(batches, lambda: self.trainer.global_step)))
+
+    def val_dataloader(self) -> Ahead:
+        world = self.trainer.world_size
+        batches = ValidationBatches(
+            self.validation,
+            rows_per_batch=self.rows_per_pass or max(1, self.rows_per_step // world),
+            num_anchors=self.num_anchors,
+            block_size=self.block_size,
+            rank=self.trainer.global_rank,
+            world_size=world,
+        )
+        return self._keep(Ahead(batches, self.workers))
+
+    def _keep(self, loader: Ahead) -> Ahead:
+        self.loaders.append(loader)
+        return loader
+
+    def close(self) -> None:
+        """End the loaders' processes."""
+        for loader in self.loaders:
+            loader.close()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Without waiting for the device, which needs memory that it can read by itself."""
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)

@@ -1,0 +1,166 @@
+"""One training stage with Lightning: from where it was left to its last step."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
+from omegaconf import DictConfig
+from transformers import PretrainedConfig
+
+from data.errors import UserError
+from data.preprocess.packing import PackedRows
+from models.cost.flops import step_flops
+from models.cost.sizes import Sizes
+from train.checkpoint.checkpoints import CheckpointFiles, Checkpoints, keeper, not_finished, usable_checkpoint
+from train.endings.finite import SkippedSteps
+from train.endings.labels import LabelledBlocks
+from train.evaluate.plots import read_metrics
+from train.loop.callbacks import SameWeights, check_callbacks
+from train.loop.datamodule import DraftData
+from train.loop.loggers import StageWandbLogger
+from train.loop.modules import DraftTraining
+from train.loop.monitor import Monitor
+from train.plan.estimate import draft_shape
+from train.run_dir.checkpoint_names import step_of
+from train.run_dir.state import run_id
+from train.settings.derived import ALL, arithmetic, devices, passes_per_step, precision
+from train.terminal import say
+
+LOG_EVERY = 10  # steps
+
+
+def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
+    """The trainer preset with this stage's steps, loggers and checkpoints.
+
+    Raises:
+        UserError: a callback that a stage cannot follow.
+        ValueError: ranks and passes cannot share the rows of a step evenly.
+    """
+    settings = config.stage[stage]
+    validate_every = min(settings.validate_every, settings.steps)
+    checkpoints = Checkpoints(
+        directory / "checkpoints",
+        every=settings.checkpoint_every,
+        keep=settings.keep_checkpoints,
+        validate_every=validate_every,
+        best_by=settings.best_by,
+        patience=settings.patience,
+        run=run_id(directory.parent, stage),
+    )
+    given = instantiate(config.callbacks)
+    check_callbacks(given)
+    skipped = SkippedSteps(checkpoints.directory, settings.max_skipped_steps)
+    labelled = LabelledBlocks(needed=config.model.target.name is not None)
+    # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
+    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    trainer: Trainer = instantiate(
+        config.trainer,
+        devices="auto" if (chosen := devices(config)) == ALL else chosen,
+        precision=precision(config),
+        max_steps=settings.steps,
+        max_epochs=-1,
+        gradient_clip_val=settings.gradient_clip,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the loaders know their rank
+        enable_model_summary=False,
+        log_every_n_steps=1,  # what is logged, and when, is the monitor's business
+        default_root_dir=str(directory),
+        logger=stage_loggers(config, stage, directory),
+        callbacks=[*given.values(), skipped, labelled, SameWeights(), checkpoints],
+        plugins=[CheckpointFiles(), *cluster],
+    )
+    _check_time_limit(trainer)
+    passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, trainer.world_size)
+    trainer.accumulate_grad_batches = passes
+    trainer.val_check_interval = validate_every * passes  # Lightning counts passes
+    return trainer
+
+
+def _check_time_limit(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: a time limit that is over before the first step.
+    """
+    limits = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
+    if any(limit is not None and limit <= 0 for limit in limits):
+        raise UserError(
+            "trainer.max_time, or a Timer's duration, is 0 or less: no step would be made. Expected more time than one "
+            "step takes, such as trainer.max_time=00:12:00:00 (days, hours, minutes, seconds)."
+        )
+
+
+def stage_loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
+    """The loggers of a stage; a restart of it goes on in the same W&B run."""
+    run_dir = directory.parent
+    places: dict[str, dict[str, Any]] = {"csv": {"save_dir": str(directory)}}
+    places["wandb"] = {"save_dir": str(run_dir), "run_name": config.name, "stage": stage}
+    places["wandb"]["run_id"] = run_id(run_dir, stage)
+    return [instantiate(logger, **places.get(name, {})) for name, logger in config.logger.items()]
+
+
+def wandb_loggers(config: DictConfig, stage: str, directory: Path) -> list[StageWandbLogger]:
+    """Those of a stage's loggers that are W&B's: one or none."""
+    return [logger for logger in stage_loggers(config, stage, directory) if isinstance(logger, StageWandbLogger)]
+
+
+def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path) -> dict[str, float]:
+    """Train to the last step, from the last whole checkpoint if there is one; returns the figures of what it hands on.
+
+    With patience, to the step where that ends.
+    """
+    chosen = usable_checkpoint(directory / "checkpoints", say, keeper(trainer).run)
+    keeper(trainer).resumed_from = chosen
+    if chosen:
+        step = step_of(chosen)
+        say(f"    going on from step {step}")
+        rows = {at: row for at, row in read_metrics(directory).items() if at <= step}
+        for logger in trainer.loggers:
+            if isinstance(logger, StageWandbLogger):
+                logger.replay(rows)
+    if not len(data.validation):
+        say("    data.validation_records=0: nothing is validated, so the last weights are handed on")
+    try:
+        trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer, logger or callbacks: {error}") from error
+    finally:
+        data.close()
+    if trainer.global_step < trainer.max_steps and not keeper(trainer).out_of_patience():
+        raise not_finished(trainer, directory / "checkpoints")  # ended before its first step
+    if keeper(trainer).out_of_patience() and trainer.global_step < trainer.max_steps:
+        say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
+    return keeper(trainer).figures()
+
+
+def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:
+    """What logs the figures of a stage; without the share of the peak where an architecture is not counted."""
+    settings, draft = config.stage[stage], config.model.draft
+    rows, length = settings.rows_per_step, config.data.row_length
+    try:
+        sizes = Sizes.from_config(target_config.to_dict(), **draft_shape(config))
+        if config.adapter:
+            sizes = sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
+    except ValueError:
+        flops = None
+    else:
+        blocks = rows * settings.num_anchors * draft.block_size
+        parts = step_flops(
+            sizes,
+            stage,
+            rows=rows,
+            row_length=length,
+            num_anchors=settings.num_anchors,
+            slot0_loss=settings.module.slot0_loss,
+            teacher=config.objective.kl > 0 or config.objective.tv > 0,
+            clean_pairs=rows * training.pairs / len(training),
+            mask_pairs=blocks * (training.pairs / training.tokens + draft.block_size),
+        )
+        flops = sum(parts.values())
+    dtype = getattr(torch, arithmetic(config))
+    return Monitor(every=LOG_EVERY, rows=rows, tokens=rows * length, flops=flops, dtype=dtype)

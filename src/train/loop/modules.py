@@ -1,0 +1,285 @@
+"""The two trained stages as Lightning modules: what is trained, what the drafter knows, one loss."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from data.batch import IGNORE, Batch
+from models.acceptance import acceptance_length, leading_true
+from models.attention.layers import EAGER, Execution
+from models.draft import UNKNOWN, DraftModel
+from models.loss.block_loss import block_loss
+from models.loss.objectives import Objective
+from models.target import bonus_tokens, target_pass
+from train.endings.finite import StepFigures, gradient_norms, judged
+
+
+@dataclass
+class Features:
+    """What the loss of a batch needs to know of its blocks."""
+
+    hidden: Tensor  # [R, A, B, H]
+    labels: Tensor  # [R, A, B]
+    bonus: Tensor | None = None  # [R, A] for the calibrator
+    previous: Tensor | None = None  # [R, A, B] for the chain
+    target_hidden: Tensor | None = None  # [R, T, H]
+
+
+class DraftTraining(lightning.LightningModule, ABC):
+    """What both stages share: the frozen target, the loss over a global batch, optimizer, validation.
+
+    Subclasses say which parameters are trained and how the hidden states of a batch's blocks come about.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: DraftModel,
+        *,
+        objective: Objective,
+        slot0_loss: bool,
+        chunk: int,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        warmup_share: float,
+        final_lr_share: float,
+        steps: int,
+        told_share: float,
+        execution: Execution = EAGER,
+    ) -> None:
+        """
+        Args:
+            told_share: of the blocks, those whose slot 0 holds the bonus token, if the drafter has a bonus slot, and
+                whose slots know the token before them, if it has a chain.
+        """
+        super().__init__()
+        self.target, self.draft = target, draft
+        self.step = StepFigures(math.nan, 0.0, math.nan, "")  # of the last step
+        self.objective, self.execution = objective, execution
+        self.slot0_loss, self.chunk, self.told_share = slot0_loss, chunk, told_share
+        self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
+        self.warmup_share, self.final_lr_share, self.steps = warmup_share, final_lr_share, steps
+        self.requires_grad_(False)
+        for parameter in self.trained().values():
+            parameter.requires_grad_(True)
+
+    masks_labels = False  # whether `features` leaves out labels of the batch
+
+    @abstractmethod
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of this stage by exported name."""
+
+    @abstractmethod
+    def features(self, batch: Batch) -> Features:
+        """Hidden states of a batch's blocks, and what else the drafter may know of them."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sum of losses, sum of weights and correct [R, A, B-1], as `block_loss` gives them; and the labels."""
+        features = self.features(batch)
+        sums = block_loss(
+            self.draft.logits,
+            features.hidden,
+            batch,
+            objective=self.objective,
+            chunk=self.chunk,
+            slot0_loss=self.slot0_loss,
+            labels=features.labels,
+            bonus=features.bonus,
+            previous=features.previous,
+            target_hidden=features.target_hidden,
+            head_trains=features.bonus is not None,
+            compiled=self.execution.compile,
+        )
+        return *sums, features.labels
+
+    def told(self, bonus: Tensor) -> Tensor:
+        """[R, A] bonus tokens, UNKNOWN in the blocks that are not told theirs: the same of a batch every time.
+
+        Every so many blocks, not drawn: it depends neither on the step nor on the rank.
+        """
+        number = torch.arange(bonus.shape[1], device=bonus.device)
+        told = ((number + 1) * self.told_share).floor() > (number * self.told_share).floor()
+        return bonus.masked_fill(~told, UNKNOWN)
+
+    def train(self, mode: bool = True) -> "DraftTraining":
+        """Never in training mode: dropout in target or draft would make training differ from decoding."""
+        return super().train(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum over this pass, not a mean: what all slots of a step weigh together is known only when the last pass
+        of the last rank is through. `on_before_optimizer_step` divides by it."""
+        passes = self.trainer.accumulate_grad_batches
+        self._pass = batch_idx % passes
+        if self._pass == 0:  # Lightning drops the last step's gradients only before the backward pass
+            for parameter in self.trained().values():
+                parameter.grad = None
+        loss_sum, weight_sum, _, labels = self.loss(batch)
+        blocks = [(of[..., 1:] != IGNORE).any(-1).sum() for of in (batch.labels, labels)]
+        here = torch.stack([loss_sum.detach(), weight_sum, *(count.to(loss_sum.dtype) for count in blocks)])
+        self._sums = here if self._pass == 0 else self._sums + here
+        # Lightning divides by the passes of a step, and gradients are averaged over ranks: neither is wanted.
+        return loss_sum * (passes * self.trainer.world_size)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the pass that is going on is the last of its step."""
+        return self._pass + 1 == self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Gradients of the mean over the global batch; clipping by their norm comes after this.
+
+        If loss or gradient is not finite on any rank, no rank makes the step: `self.step` says why.
+        """
+        if not self.ends_step:
+            return  # DeepSpeed's engine is asked to step after every pass, and does so after the last
+        trained, strategy = self.trained(), self.trainer.strategy
+        in_pieces = hasattr(strategy, "gradient_norms")  # ZeRO
+        norms = strategy.gradient_norms() if in_pieces else gradient_norms(trained.values())
+        rows = self._of_all_ranks(torch.cat([self._sums, norms]))
+        self.step = judged(rows, list(trained), in_pieces=in_pieces)
+        if self.step.fault:
+            self._skip()
+        elif in_pieces:
+            strategy.divide_gradients(self.step.weight)
+        else:
+            torch._foreach_div_([p.grad for p in trained.values()], self.step.weight)
+
+    def _skip(self) -> None:
+        """Neither the weights nor the optimizer's state may change in this step."""
+        if hasattr(self.trainer.strategy, "skip_step"):
+            self.trainer.strategy.skip_step()
+        for parameter in self.trained().values():
+            parameter.grad = None  # which AdamW passes over
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(4 + self.draft.block_size - 1, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss_sum, weight_sum, correct, labels = self.loss(batch)
+        drafted = (labels[..., 1:] != IGNORE).any(-1)  # [R, A]
+        accepted = leading_true(correct)[drafted]  # [blocks]
+        reached = accepted[:, None] > torch.arange(self.draft.block_size - 1, device=accepted.device)
+        parts = [loss_sum, weight_sum, acceptance_length(accepted).sum(), drafted.sum(), *reached.sum(0)]
+        self._validation += torch.stack([p.double().cpu() for p in parts])
+
+    def on_validation_epoch_end(self) -> None:
+        totals = self._sum_over_ranks(self._validation.to(self.device, torch.float32))
+        loss, weight, gained, blocks, *slots = totals.tolist()
+        if not blocks:
+            return
+        # Teacher-forced: blocks start at uniform anchors, not where the last one failed, so decoding gives less.
+        figures = {"val/loss": loss / weight, "val/tau_estimate": gained / blocks}
+        self.log_dict(figures, prog_bar=True, logger=False)  # on every rank: all must agree on which is the best
+        figures |= {f"val/slot_{j}": hits / blocks for j, hits in enumerate(slots, 1)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(figures, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = list(self.trained().values())
+        optimizer = torch.optim.AdamW(parameters, **self.adamw)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_share(step, self.steps, self.warmup_share, self.final_lr_share)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        total = value.detach().clone()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(total)  # Lightning's own reduction has every rank wait for the others first
+        return total
+
+    def _of_all_ranks(self, values: Tensor) -> list[list[float]]:
+        """By rank, in its order. The one place where a step waits for the device."""
+        if self.trainer.world_size == 1:
+            return [values.tolist()]
+        rows = [torch.empty_like(values) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(rows, values)
+        return torch.stack(rows).tolist()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Checkpoints hold the trained parameters by exported name, never the target."""
+        return {name: p.detach() for name, p in self.trained().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Load what `state_dict` gave.
+
+        Raises:
+            RuntimeError: names differ.
+        """
+        trained = self.trained()
+        if trained.keys() != state_dict.keys():
+            raise RuntimeError(
+                f"Checkpoint does not fit: {sorted(trained.keys() ^ state_dict.keys())} only on one side."
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state_dict[name])
+
+
+def lr_share(step: int, steps: int, warmup_share: float, final_share: float = 0.0) -> float:
+    """Of the learning rate: linear warm-up, then cosine down to `final_share`."""
+    warmup = max(1, round(warmup_share * steps))
+    progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    cosine = final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min((step + 1) / warmup, cosine)
+
+
+class AttentionTuning(DraftTraining):
+    """Stage 1: projectors and inputs of slots on mask-token block diffusion."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.draft.attention_parameters()
+
+    def features(self, batch: Batch) -> Features:
+        wanted = self.objective.needs_target
+        clean = target_pass(self.target, batch, self.draft.split_layer, with_hidden=wanted, execution=self.execution)
+        # The text's token: what follows in the text continues it, whatever the target would have said.
+        known = self.told(batch.input_ids.gather(1, batch.anchors))
+        hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
+        return Features(hidden, batch.labels, target_hidden=clean.hidden)
+
+
+class BonusCalibration(DraftTraining):
+    """Stage 2: what corrects the logits, with the bonus token that decoding would have.
+
+    Calibrator and chain on frozen features, as in the paper; or, `joint`, together with all that stage 1 has trained.
+    """
+
+    masks_labels = True
+
+    def __init__(self, target: PreTrainedModel, draft: DraftModel, *, joint: bool, **settings: Any) -> None:
+        self.joint = joint
+        super().__init__(target, draft, **settings)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.draft.own_parameters() if self.joint else self.draft.calibrator_parameters()
+
+    def features(self, batch: Batch) -> Features:
+        clean = target_pass(self.target, batch, self.draft.split_layer, execution=self.execution)
+        bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
+        # Where the target would not have said the text's token, what follows in the text is no continuation of the
+        # bonus: such a block has nothing to teach.
+        at_anchor = batch.input_ids.gather(1, batch.anchors)
+        labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
+        known = self.told(bonus)
+        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+            hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
+        previous = previous_tokens(labels, known) if self.draft.chain_rank else None
+        return Features(hidden, labels, bonus, previous, clean.hidden if self.objective.needs_target else None)
+
+
+def previous_tokens(labels: Tensor, bonus: Tensor) -> Tensor:
+    """[R, A, B] the token before each slot: the bonus before slot 1, then the labels, as decoding has them for as long
+    as its drafts are right. UNKNOWN in blocks that are not told their bonus [R, A]: these learn to draft for decoders
+    that know nothing of the chain."""
+    before = torch.cat([labels[..., :1], bonus[..., None], labels[..., 1:-1]], dim=-1)
+    before[..., 0] = UNKNOWN
+    return before.masked_fill((bonus == UNKNOWN)[..., None] | (before == IGNORE), UNKNOWN)

@@ -1,0 +1,86 @@
+"""What a run looks like from outside: loss, learning rate, speed, share of the device's peak, memory."""
+
+import resource
+import time
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from models.cost.hardware import peak_flops
+
+
+class Monitor(Callback):
+    """Logs one row of figures every few steps, once the device has done them."""
+
+    def __init__(self, *, every: int, rows: int, tokens: int, flops: float | None, dtype: torch.dtype) -> None:
+        """
+        Args:
+            every: steps between rows.
+            rows, tokens: of a step, over all ranks.
+            flops: floating-point operations of a step, over all ranks; None where the architecture is not counted.
+            dtype: of the arithmetic.
+        """
+        self.every, self.rows, self.tokens, self.flops, self.dtype = every, rows, tokens, flops, dtype
+        self.peak = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.flops:
+            self.peak = peak_flops(trainer.strategy.root_device, self.dtype) * trainer.world_size
+        self._mark(trainer)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        _wait(trainer)
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        _wait(trainer)
+        self._since += time.perf_counter() - self._paused  # validation is not what the rates are about
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the step it is the next one's
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.every:
+            return
+        _wait(trainer)
+        rate = (trainer.global_step - self._step) / (time.perf_counter() - self._since)
+        made = {"train/loss": pl_module.step.loss, "train/gradient_norm": pl_module.step.gradient_norm}
+        figures = {
+            **({} if pl_module.step.fault else made),  # of a skipped step there is nothing to show
+            "train/learning_rate": self._rate,
+            "speed/steps_per_second": rate,
+            "speed/rows_per_second": rate * self.rows,
+            "speed/tokens_per_second": rate * self.tokens,
+            "memory/peak_gb": _peak_bytes(trainer) / 1e9,
+        }
+        if self.flops:
+            figures["speed/share_of_peak"] = rate * self.flops / self.peak
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        shown = {"loss": pl_module.step.loss, "tokens/s": figures["speed/tokens_per_second"]}
+        if self.flops:
+            shown["% of peak"] = 100 * figures["speed/share_of_peak"]
+        pl_module.log_dict(shown, prog_bar=True, logger=False)
+        self._mark(trainer)
+
+    def _mark(self, trainer: lightning.Trainer) -> None:
+        self._step, self._since = trainer.global_step, time.perf_counter()
+
+
+def _wait(trainer: lightning.Trainer) -> None:
+    """Until the device has done what it was told."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_bytes(trainer: lightning.Trainer) -> int:
+    """Most memory held so far: of the GPU's tensors, on CPU of this whole process."""
+    if trainer.strategy.root_device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

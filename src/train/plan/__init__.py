@@ -1,0 +1,1 @@
+"""`plan=true`: estimated memory, time and disk of the training stages."""

@@ -1,0 +1,249 @@
+"""What a training stage takes on the machine that the settings name: memory, arithmetic, time."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from omegaconf import DictConfig, OmegaConf
+
+from data.errors import UserError
+from models.cost.activation_memory import Setup
+from models.cost.flops import step_flops
+from models.cost.hardware import GIB, GPUS, peak_flops
+from models.cost.memory import FLOAT32, decoding_memory, peak, step_memory
+from models.cost.sizes import FAMILIES, Sizes
+from train.settings.checks import TRAINED, check_path, check_ranks
+from train.settings.derived import accelerator, arithmetic, device_count, passes_per_step
+
+# Assumed, not measured. What CUDA, its libraries and communication take of a GPU; and what Python and the libraries
+# take of the host's memory.
+CONTEXT, LIBRARIES = 1 * GIB, 1 * GIB
+USABLE = 0.95  # of the memory: the rest is lost between the allocator's blocks
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes."""
+
+    gpu: str | None  # name in `models.cost.hardware.GPUS`; None: this machine's CPU
+    ranks: int
+    per_node: int
+    memory: float  # bytes for one rank
+    flops: float  # FLOP/s of one rank at best
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranks} x {self.gpu or 'CPU'}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one training stage takes."""
+
+    stage: str
+    steps: int
+    setup: Setup
+    flops: dict[str, float]  # of a step on one rank, by part
+    seconds: float  # of a step
+    phase: str  # the fullest one
+    parts: dict[str, float]  # bytes of one rank in that phase
+    limit: float  # bytes that one rank may use
+
+    @property
+    def bytes(self) -> float:
+        """Of one rank at its peak."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.limit
+
+
+def target_sizes(config: DictConfig) -> Sizes:
+    """The sizes of target and drafter, without the network.
+
+    Raises:
+        UserError: they are not known here, or not of a kind that is counted; or the drafter has too many layers,
+            or an adapter of other projectors than there are.
+    """
+    target, draft = config.model.target, config.model.draft
+    try:
+        sizes = Sizes.from_config(_completed(_architecture(target)), **draft_shape(config))
+    except ValueError as error:
+        raise UserError(f"model.target: the plan cannot count this target: {error}") from error
+    if sizes.draft_layers > sizes.layers:
+        raise UserError(f"model.draft.num_layers={sizes.draft_layers}, but the target has {sizes.layers} layers.")
+    longest = config.data.row_length + draft.block_size
+    if longest > sizes.positions:
+        raise UserError(
+            f"data.row_length + model.draft.block_size = {longest} exceeds the target's {sizes.positions} positions."
+        )
+    check_ranks(config, SimpleNamespace(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden))
+    if not config.adapter:
+        return sizes
+    try:
+        return sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def draft_shape(config: DictConfig) -> dict[str, Any]:
+    """The drafter and its training, as arguments of `Sizes.from_config`."""
+    return {**config.model.draft, "joint": config.stage.bonus_calibration.module.joint}
+
+
+def disk_parts(config: DictConfig, sizes: Sizes, stages: list[str]) -> dict[str, int]:
+    """Bytes on the disk of the run directory, by part. Checkpoints are deleted when their stage is finished."""
+    trained = [stage for stage in TRAINED if stage in stages]
+    last = TRAINED[1] if TRAINED[1] in config.stages else TRAINED[0]
+    # One checkpoint more than are kept, while it is written.
+    checkpoints = [(config.stage[s].keep_checkpoints + 1) * _checkpoint(sizes, s) for s in trained]
+    exported = DTYPE_BYTES[config.export.dtype] * sizes.draft_parameters(last)
+    return {
+        "checkpoints of a stage": max(checkpoints, default=0),
+        "trained drafters": FLOAT32 * sum(sizes.draft_parameters(stage) for stage in trained),
+        "export": exported if "export" in stages else 0,
+    }
+
+
+def _checkpoint(sizes: Sizes, stage: str) -> int:
+    """Weights and two moments; and the best weights, which a kept checkpoint may refer to."""
+    return (3 + 1) * FLOAT32 * sizes.trained_parameters(stage)
+
+
+def _architecture(target: DictConfig) -> dict[str, Any]:
+    if target.architecture is not None:
+        architecture: Any = OmegaConf.to_container(target.architecture, resolve=True)
+        return architecture
+    if target.name is None:
+        raise UserError("model.target: give a name, or an architecture for random weights.")
+    check_path(target.name)
+    file = Path(target.name, "config.json")
+    if not file.exists():
+        cached = try_to_load_from_cache(target.name, "config.json", revision=target.revision)
+        if not isinstance(cached, str):
+            raise UserError(
+                f"model.target.name={target.name}: its config.json would have to be downloaded, and the plan downloads "
+                "nothing. Give the sizes in model.target.architecture, as conf/model/qwen3_8b.yaml does."
+            )
+        file = Path(cached)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _completed(architecture: dict[str, Any]) -> dict[str, Any]:
+    """With what the architecture's config need not say, such as which layers have a window."""
+    if architecture.get("model_type") not in FAMILIES:
+        return architecture  # `Sizes` says so
+    from transformers import AutoConfig  # late: the plan needs torch for nothing else
+
+    return AutoConfig.for_model(**architecture).to_dict()
+
+
+def machine_of(config: DictConfig) -> Machine:
+    """The named GPUs of `hardware`, as many as the trainer takes; or this machine's CPU.
+
+    Raises:
+        UserError: `hardware.gpu` is not in the table, or the devices are none that it could be.
+    """
+    trainer, hardware = config.trainer, config.hardware
+    nodes = trainer.get("num_nodes", 1)
+    # GPUs are planned with on a machine without any, so that only `auto` asks what is there.
+    kind = "cuda" if trainer.get("accelerator") == "gpu" else accelerator(config)
+    if kind == "mps":
+        raise UserError("trainer.accelerator: the plan knows no Apple GPU. Choose cpu, or gpu with hardware.gpu=...")
+    if kind == "cpu":
+        count = device_count(config, 1)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+        return Machine(None, count * nodes, count, memory, _cpu_flops(config))
+    gpu, count = GPUS[hardware.gpu], device_count(config, hardware.gpus_per_node)
+    rate = gpu.bfloat16 if _autocast(config) else gpu.float32
+    return Machine(hardware.gpu, count * nodes, count, gpu.memory, rate)
+
+
+def _cpu_flops(config: DictConfig) -> float:
+    import torch  # only to measure what this CPU does
+
+    return peak_flops("cpu", torch.bfloat16 if _autocast(config) else torch.float32)
+
+
+def _autocast(config: DictConfig) -> bool:
+    """Whether arithmetic is bfloat16, on float32 weights."""
+    return arithmetic(config) == "bfloat16"
+
+
+def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> Estimate:
+    """What one stage takes.
+
+    Raises:
+        UserError: ranks and passes cannot share the rows of a step evenly; or a strategy that is not counted.
+    """
+    settings, ranks = config.stage[stage], machine.ranks
+    try:
+        passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, ranks)
+    except ValueError as error:
+        raise UserError(f"stage.{stage}.{error}") from error
+    share = settings.rows_per_step // ranks
+    common = {"row_length": config.data.row_length, "num_anchors": settings.num_anchors}
+    common |= {"slot0_loss": settings.module.slot0_loss}
+    common |= {"teacher": config.objective.kl > 0 or config.objective.tv > 0}
+    flops = step_flops(sizes, stage, rows=share, **common)
+    sharing = _sharing(config, ranks)
+    setup = Setup(
+        rows=share // passes,
+        passes=passes,
+        chunk=settings.module.chunk,
+        attention=_attention(config, machine),
+        compiled=config.speed.compile and sharing.get("zero") != 3,  # which cannot be compiled
+        recompute=config.speed.recompute,
+        weight_bytes=DTYPE_BYTES[config.model.target.dtype],
+        autocast=_autocast(config),
+        ranks=ranks,
+        multi_tensor=machine.gpu is not None,
+        **common,
+        **sharing,
+    )
+    phases = step_memory(sizes, stage, setup) | _live_decoding(config, stage, sizes, setup)
+    phase, _ = peak(phases)
+    parts = phases[phase]
+    parts["other"] += CONTEXT if machine.gpu else LIBRARIES
+    seconds = sum(flops.values()) / (machine.flops * config.hardware.share_of_peak)
+    return Estimate(stage, settings.steps, setup, flops, seconds, phase, parts, USABLE * machine.memory)
+
+
+def _live_decoding(config: DictConfig, stage: str, sizes: Sizes, setup: Setup) -> dict[str, dict[str, float]]:
+    """Bytes by part while validation prompts are decoded, as a phase; none if there are no such prompts.
+
+    They are taken to be as long as a row: beginnings of conversations of unknown lengths.
+    """
+    settings = config.stage[stage].decode
+    if not settings.prompts:
+        return {}
+    ranks = 1 if setup.zero == 3 else setup.ranks  # under ZeRO 3 every rank decodes all of them
+    prompts = min(settings.batch_size, math.ceil(settings.prompts / ranks))
+    room = sizes.positions - settings.max_new_tokens - sizes.block_size
+    length = min(config.data.row_length, room)
+    together = {"prompts": prompts, "prompt_length": length, "new_tokens": settings.max_new_tokens}
+    return {"live decoding": decoding_memory(sizes, stage, setup, **together)}
+
+
+def _attention(config: DictConfig, machine: Machine) -> str:
+    """As `models.attention.packed.resolved`, which needs torch."""
+    chosen: str = config.speed.attention
+    return chosen if chosen != "auto" else "flex" if machine.gpu else "sdpa"
+
+
+def _sharing(config: DictConfig, ranks: int) -> dict[str, Any]:
+    """How the ranks share memory, as arguments of `Setup`."""
+    strategy = config.trainer.get("strategy", "auto")
+    if isinstance(strategy, DictConfig) and strategy.get("_target_") == "train.loop.zero.ZeroStrategy":
+        more = strategy.get("zero_optimization") or {}
+        return {"zero": strategy.stage} | ({"reduce_bucket": size} if (size := more.get("reduce_bucket_size")) else {})
+    if isinstance(strategy, str) and (strategy == "auto" or strategy.startswith("ddp")):
+        return {"ddp": ranks > 1 or strategy != "auto"}
+    raise UserError(f"trainer.strategy={strategy}: the plan knows auto, ddp and ZeroStrategy (conf/trainer/).")

@@ -1,0 +1,214 @@
+"""`plan=true`: what a run would take, from its settings alone. Nothing is downloaded, loaded or trained."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from data.config.compose import CONF
+from data.errors import UserError
+from data.terminal import terminal
+from models.cost.hardware import GIB, GPUS
+from models.cost.memory import FLOAT32, PARTS
+from models.cost.sizes import ATTENTION_TUNING, Sizes
+from train.plan.estimate import (
+    DTYPE_BYTES,
+    LIBRARIES,
+    Estimate,
+    Machine,
+    disk_parts,
+    estimate,
+    machine_of,
+    target_sizes,
+)
+from train.settings.checks import TRAINED
+
+GB = 10**9
+
+
+def plan(config: DictConfig) -> None:
+    """Print what the chosen training stages take.
+
+    Raises:
+        UserError: the target's sizes are not known, the settings cannot be shared out, or a stage does not fit; then
+            with changes that make it fit.
+    """
+    chosen = [stage for stage in TRAINED if stage in config.stages]
+    if not chosen:
+        raise UserError(f"plan=true is about the training stages; choose one or more of {', '.join(TRAINED)}.")
+    sizes, machine = target_sizes(config), machine_of(config)
+    estimates = [estimate(config, stage, sizes, machine) for stage in chosen]
+    print_plan(terminal(), config, sizes, machine, estimates)
+    refusals = [refusal(config, sizes, machine, e) for e in estimates if not e.fits]
+    if refusals:
+        raise UserError("\n".join(refusals))
+
+
+def print_plan(console: Console, config: DictConfig, sizes: Sizes, machine: Machine, estimates: list[Estimate]) -> None:
+    """Memory, arithmetic and time of the stages; the host's memory and the disk."""
+    tables = _memory(machine, estimates), _arithmetic(config, machine, estimates)
+    for table in (*tables, _elsewhere(config, sizes, machine, estimates)):
+        console.print(table)
+    hours = sum(e.seconds * e.steps for e in estimates) / 3600
+    console.print(f"all steps: {_figure(hours)} hours; validation and evaluation are not counted")
+
+
+def _table(title: str, first: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first, min_width=24)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _memory(machine: Machine, estimates: list[Estimate]) -> Table:
+    title = f"Memory of one rank at its peak, GiB, on {machine.name}"
+    table = _table(title, "part", [e.stage for e in estimates])
+    for part in PARTS:
+        table.add_row(part, *(_figure(e.parts[part] / GIB) for e in estimates))
+    table.add_section()
+    table.add_row("peak", *(_figure(e.bytes / GIB) for e in estimates))
+    table.add_row("in the phase", *(e.phase for e in estimates))
+    table.add_row("to be had", *(_figure(e.limit / GIB) for e in estimates))
+    table.add_row("rows in a pass, passes", *(f"{e.setup.rows}, {e.setup.passes}" for e in estimates))
+    return table
+
+
+def _arithmetic(config: DictConfig, machine: Machine, estimates: list[Estimate]) -> Table:
+    share = config.hardware.share_of_peak
+    title = f"TFLOP of a step on one rank; time at {share:.0%} of {machine.flops / 1e12:,.3g} TFLOP/s"
+    table = _table(title, "part", [e.stage for e in estimates])
+    for part in estimates[0].flops:
+        table.add_row(part, *(_figure(e.flops[part] / 1e12) for e in estimates))
+    table.add_section()
+    table.add_row("step", *(_figure(sum(e.flops.values()) / 1e12) for e in estimates))
+    table.add_row("seconds per step", *(_figure(e.seconds) for e in estimates))
+    table.add_row("steps", *(f"{e.steps:,}" for e in estimates))
+    table.add_row("hours", *(_figure(e.seconds * e.steps / 3600) for e in estimates))
+    return table
+
+
+def _elsewhere(config: DictConfig, sizes: Sizes, machine: Machine, estimates: list[Estimate]) -> Table:
+    """What is needed outside the device's own memory."""
+    target, last = config.model.target, estimates[-1].stage
+    download = 0 if target.name is None or Path(target.name).exists() else 2 * sizes.target_parameters
+    rows = {"disk: download of the target, in bfloat16": download}
+    parts = disk_parts(config, sizes, [*(e.stage for e in estimates), "export"])
+    rows |= {f"disk: {name}": count for name, count in parts.items()}
+    if machine.gpu:
+        # Each rank reads the whole target before it goes to the GPU, under ZeRO 3 too.
+        weights = sizes.target_parameters * DTYPE_BYTES[target.dtype] + FLOAT32 * sizes.held_parameters(last)
+        rows["host memory of a rank, while it loads"] = weights + LIBRARIES
+        rows[f"host memory of a node, {machine.per_node} ranks"] = machine.per_node * (weights + LIBRARIES)
+    table = _table("Disk, without the data, and host memory, GB", "part", ["GB"])
+    for name, size in rows.items():
+        table.add_row(name, _figure(size / GB))
+    return table
+
+
+def _figure(value: float) -> str:
+    """At least two digits that say something."""
+    return "0" if not value else f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def refusal(config: DictConfig, sizes: Sizes, machine: Machine, estimated: Estimate) -> str:
+    """Why a stage does not fit, and which changes make it fit."""
+    stage = estimated.stage
+    text = (
+        f"{stage} takes {estimated.bytes / GIB:.1f} GiB on each rank, and {estimated.limit / GIB:.1f} GiB of "
+        f"{machine.memory / GIB:.1f} are to be had ({machine.name})."
+    )
+    ways = []
+    for kind in ways_out(config, stage, machine):
+        ways += first_that_fits(config, stage, sizes, kind)
+    if not ways:
+        for kind in lesser_training(config, stage):
+            ways += first_that_fits(config, stage, sizes, kind)
+    if machine.gpu:
+        larger = sorted(GPUS, key=lambda name: GPUS[name].memory)
+        ways += first_that_fits(config, stage, sizes, ({"hardware.gpu": name} for name in larger))
+    if not ways:
+        return f"{text} No change that was tried makes it fit; choose a smaller target."
+    return f"{text} It would fit with any of these:\n" + "\n".join(ways)
+
+
+def first_that_fits(config: DictConfig, stage: str, sizes: Sizes, changes: Iterable[dict[str, Any]]) -> list[str]:
+    """The first change with which the stage fits, in words, with the estimate made anew; none if none does."""
+    for change in changes:
+        changed = apply(config, change)
+        machine = machine_of(changed)
+        try:
+            again = estimate(changed, stage, sizes, machine)
+        except UserError:
+            continue  # the rows of a step do not go round
+        if again.fits:
+            words = " ".join(f"{key}={_as_written(value)}" for key, value in change.items())
+            return [f"  {words}   ({again.bytes / GIB:.1f} GiB, {machine.name})"]
+    return []
+
+
+def _as_written(value: Any) -> str:
+    """On the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def apply(config: DictConfig, change: dict[str, Any]) -> DictConfig:
+    """The configuration with other values; `trainer` is a preset's name, as on the command line."""
+    changed = config.copy()
+    OmegaConf.set_struct(changed, False)
+    for key, value in change.items():
+        if key == "trainer":
+            changed.trainer = OmegaConf.load(CONF / "trainer" / f"{value}.yaml")
+        else:
+            OmegaConf.update(changed, key, value)
+    return changed
+
+
+def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Iterable[dict[str, Any]]]:
+    """Kinds of changes that leave the result as it is, from the slightest."""
+    settings, here = config.stage[stage], f"stage.{stage}"
+    share = max(1, settings.rows_per_step // machine.ranks)
+    rows = settings.rows_per_pass or share
+    passes = [{f"{here}.rows_per_pass": n} for n in range(rows - 1, 0, -1) if share % n == 0]
+    chunks = [{f"{here}.module.chunk": n} for n in _halves(settings.module.chunk, 256)]
+    prompts = [{f"{here}.decode.batch_size": n} for n in _halves(settings.decode.batch_size, 1)]
+    least = {f"{here}.rows_per_pass": 1}
+    smaller = [*passes, *chunks, *prompts, *(least | chunk for chunk in chunks)]
+    smaller += [least | chunk | prompts[-1] for chunk in chunks if prompts]
+    yield smaller
+    if _trains_layers(config, stage) and not config.speed.recompute:
+        yield [{"speed.recompute": True} | change for change in ({}, *smaller)]
+    if not machine.gpu:
+        return
+    # As many ranks as a node has GPUs, each with its share of the rows.
+    presets = [{"trainer": "zero2"}, *([] if config.adapter else [{"trainer": "zero3"}])]
+    yield [*presets, *(preset | least for preset in presets)]
+
+
+def _trains_layers(config: DictConfig, stage: str) -> bool:
+    """Whether a stage keeps activations of the draft layers, which could be recomputed."""
+    return stage == ATTENTION_TUNING or config.stage[stage].module.joint
+
+
+def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[str, Any]]]:
+    """Kinds of changes that make it a lesser training: coarser weights, fewer blocks, shorter rows."""
+    settings, here = config.stage[stage], f"stage.{stage}"
+    least = {f"{here}.rows_per_pass": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
+    least[f"{here}.decode.batch_size"] = 1
+    if _trains_layers(config, stage):
+        least["speed.recompute"] = True
+    if config.model.target.dtype != "bfloat16":
+        yield [least | {"model.target.dtype": "bfloat16"}]
+    yield [least | {f"{here}.num_anchors": n} for n in _halves(settings.num_anchors, 8)]
+    yield [least | {"data.row_length": n} for n in _halves(config.data.row_length, 256)]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    """Half the value, a quarter and so on, down to `least`."""
+    found = []
+    while (value := value // 2) >= least:
+        found.append(value)
+    return found

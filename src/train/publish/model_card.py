@@ -1,0 +1,377 @@
+"""The model card of an exported drafter, made from the run's own records."""
+
+import hashlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from data.config.compose import EMBEDDED
+from data.errors import UserError
+from models.artifact import CARD, extras
+from models.export.artifact_io import without_recommendation
+from models.export.fingerprint import KEY as FINGERPRINT
+from train.run_dir.state import file_sha256, publish, read_json, read_record
+from train.settings.checks import TRAINED, VARIANTS
+
+TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
+PLOT = "acceptance_by_slot.png"
+MINIMUM = "4.57"  # of transformers, for custom_generate/generate.py
+NOWHERE = "path/to/this/directory"  # where the drafter is, until it has a repository
+# What of a command made the drafter. Others say where things are or go, and may hold what is nobody's business.
+SHOWN = (
+    "experiment",
+    "recipe",
+    "model",
+    "data",
+    "objective",
+    "adapter",
+    "stage",
+    "stages",
+    "speed",
+    "trainer",
+    "seed",
+    "name",
+)
+
+TEXT = """# FlexDraft drafter for {target}
+
+Drafts for `{target}` ({architecture}) by speculative decoding, with the target itself: blocks of
+{block_size} mask tokens run through its last {layers} layers with attention projectors of their own{calibrator}
+([FlexDraft](https://arxiv.org/abs/2605.20022)). The target verifies every draft, so its output stays its own. What was
+trained is here; the target is not.
+
+**This is no model for `AutoModelForCausalLM.from_pretrained`**, which would fill in what is not here with random
+values. Load the target, and this beside it, as below.
+{fingerprint}{beyond}
+## How well it drafts
+
+{figures}
+
+## How to use it
+
+With `transformers` alone, {minimum} or newer ({transformers}); `trust_remote_code=True` runs
+`custom_generate/generate.py` from here, so read it first:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+target = AutoModelForCausalLM.from_pretrained({load_target})
+tokenizer = AutoTokenizer.from_pretrained({load_tokenizer})
+chat = [{{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples does he have?"}}]
+settings = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"{template}}}
+inputs = tokenizer.apply_chat_template(chat, **settings)
+how = {{"trust_remote_code": True, "tokenizer": tokenizer, "max_new_tokens": 100}}
+output = target.generate(**inputs, custom_generate="{nowhere}", **how)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+```
+
+With the decoder of the project that trained it, in batches, and drafting in the verifying pass where that is faster:
+
+```python
+from models.decoding.flex import generate
+from models.export.artifact_io import load_draft
+from models.target import load_target
+
+target = load_target({load_target})
+draft = load_draft("{nowhere}", target)
+result = generate(target, draft, inputs["input_ids"].tolist(), max_new_tokens=100, tokenizer=tokenizer)
+print(tokenizer.decode(result.tokens[0]), result.tau)
+```
+
+## How it was trained
+
+{training}
+
+{commands}
+
+Paths are cut to their last part.
+
+{versions}
+"""
+
+LEGEND = """τ is the mean number of tokens that one verify step gains, the target's own (bonus) token included, with an
+interval by bootstrap over prompts. Identical: prompts whose output is, token for token, the target's own without a
+drafter. `untuned` drafts with the target's own attention; `attention_tuned` leaves out the MLP, where there is one."""
+
+
+def is_outdated(run_dir: Path) -> bool:
+    """Whether what was exported was not trained as the records now say: a stage has been trained again since."""
+    stage = "export"
+    while stage:
+        done = read_record(run_dir / "records" / f"{stage}.done.json")
+        if not done:
+            return True
+        given = {name: value for name, value in done["settings"]["inputs"].items() if name in TRAINED_FILES}
+        if any((run_dir / name).exists() and file_sha256(run_dir / name) != value for name, value in given.items()):
+            return True
+        stage = next((name.split("/")[0] for name in given), None)
+    return False
+
+
+def write_card(run_dir: Path) -> None:
+    """Write the card, and the plot that it shows, into the exported directory. The same records give the same card."""
+    exported, records = run_dir / "export", {}
+    for stage in (*TRAINED, "export", "evaluate"):
+        if done := read_record(run_dir / "records" / f"{stage}.done.json"):
+            records[stage] = done
+    config = without_recommendation(exported)
+    if not config["flexdraft_config"]["enable_anchor_bias_logits"]:
+        records.pop("bonus_calibration", None)  # the MLP was not exported
+    report = run_dir / "evaluate" / "report.json"
+    if "evaluate" in records and not (report.exists() and _is_of(records["evaluate"], exported, config)):
+        del records["evaluate"]
+    figures = "This drafter has not been evaluated."
+    if "evaluate" in records:
+        try:
+            measured = read_json(report)
+        except ValueError as error:
+            raise UserError(f"{report}: damaged. Evaluate again with overwrite=evaluate.") from error
+        figures = _figures(measured, records["evaluate"]["settings"]["seed"])
+    plot = run_dir / PLOT
+    if "evaluate" in records and plot.exists():
+        _publish_if_other(exported / PLOT, plot.read_bytes())
+        figures += f"\n\n![acceptance by slot]({PLOT})"
+    else:
+        (exported / PLOT).unlink(missing_ok=True)
+    text = f"{_header(records)}\n{_body(records, config, figures)}"
+    _publish_if_other(exported / CARD, text.encode())
+
+
+def _publish_if_other(file: Path, content: bytes) -> None:
+    """A finished run is not written to again: its disk may be read-only by then."""
+    if not file.exists() or file.read_bytes() != content:
+        publish(file, lambda temporary: temporary.write_bytes(content))
+
+
+def named(card: str, repository: str) -> str:
+    """A card whose examples load the drafter from a repository."""
+    return card.replace(NOWHERE, repository)
+
+
+def without_paths(text: str) -> str:
+    """A setting, or its value, as others may see it: of paths of this machine and of addresses, only the last part.
+
+    `owner/name` stays, unless there is such a path here.
+    """
+    key, equals, value = text.partition("=") if re.match(r"[+~]*[\w.@]+=", text) else ("", "", text)
+    value = value.replace("${embedded:}", "")
+    parts = re.split(r"([,\[\]{}'\"]|: )", value)  # of lists and the like; paths may have blanks
+    return key + equals + "".join(map(_last_part, parts))
+
+
+def _last_part(part: str) -> str:
+    path = part.lstrip()
+    outside = path.count("/") != 1 or path[0] in "/~." or Path(path).exists()
+    if not ("/" in path and outside or "\\" in path):
+        return part
+    blanks = part[: len(part) - len(path)]
+    return blanks + re.split(r"[/\\]", path.split("?")[0].rstrip("/\\"))[-1]
+
+
+def _is_of(evaluation: dict[str, Any], exported: Path, config: dict[str, Any]) -> bool:
+    """Whether this is the record of an evaluation of what is exported now."""
+    inputs = evaluation["settings"]["inputs"]
+    now = {f"export/{file.name}": file_sha256(file) for file in exported.glob("*.safetensors")}
+    now["export/config.json"] = config
+    return now == {name: value for name, value in inputs.items() if name.startswith("export/")}
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return "-" if found["low"] is None else f"{found['low']:.2f}-{found['high']:.2f}"
+
+
+def _header(records: dict[str, Any]) -> str:
+    target = records["export"]["settings"]["model"]["target"]
+    known = _license(target) | ({"base_model": target["name"]} if _on_hub(target["name"]) else {})
+    trained = [record for stage, record in records.items() if stage in TRAINED]
+    datasets = sorted({path for one in trained for path in _paths(one) if _on_hub(path)})
+    data = ModelCardData(
+        library_name="transformers", tags=["speculative-decoding", "flexdraft"], datasets=datasets or None, **known
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _on_hub(name: str | None) -> bool:
+    return bool(name) and name.count("/") == 1 and without_paths(name) == name
+
+
+def _license(target: dict[str, Any]) -> dict[str, str]:
+    """What the target's own card says of its license, if that card is on this machine."""
+    if target["name"] is None:
+        return {}
+    place = Path(target["name"].replace("${embedded:}", str(EMBEDDED)), CARD)
+    if _on_hub(target["name"]):
+        cached = try_to_load_from_cache(target["name"], CARD, revision=target["revision"])
+        place = Path(cached) if isinstance(cached, str) else place
+    if not place.is_file():
+        return {}
+    given = ModelCard(place.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return {key: given[key] for key in ("license", "license_name", "license_link") if given.get(key)}
+
+
+def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
+    target = records["export"]["settings"]["model"]["target"]
+    name = without_paths(target["name"] or "random weights")
+    revision = f', revision="{target["revision"]}"' if target["revision"] else ""
+    calibrated = config["flexdraft_config"]["enable_anchor_bias_logits"]
+    columns = {stage: record for stage, record in records.items() if stage in TRAINED}
+    rows = [_training(record, target) for record in columns.values()]
+    return TEXT.format(
+        target=name if _on_hub(name) else f"the local model {name}",
+        architecture="{model_type}, {num_target_layers} layers, hidden size {hidden_size}".format(**config),
+        block_size=config["block_size"],
+        layers=config["num_hidden_layers"],
+        calibrator=",\nand a small MLP corrects the drafts once the bonus token is known" if calibrated else "",
+        fingerprint=_fingerprint(config),
+        minimum=MINIMUM,
+        transformers=_transformers(list(columns.values())[-1]),
+        beyond=_beyond(extras(config["flexdraft_config"])),
+        figures=figures,
+        load_target=f'"{_place(name)}"{revision}, dtype="{target["dtype"]}"',
+        load_tokenizer=f'"{_place(without_paths(target["tokenizer"] or name))}"',
+        template="".join(f', "{key}": {value!r}' for key, value in _template(columns).items()),
+        nowhere=NOWHERE,
+        training=_table(["", *columns], [[key, *(row[key] for row in rows)] for key in rows[0]]),
+        commands="\n".join(["```bash", *_commands(records), "```"]),
+        versions=_versions(list(columns.values())[-1]),
+    )
+
+
+def _fingerprint(config: dict[str, Any]) -> str:
+    """Which target the drafter knows for its own; nothing of exports by earlier versions."""
+    if FINGERPRINT not in config:
+        return ""
+    digest = hashlib.sha256(json.dumps(config[FINGERPRINT], sort_keys=True).encode()).hexdigest()
+    return (
+        f"\n`config.json` holds a fingerprint of the target's weights ({digest[:12]}). Loading it beside other\n"
+        "weights of the same shapes, such as a fine-tuned relative's, warns: it stays lossless, and drafts less well.\n"
+    )
+
+
+def _transformers(record: dict[str, Any]) -> str:
+    """The version under which the drafter was made, which is one that it was run with."""
+    version = record["environment"].get("transformers")
+    return f"made and evaluated with {version}" if version else "the version is not on record"
+
+
+def _beyond(extra: dict[str, Any]) -> str:
+    """What the drafter has that not every decoder knows."""
+    parts = ["its slot 0 holds the bonus token where that is known before drafting"] if extra["bonus_slot"] else []
+    parts += ["each slot's logits depend on the draft before it"] if extra["chain_rank"] else []
+    if not parts:
+        return ""
+    names = " and ".join(parts)
+    return (
+        f"\nBeyond the paper, {names}. Both decoders below make use of it; others pass over the extra\n"
+        "tensors, and draft less well: as in parallel mode without them.\n"
+    )
+
+
+def _place(name: str) -> str:
+    return name if _on_hub(name) else f"path/to/{name}"
+
+
+def _template(trained: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template was given."""
+    return next(iter(trained.values()))["settings"]["data"]["template_kwargs"]
+
+
+def _figures(report: dict[str, Any], seed: int) -> str:
+    """Acceptance, how it was measured, and speed if that was."""
+    how = report["how"]
+    sampling, selection = how["sampling"], how["selection"]
+    sampled = "greedy"
+    if sampling["temperature"]:
+        sampled = ", ".join(f"{key} {value:g}" for key, value in sampling.items())
+    selected = selection["rule"] + (f" {selection['threshold']:g}" if selection["rule"] != "off" else "")
+    rows = [
+        [name, variant, _figure(v["tau"]), _interval(v), f"{v['verify_steps']:,}"]
+        + [f"{v['identical']}/{one['prompts']}"]
+        for name, one in report["benchmarks"].items()
+        for variant, v in sorted(one["variants"].items(), key=lambda found: VARIANTS.index(found[0]))
+    ]
+    protocol = (
+        f"Decoding: {sampled}, {report['dtype']}, up to {how['max_new_tokens']} new tokens, "
+        f"selective verification {selected}, seed {seed}."
+    )
+    text = [_table(["benchmark", "drafter", "τ", "95%", "verify steps", "identical"], rows), f"{protocol}\n{LEGEND}"]
+    if report["speed"]:
+        text += _speed(report["speed"])
+    return "\n\n".join(text)
+
+
+def _speed(speed: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, (alone, drafted) in speed["by_benchmark"].items():
+        rates = [alone["tokens_per_second"], drafted["tokens_per_second"]]
+        rows.append([name, *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0]:.2f}x", drafted["decoder"]])
+    header = ["benchmark", "target alone, tokens/s", "drafted, tokens/s", "speed-up", "mode"]
+    return [_table(header, rows), f"Speed of one prompt at a time, on {speed['device']}."]
+
+
+def _training(record: dict[str, Any], target: dict[str, Any]) -> dict[str, str]:
+    """What made the drafter in one stage."""
+    settings, result = record["settings"], record["result"]
+    stage, objective = settings["stage"], settings["objective"]
+    terms = " + ".join(f"{objective[key]:g} {key.upper()}" for key in ("ce", "kl", "tv") if objective[key])
+    return {
+        "target": _revision(target),
+        "data": ", ".join(map(without_paths, _paths(record))),
+        "records, their fingerprint": _records(settings["inputs"]["data"]),
+        "tokens per row": f"{settings['data']['row_length']:,}",
+        "steps": f"{result['steps']:,}; the weights are of step {result['weights_of_step']:,}",
+        "rows per step, blocks per row": f"{stage['rows_per_step']}, {stage['num_anchors']}",
+        "learning rate": f"{stage['module']['learning_rate']:g}, cosine",
+        "objective, slot weights": f"{terms}, {objective['weights']}",
+        "arithmetic, seed": f"{settings['arithmetic']}, {settings['seed']}",
+        "trained parameters": f"{result['trained_parameters']:,}",
+        "hardware": record.get("hardware", "not recorded"),  # by earlier versions
+    }
+
+
+def _paths(record: dict[str, Any]) -> list[str]:
+    """Where the data came from: `data.path` is a path, or a list of paths and sources."""
+    path = record["settings"]["data"]["path"]
+    return [one if isinstance(one, str) else one["path"] for one in (path if isinstance(path, list) else [path])]
+
+
+def _records(parts: list[list[Any]]) -> str:
+    """How many, and the beginning of the hash of their file; of all hashes where there are several."""
+    hashes = [fingerprint.rsplit("/", 1)[-1] for fingerprint, _ in parts]
+    one = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    return f"{sum(taken for _, taken in parts):,}, {one[:12]}"
+
+
+def _revision(target: dict[str, Any]) -> str:
+    """The target's name and, of a repository, the commit that is on this machine."""
+    revision = target["revision"]
+    if _on_hub(target["name"]):
+        cached = try_to_load_from_cache(target["name"], "config.json", revision=revision)
+        revision = Path(cached).parent.name if isinstance(cached, str) else revision
+    return without_paths(target["name"] or "random weights") + (f" at {revision}" if revision else "")
+
+
+def _commands(records: dict[str, Any]) -> list[str]:
+    """The commands that made the stages, each once; none where Python called."""
+    commands = []
+    for record in records.values():
+        given = [o for o in record.get("overrides", []) if o.lstrip("+").split("=")[0].split(".")[0] in SHOWN]
+        if given:
+            commands.append(shlex.join(["python", "-m", "train", *map(without_paths, given)]))
+    return list(dict.fromkeys(commands))
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return "With " + ", ".join(f"{name} {version}" for name, version in record["environment"].items()) + "."
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])

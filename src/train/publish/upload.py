@@ -1,0 +1,222 @@
+"""The exported drafter as a repository of the Hugging Face Hub: what may go wrong is looked for before the training.
+
+The token is that of the standard login (HF_TOKEN or `hf auth login`); huggingface_hub finds it, nothing here reads it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from omegaconf import DictConfig
+from transformers import PretrainedConfig
+
+from data.errors import UserError
+from models.artifact import CARD, CONFIG, FLEXDRAFT_KEYS, PARTS, draft_settings, extras, read_json
+from models.export.config_checks import IDS, calibrator_rank, own_faults
+from models.export.download import is_repository_name
+from models.export.weight_checks import file_faults, headers, value_faults
+from train.publish.model_card import named
+
+HARMLESS = {".gitattributes", CARD, "LICENSE"}  # what a repository may hold before a drafter
+
+
+# What tells one target from another: in a drafter's config, and in the target's own.
+TARGET = {
+    "model_type": "model_type",
+    "num_target_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "vocab_size": "vocab_size",
+}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a drafter goes."""
+
+    repository: str  # owner/name
+    private: bool = True
+    tag: str | None = None  # names the uploaded revision
+
+
+def destination(config: DictConfig) -> Destination:
+    """Where a run's settings send its drafter."""
+    return Destination(config.export.push_to_hub, config.export.private, config.export.tag)
+
+
+def of_target(config: PretrainedConfig) -> dict[str, Any]:
+    """What the config of a drafter for this target would say of the target."""
+    return {key: getattr(config, name) for key, name in TARGET.items()}
+
+
+def check_destination(to: Destination) -> None:
+    """Check what needs no network.
+
+    Raises:
+        UserError: no name of a repository, no tag, no login, or the Hub is switched off.
+    """
+    if not isinstance(to.repository, str) or not is_repository_name(to.repository):
+        raise UserError(f"push to {to.repository!r}: expected a repository of the Hub, owner/name.")
+    if to.tag is not None and not (isinstance(to.tag, str) and re.fullmatch(r"\w[\w.-]*", to.tag)):
+        raise UserError(f"tag {to.tag!r}: expected letters, digits, '.', '_' and '-', such as v1.")
+    if constants.is_offline_mode():
+        raise UserError(f"push to {to.repository}: HF_HUB_OFFLINE is set; unset it, or push later from elsewhere.")
+    if get_token() is None:
+        raise UserError(f"push to {to.repository}: not logged in to the Hub. Set HF_TOKEN, or run `hf auth login`.")
+
+
+def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
+    """Ask the Hub whether a drafter may go there: the token, the owner, what the repository holds, the tag.
+
+    Args:
+        target: sizes of the drafter's target, under the names of a drafter's config: `of_target`.
+
+    Returns:
+        The files that the repository holds; none if there is none yet.
+
+    Raises:
+        UserError: it may not; or the Hub does not answer.
+    """
+    api, name = HfApi(), to.repository
+    with _in_words(name, "Nothing was sent."):
+        _check_owner(name, api.whoami())
+        try:
+            found = api.model_info(name)
+        except RepositoryNotFoundError:
+            return set()
+        files = {file.rfilename for file in found.siblings or []}
+        if files - HARMLESS:
+            _check_content(name, found.sha, files, target)
+        if to.tag in {tag.name for tag in api.list_repo_refs(name).tags}:
+            raise UserError(f"{name} has a tag {to.tag} already; choose another.")
+    if bool(found.private) != to.private:
+        is_, asked = ("private", "public") if found.private else ("public", "private")
+        raise UserError(f"{name} exists and is {is_}, not {asked}. Push as {is_}, or change it in its settings.")
+    return files
+
+
+def push(directory: Path, to: Destination) -> str:
+    """Upload an exported directory as one commit, and tag it.
+
+    Weights are sent before the commit and kept by their content: what an interrupted upload has sent is not sent
+    again. Until the commit, nothing of it shows.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: no whole artifact there, it may not go there, or the Hub failed.
+    """
+    check_destination(to)
+    config = check_artifact(directory)
+    there = check_access(to, {key: config.get(key) for key in TARGET})
+    api, name = HfApi(), to.repository
+    files = {file.relative_to(directory).as_posix(): file for part in PARTS for file in sorted(directory.glob(part))}
+    operations = [CommitOperationAdd(path, str(file)) for path, file in files.items() if path != CARD]
+    if CARD in files:
+        operations.append(CommitOperationAdd(CARD, named(files[CARD].read_text(encoding="utf-8"), name).encode()))
+    # An earlier upload may have had more shards: its reader would not know which to read.
+    operations += [CommitOperationDelete(path) for path in sorted(there - files.keys()) if _is_ours(path)]
+    with _in_words(name, "Nothing of it is published. The same command sends what is missing."):
+        api.create_repo(name, private=to.private, exist_ok=True)
+        commit = api.create_commit(name, operations, commit_message="FlexDraft drafter")
+    if to.tag:
+        with _in_words(name, f"It is uploaded as {commit.oid}, but not tagged. The same command tags it."):
+            api.create_tag(name, tag=to.tag, revision=commit.oid)
+    return f"{api.endpoint}/{name}"
+
+
+def check_artifact(directory: Path) -> dict[str, Any]:
+    """The config of an exported directory that is whole: all its tensors are there, readable and finite.
+
+    Whether it fits its target is for `python -m models.verify`, which loads that.
+
+    Raises:
+        UserError: it is not.
+    """
+    if faults := file_faults(directory):
+        raise UserError(f"{directory}: no whole drafter. {' '.join(faults)}")
+    config = read_json(directory / CONFIG)
+    settings = draft_settings(config)
+    if settings is None:
+        raise UserError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).")
+    if faults := own_faults(config):
+        raise UserError(f"{directory}: {' '.join(faults)}")
+    layers, rank = range(len(settings[IDS])), calibrator_rank(settings)
+    expected = {"mask_embedding", *(f"layers.{i}.self_attn.o_proj.weight" for i in layers)}
+    if rank:
+        expected |= _correction_tensors("anchor_bias_mlp")
+    more = extras(settings)
+    expected |= _correction_tensors("chain_mlp") if more["chain_rank"] else set()
+    expected |= {"bonus_slot.weight"} if more["bonus_slot"] else set()
+    if missing := sorted(expected - headers(directory).keys()):
+        raise UserError(f"{directory}: no whole drafter, tensors are missing: {', '.join(missing)}. Export it again.")
+    if faults := value_faults(directory)[0]:
+        raise UserError(f"{directory}: {' '.join(faults)}")
+    return config
+
+
+def _correction_tensors(name: str) -> set[str]:
+    return {f"{name}.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file of a repository came with a drafter; a card may have been rewritten since."""
+    return path != CARD and any(fnmatch(path, part) and path.count("/") == part.count("/") for part in PARTS)
+
+
+def _check_owner(name: str, login: dict[str, Any]) -> None:
+    owners = [login["name"], *(organisation["name"] for organisation in login.get("orgs", []))]
+    if name.split("/")[0] not in owners:
+        raise UserError(
+            f"push to {name}: this login may write as {' or '.join(owners)}; name one of them as its owner."
+        )
+    if login.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"push to {name}: the token may only read. Make one that may write, in the Hub's settings.")
+
+
+def _check_content(name: str, revision: str | None, files: set[str], target: dict[str, Any]) -> None:
+    config: dict[str, Any] = {}
+    if CONFIG in files:
+        text = Path(hf_hub_download(name, CONFIG, revision=revision)).read_text(encoding="utf-8")
+        with suppress(ValueError):
+            config = json.loads(text)
+    if not any(key in config for key in FLEXDRAFT_KEYS):
+        raise UserError(f"{name} holds something else than a FlexDraft drafter, which stays. Choose another name.")
+    for key, value in target.items():
+        if config.get(key) != value:
+            raise UserError(
+                f"{name} holds a drafter for another target ({key}={config.get(key)}, here {value}), which stays. "
+                "Choose another name."
+            )
+
+
+@contextmanager
+def _in_words(name: str, state: str) -> Iterator[None]:
+    """What the Hub or the network refuse, as a mistake that a user can mend. `state`: what has been done so far."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reasons = {
+            401: "the Hub does not accept the token. Set another HF_TOKEN, or run `hf auth login`.",
+            403: "the token does not allow it. Make one that may write to this repository, in the Hub's settings.",
+        }
+        reason = reasons.get(status) or f"the Hub refused. {error}"
+        raise UserError(f"push to {name}: {reason} {state}") from error
+    except UserError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of the connection; of an upload that gave up
+        raise UserError(f"push to {name}: the Hub is out of reach, or broke off. {_cause(error)} {state}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """An error and what it came from, in a line."""
+    said = dict.fromkeys(str(one) for one in (error, error.__cause__) if one)
+    return " ".join(said).replace("\n", " ")

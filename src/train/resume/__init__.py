@@ -1,0 +1,1 @@
+"""Which stages are finished, continued or started anew: settings and inputs compared with the records."""

@@ -1,0 +1,227 @@
+"""What the outcome of a stage depends on: which settings, and the content of which files.
+
+A run directory belongs to one outcome. What changes memory, speed or places alone is not part of its identity, so the
+cure for "out of memory" and a moved file never refuse a run. `CHANGES` and `WITHOUT_EFFECT` name every setting of conf/
+once (tests/train/test_identity.py); one that neither names counts, so that nothing is mixed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.errors import UserError
+from data.sources.benchmarks import benchmark_fingerprint
+from data.sources.readers import fingerprint
+from models.export.artifact_io import without_recommendation
+from train.context import Resources
+from train.run_dir.drafter_file import WEIGHTS, finished_weights, target_then
+from train.run_dir.state import check_written, file_sha256
+from train.run_dir.target_files import comparable, short
+from train.settings.checks import STAGES, TRAINED
+from train.settings.derived import accelerator, arithmetic
+
+TUNING, CALIBRATION, EXPORT, EVALUATE = STAGES
+
+# What each stage starts from: files of earlier stages, without which it cannot run.
+INPUTS = {
+    TUNING: [],
+    CALIBRATION: [f"{TUNING}/{WEIGHTS}"],
+    EXPORT: [],  # stage 2 if it was finished, else stage 1: see `drafter_file.finished_weights`
+    EVALUATE: ["export/config.json"],
+}
+
+TRAINING = ("module._target_", "module._partial_", "module.objective", "module.slot0_loss", "module.learning_rate")
+TRAINING += ("module.weight_decay", "module.betas", "module.eps", "module.warmup_share", "module.final_lr_share")
+TRAINING += ("module.steps", "module.told_share", "module.joint", "steps", "rows_per_step", "num_anchors")
+TRAINING += ("gradient_clip", "validate_every", "decode.prompts", "decode.max_new_tokens", "best_by", "patience")
+MEASURED = ("num_prompts", "max_new_tokens", "variants", "selection", "threshold", "temperature", "top_k", "top_p")
+MEASURED += ("speed.num_prompts", "speed.batch_sizes", "speed.thresholds", "speed.repeats")
+# Setting -> the stages whose outcome it changes. A name stands for all below it; the longest that fits counts.
+CHANGES: dict[str, tuple[str, ...]] = {
+    "seed": (*TRAINED, EVALUATE),
+    "data.overlong": TRAINED,
+    "data.row_length": TRAINED,
+    "data.validation_records": TRAINED,
+    "data.template_kwargs": (*TRAINED, EVALUATE),
+    "model.target.dtype": (*TRAINED, EVALUATE),
+    "model.draft.num_layers": TRAINED,  # export and evaluation are held to the drafter that was trained
+    "model.draft.block_size": TRAINED,
+    "model.draft.bonus_slot": TRAINED,
+    "model.draft.calibrator_rank": (CALIBRATION,),
+    "model.draft.chain_rank": (CALIBRATION,),
+    "adapter": (TUNING,),
+    "objective": TRAINED,
+    "trainer.precision": TRAINED,
+    "trainer.accelerator": (EVALUATE,),  # speed is a property of a device
+    "export.dtype": (EXPORT,),
+    "export.complete": (EXPORT,),
+    **{f"stage.{stage}.{key}": (stage,) for stage in TRAINED for key in TRAINING},
+    **{f"stage.{EVALUATE}.{key}": (EVALUATE,) for key in MEASURED},
+}
+CONTENT, MEMORY, ROUNDING = "the content counts", "memory and speed", "the same up to rounding"
+COMMAND, PLACE, LOGS = (
+    "what a command does, or another command's",
+    "where results go",
+    "what is recorded, and how often",
+)
+# Setting -> why no outcome depends on it.
+WITHOUT_EFFECT = {
+    **dict.fromkeys(("name", "run_dir", "export.push_to_hub", "export.private", "export.tag"), PLACE),
+    **dict.fromkeys(("stages", "overwrite", "plan", "hydra", "hardware", "regenerate"), COMMAND),
+    **dict.fromkeys(("data.path", "data.split", "data.max_records", "data.bad_records"), CONTENT),
+    **dict.fromkeys(("data.prompts", "benchmarks"), CONTENT),
+    **dict.fromkeys(("model.target.name", "model.target.revision", "model.target.tokenizer"), CONTENT),
+    "model.target.architecture": "of random weights it is part of the target; else it is compared with the target's",
+    **dict.fromkeys(("data.num_proc", "speed.workers", "speed.recompute"), MEMORY),
+    **dict.fromkeys(("speed.attention", "speed.compile"), ROUNDING),
+    **dict.fromkeys(("logger", "callbacks.progress"), LOGS),
+    **{f"stage.{s}.{k}": LOGS for s in TRAINED for k in ("checkpoint_every", "keep_checkpoints")},
+    **{f"stage.{s}.max_skipped_steps": "when a broken run ends" for s in TRAINED},
+    **{f"stage.{s}.{k}": MEMORY for s in TRAINED for k in ("rows_per_pass", "module.chunk", "decode.batch_size")},
+    f"stage.{EVALUATE}.batch_size": MEMORY,
+    **{f"trainer.{k}": ROUNDING for k in ("_target_", "devices", "num_nodes", "strategy", "deterministic")},
+    **{f"trainer.{k}": ROUNDING for k in ("benchmark", "sync_batchnorm")},
+    **{f"trainer.{k}": LOGS for k in ("profiler", "detect_anomaly", "log_every_n_steps", "max_time", "barebones")},
+    **{f"trainer.enable_{k}": LOGS for k in ("progress_bar", "checkpointing", "model_summary", "autolog_hparams")},
+}
+# Callbacks of Lightning that only look on. Any other may change the weights, so its settings count.
+OBSERVERS = ("TQDMProgressBar", "RichProgressBar", "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint")
+OBSERVERS += ("ModelSummary", "RichModelSummary", "Timer", "ThroughputMonitor", "OnExceptionCheckpoint")
+
+
+def rule(setting: str) -> tuple[str, ...] | str | None:
+    """The stages whose outcome a setting changes, or why it changes none; None: it is not classified."""
+    parts = setting.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if name in CHANGES or name in WITHOUT_EFFECT:
+            return CHANGES.get(name, WITHOUT_EFFECT.get(name))
+    return None
+
+
+def counts(key: str, stage: str) -> bool:
+    """Whether an entry of a stage's record, such as `stage.steps`, is part of its identity."""
+    if key.startswith("inputs."):
+        return True
+    if key.startswith("stage."):
+        key = key.replace("stage", EXPORT if stage == EXPORT else f"stage.{stage}", 1)
+    shorter = {"arithmetic": "trainer.precision", "accelerator": "trainer.accelerator"}
+    found = rule(shorter.get(key, f"data.{key}" if key.startswith("template_kwargs") else key))
+    return found is None or stage in found if not isinstance(found, str) else False
+
+
+def settings_of(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
+    """What a stage's record holds: its settings, and the content of what it starts from.
+
+    Raises:
+        UserError: a file that it starts from is not the one that its stage wrote.
+    """
+    plain: Any = {group: OmegaConf.to_container(config[group], resolve=True) for group in _groups(stage)}
+    settings = {"model": plain["model"], "stage": plain["stage"].get(stage)}
+    if stage == EXPORT:
+        written = OmegaConf.to_container(config.export)
+        settings["stage"] = {"dtype": written["dtype"]} | ({"complete": True} if written["complete"] else {})
+    if stage in TRAINED:
+        settings |= {"objective": plain["objective"], "data": plain["data"], "seed": config.seed}
+        settings |= {"arithmetic": arithmetic(config), "trainer": _beyond_presets(plain["trainer"])}
+        _without_references(settings)
+        changing = {k: v for k, v in plain["callbacks"].items() if not _observes(v)}
+        settings |= {"callbacks": changing} if changing else {}
+        if stage == TUNING and plain["adapter"]:
+            settings["adapter"] = plain["adapter"]
+    if stage == EVALUATE:
+        settings |= {"template_kwargs": plain["data"]["template_kwargs"], "seed": config.seed}
+        settings["accelerator"] = "cpu" if accelerator(config) == "cpu" else "gpu"
+    settings["inputs"] = _inputs(config, stage, run_dir, resources)
+    return settings
+
+
+def _groups(stage: str) -> tuple[str, ...]:
+    return ("model", "stage", "data", *(("objective", "trainer", "callbacks", "adapter") if stage in TRAINED else ()))
+
+
+def _without_references(settings: dict[str, Any]) -> None:
+    """conf/ hands `objective` and `steps` on to the module: said once."""
+    module = settings["stage"]["module"]
+    for key, given in (("objective", settings["objective"]), ("steps", settings["stage"]["steps"])):
+        if module.get(key) == given or isinstance(module.get(key), str):
+            module.pop(key)
+
+
+def _beyond_presets(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer that may change the outcome."""
+    known = {"precision", "accelerator"}  # recorded by themselves
+    return {key: value for key, value in trainer.items() if key not in known and counts(f"trainer.{key}", TUNING)}
+
+
+def _observes(callback: Any) -> bool:
+    return isinstance(callback, dict) and str(callback.get("_target_")).rsplit(".", 1)[-1] in OBSERVERS
+
+
+def check_inputs(stage: str, run_dir: Path) -> None:
+    """
+    Raises:
+        UserError: a file that a stage starts from is missing.
+    """
+    for name in INPUTS[stage]:
+        if not (run_dir / name).exists():
+            before = name.split("/")[0]
+            raise UserError(
+                f"stages=[{stage}] starts from {run_dir / name}, which is not there. Run stage {before} first."
+            )
+
+
+def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
+    files = [run_dir / name for name in INPUTS[stage] if name.endswith(WEIGHTS)]
+    if stage == EXPORT:
+        files.append(finished_weights(run_dir))
+    if stage == EVALUATE:
+        files += sorted((run_dir / "export").glob("*.safetensors"))
+    inputs: dict[str, Any] = {f"{file.parent.name}/{file.name}": file_sha256(file) for file in files}
+    check_written(run_dir, inputs)
+    inputs["target"] = resources.target_identity
+    if stage in TRAINED:
+        inputs["data"] = fingerprint(resources.parts)
+    if stage == EVALUATE:
+        inputs["export/config.json"] = without_recommendation(run_dir / "export")
+        given: Any = OmegaConf.to_container(config.benchmarks, resolve=True)
+        inputs["benchmarks"] = {name: benchmark_fingerprint(name, one) for name, one in given.items()}
+    return inputs
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[str]:
+    """`key: old -> new` for everything in two records of a stage that its outcome depends on, and that differs."""
+    old = _of_this_version(old, new)
+    target = comparable(old["inputs"]["target"], new["inputs"]["target"])
+    found = _differences(old | {"inputs": old["inputs"] | {"target": target}}, new)
+    return [f"{key}: {_short(a)} -> {_short(b)}" for key, a, b in found if counts(key, stage)]
+
+
+def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record of an earlier version, which held hashes of the target's files under its directory's name."""
+    inputs = old.get("inputs", {})
+    if "target" in inputs:
+        return old
+    target = target_then(old, new["inputs"]["target"])
+    ours = tuple(f"{stage}/" for stage in STAGES)
+    kept = {key: value for key, value in inputs.items() if "/" not in key or key.startswith(ours)}
+    module = old.get("stage", {}).get("module")
+    if module:  # references were kept as they stand in conf/
+        plain = {key: v for key, v in module.items() if not (isinstance(v, str) and v.startswith("${"))}
+        old = old | {"stage": old["stage"] | {"module": plain}}
+    return old | {"inputs": kept | {"target": target}}
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Every leaf that differs."""
+    if isinstance(old, dict | None) and isinstance(new, dict | None) and not (old is None and new is None):
+        old, new = old or {}, new or {}
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [(path, old, new)]
+
+
+def _short(value: Any) -> str:
+    """A value as text, hashes cut to 12 digits."""
+    return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else short(value)

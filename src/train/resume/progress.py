@@ -1,0 +1,119 @@
+"""What is left to do of a stage: decided by its record, its settings and its files, before anything is touched."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from data.errors import UserError
+from train.resume.identity import differences
+from train.run_dir.checkpoint_names import checkpoints_in
+from train.run_dir.drafter_file import WEIGHTS
+from train.run_dir.state import StageRecord, file_sha256, is_requeue_of, read_record
+from train.settings.checks import STAGES, TRAINED
+from train.terminal import say
+
+FINISHED, GO_ON, ANEW = "finished", "go on", "anew"
+# What a stage leaves, for records of earlier versions, which do not list it.
+RESULTS = {stage: [f"{stage}/{WEIGHTS}"] for stage in TRAINED}
+RESULTS |= {"export": ["export/config.json"], "evaluate": ["evaluate/report.json"]}
+
+
+def named(config: DictConfig) -> list[str]:
+    """The stages that `overwrite` names; none for true and false."""
+    given: Any = config.overwrite
+    return [] if isinstance(given, bool) else [given] if isinstance(given, str) else list(given)
+
+
+def left_to_do(config: DictConfig, stage: str, record: StageRecord, say: Callable[[str], None] = say) -> str:
+    """FINISHED, GO_ON or ANEW. Changes nothing, so every rank decides alike.
+
+    `overwrite=true` does again what has other settings than before, and export and evaluation in any case; training
+    with unchanged settings is kept. A stage that `overwrite` names is done again in any case.
+
+    Raises:
+        UserError: going on would mix two runs or lose a result; the message names the cheapest way out.
+    """
+    begun, done = read_record(record.begun), read_record(record.done)
+    if stage in named(config) and not is_requeue_of((begun or {}).get("job")):
+        return ANEW
+    if begun and begun.get("dropped"):
+        return ANEW
+    if done is not None:
+        return _finished(config, stage, record, done, say)
+    return _begun(config, stage, record, begun) if stage in TRAINED else ANEW
+
+
+def _finished(
+    config: DictConfig, stage: str, record: StageRecord, done: dict[str, Any], say: Callable[[str], None]
+) -> str:
+    trained, again = stage in TRAINED, config.overwrite is True
+    if "settings" not in done:
+        if not trained:
+            say(f"    {record.done} is empty or damaged; the stage is done again")
+            return ANEW
+        raise UserError(
+            f"{record.done}: empty or damaged, so nobody knows with which settings {stage} was finished. Put it back, "
+            f"or train the stage again with overwrite={stage}."
+        )
+    if changes := differences(done["settings"], record.settings, stage):
+        if again:
+            return ANEW
+        raise _other_settings(config, stage, record, record.done, changes)
+    files = dict.fromkeys(RESULTS[stage]) | (done.get("files") or {})
+    gone = [name for name in files if not (record.run_dir / name).exists()]
+    if gone and (again or not trained):
+        say(f"    {record.run_dir / gone[0]} is gone; the stage is done again")
+        return ANEW
+    if gone:
+        raise UserError(
+            f"{record.run_dir / gone[0]} is gone, although {stage} was finished. Put it back, or train the stage again "
+            f"with overwrite={stage}."
+        )
+    if again and not trained:
+        return ANEW
+    for name, sha in files.items():
+        if sha and file_sha256(record.run_dir / name) != sha:
+            raise UserError(
+                f"{record.run_dir / name} is not the file that {stage} wrote: damaged or replaced. Put it back, or do "
+                f"the stage again with overwrite={stage}."
+            )
+    return FINISHED
+
+
+def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str, Any] | None) -> str:
+    """Of a training stage that was not finished."""
+    directory, again = record.run_dir / stage, config.overwrite is True
+    checkpoints = checkpoints_in(directory / "checkpoints")
+    if checkpoints and "settings" not in (begun or {}):
+        if again:
+            return ANEW
+        raise UserError(
+            f"{record.begun}: {'gone' if begun is None else 'empty or damaged'}, so nobody knows with which settings "
+            f"the {len(checkpoints)} checkpoints in {directory / 'checkpoints'} were trained. Put it back, or begin "
+            f"the stage anew with overwrite={stage}."
+        )
+    changes = differences(begun["settings"], record.settings, stage) if begun and "settings" in begun else []
+    if checkpoints and changes and not again:
+        raise _other_settings(config, stage, record, record.begun, changes)
+    if checkpoints:
+        return ANEW if changes else GO_ON
+    if (directory / WEIGHTS).exists() and not (again and changes):
+        raise UserError(
+            f"{directory / WEIGHTS} is there, but no record says what it is. Training would replace it: move it away, "
+            f"or use overwrite={stage}."
+        )
+    return ANEW if changes or not begun else GO_ON  # nothing was saved yet, so nothing is lost by other settings
+
+
+def _other_settings(config: DictConfig, stage: str, record: StageRecord, file: Path, changes: list[str]) -> UserError:
+    after = [name for name in STAGES[STAGES.index(stage) + 1 :] if name in config.stages]
+    again = [stage, *after]
+    ways = f"overwrite={stage if len(again) == 1 else '[' + ','.join(again) + ']'}"
+    what = "which costs no training" if stage not in TRAINED else "which drops what was trained"
+    text = f"{file}: this stage was run with other settings: {'; '.join(changes)}.\n"
+    text += f"Give the old values, choose another name=..., or do {' and '.join(again)} again with {ways}, {what}."
+    if stage in TRAINED:
+        text += " (overwrite=true does the same here: it keeps trained stages whose settings have not changed.)"
+    return UserError(text)

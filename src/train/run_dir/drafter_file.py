@@ -1,0 +1,183 @@
+"""`draft.safetensors`, the drafter after a training stage: it says itself what it was trained for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.errors import UserError
+from models.export.artifact_io import CONFIG, extras
+from models.export.artifact_io import FLEXDRAFT_KEYS as KEYS
+from train.run_dir.state import file_sha256, publish, read_record
+from train.run_dir.target_files import comparable, short
+
+WEIGHTS = "draft.safetensors"  # float32, under the exported names
+FACTS = "flexdraft"  # the only key of the metadata: with several, safetensors writes them in a random order
+SIZES, RANKS = ("num_layers", "block_size", "bonus_slot"), ("calibrator_rank", "chain_rank")
+
+
+def facts_of(config: DictConfig, target: dict[str, Any], *, calibrated: bool) -> dict[str, Any]:
+    """What a drafter is trained for: its sizes, the target by content, the arguments of the chat template.
+
+    Args:
+        target: `Resources.target_identity`.
+    """
+    draft: Any = OmegaConf.to_container(config.model.draft, resolve=True)
+    ranks = {key: draft[key] if calibrated else 0 for key in RANKS}
+    template = OmegaConf.to_container(config.data.template_kwargs, resolve=True)
+    return {key: draft[key] for key in SIZES} | ranks | {"template_kwargs": template, "target": target}
+
+
+def save_drafter(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """The same tensors and facts give the same bytes.
+
+    Raises:
+        DiskError: there is no room, or no permission.
+    """
+    metadata = {FACTS: json.dumps(facts, sort_keys=True)}
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    publish(file, lambda temporary: save_file(tensors, temporary, metadata=metadata), needed=needed)
+
+
+def finished_weights(run_dir: Path) -> Path:
+    """The drafter to export: calibrated if stage 2 was finished, else attention-tuned.
+
+    Raises:
+        UserError: neither was; stage 2 started from another attention tuning than the one that is there now; or its
+            result is gone.
+    """
+    tuned, calibrated = (run_dir / stage / WEIGHTS for stage in ("attention_tuning", "bonus_calibration"))
+    done = read_record(run_dir / "records" / "bonus_calibration.done.json")
+    if done is not None:
+        if not calibrated.exists():
+            raise UserError(
+                f"{calibrated} is gone, although stage bonus_calibration was finished. Put it back, or train the stage "
+                "again with overwrite=bonus_calibration."
+            )
+        before = done.get("settings", {}).get("inputs", {}).get(f"attention_tuning/{WEIGHTS}")
+        if before and tuned.exists() and file_sha256(tuned) != before:
+            raise UserError(
+                f"{calibrated} was trained on another attention tuning than {tuned}. "
+                "Run overwrite=[bonus_calibration,export,evaluate]."
+            )
+        return calibrated
+    if (run_dir / "records" / "attention_tuning.done.json").exists() and tuned.exists():
+        return tuned
+    raise UserError(f"{run_dir} holds no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first.")
+
+
+def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What a `draft.safetensors` was trained for: by its own metadata, or in a file of an earlier version by the record
+    of its stage.
+
+    Args:
+        now: `Resources.target_identity`, for records of earlier versions.
+
+    Raises:
+        UserError: the file is damaged, or neither it nor a record says.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged, it does not read as safetensors ({error}).") from error
+    if FACTS in metadata:
+        return json.loads(metadata[FACTS])
+    stage = file.parent.name
+    settings = (read_record(file.parents[1] / "records" / f"{stage}.done.json") or {}).get("settings")
+    if not settings:
+        raise UserError(
+            f"{file} does not say what it was trained for: it is of an earlier version, and {stage} has no readable "
+            f"record here. Use it in the run directory that it was trained in, or train again with overwrite={stage}."
+        )
+    draft = settings["model"]["draft"]
+    ranks = {key: draft.get(key, 0) if stage == "bonus_calibration" else 0 for key in RANKS}
+    sizes = {"bonus_slot": False} | {key: draft[key] for key in SIZES if key in draft}
+    known = {"template_kwargs": settings["data"]["template_kwargs"], "target": target_then(settings, now)}
+    return sizes | ranks | known
+
+
+def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What the exported drafter is, by its config.json, and was trained for, by the record of its export."""
+    exported = run_dir / "export"
+    try:
+        config = json.loads((exported / CONFIG).read_text(encoding="utf-8"))
+        settings = next(config[key] for key in KEYS if key in config)
+        sizes = {
+            "num_layers": len(settings["target_layer_ids"]),
+            "block_size": config["block_size"],
+            **extras(settings),
+        }
+        sizes["calibrator_rank"] = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
+    except (ValueError, KeyError, StopIteration, TypeError) as error:
+        raise UserError(
+            f"{exported / CONFIG}: not the config of an exported drafter ({error!r}). Run overwrite=export."
+        ) from error
+    record = read_record(run_dir / "records" / "export.done.json") or {}
+    facts = record.get("drafter") or {}
+    source = next(
+        (run_dir / name for name in record.get("settings", {}).get("inputs", {}) if name.endswith(WEIGHTS)), None
+    )
+    if not facts and source is not None and source.exists():  # exported by an earlier version
+        facts = facts_in(source, now)
+    return facts | sizes
+
+
+def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: dict[str, Any], stage: str) -> None:
+    """A later stage of a run is of the same drafter as the one that it starts from.
+
+    Args:
+        facts: what `source` was trained for.
+        target: `Resources.target_identity` of the settings.
+
+    Raises:
+        UserError: the settings ask for another drafter, target or template; with both values.
+    """
+    asked = facts_of(config, target, calibrated=True)
+    keys = [
+        *SIZES,
+        *(RANKS if facts["calibrator_rank"] else ()),
+        *(key for key in ("template_kwargs",) if key in facts),
+    ]
+    wrong = [key for key in keys if facts.get(key, 0) != asked[key]]
+    group = lambda key: f"data.{key}" if key == "template_kwargs" else f"model.draft.{key}"  # noqa: E731
+    if wrong:
+        trained, given = (
+            " ".join(f"{group(key)}={_written(of.get(key, 0))}" for key in wrong) for of in (facts, asked)
+        )
+        raise UserError(
+            f"{source} was trained with {trained}, but stage {stage} is asked for with {given}. "
+            f"Give {trained}, or train another drafter under another name=..."
+        )
+    then = comparable(facts.get("target", target), target)
+    changed = [key for key in sorted(then.keys() | target.keys()) if then.get(key) != target.get(key)]
+    if changed:
+        pairs = "; ".join(f"{key}: {short(then.get(key))} -> {short(target.get(key))}" for key in changed)
+        raise UserError(
+            f"{source} was trained for another target than model.target={config.model.target.name} ({pairs}). "
+            "Give the target that it was trained for, or train another drafter under another name=..."
+        )
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def target_then(settings: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The target's identity by a record's settings. Earlier versions held hashes of its files under the name of its
+    directory, of all that ended in .json: what they say nothing about is taken to be as it is `now`."""
+    inputs = settings.get("inputs", {})
+    if "target" in inputs:
+        return inputs["target"]
+    ours = ("attention_tuning/", "bonus_calibration/", "export/", "evaluate/")
+    known = {key.split("/")[-1]: v for key, v in inputs.items() if "/" in key and not key.startswith(ours)}
+    target = settings.get("model", {}).get("target", {})
+    if not known and target.get("name"):
+        return {"repository": target["name"]} | ({"commit": target["revision"]} if target.get("revision") else {})
+    if not known:
+        known = {"architecture": target.get("architecture")}
+    return {key: known.get(key, value) for key, value in now.items()} if known.keys() & now.keys() else known

@@ -1,0 +1,197 @@
+"""One writer for each run directory.
+
+The lock is the file `.writer.json` in it, which tells who writes. It is locked by the system (flock), which lets go of
+it when the process ends in any way. Where flock does not reach other nodes, the writer's sign of life counts: it
+touches the file every `BEAT` seconds.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from train.run_dir.disk import disk_error
+from train.run_dir.state import is_requeue_of, job
+
+FILE = ".writer.json"
+BEAT = 20.0  # seconds between two signs of life
+SILENT = 600.0  # seconds without one after which a writer on another node counts as dead
+WAIT = 10.0  # seconds for the last children of a killed writer to let go of the lock
+
+
+class RunLock:
+    """Held by the first rank while it writes; taken when the first stage has something to do."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / FILE
+        self.descriptor: int | None = None
+        self._ended = threading.Event()
+
+    def acquire(self) -> None:
+        """
+        Raises:
+            UserError: another process writes here: who, since when, and what to do.
+            DiskError: the run directory cannot be written to.
+        """
+        if self.descriptor is not None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            deadline = time.monotonic() + WAIT
+            while (held := self._open()) is False and not self._lives(self._owner()) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            self._refuse_living(self._owner(), held)
+            self._write()
+        except OSError as error:
+            self.release()
+            raise error if isinstance(error, UserError) else disk_error(error, self.file) from error
+        except UserError:
+            self.release(keep=True)
+            raise
+        self._ended = threading.Event()  # that of an attempt that was refused is set
+        os.register_at_fork(after_in_child=self._close)  # else workers would hold on to it after this process
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self, keep: bool = False) -> None:
+        """Let go. `keep`: the file is another's."""
+        self._ended.set()
+        if self.descriptor is not None and not keep and self._is_ours():
+            with suppress(OSError):
+                self.file.unlink()
+        self._close()
+
+    def refuse_other_jobs(self) -> None:
+        """For ranks other than the first, which would wait for it in vain.
+
+        Raises:
+            UserError: a process of another job writes here.
+        """
+        owner, here = self._owner(), job()
+        if owner and here and owner.get("job") and owner["job"]["id"] != here["id"] and self._silence() < SILENT:
+            raise self._refusal(owner, elsewhere=True)
+
+    def _open(self) -> bool | None:
+        """Whether the file is now locked by this process; None: this file system knows no locks."""
+        while True:
+            self._close()
+            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return None
+            if self._is_ours():
+                return True  # and not one that its last owner has just deleted
+
+    def _is_ours(self) -> bool:
+        try:
+            here, there = os.fstat(self.descriptor or 0), self.file.stat()
+        except OSError:
+            return False
+        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _refuse_living(self, owner: dict[str, Any], held: bool | None) -> None:
+        if is_requeue_of(owner.get("job")):
+            return  # SLURM has ended it before it started this one
+        if held is False:
+            raise self._refusal(owner, elsewhere=owner.get("host") != _host())
+        if not owner or (_same_system(owner) and (held or self._is_dead(owner))):
+            return
+        if _same_system(owner) or self._silence() < SILENT:
+            raise self._refusal(owner, elsewhere=not _same_system(owner))
+
+    def _refusal(self, owner: dict[str, Any], elsewhere: bool) -> UserError:
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
+        since, slurm = owner.get("since", "an unknown time"), owner.get("job")
+        part = f" (SLURM job {slurm['id']})" if slurm else ""
+        text = f"{self.file.parent}: another process writes in this run directory: {who}{part}, since {since}. "
+        text += "Wait for its end, stop it, or choose another name=..."
+        if elsewhere:
+            text += (
+                f" Its last sign of life was {self._silence():.0f} s ago. If that node is dead, the same command works "
+                f"{SILENT / 60:.0f} minutes after the last one, or at once after: rm {self.file}"
+            )
+        return UserError(text)
+
+    def _silence(self) -> float:
+        """Seconds since the owner's last sign of life, by the clock of the file system."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.file.parent, prefix=".clock-") as clock:
+                now = os.stat(clock.name).st_mtime
+            return max(0.0, now - self.file.stat().st_mtime)
+        except OSError:
+            return 0.0
+
+    def _is_dead(self, owner: dict[str, Any]) -> bool:
+        """Whether the owner is a process of this system that has ended."""
+        return _same_system(owner) and _started(owner["pid"]) != owner.get("started")
+
+    def _lives(self, owner: dict[str, Any]) -> bool:
+        """Whether it is worth no wait: not a writer that has just ended, nor one that is about to say who it is."""
+        return bool(owner) and not self._is_dead(owner)
+
+    def _write(self) -> None:
+        since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        who = {"host": _host(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+        content = json.dumps(who | {"since": since, "job": job()}).encode()
+        descriptor = self.descriptor or 0
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content, 0)
+        os.fsync(descriptor)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(OSError):
+                if self.file.exists() and not self._is_ours():
+                    print(
+                        f"error: {self.file} was taken over by another process; stopped.", file=sys.stderr, flush=True
+                    )
+                    os._exit(1)
+                os.utime(self.file)
+
+    def _close(self) -> None:
+        if self.descriptor is not None:
+            with suppress(OSError):
+                os.close(self.descriptor)
+            self.descriptor = None
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _boot() -> str:
+    """Names this start of the system: after another, every process of before has ended."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _same_system(owner: dict[str, Any]) -> bool:
+    return owner.get("host") == _host()
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in ticks since the system was; None if there is none. Numbers come again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else f"{_boot()}/{fields[19]}"

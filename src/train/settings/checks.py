@@ -1,0 +1,249 @@
+"""Wrong calls end here: before anything is downloaded, loaded or written."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config.compose import check_at_least, check_choices, check_settings, unresolved
+from data.config.unused import check_unused
+from data.errors import UserError
+from models.cost.hardware import GPUS
+from train.settings.derived import precision
+from train.settings.trainer import check_trainer
+from train.settings.unused import TABLE
+
+STAGES = ("attention_tuning", "bonus_calibration", "export", "evaluate")
+TRAINED = STAGES[:2]
+FIGURE = "val/tau"  # of live decoding
+SELECTIONS = ("off", "cumulative_product", "min_confidence")
+VARIANTS = ("untuned", "attention_tuned", "calibrated_parallel", "calibrated")
+
+
+def check_config(config: DictConfig) -> None:
+    """Check names, types and ranges of all settings.
+
+    Raises:
+        UserError: naming the setting, its value, what was expected and the way out.
+    """
+    try:
+        _check(config, list(HydraConfig.get().overrides.task))
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(error)) from error
+
+
+def _check(config: DictConfig, overrides: list[str]) -> None:
+    """
+    Raises:
+        UserError: as above.
+        OmegaConfBaseException: a value that cannot be computed.
+    """
+    check_settings(config, overrides)
+    check_trainer(config)
+    _check_stages(config)
+    _check_ranges(config)
+    _check_push(config)
+    check_adapter(config)
+    check_decoding(config)
+    if not config.plan:
+        check_unused(config, overrides, TABLE)
+
+
+def _check_stages(config: DictConfig) -> None:
+    unknown = [stage for stage in config.stages if stage not in STAGES]
+    if unknown or not config.stages:
+        raise UserError(f"stages={list(config.stages)}: expected one or more of {', '.join(STAGES)}.")
+    again = config.overwrite
+    if not isinstance(again, bool):
+        names = list(again) if isinstance(again, ListConfig) else [again]
+        if not names or any(name not in STAGES for name in names):
+            raise UserError(
+                f"overwrite={_plain(again)}: expected true, false, or one or more of {', '.join(STAGES)}, such as "
+                "overwrite=evaluate or overwrite=[export,evaluate]."
+            )
+        idle = [name for name in names if name not in config.stages]
+        if idle:
+            raise UserError(f"overwrite={_plain(again)}: stages={list(config.stages)} leaves out {', '.join(idle)}.")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, ListConfig) else value
+
+
+def _check_push(config: DictConfig) -> None:
+    if config.export.push_to_hub is None:
+        return
+    from train.publish.upload import check_destination, destination  # late: it loads torch
+
+    if not {"export", "evaluate"} & set(config.stages):
+        raise UserError(
+            f"export.push_to_hub={config.export.push_to_hub}: stages={list(config.stages)} exports no drafter. "
+            "Add export to stages, or use scripts/push_to_hub.py."
+        )
+    check_destination(destination(config))
+
+
+def check_adapter(config: DictConfig) -> None:
+    """
+    Raises:
+        UserError: settings of `adapter=lora` that cannot be, or not with this strategy.
+    """
+    if not config.adapter:
+        return
+    check_at_least(config, {"adapter.rank": 1})
+    if not config.adapter.alpha > 0:
+        raise UserError(f"adapter.alpha={config.adapter.alpha}: expected more than 0.")
+    if config.stage.bonus_calibration.module.joint and "bonus_calibration" in config.stages:
+        raise UserError(
+            "stage.bonus_calibration.module.joint=true trains whole projectors, so adapter=lora would save nothing. "
+            "Choose stage.bonus_calibration.module.joint=false, or adapter=none."
+        )
+    chosen = config.adapter.target_modules
+    if chosen is not None and not isinstance(chosen, ListConfig):
+        raise UserError(f"adapter.target_modules={chosen}: expected a list, such as [q_proj, v_proj], or null.")
+    strategy = config.trainer.get("strategy")
+    if "attention_tuning" in config.stages and isinstance(strategy, DictConfig) and strategy.get("stage") == 3:
+        raise UserError(
+            "adapter=lora shares the target's projectors, which ZeRO 3 cuts into pieces. "
+            "Choose trainer=zero2, or adapter=none."
+        )
+
+
+def _check_ranges(config: DictConfig) -> None:
+    """Ranges and choices of single settings."""
+    draft = config.model.draft
+    choices = {"export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
+    choices["speed.attention"] = ("auto", "flex", "sdpa", "dense")
+    choices |= {f"stage.{stage}.best_by": ("val/tau", "val/tau_estimate", None) for stage in TRAINED}
+    choices["stage.evaluate.selection"] = SELECTIONS
+    check_choices(config, choices)
+    if precision(config) == "32-true" and config.model.target.dtype not in ("float32", "float64"):
+        raise UserError(
+            f"model.target.dtype={config.model.target.dtype} with trainer.precision=32-true: the target's layers would "
+            "meet float32 projectors. Set trainer.precision=bf16-mixed, or model.target.dtype=float32."
+        )
+    for stage in TRAINED:
+        settings = config.stage[stage]
+        if draft.bonus_slot and settings.module.slot0_loss:
+            raise UserError(
+                f"stage.{stage}.module.slot0_loss=true with model.draft.bonus_slot=true: slot 0 would be told its "
+                "label. Choose one of them."
+            )
+        blocks = config.data.row_length - 2  # not at the first token of a row, and the token after the anchor is in it
+        if settings.num_anchors > blocks:
+            raise UserError(
+                f"stage.{stage}.num_anchors={settings.num_anchors}: rows of data.row_length={config.data.row_length} "
+                f"tokens have room for {blocks} blocks at most."
+            )
+    unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]
+    if unknown or not config.stage.evaluate.variants:
+        variants = list(config.stage.evaluate.variants)
+        raise UserError(f"stage.evaluate.variants={variants}: expected one or more of {', '.join(VARIANTS)}.")
+    if draft.block_size > config.data.row_length:
+        raise UserError(
+            f"model.draft.block_size={draft.block_size} exceeds data.row_length={config.data.row_length}; "
+            "make rows longer or blocks smaller."
+        )
+
+
+def check_decoding(config: DictConfig) -> None:
+    """Settings of decoding, and of what relies on its figure, in all stages to be trained: better before the first.
+
+    Raises:
+        UserError: out of range, or a figure that is not measured decides something.
+    """
+    for stage in TRAINED:
+        if stage in config.stages:
+            _check_stage(config, stage)
+
+
+def _check_stage(config: DictConfig, stage: str) -> None:
+    """
+    Raises:
+        UserError: as above.
+    """
+    settings, here = config.stage[stage], f"stage.{stage}"
+    at_least = {"decode.prompts": 0, "decode.max_new_tokens": 2, "decode.batch_size": 1, "patience": 1}
+    check_at_least(config, {f"{here}.{key}": least for key, least in at_least.items()})
+    if settings.best_by == FIGURE and not settings.decode.prompts:
+        raise UserError(
+            f"{here}.best_by={FIGURE}, but {here}.decode.prompts=0: nothing measures it. "
+            "Choose val/tau_estimate or null, or prompts."
+        )
+    if settings.patience and not config.data.validation_records:
+        raise UserError(f"{here}.patience={settings.patience}, but data.validation_records=0: nothing is validated.")
+    if settings.patience and not settings.best_by:
+        raise UserError(f"{here}.patience={settings.patience} needs {here}.best_by, the figure to be better by.")
+    validations = -(-settings.steps // settings.validate_every)  # one is at the last step
+    if settings.patience and settings.patience > validations:
+        raise UserError(
+            f"{here}.patience={settings.patience} has no effect: {here}.steps={settings.steps} with "
+            f"{here}.validate_every={settings.validate_every} have {validations} validations. Choose fewer, or a "
+            "smaller validate_every."
+        )
+
+
+def check_target(config: DictConfig, target_config: Any, positions: int) -> None:
+    """Check the settings against the target's config and how many tokens a text may have, before its weights are read.
+
+    Raises:
+        UserError: draft layers or positions do not fit.
+    """
+    layers = config.model.draft.num_layers
+    if layers > target_config.num_hidden_layers:
+        raise UserError(
+            f"model.draft.num_layers={layers}, but the target has {target_config.num_hidden_layers} layers; "
+            "the draft layers are the last of them, choose fewer."
+        )
+    check_ranks(config, target_config)
+    longest = config.data.row_length + config.model.draft.block_size
+    if longest > positions:
+        raise UserError(
+            f"data.row_length + model.draft.block_size = {longest} exceeds the target's {positions} positions."
+        )
+
+
+def check_ranks(config: DictConfig, target_config: Any) -> None:
+    """
+    Raises:
+        UserError: a rank greater than that of the matrix which it is of: memory for nothing.
+    """
+    for key in ("calibrator_rank", "chain_rank"):
+        if config.model.draft[key] > target_config.vocab_size:
+            raise UserError(
+                f"model.draft.{key}={config.model.draft[key]}: more than the {target_config.vocab_size} tokens of the "
+                "target's vocabulary."
+            )
+    if config.adapter and config.adapter.rank > target_config.hidden_size:
+        raise UserError(
+            f"adapter.rank={config.adapter.rank}: more than the target's hidden_size={target_config.hidden_size}."
+        )
+
+
+def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """The target must have the sizes that the settings expect of it, and that `plan=true` counts with.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    for key, value in expected.items():
+        if loaded.get(key) != value:
+            raise UserError(
+                f"model.target.architecture.{key}={value!r}, but the target's config has {loaded.get(key)!r}. "
+                "Correct it, or set model.target.architecture=null."
+            )
+
+
+def check_path(name: str) -> None:
+    """A target given as a path must exist; otherwise transformers would look for it on the Hub.
+
+    Raises:
+        UserError: it does not.
+    """
+    looks_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    if looks_local and not Path(name, "config.json").exists():
+        raise UserError(
+            f"model.target.name={name}: no config.json there. Give a model's directory or a Hub id (owner/name)."
+        )

@@ -1,0 +1,79 @@
+"""What may be set of Lightning's Trainer, its callbacks and loggers: arguments that leave the outcome what it is."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config.compose import unresolved
+from data.errors import UserError
+from train.settings.derived import ALL, ARITHMETIC, devices, precision
+
+INSTANCES = ("callbacks", "logger")  # groups of classes
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+# Argument of the Trainer -> its values; None: whatever Lightning takes. All others are set by the stages, change what
+# is trained without being on record, or go against batches that are a function of the step.
+ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
+    "_target_": ("lightning.Trainer",),
+    "accelerator": ACCELERATORS,
+    "devices": None,
+    "num_nodes": None,
+    "strategy": None,
+    "precision": None,
+    "deterministic": (True, False, "warn", None),
+    "benchmark": (True, False, None),
+    "detect_anomaly": (True, False),
+    "enable_progress_bar": (True, False, None),
+    "profiler": ("simple", "advanced", None),
+    "max_time": None,
+}
+
+
+def check_trainer(config: DictConfig) -> None:
+    """
+    Raises:
+        UserError: an argument that is not for the user, or a value that Lightning would not take, or not as meant.
+    """
+    try:
+        given, *others = (OmegaConf.to_container(config[group], resolve=True) for group in ("trainer", *INSTANCES))
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(error)) from error
+    for key, value in given.items():
+        if key not in ARGUMENTS:
+            known = ", ".join(name for name in ARGUMENTS if name != "_target_")
+            raise UserError(
+                f"trainer.{key}: set by the stage (conf/stage/) or not supported; leave it out. Supported: {known}."
+            )
+        check_choice(f"trainer.{key}", value, ARGUMENTS[key])
+    if "_target_" not in given:
+        raise UserError("trainer: choose one of conf/trainer/, such as trainer=cpu.")
+    check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))  # others have weights in less than float32
+    chosen, auto = devices(config), given.get("devices") in ("auto", None)
+    if given.get("accelerator") == "cpu" and not auto and (chosen == ALL or isinstance(chosen, list)):
+        raise UserError(
+            f"trainer.devices={given['devices']} with trainer.accelerator=cpu: expected a number of processes."
+        )
+    for group, instances in zip(INSTANCES, others, strict=True):
+        for name, settings in instances.items():
+            if not isinstance(settings, dict) or not isinstance(settings.get("_target_"), str):
+                raise UserError(f"{group}.{name}={settings!r}: expected the settings of a class, with its _target_.")
+    _check_strategy(given.get("strategy", "auto"))
+
+
+def check_choice(key: str, value: Any, known: tuple[Any, ...] | None) -> None:
+    """
+    Raises:
+        UserError: a value that is none of its choices.
+    """
+    if known is not None and not any(value is one or (type(value) is type(one) and value == one) for one in known):
+        words = " or ".join("null" if one is None else str(one).lower() for one in known)
+        raise UserError(f"{key}={value!r}: expected {words}.")
+
+
+def _check_strategy(strategy: Any) -> None:
+    if isinstance(strategy, str):
+        return  # Lightning has a list of them
+    if not isinstance(strategy, dict) or "_target_" not in strategy:
+        raise UserError(f"trainer.strategy={strategy!r}: expected a name, such as ddp, or a preset: trainer=zero2.")
+    if strategy["_target_"].endswith("ZeroStrategy") and strategy.get("stage") not in (1, 2, 3):
+        raise UserError(f"trainer.strategy.stage={strategy.get('stage')!r}: expected 1 or 2 or 3.")

@@ -1,0 +1,95 @@
+"""Overrides of `python -m train` that would do nothing.
+
+Not among them: details of a part that the command turns off (speed.num_prompts=0, decode.prompts=0, stages=[...]).
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from data.config.unused import Unused
+from train.settings.derived import accelerator
+
+
+def _local(path: object) -> bool:
+    return isinstance(path, str) and Path(path).exists()
+
+
+def _no_splits(path: object) -> bool:
+    """Whether `data.split` is asked of no source: all are files or folders, or name a split themselves."""
+    if isinstance(path, ListConfig):
+        return all(_no_splits(item) for item in path)
+    if isinstance(path, DictConfig):
+        return bool(path.get("split")) or _local(path.get("path"))
+    return _local(path)
+
+
+def _read_by_benchmarks(config: DictConfig, key: str) -> bool:
+    written = OmegaConf.to_container(config.benchmarks, resolve=False)
+    return f"${{{key}}}" in str(written)
+
+
+def _zero3(config: DictConfig) -> bool:
+    strategy = config.trainer.get("strategy")
+    return isinstance(strategy, DictConfig) and strategy.get("stage") == 3
+
+
+def _of_stage(stage: str) -> Unused:
+    return Unused(
+        (f"stage.{stage}.best_by", f"stage.{stage}.patience"),
+        lambda c: c.data.validation_records == 0 and c.stage[stage].best_by is not None,
+        "data.validation_records=0, so nothing is validated",
+    )
+
+
+def _told(stage: str) -> tuple[str, ...]:
+    return (f"stage.{stage}.module.told_share",)
+
+
+EVALUATE = "stage.evaluate"
+TABLE = (
+    Unused(("regenerate",), lambda c: True, "only python -m data.regenerate reads it"),
+    Unused(("hardware",), lambda c: not c.plan, "only plan=true reads it"),
+    Unused(("objective.alpha",), lambda c: c.objective.weights != "dpace", "objective.weights is not dpace"),
+    Unused(("objective.gamma",), lambda c: c.objective.weights != "decay", "objective.weights is not decay"),
+    Unused(
+        ("objective.temperature",),
+        lambda c: not c.objective.kl and not c.objective.tv,
+        "objective.kl and objective.tv are 0, so no distributions are compared",
+    ),
+    Unused(_told("attention_tuning"), lambda c: not c.model.draft.bonus_slot, "model.draft.bonus_slot=false"),
+    Unused(
+        _told("bonus_calibration"),
+        lambda c: not c.model.draft.bonus_slot and not c.model.draft.chain_rank,
+        "model.draft.bonus_slot=false and model.draft.chain_rank=0",
+    ),
+    _of_stage("attention_tuning"),
+    _of_stage("bonus_calibration"),
+    Unused((f"{EVALUATE}.threshold",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"),
+    Unused(
+        (f"{EVALUATE}.top_k", f"{EVALUATE}.top_p"),
+        lambda c: c.stage.evaluate.temperature == 0,
+        f"{EVALUATE}.temperature=0 is greedy",
+    ),
+    Unused(
+        (f"{EVALUATE}.speed.thresholds",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"
+    ),
+    Unused(("export.private", "export.tag"), lambda c: c.export.push_to_hub is None, "export.push_to_hub=null"),
+    Unused(("speed.compile",), lambda c: c.speed.compile and _zero3(c), "ZeRO 3 cannot be compiled"),
+    Unused(
+        ("data.split",),
+        lambda c: _no_splits(c.data.path),
+        "data.path names files or folders, which have no splits, or sources with a split of their own",
+    ),
+    Unused(("data.prompts",), lambda c: not _read_by_benchmarks(c, "data.prompts"), "no benchmark has it as its path"),
+    Unused(
+        ("model.target.revision",),
+        lambda c: c.model.target.name is None or _local(c.model.target.name),
+        "model.target.name is no Hub id, so there is one version",
+    ),
+    Unused(
+        ("trainer.benchmark",),
+        lambda c: accelerator(c) == "cpu",
+        "it chooses between kernels of GPUs, and the trainer computes on the CPU",
+    ),
+)

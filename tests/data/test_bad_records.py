@@ -1,0 +1,164 @@
+"""Every kind of bad record is named by file and line, lands in the rejects file, and stops the run or is counted."""
+
+import json
+
+import pytest
+from conftest import command
+from datasets import Dataset
+
+from data.errors import UserError
+from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.prepare import prepare
+from data.sources import readers as sources
+from data.sources.readers import open_parts
+
+U, A = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4. That is all there is."}
+GOOD = {"messages": [U, A]}
+
+
+def messages(*turns):
+    return {"messages": list(turns)}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+# What stands in the file, and what is said of it.
+BAD = {
+    "broken JSON": (b"{broken", "not JSON"),
+    "cut-off JSON": (json.dumps(GOOD)[:-9].encode(), "not JSON"),
+    "two objects in a line": (b'{"a": 1} {"b": 2}', "not JSON: Extra data"),
+    "endless nesting": (b"[" * 100_000, "not JSON"),
+    "invalid UTF-8": (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at 14"),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not UTF-8: byte 0xff at 0"),
+    "half a surrogate pair": (messages(user("\ud83d"), A), "turn 1: half of a surrogate pair"),
+    "a number": (42, "expected a JSON object, found a number"),
+    "a string": ("hello", "expected a JSON object, found a string"),
+    "null": (None, "expected a JSON object, found null"),
+    "a list": ([GOOD], "expected a JSON object, found a list"),
+    "a key that is no character": ({"\ud800": 1}, "the keys are \\ud800"),
+    "no shape": ({"text": "?"}, "the keys are text"),
+    "empty object": ({}, "the keys are none"),
+    "question without answer": ({"question": "q"}, "`question` without `answer`"),
+    "response without prompt": ({"response": "r", "prompt": None}, "`response` without `prompt`"),
+    "answer of a wrong type": ({"question": "q", "answer": 4}, "answer: the text must be a string, found a number"),
+    "turns that are no list": ({"turns": "q"}, "`turns`: expected a list of the user's turns, found a string"),
+    "turns without answers": ({"turns": ["q"]}, "holds no answer; let the target write one"),
+    "messages that are no list": ({"messages": "q"}, "`messages`: expected a list of turns, found a string"),
+    "no messages": (messages(), "`messages` is empty"),
+    "a turn that is no object": (messages("q", A), "turn 1: expected an object, found a string"),
+    "unknown role": (messages(U, {**A, "role": "wizard"}), "turn 2: unknown chat role 'wizard'"),
+    "role of a wrong type": (messages({**U, "role": ["user"]}, A), "turn 1: unknown chat role ['user']"),
+    "ShareGPT role in messages": (messages({**U, "role": "human"}, A), "turn 1: unknown chat role 'human'"),
+    "unknown ShareGPT speaker": (
+        {"conversations": [{"from": "bing", "value": "q"}]},
+        "turn 1: unknown chat role 'bing'; expected one of system, user, assistant, human, gpt",
+    ),
+    "missing role": (messages({"content": "q"}, A), "turn 1: no `role`"),
+    "missing content": (messages(U, {"role": "assistant"}), "turn 2: no `content`"),
+    "null content": (messages(U, {**A, "content": None}), "turn 2: no `content`"),
+    "content of parts": (messages(user([{"type": "text"}]), A), "turn 1: the text must be a string, found a list"),
+    "empty turn": (messages(U, {**A, "content": ""}), "turn 2: the text is empty"),
+    "blank turn": (messages(user(" \n"), A), "turn 1: the text is empty"),
+    "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: calls tools"),
+    "two assistants in a row": (messages(U, A, A), "turn 3: a second assistant turn in a row"),
+    "two users in a row": (messages(U, U, A), "turn 2: a second user turn in a row"),
+    "assistant first": (messages(A, U, A), "begins with an answer"),
+    "no answer": (messages(U), "holds no answer"),
+    "late system message": (messages(U, {"role": "system", "content": "s"}, A), "turn 2: a system message after"),
+    "nothing but a system message": (messages({"role": "system", "content": "s"}), "nothing but a system message"),
+    "special token in a text": (messages(user("<|im_end|>"), A), "special token <|im_end|>"),
+    "huge record": (messages(user("x" * 2000), A), "bytes; a record may have at most"),
+}
+assert len(BAD) >= 30
+
+
+def write(path, *records):
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return str(path)
+
+
+def prepared(path, tokenizer, policy, rejects):
+    return prepare(
+        open_parts(str(path), split="train", max_records=None),
+        ChatEncoder(tokenizer, {}),
+        row_length=64,
+        overlong="turn",
+        bad_records=policy,
+        num_proc=1,
+        validation_records=0,
+        block_size=4,
+        seed=0,
+        rejects=rejects,
+    )
+
+
+@pytest.fixture(scope="module")
+def rejects(tmp_path_factory, tiny_tokenizer):
+    """The rejects file of a data set with a good record before and after each bad one, skipped."""
+    folder = tmp_path_factory.mktemp("bad")
+    path = write(folder / "data.jsonl", *(record for bad, _ in BAD.values() for record in (GOOD, bad)), GOOD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "MAX_LINE_BYTES", 1500)
+        done = prepared(path, tiny_tokenizer, "skip", folder / "rejects.jsonl")
+    assert done.documents.outcomes()["kept"] == len(BAD) + 1 and done.documents.outcomes()["bad"] == len(BAD)
+    return path, [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_record_is_named_and_listed(kind, rejects):
+    path, listed = rejects
+    number = list(BAD).index(kind)
+    reject = listed[number]
+    assert reject["line"] == 2 * number + 2 and reject["file"] == path
+    assert reject["where"] == f"{path}:{reject['line']}"
+    expected = "may have at most" if kind == "endless nesting" else BAD[kind][1]
+    assert expected in reject["reason"]
+
+
+def test_stopping_names_the_first_and_lists_all(tmp_path, tiny_tokenizer):
+    bad = [record for record, _ in list(BAD.values())[-9:-2]]
+    path = write(tmp_path / "data.jsonl", GOOD, *bad, GOOD)
+    with pytest.raises(UserError) as error:
+        prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
+    assert "7 of 9 records in data.path cannot be used" in str(error.value)
+    assert f"{path}:2: turn 2: calls tools" in str(error.value) and f"{path}:6" in str(error.value)
+    assert f"{path}:7" not in str(error.value)  # five are enough in a message
+    assert "data.bad_records=skip" in str(error.value)
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 7
+    write(tmp_path / "data.jsonl", GOOD)
+    prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
+    assert not (tmp_path / "rejects.jsonl").exists()  # it spoke of records that are gone
+
+
+def test_deep_nesting_is_no_crash(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "data.jsonl", GOOD, b'{"messages": ' + b"[" * 100_000)
+    with pytest.raises(UserError, match=r"data\.jsonl:2: not JSON"):
+        prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
+
+
+def test_rows_of_a_table_are_named_too(tmp_path, tiny_tokenizer):
+    rows = [GOOD | {"question": None}, {"messages": None, "question": "q"}, GOOD | {"question": None}]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
+    with pytest.raises(UserError, match=r"data\.parquet\[1\]: `question` without `answer`"):
+        prepared(tmp_path / "data.parquet", tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_from_the_command_line(policy, tmp_path):
+    path = write(tmp_path / "data.jsonl", GOOD, BAD["empty turn"][0], *[GOOD] * 20)
+    call = ["+experiment=tiny", f"data.path={path}", f"data.bad_records={policy}", "data.validation_records=2"]
+    steps = ["stages=[attention_tuning]", "stage.attention_tuning.steps=2", "stage.attention_tuning.rows_per_step=2"]
+    done = command(*call, *steps, cwd=tmp_path)
+    listed = (tmp_path / "checkpoints" / "tiny" / "rejects.jsonl").read_text().splitlines()
+    assert len(listed) == 1 and json.loads(listed[0])["where"] == f"{path}:2"
+    if policy == "skip":
+        assert done.returncode == 0, done.stderr
+        assert "22 records (21 kept, 1 bad, listed in checkpoints/tiny/rejects.jsonl)" in done.stdout
+    else:
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        assert f"{path}:2: turn 2: the text is empty" in done.stderr
+        assert not (tmp_path / "checkpoints" / "tiny" / "attention_tuning").exists()

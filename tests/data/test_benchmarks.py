@@ -1,0 +1,95 @@
+"""Benchmarks: which questions come out of files of all the shapes that the presets name."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from data.errors import UserError
+from data.sources.benchmarks import benchmark_fingerprint, read_benchmark
+
+# A record of each data set, with its columns as the Hub describes them.
+RECORDS = {
+    "gsm8k": {"question": "2 + 2?", "answer": "#### 4"},
+    "math500": {
+        "problem": "$1+1$?",
+        "solution": "2",
+        "answer": "2",
+        "subject": "Algebra",
+        "level": 1,
+        "unique_id": "x",
+    },
+    "humaneval": {
+        "task_id": "HumanEval/0",
+        "prompt": "def f(x):\n",
+        "canonical_solution": "",
+        "test": "",
+        "entry_point": "f",
+    },
+    "mbpp": {
+        "task_id": 1,
+        "prompt": "Add.",
+        "code": "",
+        "test_list": ["assert f(1)", "assert f(2)"],
+        "test_imports": [],
+    },
+    "mt_bench": {"category": "math", "prompt": ["First?", "Second?"], "reference": [], "prompt_id": 1},
+    "alpaca": {"instruction": "Translate.", "input": "", "output": "", "text": ""},
+}
+PAPER = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "benchmarks" / "paper.yaml"))
+
+
+def written(tmp_path, *records) -> str:
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_each_preset_reads_records_of_its_data_set(name, tmp_path):
+    settings = {key: value for key, value in PAPER[name].items() if key not in ("subset", "split")}
+    (messages,) = read_benchmark(name, settings | {"path": written(tmp_path, RECORDS[name])}, most=None)
+    assert [message["role"] for message in messages] == ["user"] * (2 if name == "mt_bench" else 1)
+    text = messages[0]["content"]
+    for column in ("question", "problem", "instruction"):
+        assert RECORDS[name].get(column, "") in text
+    assert name != "math500" or text.endswith("\\boxed{}.")
+    assert name != "mbpp" or "assert f(1)\nassert f(2)" in text
+    assert name != "alpaca" or text == "Translate."
+
+
+def test_without_a_template_the_users_turns_are_asked(tmp_path):
+    turns = {"turns": ["One?", "Two?"]}
+    talk = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "user")]}
+    both = read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, most=None)
+    assert [[message["role"] for message in one] for one in both] == [["user", "user"], ["system", "user", "user"]]
+    assert len(read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, most=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({}, "at least a path"),
+        ("gsm8k.jsonl", "at least a path"),
+        ({"path": "x.jsonl", "colour": 1}, "benchmarks.mine.colour: no such setting"),
+        ({"path": "x.jsonl", "turns": "a", "template": "b"}, "turns or template, not both"),
+        ({"template": "{problem}"}, "'problem'.*the keys are question"),
+        ({"template": "{question"}, "turns or template"),
+        ({"turns": "question"}, "expected a list of the user's turns"),
+    ],
+)
+def test_what_cannot_be_read_is_named(settings, words, tmp_path):
+    if isinstance(settings, dict) and ("template" in settings or "turns" in settings):
+        settings = {"path": written(tmp_path, {"question": "2 + 2?"})} | settings
+    with pytest.raises(UserError, match=words):
+        read_benchmark("mine", settings, most=None)
+
+
+def test_the_fingerprint_is_of_content_and_reading_not_of_place(tmp_path):
+    file = written(tmp_path, RECORDS["gsm8k"])
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "records.jsonl").read_bytes())
+    here = benchmark_fingerprint("a", {"path": file, "template": "{question}"})
+    assert here == benchmark_fingerprint("b", {"path": str(tmp_path / "copy.jsonl"), "template": "{question}"})
+    assert here != benchmark_fingerprint("a", {"path": file, "template": "{question}!"})
+    assert here != benchmark_fingerprint("a", {"path": written(tmp_path, RECORDS["math500"]), "template": "{question}"})

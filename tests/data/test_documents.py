@@ -1,0 +1,221 @@
+"""Records to packed rows: nothing lost, nothing invented, the same rows whatever the number of processes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.batch import IGNORE
+from data.errors import UserError
+from data.preprocess import tokenized as documents
+from data.preprocess.anchors import block_labels, valid_anchors
+from data.preprocess.chat_template import ChatEncoder, Document
+from data.preprocess.packing import best_fit, pack_documents
+from data.preprocess.prepare import prepare
+from data.preprocess.tokenized import Tokenising, tokenise
+from data.sources.readers import open_parts
+
+
+def turns(count, words=8, name=""):
+    text = f"{name} " + "word " * words
+    return [
+        m for _ in range(count) for m in ({"role": "user", "content": text}, {"role": "assistant", "content": text})
+    ]
+
+
+def write(path, *conversations):
+    path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations), encoding="utf-8")
+    return str(path)
+
+
+def read(path, tokenizer, *, num_proc=1, row_length=256, overlong="turn", template_kwargs=None):
+    parts = open_parts(path, split="train", max_records=None)
+    encoder = ChatEncoder(tokenizer, template_kwargs or {})
+    return tokenise(parts, encoder, Tokenising(row_length=row_length, overlong=overlong), num_proc=num_proc), encoder
+
+
+def rows_of(path, tokenizer, *, num_proc):
+    return prepare(
+        open_parts(path, split="train", max_records=None), ChatEncoder(tokenizer, {}), row_length=256, overlong="turn",
+        bad_records="skip", num_proc=num_proc, validation_records=20, block_size=4, seed=3,
+        rejects=Path(path).with_suffix(".rejects"),
+    )  # fmt: skip
+
+
+def as_bytes(rows):
+    return [b"".join(getattr(row, name).tobytes() for name in vars(row)) for row in rows]
+
+
+def test_rows_do_not_depend_on_the_number_of_processes(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("data.sources.readers.CHUNK_RECORDS", 32)
+    path = write(tmp_path / "data.jsonl", *(turns(1 + i % 3, words=i % 40, name=str(i)) for i in range(300)), [])
+    found = []
+    for num_proc in (1, 2):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache{num_proc}")
+        prepared = rows_of(path, tiny_tokenizer, num_proc=num_proc)
+        files = list((tmp_path / f"cache{num_proc}").rglob("documents*.arrow"))
+        assert len(files) == num_proc  # each process wrote one
+        found.append((as_bytes(prepared.training), as_bytes(prepared.validation), list(prepared.documents.rejects())))
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 50 and len(found[0][2]) == 1
+
+
+def test_the_cache_is_used_and_knows_what_matters(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write(tmp_path / "data.jsonl", *(turns(1, name=str(i)) for i in range(5)))
+    made = []
+    original = documents._write
+    monkeypatch.setattr(documents, "_write", lambda *args: made.append(1) or original(*args))
+    first, encoder = read(path, tiny_tokenizer)
+    moved = write(tmp_path / "moved.jsonl", *(turns(1, name=str(i)) for i in range(5)))
+    before = len(made)
+    for again in (read(path, tiny_tokenizer, num_proc=2)[0], read(moved, tiny_tokenizer)[0]):
+        assert [d.input_ids.tolist() for d in again] == [d.input_ids.tolist() for d in first]
+    assert len(made) == before == 1
+    for change in (
+        {"row_length": 255},
+        {"overlong": "drop"},
+        {"template_kwargs": {"x": False}},
+        {"template_kwargs": {"x": "False"}},  # true, for a template
+    ):
+        before = len(made)
+        read(path, tiny_tokenizer, **change)
+        assert len(made) > before, change
+    before = len(made)
+    read(write(tmp_path / "data.jsonl", turns(1, name="other")), tiny_tokenizer)
+    assert len(made) > before
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", tiny_tokenizer.chat_template + " ")
+    before = len(made)
+    read(path, tiny_tokenizer)
+    assert len(made) > before
+
+
+def test_interrupted_work_is_not_taken_for_finished(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("data.sources.readers.CHUNK_RECORDS", 2)
+    path = write(tmp_path / "data.jsonl", *(turns(1, name=str(i)) for i in range(5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "fit_to_row", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            read(path, tiny_tokenizer)
+    assert len(read(path, tiny_tokenizer)[0]) == 5
+
+
+def test_what_becomes_of_long_conversations(tmp_path, tiny_tokenizer):
+    short, long, hopeless = turns(1), turns(6), turns(1, words=300)
+    path = write(tmp_path / "data.jsonl", short, long, hopeless)
+    encoder = ChatEncoder(tiny_tokenizer, {})
+    whole = [encoder.conversation(c).input_ids for c in (short, long, hopeless)]
+    fits = max(n for n in range(1, 6) if len(encoder.conversation(turns(n)).input_ids) <= 100)
+    assert 1 <= fits < 6
+    cut, _ = read(path, tiny_tokenizer, row_length=100)
+    assert [d.input_ids.tolist() for d in cut] == [encoder.conversation(turns(n)).input_ids.tolist() for n in (1, fits)]
+    assert cut.outcomes() == {"kept": 1, "cut": 1, "too long": 1, "no block fits": 0, "bad": 0}
+    assert cut.column("tokens").tolist() == [len(whole[0]), len(whole[1])]  # what was there before
+    anywhere, _ = read(path, tiny_tokenizer, row_length=100, overlong="token")
+    # The third one's first row of tokens is all question: no block fits there.
+    assert [d.input_ids.tolist() for d in anywhere] == [w[:100].tolist() for w in whole[:2]]
+    assert anywhere.outcomes() == {"kept": 1, "cut": 1, "too long": 0, "no block fits": 1, "bad": 0}
+    dropped, _ = read(path, tiny_tokenizer, row_length=100, overlong="drop")
+    assert dropped.outcomes() == {"kept": 1, "cut": 0, "too long": 2, "no block fits": 0, "bad": 0}
+
+
+def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_tokens(
+    tmp_path, tiny_tokenizer, monkeypatch
+):
+    """Qwen3's template drops the reasoning of an answer as soon as another turn follows."""
+    template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    answers = [
+        "a b c",
+        "<think>\n" + "x " * 200 + "\n</think>\n\na b c",
+        "d e f",
+        "<think>\n" + "y " * 200 + "\n</think>\n\nd",
+    ]
+    messages = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
+    cut, encoder = read(write(tmp_path / "data.jsonl", messages), tiny_tokenizer, row_length=150)
+    lengths = [len(encoder.conversation(messages[:n]).input_ids) for n in (2, 4, 6, 8)]
+    assert lengths[0] <= 150 < lengths[1] and lengths[2] <= 150 < lengths[3]
+    assert [len(d.input_ids) for d in cut] == [lengths[2]]
+
+
+def test_nothing_left_to_train_on_is_said(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "data.jsonl", turns(1, words=300))
+    with pytest.raises(UserError, match="no conversation to train on .*1 too long.*data.overlong"):
+        rows_of(path, tiny_tokenizer, num_proc=1)
+
+
+DOCUMENTS = st.lists(st.lists(st.booleans(), min_size=3, max_size=20).filter(lambda s: any(s)), min_size=1, max_size=30)
+
+
+@given(masks=DOCUMENTS, row_length=st.integers(20, 50))
+@settings(max_examples=150, deadline=None)
+def test_tokens_in_are_tokens_out(masks, row_length):
+    """Every document stands in the rows once, whole, with its supervision, its own positions and its own number."""
+    token = iter(range(1, 10_000))
+    given_in = [Document(np.array([next(token) for _ in m], np.int32), np.array(m)) for m in masks]
+    rows, out = pack_documents(given_in, row_length, pad_id=0), []
+    for row in rows:
+        real = row.document_ids >= 0
+        assert (row.input_ids[~real] == 0).all() and not row.supervised[~real].any()
+        for number in range(row.document_ids.max() + 1):
+            here = np.flatnonzero(row.document_ids == number)
+            assert (np.diff(here) == 1).all() and (row.position_ids[here] == np.arange(len(here))).all()
+            out.append((row.input_ids[here].tolist(), row.supervised[here].tolist()))
+    assert sorted(out) == sorted((d.input_ids.tolist(), d.supervised.tolist()) for d in given_in)
+    assert rows.efficiency() == sum(map(len, masks)) / (len(rows) * row_length)
+
+
+@given(masks=DOCUMENTS, row_length=st.integers(20, 50), block_size=st.integers(2, 8))
+@settings(max_examples=100, deadline=None)
+def test_no_block_crosses_a_document_or_an_unsupervised_token(masks, row_length, block_size):
+    given_in = [Document(np.arange(len(m), dtype=np.int32) + 1, np.array(m)) for m in masks]
+    for row in pack_documents(given_in, row_length, pad_id=0):
+        anchors = valid_anchors(row)
+        for anchor, labels in zip(anchors, block_labels(row, anchors, block_size), strict=True):
+            stopped = False
+            for slot, label in enumerate(labels.tolist()):
+                at = anchor + slot
+                inside = at < row_length and row.document_ids[at] == row.document_ids[anchor] and row.supervised[at]
+                stopped = stopped or not inside  # the first such token ends the block, whatever comes after it
+                assert label == (IGNORE if stopped else row.input_ids[at])
+        places = [  # in words: supervised, and the next one too, in one document, not its first token
+            i
+            for i in range(row_length - 1)
+            if row.supervised[i] and row.supervised[i + 1] and row.document_ids[i] == row.document_ids[i + 1]
+            if row.position_ids[i] > 0
+        ]
+        assert anchors.tolist() == places
+
+
+@given(mask=st.lists(st.booleans(), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_anchors_and_longest_answer_of_a_document_are_those_of_its_row(mask):
+    document = Document(np.ones(len(mask), np.int32), np.array(mask))
+    (row,) = pack_documents([document], len(mask), pad_id=0)
+    assert documents._anchors(document.supervised) == len(valid_anchors(row))
+    runs = "".join("x" if m else " " for m in mask).split()
+    assert documents.longest_answer(document.supervised) == max(map(len, runs), default=0)
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80))
+@settings(deadline=None)
+def test_best_fit_equals_the_slow_way(lengths):
+    """Longest first, each to the fullest row that has room for it, searched one by one; ties change no total."""
+    room = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row, left in enumerate(room) if left >= length]
+        if not fitting:
+            room.append(60)
+            fitting = [len(room) - 1]
+        room[min(fitting, key=lambda row: room[row])] -= length
+    totals = np.bincount(best_fit(np.array(lengths), 60), weights=lengths)
+    assert sorted(60 - totals) == sorted(room)
+
+
+def test_a_document_longer_than_a_row_is_an_error():
+    with pytest.raises(ValueError, match="has 5 tokens, a row 4"):
+        best_fit(np.array([3, 5]), 4)

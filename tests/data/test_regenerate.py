@@ -1,0 +1,441 @@
+"""Regeneration: every sample once, whatever is killed; the target's own words; filters that count."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+from conftest import TINY
+from helpers.stub_server import StubServer, rule
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data.regenerate.run
+from data.errors import UserError
+from data.preprocess.chat_template import ChatEncoder
+from data.regenerate.conversation import Exchange, Sampling, repeats
+from data.regenerate.local_backend import LocalBackend
+from data.regenerate.sample_log import Journal
+
+QUESTIONS = [
+    {"id": "one", "question": "Tom has 3 apples and buys 4 more. How many?", "answer": "7"},
+    {"turns": ["What is 2+3?", "And 3+4?", "And 4+5?"]},
+    {"id": 3, "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+    {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "gpt", "value": "b"},
+            {"from": "human", "value": "c"},
+        ]
+    },
+]
+IDS = ["one", "questions.jsonl:2", "3", "questions.jsonl:4"]
+FAST = ("regenerate.server.patience=20",)
+
+
+def write(folder, records):
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def start(folder, *overrides):
+    call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", "data.path=questions.jsonl", *overrides]
+    return subprocess.Popen(call, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder, *overrides, status=0):
+    """The command within this process, which starts in no time; what it printed, stdout first."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    call = ["regenerate", "+experiment=tiny", "data.path=questions.jsonl", *overrides]
+    os.chdir(folder)
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", call)
+            data.regenerate.main()
+        failed = None
+    except SystemExit as exit:
+        failed = str(exit.code)
+    finally:
+        os.chdir(before)
+    said = out.getvalue() + err.getvalue() + (failed or "")
+    assert (failed is None) == (status == 0), said
+    return said
+
+
+def users(*turns):
+    return [{"role": "user", "content": turn} for turn in turns]
+
+
+def server(stub):
+    return ("regenerate.backend=server", f"regenerate.server.url={stub.url}", *FAST)
+
+
+def read(folder, name="regenerated.jsonl"):
+    return [json.loads(line) for line in (folder / "checkpoints" / "tiny" / name).read_text().splitlines()]
+
+
+def expected(record_questions):
+    messages = []
+    for question in record_questions:
+        messages.append(question)
+        if question["role"] == "user":
+            messages.append({"role": "assistant", "content": rule(messages)})
+    return messages
+
+
+def test_every_turn_is_answered_in_its_place(tmp_path):
+    write(tmp_path, QUESTIONS)
+    with StubServer() as stub:
+        said = run(tmp_path, *server(stub), "+regenerate.server.extra.top_k=5", "+data.template_kwargs.x=1")
+    assert "4 conversations: 4 kept" in said
+    found = read(tmp_path)
+    assert [sample["id"] for sample in found] == IDS
+    user = [
+        [{"role": "user", "content": c} for c in turns] for turns in (["What is 2+3?", "And 3+4?", "And 4+5?"], "ac")
+    ]
+    assert found[1]["messages"] == expected(user[0]) and found[3]["messages"] == expected(user[1])
+    assert found[2]["messages"] == expected(QUESTIONS[2]["messages"])
+    body = stub.bodies[0]
+    assert body["temperature"] == 0 and body["top_k"] == 5 and body["chat_template_kwargs"] == {"x": 1}
+    assert body["max_tokens"] == 256 and body["model"].endswith("src/data/tiny/target") and "seed" in body
+    record = json.loads((tmp_path / "checkpoints/tiny/regenerated.settings.json").read_text())
+    assert record["outcomes"] == {"kept": 4} and record["settings"]["temperature"] == 0
+    assert record["settings"]["template_kwargs"] == {"x": 1} and record["settings"]["backend"] == "server"
+
+
+@pytest.mark.slow
+def test_a_server_with_faults_loses_and_repeats_nothing(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(40)])
+    with StubServer(faults=[500, "hang up", 429, "half", 503] * 3, delay=0.02) as stub:
+        run(tmp_path, *server(stub), "regenerate.server.in_flight=8")
+    assert [s["messages"][1]["content"] for s in read(tmp_path)] == [f"answer 1 to q{i}" for i in range(40)]
+    assert sum(stub.asked.values()) == 40 + 15 and 2 <= stub.most_at_once <= 8
+
+
+@pytest.mark.slow
+def test_clients_killed_at_any_moment_ask_every_sample_until_it_is_finished(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(120)])
+    journal = tmp_path / "checkpoints" / "tiny" / "regenerated.unfinished.jsonl"
+    with StubServer(delay=0.05) as stub:
+        call = (*server(stub), "regenerate.server.in_flight=4")
+        for kill_after in (15, 50, 90):
+            process = start(tmp_path, *call)
+            while not journal.exists() or len(journal.read_bytes().splitlines()) < kill_after:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        with journal.open("ab") as file:
+            file.write(b'{"id": "questions.jsonl:9')  # as a machine that loses power may leave it
+        said = run(tmp_path, *call)
+    assert "120 conversations: 120 kept" in said
+    assert [s["id"] for s in read(tmp_path)] == [f"questions.jsonl:{i}" for i in range(1, 121)]
+    again = sum(stub.asked.values()) - 120
+    assert again <= 3 * 4  # only what was in flight when the client was killed was asked again
+    assert not journal.exists() and "finished before" in run(tmp_path, *call)
+
+
+@pytest.mark.slow
+def test_a_server_that_stays_away_ends_the_run_and_loses_nothing(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(30)])
+    with StubServer(faults=[None] * 10 + [503] * 10_000) as stub:
+        # One at a time, so that ten answers come before the faults.
+        call = ("regenerate.backend=server", f"regenerate.server.url={stub.url}", "regenerate.server.in_flight=1")
+        said = run(tmp_path, *call, "regenerate.server.patience=2", status=1)
+        assert "No answer from" in said and "for 2 seconds (status 503" in said and "the same command goes on" in said
+        stub.faults.clear()
+        run(tmp_path, *call, "regenerate.server.patience=2")
+    assert len(read(tmp_path)) == 30 and sum(n for q, n in stub.asked.items() if q in ("q0", "q5", "q9")) == 3
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path):
+    write(tmp_path, QUESTIONS)
+    call = ("regenerate.backend=server", "regenerate.server.url=http://127.0.0.1:9/v1", "regenerate.server.patience=1")
+    assert "No answer from http://127.0.0.1:9/v1 for 1 seconds (ConnectError" in run(tmp_path, *call, status=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "count"), [(404, 5), (401, 5), (422, 30), (400, 5)])
+def test_a_server_that_refuses_everything_is_not_taken_for_bad_samples(status, count, tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(count)])
+    with StubServer(faults=[status] * 1000) as stub:
+        said = run(tmp_path, *server(stub), status=1)
+        assert "refuses the requests" in said and f"status {status}" in said and "regenerate.server.url" in said
+        stub.faults.clear()  # mended
+        assert f"{count} conversations: {count} kept" in run(tmp_path, *server(stub))
+
+
+def test_an_answer_that_the_server_aborted_is_asked_again(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(5)])
+    endings = iter(["stop", "abort", None, "stop", "content_filter"] + ["stop"] * 10)
+    with StubServer(finish=lambda _: next(endings)) as stub:
+        said = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
+    assert "4 kept, 1 refused" in said and sum(stub.asked.values()) == 7
+    assert "content_filter" in read(tmp_path, "regenerated.dropped.jsonl")[0]["reason"]
+
+
+def test_a_question_that_breaks_the_server_every_time_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    from data.regenerate import server_backend as module
+
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    how = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8, "seed": 0, "drop_cut_off": True}
+    found = {}
+    with StubServer(poison="hang up") as stub:
+        backend = module.ServerBackend(
+            Sampling(**how, repeat_words=9, repeat_times=3), {}, url=stub.url, model="m", in_flight=2, patience=60,
+            timeout=10, key_file=None, extra={},
+        )  # fmt: skip
+        exchanges = [Exchange(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
+        backend.run(exchanges, lambda e: found.update({e.id: e.outcome}), answered_before=False)
+    assert found.pop("1").startswith("refused: no answer in 6 tries") and set(found.values()) == {"kept"}
+
+
+def test_ids_tell_files_of_one_name_apart(tmp_path):
+    for year in ("2024", "2025"):
+        (tmp_path / "logs" / year).mkdir(parents=True)
+        write(tmp_path / "logs" / year, [{"question": f"{year}-{i}", "answer": "a"} for i in range(3)])
+    with StubServer() as stub:
+        run(tmp_path, *server(stub), "data.path=logs")
+        assert [s["id"] for s in read(tmp_path)] == [
+            f"{year}/questions.jsonl:{i}" for year in ("2024", "2025") for i in (1, 2, 3)
+        ]
+        both = "data.path=[logs/2024/questions.jsonl,logs/2025/questions.jsonl]"
+        run(tmp_path, *server(stub), both, "name=both")
+    found = [json.loads(line) for line in (tmp_path / "checkpoints/both/regenerated.jsonl").read_text().splitlines()]
+    assert [s["id"] for s in found] == [f"{n}/questions.jsonl:{i}" for n in (0, 1) for i in (1, 2, 3)]
+    assert [s["messages"][0]["content"][:4] for s in found] == ["2024"] * 3 + ["2025"] * 3
+
+
+@pytest.mark.slow
+def test_overwriting_begins_anew_once(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(12)])
+    with StubServer() as stub:
+        run(tmp_path, *server(stub))
+        stub.faults = [None] * 5 + [404] * 100
+        call = (*server(stub), "regenerate.temperature=0.5", "overwrite=true", "regenerate.server.in_flight=1")
+        run(tmp_path, *call, status=1)
+        stub.faults.clear()
+        run(tmp_path, *call)  # the same command goes on
+        assert sum(stub.asked.values()) == 12 + 6 + 7
+        run(tmp_path, *call)  # finished: begins anew
+    assert sum(stub.asked.values()) == 12 + 13 + 12 and len(read(tmp_path)) == 12
+
+
+def test_what_is_no_character_is_refused(tmp_path):
+    write(tmp_path, [{"id": "\ud800", "question": "q", "answer": "a"}, {"\ud800": 1}, {"question": "q", "answer": "a"}])
+    with StubServer(says=lambda _: "\ud83d") as stub:
+        said = run(tmp_path, *server(stub), "data.bad_records=skip", status=1)
+    assert "1 conversations: 1 refused" in said and "No answer was kept" in said
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").open()]
+    assert reasons[0].startswith("id: half of a surrogate pair") and "the keys are \\ud800" in reasons[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("regenerate.server.url=localhost:8000", "expected http://"),
+        ("regenerate.server.key_file=nowhere.txt", "no such file"),
+        ("regenerate.server.in_flight=many", "in_flight"),
+        ("regenerate.repeat_times=1", "expected 0, or 2 or more"),
+        ("regenerate.backend=vllm", "expected local or server"),
+        ("data.max_records=all", "expected a whole number"),
+        ("data.num_proc=2.5", "expected a whole number"),
+        ("name=[5]", "expected str"),
+        ("model.target.dtype=float99", "float32 or bfloat16"),
+    ],
+)
+def test_wrong_settings(setting, words, tmp_path):
+    write(tmp_path, QUESTIONS)
+    said = run(tmp_path, "regenerate.backend=server", setting, status=1)
+    assert words in said and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_no_room_for_an_answer(tmp_path):
+    write(tmp_path, QUESTIONS)
+    said = run(tmp_path, "regenerate.max_new_tokens=1024", status=1)
+    assert "regenerate.max_new_tokens=1024 leaves no room" in said and "1024 positions" in said
+    run(tmp_path)  # nothing was begun with the settings that were refused
+
+
+def test_one_refusal_is_a_dropped_sample(tmp_path):
+    write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(5)])
+    with StubServer(faults=[None, 400]) as stub:
+        said = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
+    assert "4 kept, 1 refused" in said
+    (dropped,) = read(tmp_path, "regenerated.dropped.jsonl")
+    assert dropped["reason"].startswith("refused: status 400") and dropped["id"] == "questions.jsonl:2"
+
+
+def test_answers_are_filtered_and_counted(tmp_path):
+    write(tmp_path, [{"question": q, "answer": "a"} for q in ("fine", "loop", "empty", "blank")])
+    says = {"fine": "a b c d e f", "loop": "a b c a b c a b c", "empty": "", "blank": " \n"}
+    with StubServer(says=lambda messages: says[messages[-1]["content"]]) as stub:
+        said = run(tmp_path, *server(stub), "regenerate.repeat_words=3", "regenerate.repeat_times=3")
+    assert "1 kept" in said and "1 repeats itself" in said and "2 empty" in said
+    assert [s["messages"][0]["content"] for s in read(tmp_path)] == ["fine"]
+    assert [s["reason"] for s in read(tmp_path, "regenerated.dropped.jsonl")] == ["repeats itself", "empty", "empty"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_cut_off_answers(keep, tmp_path):
+    write(tmp_path, QUESTIONS)
+    with StubServer(finish="length") as stub:
+        run(tmp_path, *server(stub), f"regenerate.drop_cut_off={not keep}", status=int(not keep))
+    assert len(read(tmp_path)) == (4 if keep else 0)
+    assert stub.asked["And 3+4?"] == int(keep)  # no use in asking on
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused(tmp_path):
+    write(tmp_path, QUESTIONS)
+    with StubServer() as stub:
+        run(tmp_path, *server(stub))
+        said = run(tmp_path, *server(stub), "regenerate.temperature=0.5", status=1)
+        assert "temperature: 0.0 -> 0.5" in said and "overwrite=true" in said
+        run(tmp_path, *server(stub), "regenerate.server.in_flight=2")  # does not change the answers
+        run(tmp_path, *server(stub), "regenerate.temperature=0.5", "overwrite=true")
+    assert stub.bodies[-1]["temperature"] == 0.5
+
+
+def test_the_api_key_is_sent_and_written_nowhere(tmp_path):
+    write(tmp_path, QUESTIONS)
+    (tmp_path / "key.txt").write_text("secret-123\n")
+    with StubServer() as stub:
+        said = run(tmp_path, *server(stub), "regenerate.server.key_file=key.txt")
+    assert stub.bodies[0]["key"] == "Bearer secret-123" and "secret-123" not in said
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        assert file.is_dir() or b"secret-123" not in file.read_bytes()
+
+
+def test_bad_questions_and_ids_that_come_twice(tmp_path):
+    write(tmp_path, [*QUESTIONS, {"id": "one", "question": "again", "answer": "a"}, {"turns": []}])
+    with StubServer() as stub:
+        said = run(tmp_path, *server(stub), status=1)
+        assert "2 of 6 records" in said and "id 'one' was used before, at questions.jsonl:1" in said and not stub.bodies
+        run(tmp_path, *server(stub), "data.bad_records=skip")
+    assert [s["id"] for s in read(tmp_path)] == IDS
+    assert len((tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_foreign_file_is_not_overwritten(tmp_path):
+    write(tmp_path, QUESTIONS)
+    (tmp_path / "mine.jsonl").write_text("precious")
+    assert "without a record of its settings" in run(tmp_path, "regenerate.output=mine.jsonl", status=1)
+    assert (tmp_path / "mine.jsonl").read_text() == "precious"
+
+
+def local(tokenizer, name=TINY / "target", **changes):
+    target = {"name": str(name), "revision": None, "dtype": "float32"}
+    how = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 24, "seed": 0, "drop_cut_off": False}
+    sampling = Sampling(**how | {"repeat_words": 12, "repeat_times": 0} | changes)
+    return LocalBackend(target, tokenizer, ChatEncoder(tokenizer, {}), sampling, batch_size=3, device="cpu")
+
+
+def answers(backend, questions):
+    found = {}
+    backend.run([Exchange(str(i), list(q)) for i, q in enumerate(questions)], lambda e: found.update({e.id: e}))
+    return [found[str(i)] for i in range(len(questions))]
+
+
+@pytest.mark.slow
+def test_the_target_answers_in_batches_as_it_does_alone(tiny_tokenizer, tiny_target):
+    import torch
+
+    questions = [users("Tom has 3 apples. How many?"), users("Ann has 2 dogs and 5 cats. How many pets?", "And fish?")]
+    questions += [users("What is 2+2?"), users("A train drives 60 miles an hour for 3 hours. How far?")]
+    for exchange in answers(local(tiny_tokenizer), questions):
+        for turn, message in enumerate(exchange.messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = tiny_tokenizer.apply_chat_template(
+                exchange.messages[:turn], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+            with torch.no_grad():
+                output = tiny_target.generate(prompt, do_sample=False, max_new_tokens=24)
+            alone = tiny_tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+            assert message["content"] == alone
+        assert exchange.outcome == "kept"
+
+
+def test_local_answers_follow_the_targets_generation_settings(tiny_tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(TINY / "target", tmp_path / "target")
+    settings = {"eos_token_id": 2, "pad_token_id": 0, "repetition_penalty": 1.4, "suppress_tokens": [270]}
+    settings |= {"do_sample": True, "temperature": 0.3, "top_k": 1, "min_p": 0.5, "num_beams": 3}
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(settings))
+    question = [users("Tom has 3 apples. How many?")]
+    found = answers(local(tiny_tokenizer, tmp_path / "target"), question)[0].messages[-1]["content"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype="float32")
+    prompt = tiny_tokenizer.apply_chat_template(
+        question[0], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    for penalty in (1.4, 1.0):
+        how = {"do_sample": False, "num_beams": 1, "max_new_tokens": 24, "repetition_penalty": penalty}
+        output = model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape), **how)
+        own = tiny_tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert (own == found) == (penalty == 1.4)
+
+
+def test_sampling_is_seeded_and_long_prompts_are_refused(tiny_tokenizer):
+    questions = [users("Tom has 3 apples. How many?"), users("word " * 1100)]
+    first, again = (answers(local(tiny_tokenizer, temperature=1.0), questions) for _ in range(2))
+    other = answers(local(tiny_tokenizer, temperature=1.0, seed=1), questions)
+    assert first[0].messages == again[0].messages != other[0].messages
+    assert first[1].outcome.startswith("refused: ") and "no room" in first[1].outcome
+
+
+def test_local_from_the_command_line(tmp_path):
+    write(tmp_path, QUESTIONS[:2])
+    run(tmp_path, "regenerate.max_new_tokens=16", "regenerate.drop_cut_off=false")
+    found = read(tmp_path)
+    assert [s["id"] for s in found] == IDS[:2] and [len(s["messages"]) for s in found] == [2, 6]
+    record = json.loads((tmp_path / "checkpoints/tiny/regenerated.settings.json").read_text())
+    assert len(record["settings"]["files"]["model.safetensors"]) == 64  # the hash of the target's weights
+
+
+@given(words=st.lists(st.sampled_from("abc"), max_size=14), run_length=st.integers(1, 4), times=st.integers(2, 4))
+@settings(max_examples=300, deadline=None)
+def test_repeats_equals_counting(words, run_length, times):
+    runs = [words[i : i + run_length] for i in range(len(words) - run_length + 1)]
+    assert repeats(" ".join(words), run_length, times) == any(runs.count(run) >= times for run in runs)
+
+
+def test_the_journal_drops_a_line_that_was_cut_short(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    journal.add("a", {"x": 1})
+    journal.add("b", {"x": "é"})
+    with pytest.raises(ValueError, match="finished before"):
+        journal.add("a", {"x": 2})
+    whole = (tmp_path / "journal").read_bytes()
+    for cut in range(len(whole)):
+        (tmp_path / "cut").write_bytes(whole[:cut])
+        found = Journal(tmp_path / "cut")
+        assert len(found) == whole[:cut].count(b"\n")
+        for sample_id in {"a", "b"} - set(found.offsets):
+            found.add(sample_id, {"x": 3})
+        assert [entry["id"] for entry in found.read(["b", "a"])] == ["b", "a"]
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal")
+    journal.add("a", {"x": 1})
+    real = journal._file
+
+    class Full:
+        def write(self, line):
+            return real.write(line[:5])
+
+    monkeypatch.setattr(journal, "_file", Full())
+    with pytest.raises(UserError, match="disk full"):
+        journal.add("b", {"x": 2})
+    assert list(Journal(tmp_path / "journal").offsets) == ["a"]

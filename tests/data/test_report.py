@@ -1,0 +1,126 @@
+"""The report's numbers against what was put into the data."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.prepare import prepare
+from data.report import statistics
+from data.sources.readers import open_parts
+
+
+def chat(question, answer="It is four, and that is all there is to say about it."):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+LONG = "A farmer has twelve sheep and buys seven more each year for three years in a row, how many then?"
+RECORDS = [
+    *(chat(f"What is {i} plus two?") for i in range(30)),
+    chat("What is 3 plus two?"),  # a duplicate
+    chat("What is 4 plus two?"),  # and another
+    chat("  what IS held-out?? "),  # the first evaluation prompt, but for case and punctuation
+    chat("Tell me: " + LONG),  # a long run of the second one's words
+    chat("Too long. " * 200),
+    {"messages": []},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]},
+    {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    data, prompts = folder / "data.jsonl", folder / "prompts.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    prompts.write_text(json.dumps({"turns": ["What is held-out?"]}) + "\n" + json.dumps({"turns": [LONG]}) + "\n")
+    return data, prompts
+
+
+@pytest.fixture(scope="module")
+def report(files, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("run")
+    data, prompts = files
+    call = ["+experiment=tiny", f"data.path={data}", f"data.prompts={prompts}", "data.validation_records=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "data.report", *call], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return cwd / "checkpoints" / "tiny" / "data_report", done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        "## 38 records",
+        "| kept | 34 | 89.5% | whole |",
+        "| too long | 1 | 2.6% |",
+        "| bad | 3 | 7.9% | rejected |",
+        "* 2 conversations equal an earlier one, word for word.",
+        "| the text is empty | 2 |",
+        "| user | ",
+        "| the same question | 1 |",
+        "| 13 words in a row in common | 1 |",
+        "+ It is four, and that is all there is to say about it.<|im_end|>",
+        "  <|im_start|>user",
+    ],
+)
+def test_the_report_says(line, report):
+    assert line in (report[0] / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_terminal_files_and_rejects(report):
+    folder, printed = report
+    assert "38 records" in printed and "Supervised tokens by role" in printed
+    assert {f.name for f in folder.iterdir()} == {"report.md", "lengths.png", "anchors.png", "rejects.jsonl"}
+    assert len((folder / "rejects.jsonl").read_text().splitlines()) == 3
+
+
+def test_roles_are_told_apart_without_the_template(files, tiny_tokenizer):
+    found = statistics.roles(
+        open_parts(str(files[0]), split="train", max_records=None), ChatEncoder(tiny_tokenizer, {})
+    )
+    assert found.supervised["user"] == 0 and found.supervised["assistant"] == found.tokens["assistant"] > 0
+    assert found.supervised["template"] == found.conversations == 35  # the end token of every answer
+
+
+def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
+    from data.preprocess.anchors import valid_anchors
+
+    prepared = prepare(
+        open_parts(str(files[0]), split="train", max_records=None),
+        ChatEncoder(tiny_tokenizer, {}),
+        row_length=320,
+        overlong="turn",
+        bad_records="skip",
+        num_proc=1,
+        validation_records=5,
+        block_size=4,
+        seed=0,
+        rejects=tmp_path / "rejects.jsonl",
+    )
+    rows = prepared.training
+    counted = statistics.anchors_per_row(prepared.documents, rows, rows.documents.indices)
+    assert counted.tolist() == [len(valid_anchors(row)) for row in rows] and np.all(counted > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ([], "No experiment chosen"),
+        (["+experiment=tiny", "data.rowlength=3"], "Did you mean data.row_length?"),
+        (["+experiment=tiny", "data.overlong=cut"], "expected turn or token or drop"),
+        (["+experiment=tiny", "data.path=nowhere.jsonl"], "No file at nowhere.jsonl"),
+        (["+experiment=tiny", "data.prompts=nowhere.jsonl"], "No file at nowhere.jsonl"),
+    ],
+)
+def test_wrong_calls(call, words, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "data.report", *call], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("report.md"))

@@ -1,0 +1,180 @@
+"""Files, tables and mixes: every record once, with its place, whatever the chunks."""
+
+import json
+import os
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import UserError
+from data.sources import readers as sources
+from data.sources.readers import JsonLines, Part, fingerprint, mix, open_parts, read_all, read_strictly
+from data.sources.records import conversation, prompt, questions
+
+LINE = st.sampled_from([b"", b"  ", b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"{broken", b"\xff", b"[1]", b'"x"' * 30])
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def numbers(parts):
+    return [found.record["n"] for _, found in read_all(parts)]
+
+
+@given(lines=st.lists(LINE, max_size=40), newline=st.sampled_from([b"\n", b"\r\n"]), last=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_chunks_hold_every_line_once_with_its_number(tmp_path_factory, lines, newline, last):
+    file = tmp_path_factory.mktemp("lines") / "data.jsonl"
+    file.write_bytes(newline.join(lines) + (newline if last else b""))
+    if (lines or [b""])[next((i for i, line in enumerate(lines) if line.strip()), 0)].startswith(b"["):
+        return  # taken for a JSON array
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_RECORDS", 3)
+        patch.setattr(sources, "CHUNK_BYTES", 50)
+        patch.setattr(sources, "MAX_LINE_BYTES", 70)
+        source = JsonLines(file)
+        found = [f for chunk in source.chunks() for f in source.read(chunk)]
+    expected = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    assert [f.place for f in found] == expected and source.count == len(expected)
+    for f in found:
+        line = lines[f.place - 1]
+        assert (f.problem is None) == (line in (b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"[1]"))
+        assert f.problem or f.record == json.loads(line)
+        assert ("may have at most" in (f.problem or "")) == (len(line) > 70)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": MESSAGES}).encode())
+    assert read_strictly(str(file), conversation, split="train", most=None, setting="x") == [MESSAGES]
+
+
+def test_tables_and_folders(tmp_path):
+    rows = Dataset.from_list([{"n": n, "messages": MESSAGES} for n in range(5)])
+    rows.to_parquet(str(tmp_path / "b.parquet"))
+    rows.save_to_disk(str(tmp_path / "c"))
+    write(tmp_path / "a.jsonl", *({"n": n, "messages": MESSAGES} for n in range(7, 9)))
+    parts = open_parts(str(tmp_path), split="train", max_records=None)
+    assert numbers(parts) == [7, 8, *range(5), *range(5)]
+    assert all(conversation(found.record) == MESSAGES for _, found in read_all(parts))
+    assert [p.source.where(0).rsplit("/", 1)[-1] for p in parts][1:] == ["b.parquet[0]", "data-00000-of-00001.arrow[0]"]
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    a = write(tmp_path / "a.jsonl", {"n": 1}, {"n": 2})
+    b = write(tmp_path / "b.jsonl", {"n": 1}, {"n": 2})
+    c = write(tmp_path / "c.jsonl", {"n": 1}, {"n": 3})
+    prints = [fingerprint(open_parts(path, split="train", max_records=None)) for path in (a, b, c)]
+    assert prints[0] == prints[1] != prints[2]
+    assert fingerprint(open_parts(a, split="train", max_records=1)) != prints[0]
+
+
+def test_a_table_that_was_replaced_on_the_same_date_is_read_anew(tmp_path):
+    file = tmp_path / "a.parquet"
+    Dataset.from_list([{"n": 1}]).to_parquet(str(file))
+    date = file.stat()
+    assert numbers(open_parts(str(file), split="train", max_records=None)) == [1]
+    Dataset.from_list([{"n": 2}]).to_parquet(str(file))
+    os.utime(file, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert numbers(open_parts(str(file), split="train", max_records=None)) == [2]
+
+
+def test_an_empty_shard_is_no_error(tmp_path):
+    rows = Dataset.from_list([{"n": 1}])
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    rows.select([]).to_parquet(str(tmp_path / "b.parquet"))
+    (tmp_path / "c.jsonl").write_text("\n")
+    assert numbers(open_parts(str(tmp_path), split="train", max_records=None)) == [1]
+
+
+COUNTS = st.lists(st.integers(1, 500), min_size=1, max_size=5)
+
+
+@given(counts=COUNTS, data=st.data(), most=st.none() | st.integers(1, 600))
+@settings(deadline=None)
+def test_a_mix_follows_its_weights_and_takes_nothing_twice(counts, data, most):
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(counts), max_size=len(counts)))
+    takes = mix(counts, weights, most)
+    assert all(take <= count for take, count in zip(takes, counts, strict=True))
+    assert sum(takes) <= (most or sum(counts))
+    for take, weight in zip(takes, weights, strict=True):
+        assert abs(take - sum(takes) * weight / sum(weights)) <= 1.5  # rounding
+    full = any(take >= count - 1 for take, count in zip(takes, counts, strict=True))
+    assert full or sum(takes) >= (most or 0) - len(counts)  # no more could have been taken
+    plain = mix(counts, [None] * len(counts), None)
+    assert plain == counts
+
+
+@given(count=st.integers(1, 300), share=st.floats(0, 1))
+@settings(deadline=None)
+def test_records_are_taken_evenly(count, share):
+    take = round(count * share)
+    source = type("Any", (), {"count": count})()
+    taken = [n for n in range(count) if Part(source, take).taken(n)]
+    assert len(taken) == take
+    gaps = [b - a for a, b in zip(taken, taken[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_mixed_sources(tmp_path):
+    a = write(tmp_path / "a.jsonl", *({"n": n} for n in range(100)))
+    b = write(tmp_path / "b.jsonl", *({"n": 1000 + n} for n in range(30)))
+    spec = [{"path": a, "weight": 1}, {"path": b, "weight": 3}]
+    found = numbers(open_parts(spec, split="train", max_records=None))
+    assert len(found) == len(set(found)) == 40 and sum(n >= 1000 for n in found) == 30
+    assert len(numbers(open_parts([a, b], split="train", max_records=None))) == 130
+
+
+WRONG = {
+    "no such file": ("nowhere.jsonl", "No file at"),
+    "no such folder": ("./nowhere", "No file at"),
+    "empty list": ([], "empty list"),
+    "no path": ([{"weight": 1}], "is no source"),
+    "unknown key": ([{"path": "a", "wait": 1}], "is no source"),
+    "negative weight": ([{"path": "a", "weight": -1}], "above 0"),
+    "a split of local files": ([{"path": ".", "split": "test"}], "split=test of . has no effect"),
+    "a subset of local files": ([{"path": ".", "subset": "main"}], "subset=main of . has no effect"),
+    "some weights": ([{"path": "a", "weight": 1}, "b"], "Give all of them one, or none"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_sources(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, words = WRONG[case]
+    with pytest.raises(UserError, match=words):
+        open_parts(path, split="train", max_records=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b"", "holds no record"),
+        ("a.json", b' [{"messages": []}]', "JSON array.*jq"),
+        ("a.jsonl", b"\x1f\x8b\x08", "compressed"),
+        ("a.parquet", b"PAR1 and no more", "does not read as a parquet table"),
+        ("a.arrow", b"no table", "does not read as a arrow table"),
+    ],
+)
+def test_files_that_are_no_data(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        open_parts(str(tmp_path / name), split="train", max_records=None)
+
+
+def test_shapes():
+    sharegpt = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    full = [{"role": "system", "content": "s"}, *MESSAGES]
+    assert conversation({"conversations": sharegpt}) == full
+    assert conversation({"conversations": sharegpt[1:], "system": "s", "messages": None}) == full
+    assert conversation({"prompt": "q", "response": "a"}) == conversation({"question": "q", "answer": "a"}) == MESSAGES
+    assert questions({"messages": full}) == full[:2]
+    assert questions({"turns": ["q", "r"]}) == [MESSAGES[0], {"role": "user", "content": "r"}]
+    assert prompt({"turns": ["q", "r"]}) == prompt({"messages": MESSAGES}) == MESSAGES[:1]
+    assert conversation({"messages": [*MESSAGES, {"role": "user", "content": "thanks"}]}) == MESSAGES
+    assert prompt({"messages": [*MESSAGES, *MESSAGES]}) == [*MESSAGES, MESSAGES[0]]

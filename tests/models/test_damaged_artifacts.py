@@ -1,0 +1,249 @@
+"""Whatever is wrong with an artifact ends in one clear error, or changes nothing; never in another drafter."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_draft, random_target
+from helpers.corrupt_artifacts import (
+    CONFIG,
+    DAMAGES,
+    DECODER,
+    INDEX,
+    SETTINGS,
+    WEIGHTS,
+    change_config,
+    change_settings,
+    change_tensors,
+)
+
+from data.errors import UserError
+from models.artifact import sha256
+from models.export import artifact_io as export
+from models.export.artifact_io import export_draft, load_draft, recommend, recommended, without_recommendation
+from models.verify.run import verify
+from train.publish.upload import check_artifact
+
+# Damages that a drafter of this project is loaded in spite of: what it never reads.
+NOT_READ = {"pickled weights", "no decoder", "decoder altered", "decoder a directory", "code beside the decoder"}
+NOT_READ |= {"code for transformers", "one of the settings missing", "mixed dtypes", "not the config's dtype"}
+NOT_READ |= {"shape of a complete artifact's tensor", "a complete artifact's tensor altered", "kinds of layers absent"}
+NOT_READ |= {"recommendation", "recommendation for no rows", "recommendation cut", "no rope_theta"}
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """A target and its artifacts: whole, in shards, complete, without calibrator, beyond the paper: by name."""
+    root = tmp_path_factory.mktemp("healthy")
+    target = random_target()
+    export_draft(random_draft(target), root / "whole", torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "MAX_SHARD_BYTES", 20_000)
+        export_draft(random_draft(target), root / "shards", torch.float32)
+    export_draft(random_draft(target, rank=0), root / "no_calibrator", torch.float32)
+    export_draft(random_draft(target), root / "complete", torch.float32, complete=True)
+    export_draft(random_draft(target, bonus_slot=True, chain_rank=4), root / "beyond", torch.float32)
+    target.save_pretrained(root / "target")
+    return target, root
+
+
+def clear(error: Exception, directory: Path) -> bool:
+    """Whether an error is of the kind that the docstrings promise, and says where."""
+    return type(error) in (ValueError, UserError) and str(directory) in str(error) and len(str(error)) < 1500
+
+
+def same(draft, other) -> bool:
+    own = other.own_parameters()
+    equal = all(torch.allclose(p, own[name], atol=0.05) for name, p in draft.own_parameters().items())
+    return equal and draft.own_parameters().keys() == own.keys() and draft.split_layer == other.split_layer
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_artifact_does_not_load_or_loads_as_if_it_were_whole(name, healthy, tmp_path):
+    target, root = healthy
+    kind, damage, _ = DAMAGES[name]
+    directory = shutil.copytree(root / kind, tmp_path / "artifact")
+    damage(directory)
+    if name in NOT_READ:
+        assert same(load_draft(directory, target), load_draft(root / kind, target))
+        return
+    with pytest.raises(ValueError) as caught:
+        load_draft(directory, target)
+    assert clear(caught.value, directory), caught.value
+
+
+VALUES = (None, "text", "", -1, 0, 1, 1.5, True, False, [], {}, [1, "a"], {"a": 1}, 10**12, float("nan"))
+
+
+def outcomes(directory: Path, target, expected, context):
+    """All readers: each ends in a clear error or in what the whole artifact gives."""
+    try:
+        assert same(load_draft(directory, target), expected), context
+    except (ValueError, AssertionError) as error:
+        assert clear(error, directory), (context, error)
+    for reader in (recommended, without_recommendation, check_artifact):
+        try:
+            reader(directory)
+        except ValueError as error:
+            assert clear(error, directory), (context, reader, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "beyond"])
+def test_no_value_of_any_key_makes_another_drafter_or_a_raw_error(kind, healthy, tmp_path):
+    target, root = healthy
+    directory = shutil.copytree(root / kind, tmp_path / "artifact")
+    recommend(directory, {"selection": "off", "threshold": 0.0, "parallel_rows": 2, "calibrate": True})
+    expected = load_draft(directory, target)
+    config = json.loads((directory / CONFIG).read_text())
+    outer = config if kind == "whole" else {}
+    changes = [config | {key: value} for key in outer for value in VALUES]
+    changes += [{name: config[name] for name in config if name != key} for key in outer]
+    for key in config[SETTINGS[0]]:
+        inner = [config[SETTINGS[0]] | {key: value} for value in VALUES]
+        inner.append({name: value for name, value in config[SETTINGS[0]].items() if name != key})
+        changes += [config | dict.fromkeys(SETTINGS, settings) for settings in inner]
+    changes += [config | {"rope_parameters": config["rope_parameters"] | {"rope_theta": v}} for v in VALUES]
+    for number, changed in enumerate(changes):
+        (directory / CONFIG).write_text(json.dumps(changed))
+        different = [key for key in config if changed.get(key, "absent") != config[key]]
+        outcomes(directory, target, expected, different)
+        if number % 10 == 0:  # slower
+            faults = [fault for check in verify(directory, root / "target", max_new_tokens=2) for fault in check.faults]
+            assert all(isinstance(fault, str) for fault in faults)
+
+
+FILES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "its first bytes": lambda file: file.write_bytes(file.read_bytes()[:5]),
+    "cut at the end": lambda file: file.write_bytes(file.read_bytes()[:-3]),
+    "zeros": lambda file: file.write_bytes(b"\0" * file.stat().st_size),
+    "a directory": lambda file: (file.unlink(), file.mkdir()),
+    "a list": lambda file: file.write_text("[1]"),
+    "a number": lambda file: file.write_text("7"),
+    "a link to nowhere": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("how", FILES)
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, INDEX, "a shard"])
+def test_no_state_of_a_file_ends_in_a_raw_error(name, how, healthy, tmp_path):
+    target, root = healthy
+    kind = "shards" if name in (INDEX, "a shard") else "whole"
+    directory = shutil.copytree(root / kind, tmp_path / "artifact")
+    file = max(directory.glob("model-*.safetensors")) if name == "a shard" else directory / name
+    FILES[how](file)
+    with pytest.raises(ValueError) as caught:
+        load_draft(directory, target)
+    assert clear(caught.value, directory) and (file.name in str(caught.value) or "weights" in str(caught.value))
+    outcomes(directory, target, None, how)
+    assert [fault for check in verify(directory, root / "target") for fault in check.faults]
+
+
+@pytest.mark.parametrize("reader", [recommended, without_recommendation, lambda d: load_draft(d, random_target())])
+def test_a_directory_without_a_drafter_is_refused_by_name(reader, healthy, tmp_path):
+    for directory in (healthy[1] / "target", tmp_path):
+        with pytest.raises(ValueError, match="no exported drafter there"):
+            reader(directory)
+
+
+def test_weights_that_are_not_finite_do_not_load(healthy, tmp_path):
+    directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
+    change_tensors(lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()])(directory)
+    with pytest.raises(UserError, match=r"anchor_bias_mlp.0.bias, .* and 19 more: not finite"):
+        load_draft(directory, healthy[0])
+
+
+@pytest.mark.parametrize("key", ["anchor_bias_rank", "chain_rank"])
+def test_a_rank_that_fits_in_no_memory_is_refused_before_memory_is_taken(key, healthy, tmp_path):
+    directory = shutil.copytree(healthy[1] / "beyond", tmp_path / "artifact")
+    change_settings(**{key: 10**12})(directory)
+    with pytest.raises(UserError, match=r"0.bias has shape \(\d,\), expected \(1000000000000,\) by config.json"):
+        load_draft(directory, healthy[0])
+
+
+def test_an_export_over_an_older_one_leaves_nothing_of_it(healthy, tmp_path):
+    target, root = healthy
+    directory = shutil.copytree(root / "shards", tmp_path / "artifact")
+    (directory / "README.md").write_text("mine")
+    draft = random_draft(target, seed=8)
+    export_draft(draft, directory, torch.float32)
+    assert same(load_draft(directory, target), draft) and (directory / "README.md").read_text() == "mine"
+    names = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
+    assert names == {CONFIG, WEIGHTS, "README.md", "custom_generate/generate.py"}
+
+
+def test_an_export_that_fails_leaves_the_older_one(healthy, tmp_path, monkeypatch):
+    target, root = healthy
+    directory = shutil.copytree(root / "shards", tmp_path / "artifact")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_draft(random_draft(target, seed=8), directory, torch.float32)
+    assert same(load_draft(directory, target), random_draft(target))
+    assert not [file for file in directory.rglob(".*")]
+
+
+def of_files(directory: Path, healthy):
+    [check] = [check for check in verify(directory, healthy[1] / "target", max_new_tokens=2) if check.name == "files"]
+    return check
+
+
+def test_the_code_of_another_version_is_a_warning_and_changed_code_a_fault(healthy, tmp_path):
+    directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
+    assert not of_files(directory, healthy).warnings and "no card (README.md)" in of_files(directory, healthy).summary
+    (directory / DECODER).write_text("def generate(model): ...\n")
+    [fault] = of_files(directory, healthy).faults
+    assert fault.startswith(f"{DECODER}: not the code that was exported")
+    for recorded in (sha256(directory / DECODER), None):  # of an export by another version, or before it was on record
+        change_config(custom_generate_sha256=recorded)(directory)
+        check = of_files(directory, healthy)
+        assert not check.faults and check.warnings[0].startswith(f"{DECODER}: not this version's code.")
+
+
+def test_files_that_no_export_writes_are_noticed(healthy, tmp_path):
+    directory = shutil.copytree(healthy[1] / "shards", tmp_path / "artifact")
+    for name in (".gitattributes", "README.md", "LICENSE", "acceptance_by_slot.png", "notes.txt"):
+        (directory / name).write_text("mine")
+    check = of_files(directory, healthy)
+    assert check.warnings == ["files that no export writes: notes.txt."] and "no card" not in check.summary
+
+
+def test_what_an_export_writes_is_what_makes_it_whole(healthy, tmp_path):
+    for kind in ("whole", "shards"):
+        for file in [file for file in (healthy[1] / kind).rglob("*") if file.is_file()]:
+            directory = shutil.copytree(healthy[1] / kind, tmp_path / kind / file.name)
+            (directory / file.relative_to(healthy[1] / kind)).unlink()
+            assert of_files(directory, healthy).faults, file
+
+
+def test_an_artifact_without_a_fingerprint_is_noted(healthy, tmp_path):
+    directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
+    change_config(target_fingerprint=None)(directory)
+    check = next(c for c in verify(directory, healthy[1] / "target", max_new_tokens=2) if c.name == "target")
+    assert "no fingerprint there" in check.summary and not [w for w in check.warnings if "sampled" in w]
+    random_target(seed=3).save_pretrained(tmp_path / "other")
+    check = next(c for c in verify(healthy[1] / "whole", tmp_path / "other", max_new_tokens=2) if c.name == "target")
+    assert "no fingerprint" not in check.summary and any("other weights" in warning for warning in check.warnings)
+
+
+def content(directory: Path) -> dict[str, tuple[bytes, int]]:
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def test_verifying_and_loading_change_nothing(healthy):
+    target, root = healthy
+    before = content(root)
+    list(verify(root / "whole", root / "target", max_new_tokens=2))
+    load_draft(root / "shards", target)
+    recommended(root / "whole")
+    check_artifact(root / "whole")
+    assert content(root) == before

@@ -1,0 +1,377 @@
+"""Lossless: whatever the drafter says, and however it is asked, the output is the target's own."""
+
+import functools
+import itertools
+import json
+import random
+from unittest import mock
+
+import pytest
+import torch
+from conftest import TINY, random_draft, random_target
+from transformers import DynamicCache
+
+from data.preprocess.chat_template import ChatEncoder
+from data.sources.readers import read_strictly
+from data.sources.records import prompt
+from models.decoding.batch_decoder import Flight
+from models.decoding.flex import MODES, PHASES, Step, generate, stop_tokens
+from models.decoding.forward_passes import Passes
+from models.decoding.reference import autoregressive_generate, reference_generate
+from models.decoding.sampling import GREEDY, Sampling
+from models.decoding.selection import OFF, Selection
+from models.draft import DraftModel
+from models.export.artifact_io import load_draft
+from models.hf_cache import forward_cached
+
+NEW_TOKENS = 4
+SELECTIONS = (OFF, Selection("cumulative_product", 0.01), Selection("min_confidence", 0.3))
+COMBINATIONS = list(itertools.product(MODES, SELECTIONS, range(1, 9)))  # with batch sizes
+random.Random(0).shuffle(COMBINATIONS)  # so that a part of them has something of everything
+NUCLEUS = Sampling(temperature=0.9, top_k=40, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_tokenizer) -> list[list[int]]:
+    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", most=500, setting="data.prompts")
+    encoder = ChatEncoder(tiny_tokenizer, {})
+    prompts = [encoder.prompt(m) for m in messages]
+    assert len(set(map(tuple, prompts))) == 500
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def own_answers(tiny_target, tiny_tokenizer, prompts) -> list[list[int]]:
+    """By `generate` of transformers, the prompts in padded batches of about the same length."""
+    answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, len(prompts), 25):
+        batch = order[first : first + 25]
+        ids, mask = padded([prompts[i] for i in batch], left=True)
+        output = tiny_target.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+        )
+        for i, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+            answers[i] = until(row, stop_tokens(tiny_target))
+    return answers
+
+
+def padded(prompts: list[list[int]], *, left: bool, filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(map(len, prompts))
+    ids, mask = (torch.full((len(prompts), length), value) for value in (filler, 0))
+    for row, tokens in enumerate(prompts):
+        part = slice(length - len(tokens), None) if left else slice(len(tokens))
+        ids[row, part], mask[row, part] = torch.tensor(tokens), 1
+    return ids, mask
+
+
+def until(tokens: list[int], stop: set[int]) -> list[int]:
+    """Tokens up to the first stop token, that one included."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
+    return tokens[:end]
+
+
+def staggering(answers: list[list[int]]) -> set[int]:
+    """Two stop tokens with which the answers end at three different times at least, and as late as possible."""
+
+    def late(stop: set[int]) -> tuple[bool, int]:
+        lengths = [len(until(answer, stop)) for answer in answers]
+        return len(set(lengths)) > 2, sum(lengths)
+
+    said = sorted({token for answer in answers for token in answer})
+    return max(map(set, itertools.combinations(said, 2)), key=late)
+
+
+def untrained(target) -> DraftModel:
+    return DraftModel(target, num_layers=target.config.num_hidden_layers - 2, block_size=8, calibrator_rank=8)
+
+
+def adversarial(target) -> DraftModel:
+    """Random projectors and a loud random calibrator: drafts that have nothing to do with the target."""
+    return random_draft(target, num_layers=target.config.num_hidden_layers - 2, block_size=8, rank=8)
+
+
+def endless(**changes):
+    """A random target without stop tokens, whose next token depends mostly on the last one: it can be guessed."""
+    target = random_target(**changes)
+    target.generation_config.eos_token_id = target.config.eos_token_id = None
+    with torch.no_grad():
+        target.get_input_embeddings().weight.mul_(40)  # beside which the layers say little
+        target.get_output_embeddings().weight.mul_(3)  # surer, so that sampling follows a guess now and then
+    return target
+
+
+class Guess(DraftModel):
+    """Drafts what would follow the bonus token if nothing but the last token mattered: right now and then.
+
+    Its hidden states still count, in how sure it is and sometimes in what it says, so that a wrong one would be seen.
+    """
+
+    def logits(self, hidden, bonus=None):
+        logits = super().logits(hidden, bonus)
+        if bonus is None:
+            return logits
+        head, embed = self.target.get_output_embeddings(), self.target.get_input_embeddings()
+        guess, guesses = bonus[..., 0], []
+        for _ in range(self.block_size):
+            guesses.append(guess)
+            guess = head(self.target.model.norm(embed(guess))).argmax(-1)
+        guesses = torch.stack(guesses, dim=-1)[..., -hidden.shape[-2] :]  # slot 0 may be left out
+        spread = logits.std(-1, keepdim=True)
+        return logits + 4 * spread * torch.nn.functional.one_hot(guesses, logits.shape[-1])
+
+
+def guessing(target, *, num_layers: int = 3, block_size: int = 6) -> Guess:
+    torch.manual_seed(2)
+    return Guess(target, num_layers=num_layers, block_size=block_size, calibrator_rank=8)
+
+
+def random_prompts(generator: random.Random, count: int, longest: int, vocabulary: int = 97) -> list[list[int]]:
+    lengths = [generator.randint(1, longest) for _ in range(count)]
+    return [[generator.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+def own_batch(target, prompts: list[list[int]], new_tokens: int, sampling=GREEDY, seed: int = 0) -> list[list[int]]:
+    return [
+        autoregressive_generate(target, tokens, new_tokens, sampling, seed + row) for row, tokens in enumerate(prompts)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count"), [("trained", 500), ("untrained", 80), ("adversarial", 80)])
+def test_output_equals_the_targets_own_in_every_mode_rule_and_batch_size(
+    kind, count, tiny_target, prompts, own_answers, request
+):
+    if kind == "trained":
+        draft = load_draft(request.getfixturevalue("trained_run") / "export", tiny_target)
+    else:
+        draft = {"untrained": untrained, "adversarial": adversarial}[kind](tiny_target)
+    accepted, met, first, combinations = 0, set(), 0, itertools.cycle(COMBINATIONS)
+    while first < count:
+        mode, selection, size = next(combinations)
+        met.add((mode, selection, size))
+        batch = slice(first, first + size)
+        result = generate(tiny_target, draft, prompts[batch], max_new_tokens=NEW_TOKENS, mode=mode, selection=selection)
+        assert result.tokens == own_answers[batch]
+        accepted, first = accepted + sum(result.accepted()), first + size
+    assert kind != "trained" or (met == set(COMBINATIONS) and accepted > 100)  # no empty test
+
+
+@pytest.mark.slow(but="[qwen3]")
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
+def test_output_equals_the_targets_own_for_other_families(family):
+    target = random_target(model_type=family)
+    drafts = (untrained(target), adversarial(target), guessing(target))
+    generator = random.Random(family)
+    for number, (mode, selection) in enumerate(itertools.product(MODES, SELECTIONS)):
+        batch = random_prompts(generator, generator.randint(1, 8), 30)
+        arguments = {"max_new_tokens": 6, "mode": mode, "selection": selection}
+        assert generate(target, drafts[number % 3], batch, **arguments).tokens == own_batch(target, batch, 6)
+
+
+@pytest.mark.slow
+def test_own_loop_equals_transformers_generate(tiny_target, prompts):
+    for tokens in prompts[:4]:
+        output = tiny_target.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=15)
+        assert autoregressive_generate(tiny_target, tokens, 15) == output[0, len(tokens) :].tolist()
+
+
+def test_without_a_drafter_the_target_decodes_alone():
+    target, batch = random_target(), random_prompts(random.Random(1), 4, 12)
+    for sampling in (GREEDY, NUCLEUS):
+        result = generate(target, None, batch, max_new_tokens=9, sampling=sampling)
+        assert result.tokens == own_batch(target, batch, 9, sampling)
+        assert set(result.accepted()) == {0} and result.tau == 1
+
+
+@pytest.mark.slow(but="rule='off', threshold=0.01)-sampled")
+@pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "selection", [*SELECTIONS, Selection("cumulative_product", 0.2), Selection("min_confidence", 0.6)], ids=str
+)
+def test_all_modes_take_the_steps_of_the_oracle_whatever_else_is_in_the_batch(sampling, selection):
+    target, limit = endless(), 13
+    draft, batch = guessing(target), random_prompts(random.Random(3), 6, 20)
+    free = own_batch(target, batch, limit, sampling, seed=7)
+    target.generation_config.eos_token_id = sorted(staggering(free))
+    common = {"selection": selection, "sampling": sampling}
+    for calibrate in (True, False):
+        expected = [
+            reference_generate(target, draft, tokens, limit, calibrate=calibrate, seed=7 + row, **common)
+            for row, tokens in enumerate(batch)
+        ]
+        for mode in MODES:
+            settings = common | {"max_new_tokens": limit, "mode": mode, "calibrate": calibrate, "seed": 7}
+            result = generate(target, draft, batch, **settings)
+            assert result.tokens == [until(tokens, stop_tokens(target)) for tokens in free]
+            assert result.tokens == [alone.tokens[0] for alone in expected]
+            assert result.steps == [alone.steps[0] for alone in expected]
+        if calibrate:
+            assert len({len(tokens) for tokens in result.tokens}) > 2  # rows end one by one
+            assert len(set(result.accepted())) > 2  # nothing, all and something between
+
+
+@pytest.mark.slow
+def test_a_trained_drafter_takes_the_steps_of_the_oracle(tiny_target, prompts, trained_run):
+    draft = load_draft(trained_run / "export", tiny_target)
+    expected = [reference_generate(tiny_target, draft, tokens, 20) for tokens in prompts[:4]]
+    for mode in MODES:
+        result = generate(tiny_target, draft, prompts[:4], max_new_tokens=20, mode=mode)
+        assert result.tokens == [alone.tokens[0] for alone in expected]
+        assert result.steps == [alone.steps[0] for alone in expected]
+    assert sum(result.accepted()) > 3
+
+
+class Echo(DraftModel):
+    """A drafter that knows the answers. As long as all is accepted, its n-th block begins with the n*B-th token."""
+
+    def logits(self, hidden, bonus=None):
+        known = [(answer + [0] * self.block_size)[self.told + 1 :][: self.block_size - 1] for answer in self.answers]
+        self.told += self.block_size
+        return torch.nn.functional.one_hot(torch.tensor(known), self.target.config.vocab_size).float()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+@pytest.mark.parametrize(("limit", "last"), [(25, []), (22, [Step(3, 3)]), (20, [Step(1, 1)]), (19, [])])
+def test_a_drafter_that_echoes_the_target_is_accepted_in_full(mode, limit, last):
+    target, batch = endless(), random_prompts(random.Random(4), 3, 9)
+    own = own_batch(target, batch, limit)
+    echo = Echo(target, num_layers=2, block_size=6, calibrator_rank=0)
+    vars(echo).update(answers=own, told=0)
+    result = generate(target, echo, batch, max_new_tokens=limit, mode=mode, selection=OFF)
+    assert result.tokens == own
+    full = [Step(5, 5)] * ((limit - 1) // 6 if not last else limit // 6)  # then a last bonus, or less room
+    assert result.steps == [full + last] * 3
+
+
+@pytest.mark.slow
+def test_a_random_prompt_limit_and_stop_token_never_give_a_wrong_token():
+    targets = [endless(num_hidden_layers=2, max_position_embeddings=40, seed=seed) for seed in range(2)]
+    generator, known = random.Random(5), {}
+    for case in range(200):
+        target = generator.choice(targets)
+        draft = random_draft(target, num_layers=generator.randint(1, 2), block_size=generator.randint(2, 7), seed=case)
+        if generator.random() < 0.7:
+            draft = guessing(target, num_layers=generator.randint(1, 2), block_size=generator.randint(2, 7))
+        limit = generator.choice([0, 1, 2, 3, 5, 9, 12])
+        batch = random_prompts(generator, generator.randint(1, 6), generator.choice([1, 3, 40 - limit]))
+        if generator.random() < 0.2:
+            batch[0] = [generator.randrange(97) for _ in range(40 - limit)]  # to the last position
+        sampling, seed = generator.choice([GREEDY, Sampling(0.8), Sampling(1.0, 20, 0.9)]), generator.randrange(99)
+        free = own_batch(target, batch, limit, sampling, seed)
+        # Tokens that will be said: as the first one, the bonus of a step, or within a block.
+        said = sorted({token for tokens in free for token in tokens}) or [2]
+        stop = {generator.choice(said) for _ in range(generator.randint(0, 3))}
+        form = generator.choice(["lists", "left", "right"])
+        given = (batch,) if form == "lists" else padded(batch, left=form == "left", filler=generator.choice([0, 96]))
+        mode, selection = generator.choice(MODES), generator.choice(SELECTIONS)
+        common = {"sampling": sampling, "seed": seed, "mode": mode, "selection": selection, "stop": stop}
+        result = generate(target, draft, *given, max_new_tokens=limit, **common)
+        assert result.tokens == [until(tokens, stop) for tokens in free], case
+        for tokens, steps in zip(result.tokens, result.steps, strict=True):
+            assert len(tokens) - sum(step.accepted + 1 for step in steps) in (0, 1)  # 1: a last bonus, not verified
+            assert all(0 <= step.accepted <= step.verified for step in steps)
+            known[len(tokens) < limit] = known.get(len(tokens) < limit, 0) + 1
+    assert min(known.values()) > 100 and len(known) == 2  # rows that a stop token ended, and others
+
+
+def test_impossible_requests_are_refused_by_value():
+    target, ids = random_target(), torch.tensor([[5, 6, 7], [5, 6, 7]])
+    draft, full = random_draft(target), [5] * 250
+    refused = {
+        "row 1 is empty": {"input_ids": [[5], []]},
+        "There is no prompt": {"input_ids": []},
+        "row 0 has token 97; expected 0 to 96": {"input_ids": [[5, 97]]},
+        "row 1 has token -1": {"input_ids": [[5], [-1]]},
+        "max_new_tokens=-1": {"input_ids": [[5]], "max_new_tokens": -1},
+        "250 tokens, which with max_new_tokens=7 makes 257; the target has 256": {
+            "input_ids": [full],
+            "max_new_tokens": 7,
+        },
+        "mode='both'": {"input_ids": [[5]], "mode": "both"},
+        "padding within a prompt": {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]])},
+        r"shape \(2, 2\)": {"input_ids": ids, "attention_mask": ids[:, :2]},
+        r"shape \(3,\)": {"input_ids": ids[0]},
+        "row 1 is empty;": {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
+        "belongs to a padded tensor": {"input_ids": [[5]], "attention_mask": ids},
+        "another target": {"input_ids": [[5]], "draft": random_draft(random_target())},
+    }
+    for message, arguments in refused.items():
+        with pytest.raises(ValueError, match=message):
+            generate(target, **{"draft": draft, "max_new_tokens": 4} | arguments)
+    assert len(generate(target, draft, [full], max_new_tokens=6, stop=set()).tokens[0]) == 6  # to the last position
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens(mode, monkeypatch):
+    target, batch, checked = endless(), random_prompts(random.Random(6), 4, 15), []
+    free = own_batch(target, batch, 14)
+    step = Flight.step
+
+    def checked_step(flight):
+        step(flight)
+        for place, row in enumerate(flight.rows):
+            tokens, own = batch[row] + flight.result.tokens[row], DynamicCache()
+            forward_cached(target, torch.tensor([tokens]), own)
+            assert flight.lengths[place] == len(tokens)
+            for (keys, values), layer in zip(flight.cache.layers, own.layers, strict=True):
+                assert torch.allclose(keys[place, :, : len(tokens)], layer.keys[0], atol=1e-4)
+                assert torch.allclose(values[place, :, : len(tokens)], layer.values[0], atol=1e-4)
+            checked.append(len(flight.rows))
+
+    monkeypatch.setattr(Flight, "step", checked_step)
+    generate(target, guessing(target), batch, max_new_tokens=14, mode=mode, stop=staggering(free))
+    assert len(checked) > 5 and len(set(checked) - {0}) > 2  # with all rows in flight, and with others gone
+
+
+def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
+    target, batch = endless(), random_prompts(random.Random(7), 4, 15)
+    own = own_batch(target, batch, 12)
+    draft, stop, calls, places = random_draft(target), staggering(own), [], []
+
+    def counted(name, call, passes, candidates, *rest):
+        calls.append((name, len(candidates)))
+        places.append((len(candidates), passes.cache.size))
+        return call(passes, candidates, *rest)
+
+    for name in ("verify", "verify_and_draft"):
+        monkeypatch.setattr(Passes, name, functools.partialmethod(functools.partial(counted, name, vars(Passes)[name])))
+    generate(target, draft, batch, max_new_tokens=12, stop=stop, mode="sequential")
+    in_flight = {rows for _, rows in calls}  # so many at a time, as rows end
+    assert len(in_flight) > 2 and {name for name, _ in calls} == {"verify"}
+    for parallel_rows in (0, *in_flight, 9):
+        calls.clear()
+        result = generate(target, draft, batch, max_new_tokens=12, stop=stop, parallel_rows=parallel_rows)
+        assert result.tokens == [until(tokens, stop) for tokens in own]
+        assert {rows for _, rows in calls} == in_flight
+        assert all((name == "verify_and_draft") == (rows <= parallel_rows) for name, rows in calls)
+    few, many = ({n for rows, n in places if rows in group} for group in ({min(in_flight)}, {max(in_flight)}))
+    assert max(few) - min(many) == draft.block_size * (draft.block_size - 1)  # for the blocks of parallel drafting
+    places.clear()
+    generate(target, draft, batch, max_new_tokens=12, stop=stop, parallel_rows=min(in_flight))
+    assert min(n for rows, n in places if rows > min(in_flight)) == min(many)  # not before they can be used
+
+
+def test_the_timer_is_told_every_phase_around_what_it_names():
+    target, told = random_target(), []
+    batch = random_prompts(random.Random(8), 2, 9)
+
+    def timer(name):
+        told.append(name)
+        return mock.MagicMock()
+
+    generate(target, random_draft(target), batch, max_new_tokens=6, mode="sequential", timer=timer, stop=set())
+    assert set(told) == set(PHASES) and told[:3] == ["prefill", "draft", "calibrate"]
+    assert told.count("verify") + 1 == told.count("draft") == told.count("calibrate")
+
+
+def test_drafters_and_targets_in_bfloat16_decode_in_all_modes():
+    target = random_target("bfloat16")
+    for mode in MODES:  # rounding may turn ties here, so no more than that it works
+        result = generate(target, random_draft(target), [[5, 6, 7], [8]], max_new_tokens=9, mode=mode, stop=set())
+        assert [len(tokens) for tokens in result.tokens] == [9, 9]
+
+
+def test_stop_tokens_of_the_embedded_target(tiny_target, tiny_tokenizer):
+    assert stop_tokens(tiny_target) == {tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert json.loads((TINY / "target" / "generation_config.json").read_text())["eos_token_id"] == 2

@@ -1,0 +1,214 @@
+"""Other families of targets than Qwen3: the same properties, through all stages; and which targets are refused."""
+
+import hashlib
+
+import pytest
+import torch
+from check_families import FAMILIES, SIZES, lossless, parity, random_pair, unchanged_by_export
+from conftest import ROOT, random_target
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+import train.__main__  # noqa: F401  registers the `root` resolver
+from models.attention.packed import View, packed_attention
+from models.decoding.flex import check_untested, generate
+from models.decoding.reference import autoregressive_generate, reference_generate
+from models.decoding.selection import OFF
+from models.draft import DraftModel
+from models.families import TESTED, check_architecture, layer_windows, text_positions
+from models.target import load_target
+from train.pipeline import run
+from train.run_dir.state import read_json
+
+EVERY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def test_the_families_are_the_ones_that_are_said_to_be_tested():
+    assert {special["model_type"] for special in FAMILIES.values()} == set(TESTED)
+
+
+@pytest.mark.slow(but="[gemma 3]")
+@EVERY
+def test_training_and_decoding_agree_and_the_output_is_the_targets_own(family):
+    target, draft = random_pair(family)
+    states, worst = parity(target, draft)
+    assert states > 100 and worst < 1e-4
+    assert lossless(target, draft, prompts=8, new_tokens=16) == 8
+    assert unchanged_by_export(target, draft)
+
+
+@pytest.mark.slow(but="[phi 4 mini]")
+@EVERY
+def test_decoding_takes_the_oracles_steps(family):
+    """A copy of the target drafts: some drafts are right."""
+    target, _ = random_pair(family)
+    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=0)
+    prompts = [torch.randint(3, 97, (n,)).tolist() for n in (2, 13, 30)]
+    expected = [reference_generate(target, draft, prompt, 20, selection=OFF) for prompt in prompts]
+    for mode in ("parallel", "sequential"):
+        result = generate(target, draft, prompts, max_new_tokens=20, mode=mode, selection=OFF)
+        assert result.tokens == [one.tokens[0] for one in expected]
+        assert result.steps == [one.steps[0] for one in expected]
+
+
+@pytest.mark.slow
+@EVERY
+def test_all_stages(family, tmp_path, monkeypatch):
+    """Trained, exported, loaded again, decoded; the target is bit for bit what it was, the drafter is not."""
+    tiny = {"vocab_size": 2048, "num_hidden_layers": 3, "max_position_embeddings": 512}
+    special = {"layer_types": None} | FAMILIES[family]
+    special["layer_types"] = special["layer_types"] and special["layer_types"][-3:]
+    if special.get("original_max_position_embeddings"):
+        special |= {"original_max_position_embeddings": 500}
+        special["rope_parameters"] = special["rope_parameters"] | {"original_max_position_embeddings": 500}
+    architecture = {key: value for key, value in (SIZES | special | tiny).items() if value is not None}
+    stages = [
+        f"stage.{stage}.{setting}"
+        for stage in ("attention_tuning", "bonus_calibration")
+        for setting in ("steps=2", "rows_per_step=2", "num_anchors=8", "decode.prompts=2", "decode.max_new_tokens=4")
+    ]
+    evaluation = ["num_prompts=2", "max_new_tokens=6", "speed.num_prompts=0"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(
+            "config",
+            [
+                "+experiment=tiny",
+                "model=stand_in",
+                "model.target.architecture=null",
+                "model.draft.num_layers=2",
+                "model.draft.block_size=6",
+                "data.max_records=60",
+                "data.validation_records=8",
+                "data.num_proc=1",
+                f"run_dir={tmp_path}",
+                "trainer.precision=32-true",
+                *stages,
+                *(f"stage.evaluate.{setting}" for setting in evaluation),
+            ],
+        )
+    config.model.target.architecture = architecture
+    target = load_target(None, architecture=architecture)
+    monkeypatch.setattr("train.context.load_target", lambda *_, **__: target)
+    before = digest(target)
+    run(config)
+    assert digest(target) == before
+    untrained = DraftModel(target, num_layers=2, block_size=6, calibrator_rank=0).own_parameters()
+    trained = load_file(tmp_path / "export" / "model.safetensors")
+    assert untrained.keys() < trained.keys()
+    assert not any(torch.equal(trained[name], parameter) for name, parameter in untrained.items())
+    for stage in ("attention_tuning", "bonus_calibration"):
+        assert read_json(tmp_path / "records" / f"{stage}.done.json")["result"]["steps"] == 2
+    report = read_json(tmp_path / "evaluate" / "report.json")
+    assert all(variant["identical"] == 2 for variant in report["benchmarks"]["held_out"]["variants"].values())
+
+
+def digest(target) -> str:
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in target.state_dict().values())).hexdigest()
+
+
+REFUSED = {
+    "gpt2": "no model.layers, no model.norm, no model.rotary_emb",
+    "gemma2": "capped attention scores, capped logits",
+    "gpt_oss": "attention sinks",
+    "llama4_text": "layers of kind chunked_attention",
+    "qwen3_next": "layers of kind linear_attention",
+    "gemma3": "more than a language model .save its gemma3_text alone",
+    "t5": "an encoder beside its decoder",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_unsupported_architecture_is_told_what_is_missing(kind):
+    with pytest.raises(ValueError, match=f"{kind} cannot be a target: it has {REFUSED[kind]}"):
+        check_architecture(AutoConfig.for_model(kind))
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere"])
+def test_a_forward_that_scales_what_its_layers_do_not_is_found_out(kind):
+    scaled = {"logits_scaling": 8.0, "embedding_multiplier": 3.0} if kind == "granite" else {}
+    target = load_target(None, architecture=SIZES | {"model_type": kind} | scaled)
+    check_architecture(target.config)  # no setting tells
+    with pytest.raises(ValueError, match=f"{kind} cannot be a target: run layer by layer"):
+        check_untested(target)
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "mixtral", "ministral3"])
+def test_untested_families_with_the_same_parts_are_taken(kind):
+    target = load_target(None, architecture=SIZES | {"model_type": kind, "pad_token_id": 0, "num_local_experts": 4})
+    check_architecture(target.config)
+    check_untested(target)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "Python", "CPU"])
+@pytest.mark.parametrize("where", ["decoding.difference_from_forward", "decoding.DraftModel", "decoding.generate"])
+def test_too_little_memory_is_no_fault_of_the_architecture(error, where, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    target = random_target()
+    monkeypatch.setattr("models.decoding.TESTED", ())
+    monkeypatch.setattr(f"models.{where}", fails)
+    with pytest.raises(type(error)) as raised:
+        check_untested(target)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "Python", "CPU"])
+def test_too_little_memory_is_no_damage_of_the_target(error, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    random_target().save_pretrained(tmp_path)
+    monkeypatch.setattr("models.target.AutoModelForCausalLM.from_pretrained", fails)
+    with pytest.raises(type(error)) as raised:
+        load_target(str(tmp_path))
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("diffllama", "gives other tokens|logits differ"), ("doge", "do not run in the passes")]
+)
+def test_a_family_that_decodes_otherwise_is_found_out_before_training(kind, said):
+    target = load_target(None, architecture=SIZES | {"model_type": kind})
+    with pytest.raises(ValueError, match=f"{kind} cannot be a target: .*({said})"):
+        check_untested(target)
+
+
+def test_windows_are_read_from_the_config():
+    windows = {family: layer_windows(random_pair(family)[0].config) for family in FAMILIES}
+    assert windows["gemma 3"] == [9, 9, None, 9, None]
+    assert windows["mistral"] == windows["phi 3"] == [9] * 5
+    assert windows["qwen3"] == windows["phi 4 mini"] == [None] * 5
+
+
+def test_a_mask_made_for_another_window_is_refused():
+    query = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="has a window of 9, its mask one of None"):
+        packed_attention(torch.nn.Identity(), query, query, query, View(), sliding_window=9)
+
+
+def test_a_block_must_fit_the_window():
+    target, _ = random_pair("mistral")
+    with pytest.raises(ValueError, match="block_size=10: expected at most 9, the target's sliding window"):
+        DraftModel(target, num_layers=2, block_size=10, calibrator_rank=0)
+
+
+def test_blocks_stay_where_longrope_is_constant():
+    target, draft = random_pair("phi 4 mini")
+    limit = text_positions(target.config, draft.block_size)
+    assert limit == 128 - 2 * draft.block_size
+    prompt = torch.randint(3, 97, (limit - 20,)).tolist()
+    own = autoregressive_generate(target, prompt, 20)
+    for mode in ("parallel", "sequential"):
+        assert generate(target, draft, [prompt], max_new_tokens=20, mode=mode, stop=set()).tokens[0][: len(own)] == own
+    with pytest.raises(ValueError, match=f"the target has {limit} positions"):
+        generate(target, draft, [prompt], max_new_tokens=21)
+    assert text_positions(random_target().config, 6) == 256

@@ -1,0 +1,285 @@
+"""`models.verify`: each kind of damage gives its own complaint and no other; a healthy artifact gives none."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURE, ROOT, TINY, random_draft, random_target
+from helpers.corrupt_artifacts import DAMAGES, change_config, change_settings, change_tensors
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from models.decoding.flex import generate
+from models.draft import DraftModel
+from models.export import artifact_io as export
+from models.export.artifact_io import export_draft
+from models.export.weight_checks import foreign_tensors
+from models.target import load_target
+from models.verify.prompts import prompt_tokens, read_prompts
+from models.verify.run import ROWS, _decoded, decoding_check, main, target_check, verify
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """A target and one artifact for it, whole, in shards, complete, without calibrator, beyond the paper: by name."""
+    root = tmp_path_factory.mktemp("healthy")
+    random_target().save_pretrained(root / "target")
+    target = load_target(str(root / "target"))
+    draft = random_draft(target)
+    export_draft(draft, root / "whole", torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "MAX_SHARD_BYTES", 20_000)
+        export_draft(draft, root / "shards", torch.float32)
+    export_draft(random_draft(target, rank=0), root / "no_calibrator", torch.float32)
+    export_draft(random_draft(target, bonus_slot=True, chain_rank=4), root / "beyond", torch.float32)
+    shutil.copytree(root / "whole", root / "complete")
+    own = {f"layers.{i}.{name}": p for i, layer in enumerate(target.model.layers[2:]) for name, p in kept(layer)}
+    change_tensors(lambda tensors: tensors.update(own | {"norm.weight": target.model.norm.weight}))(root / "complete")
+    return root
+
+
+def kept(layer):
+    """What a decoder layer holds beside its attention."""
+    return [(name, p.detach().clone()) for name, p in layer.named_parameters() if not name.startswith("self_attn")]
+
+
+def faults_of(artifact: Path, target: Path) -> list[str]:
+    """As the command prints them."""
+    return [f"{check.name}: {fault}" for check in verify(artifact, target, max_new_tokens=8) for fault in check.faults]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_each_damage_gives_its_own_complaint_and_no_other(name, healthy, tmp_path):
+    kind, damage, complaint = DAMAGES[name]
+    shutil.copytree(healthy / kind, tmp_path / "artifact")
+    damage(tmp_path / "artifact")
+    faults = faults_of(tmp_path / "artifact", healthy / "target")
+    assert len(faults) == 1 and complaint in faults[0]
+
+
+@pytest.mark.parametrize("kind", ["whole", "shards", "complete", "no_calibrator", "beyond"])
+def test_a_healthy_artifact_passes(kind, healthy):
+    checks = list(verify(healthy / kind, healthy / "target", max_new_tokens=12))
+    assert [check.name for check in checks] == ["files", "config", "tensors", "values", "target", "decoding"]
+    assert not [fault for check in checks for fault in check.faults]
+    assert "identical to the target alone" in checks[-1].summary
+    assert checks[1].summary.endswith(", bonus slot, chain of rank 4") == (kind == "beyond")
+
+
+def test_what_is_off_may_be_said_or_left_out(healthy, tmp_path):
+    shutil.copytree(healthy / "whole", tmp_path / "artifact")
+    change_settings(bonus_slot=False, chain_rank=0)(tmp_path / "artifact")
+    assert not faults_of(tmp_path / "artifact", healthy / "target")
+
+
+WRONG_TARGETS = {
+    "hidden_size": (64, "hidden_size is 32; expected 64, the target's"),
+    "num_hidden_layers": (6, "num_target_layers is 5; expected 6, the number of the target's layers"),
+    "vocab_size": (90, "vocab_size is 97; expected 90, the target's"),
+    "model_type": ("qwen2", "model_type is 'qwen3'; expected 'qwen2', the target's"),
+    "num_key_value_heads": (4, "num_key_value_heads is 2; expected 4, the target's"),
+    "rms_norm_eps": (1e-5, "rms_norm_eps is 1e-06; expected 1e-05, the target's"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG_TARGETS)
+def test_another_target_is_noticed_by_its_config_alone(key, healthy, tmp_path):
+    value, complaint = WRONG_TARGETS[key]
+    AutoConfig.for_model(**ARCHITECTURE | {key: value}).save_pretrained(tmp_path)
+    faults = faults_of(healthy / "whole", tmp_path)
+    assert any(complaint in fault for fault in faults)
+    related = {"num_hidden_layers": "target_layer_ids", "model_type": "head_dim"}.get(key, key)
+    assert all(key in fault or related in fault or complaint in fault for fault in faults)
+
+
+def test_all_faults_of_a_check_are_told_and_later_checks_left_out(healthy, tmp_path):
+    shutil.copytree(healthy / "whole", tmp_path / "artifact")
+    change_config(block_size=1, rope_theta=1.0, head_dim=5)(tmp_path / "artifact")
+    change_tensors(lambda tensors: tensors.pop("mask_embedding"))(tmp_path / "artifact")
+    faults = faults_of(tmp_path / "artifact", healthy / "target")
+    assert len(faults) == 3 and all(fault.startswith("config: ") for fault in faults)
+
+
+def warnings_of(artifact: Path, target: Path) -> str:
+    checks = list(verify(artifact, target, max_new_tokens=8))
+    assert not [fault for check in checks for fault in check.faults]
+    return "\n".join(f"{check.name}: {warning}" for check in checks for warning in check.warnings)
+
+
+UNTRAINED = {
+    "anchor_bias_mlp.2.weight (the calibrator changes nothing).": {"calibrator_rank": 8},
+    "chain_mlp.2.weight (the chain changes nothing).": {"calibrator_rank": 0, "chain_rank": 4},
+    "anchor_bias_mlp.2.weight, bonus_slot.weight (the calibrator changes nothing, the bonus slot changes nothing).": {
+        "calibrator_rank": 8,
+        "bonus_slot": True,
+    },
+}
+
+
+@pytest.mark.parametrize("zeros", UNTRAINED)
+def test_an_untrained_drafter_is_valid_but_noticed(zeros, healthy, tmp_path):
+    draft = DraftModel(load_target(str(healthy / "target")), num_layers=3, block_size=6, **UNTRAINED[zeros])
+    export_draft(draft, tmp_path, torch.float32)
+    warnings = warnings_of(tmp_path, healthy / "target")
+    assert f"values: all zeros, so perhaps untrained: {zeros}" in warnings
+    assert "target: the projectors equal the target's own: the drafter is untrained" in warnings
+
+
+def test_a_trained_drafter_of_another_target_of_equal_shape_is_noticed_by_its_tau(healthy, tmp_path):
+    random_target(seed=5).save_pretrained(tmp_path)
+    warnings = warnings_of(healthy / "whole", tmp_path)
+    assert "decoding: τ 1.0" in warnings and "drafts are hardly ever accepted" in warnings
+    assert "untrained: " not in warnings and "equal the target's own" not in warnings
+
+
+def test_drafts_that_are_accepted_and_identical_give_no_warning():
+    """A target that says one token for ever, which its own copy drafts, too unsure to have more than one verified."""
+    target = random_target(eos_token_id=None)
+    with torch.no_grad():
+        target.model.norm.weight.zero_()
+    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=0)
+    check = decoding_check(draft, [[5, 6], [7]], 13)
+    assert "τ 2.00 parallel, τ 2.00 sequential; identical" in check.summary and not check.warnings + check.faults
+
+
+def test_the_targets_generation_settings_are_followed_and_named():
+    draft = random_draft(random_target(eos_token_id=None))
+    draft.target.generation_config.repetition_penalty = 1.3
+    check = decoding_check(draft, [[5, 6], [7]], 8)
+    assert "identical to the target alone under its generation_config (repetition_penalty=1.3)" in check.summary
+
+
+def test_more_prompts_than_are_decoded_at_a_time_keep_their_order():
+    draft = random_draft(random_target(eos_token_id=None))
+    prompts = [[5 + i] * (1 + i % 3) for i in range(2 * ROWS + 1)]
+    result = _decoded(draft.target, draft, prompts, max_new_tokens=4)
+    assert result.tokens == [generate(draft.target, None, [p], max_new_tokens=4).tokens[0] for p in prompts]
+    assert decoding_check(draft, prompts, 4).summary.startswith("17 prompts, up to 4 new tokens")
+
+
+def test_answers_too_short_to_verify_a_draft_are_no_proof():
+    check = decoding_check(random_draft(random_target()), [[5, 6]], 1)
+    assert "identical" not in check.summary and "nan" not in check.summary
+    assert not check.faults and check.warnings == [
+        "no draft was verified, so nothing is known: take other prompts, or more new tokens."
+    ]
+
+
+def test_a_token_that_is_not_the_targets_own_is_a_fault_in_float32_only(monkeypatch):
+    from models.verify import run as module
+
+    honest = module.generate
+
+    def altered(target, draft, prompts, **settings):
+        result = honest(target, draft, prompts, **settings)
+        if draft is not None and settings["mode"] == "parallel":
+            result.tokens[1][3] = 96 - result.tokens[1][3]
+        return result
+
+    monkeypatch.setattr(module, "generate", altered)
+    draft = random_draft(random_target(eos_token_id=None))
+    [fault] = decoding_check(draft, [[5, 6], [7]], 6).faults
+    assert fault.startswith("parallel, prompt 2: new token 3 is [")
+    rounded = decoding_check(random_draft(random_target("bfloat16", eos_token_id=None)), [[5, 6], [7]], 6)
+    assert not rounded.faults and any("parallel, prompt 2" in warning for warning in rounded.warnings)
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess:
+    call = [sys.executable, "-m", "models.verify", *map(str, arguments)]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_command_says_what_was_checked_and_ends_with_0(tmp_path, tiny_target):
+    draft = DraftModel(tiny_target, num_layers=2, block_size=4, calibrator_rank=0)
+    export_draft(draft, tmp_path / "artifact", torch.bfloat16)
+    (tmp_path / "prompts.jsonl").write_text('{"turns": ["How many?", "And now?"]}\n')
+    arguments = (tmp_path / "artifact", TINY / "target", "--prompts", tmp_path / "prompts.jsonl")
+    done = command(*arguments, "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines() if line.startswith("ok")] == [
+        ["ok", name] for name in ("files", "config", "tensors", "values", "target", "decoding")
+    ]
+    assert "1 prompt, up to 8 new tokens: τ " in done.stdout and "warning  target    the projectors" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_1_after_faults_and_wrong_calls(healthy, tmp_path):
+    shutil.copytree(healthy / "whole", tmp_path / "artifact")
+    change_config(block_size=1)(tmp_path / "artifact")
+    done = command(tmp_path / "artifact", healthy / "target")
+    assert done.returncode == 1 and "1 fault; later checks were not made" in done.stderr
+    assert done.stdout.splitlines()[1].startswith("fault    config    config.json: block_size is 1")
+    done = command(tmp_path / "nothing", healthy / "target")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "no such directory" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "", "²"])
+def test_a_number_of_new_tokens_out_of_range_is_refused_with_the_range(value, healthy, monkeypatch, capsys):
+    call = ["verify", str(healthy / "whole"), str(healthy / "target"), f"--max-new-tokens={value}"]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "expected a whole number, 1 or more" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="max_new_tokens=0: expected a whole number, 1 or more"):
+        next(verify(healthy / "whole", healthy / "target", max_new_tokens=0))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "no prompt in it"),
+        ("[" * 100_000, ":1: no valid JSON"),
+        ('{"turns": ["a"]}\n{', ":2: no valid JSON"),
+        ('{"text": "a"}', ":1: expected an object with turns"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', ":1: no message of a user"),
+    ],
+)
+def test_prompts_that_are_none_are_refused_with_their_line(content, complaint, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_a_conversation_is_a_prompt_up_to_its_last_question(tmp_path):
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": messages}))
+    assert read_prompts(tmp_path / "prompts.jsonl") == [messages[:3]]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_target_embeds_is_a_warning_unless_a_prompt_has_one(
+    healthy, tiny_tokenizer
+):
+    """Gemma 3 ships 262,145 tokens for 262,144 rows of embeddings."""
+    target = load_target(str(healthy / "target"))
+    check, _ = target_check(healthy / "whole", target, tiny_tokenizer)
+    assert not check.faults
+    assert "the tokenizer has 2048 tokens, the target's embeddings 97 rows: no prompt may hold" in check.warnings[0]
+    with pytest.raises(ValueError, match=r"Prompt 1 has token \d+ of the target's tokenizer; expected 0 to 96"):
+        prompt_tokens(None, target, tiny_tokenizer)
+    one_too_many = random_target(vocab_size=2047)
+    assert len(prompt_tokens(None, one_too_many, tiny_tokenizer)) == 4
+    with pytest.raises(ValueError, match="no tokenizer, so prompts of text"):
+        prompt_tokens([[{"role": "user", "content": "a"}]], target, None)
+
+
+def test_the_targets_own_tensors_are_compared_in_the_coarser_dtype(tmp_path):
+    own = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    save_file({"norm.weight": own.bfloat16(), "other": own}, tmp_path / "model.safetensors")
+    assert foreign_tensors(tmp_path, {"norm.weight": own}) == []
+    assert foreign_tensors(tmp_path, {"norm.weight": own * 1.01}) == ["norm.weight"]
+
+
+def test_names_that_are_neither_directory_nor_repository_are_refused(healthy, tmp_path):
+    with pytest.raises(ValueError, match="owner/none: no such directory, not downloaded before, and the Hub is out of"):
+        next(verify("owner/none", healthy / "target"))
+    with pytest.raises(ValueError, match="the target's config did not load"):
+        next(verify(healthy / "whole", tmp_path))
+    with pytest.raises(ValueError, match="nothing: no such directory, and no name of a repository"):
+        next(verify(healthy / "whole", tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="target is a local directory; revision=v1 is for"):
+        next(verify(healthy / "whole", healthy / "target", target_revision="v1"))

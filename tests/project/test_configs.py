@@ -1,0 +1,124 @@
+"""Every experiment and preset composes, is valid, and builds what it names."""
+
+import ast
+import copy
+import functools
+import operator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+import train.__main__  # noqa: F401  registers the `root` resolver
+from data.config.compose import check_finite
+from data.errors import UserError
+from train.loop.fit import build_trainer
+
+CONF = ROOT / "conf"
+STAND_IN = ("steps=3", "rows_per_step=2", "decode.prompts=2", "decode.max_new_tokens=8")
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.slow(but="[qwen3_8b]")
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
+def test_experiments_compose_and_name_classes_that_exist(experiment):
+    config = composed(f"+experiment={experiment}")
+    assert config.name == experiment
+    for stage in ("attention_tuning", "bonus_calibration"):
+        get_class(config.stage[stage].module._target_)
+        assert config.stage[stage].module.steps == config.stage[stage].steps
+
+
+def leaves(tree, path=()):
+    """(keys, value) of every setting that is no group and no list."""
+    if not isinstance(tree, dict | list):
+        return [(path, tree)]
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return [leaf for key, value in pairs for leaf in leaves(value, (*path, key))]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_no_number_of_any_setting_may_be_infinite_or_nan(value):
+    given = OmegaConf.to_container(composed("+experiment=tiny", "adapter=lora"), resolve=False)
+    check_finite(given)
+    numbers = [keys for keys, known in leaves(given) if isinstance(known, int | float) and not isinstance(known, bool)]
+    assert len(numbers) > 80
+    for *groups, last in numbers:
+        changed = copy.deepcopy(given)
+        functools.reduce(operator.getitem, groups, changed)[last] = value
+        with pytest.raises(UserError, match=f"{last}.*={value}: expected a finite number"):
+            check_finite(changed)
+
+
+@pytest.mark.parametrize("preset", sorted(f.stem for f in (CONF / "trainer").glob("*.yaml")))
+def test_trainer_presets_build(preset, tmp_path):
+    cpu = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]
+    trainer = build_trainer(composed("+experiment=tiny", f"trainer={preset}", *cpu), "attention_tuning", tmp_path)
+    assert trainer.max_steps > 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_real_experiment_runs_on_a_stand_in(tmp_path):
+    done = command(
+        "+experiment=qwen3_8b",
+        "model=stand_in",
+        "data=tiny",
+        "trainer=cpu",
+        "logger=wandb",
+        *(f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in STAND_IN),
+        "data.max_records=100",
+        "data.validation_records=8",
+        "stage.evaluate.num_prompts=2",
+        "stage.evaluate.max_new_tokens=20",
+        "stage.evaluate.speed={num_prompts: 1, batch_sizes: [1], thresholds: [0.01], repeats: 1}",
+        "export.dtype=float32",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lossless: 2/2 prompts identical" in done.stdout
+    assert list((tmp_path / "checkpoints/qwen3_8b/wandb").glob("offline-run-*"))
+
+
+def test_imports_point_one_way():
+    allowed = {"data": {"data"}, "models": {"models", "data"}, "train": {"train", "models", "data"}}
+    heavy = {"lightning", "hydra", "omegaconf", "wandb", "deepspeed", "peft"}
+    # Of `data`: they read conf/, and nothing imports them.
+    commands = {"configuration", "ranges", "unused", "regenerate", "report"}
+    for package, may in allowed.items():
+        for file in (ROOT / "src" / package).glob("*.py"):
+            names = {name for node in ast.walk(ast.parse(file.read_text())) for name in imported(node)}
+            ours = {n.split(".")[0] for n in names} & allowed.keys()
+            assert ours <= may, f"{file} imports {ours - may}"
+            if package == "data" and file.stem not in commands:
+                assert not {n.split(".")[1] for n in names if n.startswith("data.")} & commands, file
+            if package == "data" and file.stem in commands:
+                heavy_here = heavy - {"hydra", "omegaconf"}
+            else:
+                heavy_here = heavy if package != "train" else set()
+            if file.stem == "adapter":
+                heavy_here = heavy_here - {"peft"}  # what it is about, imported when it is used
+            assert not {n.split(".")[0] for n in names} & heavy_here, file
+            if package == "models":
+                assert {n for n in names if n.split(".")[0] == "data"} <= {
+                    "data.batch",
+                    "data.errors",
+                    "data.threads",
+                }, file
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def test_no_file_is_long():
+    for file in [*Path(ROOT / "src").rglob("*.py"), *Path(ROOT / "scripts").rglob("*.py")]:
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 400, file

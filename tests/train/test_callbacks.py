@@ -1,0 +1,108 @@
+"""Callbacks of the user's: the figures of a stage are of the weights that it hands on, or the callback is refused."""
+
+import inspect
+
+import pytest
+import torch
+from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LambdaCallback, StochasticWeightAveraging
+from test_checkpoints import run
+
+from data.errors import UserError
+from train.endings.agreed import AgreedEnd
+from train.loop.callbacks import KNOWN, SameWeights, check_callbacks
+
+
+class MyAverage(EMAWeightAveraging):
+    """A user's own, by another name."""
+
+
+class MyStopping(lightnings.EarlyStopping):
+    """A user's own, by another name."""
+
+
+class MySaver(Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint["state_dict"] = {}
+
+
+class Watcher(Callback):
+    """Anything that only looks, and keeps values of its own."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen = trainer.global_step
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+
+class Swap(Callback):
+    """Other weights for the validation alone, or for good after it."""
+
+    def __init__(self, start: str, end: str = "") -> None:
+        setattr(self, start, lambda trainer, module, *_: self.add(module, 0.5))
+        if end:
+            setattr(self, end, lambda trainer, module, *_: self.add(module, -0.5))
+
+    @staticmethod
+    def add(module, value):
+        for parameter in module.trained().values():
+            parameter.data.add_(value)  # as averaging does it: autograd does not know
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (lightnings.ModelCheckpoint(), "ModelCheckpoint saves checkpoints of its own"),
+        (lightnings.OnExceptionCheckpoint("x"), "keep_checkpoints"),
+        (EMAWeightAveraging(), "EMAWeightAveraging changes what checkpoints hold"),
+        (MyAverage(), "MyAverage changes what checkpoints hold"),
+        (MySaver(), "MySaver changes what checkpoints hold"),
+        (LambdaCallback(on_save_checkpoint=print), "LambdaCallback changes what checkpoints hold"),
+        (StochasticWeightAveraging(1e-3), "StochasticWeightAveraging changes what is trained"),
+        (lightnings.EarlyStopping("val/loss"), "EarlyStopping would end the training.*stage.<stage>.patience"),
+        (MyStopping("val/tau", mode="max"), "MyStopping would end the training.*stage.<stage>.patience"),
+        (lightnings.GradientAccumulationScheduler({0: 2}), "these are followed: "),
+        (object(), "is no lightning.pytorch.callbacks.Callback"),
+    ],
+)
+def test_what_a_stage_cannot_follow_is_refused_by_name(callback, said):
+    with pytest.raises(UserError, match=f"callbacks.mine: .*{said}"):
+        check_callbacks({"mine": callback})
+
+
+def test_callbacks_that_watch_are_taken():
+    check_callbacks({"mine": Watcher(), "bar": lightnings.TQDMProgressBar(), "rich": lightnings.RichProgressBar()})
+    check_callbacks({"rate": lightnings.LearningRateMonitor(), "limit": lightnings.Timer({"hours": 1})})
+
+
+def test_every_callback_of_lightning_is_either_known_or_refused():
+    kinds = [kind for _, kind in inspect.getmembers(lightnings, inspect.isclass) if issubclass(kind, Callback)]
+    assert len(kinds) > 15
+    for kind in set(kinds) - {Callback}:
+        instance = object.__new__(kind)
+        if issubclass(kind, KNOWN):
+            check_callbacks({"given": instance})
+        else:
+            with pytest.raises(UserError, match="callbacks.given"):
+                check_callbacks({"given": instance})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ("on_validation_start", "on_validation_end"),
+        ("on_validation_epoch_start", "on_validation_epoch_end"),
+        ("on_train_end", ""),
+    ],
+)
+def test_weights_of_a_validation_alone_end_the_run(start, end, tmp_path):
+    with pytest.raises(AgreedEnd, match="a callback changes the trained weights.* are .*Swap"):
+        run(tmp_path, faults=[Swap(start, end), SameWeights()], best_by=None)
+
+
+@pytest.mark.slow
+def test_weights_that_stay_are_no_error(tmp_path):
+    training, keeper, _ = run(tmp_path, faults=[Swap("on_train_start"), Watcher(), SameWeights()])
+    assert keeper.best and all(torch.isfinite(p).all() for p in training.trained().values())

@@ -1,0 +1,117 @@
+"""A loop that ends is not a stage that is done: what others end goes on with the same command."""
+
+import pytest
+from conftest import SHORT, command
+from helpers.faults import StopAt
+from lightning.pytorch.callbacks import Callback, Timer
+from test_checkpoints import STEPS, run
+
+from train.checkpoint.checkpoints import usable_checkpoint
+from train.endings.agreed import AgreedEnd, Diverged, NotFinished
+from train.run_dir.checkpoint_names import step_of
+
+
+def same(left, right) -> bool:
+    return all(p.equal(right.trained()[name]) for name, p in left.trained().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("passes", "number"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_that_a_callback_ends_goes_on_as_if_it_had_not_been(step, passes, number, tmp_path):
+    """Also in the middle of a step, and after a validation."""
+    straight, kept, history = run(tmp_path / "straight", passes=passes)
+    directory = tmp_path / "attention_tuning" / "checkpoints"
+    with pytest.raises(NotFinished, match=f"attention_tuning ended at step {step} of {STEPS}, by a callback") as ended:
+        run(directory, passes=passes, faults=[StopAt(step, number)])
+    assert ended.value.status == 75 and step_of(usable_checkpoint(directory)) == step
+    training, keeper, after = run(directory, passes=passes)
+    assert after.validations == [s for s in history.validations if s > step] and keeper.best == kept.best
+    assert same(straight, training)
+
+
+@pytest.mark.slow
+def test_a_time_limit_holds_for_each_start(tmp_path):
+    straight, kept, _ = run(tmp_path / "straight")
+    for step in range(1, STEPS):
+        with pytest.raises(NotFinished, match=f"ended at step {step} of {STEPS}, by trainer.max_time"):
+            run(tmp_path / "limited", faults=[Timer({"microseconds": 1})])
+    training, keeper, _ = run(tmp_path / "limited", faults=[Timer({"microseconds": 1})])
+    assert keeper.best == kept.best and same(straight, training)
+
+
+class StopAfterValidation(Callback):
+    """As an early stopping that a user has written: by the figures of a validation."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.should_stop or float(trainer.callback_metrics["val/loss"]) > 0
+
+
+def test_a_callback_that_stops_by_a_figure_does_not_finish_a_stage(tmp_path):
+    with pytest.raises(NotFinished, match="use stage..*patience"):
+        run(tmp_path, faults=[StopAfterValidation()])
+
+
+class StopBefore(Callback):
+    """Ends the loop in a place where no step of this process has been made."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer, *_):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_start"])
+def test_a_run_that_makes_no_step_is_not_started_again(hook, tmp_path):
+    """Status 75 would put a job back into the queue, for ever."""
+    directory = tmp_path / "attention_tuning" / "checkpoints"
+    with pytest.raises(NotFinished):
+        run(directory, passes=2, faults=[StopAt(3)])
+    for _ in range(2):
+        ended = end_of(directory, StopBefore(hook))
+        assert ended.status == 1 and "No step was made since the start" in str(ended)
+        assert "ended at step 3" in str(ended) and step_of(usable_checkpoint(directory)) == 3
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_time_limit_below_one_step_is_an_error_once_and_not_a_circle(passes, tmp_path):
+    """The limit is looked at after each pass: half a step is none."""
+    directory = tmp_path / "attention_tuning" / "checkpoints"
+    ended = [end_of(directory, Timer({"microseconds": 1}), passes=passes) for _ in range(3)]
+    if passes == 1:
+        assert [e.status for e in ended] == [75] * 3 and "step 3" in str(ended[-1])
+    else:
+        assert {e.status for e in ended} == {1}
+        assert "step 0 of" in str(ended[-1]) and "more time than one step takes" in str(ended[-1])
+
+
+def end_of(directory, callback, passes=2) -> AgreedEnd:
+    with pytest.raises(AgreedEnd) as ended:
+        run(directory, passes=passes, faults=[callback])
+    return ended.value
+
+
+def test_only_the_first_rank_reports(capsys, monkeypatch):
+    for kind, status, said in ((NotFinished, 75, "why\n"), (Diverged, 1, "error: why\n")):
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            with pytest.raises(SystemExit) as left:
+                kind("why").leave()
+            assert left.value.code == (0 if rank == "1" else status)
+            assert capsys.readouterr().err == ("" if rank == "1" else said)
+
+
+@pytest.mark.slow
+def test_the_command_says_that_a_stage_is_not_finished_and_goes_on_until_it_is(tmp_path):
+    call = (*SHORT, "stages=[attention_tuning]", "stage.attention_tuning.steps=2", "name=short")
+    records = tmp_path / "checkpoints" / "short" / "records"
+    refused = command(*call, "+trainer.max_time=00:00:00:00", cwd=tmp_path)
+    assert refused.returncode == 1 and "error: trainer.max_time" in refused.stderr and not records.exists()
+    limit = "+trainer.max_time={_target_: datetime.timedelta, microseconds: 1}"
+    done = command(*call, limit, cwd=tmp_path)
+    assert done.returncode == 75 and not (records / "attention_tuning.done.json").exists()
+    assert [line for line in done.stderr.splitlines() if "not finished" in line and "same command goes on" in line]
+    assert "Traceback" not in done.stderr
+    done = command(*call, cwd=tmp_path)
+    assert done.returncode == 0 and (records / "attention_tuning.done.json").exists()

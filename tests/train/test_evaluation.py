@@ -1,0 +1,260 @@
+"""Evaluation: what is reported is what decoding did, and a changed output does not go unnoticed."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SHORT, TINY, random_draft, random_target
+from test_cost import flop_counter, sizes_of
+
+from data.config.compose import composed
+from data.errors import UserError
+from data.preprocess.chat_template import ChatEncoder
+from data.sources.readers import read_strictly
+from data.sources.records import questions
+from models.cost.flops import decoding_flops
+from models.decoding.flex import generate
+from models.decoding.forward_passes import Passes, prefill
+from models.decoding.generation_settings import text
+from models.decoding.reference import autoregressive_generate
+from models.decoding.sampling import GREEDY, Sampling
+from models.decoding.selection import OFF, Selection
+from models.draft import DraftModel
+from models.export.artifact_io import FLEXDRAFT_KEYS, RECOMMENDED, load_draft, recommended, without_recommendation
+from models.target import load_target
+from train import stages
+from train.context import Resources
+from train.evaluate.acceptance import (
+    BenchmarkReport,
+    Decoding,
+    Prompts,
+    Variant,
+    check_baseline,
+    compare,
+    first_differences,
+    histogram,
+    own_answers,
+    pooled,
+)
+from train.evaluate.report import _remarks
+from train.evaluate.run import evaluate_drafter
+from train.evaluate.throughput import ALONE, Speed, filled, recommendation
+from train.run_dir.state import read_json
+
+HOW = Decoding(max_new_tokens=24, sampling=GREEDY, selection=Selection(), batch_size=4)
+
+
+def short(*overrides: str):
+    return composed([*SHORT, "name=short", *overrides])
+
+
+@pytest.mark.slow
+def test_the_report_says_how_fast_and_in_which_mode(trained_run):
+    report = (trained_run / "evaluate" / "report.md").read_text(encoding="utf-8")
+    for words in ("95%", "Tokens/s by batch size", "Milliseconds of a verify step", "| off |", "recommended on CPU"):
+        assert words in report
+    speed = read_json(trained_run / "evaluate" / "report.json")["speed"]
+    assert [(s["decoder"], s["rows"]) for s in speed["by_rows"]] == [
+        (decoder, rows) for rows in (1, 2) for decoder in (ALONE, "sequential", "parallel")
+    ]
+    for s in speed["by_rows"]:
+        assert s["spread"][0] <= s["tokens_per_second"] <= s["spread"][1]
+        if s["decoder"] == ALONE:
+            assert s["tau"] == 1 and s["candidates"] == 1
+    by_mode = {s["decoder"]: s for s in speed["by_rows"] if s["rows"] == 1}
+    assert by_mode["sequential"]["tau"] == by_mode["parallel"]["tau"] > 1
+    assert by_mode["parallel"]["step_flops"] > by_mode["sequential"]["step_flops"] > by_mode[ALONE]["step_flops"]
+    for file in ("speed.png", "../acceptance_by_slot.png"):
+        assert (trained_run / "evaluate" / file).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_recommendation_is_in_the_artifact_and_leaves_it_loadable(trained_run, tiny_target):
+    config = json.loads((trained_run / "export" / "config.json").read_text())
+    speed = read_json(trained_run / "evaluate" / "report.json")["speed"]
+    for key in FLEXDRAFT_KEYS:
+        assert config[key][RECOMMENDED] == speed["recommended"]
+    assert RECOMMENDED not in json.dumps(without_recommendation(trained_run / "export"))
+    draft = load_draft(trained_run / "export", tiny_target)
+    generate(tiny_target, draft, [[5, 6, 7]], max_new_tokens=4, **recommended(trained_run / "export"))
+
+
+@pytest.mark.slow
+def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, tmp_path):
+    encoder = Resources(short()).encoder
+    talks = [
+        [{"role": "user", "content": text} for text in ("Tom has 3 apples. How many?", "And with 2 more?")],
+        [{"role": "user", "content": "Ann has 4 pens. How many?"}],
+    ]
+    prompts = own_answers(tiny_target, encoder, "talks", talks, HOW)
+    first, other, second = prompts.tokens
+    assert other == encoder.prompt(talks[1])
+    said = encoder.backend.decode(prompts.answers[0], skip_special_tokens=True)
+    assert second == encoder.prompt([talks[0][0], {"role": "assistant", "content": said}, talks[0][1]])
+    for prompt, answer in zip(prompts.tokens, prompts.answers, strict=True):
+        assert answer == autoregressive_generate(tiny_target, prompt, HOW.max_new_tokens)
+    sampled = replace(HOW, sampling=Sampling(1.0), batch_size=2)  # turns fall into other batches when compared
+    prompts = own_answers(tiny_target, encoder, "talks", talks, sampled)
+    untuned = DraftModel(tiny_target, num_layers=6, block_size=8, calibrator_rank=0)
+    assert compare(tiny_target, Variant(untuned, False), prompts, sampled, "talks").identical == 3
+
+
+def accept_everything(drafted, predicted):
+    return torch.full(drafted.shape[:-1], drafted.shape[-1])
+
+
+@pytest.mark.slow
+def test_a_changed_output_ends_the_stage(trained_run, tiny_target, tmp_path, monkeypatch):
+    """The gate is tried with an acceptance rule that is wrong on purpose."""
+    run_dir = tmp_path / "short"
+    shutil.copytree(trained_run, run_dir)
+    config = short(f"run_dir={run_dir}", "stage.evaluate.num_prompts=2", "stage.evaluate.speed.num_prompts=0")
+    config.stage.evaluate.variants = ["calibrated"]
+    stages.evaluate(config, run_dir / "evaluate", Resources(config))
+    monkeypatch.setattr("models.decoding.target_choice.accepted_drafts", accept_everything)
+    with pytest.raises(UserError, match=r"held_out: calibrated: prompt \d, token \d+, margin [\d.e-]+"):
+        stages.evaluate(config, run_dir / "evaluate", Resources(config))
+    found = read_json(run_dir / "evaluate" / "report.json")["benchmarks"]["held_out"]["variants"]["calibrated"]
+    assert found["identical"] < 2 and found["differences"]
+
+
+@pytest.mark.slow
+def test_a_wrong_baseline_ends_the_stage(trained_run, tmp_path, monkeypatch):
+    config = short(f"run_dir={trained_run}", "stage.evaluate.num_prompts=2", "stage.evaluate.speed.num_prompts=0")
+    config.stage.evaluate.variants = ["calibrated"]
+    right = stages.evaluate_drafter
+
+    def both_wrong_alike(*arguments, **more):
+        evaluation = right(*arguments, **more)
+        evaluation.wrong.append("held_out: prompt 0 of the target alone")
+        return evaluation
+
+    monkeypatch.setattr(stages, "evaluate_drafter", both_wrong_alike)
+    shutil.copytree(trained_run, tmp_path / "short")
+    with pytest.raises(UserError, match="prompt 0 of the target alone differs from transformers' own model"):
+        stages.evaluate(config, tmp_path / "short" / "evaluate", Resources(config))
+
+
+def test_differences_are_placed_and_measured():
+    target = random_target()
+    target.generation_config.eos_token_id = target.config.eos_token_id = None
+    prompt = [5, 6, 7]
+    own = autoregressive_generate(target, prompt, 8)
+    other = [*own[:3], (own[3] + 1) % 97, *own[4:]]
+    found = first_differences(target, Prompts([prompt] * 3, [own] * 3), [own, other, own[:5]])
+    assert [(d.prompt, d.token) for d in found] == [(1, 3), (2, 5)]
+    logits = target(input_ids=torch.tensor([prompt + own[:3]])).logits[0, -1]
+    best = logits.topk(2).values
+    assert found[0].margin == pytest.approx(float(best[0] - best[1]), abs=1e-5)
+
+
+def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny_tokenizer):
+    target = load_target(str(TINY / "target"))
+    target.generation_config.repetition_penalty = 1.3
+    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=2, setting="x")
+    how = replace(HOW, max_new_tokens=12)
+    variants = {"x": Variant(random_draft(target, num_layers=2), True)}
+    found = evaluate_drafter(
+        target, variants, {"b": talks}, ChatEncoder(tiny_tokenizer, {}), how, {"num_prompts": 0}, "t"
+    )
+    prompts = own_answers(target, ChatEncoder(tiny_tokenizer, {}), "b", talks, how)
+    for prompt, answer in zip(prompts.tokens, prompts.answers, strict=True):
+        ids = torch.tensor([prompt])
+        output = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert output[0, len(prompt) :].tolist() == answer
+    assert found.broken() is None and found.benchmarks["b"].variants["x"].identical == 2
+    assert found.as_dict()["generation_settings"] == {"repetition_penalty": 1.3}
+    assert any("generation_config is followed" in line and "repetition_penalty=1.3" in line for line in _remarks(found))
+    other = [*prompts.answers[0][:9], 5]  # a margin is one of scores, not of logits
+    at = first_differences(target, prompts, [other, prompts.answers[1]])[0]
+    scores = text(target, prompts.tokens[0], 12)
+    for token in prompts.answers[0][:9]:
+        scores.add(token)
+    logits = target(input_ids=torch.tensor([prompts.tokens[0] + prompts.answers[0][:9]])).logits[0, -1]
+    best, raw = scores.scores(logits).topk(2).values, logits.topk(2).values
+    assert at.margin == pytest.approx(float(best[0] - best[1]), abs=1e-5) != pytest.approx(float(raw[0] - raw[1]))
+
+
+@pytest.mark.slow
+def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, trained_run, tiny_tokenizer):
+    how = replace(HOW, sampling=Sampling(0.8, top_p=0.9))
+    encoder = ChatEncoder(tiny_tokenizer, {})
+    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=6, setting="x")
+    prompts = own_answers(tiny_target, encoder, "x", talks, how)
+    report = compare(tiny_target, Variant(load_draft(trained_run / "export", tiny_target), True), prompts, how, "x")
+    assert report.identical == 6 and report.tau > 1
+    alone = BenchmarkReport(6, 0, 10, {"x": report})
+    both = pooled([alone, alone])
+    assert both.prompts == 12 and both.variants["x"].verify_steps == 2 * report.verify_steps
+    assert both.variants["x"].tau == pytest.approx(report.tau)
+    assert sum(histogram(report.accepted).values()) == report.verify_steps
+
+
+@pytest.mark.parametrize("mode, blocks", [(ALONE, 0), ("sequential", 1), ("parallel", 5)])
+def test_flops_of_a_step_are_those_of_the_passes(mode, blocks):
+    target = random_target()
+    draft, prompt = random_draft(target), list(range(3, 43))
+    _, cache = prefill(target, [prompt], capacity=200, slots=5 * draft.block_size)
+    passes = Passes(target, draft, cache)
+    candidates, positions = torch.tensor([[5, 6, 7, 8, 9]]), torch.arange(40, 45)[None]
+    with flop_counter() as counter, torch.no_grad():
+        if mode == "parallel":
+            hidden = passes.verify_and_draft(candidates, positions, 45)[1][:, 0]
+        else:
+            passes.verify(candidates, positions, 45)
+        if mode == "sequential":
+            hidden = passes.draft_blocks(torch.tensor([[45]]), 45)[:, 0]
+        if blocks:
+            draft.logits(hidden[:, 1:], candidates[:, :1].expand(-1, 5))
+    sizes = sizes_of(target)
+    parts = decoding_flops(sizes, context=40, candidates=5, blocks=blocks)
+    # Attention computes all places; what the masks hide counts for nothing here: half of the candidates, and of the
+    # cache and the slots all but the block's own and what lies before the candidates.
+    slots = blocks * sizes.block_size
+    hidden_pairs = sizes.layers * 5 * 2.5 + sizes.draft_layers * slots * (5 + slots - sizes.block_size)
+    computed = sum(parts.values()) + hidden_pairs * 4 * sizes.queries
+    assert computed == pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert (parts["redundant blocks"] > 0) == (mode == "parallel")
+
+
+def test_a_target_whose_logits_are_other_than_ours_is_found(tiny_target, monkeypatch):
+    prompts = Prompts([[5, 6, 7]], [autoregressive_generate(tiny_target, [5, 6, 7], 4)])
+    how = replace(HOW, max_new_tokens=4)
+    assert check_baseline(tiny_target, "x", prompts, how) == []
+    scaled = lambda *a, **k: (2 * prefill(*a, **k)[0], None)  # noqa: E731  as architectures do that scale their logits
+    monkeypatch.setattr("models.decoding.forward_passes.prefill", scaled)
+    assert "logits, by 100.0% of the greatest" in check_baseline(tiny_target, "x", prompts, how)[0]
+
+
+def speed(decoder: str, rows: int, rate: float, threshold: float | None = 0.01, spread: float = 0.1) -> Speed:
+    return Speed(decoder, rows, threshold, 2.0, rate, (rate - spread, rate + spread), 1.0, {}, None, 3.0)
+
+
+def test_the_recommendation_follows_the_measurements():
+    by_rows = [
+        *(speed(ALONE, rows, 10 * rows, None) for rows in (1, 2, 4)),
+        *(speed("sequential", rows, rate) for rows, rate in ((1, 11), (2, 22), (4, 41))),
+        *(speed("parallel", rows, rate) for rows, rate in ((1, 12), (2, 19), (4, 20))),
+    ]
+    tries = [speed("parallel", 1, 12, 0.01, spread=1), speed("parallel", 1, 12.5, 0.1), speed("parallel", 1, 9, None)]
+    cpu = torch.device("cpu")
+    found = recommendation(by_rows, tries, Selection(), cpu)
+    assert found["parallel_rows"] == 1 and found["worth_it"] == [1, 2, 4] and found["device"].startswith("CPU")
+    assert (found["selection"], found["threshold"]) == ("cumulative_product", 0.01)  # 12.5 is within chance
+    faster = recommendation(by_rows, [*tries, speed("parallel", 1, 14, None)], Selection(), cpu)
+    assert faster["selection"] == "off"
+    assert recommendation(by_rows, [], OFF, cpu)["selection"] == "off"
+    once = [speed("parallel", 1, 12, 0.01, spread=0), speed("parallel", 1, 13, 0.3, spread=0)]
+    assert recommendation(by_rows, once, Selection(), cpu)["threshold"] == 0.01
+    chance = [speed("parallel", 1, 12, 0.01), speed("parallel", 1, 12.1, 0.3)]
+    assert recommendation(by_rows, chance, Selection(), cpu)["threshold"] == 0.01
+    never_off = [speed("parallel", 1, 12, None), speed("parallel", 1, 12.1, 0.3)]
+    assert recommendation(by_rows, never_off, Selection(threshold=0.0), cpu)["selection"] == "off"
+
+
+def test_groups_are_full_and_hold_every_prompt():
+    prompts = [[i] for i in range(5)]
+    assert filled(prompts, 2) == [[[0], [1]], [[2], [3]], [[4], [0]]]
+    assert filled(prompts[:1], 3) == [[[0], [0], [0]]]

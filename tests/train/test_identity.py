@@ -1,0 +1,72 @@
+"""Every setting is either part of what a run directory stands for, or changes no outcome; both by name."""
+
+import pytest
+from omegaconf import OmegaConf
+from test_configs import composed
+
+from train.resume.identity import CHANGES, WITHOUT_EFFECT, counts, differences, rule
+from train.settings.checks import STAGES
+
+# Groups whose keys are the user's, or another command's.
+FREE = ("benchmarks", "logger", "hydra", "regenerate", "hardware", "data.template_kwargs", "data.path")
+FREE += ("model.target.architecture", "trainer.strategy", "adapter", "objective")
+CHOICES = [[], ["adapter=lora"], ["model=stand_in"], ["+recipe=beyond"], ["trainer=zero3"], ["objective=mixture"]]
+
+
+def leaves(tree, path=""):
+    if not isinstance(tree, dict) or not tree or path in FREE:
+        return [path]
+    return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_every_setting_is_classified_by_its_own_name(choice):
+    config = OmegaConf.to_container(composed("+experiment=tiny", *choice), resolve=False)
+    named = CHANGES.keys() | WITHOUT_EFFECT.keys()
+    groups = ("stage.attention_tuning.module.objective", "stage.bonus_calibration.module.objective")
+    groups += ("callbacks.progress", *FREE)
+    for setting in leaves(config):
+        known = setting in named or setting.startswith(groups) and rule(setting) is not None
+        assert known, f"{setting}: say in train.resume.identity which stages' outcome it changes, or why none"
+
+
+def test_no_setting_is_named_twice_or_is_gone():
+    assert not CHANGES.keys() & WITHOUT_EFFECT.keys()
+    there = leaves(OmegaConf.to_container(composed("+experiment=tiny", "adapter=lora"), resolve=False))
+    gone = [
+        name
+        for name in CHANGES.keys() | WITHOUT_EFFECT.keys()
+        if not any(f"{t}.".startswith(f"{name}.") for t in there)
+    ]
+    lightnings = [name for name in gone if name.startswith("trainer.")]  # a user may add these
+    assert set(gone) - set(lightnings) == {"hydra", "stage.attention_tuning.module.joint"}
+
+
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_cures_for_too_little_memory_never_count(stage):
+    old = {"stage": {"module": {"chunk": 1}, "decode": {"batch_size": 1}, "rows_per_pass": 1}, "inputs": {"target": {}}}
+    new = {"stage": {"module": {"chunk": 2}, "decode": {"batch_size": 2}, "rows_per_pass": 2}, "inputs": {"target": {}}}
+    assert differences(old, new, stage) == []
+    new["stage"]["decode"]["prompts"] = 4
+    assert differences(old, new, stage) == ["stage.decode.prompts: None -> 4"]
+
+
+def test_a_setting_that_nobody_has_classified_counts():
+    assert counts("stage.brand_new", "export") and counts("trainer.limit_val_batches", "attention_tuning")
+    assert not counts("stage.batch_size", "evaluate") and counts("stage.num_prompts", "evaluate")
+
+
+def test_an_earlier_versions_record_is_compared_in_what_it_holds():
+    sha, other = "a" * 64, "b" * 64
+    target = {"config.json": sha, "chat_template.jinja": other}
+    new = {"model": {"target": {"name": "/new/place"}}, "inputs": {"target": target, "data": [["x", 1]]}}
+    old = {"model": {"target": {"name": "/old/target"}}}
+    old |= {"inputs": {"target/config.json": sha, "target/notes.json": other, "data": [["x", 1]]}}
+    assert differences(old, new, "attention_tuning") == []
+    old["inputs"]["target/config.json"] = other
+    assert differences(old, new, "attention_tuning") == [f"inputs.target.config.json: {'b' * 12} -> {'a' * 12}"]
+    hub = {"model": {"target": {"name": "owner/a", "revision": None}}, "inputs": {"data": [["x", 1]]}}
+    now = {"model": {"target": {"name": "owner/b"}}, "inputs": {"target": {"repository": "owner/b", "commit": "1"}}}
+    now["inputs"]["data"] = [["x", 1]]
+    assert differences(hub, now, "attention_tuning") == ["inputs.target.repository: owner/a -> owner/b"]

@@ -1,0 +1,105 @@
+"""Blocks without a label teach nothing: few of them are a warning, none of them an error."""
+
+import pytest
+import torch
+from test_checkpoints import STEPS, run
+from test_configs import composed
+
+from train.endings.agreed import AgreedEnd
+from train.endings.labels import LOW, LabelledBlocks
+from train.endings.preemption import set_training
+from train.loop import modules
+from train.loop.fit import build_trainer
+from train.loop.modules import AttentionTuning, BonusCalibration
+
+
+@pytest.fixture
+def target_says(monkeypatch):
+    """What the target predicts at the anchors: the text's own token in this share of the blocks, else token 1."""
+
+    def says(share):
+        def bonus(target, hidden, anchors):
+            number = torch.arange(anchors.shape[1])
+            agrees = ((number + 1) * share).floor() > (number * share).floor()
+            return torch.where(agrees, says.batch.input_ids.gather(1, anchors), 1)
+
+        monkeypatch.setattr(modules, "bonus_tokens", bonus)
+
+    features = BonusCalibration.features
+
+    def remembered(self, batch):
+        says.batch = batch
+        return features(self, batch)
+
+    monkeypatch.setattr(BonusCalibration, "features", remembered)
+    return says
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_stage_whose_target_never_says_the_text_is_an_error_with_a_way_out(passes, target_says, tmp_path):
+    target_says(0.0)
+    with pytest.raises(AgreedEnd, match=f"none of the [0-9,]+ blocks of {STEPS} steps.*data.regenerate") as ended:
+        run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks()], passes=passes)
+    assert ended.value.status == 1 and not list(tmp_path.glob("best-*"))
+
+
+def test_a_target_of_random_weights_says_it_and_goes_on(target_says, tmp_path, capsys):
+    """With one, a command is tried out: no label is what can be expected."""
+    target_says(0.0)
+    run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks(needed=False)])
+    assert "warning: 0.0% of the blocks have a label" in capsys.readouterr().out
+    for choice, needed in (("model=tiny", True), ("model=stand_in", False)):
+        made = build_trainer(composed("+experiment=tiny", choice), "bonus_calibration", tmp_path / choice).callbacks
+        assert [c.needed for c in made if isinstance(c, LabelledBlocks)] == [needed]
+
+
+def test_a_long_stage_does_not_wait_for_its_end(target_says, tmp_path, monkeypatch):
+    target_says(0.0)
+    monkeypatch.setattr("train.endings.labels.LOOK", 3)
+    with pytest.raises(AgreedEnd, match="Step 3: none of the"):
+        run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks()])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 1.0])
+def test_a_low_share_is_a_warning_with_its_number(share, target_says, tmp_path, capsys):
+    target_says(share)
+    counted = LabelledBlocks()
+    run(tmp_path, stage=BonusCalibration, faults=[counted])
+    assert counted.labelled / counted.blocks == pytest.approx(share, abs=0.1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == (share < LOW)
+    assert all(f"{counted.labelled / counted.blocks:.1%} of the blocks" in s and "data.regenerate" in s for s in lines)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 4), (1.0, 0)])
+def test_a_figure_that_no_block_of_the_validation_gives_is_missed(share, count, target_says, tmp_path, capsys):
+    target_says(share)
+    _, kept, history = run(tmp_path, stage=BonusCalibration)
+    lines = [s for s in capsys.readouterr().out.splitlines() if "val/tau_estimate was not measured" in s]
+    assert len(lines) == count and bool(kept.best) == (not count) and len(history.validations) == 4
+
+
+def test_attention_tuning_learns_from_all_blocks(tmp_path, capsys):
+    counted = LabelledBlocks()
+    run(tmp_path, stage=AttentionTuning, faults=[counted])
+    assert 0 < counted.labelled == counted.blocks and counted.steps == STEPS
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_count_goes_on_after_a_stop(target_says, tmp_path, monkeypatch):
+    """Else the few steps after a restart might be an error by chance."""
+    target_says(0.05)
+    straight, resumed = LabelledBlocks(), LabelledBlocks()
+    run(tmp_path / "straight", stage=BonusCalibration, faults=[straight])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        run(tmp_path / "stopped", stage=BonusCalibration, faults=[LabelledBlocks()], stop_at=5, monkeypatch=patch)
+    set_training(False)
+    run(tmp_path / "stopped", stage=BonusCalibration, faults=[resumed])
+    assert straight.state_dict() == resumed.state_dict() and straight.steps == STEPS
+
+
+@pytest.mark.parametrize("stage", ["attention_tuning", "bonus_calibration"])
+def test_every_stage_counts_its_labelled_blocks(stage, tmp_path):
+    callbacks = build_trainer(composed("+experiment=tiny"), stage, tmp_path / stage).callbacks
+    kinds = [type(callback).__name__ for callback in callbacks]
+    assert kinds.index("LabelledBlocks") < kinds.index("Checkpoints")  # its count is in the checkpoint of its step

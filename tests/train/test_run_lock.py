@@ -1,0 +1,156 @@
+"""One writer for each run directory, and nobody else is kept waiting for a dead one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+from conftest import ROOT
+from test_progress import config, finished
+
+from data.errors import UserError
+from train.pipeline import _drop_left_over
+from train.run_dir import lock as run_lock
+from train.run_dir.lock import FILE, RunLock
+
+HOLD = "import sys, time; from pathlib import Path; from train.run_dir.lock import RunLock\n"
+HOLD += "lock = RunLock(Path(sys.argv[1])); lock.acquire()\n"
+CHILD = "import os\nif os.fork() == 0:\n    time.sleep(60)\n"
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Starts processes that hold the lock of `tmp_path`; they end with the test."""
+    started = []
+
+    def start(more: str = "") -> subprocess.Popen:
+        call = [sys.executable, "-c", f"{HOLD}{more}print('held', flush=True); time.sleep(60)", str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        started.append(
+            subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        )
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def written(directory, **changes):
+    """A writer's file as another process has left it."""
+    who = {"host": "elsewhere", "boot": "1", "pid": 7, "started": "1/1", "since": "then", "job": None}
+    (directory / FILE).write_text(json.dumps(who | changes))
+
+
+def test_the_second_is_told_who_writes_and_since_when(tmp_path, holder):
+    first = holder()
+    with pytest.raises(UserError, match=f"process {first.pid} on {run_lock._host()}, since 20.* UTC"):
+        RunLock(tmp_path).acquire()
+    assert (tmp_path / FILE).exists()  # a refusal takes nothing away
+
+
+@pytest.mark.parametrize("more", ["", CHILD], ids=["alone", "with a child that lives on"])
+def test_after_kill_9_the_same_command_just_works(tmp_path, holder, more):
+    first = holder(more)
+    first.kill()
+    first.wait()
+    begun = time.monotonic()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert time.monotonic() - begun < 5
+    lock.release()
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_writer_on_another_node_counts_as_long_as_it_gives_signs_of_life(tmp_path):
+    written(tmp_path)
+    with pytest.raises(UserError, match=r"process 7 on elsewhere, since then.*sign of life was \d+ s ago.*rm "):
+        RunLock(tmp_path).acquire()
+    silent = time.time() - run_lock.SILENT - 5
+    os.utime(tmp_path / FILE, (silent, silent))
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_a_requeued_job_takes_the_lock_of_its_dead_node_at_once(tmp_path, monkeypatch):
+    written(tmp_path, job={"id": "42", "restart": 0})
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    with pytest.raises(UserError, match="SLURM job 42"):
+        RunLock(tmp_path).acquire()
+    with pytest.raises(UserError, match="SLURM job 42"):
+        RunLock(tmp_path).refuse_other_jobs()
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    RunLock(tmp_path).refuse_other_jobs()  # another rank of the same job
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_where_the_file_system_knows_no_locks_the_process_is_looked_up(tmp_path, monkeypatch, holder):
+    def unknown(descriptor, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", unknown)
+    first = holder()
+    with pytest.raises(UserError, match=f"process {first.pid} on"):
+        RunLock(tmp_path).acquire()
+    first.kill()
+    first.wait()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_an_empty_or_cut_file_of_a_dead_writer_stops_nobody(tmp_path):
+    (tmp_path / FILE).write_text('{"host": "else')
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_checkpoints_beside_a_finished_stage_are_another_writers(tmp_path, holder, capsys):
+    """Who does the stage again may have written them since this process has found the stage finished."""
+    made, _ = finished(tmp_path)
+    checkpoints = tmp_path / "attention_tuning" / "checkpoints"
+    checkpoints.mkdir()
+    first, lock = holder(), RunLock(tmp_path)
+    _drop_left_over(config(), "attention_tuning", made, lock)
+    assert checkpoints.exists() and f"process {first.pid} on" in capsys.readouterr().out
+    first.kill()
+    first.wait()
+    made.done.rename(tmp_path / "aside")  # it was begun again in the meantime
+    made.begin(anew=True)
+    (tmp_path / "attention_tuning" / "draft.safetensors").unlink()
+    _drop_left_over(config(), "attention_tuning", made, lock)
+    assert checkpoints.exists()
+    (tmp_path / "attention_tuning" / "draft.safetensors").write_bytes(b"result")
+    (tmp_path / "aside").rename(made.done)
+    _drop_left_over(config(), "attention_tuning", made, lock)
+    assert not checkpoints.exists()
+    lock.release()
+
+
+def test_a_lock_that_was_refused_once_gives_signs_of_life_when_it_is_held(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.01)
+    first, lock = holder(), RunLock(tmp_path)
+    with pytest.raises(UserError):
+        lock.acquire()
+    first.kill()
+    first.wait()
+    lock.acquire()
+    os.utime(tmp_path / FILE, (0, 0))
+    deadline = time.monotonic() + 10
+    while not (alive := (tmp_path / FILE).stat().st_mtime > 0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lock.release()
+    assert alive

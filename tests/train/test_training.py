@@ -1,0 +1,212 @@
+"""Training through Lightning: what is frozen, what is trained, where a killed run goes on."""
+
+import hashlib
+from itertools import product
+
+import lightning
+import pytest
+import torch
+from conftest import random_documents, random_target
+
+from data.batch import IGNORE
+from data.preprocess.packing import pack_documents
+from models.draft import UNKNOWN, DraftModel, start_from_head
+from models.loss.objectives import Objective
+from train.loop.batches import TrainingBatches, ValidationBatches
+from train.loop.datamodule import DraftData
+from train.loop.modules import AttentionTuning, BonusCalibration, previous_tokens
+
+SETTINGS = {
+    "objective": Objective(),
+    "slot0_loss": False,
+    "chunk": 64,
+    "learning_rate": 1e-2,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "warmup_share": 0.1,
+    "final_lr_share": 0.0,
+    "steps": 6,
+    "told_share": 0.5,
+}
+
+
+def hashes(model) -> dict[str, str]:
+    return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in model.state_dict().items()}
+
+
+def rows(count: int = 40):
+    return pack_documents(random_documents(count, seed=1), 64, pad_id=0)
+
+
+def data(steps: int = 6) -> DraftData:
+    # Many blocks: the calibrator learns only where the target would have said the token, one in a hundred here.
+    return DraftData(rows(), rows(10), steps=steps, rows_per_step=4, num_anchors=40, block_size=6, seed=0)
+
+
+def trainer(tmp_path, steps: int, **kwargs) -> lightning.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": -1,
+        "max_steps": steps,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "default_root_dir": tmp_path,
+        "gradient_clip_val": 1.0,
+    }
+    return lightning.Trainer(**(defaults | kwargs))
+
+
+def module(stage, target, beyond: bool = False) -> AttentionTuning | BonusCalibration:
+    """A stage; `beyond` the paper, with a bonus slot, a chain, and all of it trained in stage 2."""
+    torch.manual_seed(0)
+    calibrates = stage is BonusCalibration
+    ranks = {"calibrator_rank": 8 * calibrates, "chain_rank": 4 * (calibrates and beyond)}
+    draft = DraftModel(target, num_layers=3, block_size=6, bonus_slot=beyond, **ranks)
+    return stage(target, draft, **SETTINGS, **({"joint": beyond} if calibrates else {}))
+
+
+STAGES = pytest.mark.parametrize(
+    ("stage", "beyond"), list(product([AttentionTuning, BonusCalibration], [False, True])), ids=str
+)
+
+
+@STAGES
+def test_only_the_intended_parameters_are_trained(stage, beyond, tmp_path):
+    target = random_target()
+    text = torch.randint(3, 97, (2, 30))
+    before, logits = hashes(target), target(text).logits
+    training = module(stage, target, beyond)
+    start = {name: p.detach().clone() for name, p in training.draft.own_parameters().items()}
+    trainer(tmp_path, 6).fit(training, data())
+
+    assert hashes(target) == before
+    assert torch.equal(target(text).logits, logits)  # the draft is loaded, the target does not notice
+    own = training.draft.own_parameters()
+    trained = training.trained()
+    calibrates = stage is BonusCalibration
+    assert trained.keys() == {n for n in own if beyond or n.startswith("anchor_bias_mlp") == calibrates}
+    for name, parameter in own.items():
+        assert (not torch.equal(parameter, start[name])) == (name in trained), name
+    with_gradient = {id(p) for p in training.parameters() if p.requires_grad}
+    assert with_gradient == {id(p) for p in trained.values()}
+    assert training.features(data_batch(target)).hidden.requires_grad == (beyond or not calibrates)
+
+
+def data_batch(target, num_anchors: int = 4):
+    batches = TrainingBatches(rows(), steps=1, rows_per_step=2, num_anchors=num_anchors, block_size=6, seed=0)
+    return batches.batch(0)
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_every_projector_and_every_input_of_slots_gets_a_gradient(beyond):
+    target = random_target()
+    training = module(AttentionTuning, target, beyond)
+    training.features(data_batch(target)).hidden.pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in training.trained().values())
+    assert all(p.grad is None for p in target.parameters())
+
+
+@pytest.mark.parametrize(("stage", "passes"), [(AttentionTuning, 1), (AttentionTuning, 4), (BonusCalibration, 2)])
+def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, passes, tmp_path):
+    """By plain descent without clipping: AdamW would hide a factor, and so would a clipped norm. Stage 2 with all of
+    the drafter in training: its loss is computed in pieces."""
+    training, rows = module(stage, random_target(), beyond=stage is BonusCalibration), data(1)
+    start_from_head(training.draft)
+    rows.rows_per_pass = 4 // passes
+    batches = TrainingBatches(rows.training, steps=1, rows_per_step=4, num_anchors=40, block_size=6, seed=0)
+    total, weight, _, _ = training.loss(batches.batch(0))
+    names, parameters = zip(*training.trained().items(), strict=True)
+    gradients = torch.autograd.grad(total / weight, parameters)
+    start = [p.detach().clone() for p in parameters]
+    training.configure_optimizers = lambda: torch.optim.SGD(parameters, lr=1.0)
+    trainer(tmp_path, 1, accumulate_grad_batches=passes, gradient_clip_val=None).fit(training, rows)
+    for name, before, after, gradient in zip(names, start, parameters, gradients, strict=True):
+        assert torch.allclose(before - after, gradient, rtol=1e-3, atol=1e-6), name
+
+
+def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decoding_could_meet():
+    target = random_target()
+    training = module(BonusCalibration, target, beyond=True)
+    batch = data_batch(target)
+    found = training.features(batch)
+    known = found.bonus[..., None].expand(found.labels.shape)
+    plain = training.draft.logits(found.hidden)
+    assert torch.equal(training.draft.logits(found.hidden, known, found.previous), plain)
+    start_from_head(training.draft)
+    assert torch.equal(training.draft.logits(found.hidden, known, found.previous), plain)
+    said_otherwise = found.bonus != batch.input_ids.gather(1, batch.anchors)
+    assert said_otherwise.any() and (found.labels[said_otherwise] == IGNORE).all()
+
+
+def test_blocks_that_are_told_their_bonus_know_the_token_before_each_slot_and_no_other():
+    torch.manual_seed(0)
+    labels, bonus = torch.randint(3, 97, (2, 7, 6)), torch.randint(3, 97, (2, 7))
+    for a in range(7):
+        labels[:, a, a:] = IGNORE  # where the answer ends
+    bonus[:, ::3] = UNKNOWN
+    before = previous_tokens(labels, bonus)
+    for r, a, j in product(range(2), range(7), range(6)):
+        known = bonus[r, a] != UNKNOWN and j > 0 and (j == 1 or labels[r, a, j - 1] != IGNORE)
+        assert before[r, a, j] == ((bonus[r, a] if j == 1 else labels[r, a, j - 1]) if known else UNKNOWN)
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_the_share_of_blocks_that_are_told_their_bonus(share, told):
+    training = module(AttentionTuning, random_target(), beyond=True)
+    training.told_share = share
+    assert (training.told(torch.zeros(3, 8, dtype=torch.long)) != UNKNOWN).sum(1).tolist() == [told] * 3
+
+
+@pytest.mark.slow(but="AttentionTuning'>-True")
+@STAGES
+def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_path):
+    straight = module(stage, random_target(), beyond)
+    trainer(tmp_path, 6).fit(straight, data())
+
+    first = module(stage, random_target(), beyond)
+    half = trainer(tmp_path, 3)
+    half.fit(first, data())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == set(first.trained())  # never the target
+
+    second = module(stage, random_target(), beyond)
+    trainer(tmp_path, 6).fit(second, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    for name, parameter in straight.trained().items():
+        assert torch.equal(parameter, second.trained()[name]), name
+
+
+def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
+    common = {"steps": 9, "rows_per_step": 4, "num_anchors": 5, "block_size": 6, "seed": 3}
+    packed = rows()
+    alone = TrainingBatches(packed, **common)
+    pair = [TrainingBatches(packed, **common, rank=r, world_size=2) for r in range(2)]
+    for step in (0, 4, 8):  # past the end of the first epoch, too
+        whole, parts = alone.batch(step), [p.batch(step) for p in pair]
+        assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
+        assert torch.equal(whole.anchors, torch.cat([p.anchors for p in parts]))
+    with pytest.raises(ValueError, match="not divisible by 3 ranks"):
+        TrainingBatches(packed, **common, rank=0, world_size=3)
+
+
+def test_validation_covers_every_row_once_and_keeps_the_ranks_in_step():
+    packed = list(rows())[:7]
+    common = {"rows_per_batch": 2, "num_anchors": 5, "block_size": 6}
+    alone = list(ValidationBatches(packed, **common))
+    pair = [list(ValidationBatches(packed, **common, rank=r, world_size=2)) for r in range(2)]
+    assert [b.labels.shape for b in pair[0]] == [b.labels.shape for b in pair[1]]
+    together = torch.cat([b.labels for b in pair[0] + pair[1]])
+    assert torch.equal(together[:7], torch.cat([b.labels for b in alone])) and (together[7:] == -100).all()
+
+
+def test_each_epoch_sees_every_row_once_in_a_new_order():
+    packed = rows()
+    batches = TrainingBatches(packed, steps=10**6, rows_per_step=1, num_anchors=2, block_size=6, seed=0)
+    orders = [[batches._row_at(epoch * len(packed) + i) for i in range(len(packed))] for epoch in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(packed)))
+    assert orders[0] != orders[1]
