@@ -22,8 +22,8 @@ from rich.table import Table
 
 from data.config.compose import composed
 from models.cost.sizes import Sizes
+from train.names import TRAINED
 from train.plan.estimate import estimate, machine_of, target_sizes
-from train.settings.checks import TRAINED
 
 MB = 10**6
 STEPS = 3  # from the second on, there are moments of the optimizer and gradients of the step before

@@ -26,13 +26,12 @@ from transformers.models.qwen3.modeling_qwen3 import rotate_half
 from data.batch import Batch
 from data.config.compose import check_settings, composed
 from data.errors import UserError
-from models.acceptance import mean_acceptance_length
+from models.acceptance import mean_acceptance_length, tau_interval
 from models.attention.layers import through_layers
 from models.attention.packed import KeysValues, Mask, View, blocks_mask
 from models.decoding.generation_settings import followed_settings, stop_tokens
 from models.families import position_embeddings
 from models.hf_cache import crop, forward_cached
-from models.intervals import tau_interval
 from models.loss.block_loss import block_loss
 from models.loss.objectives import Objective
 from models.target import target_pass
@@ -41,8 +40,8 @@ from train.evaluate.acceptance import own_answers
 from train.evaluate.run import decoding_settings
 from train.loop.batches import TrainingBatches
 from train.loop.modules import lr_share
+from train.names import TRAINED
 from train.run_dir.state import write_json
-from train.settings.checks import TRAINED
 from train.settings.derived import device
 
 FEATURES = 3  # layers of the target whose outputs are fused

@@ -21,8 +21,9 @@ from models.families import check_architecture, check_trainable, text_positions
 from models.target import load_config, load_target
 from train.evaluate.run import decoding_settings
 from train.loop.validation_decoding import live_decoding
+from train.names import TRAINED
 from train.run_dir.target_files import hashes, in_directory, on_hub, target_files, tokenizer_files
-from train.settings.checks import TRAINED, check_path, check_sizes, check_target
+from train.settings.checks import check_path, check_sizes, check_target
 from train.terminal import say
 
 

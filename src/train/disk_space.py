@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 from data.errors import UserError
 from models.cost.sizes import Sizes
 from train.context import Resources
+from train.names import TRAINED
 from train.plan.estimate import disk_parts, draft_shape
 from train.run_dir.disk import check_access, check_no_link, free_bytes, size, used_bytes
-from train.settings.checks import TRAINED
 
 ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
 # Stage -> the directories of the run that it deletes at its end, to put its result in their place.

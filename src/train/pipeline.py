@@ -17,6 +17,7 @@ from train.endings.preemption import set_training
 from train.evaluate.plots import plot_losses
 from train.evaluate.throughput import device_name
 from train.loop.loggers import check_loggers
+from train.names import STAGES, TRAINED
 from train.publish.model_card import is_outdated, write_card
 from train.publish.upload import check_access, destination, of_target, push
 from train.resume.identity import check_inputs, settings_of
@@ -25,7 +26,6 @@ from train.run_dir.disk import DiskError, as_user_error, check_no_link, remove_t
 from train.run_dir.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_export, finished_weights
 from train.run_dir.lock import RunLock
 from train.run_dir.state import StageRecord, read_record
-from train.settings.checks import STAGES, TRAINED
 from train.settings.derived import check_device, device
 from train.terminal import say
 

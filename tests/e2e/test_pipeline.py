@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.export.artifact_io import load_draft
-from train.settings.checks import VARIANTS
+from train.names import VARIANTS
 
 EXPORTED = "export/model.safetensors"
 

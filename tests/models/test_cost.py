@@ -24,9 +24,10 @@ from models.draft import DraftModel
 from models.loss.objectives import Objective
 from models.target import load_target
 from train.loop.modules import AttentionTuning, BonusCalibration
+from train.names import TRAINED
 from train.plan.estimate import estimate, machine_of, target_sizes
 from train.plan.report import apply, plan, refusal
-from train.settings.checks import TRAINED, check_sizes
+from train.settings.checks import check_sizes
 
 REAL = ("qwen3_1_7b", "qwen3_4b", "qwen3_8b", "qwen3_14b", "qwen3_32b", "qwen3_30b_a3b", "llama3_1_8b")
 ATEN = torch.ops.aten

@@ -4,8 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 from test_configs import composed
 
+from train.names import STAGES
 from train.resume.identity import CHANGES, WITHOUT_EFFECT, counts, differences, rule
-from train.settings.checks import STAGES
 
 # Groups whose keys are the user's, or another command's.
 FREE = ("benchmarks", "logger", "hydra", "regenerate", "hardware", "data.template_kwargs", "data.path")

@@ -15,12 +15,11 @@ from test_training import data, module, rows, trainer
 from data.errors import UserError
 from data.preprocess.chat_template import Document
 from data.preprocess.packing import pack_documents
-from models.acceptance import acceptance_by_slot, mean_acceptance_length
+from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import generate
 from models.decoding.selection import OFF
 from models.draft import DraftModel
 from models.export.artifact_io import export_draft, load_draft
-from models.intervals import tau_interval
 from train.checkpoint import checkpoints
 from train.checkpoint.checkpoints import CheckpointFiles, Checkpoints, usable_checkpoint
 from train.checkpoint.rng_state import random_state

@@ -15,6 +15,7 @@ from data.config.compose import FREE_FORM, NULLABLE, composed
 from data.config.ranges import LISTS, RANGES
 from data.errors import UserError
 from models.decoding.selection import RULES
+from train import names
 from train.plan.estimate import machine_of
 from train.settings import checks
 from train.settings.derived import accelerator, arithmetic, device, device_count, devices
@@ -63,7 +64,7 @@ def test_every_number_in_conf_has_a_range_and_every_null_a_type():
     assert lists == LISTS.keys()
     nulls = {key for key, value in everything.items() if value is None}
     assert {key for key in nulls if not free(key)} <= NULLABLE.keys() <= everything.keys()
-    assert checks.SELECTIONS == RULES
+    assert names.SELECTIONS == RULES
 
 
 def with_value(config, key, value):

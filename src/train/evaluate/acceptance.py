@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.records import Messages
-from models.acceptance import acceptance_by_slot, mean_acceptance_length
+from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import GenerationResult, generate
 from models.decoding.forward_passes import difference_from_forward
 from models.decoding.generation_settings import text
@@ -19,7 +19,6 @@ from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
 from models.draft import DraftModel
 from models.families import text_positions
-from models.intervals import tau_interval
 
 
 @dataclass(frozen=True)

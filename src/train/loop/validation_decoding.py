@@ -16,13 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
 from data.preprocess.packing import PackedRows
-from models.acceptance import acceptance_by_slot, mean_acceptance_length
+from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import generate
 from models.decoding.selection import OFF
 from models.draft import DraftModel
-from models.intervals import tau_interval
 from models.lora import LoraDraft
-from train.settings.checks import FIGURE
+from train.names import FIGURE
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -17,7 +17,8 @@ from models.cost.flops import step_flops
 from models.cost.hardware import GIB, GPUS, peak_flops
 from models.cost.memory import FLOAT32, decoding_memory, peak, step_memory
 from models.cost.sizes import FAMILIES, Sizes
-from train.settings.checks import TRAINED, check_path, check_ranks
+from train.names import TRAINED
+from train.settings.checks import check_path, check_ranks
 from train.settings.derived import accelerator, arithmetic, device_count, passes_per_step
 
 # Assumed, not measured. What CUDA, its libraries and communication take of a GPU; and what Python and the libraries

@@ -14,6 +14,7 @@ from data.terminal import terminal
 from models.cost.hardware import GIB, GPUS
 from models.cost.memory import FLOAT32, PARTS
 from models.cost.sizes import ATTENTION_TUNING, Sizes
+from train.names import TRAINED
 from train.plan.estimate import (
     DTYPE_BYTES,
     LIBRARIES,
@@ -24,7 +25,6 @@ from train.plan.estimate import (
     machine_of,
     target_sizes,
 )
-from train.settings.checks import TRAINED
 
 GB = 10**9
 

@@ -14,8 +14,8 @@ from data.errors import UserError
 from models.artifact import CARD, extras
 from models.export.artifact_io import without_recommendation
 from models.export.fingerprint import KEY as FINGERPRINT
+from train.names import TRAINED, VARIANTS
 from train.run_dir.state import file_sha256, publish, read_json, read_record
-from train.settings.checks import TRAINED, VARIANTS
 
 TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
 PLOT = "acceptance_by_slot.png"

@@ -15,10 +15,10 @@ from data.sources.benchmarks import benchmark_fingerprint
 from data.sources.readers import fingerprint
 from models.export.artifact_io import without_recommendation
 from train.context import Resources
+from train.names import STAGES, TRAINED
 from train.run_dir.drafter_file import WEIGHTS, finished_weights, target_then
 from train.run_dir.state import check_written, file_sha256
 from train.run_dir.target_files import comparable, short
-from train.settings.checks import STAGES, TRAINED
 from train.settings.derived import accelerator, arithmetic
 
 TUNING, CALIBRATION, EXPORT, EVALUATE = STAGES

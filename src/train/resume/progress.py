@@ -7,11 +7,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data.errors import UserError
+from train.names import STAGES, TRAINED
 from train.resume.identity import differences
 from train.run_dir.checkpoint_names import checkpoints_in
 from train.run_dir.drafter_file import WEIGHTS
 from train.run_dir.state import StageRecord, file_sha256, is_requeue_of, read_record
-from train.settings.checks import STAGES, TRAINED
 from train.terminal import say
 
 FINISHED, GO_ON, ANEW = "finished", "go on", "anew"

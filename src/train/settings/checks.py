@@ -11,15 +11,10 @@ from data.config.compose import check_at_least, check_choices, check_settings, u
 from data.config.unused import check_unused
 from data.errors import UserError
 from models.cost.hardware import GPUS
+from train.names import FIGURE, SELECTIONS, STAGES, TRAINED, VARIANTS
 from train.settings.derived import precision
 from train.settings.trainer import check_trainer
 from train.settings.unused import TABLE
-
-STAGES = ("attention_tuning", "bonus_calibration", "export", "evaluate")
-TRAINED = STAGES[:2]
-FIGURE = "val/tau"  # of live decoding
-SELECTIONS = ("off", "cumulative_product", "min_confidence")
-VARIANTS = ("untuned", "attention_tuned", "calibrated_parallel", "calibrated")
 
 
 def check_config(config: DictConfig) -> None:

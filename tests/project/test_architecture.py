@@ -1,0 +1,67 @@
+"""The source tree: imports point one way, rooms import one another in no circle, files stay short."""
+
+from graphlib import CycleError
+from pathlib import Path
+
+import import_graph
+import pytest
+from conftest import ROOT
+from import_graph import arrows, imports, modules, order, room, with_picture
+
+ALLOWED = {"data": {"data"}, "models": {"models", "data"}, "train": {"train", "models", "data"}}
+HEAVY = {"lightning", "hydra", "omegaconf", "wandb", "deepspeed", "peft"}
+# Exceptions: what reads conf/ needs Hydra, and LoRA imports PEFT when it is used.
+MAY_IMPORT = {
+    "data.config": {"hydra", "omegaconf"},
+    "data.regenerate": {"hydra", "omegaconf"},
+    "data.report": {"hydra", "omegaconf"},
+    "models.lora": {"peft"},
+}
+COMMANDS = {"data.config", "data.regenerate", "data.report"}  # nothing else in `data` imports them
+
+
+def test_imports_point_one_way():
+    files = modules()
+    assert len(files) > 80
+    for name, file in files.items():
+        package = name.split(".")[0]
+        ours = {other for other in imports(file) if other.split(".")[0] in ALLOWED}
+        assert {other.split(".")[0] for other in ours} <= ALLOWED[package], file
+        if package == "models":
+            assert {room(o) for o in ours if o.startswith("data.")} <= {"data.batch", "data.errors", "data.threads"}, (
+                file
+            )
+        if package == "data" and room(name) not in COMMANDS:
+            assert not {room(other) for other in ours} & COMMANDS, file
+        if package != "train":
+            heavy = {other.split(".")[0] for other in imports(file)} & HEAVY
+            assert heavy <= MAY_IMPORT.get(room(name), set()), file
+
+
+def test_rooms_import_one_another_in_no_circle():
+    order(arrows())  # raises CycleError
+
+
+def test_a_circle_between_rooms_is_found(tmp_path):
+    for name, text in {"a/x.py": "from data.b import y", "b/y.py": "def f():\n    import data.a.x"}.items():
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    with pytest.raises(CycleError):
+        order(arrows(tmp_path))
+
+
+def test_the_picture_in_the_docs_is_the_code():
+    text = import_graph.PAGE.read_text(encoding="utf-8")
+    assert with_picture(text) == text, "run scripts/checks/import_graph.py"
+
+
+def test_folders_say_what_they_hold():
+    folders = {file.parent for package in ALLOWED for file in (ROOT / "src" / package).rglob("*.py")}
+    for folder in folders - {ROOT / "src/models/custom_generate"}:  # its one file is shipped, not imported
+        assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), folder
+
+
+def test_no_file_is_long():
+    for file in [*Path(ROOT / "src").rglob("*.py"), *Path(ROOT / "scripts").rglob("*.py")]:
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 400, file
