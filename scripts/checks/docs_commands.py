@@ -40,7 +40,7 @@ class Command:
 
 def pages(root: Path = ROOT) -> list[Path]:
     """README.md and what is in docs/."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def commands_of(file: Path, root: Path = ROOT) -> list[Command]:

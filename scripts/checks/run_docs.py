@@ -30,8 +30,8 @@ from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT / "tests"))
-from hub_server import hub_server  # noqa: E402
-from stub_server import StubServer  # noqa: E402
+from helpers.hub_server import hub_server  # noqa: E402
+from helpers.stub_server import StubServer  # noqa: E402
 
 TINY = ROOT / "src" / "data" / "tiny"
 SECONDS = 900  # for one command
@@ -108,10 +108,11 @@ RULES = (
     not_run(r"benchmarks=paper", "downloads six data sets"),
     not_run(r"\.\.\.|<\w+>", "abbreviated; whole in a block"),
     not_run(r"^python -m [\w.]+$", "the command's name alone"),
-    not_run(r"scripts/compare_strategies", "8 minutes and nothing to shorten"),
-    not_run(r"scripts/regeneration_drill", "needs transformers[serving]"),
-    not_run(r"scripts/bench_threads", "3 minutes on idle cores and nothing to shorten"),
-    not_run(r"scripts/run_docs", "this script"),
+    not_run(r"scripts/\w+/compare_strategies", "8 minutes and nothing to shorten"),
+    not_run(r"scripts/\w+/regeneration_drill", "needs transformers[serving]"),
+    not_run(r"scripts/\w+/bench_threads", "3 minutes on idle cores and nothing to shorten"),
+    not_run(r"scripts/\w+/run_docs", "this script"),
+    not_run(r"scripts/\w+/import_graph", "rewrites a page; the tests compare it"),
     # The plan loads nothing: as written.
     Rule(
         r"hub-id.* plan=true",
@@ -138,14 +139,14 @@ RULES = (
     Rule(r"^python -m (train|data\.(report|regenerate)) .*\+experiment=tiny", "short", add=SHORT),
     Rule(r"^stage\.\w+\.", "short, as settings of a run", before="python -m train +experiment=tiny ", add=SHORT),
     # Scripts.
-    Rule(r"scripts/(ablate_layers|dflash_reference)", "short", add=SHORT),
-    Rule(r"scripts/bench_train_step.* --sweep", "smallest shape", add=f"{BENCH} --values 4,8"),
-    Rule(r"scripts/bench_train_step", "smallest shape", add=f"{BENCH} --naive-anchors 1"),
-    Rule(r"scripts/bench_decoding", "smallest shape", add=f"{BENCH} --rows 1"),
-    Rule(r"scripts/benchmark_data", "600 records", add="--records 600 --processes 1"),
-    Rule(r"scripts/check_families", "short", add="--prompts 2 --new-tokens 4"),
-    Rule(r"scripts/measure_memory", "one configuration", add="+experiment=tiny"),
-    Rule(r"scripts/crash_drill", "one run, one kill", add="--runs 1 --kills 1 --only 'one rank, 4'"),
+    Rule(r"scripts/\w+/(ablate_layers|dflash_reference)", "short", add=SHORT),
+    Rule(r"scripts/\w+/bench_train_step.* --sweep", "smallest shape", add=f"{BENCH} --values 4,8"),
+    Rule(r"scripts/\w+/bench_train_step", "smallest shape", add=f"{BENCH} --naive-anchors 1"),
+    Rule(r"scripts/\w+/bench_decoding", "smallest shape", add=f"{BENCH} --rows 1"),
+    Rule(r"scripts/\w+/benchmark_data", "600 records", add="--records 600 --processes 1"),
+    Rule(r"scripts/\w+/check_families", "short", add="--prompts 2 --new-tokens 4"),
+    Rule(r"scripts/\w+/measure_memory", "one configuration", add="+experiment=tiny"),
+    Rule(r"scripts/\w+/crash_drill", "one run, one kill", add="--runs 1 --kills 1 --only 'one rank, 4'"),
     # Python blocks.
     Rule(r"^result = generate\(target, draft, prompts", "with a short drafter", before=PAIR),
     Rule(r"^draft = load_adapter\(", "with a short adapter", before=TARGET),

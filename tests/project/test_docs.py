@@ -21,8 +21,8 @@ from data.config.compose import CONF, GROUPS, check_settings, composed
 from train.sweep import jobs
 
 COMMANDS = [command for page in pages() for command in commands_of(page)]
-HYDRA = re.compile(r"(python -m (train|data\.\w+)|scripts/slurm/train\.sbatch|scripts/ablate_layers\.py)\s")
-ARGUMENTS = re.compile(r"python (-m models\.\w+|scripts/(?!ablate|measure)\S+\.py)")
+HYDRA = re.compile(r"(python -m (train|data\.\w+)|scripts/slurm/train\.sbatch|scripts/research/ablate_layers\.py)\s")
+ARGUMENTS = re.compile(r"python (-m models\.\w+|scripts/(?!\w+/(?:ablate|measure))\S+\.py)")
 WHOLE = [command for command in COMMANDS if command.kind != PYTHON and "..." not in command.text]
 
 
@@ -169,14 +169,29 @@ def test_links_lead_to_files(page):
     assert check_links(page) == []
 
 
-def test_the_readme_lists_every_page_and_names_files_that_exist():
+def test_the_readme_links_every_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    paths = [page.relative_to(ROOT).as_posix() for page in pages()[1:]]
+    assert [path for path in paths if f"({path})" not in text] == []
+
+
+def test_the_tree_of_the_architecture_is_the_tree():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     tree = next(block.lines for block in blocks_of(text) if block.lines[0].startswith("conf/ "))
-    listed = [name.rstrip(",") for line in tree for name in re.split(r"\s{2,}", line)[0].split(", ")]
-    assert [f"docs/{page.name}" for page in pages()[1:] if f"docs/{page.name}" not in listed] == []
+    folder, listed = ROOT, set()
     for line in tree:
-        name = re.split(r",|\s", line)[0]
-        assert "<" in name or list(ROOT.glob(name)), name
+        names = [name.rstrip(",") for name in re.split(r"\s{2,}", line.strip())[0].split(", ")]
+        folder = folder if line.startswith(" ") else ROOT / names[0]
+        paths = [folder / name for name in names] if line.startswith(" ") else [folder]
+        assert all(path.exists() for path in paths if "<" not in path.name), line
+        listed |= {path.resolve() for path in paths}
+    for package in ("data", "models", "train"):
+        here = [path for path in (ROOT / "src" / package).iterdir() if path.name not in ("__init__.py", "__pycache__")]
+        assert [path for path in here if path.resolve() not in listed] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
 
 
 PAGE = """
