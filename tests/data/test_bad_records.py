@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import command
 from datasets import Dataset
+from helpers.shared import command
 
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from helpers.shared import ROOT
 from omegaconf import OmegaConf
 
 from data.errors import UserError

@@ -1,9 +1,9 @@
 """Supervision: under every template, the supervised tokens are what the assistant would write, and nothing else."""
 
 import copy
-from pathlib import Path
 
 import pytest
+from helpers.chat import TARGET, encoder_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -11,9 +11,6 @@ from tokenizers import processors
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from models.target import load_tokenizer
-
-HERE = Path(__file__).parent
-TARGET = str(HERE.parent / "src" / "data" / "tiny" / "target")
 
 TEXT = st.text(alphabet="ab7 \n\t.é漢🙂<>/", min_size=1, max_size=12).filter(str.strip)
 SYSTEM = st.none() | TEXT
@@ -74,24 +71,6 @@ TEMPLATES = {
     "llama3": ("llama3", {}, llama3),
     "mistral": ("mistral", {}, mistral),
 }
-
-
-def encoder_for(template, template_kwargs):
-    tokenizer = load_tokenizer(TARGET)
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    if template == "tiny without markers":
-        tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace(
-            "{% endgeneration %}", ""
-        )
-    elif template:
-        tokenizer.chat_template = (HERE / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
-        tokenizer.add_special_tokens(
-            {
-                "eos_token": "</s>" if template == "mistral" else "<|im_end|>",
-                "additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-            }
-        )
-    return ChatEncoder(tokenizer, template_kwargs), tokenizer
 
 
 ENCODERS = {name: (*encoder_for(*how[:2]), how[2]) for name, how in TEMPLATES.items()}

@@ -127,7 +127,7 @@ def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_token
     tmp_path, tiny_tokenizer, monkeypatch
 ):
     """Qwen3's template drops the reasoning of an answer as soon as another turn follows."""
-    template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
+    template = (Path(__file__).parents[1] / "templates" / "qwen3.jinja").read_text()
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     answers = [
         "a b c",

@@ -11,7 +11,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-from conftest import TINY
+from helpers.shared import TINY
 from helpers.stub_server import StubServer, rule
 from hypothesis import given, settings
 from hypothesis import strategies as st

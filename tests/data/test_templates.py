@@ -1,8 +1,8 @@
 """Arguments of the chat template: what it does not read has no effect, and does not pass for an effect."""
 
 import pytest
-from conftest import command
-from test_chat import HERE, encoder_for
+from helpers.chat import HERE, encoder_for
+from helpers.shared import command
 
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHORT, command_stopped_at_checkpoint
+from helpers.shared import ROOT, SHORT, command_stopped_at_checkpoint
 
 from data.errors import UserError, interrupted
 from data.terminal import say

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, command, command_stopped_at_checkpoint
+from helpers.shared import SHORT, command, command_stopped_at_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, command, command_stopped_at_checkpoint
+from helpers.shared import SHORT, command, command_stopped_at_checkpoint
 from safetensors.torch import load_file
 
 from train.checkpoint.checkpoints import CheckpointFiles
@@ -80,8 +80,8 @@ def test_zero_equals_one_rank(alone, tmp_path, zero):
 
 # One value of the second rank's loss in the first step, when the optimizer has no state yet, and in a later one.
 # In that one its gradient is finite all the same, so that DeepSpeed on its own would make the step.
-BAD = ("+callbacks.bad._target_=faults.BadLoss", "+callbacks.bad.steps=[4]", "stages=[attention_tuning]")
-BAD += ("+callbacks.inf._target_=faults.InfiniteLoss", "+callbacks.inf.steps=[0]")
+BAD = ("+callbacks.bad._target_=helpers.faults.BadLoss", "+callbacks.bad.steps=[4]", "stages=[attention_tuning]")
+BAD += ("+callbacks.inf._target_=helpers.faults.InfiniteLoss", "+callbacks.inf.steps=[0]")
 BAD += ("stage.attention_tuning.steps=8", "stage.attention_tuning.checkpoint_every=1")
 
 
@@ -96,7 +96,7 @@ def on_rank(rank: int) -> tuple[str, ...]:
 
 def faulty(cwd, *overrides: str, said: str):
     """The run directory of a run with two bad steps; `said` of both, once each."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = command(*CALL, *BAD, *overrides, "name=short", cwd=cwd, PYTHONPATH=path, **NO_COMPILER)
     assert done.returncode == 0, done.stderr
     lines = [line[line.index("step") :] for line in done.stdout.splitlines() if "skipped" in line]

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from helpers.shared import ROOT, command
 
 from train.run_dir.state import read_json
 from train.sweep import jobs, summaries, table

@@ -2,18 +2,18 @@
 
 import json
 
+import helpers.runs
 import pytest
-import test_checkpoints
 import torch
 from check_families import FAMILIES, random_pair
-from conftest import SHORT, command, random_documents, random_target
+from helpers.configs import composed
+from helpers.flops import flop_counter
+from helpers.runs import STEPS, run
+from helpers.shared import SHORT, command, random_documents, random_target
+from helpers.training import SETTINGS, data, hashes, trainer
 from measure_memory import full_batch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_checkpoints import STEPS, run
-from test_configs import composed
-from test_cost import flop_counter
-from test_training import SETTINGS, data, hashes, trainer
 
 from data.errors import UserError
 from data.preprocess.anchors import make_batch
@@ -167,7 +167,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
     def module(stage, target):
         return AttentionTuning(target, lora_draft(target, trained=False), **SETTINGS)
 
-    monkeypatch.setattr(test_checkpoints, "module", module)
+    monkeypatch.setattr(helpers.runs, "module", module)
     straight, kept, history = run(tmp_path / "straight")
     for step in (1, 4, 7):
         directory = tmp_path / f"stopped{step}"

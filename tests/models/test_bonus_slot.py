@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from test_decoding import NUCLEUS, endless, own_batch, random_prompts
+from helpers.decoding import NUCLEUS, endless, own_batch, random_prompts
 
 from models.decoding.flex import generate
 from models.decoding.reference import reference_generate

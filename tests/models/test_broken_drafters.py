@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from conftest import random_draft
+from helpers.decoding import NUCLEUS, SELECTIONS, endless, own_batch, padded, random_prompts
+from helpers.shared import random_draft
 from safetensors.torch import load_file, save_file
-from test_decoding import NUCLEUS, SELECTIONS, endless, own_batch, padded, random_prompts
 
 from models.custom_generate import generate as shipped
 from models.decoding.flex import MODES, generate

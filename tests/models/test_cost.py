@@ -1,14 +1,13 @@
 """What the plan says of FLOPs and memory, against what the real modules have, compute and hold."""
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY, command, random_target
+from helpers.flops import flop_counter, sizes_of
+from helpers.shared import TINY, command, random_target
+from helpers.training import SETTINGS
 from measure_memory import CASES, EXPERTS, GEMMA, decoding_peak, estimated, full_batch, saying, tensor_peak
-from test_training import SETTINGS
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data.config.compose import composed
 from data.errors import UserError
@@ -18,7 +17,6 @@ from models.cost.activation_memory import Setup
 from models.cost.flops import Twice, block_flops, step_flops
 from models.cost.hardware import GPUS, find_gpu, peak_flops
 from models.cost.memory import decoding_memory, peak, step_memory
-from models.cost.sizes import Sizes
 from models.decoding.forward_passes import Passes, prefill
 from models.draft import DraftModel
 from models.loss.objectives import Objective
@@ -30,32 +28,10 @@ from train.plan.report import apply, plan, refusal
 from train.settings.checks import check_sizes
 
 REAL = ("qwen3_1_7b", "qwen3_4b", "qwen3_8b", "qwen3_14b", "qwen3_32b", "qwen3_30b_a3b", "llama3_1_8b")
-ATEN = torch.ops.aten
-# PyTorch registers no formula for products of experts, nor for its CPU kernels, which compute what those for GPUs do.
-WITHOUT_FORMULA = {
-    ATEN._grouped_mm: lambda tokens, weights, *_, **__: 2 * tokens[0] * tokens[1] * weights[2],
-    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
-        g, q, k, v
-    ),
-}
 MIXTURE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MIXTURE |= {"decoder_sparse_step": 2}  # draft layers with experts and without
 BEYOND = {"bonus_slot": True, "chain_rank": 5}
 OTHER_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_key_value_heads": 4, "num_hidden_layers": 4}
-
-
-def sizes_of(target, **draft) -> Sizes:
-    shape = {"num_layers": 3, "block_size": 6, "calibrator_rank": 8} | draft
-    return Sizes.from_config(target.config.to_dict(), **shape)
-
-
-def flop_counter() -> FlopCounterMode:
-    counter = FlopCounterMode(display=False, custom_mapping=WITHOUT_FORMULA)
-    # Which module computes what is not asked; the hooks that tell do not stand a gradient within a forward pass.
-    counter.mod_tracker = nullcontext()
-    counter.mod_tracker.parents = {"Global"}
-    return counter
 
 
 @pytest.mark.slow(but="[paper-")

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from check_families import FAMILIES, random_pair
-from conftest import TINY, random_draft
 from helpers.hub_server import Repository, hub_server
+from helpers.shared import TINY, random_draft
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from data.preprocess.chat_template import ChatEncoder

@@ -7,14 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_custom_generate_limits import CALL, IDS, drafted, own, root, twin  # noqa: F401
+from helpers.wrapped_targets import CALL, IDS, drafted, own
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from models.custom_generate import generate as shipped
 
 
 @pytest.fixture
-def drafter(root, tmp_path):  # noqa: F811
+def drafter(root, tmp_path):
     """A copy, to be changed."""
     return shutil.copytree(root / "drafter", tmp_path / "drafter")
 
@@ -48,14 +48,14 @@ class SamplesItself:
 
 
 @pytest.mark.parametrize("kind", [Embeds, KeepsState, SamplesItself])
-def test_a_subclass_that_prepares_its_passes_itself_is_refused_by_name(twin, drafter, kind):  # noqa: F811
+def test_a_subclass_that_prepares_its_passes_itself_is_refused_by_name(twin, drafter, kind):
     twin.__class__ = type("Own", (kind, type(twin)), {})
     with pytest.raises(ValueError, match=f"inputs prepared by {kind.__name__}.* of {kind.__module__}"):
         drafted(twin, drafter)
 
 
 @pytest.mark.parametrize("wrap", ["none", "partial", "name and module of transformers' own"])
-def test_a_function_on_the_instance_that_prepares_inputs_is_refused(twin, drafter, wrap):  # noqa: F811
+def test_a_function_on_the_instance_that_prepares_inputs_is_refused(twin, drafter, wrap):
     def prepare(*args, **kwargs):
         prepared = type(twin).prepare_inputs_for_generation(twin, *args, **kwargs)
         return prepared | {"inputs_embeds": 2 * twin.get_input_embeddings()(prepared.pop("input_ids"))}
@@ -73,7 +73,7 @@ def test_a_function_on_the_instance_that_prepares_inputs_is_refused(twin, drafte
     "name", ["embed_tokens", "lm_head", "norm", "layers.2.mlp.up_proj", "layers.0.input_layernorm"]
 )
 @pytest.mark.parametrize("change", [1.05, float("nan")])
-def test_every_tensor_of_the_fingerprint_is_compared(twin, drafter, name, change):  # noqa: F811
+def test_every_tensor_of_the_fingerprint_is_compared(twin, drafter, name, change):
     module = twin.get_output_embeddings() if name == "lm_head" else twin.model.get_submodule(name)
     rows = 5 if name in ("embed_tokens", "lm_head") else 0
     with torch.no_grad():
@@ -98,7 +98,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_config_is_an_error_that_names_the_file(twin, drafter, damage):  # noqa: F811
+def test_a_damaged_config_is_an_error_that_names_the_file(twin, drafter, damage):
     values, message = DAMAGED[damage]
     file = set_config(drafter, **values)
     with pytest.raises(ValueError, match=f"{file}.*{message}"):
@@ -106,17 +106,17 @@ def test_a_damaged_config_is_an_error_that_names_the_file(twin, drafter, damage)
 
 
 @pytest.mark.parametrize("calibrate", ["no", "", 0, 1.0, [], torch.tensor(True)])
-def test_calibrate_is_true_or_false(twin, drafter, calibrate):  # noqa: F811
+def test_calibrate_is_true_or_false(twin, drafter, calibrate):
     with pytest.raises(ValueError, match="calibrate=.*: expected True or False"):
         drafted(twin, drafter, calibrate=calibrate)
 
 
 @pytest.mark.parametrize("threshold", [np.float64(0.2), np.float32(0.2), np.float16(0.2), np.int64(1), 0, 1])
-def test_a_threshold_may_be_any_real_number(twin, drafter, threshold):  # noqa: F811
+def test_a_threshold_may_be_any_real_number(twin, drafter, threshold):
     assert torch.equal(drafted(twin, drafter, threshold=threshold), own(twin))
 
 
-def test_an_empty_cache_is_no_reason_to_refuse_and_a_filled_one_is(twin, drafter):  # noqa: F811
+def test_an_empty_cache_is_no_reason_to_refuse_and_a_filled_one_is(twin, drafter):
     name = next(name for name in shipped.CACHES if name in shipped._names(twin)[0])
     for cache in (DynamicCache(), StaticCache(config=twin.config, max_cache_len=64)):
         assert torch.equal(drafted(twin, drafter, **{name: cache}), own(twin))
@@ -144,7 +144,7 @@ ASSISTED = {
 
 
 @pytest.mark.parametrize("name", [*ASSISTED, "all"])
-def test_settings_of_assisted_decoding_alone_change_nothing(twin, drafter, name):  # noqa: F811
+def test_settings_of_assisted_decoding_alone_change_nothing(twin, drafter, name):
     for one in ASSISTED if name == "all" else [name]:
         setattr(twin.generation_config, one, ASSISTED[one])
     assert torch.equal(drafted(twin, drafter), own(twin))
@@ -168,7 +168,7 @@ def test_a_setting_with_passes_of_its_own_is_refused_by_its_name(name):
     ids=["GPU", "Python", "CPU"],
 )
 @pytest.mark.parametrize("where", ["load_file", "Drafter.block", "Drafter.target", "_compare"])
-def test_too_little_memory_is_not_called_a_damaged_drafter(twin, drafter, monkeypatch, error, where):  # noqa: F811
+def test_too_little_memory_is_not_called_a_damaged_drafter(twin, drafter, monkeypatch, error, where):
     def fails(*args, **kwargs):
         raise error
 
@@ -178,7 +178,7 @@ def test_too_little_memory_is_not_called_a_damaged_drafter(twin, drafter, monkey
     assert raised.value is error
 
 
-def through_peft(tuned, twin, drafter):  # noqa: F811
+def through_peft(tuned, twin, drafter):
     """`generate` of a PEFT model, with `custom_generate` given by name."""
 
     def through(self, *args, **kwargs):
@@ -188,7 +188,7 @@ def through_peft(tuned, twin, drafter):  # noqa: F811
     return tuned
 
 
-def test_adapters_that_differ_by_row_or_token_are_refused_by_name(twin, drafter):  # noqa: F811
+def test_adapters_that_differ_by_row_or_token_are_refused_by_name(twin, drafter):
     import peft
 
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -199,7 +199,7 @@ def test_adapters_that_differ_by_row_or_token_are_refused_by_name(twin, drafter)
             tuned.generate(input_ids=IDS, adapter_names=names, **CALL)
 
 
-def test_activated_lora_is_refused_by_name(twin, drafter):  # noqa: F811
+def test_activated_lora_is_refused_by_name(twin, drafter):
     import peft
 
     config = peft.LoraConfig(

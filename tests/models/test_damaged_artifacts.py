@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_draft, random_target
 from helpers.corrupt_artifacts import (
     CONFIG,
     DAMAGES,
@@ -18,6 +17,7 @@ from helpers.corrupt_artifacts import (
     change_settings,
     change_tensors,
 )
+from helpers.shared import random_draft, random_target
 
 from data.errors import UserError
 from models.artifact import sha256

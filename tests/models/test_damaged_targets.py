@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, random_draft, random_target
+from helpers.shared import TINY, random_draft, random_target
 
 from data.errors import UserError
 from models.export.artifact_io import export_draft

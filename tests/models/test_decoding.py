@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TINY, random_draft, random_target
+from helpers.decoding import NUCLEUS, SELECTIONS, endless, guessing, own_batch, padded, random_prompts, until
+from helpers.shared import TINY, random_draft, random_target
 from transformers import DynamicCache
 
 from data.preprocess.chat_template import ChatEncoder
@@ -25,10 +26,8 @@ from models.export.artifact_io import load_draft
 from models.hf_cache import forward_cached
 
 NEW_TOKENS = 4
-SELECTIONS = (OFF, Selection("cumulative_product", 0.01), Selection("min_confidence", 0.3))
 COMBINATIONS = list(itertools.product(MODES, SELECTIONS, range(1, 9)))  # with batch sizes
 random.Random(0).shuffle(COMBINATIONS)  # so that a part of them has something of everything
-NUCLEUS = Sampling(temperature=0.9, top_k=40, top_p=0.95)
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +54,6 @@ def own_answers(tiny_target, tiny_tokenizer, prompts) -> list[list[int]]:
     return answers
 
 
-def padded(prompts: list[list[int]], *, left: bool, filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(map(len, prompts))
-    ids, mask = (torch.full((len(prompts), length), value) for value in (filler, 0))
-    for row, tokens in enumerate(prompts):
-        part = slice(length - len(tokens), None) if left else slice(len(tokens))
-        ids[row, part], mask[row, part] = torch.tensor(tokens), 1
-    return ids, mask
-
-
-def until(tokens: list[int], stop: set[int]) -> list[int]:
-    """Tokens up to the first stop token, that one included."""
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
-    return tokens[:end]
-
-
 def staggering(answers: list[list[int]]) -> set[int]:
     """Two stop tokens with which the answers end at three different times at least, and as late as possible."""
 
@@ -88,52 +72,6 @@ def untrained(target) -> DraftModel:
 def adversarial(target) -> DraftModel:
     """Random projectors and a loud random calibrator: drafts that have nothing to do with the target."""
     return random_draft(target, num_layers=target.config.num_hidden_layers - 2, block_size=8, rank=8)
-
-
-def endless(**changes):
-    """A random target without stop tokens, whose next token depends mostly on the last one: it can be guessed."""
-    target = random_target(**changes)
-    target.generation_config.eos_token_id = target.config.eos_token_id = None
-    with torch.no_grad():
-        target.get_input_embeddings().weight.mul_(40)  # beside which the layers say little
-        target.get_output_embeddings().weight.mul_(3)  # surer, so that sampling follows a guess now and then
-    return target
-
-
-class Guess(DraftModel):
-    """Drafts what would follow the bonus token if nothing but the last token mattered: right now and then.
-
-    Its hidden states still count, in how sure it is and sometimes in what it says, so that a wrong one would be seen.
-    """
-
-    def logits(self, hidden, bonus=None):
-        logits = super().logits(hidden, bonus)
-        if bonus is None:
-            return logits
-        head, embed = self.target.get_output_embeddings(), self.target.get_input_embeddings()
-        guess, guesses = bonus[..., 0], []
-        for _ in range(self.block_size):
-            guesses.append(guess)
-            guess = head(self.target.model.norm(embed(guess))).argmax(-1)
-        guesses = torch.stack(guesses, dim=-1)[..., -hidden.shape[-2] :]  # slot 0 may be left out
-        spread = logits.std(-1, keepdim=True)
-        return logits + 4 * spread * torch.nn.functional.one_hot(guesses, logits.shape[-1])
-
-
-def guessing(target, *, num_layers: int = 3, block_size: int = 6) -> Guess:
-    torch.manual_seed(2)
-    return Guess(target, num_layers=num_layers, block_size=block_size, calibrator_rank=8)
-
-
-def random_prompts(generator: random.Random, count: int, longest: int, vocabulary: int = 97) -> list[list[int]]:
-    lengths = [generator.randint(1, longest) for _ in range(count)]
-    return [[generator.randrange(vocabulary) for _ in range(length)] for length in lengths]
-
-
-def own_batch(target, prompts: list[list[int]], new_tokens: int, sampling=GREEDY, seed: int = 0) -> list[list[int]]:
-    return [
-        autoregressive_generate(target, tokens, new_tokens, sampling, seed + row) for row, tokens in enumerate(prompts)
-    ]
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import multiprocessing
 import lightning
 import pytest
 import torch
-from conftest import random_documents, random_draft, random_target
-from test_training import SETTINGS, data, module, trainer
+from helpers.shared import random_documents, random_draft, random_target
+from helpers.training import SETTINGS, data, module, trainer
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 

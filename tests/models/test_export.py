@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_draft, random_target
+from helpers.shared import random_draft, random_target
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
 

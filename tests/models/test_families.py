@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 from check_families import FAMILIES, SIZES, lossless, parity, random_pair, unchanged_by_export
-from conftest import ROOT, random_target
+from helpers.shared import ROOT, random_target
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from transformers import AutoConfig

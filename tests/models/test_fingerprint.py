@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import ARCHITECTURE, TINY, random_target
+from helpers.shared import ARCHITECTURE, TINY, random_target
 from torch import nn
 from torch.nn.functional import linear
 

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from conftest import random_draft, random_target
-from test_decoding import MODES, SELECTIONS, endless, guessing, random_prompts, until
+from helpers.decoding import SELECTIONS, endless, guessing, random_prompts, until
+from helpers.shared import random_draft, random_target
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from models.decoding.flex import check_untested, generate, stop_tokens
+from models.decoding.flex import MODES, check_untested, generate, stop_tokens
 from models.decoding.generation_settings import (
     FASTER,
     FOLLOWED,

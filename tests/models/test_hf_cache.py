@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import random_draft, random_target
+from helpers.shared import random_draft, random_target
 from transformers import DynamicCache
 
 from models.attention.layers import through_layers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_documents
+from helpers.shared import random_documents
 
 from data.batch import IGNORE, PADDING_DOCUMENT
 from data.preprocess.anchors import block_labels, draw_anchors, make_batch, valid_anchors

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_documents, random_draft, random_target
+from helpers.shared import random_documents, random_draft, random_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

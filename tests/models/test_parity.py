@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_documents, random_draft, random_target
+from helpers.shared import random_documents, random_draft, random_target
 from transformers import DynamicCache
 
 from data.preprocess.anchors import make_batch, valid_anchors

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import random_draft, random_target
-from test_custom_generate_limits import adapted, packed
+from helpers.shared import random_draft, random_target
+from helpers.wrapped_targets import adapted, packed
 
 from models.decoding.flex import generate
 from models.draft import DraftModel, is_plain

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import random_draft, random_target
-from test_decoding import guessing, padded, random_prompts
+from helpers.decoding import guessing, padded, random_prompts
+from helpers.shared import random_draft, random_target
 from transformers import BatchEncoding
 
 from models.decoding import flex as decoding

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import random_target
-from test_decoding import Guess, endless
+from helpers.decoding import Guess, endless
+from helpers.shared import random_target
 
 from models.decoding import target_choice as choice
 from models.decoding.flex import generate

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.shared import ROOT
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHORT, TINY, random_draft
-from test_decoding import MODES, guessing
-from test_evaluation import HOW
+from helpers.decoding import guessing
+from helpers.evaluation import HOW
+from helpers.shared import SHORT, TINY, random_draft
 
 from data.config.compose import composed
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.readers import read_strictly
 from data.sources.records import questions
-from models.decoding.flex import check_untested, generate
+from models.decoding.flex import MODES, check_untested, generate
 from models.decoding.reference import autoregressive_generate, reference_generate
 from models.decoding.sampling import Sampling
 from models.target import load_target, load_tokenizer

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCHITECTURE, TINY, command, random_draft, random_target
+from helpers.configs import composed
+from helpers.shared import ARCHITECTURE, TINY, command, random_draft, random_target
 from safetensors.torch import load_file, save_file
-from test_configs import composed
 from transformers import AutoModelForCausalLM
 
 from data.errors import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURE, ROOT, TINY, random_draft, random_target
 from helpers.corrupt_artifacts import DAMAGES, change_config, change_settings, change_tensors
+from helpers.shared import ARCHITECTURE, ROOT, TINY, random_draft, random_target
 from safetensors.torch import save_file
 from transformers import AutoConfig
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import import_graph
 import pytest
-from conftest import ROOT
+from helpers.shared import ROOT
 from import_graph import arrows, imports, modules, order, room, with_picture
 
 ALLOWED = {"data": {"data"}, "models": {"models", "data"}, "train": {"train", "models", "data"}}

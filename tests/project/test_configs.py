@@ -5,8 +5,8 @@ import functools
 import operator
 
 import pytest
-from conftest import ROOT, command
-from hydra import compose, initialize_config_dir
+from helpers.configs import CONF, composed
+from helpers.shared import command
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
@@ -15,13 +15,7 @@ from data.config.compose import check_finite
 from data.errors import UserError
 from train.loop.fit import build_trainer
 
-CONF = ROOT / "conf"
 STAND_IN = ("steps=3", "rows_per_step=2", "decode.prompts=2", "decode.max_new_tokens=8")
-
-
-def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 @pytest.mark.slow(but="[qwen3_8b]")

@@ -11,8 +11,8 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
 from docs_commands import PYTHON, SETTING, Command, blocks_of, commands_of, is_settings, pages, spans
+from helpers.shared import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from run_docs import REPLACED, RULES, prepared, rule_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, TINY
+from helpers.shared import ROOT, SHORT, TINY
 
 from data.config.compose import check_settings, composed
 from models.draft import DraftModel

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.shared import ROOT
 
 import train
 from data.config.compose import CONF, EMBEDDED

@@ -3,7 +3,7 @@
 import tomllib
 
 import pytest
-from conftest import ROOT
+from helpers.shared import ROOT
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet

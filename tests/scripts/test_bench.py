@@ -11,7 +11,7 @@ import torch
 from bench_report import least_squares, slopes
 from bench_shapes import PRESETS, Shape, least_memory, random_batch, typical_blocks
 from bench_steps import Training, peak_memory
-from conftest import ARCHITECTURE, ROOT, TINY
+from helpers.shared import ARCHITECTURE, ROOT, TINY
 from omegaconf import OmegaConf
 
 from models.attention.layers import Execution
@@ -120,11 +120,12 @@ def test_fits_and_slopes():
 @pytest.mark.slow
 def test_step_phases_and_baselines_without_the_rest_of_the_project(tmp_path):
     """In a process of its own, without an install."""
-    script = ROOT / "scripts" / "bench_train_step.py"
+    script = ROOT / "scripts" / "bench" / "bench_train_step.py"
     call = ["bench_train_step.py", *SMALL, "--anchors=6", "--naive-anchors=2", "--baseline=naive", f"--out={tmp_path}"]
     code = f"import runpy, sys; sys.argv = {call!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
     code += f"; print('heavy:', sorted({HEAVY!r} & set(sys.modules)))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("src", "scripts"))}
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "scripts/bench")])
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "heavy: []" in done.stdout and "SCALED from 2 of 6 anchors" in done.stdout

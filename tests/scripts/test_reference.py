@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_documents, random_target
 from dflash_reference import Decoder, Reference, decode, train
+from helpers.shared import random_documents, random_target
 
 from data.preprocess.anchors import make_batch, valid_anchors
 from data.preprocess.packing import pack_documents

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
+from helpers.runs import run
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LambdaCallback, StochasticWeightAveraging
-from test_checkpoints import run
 
 from data.errors import UserError
 from train.endings.agreed import AgreedEnd

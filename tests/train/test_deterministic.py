@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from conftest import random_draft, random_target
-from test_training import data, module, trainer
+from helpers.shared import random_draft, random_target
+from helpers.training import data, module, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TopPLogitsWarper
 

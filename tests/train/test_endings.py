@@ -1,10 +1,10 @@
 """A loop that ends is not a stage that is done: what others end goes on with the same command."""
 
 import pytest
-from conftest import SHORT, command
 from helpers.faults import StopAt
+from helpers.runs import STEPS, run
+from helpers.shared import SHORT, command
 from lightning.pytorch.callbacks import Callback, Timer
-from test_checkpoints import STEPS, run
 
 from train.checkpoint.checkpoints import usable_checkpoint
 from train.endings.agreed import AgreedEnd, Diverged, NotFinished

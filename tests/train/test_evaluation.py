@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHORT, TINY, random_draft, random_target
-from test_cost import flop_counter, sizes_of
+from helpers.evaluation import HOW
+from helpers.flops import flop_counter, sizes_of
+from helpers.shared import SHORT, TINY, random_draft, random_target
 
 from data.config.compose import composed
 from data.errors import UserError
@@ -19,7 +20,7 @@ from models.decoding.flex import generate
 from models.decoding.forward_passes import Passes, prefill
 from models.decoding.generation_settings import text
 from models.decoding.reference import autoregressive_generate
-from models.decoding.sampling import GREEDY, Sampling
+from models.decoding.sampling import Sampling
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
 from models.export.artifact_io import FLEXDRAFT_KEYS, RECOMMENDED, load_draft, recommended, without_recommendation
@@ -28,7 +29,6 @@ from train import stages
 from train.context import Resources
 from train.evaluate.acceptance import (
     BenchmarkReport,
-    Decoding,
     Prompts,
     Variant,
     check_baseline,
@@ -42,8 +42,6 @@ from train.evaluate.report import _remarks
 from train.evaluate.run import evaluate_drafter
 from train.evaluate.throughput import ALONE, Speed, filled, recommendation
 from train.run_dir.state import read_json
-
-HOW = Decoding(max_new_tokens=24, sampling=GREEDY, selection=Selection(), batch_size=4)
 
 
 def short(*overrides: str):

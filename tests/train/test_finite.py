@@ -5,11 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import random_target
 from helpers.faults import OVERFLOW, BadGradient, BadLoss, BadValidation, BadWeight
+from helpers.runs import STEPS, run
+from helpers.shared import random_target
+from helpers.training import module
 from lightning.pytorch.callbacks import Callback
-from test_checkpoints import STEPS, run
-from test_training import module
 
 from train.checkpoint.checkpoints import CheckpointFiles, check_handed_on, usable_checkpoint
 from train.endings.agreed import Diverged

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, command, random_draft, random_target
 from helpers.hub_server import TOKEN, Repository, hub_server
+from helpers.shared import ROOT, SHORT, command, random_draft, random_target
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 

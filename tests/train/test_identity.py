@@ -1,8 +1,8 @@
 """Every setting is either part of what a run directory stands for, or changes no outcome; both by name."""
 
 import pytest
+from helpers.configs import composed
 from omegaconf import OmegaConf
-from test_configs import composed
 
 from train.names import STAGES
 from train.resume.identity import CHANGES, WITHOUT_EFFECT, counts, differences, rule

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_checkpoints import STEPS, run
-from test_configs import composed
+from helpers.configs import composed
+from helpers.runs import STEPS, run
 
 from train.endings.agreed import AgreedEnd
 from train.endings.labels import LOW, LabelledBlocks

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import random_documents, random_draft, random_target
-from test_checkpoints import History
-from test_configs import composed
-from test_training import data, module, rows, trainer
+from helpers.configs import composed
+from helpers.runs import History
+from helpers.shared import random_documents, random_draft, random_target
+from helpers.training import data, module, rows, trainer
 
 from data.errors import UserError
 from data.preprocess.chat_template import Document

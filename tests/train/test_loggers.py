@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from helpers.shared import ROOT
 from helpers.wandb_file import history, records
 
 STAGES = """

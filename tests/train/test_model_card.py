@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.shared import ROOT
 from huggingface_hub import ModelCard
 
 from train.publish.model_card import is_outdated, named, without_paths, write_card

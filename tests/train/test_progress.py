@@ -1,6 +1,5 @@
 """What is left to do of a stage, from records and files alone; and the file that says what drafter it holds."""
 
-import copy
 import errno
 import json
 import os
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from omegaconf import OmegaConf
+from helpers.records import TARGET, config, finished, record
+from helpers.shared import ROOT
 from safetensors.torch import save_file
-from test_configs import composed
 
 from data.errors import UserError
 from train.disk_space import check_disk, check_shared_memory
@@ -22,32 +20,8 @@ from train.endings.finite import way_out
 from train.resume.progress import ANEW, FINISHED, GO_ON, left_to_do
 from train.run_dir.disk import DiskError, as_user_error, check_access, remove_tree
 from train.run_dir.drafter_file import check_fits, facts_in, facts_of, finished_weights, save_drafter
-from train.run_dir.state import StageRecord, check_written, file_sha256
+from train.run_dir.state import check_written, file_sha256
 from train.run_dir.target_files import hashes, in_directory, target_files
-
-TARGET = {"config.json": "a" * 64}
-SETTINGS = {"stage": {"steps": 6}, "inputs": {"target": TARGET}}
-
-
-def config(**changes):
-    made = composed("+experiment=tiny")
-    for key, value in changes.items():
-        OmegaConf.update(made, key.replace("__", "."), value, force_add=True)
-    return made
-
-
-def record(run_dir, stage="attention_tuning", settings=SETTINGS):
-    return StageRecord(run_dir, stage, copy.deepcopy(settings))
-
-
-def finished(run_dir, stage="attention_tuning", name="draft.safetensors"):
-    file = run_dir / stage / name
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"result")
-    made = record(run_dir, stage)
-    made.begin(anew=True)
-    made.finish({}, [file])
-    return made, file
 
 
 def begun(run_dir):

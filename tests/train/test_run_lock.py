@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import ROOT
-from test_progress import config, finished
+from helpers.records import config, finished
+from helpers.shared import ROOT
 
 from data.errors import UserError
 from train.pipeline import _drop_left_over

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.calls import CALLS
+from helpers.shared import ROOT
 from lightning.fabric.accelerators import MPSAccelerator
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from omegaconf import ListConfig, OmegaConf
-from test_wrong_calls import CALLS
 
 from data.config.compose import FREE_FORM, NULLABLE, composed
 from data.config.ranges import LISTS, RANGES

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
-from test_configs import composed
+from helpers.configs import composed
+from helpers.shared import ROOT, TINY
 
 from train.context import Resources
 from train.resume.identity import differences

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from conftest import SHORT, command, command_stopped_at_checkpoint
+from helpers.shared import SHORT, command, command_stopped_at_checkpoint
 from helpers.wandb_file import history, records
 
 from train.evaluate.plots import read_metrics
