@@ -37,7 +37,7 @@ class WholeLayers(DraftModel):
 
 
 if __name__ == "__main__":
-    for module in (models.export, train.stages):
+    for module in (models.export.artifact_io, train.stages):
         module.DraftModel = WholeLayers
     for module in (train.evaluate.acceptance, train.loop.validation_decoding):
         module.generate = partial(generate, mode="sequential")

@@ -58,7 +58,7 @@ def run(folder, *overrides, status=0):
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", call)
-            data.regenerate.main()
+            data.regenerate.run.main()
         failed = None
     except SystemExit as exit:
         failed = str(exit.code)

@@ -37,7 +37,7 @@ def spin_count(command: str, **environment: str) -> str:
     return shown.stdout.split()[-1]
 
 
-@pytest.mark.parametrize("command", ["train.__main__", "data.regenerate", "models.verify"])
+@pytest.mark.parametrize("command", ["train.__main__", "data.regenerate.__main__", "models.verify.__main__"])
 def test_threads_spin_only_briefly(command):
     assert spin_count(command) == SPIN_COUNT
 

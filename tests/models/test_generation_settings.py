@@ -215,7 +215,7 @@ def test_every_setting_of_transformers_is_known_or_refused():
 
 @pytest.mark.slow
 def test_an_unknown_architecture_may_have_generation_settings(monkeypatch):
-    monkeypatch.setattr("models.decoding.TESTED", ())
+    monkeypatch.setattr("models.decoding.flex.TESTED", ())
     for settings in ({"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 8}):
         target = random_target()
         for name, value in settings.items():

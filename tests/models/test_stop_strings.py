@@ -92,7 +92,7 @@ def test_a_target_without_its_tokenizer_is_refused_with_the_way_out(target, prom
 
 
 def test_an_architecture_without_tests_may_have_stop_strings(target, words, monkeypatch):
-    monkeypatch.setattr("models.decoding.TESTED", ())
+    monkeypatch.setattr("models.decoding.flex.TESTED", ())
     check_untested(target, words)
 
 

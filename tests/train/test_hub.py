@@ -42,7 +42,7 @@ def artifact(tmp_path_factory):
 @pytest.fixture
 def sharded(artifact, tmp_path, monkeypatch):
     """The same in two files."""
-    monkeypatch.setattr(models.export, "MAX_SHARD_BYTES", 9 * 10**6)
+    monkeypatch.setattr(models.export.artifact_io, "MAX_SHARD_BYTES", 9 * 10**6)
     export_draft(random_draft(random_target(), rank=RANK), tmp_path / "export", torch.float32)
     return tmp_path / "export"
 

@@ -70,3 +70,14 @@ def test_an_earlier_versions_record_is_compared_in_what_it_holds():
     now = {"model": {"target": {"name": "owner/b"}}, "inputs": {"target": {"repository": "owner/b", "commit": "1"}}}
     now["inputs"]["data"] = [["x", 1]]
     assert differences(hub, now, "attention_tuning") == ["inputs.target.repository: owner/a -> owner/b"]
+
+
+def test_a_class_of_ours_that_moved_is_the_same_class():
+    def record(module: str) -> dict:
+        inputs = {"target": {"config.json": "a" * 64}, "data": []}
+        return {"inputs": inputs, "stage": {"module": {"_target_": module}}}
+
+    old, moved = record("train.modules.AttentionTuning"), record("train.loop.modules.AttentionTuning")
+    assert differences(old, moved, "attention_tuning") == []
+    assert differences(old, record("train.loop.modules.Other"), "attention_tuning") != []
+    assert differences(record("a.Module"), record("b.Module"), "attention_tuning") != []  # a user's own class

@@ -94,7 +94,7 @@ def test_a_server_that_refuses_the_run_does_not_end_the_training(tmp_path):
         "def init(**how):\n"
         "    if how['mode'] == 'online':\n        raise wandb.errors.CommError('invalid key')\n"
         "    return begin(**how)\n"
-        "wandb.init = init\nimport train.loop.loggers\ntrain.loggers.unreachable = lambda url: ''\nfor number",
+        "wandb.init = init\nimport train.loop.loggers\ntrain.loop.loggers.unreachable = lambda url: ''\nfor number",
         1,
     )
     done = run(refuse, tmp_path, WANDB_API_KEY="0" * 40)
