@@ -9,7 +9,7 @@
 set -euo pipefail
 (($# >= 4)) || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
 target=$1 conversations=$2 prompts=$3
-overrides=("${@:4}" name=mine "model.target.name=$target" model.target.architecture=null)
+overrides=("${@:4}" name=mine model=custom "model.target.name=$target")
 overrides+=("data.path=$conversations" "data.prompts=$prompts")
 
 python -m data.report "${overrides[@]}"       # rejected records, supervised share, lengths

@@ -30,7 +30,7 @@ class Preset:
     tied: bool = True
     draft_layers: int = 10
     block_size: int = 16
-    row_length: int = 4096
+    max_seq_len: int = 4096
     documents: int = 4
     anchors: int = 512
 
@@ -55,10 +55,10 @@ class Preset:
         return Sizes.from_config(self.architecture(vocabulary), **draft)
 
 
-SMALL_ROWS = {"row_length": 512, "anchors": 24}
+SMALL_ROWS = {"max_seq_len": 512, "anchors": 24}
 PRESETS = {
     "tiny": Preset(192, 512, 8, 6, 3, 32, vocabulary=2048, draft_layers=6, block_size=8, **SMALL_ROWS),
-    "cpu": Preset(1024, 3072, 8, 16, 8, 64, vocabulary=32768, draft_layers=4, row_length=1024, anchors=64),
+    "cpu": Preset(1024, 3072, 8, 16, 8, 64, vocabulary=32768, draft_layers=4, max_seq_len=1024, anchors=64),
     "0.6b": Preset(1024, 3072, 28, 16, 8, 128),
     "1.7b": Preset(2048, 6144, 28, 16, 8, 128),
     "4b": Preset(2560, 9728, 36, 32, 8, 128),
@@ -71,7 +71,7 @@ class Shape:
     """The sizes of a batch."""
 
     rows: int  # R
-    row_length: int  # T
+    max_seq_len: int  # T
     documents: int  # of each row, as equal as whole tokens allow
     anchors: int  # A
     block_size: int  # B
@@ -80,12 +80,12 @@ class Shape:
     @property
     def places(self) -> int:
         """How many indices of a row may be anchors: all but each document's first, where the whole block fits."""
-        return self.row_length - self.documents * self.block_size
+        return self.max_seq_len - self.documents * self.block_size
 
     @property
     def clean(self) -> int:
         """Clean tokens of a step."""
-        return self.rows * self.row_length
+        return self.rows * self.max_seq_len
 
     @property
     def masks(self) -> int:
@@ -99,8 +99,8 @@ class Shape:
 
     def misfit(self) -> str | None:
         """Why the blocks do not fit into the documents, if they do not."""
-        rows = f"rows of {self.row_length} tokens in {self.documents} documents"
-        if self.row_length // self.documents <= self.block_size:
+        rows = f"rows of {self.max_seq_len} tokens in {self.documents} documents"
+        if self.max_seq_len // self.documents <= self.block_size:
             return f"blocks of {self.block_size} do not fit behind the first token of a document: {rows}"
         if self.anchors > self.places:
             return f"{self.anchors} anchors of {self.block_size} slots: {rows} have {self.places} places for them"
@@ -110,7 +110,7 @@ class Shape:
 def random_batch(shape: Shape, seed: int) -> Batch:
     """Random text, and anchors drawn from the places of each row without replacement."""
     generator = torch.Generator().manual_seed(seed)
-    size, length = shape.block_size, shape.row_length
+    size, length = shape.block_size, shape.max_seq_len
     ids = torch.randint(shape.vocabulary, (shape.rows, length), generator=generator)
     documents = torch.arange(length) * shape.documents // length  # [T]
     positions = torch.arange(length) - torch.searchsorted(documents, documents)
@@ -156,7 +156,7 @@ def floor_flops(sizes: Sizes, batches: list[Batch], teacher: bool) -> dict[str, 
             sizes,
             ATTENTION_TUNING,
             rows=rows,
-            row_length=length,
+            max_seq_len=length,
             num_anchors=batch.anchors.shape[1],
             teacher=teacher,
             supervised=sum(max(0, labelled - 1) for labelled in batch.lengths),

@@ -78,7 +78,7 @@ from models.loss.objectives import Objective
 BATCHES = 3  # that take turns, so that nothing can be kept from one step to the next
 OBJECTIVES = {"ce": {}, "kl": {"ce": 0.0, "kl": 1.0}, "tv": {"ce": 0.0, "tv": 1.0}, "mixture": {"ce": 0.1, "tv": 0.9}}
 SWEEPS = {"anchors": [8, 16, 32, 64, 128], "rows": [256, 512, 1024, 2048, 4096], "vocabulary": [8192, 151936]}
-SIZES = {"anchors": "anchors", "rows": "row_length", "vocabulary": "vocabulary"}  # that a sweep changes
+SIZES = {"anchors": "anchors", "rows": "max_seq_len", "vocabulary": "vocabulary"}  # that a sweep changes
 BASELINES = {"none": (), "dense": ("dense",), "naive": ("dense", "naive")}
 SWEPT_MASKS = 2048  # mask tokens of the sweep over vocabularies, unless --anchors says otherwise
 SWEPT_ANCHORS = 64  # of the sweep over row lengths at most, or they would not fit short rows
@@ -140,7 +140,7 @@ def arguments() -> argparse.Namespace:
         args.anchors = args.anchors or SWEPT_MASKS // preset.block_size
     if args.sweep == "rows":
         args.anchors = args.anchors or min(preset.anchors, SWEPT_ANCHORS)
-    for name in ("row_length", "anchors", "documents", "vocabulary", "draft_layers"):
+    for name in ("max_seq_len", "anchors", "documents", "vocabulary", "draft_layers"):
         setattr(args, name, getattr(args, name) or getattr(preset, name))
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.matmul_size = args.matmul_size or (8192 if args.device == "cuda" else 2048)
@@ -170,7 +170,7 @@ def _contradiction(args: argparse.Namespace, preset: Preset) -> str | None:
 def shapes(args: argparse.Namespace) -> list[Shape]:
     """Those to measure."""
     size = PRESETS[args.preset].block_size
-    shape = Shape(args.rows, args.row_length, args.documents, args.anchors, size, args.vocabulary)
+    shape = Shape(args.rows, args.max_seq_len, args.documents, args.anchors, size, args.vocabulary)
     return [replace(shape, **{SIZES[args.sweep]: value}) for value in args.values] if args.sweep else [shape]
 
 

@@ -45,8 +45,8 @@ def measure(file: str, num_proc: int) -> None:
     prepared = prepare(
         open_parts(file, split="train", max_records=None),
         encoder,
-        row_length=ROW_LENGTH,
-        overlong="turn",
+        max_seq_len=ROW_LENGTH,
+        truncation="turn",
         bad_records="stop",
         num_proc=num_proc,
         validation_records=256,

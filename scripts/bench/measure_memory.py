@@ -29,15 +29,15 @@ MB = 10**6
 STEPS = 3  # from the second on, there are moments of the optimizer and gradients of the step before
 TINY = "+experiment=tiny"
 # A target whose vocabulary outweighs its layers as a real one's does.
-WIDE = [TINY, "model=stand_in", "model.draft.num_layers=3", "model.draft.calibrator_rank=64", "data.row_length=512"]
+WIDE = [TINY, "model=stand_in", "model.draft.num_layers=3", "model.draft.calibrator_rank=64", "data.max_seq_len=512"]
 WIDE += [f"model.target.architecture.{size}" for size in ("vocab_size=8192", "hidden_size=256", "head_dim=32")]
 WIDE += [f"model.target.architecture.{size}" for size in ("intermediate_size=768", "num_attention_heads=8")]
-WIDE += [f"stage.{stage}.{key}" for stage in TRAINED for key in ("rows_per_step=2", "num_anchors=16")]
+WIDE += [f"stage.{stage}.{key}" for stage in TRAINED for key in ("global_batch_size=2", "num_anchors=16")]
 FLOAT32, BF16 = ["trainer.precision=32-true"], ["trainer.precision=bf16-mixed"]
 WIDE_BF16 = [*WIDE, *BF16, "model.target.dtype=bfloat16"]
 SMALL_CHUNKS = [f"stage.{stage}.module.chunk=64" for stage in TRAINED]
-ONE_ROW = [f"stage.{stage}.rows_per_pass=1" for stage in TRAINED]
-RECOMPUTE = ["speed.recompute=true"]
+ONE_ROW = [f"stage.{stage}.micro_batch_size=1" for stage in TRAINED]
+RECOMPUTE = ["runtime.activation_checkpointing=true"]
 FEW_BLOCKS = [f"stage.{stage}.num_anchors=4" for stage in TRAINED]
 MANY_BLOCKS = [f"stage.{stage}.num_anchors=100" for stage in TRAINED]
 FAMILY = "model.target.architecture.model_type="
@@ -58,8 +58,8 @@ CASES = {
     "wide, bfloat16 target, mixture": [*WIDE_BF16, "objective=mixture"],
     "wide, bfloat16 target, recompute": [*WIDE_BF16, *RECOMPUTE],
     "wide, bfloat16 target, recompute, small chunks": [*WIDE_BF16, *RECOMPUTE, *SMALL_CHUNKS],
-    "wide, bfloat16 target, compiled": [*WIDE_BF16, "speed.compile=true"],
-    "wide, long rows, few blocks": [*WIDE_BF16, *SMALL_CHUNKS, "data.row_length=1000", *FEW_BLOCKS],
+    "wide, bfloat16 target, compiled": [*WIDE_BF16, "runtime.compile=true"],
+    "wide, long rows, few blocks": [*WIDE_BF16, *SMALL_CHUNKS, "data.max_seq_len=1000", *FEW_BLOCKS],
     "wide, one row, many blocks": [*WIDE_BF16, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS],
     "beyond, float32": [*WIDE, *FLOAT32, *BEYOND],
     "beyond, bfloat16 target": [*WIDE_BF16, *BEYOND],
@@ -68,7 +68,7 @@ CASES = {
     "experts, bf16-mixed": [*WIDE, *BF16, *EXPERTS],
     "experts, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *EXPERTS],
     "experts, recompute, many blocks": [*WIDE_BF16, *RECOMPUTE, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS, *EXPERTS],
-    "experts, compiled": [*WIDE_BF16, *EXPERTS, "speed.compile=true"],
+    "experts, compiled": [*WIDE_BF16, *EXPERTS, "runtime.compile=true"],
     "Gemma 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *GEMMA],
     "OLMo 2, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}olmo2"],
     "Phi 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}phi3"],
@@ -88,20 +88,20 @@ class Repeated:
         return iter([self.batch] * self.passes)
 
 
-def full_batch(sizes: Sizes, rows: int, row_length: int, num_anchors: int):
+def full_batch(sizes: Sizes, rows: int, max_seq_len: int, num_anchors: int):
     """Random text in which every slot of every block carries a label."""
     import torch
 
     from data.batch import Batch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, sizes.vocabulary, (rows, row_length), generator=generator)
-    starts = row_length - sizes.block_size
+    ids = torch.randint(3, sizes.vocabulary, (rows, max_seq_len), generator=generator)
+    starts = max_seq_len - sizes.block_size
     anchors = 1 + torch.stack([torch.randperm(starts, generator=generator)[:num_anchors] for _ in range(rows)])
     anchors = anchors.sort().values
     at = anchors[..., None] + torch.arange(sizes.block_size)  # [R, A, B]
     labels = ids.gather(1, at.flatten(1)).view_as(at)
-    positions = torch.arange(row_length).expand(rows, -1).contiguous()
+    positions = torch.arange(max_seq_len).expand(rows, -1).contiguous()
     return Batch(ids, positions, torch.zeros_like(ids), anchors, labels)
 
 
@@ -119,10 +119,10 @@ def prepared(config, stage: str):
     import torch
 
     draft = DraftModel(target, **{**shape, **absent}, dtype=torch.float32)
-    rows = settings.rows_per_pass or settings.rows_per_step
-    batch = full_batch(target_sizes(config), rows, config.data.row_length, settings.num_anchors)
-    execution = Execution(**{key: config.speed[key] for key in ("attention", "compile", "recompute")})
-    return instantiate(settings.module)(target, draft, execution=execution), batch, settings.rows_per_step // rows
+    rows = settings.micro_batch_size or settings.global_batch_size
+    batch = full_batch(target_sizes(config), rows, config.data.max_seq_len, settings.num_anchors)
+    execution = Execution(**{key: config.runtime[key] for key in ("attention", "compile", "activation_checkpointing")})
+    return instantiate(settings.module)(target, draft, execution=execution), batch, settings.global_batch_size // rows
 
 
 def train(config, module, batch, passes: int) -> None:

@@ -45,17 +45,17 @@ REPLACED = {
 }
 
 STAGES = ("attention_tuning", "bonus_calibration")
-STEPS = ("steps=6", "rows_per_step=2", "num_anchors=8", "decode.prompts=2", "decode.max_new_tokens=8")
+STEPS = ("steps=6", "global_batch_size=2", "num_anchors=8", "decode.prompts=2", "decode.max_new_tokens=8")
 SHORT = " ".join(f"stage.{stage}.{setting}" for stage in STAGES for setting in STEPS)
 SHORT += " stage.evaluate.num_prompts=2 stage.evaluate.max_new_tokens=16 stage.evaluate.speed.num_prompts=0"
 SHORT += " data.max_records=60 data.validation_records=4 data.num_proc=1 overwrite=true"
 SHORT += " regenerate.max_new_tokens=16 regenerate.drop_cut_off=false"
-SHORT += " speed.compile=false speed.workers=0"  # minutes, for a few steps
+SHORT += " runtime.compile=false runtime.workers=0"  # minutes, for a few steps
 STAND_IN = f"model=stand_in data=tiny trainer=cpu {SHORT}"  # a small target in place of 8B
 RANKS = f"model=stand_in data=tiny trainer.accelerator=cpu trainer.devices=2 trainer.precision=32-true {SHORT}"
 # What fits the embedded target, and a CPU.
-MINE = f"trainer=cpu model.target.dtype=float32 model.draft.num_layers=6 data.row_length=320 {SHORT}"
-EMBEDDED = f"data=tiny model.target.name=src/data/tiny/target model.target.architecture=null {MINE}"
+MINE = f"trainer=cpu model.target.dtype=float32 model.draft.num_layers=6 data.max_seq_len=320 {SHORT}"
+EMBEDDED = f"data=tiny model=custom model.target.name=src/data/tiny/target {MINE}"
 BENCH = "--preset tiny --device cpu --dtype float32 --steps 1"
 
 STOOD_IN = f"python -m train +experiment=qwen3_8b {STAND_IN}"
@@ -66,7 +66,7 @@ TRAINED = {
     "checkpoints/lora/adapter": f"python -m train +experiment=tiny adapter=lora name=lora {SHORT}",
     "checkpoints/qwen3_8b/export": STOOD_IN,
     "checkpoints/mine/export": "python -m train +experiment=qwen3_8b name=mine model.target.name=src/data/tiny/target "
-    f"model.target.architecture=null data.path=conversations.jsonl data.prompts=prompts.jsonl {MINE}",
+    f"model=custom data.path=conversations.jsonl data.prompts=prompts.jsonl {MINE}",
 }
 # What the text around a Python block has spoken of.
 TARGET = """
@@ -117,7 +117,7 @@ RULES = (
     Rule(
         r"hub-id.* plan=true",
         "embedded target",
-        add="trainer=cpu model.target.dtype=float32 model.draft.num_layers=6 data.row_length=320",
+        add="trainer=cpu model.target.dtype=float32 model.draft.num_layers=6 data.max_seq_len=320",
     ),
     Rule(r" plan=true", "as written"),
     Rule(r" name=dry_run ", "as written"),

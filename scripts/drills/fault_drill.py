@@ -160,7 +160,7 @@ CHANGED += [
     "data.template_kwargs={enable_thinking:false}",
 ]
 SPARED = ["stage.attention_tuning.decode.batch_size=1", "stage.attention_tuning.module.chunk=64", "data.num_proc=2"]
-SPARED += ["stage.evaluate.batch_size=1", "stage.attention_tuning.rows_per_pass=1", "speed.workers=1"]
+SPARED += ["stage.evaluate.batch_size=1", "stage.attention_tuning.micro_batch_size=1", "runtime.workers=1"]
 
 
 def changed_setting(drill: Drill) -> str:

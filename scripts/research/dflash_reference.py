@@ -129,11 +129,11 @@ def train(draft: Reference, batches: list[Batch] | Iterator[Batch], *, steps: in
 
     Args:
         batches: `steps` of them.
-        how: objective, chunk, learning_rate, warmup_share, clip, and autocast, the context of forward passes.
+        how: objective, chunk, learning_rate, warmup_ratio, clip, and autocast, the context of forward passes.
     """
     parameters = list(draft.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=how["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps, how["warmup_share"]))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps, how["warmup_ratio"]))
     losses = []
     with tqdm(total=steps, desc="training", unit="step") as bar:
         for batch in batches:
@@ -156,7 +156,7 @@ def train(draft: Reference, batches: list[Batch] | Iterator[Batch], *, steps: in
 def training_batches(config: DictConfig, resources: Resources) -> Iterator[Batch]:
     """Those of both stages, one after the other."""
     for settings in (config.stage[stage] for stage in TRAINED):
-        sizes = {key: settings[key] for key in ("steps", "rows_per_step", "num_anchors")}
+        sizes = {key: settings[key] for key in ("steps", "global_batch_size", "num_anchors")}
         drawn = TrainingBatches(resources.rows[0], **sizes, block_size=config.model.draft.block_size, seed=config.seed)
         yield from (drawn.batch(step).to(resources.target.device) for step in range(settings.steps))
 
@@ -259,7 +259,7 @@ def main() -> None:
         objective=objective,
         chunk=stage.module.chunk,
         learning_rate=options.learning_rate,
-        warmup_share=stage.module.warmup_share,
+        warmup_ratio=stage.module.warmup_ratio,
         clip=stage.gradient_clip,
         autocast=torch.autocast(where, torch.bfloat16) if mixed else nullcontext(),
     )

@@ -122,7 +122,7 @@ def digest(file: Path) -> str:
 
 def time_limit(folder: Path) -> dict[str, bool]:
     """SLURM's own signal, one minute before a limit of two."""
-    overrides = [*COMMON, *steps(240, 20), "stage.attention_tuning.rows_per_step=2"]
+    overrides = [*COMMON, *steps(240, 20), "stage.attention_tuning.global_batch_size=2"]
     expected = left_alone(folder / "alone", overrides)
     job = Job(folder, ["--time=2", "--signal=USR1@60"], overrides)
     job.wait(lambda: False, 900)

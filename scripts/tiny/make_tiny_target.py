@@ -50,12 +50,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return tokenizer
 
 
-def pack_rows(documents: list[list[int]], row_length: int) -> list[tuple[list[int], list[int]]]:
+def pack_rows(documents: list[list[int]], max_seq_len: int) -> list[tuple[list[int], list[int]]]:
     """First-fit in the given order; rows of (token ids, positions restarting per document), unpadded."""
     rows: list[tuple[list[int], list[int]]] = []
     open_rows: list[int] = []
     for document in documents:
-        home = next((r for r in open_rows if len(rows[r][0]) + len(document) <= row_length), None)
+        home = next((r for r in open_rows if len(rows[r][0]) + len(document) <= max_seq_len), None)
         if home is None:
             rows.append(([], []))
             home = len(rows) - 1
@@ -65,16 +65,16 @@ def pack_rows(documents: list[list[int]], row_length: int) -> list[tuple[list[in
     return rows
 
 
-def collate(rows: list[tuple[list[int], list[int]]], row_length: int, pad_id: int) -> tuple[torch.Tensor, ...]:
-    """-> input_ids, position_ids, labels, each [rows, row_length]; padding and document starts carry no label."""
-    ids = torch.full((len(rows), row_length), pad_id)
+def collate(rows: list[tuple[list[int], list[int]]], max_seq_len: int, pad_id: int) -> tuple[torch.Tensor, ...]:
+    """-> input_ids, position_ids, labels, each [rows, max_seq_len]; padding and document starts carry no label."""
+    ids = torch.full((len(rows), max_seq_len), pad_id)
     positions = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
     for i, (tokens, position) in enumerate(rows):
         n = len(tokens)
         ids[i, :n] = torch.tensor(tokens)
         positions[i, :n] = torch.tensor(position)
-        positions[i, n:] = torch.arange(row_length - n)
+        positions[i, n:] = torch.arange(max_seq_len - n)
         labels[i, :n] = torch.tensor([-100 if p == 0 else t for t, p in zip(tokens, position, strict=True)])
     return ids, positions, labels
 
@@ -97,7 +97,7 @@ def main() -> None:
         [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in records
     ]
     tokenizer = train_tokenizer([m["content"] for chat in chats for m in chat], vocab_size=2048)
-    documents = [tokenizer.apply_chat_template(c, return_dict=True)["input_ids"][: args.row_length] for c in chats]
+    documents = [tokenizer.apply_chat_template(c, return_dict=True)["input_ids"][: args.max_seq_len] for c in chats]
     print(f"{len(documents)} conversations, {sum(map(len, documents)):,} tokens")
 
     model = Qwen3ForCausalLM(
@@ -120,7 +120,7 @@ def main() -> None:
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    rows_per_epoch = len(pack_rows(documents, args.row_length))
+    rows_per_epoch = len(pack_rows(documents, args.max_seq_len))
     steps = int(args.epochs * rows_per_epoch / args.batch_rows)
     warmup = 100
 
@@ -133,10 +133,10 @@ def main() -> None:
     started, running = time.time(), None
     for step in range(steps):
         if len(rows) < args.batch_rows:
-            rows = pack_rows(random.sample(documents, len(documents)), args.row_length)
+            rows = pack_rows(random.sample(documents, len(documents)), args.max_seq_len)
             random.shuffle(rows)
         batch = [rows.pop() for _ in range(args.batch_rows)]
-        ids, positions, labels = collate(batch, args.row_length, tokenizer.pad_token_id)
+        ids, positions, labels = collate(batch, args.max_seq_len, tokenizer.pad_token_id)
         # Without an attention mask, transformers reads the documents off the restarting positions.
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss

@@ -165,8 +165,8 @@ class Resources:
         prepared = prepare(
             self.parts,
             self.encoder,
-            row_length=data.row_length,
-            overlong=data.overlong,
+            max_seq_len=data.max_seq_len,
+            truncation=data.truncation,
             bad_records=data.bad_records,
             num_proc=data.num_proc,
             validation_records=data.validation_records,

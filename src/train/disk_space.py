@@ -65,6 +65,6 @@ def check_shared_memory(workers: int, batch: int, place: Path = Path("/dev/shm")
     needed, free = 2 * workers * (2 * batch + 2**14), free_bytes(place)
     if free is not None and free < needed:
         raise UserError(
-            f"speed.workers={workers}: {place} has {size(free)} free, and their batches need {size(needed)}. "
-            f"Enlarge it (docker run --shm-size=1g; mount -o remount,size=1g {place}), or set speed.workers=0."
+            f"runtime.workers={workers}: {place} has {size(free)} free, and their batches need {size(needed)}. "
+            f"Enlarge it (docker run --shm-size=1g; mount -o remount,size=1g {place}), or set runtime.workers=0."
         )

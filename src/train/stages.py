@@ -173,14 +173,14 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         training,
         validation,
         steps=settings.steps,
-        rows_per_step=settings.rows_per_step,
-        rows_per_pass=settings.rows_per_pass,
+        global_batch_size=settings.global_batch_size,
+        micro_batch_size=settings.micro_batch_size,
         num_anchors=settings.num_anchors,
         block_size=draft.block_size,
         seed=config.seed,
-        workers=config.speed.workers,
+        workers=config.runtime.workers,
     )
-    check_shared_memory(config.speed.workers, data.batch_bytes(trainer.world_size) if config.speed.workers else 0)
+    check_shared_memory(config.runtime.workers, data.batch_bytes(trainer.world_size) if config.runtime.workers else 0)
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
@@ -274,10 +274,14 @@ def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
 
 def _execution(config: DictConfig, trainer: Trainer) -> Execution:
     """How the layers are run."""
-    speed = config.speed
+    runtime = config.runtime
     # ZeRO 3 fetches the weights of each layer when it is called, which no graph may do.
     in_pieces = getattr(trainer.strategy, "zero_stage_3", False)
-    return Execution(attention=speed.attention, compile=speed.compile and not in_pieces, recompute=speed.recompute)
+    return Execution(
+        attention=runtime.attention,
+        compile=runtime.compile and not in_pieces,
+        activation_checkpointing=runtime.activation_checkpointing,
+    )
 
 
 def untrained(config: DictConfig, stage: str, resources: Resources) -> DraftModel | LoraDraft:

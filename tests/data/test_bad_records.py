@@ -84,8 +84,8 @@ def prepared(path, tokenizer, policy, rejects):
     return prepare(
         open_parts(str(path), split="train", max_records=None),
         ChatEncoder(tokenizer, {}),
-        row_length=64,
-        overlong="turn",
+        max_seq_len=64,
+        truncation="turn",
         bad_records=policy,
         num_proc=1,
         validation_records=0,
@@ -151,7 +151,11 @@ def test_rows_of_a_table_are_named_too(tmp_path, tiny_tokenizer):
 def test_from_the_command_line(policy, tmp_path):
     path = write(tmp_path / "data.jsonl", GOOD, BAD["empty turn"][0], *[GOOD] * 20)
     call = ["+experiment=tiny", f"data.path={path}", f"data.bad_records={policy}", "data.validation_records=2"]
-    steps = ["stages=[attention_tuning]", "stage.attention_tuning.steps=2", "stage.attention_tuning.rows_per_step=2"]
+    steps = [
+        "stages=[attention_tuning]",
+        "stage.attention_tuning.steps=2",
+        "stage.attention_tuning.global_batch_size=2",
+    ]
     done = command(*call, *steps, cwd=tmp_path)
     listed = (tmp_path / "checkpoints" / "tiny" / "rejects.jsonl").read_text().splitlines()
     assert len(listed) == 1 and json.loads(listed[0])["where"] == f"{path}:2"

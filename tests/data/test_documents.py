@@ -31,16 +31,18 @@ def write(path, *conversations):
     return str(path)
 
 
-def read(path, tokenizer, *, num_proc=1, row_length=256, overlong="turn", template_kwargs=None):
+def read(path, tokenizer, *, num_proc=1, max_seq_len=256, truncation="turn", template_kwargs=None):
     parts = open_parts(path, split="train", max_records=None)
     encoder = ChatEncoder(tokenizer, template_kwargs or {})
-    return tokenise(parts, encoder, Tokenising(row_length=row_length, overlong=overlong), num_proc=num_proc), encoder
+    return tokenise(
+        parts, encoder, Tokenising(max_seq_len=max_seq_len, truncation=truncation), num_proc=num_proc
+    ), encoder
 
 
 def rows_of(path, tokenizer, *, num_proc):
     return prepare(
-        open_parts(path, split="train", max_records=None), ChatEncoder(tokenizer, {}), row_length=256, overlong="turn",
-        bad_records="skip", num_proc=num_proc, validation_records=20, block_size=4, seed=3,
+        open_parts(path, split="train", max_records=None), ChatEncoder(tokenizer, {}), max_seq_len=256,
+        truncation="turn", bad_records="skip", num_proc=num_proc, validation_records=20, block_size=4, seed=3,
         rejects=Path(path).with_suffix(".rejects"),
     )  # fmt: skip
 
@@ -76,8 +78,8 @@ def test_the_cache_is_used_and_knows_what_matters(tmp_path, tiny_tokenizer, monk
         assert [d.input_ids.tolist() for d in again] == [d.input_ids.tolist() for d in first]
     assert len(made) == before == 1
     for change in (
-        {"row_length": 255},
-        {"overlong": "drop"},
+        {"max_seq_len": 255},
+        {"truncation": "drop"},
         {"template_kwargs": {"x": False}},
         {"template_kwargs": {"x": "False"}},  # true, for a template
     ):
@@ -111,15 +113,15 @@ def test_what_becomes_of_long_conversations(tmp_path, tiny_tokenizer):
     whole = [encoder.conversation(c).input_ids for c in (short, long, hopeless)]
     fits = max(n for n in range(1, 6) if len(encoder.conversation(turns(n)).input_ids) <= 100)
     assert 1 <= fits < 6
-    cut, _ = read(path, tiny_tokenizer, row_length=100)
+    cut, _ = read(path, tiny_tokenizer, max_seq_len=100)
     assert [d.input_ids.tolist() for d in cut] == [encoder.conversation(turns(n)).input_ids.tolist() for n in (1, fits)]
     assert cut.outcomes() == {"kept": 1, "cut": 1, "too long": 1, "no block fits": 0, "bad": 0}
     assert cut.column("tokens").tolist() == [len(whole[0]), len(whole[1])]  # what was there before
-    anywhere, _ = read(path, tiny_tokenizer, row_length=100, overlong="token")
+    anywhere, _ = read(path, tiny_tokenizer, max_seq_len=100, truncation="token")
     # The third one's first row of tokens is all question: no block fits there.
     assert [d.input_ids.tolist() for d in anywhere] == [w[:100].tolist() for w in whole[:2]]
     assert anywhere.outcomes() == {"kept": 1, "cut": 1, "too long": 0, "no block fits": 1, "bad": 0}
-    dropped, _ = read(path, tiny_tokenizer, row_length=100, overlong="drop")
+    dropped, _ = read(path, tiny_tokenizer, max_seq_len=100, truncation="drop")
     assert dropped.outcomes() == {"kept": 1, "cut": 0, "too long": 2, "no block fits": 0, "bad": 0}
 
 
@@ -136,7 +138,7 @@ def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_token
         "<think>\n" + "y " * 200 + "\n</think>\n\nd",
     ]
     messages = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
-    cut, encoder = read(write(tmp_path / "data.jsonl", messages), tiny_tokenizer, row_length=150)
+    cut, encoder = read(write(tmp_path / "data.jsonl", messages), tiny_tokenizer, max_seq_len=150)
     lengths = [len(encoder.conversation(messages[:n]).input_ids) for n in (2, 4, 6, 8)]
     assert lengths[0] <= 150 < lengths[1] and lengths[2] <= 150 < lengths[3]
     assert [len(d.input_ids) for d in cut] == [lengths[2]]
@@ -144,20 +146,20 @@ def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_token
 
 def test_nothing_left_to_train_on_is_said(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "data.jsonl", turns(1, words=300))
-    with pytest.raises(UserError, match="no conversation to train on .*1 too long.*data.overlong"):
+    with pytest.raises(UserError, match="no conversation to train on .*1 too long.*data.truncation"):
         rows_of(path, tiny_tokenizer, num_proc=1)
 
 
 DOCUMENTS = st.lists(st.lists(st.booleans(), min_size=3, max_size=20).filter(lambda s: any(s)), min_size=1, max_size=30)
 
 
-@given(masks=DOCUMENTS, row_length=st.integers(20, 50))
+@given(masks=DOCUMENTS, max_seq_len=st.integers(20, 50))
 @settings(max_examples=150, deadline=None)
-def test_tokens_in_are_tokens_out(masks, row_length):
+def test_tokens_in_are_tokens_out(masks, max_seq_len):
     """Every document stands in the rows once, whole, with its supervision, its own positions and its own number."""
     token = iter(range(1, 10_000))
     given_in = [Document(np.array([next(token) for _ in m], np.int32), np.array(m)) for m in masks]
-    rows, out = pack_documents(given_in, row_length, pad_id=0), []
+    rows, out = pack_documents(given_in, max_seq_len, pad_id=0), []
     for row in rows:
         real = row.document_ids >= 0
         assert (row.input_ids[~real] == 0).all() and not row.supervised[~real].any()
@@ -166,25 +168,25 @@ def test_tokens_in_are_tokens_out(masks, row_length):
             assert (np.diff(here) == 1).all() and (row.position_ids[here] == np.arange(len(here))).all()
             out.append((row.input_ids[here].tolist(), row.supervised[here].tolist()))
     assert sorted(out) == sorted((d.input_ids.tolist(), d.supervised.tolist()) for d in given_in)
-    assert rows.efficiency() == sum(map(len, masks)) / (len(rows) * row_length)
+    assert rows.efficiency() == sum(map(len, masks)) / (len(rows) * max_seq_len)
 
 
-@given(masks=DOCUMENTS, row_length=st.integers(20, 50), block_size=st.integers(2, 8))
+@given(masks=DOCUMENTS, max_seq_len=st.integers(20, 50), block_size=st.integers(2, 8))
 @settings(max_examples=100, deadline=None)
-def test_no_block_crosses_a_document_or_an_unsupervised_token(masks, row_length, block_size):
+def test_no_block_crosses_a_document_or_an_unsupervised_token(masks, max_seq_len, block_size):
     given_in = [Document(np.arange(len(m), dtype=np.int32) + 1, np.array(m)) for m in masks]
-    for row in pack_documents(given_in, row_length, pad_id=0):
+    for row in pack_documents(given_in, max_seq_len, pad_id=0):
         anchors = valid_anchors(row)
         for anchor, labels in zip(anchors, block_labels(row, anchors, block_size), strict=True):
             stopped = False
             for slot, label in enumerate(labels.tolist()):
                 at = anchor + slot
-                inside = at < row_length and row.document_ids[at] == row.document_ids[anchor] and row.supervised[at]
+                inside = at < max_seq_len and row.document_ids[at] == row.document_ids[anchor] and row.supervised[at]
                 stopped = stopped or not inside  # the first such token ends the block, whatever comes after it
                 assert label == (IGNORE if stopped else row.input_ids[at])
         places = [  # in words: supervised, and the next one too, in one document, not its first token
             i
-            for i in range(row_length - 1)
+            for i in range(max_seq_len - 1)
             if row.supervised[i] and row.supervised[i + 1] and row.document_ids[i] == row.document_ids[i + 1]
             if row.position_ids[i] > 0
         ]

@@ -95,8 +95,8 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
     prepared = prepare(
         open_parts(str(files[0]), split="train", max_records=None),
         ChatEncoder(tiny_tokenizer, {}),
-        row_length=320,
-        overlong="turn",
+        max_seq_len=320,
+        truncation="turn",
         bad_records="skip",
         num_proc=1,
         validation_records=5,
@@ -114,8 +114,8 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
     ("call", "words"),
     [
         ([], "No experiment chosen"),
-        (["+experiment=tiny", "data.rowlength=3"], "Did you mean data.row_length?"),
-        (["+experiment=tiny", "data.overlong=cut"], "expected turn or token or drop"),
+        (["+experiment=tiny", "data.rowlength=3"], "Did you mean data.max_seq_len?"),
+        (["+experiment=tiny", "data.truncation=cut"], "expected turn or token or drop"),
         (["+experiment=tiny", "data.path=nowhere.jsonl"], "No file at nowhere.jsonl"),
         (["+experiment=tiny", "data.prompts=nowhere.jsonl"], "No file at nowhere.jsonl"),
     ],

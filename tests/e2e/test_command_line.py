@@ -32,7 +32,7 @@ def test_only_one_place_makes_consoles():
 
 @pytest.mark.slow
 def test_ctrl_c_in_training_writes_a_checkpoint_and_says_how_to_go_on(tmp_path):
-    call = (*SHORT, "stages=[attention_tuning]", "speed.workers=1", "stage.attention_tuning.steps=400")
+    call = (*SHORT, "stages=[attention_tuning]", "runtime.workers=1", "stage.attention_tuning.steps=400")
     done = command_stopped_at_checkpoint(*call, cwd=tmp_path, stage="attention_tuning", number=signal.SIGINT)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     assert "stopped by SIGINT; the same command goes on from here" in done.stderr

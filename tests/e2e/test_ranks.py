@@ -18,13 +18,15 @@ STAGES = ("attention_tuning", "bonus_calibration")
 CALL = (*SHORT, "trainer.precision=32-true", f"stages=[{','.join(STAGES)}]")
 CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("steps=12", "num_anchors=8"))
 CALL += tuple(f"stage.{stage}.module.{setting}" for stage in STAGES for setting in ("eps=1e-3", "learning_rate=1e-3"))
-CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("rows_per_step=4", "checkpoint_every=6"))
+CALL += tuple(
+    f"stage.{stage}.{setting}" for stage in STAGES for setting in ("global_batch_size=4", "checkpoint_every=6")
+)
 CALL += tuple(f"stage.{stage}.decode.{setting}" for stage in STAGES for setting in ("prompts=3", "max_new_tokens=10"))
 CALL += tuple(f"stage.{stage}.validate_every=6" for stage in STAGES)
 PAIR = ("trainer.accelerator=cpu", "trainer.devices=2")
 # Otherwise DeepSpeed keeps tensors of this size whole after their first use.
 SHARDED = "+trainer.strategy.zero_optimization={stage3_param_persistence_threshold:0,stage3_max_live_parameters:0}"
-PASSES = tuple(f"stage.{stage}.rows_per_pass=1" for stage in STAGES)
+PASSES = tuple(f"stage.{stage}.micro_batch_size=1" for stage in STAGES)
 PIECES = tuple(f"stage.{stage}.module.chunk=37" for stage in STAGES)  # a gathering of the head for each
 NO_COMPILER = {"PATH": "/nowhere"}
 

@@ -13,7 +13,9 @@ from train.sweep import jobs, summaries, table
 
 SBATCH = ROOT / "scripts" / "slurm" / "train.sbatch"
 ONE_NODE = {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "1"}
-STEPS = [f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in ("steps=2", "rows_per_step=2")]
+STEPS = [
+    f"stage.{s}.{k}" for s in ("attention_tuning", "bonus_calibration") for k in ("steps=2", "global_batch_size=2")
+]
 VERY_SHORT = ("+experiment=tiny", *STEPS, "data.max_records=60", "data.validation_records=4")
 VERY_SHORT += ("stage.evaluate.num_prompts=1", "stage.evaluate.max_new_tokens=8", "stage.evaluate.speed.num_prompts=0")
 

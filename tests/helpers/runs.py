@@ -57,7 +57,7 @@ def run(
     )  # fmt: skip
     fitted.accumulate_grad_batches = passes
     training, rows = module(stage, random_target()), data(STEPS)
-    rows.rows_per_pass = 4 // passes
+    rows.micro_batch_size = 4 // passes
     chosen = usable_checkpoint(directory)
     if stop_at:
         asked = lambda strategy: 10 if fitted.global_step >= stop_at else 0  # noqa: E731  SIGUSR1

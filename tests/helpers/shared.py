@@ -98,10 +98,10 @@ def command_stopped_at_checkpoint(
 SHORT = (
     "+experiment=tiny",
     "stage.attention_tuning.steps=40",
-    "stage.attention_tuning.rows_per_step=4",
+    "stage.attention_tuning.global_batch_size=4",
     "stage.attention_tuning.checkpoint_every=4",
     "stage.bonus_calibration.steps=12",
-    "stage.bonus_calibration.rows_per_step=2",
+    "stage.bonus_calibration.global_batch_size=2",
     "stage.bonus_calibration.checkpoint_every=4",
     "data.max_records=400",
     "data.validation_records=16",

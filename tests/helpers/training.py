@@ -20,10 +20,10 @@ SETTINGS = {
     "weight_decay": 0.0,
     "betas": (0.9, 0.95),
     "eps": 1e-8,
-    "warmup_share": 0.1,
-    "final_lr_share": 0.0,
+    "warmup_ratio": 0.1,
+    "min_lr_ratio": 0.0,
     "steps": 6,
-    "told_share": 0.5,
+    "bonus_slot_fraction": 0.5,
 }
 
 
@@ -37,7 +37,7 @@ def rows(count: int = 40):
 
 def data(steps: int = 6) -> DraftData:
     # Many blocks: the calibrator learns only where the target would have said the token, one in a hundred here.
-    return DraftData(rows(), rows(10), steps=steps, rows_per_step=4, num_anchors=40, block_size=6, seed=0)
+    return DraftData(rows(), rows(10), steps=steps, global_batch_size=4, num_anchors=40, block_size=6, seed=0)
 
 
 def trainer(tmp_path, steps: int, **kwargs) -> lightning.Trainer:

@@ -221,7 +221,7 @@ def test_the_plan_counts_the_arithmetic_of_updates(monkeypatch):
         loss, weight, _, _ = AttentionTuning(target, lora_draft(target, rank=16), **SETTINGS).loss(batch)
         (loss / weight).backward()
     parts = step_flops(
-        sizes, "attention_tuning", rows=2, row_length=64, num_anchors=5, twice=Twice(scores=True),
+        sizes, "attention_tuning", rows=2, max_seq_len=64, num_anchors=5, twice=Twice(scores=True),
         clean_pairs=tile_pairs(clean_tiles(batch.document_ids)),
         mask_pairs=tile_pairs(block_tiles(batch.document_ids, batch.anchors, 6)),
     )  # fmt: skip

@@ -57,7 +57,11 @@ def test_flops_are_those_of_the_training_step(
 ):
     target = random_target(**shape)
     draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, **beyond)
-    settings = SETTINGS | {"chunk": chunk, "objective": objective, "execution": Execution(recompute=recompute)}
+    settings = SETTINGS | {
+        "chunk": chunk,
+        "objective": objective,
+        "execution": Execution(activation_checkpointing=recompute),
+    }
     if stage == "attention_tuning":
         module = AttentionTuning(target, draft, **settings)
     else:
@@ -73,7 +77,7 @@ def test_flops_are_those_of_the_training_step(
         sizes,
         stage,
         rows=rows,
-        row_length=length,
+        max_seq_len=length,
         num_anchors=anchors,
         teacher=objective.needs_target,
         clean_pairs=tile_pairs(clean_tiles(batch.document_ids)),
@@ -133,7 +137,9 @@ def test_memory_is_what_a_real_step_takes(stage, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [["speed.recompute=true"], ["objective=mixture"]], ids=["recompute", "mixture"])
+@pytest.mark.parametrize(
+    "changes", [["runtime.activation_checkpointing=true"], ["objective=mixture"]], ids=["recompute", "mixture"]
+)
 def test_memory_of_other_ways_to_tune(changes):
     config = composed(CASES["wide, bfloat16 target"] + changes)
     assert estimated(config, "attention_tuning")[0] == pytest.approx(tensor_peak(config, "attention_tuning"), rel=0.15)
@@ -168,7 +174,7 @@ def test_windows_bound_the_arithmetic_of_attention():
     def flops(**special) -> float:
         target = random_target(model_type="mistral", **special)
         sizes = sizes_of(target)
-        parts = step_flops(sizes, "attention_tuning", rows=1, row_length=128, num_anchors=4, teacher=True)
+        parts = step_flops(sizes, "attention_tuning", rows=1, max_seq_len=128, num_anchors=4, teacher=True)
         return parts["target pass"] - 2 * 128 * sizes.weights(sizes.all_layers)
 
     token = 4 * 4 * 8  # two products with all query heads, 2 per multiply-add
@@ -182,14 +188,14 @@ def test_the_estimate_cuts_the_tiles_that_attention_computes():
     sizes = target_sizes(composed(["+experiment=qwen3_8b"]))
     batch = full_batch(sizes, 2, 4096, 200)
     tiles = block_tiles(batch.document_ids, batch.anchors, sizes.block_size)
-    expected = Setup(rows=2, row_length=4096, num_anchors=200, chunk=2048, attention="sdpa").tiles(sizes)
+    expected = Setup(rows=2, max_seq_len=4096, num_anchors=200, chunk=2048, attention="sdpa").tiles(sizes)
     assert 2 * len(expected) == len(tiles)
     assert 2 * sum(queries * keys for queries, keys in expected) == pytest.approx(tile_pairs(tiles), rel=0.02)
 
 
 def test_sharding_takes_away_what_it_shards():
     sizes = target_sizes(composed(["+experiment=qwen3_32b"]))
-    common = {"rows": 1, "row_length": 4096, "num_anchors": 128, "chunk": 4096, "weight_bytes": 2, "autocast": True}
+    common = {"rows": 1, "max_seq_len": 4096, "num_anchors": 128, "chunk": 4096, "weight_bytes": 2, "autocast": True}
 
     def parts(**sharing):
         return step_memory(sizes, "attention_tuning", Setup(**common, ranks=8, **sharing))["optimizer"]
@@ -207,12 +213,12 @@ def test_sharding_takes_away_what_it_shards():
 @pytest.mark.parametrize("stage", TRAINED)
 def test_more_of_anything_takes_more_memory(stage):
     sizes = target_sizes(composed(["+experiment=qwen3_8b"]))
-    base = {"rows": 2, "row_length": 2048, "num_anchors": 64, "chunk": 512, "weight_bytes": 2, "autocast": True}
+    base = {"rows": 2, "max_seq_len": 2048, "num_anchors": 64, "chunk": 512, "weight_bytes": 2, "autocast": True}
 
     def total(**changes) -> float:
         return peak(step_memory(sizes, stage, Setup(**base | changes)))[1]
 
-    more = [{"rows": 4}, {"row_length": 4096}, {"num_anchors": 256}, {"chunk": 8192}, {"weight_bytes": 4}]
+    more = [{"rows": 4}, {"max_seq_len": 4096}, {"num_anchors": 256}, {"chunk": 8192}, {"weight_bytes": 4}]
     for change in more:
         assert total(**change) > total(), change
     if stage == "attention_tuning":
@@ -223,7 +229,7 @@ def test_more_of_anything_takes_more_memory(stage):
 def test_a_joint_stage_2_keeps_of_the_mask_pass_what_stage_1_keeps():
     sizes = target_sizes(composed(["+experiment=qwen3_8b", "+recipe=beyond"]))
     for recompute in (False, True):
-        setup = Setup(rows=2, row_length=2048, num_anchors=64, chunk=512, teacher=True, recompute=recompute)
+        setup = Setup(rows=2, max_seq_len=2048, num_anchors=64, chunk=512, teacher=True, recompute=recompute)
         first, second = (step_memory(sizes, stage, setup)["mask pass"] for stage in TRAINED)
         assert first["activations"] == second["activations"] and first["K/V and masks"] == second["K/V and masks"]
 
@@ -244,8 +250,8 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
     changes = [
         dict(word.split("=") for word in line.split("(")[0].split()) for line in str(refused.value).splitlines()[1:]
     ]
-    assert {"speed.recompute": "true"} in changes and {"trainer": "zero2"} in changes
-    assert any(change.keys() == {"stage.attention_tuning.rows_per_pass"} for change in changes)
+    assert {"runtime.activation_checkpointing": "true"} in changes and {"trainer": "zero2"} in changes
+    assert any(change.keys() == {"stage.attention_tuning.micro_batch_size"} for change in changes)
     for change in changes:
         changed = apply(config, {key: int(v) if v.isdigit() else v for key, v in change.items()})
         assert estimate(changed, "attention_tuning", target_sizes(changed), machine_of(changed)).fits
@@ -254,19 +260,21 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
 @pytest.mark.slow
 def test_a_joint_stage_2_may_recompute_its_layers_as_well():
     small = ["hardware.gpu=a100-40gb", "stages=[bonus_calibration]"]
-    with pytest.raises(UserError, match=r"bonus_calibration takes .* GiB[\s\S]*\n  speed.recompute=true"):
+    with pytest.raises(
+        UserError, match=r"bonus_calibration takes .* GiB[\s\S]*\n  runtime.activation_checkpointing=true"
+    ):
         plan(composed(["+experiment=qwen3_8b", "+recipe=beyond", *small]))
 
 
 def test_rows_longer_than_the_target_reads_are_refused_as_by_the_training():
     with pytest.raises(UserError, match="= 50016 exceeds the target's 40960 positions"):
-        plan(composed(["+experiment=qwen3_8b", "data.row_length=50000"]))
+        plan(composed(["+experiment=qwen3_8b", "data.max_seq_len=50000"]))
 
 
 def test_where_nothing_else_helps_a_lesser_training_is_named():
-    few = ["hardware.gpu=a100-40gb", "hardware.gpus_per_node=1", "data.row_length=400000"]
+    few = ["hardware.gpu=a100-40gb", "hardware.gpus_per_node=1", "data.max_seq_len=400000"]
     few.append("model.target.architecture.max_position_embeddings=500000")
-    with pytest.raises(UserError, match=r"recompute=true data\.row_length=\d+ .*1 x a100-40gb"):
+    with pytest.raises(UserError, match=r"checkpointing=true data\.max_seq_len=\d+ .*1 x a100-40gb"):
         plan(composed(["+experiment=qwen3_8b", *few]))
 
 
@@ -338,3 +346,14 @@ def test_the_arithmetic_of_a_block_is_that_of_drafting_it():
             hidden = passes.draft_blocks(torch.tensor([[40]]), 40, bonus[None])[:, 0]
             draft.block_logits(hidden[:, 1:], bonus)
         assert block_flops(sizes_of(target, **beyond), context=40) == counter.get_total_flops()
+
+
+def test_the_plan_never_takes_the_sizes_of_another_target(tmp_path):
+    mine = ("+experiment=qwen3_8b", "plan=true", "name=mine", "model.target.name=owner/mine")
+    wrong = command(*mine, cwd=tmp_path)
+    assert wrong.returncode == 1 and "has the sizes of Qwen/Qwen3-8B. Choose model=custom" in wrong.stderr
+    absent = command(*mine, "model=custom", cwd=tmp_path)
+    assert absent.returncode == 1 and "the plan downloads nothing" in absent.stderr
+    here = ("model=custom", f"model.target.name={TINY / 'target'}", "data.max_seq_len=320", "model.draft.num_layers=6")
+    own = command("+experiment=qwen3_8b", "plan=true", "name=mine", *here, cwd=tmp_path)
+    assert own.returncode == 0 and "Qwen3-8B" not in own.stdout, own.stderr

@@ -76,7 +76,7 @@ def fresh_compiler(monkeypatch):
 @pytest.mark.slow(but="how1-")
 @STAGES
 @pytest.mark.parametrize("objective", [Objective(), Objective(ce=0.1, kl=0.2, tv=0.9)])
-@pytest.mark.parametrize("how", [{"attention": "dense"}, {"recompute": True}, {"compile": True}])
+@pytest.mark.parametrize("how", [{"attention": "dense"}, {"activation_checkpointing": True}, {"compile": True}])
 def test_how_a_step_is_run_changes_nothing(stage, beyond, objective, how, fresh_compiler, monkeypatch):
     # Else hardly a block would teach stage 2 anything: this target says what the text does one time in a hundred.
     said = "train.loop.modules.bonus_tokens"

@@ -66,7 +66,13 @@ def test_all_stages(family, tmp_path, monkeypatch):
     stages = [
         f"stage.{stage}.{setting}"
         for stage in ("attention_tuning", "bonus_calibration")
-        for setting in ("steps=2", "rows_per_step=2", "num_anchors=8", "decode.prompts=2", "decode.max_new_tokens=4")
+        for setting in (
+            "steps=2",
+            "global_batch_size=2",
+            "num_anchors=8",
+            "decode.prompts=2",
+            "decode.max_new_tokens=4",
+        )
     ]
     evaluation = ["num_prompts=2", "max_new_tokens=6", "speed.num_prompts=0"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

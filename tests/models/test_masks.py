@@ -24,8 +24,8 @@ from models.attention.packed import View, blocks_mask, clean_mask, packed_attent
 WINDOWS = (None, 7)  # of layers; documents have 12 to 40 tokens
 
 
-def rows_of(seed: int, count: int = 7, row_length: int = 64):
-    return pack_documents(random_documents(count, seed), row_length, pad_id=0)
+def rows_of(seed: int, count: int = 7, max_seq_len: int = 64):
+    return pack_documents(random_documents(count, seed), max_seq_len, pad_id=0)
 
 
 @pytest.mark.parametrize("window", WINDOWS)

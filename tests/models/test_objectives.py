@@ -177,11 +177,11 @@ def test_loss_of_packed_documents_equals_one_per_row():
     draft = random_draft(target)
     documents = random_documents(9, seed=5)
     losses = []
-    for row_length in (100, 40):  # several documents a row, then one a row
+    for max_seq_len in (100, 40):  # several documents a row, then one a row
         rows = (
-            pack_documents(documents, row_length, pad_id=0)
-            if row_length == 100
-            else [pack_documents([d], row_length, pad_id=0)[0] for d in documents]
+            pack_documents(documents, max_seq_len, pad_id=0)
+            if max_seq_len == 100
+            else [pack_documents([d], max_seq_len, pad_id=0)[0] for d in documents]
         )
         count = max(len(valid_anchors(row)) for row in rows)
         batch = make_batch(rows, num_anchors=count, block_size=draft.block_size, seeds=[(0,)] * len(rows))
@@ -190,7 +190,7 @@ def test_loss_of_packed_documents_equals_one_per_row():
         total, weight, correct = block_loss(draft.logits, hidden, batch, objective=Objective(), chunk=10_000)
         losses.append((float(total.detach()), float(weight), int(correct.sum())))
         documents_per_row = len(documents) / len(rows)
-        assert documents_per_row > 2 or row_length == 40
+        assert documents_per_row > 2 or max_seq_len == 40
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # logits are reduced in float32
 
 

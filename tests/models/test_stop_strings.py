@@ -30,7 +30,7 @@ NEW_TOKENS = 20
 FEW_STEPS = [
     f"stage.{stage}.{setting}"
     for stage in ("attention_tuning", "bonus_calibration")
-    for setting in ("steps=2", "rows_per_step=2", "num_anchors=8", "decode.prompts=2", "decode.max_new_tokens=8")
+    for setting in ("steps=2", "global_batch_size=2", "num_anchors=8", "decode.prompts=2", "decode.max_new_tokens=8")
 ]
 
 

@@ -15,7 +15,7 @@ from data.config.compose import check_finite
 from data.errors import UserError
 from train.loop.fit import build_trainer
 
-STAND_IN = ("steps=3", "rows_per_step=2", "decode.prompts=2", "decode.max_new_tokens=8")
+STAND_IN = ("steps=3", "global_batch_size=2", "decode.prompts=2", "decode.max_new_tokens=8")
 
 
 @pytest.mark.slow(but="[qwen3_8b]")

@@ -246,7 +246,7 @@ def test_wrong_commands_are_found(tmp_path, monkeypatch):
     for wrong in ("stage.evaluate.num_promts=2", "+experiment=qwen3_9b", "trainer=tpu"):
         with pytest.raises(Exception, match="num_prompts|qwen3_9b|tpu"):
             check_overrides(words(said(broken(f"python -m train +experiment=tiny {wrong}"))))
-    assert len(unknown_settings("as `data.row_lenght=3`, `trainer=tpu`, `trainer=ddp` or `data.row_length=3`")) == 2
+    assert len(unknown_settings("as `data.row_lenght=3`, `trainer=tpu`, `trainer=ddp` or `data.max_seq_len=3`")) == 2
     assert absent(broken("python -m data.reprot +experiment=tiny")) == ["data.reprot"]
     assert absent(broken("GLIBC=1 python scripts/bench.py --steps 2")) == ["scripts/bench.py"]
     with pytest.raises(SystemExit):

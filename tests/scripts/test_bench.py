@@ -18,7 +18,7 @@ from models.attention.layers import Execution
 from models.cost.sizes import Sizes
 from models.loss.objectives import Objective
 
-SHAPE = Shape(rows=2, row_length=41, documents=3, anchors=5, block_size=6, vocabulary=97)
+SHAPE = Shape(rows=2, max_seq_len=41, documents=3, anchors=5, block_size=6, vocabulary=97)
 SMALL = ("--preset=tiny", "--device=cpu", "--row-length=64", "--documents=2", "--steps=1", "--matmul-size=128")
 HEAVY = {"lightning", "hydra", "omegaconf", "datasets", "rich", "train"}
 
@@ -62,7 +62,7 @@ def test_every_way_has_the_same_loss_and_gradient(objective):
 
 
 def test_blocks_are_whole_and_anchors_any_of_the_places():
-    full = Shape(rows=2, row_length=41, documents=3, anchors=41 - 3 * 6, block_size=6, vocabulary=97)
+    full = Shape(rows=2, max_seq_len=41, documents=3, anchors=41 - 3 * 6, block_size=6, vocabulary=97)
     assert full.anchors == full.places and full.misfit() is None
     batch = random_batch(full, 3)
     for row in range(2):
@@ -78,7 +78,7 @@ def test_blocks_are_whole_and_anchors_any_of_the_places():
 
 
 def test_typical_blocks_have_the_mean_prefix_of_all():
-    batch = random_batch(Shape(rows=2, row_length=400, documents=4, anchors=80, block_size=6, vocabulary=97), 0)
+    batch = random_batch(Shape(rows=2, max_seq_len=400, documents=4, anchors=80, block_size=6, vocabulary=97), 0)
     blocks = typical_blocks(batch, 8)
     mean = batch.position_ids.gather(1, batch.anchors).double().mean().item()
     assert sum(block.anchor - block.start for block in blocks) / 8 == pytest.approx(mean, rel=0.1)

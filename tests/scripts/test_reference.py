@@ -126,7 +126,7 @@ def test_it_learns_and_the_target_does_not(tiny_target):
     assert sum(p.numel() for p in draft.parameters()) == 3 * 405_952 + 3 * 192**2 + 2 * 192 + 192 == 1_329_024
     row = [pack_documents(random_documents(4, seed=5), 96, pad_id=0)[0]]
     batch = make_batch(row, num_anchors=8, block_size=8, seeds=[(0,)])
-    how = {"objective": Objective(), "chunk": 64, "learning_rate": 3e-3, "warmup_share": 0.04, "clip": 1.0}
+    how = {"objective": Objective(), "chunk": 64, "learning_rate": 3e-3, "warmup_ratio": 0.04, "clip": 1.0}
     losses = train(draft, [batch] * 12, steps=12, autocast=nullcontext(), **how)
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in tiny_target.named_parameters())

@@ -112,7 +112,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4)])
 @pytest.mark.parametrize("step", [3, 4])
 def test_passes_may_change_on_the_way(tmp_path, monkeypatch, before, after, step):
-    """With `rows_per_pass`, or with the ranks: validations, checkpoints and the end stay where they are."""
+    """With `micro_batch_size`, or with the ranks: validations, checkpoints and the end stay where they are."""
     straight, kept, history = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
         run(tmp_path / "stopped", stop_at=step, monkeypatch=monkeypatch, passes=before)

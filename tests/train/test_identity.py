@@ -45,8 +45,14 @@ def test_no_setting_is_named_twice_or_is_gone():
 
 @pytest.mark.parametrize("stage", STAGES[:2])
 def test_cures_for_too_little_memory_never_count(stage):
-    old = {"stage": {"module": {"chunk": 1}, "decode": {"batch_size": 1}, "rows_per_pass": 1}, "inputs": {"target": {}}}
-    new = {"stage": {"module": {"chunk": 2}, "decode": {"batch_size": 2}, "rows_per_pass": 2}, "inputs": {"target": {}}}
+    old = {
+        "stage": {"module": {"chunk": 1}, "decode": {"batch_size": 1}, "micro_batch_size": 1},
+        "inputs": {"target": {}},
+    }
+    new = {
+        "stage": {"module": {"chunk": 2}, "decode": {"batch_size": 2}, "micro_batch_size": 2},
+        "inputs": {"target": {}},
+    }
     assert differences(old, new, stage) == []
     new["stage"]["decode"]["prompts"] = 4
     assert differences(old, new, stage) == ["stage.decode.prompts: None -> 4"]
@@ -81,3 +87,14 @@ def test_a_class_of_ours_that_moved_is_the_same_class():
     assert differences(old, moved, "attention_tuning") == []
     assert differences(old, record("train.loop.modules.Other"), "attention_tuning") != []
     assert differences(record("a.Module"), record("b.Module"), "attention_tuning") != []  # a user's own class
+
+
+def test_a_record_with_old_names_is_compared_under_the_new_ones():
+    def record(stage: dict, data: dict) -> dict:
+        return {"inputs": {"target": {"config.json": "a" * 64}, "data": []}, "stage": stage, "data": data}
+
+    old = record({"rows_per_step": 4, "module": {"told_share": 0.5}}, {"row_length": 320})
+    new = record({"global_batch_size": 4, "module": {"bonus_slot_fraction": 0.5}}, {"max_seq_len": 320})
+    assert differences(old, new, "attention_tuning") == []
+    new["stage"]["global_batch_size"] = 8
+    assert differences(old, new, "attention_tuning") == ["stage.global_batch_size: 4 -> 8"]

@@ -299,7 +299,7 @@ def test_a_small_shared_memory_is_named_before_the_workers_start(tmp_path, monke
 
     check_shared_memory(0, 10**9)
     monkeypatch.setattr(space, "free_bytes", lambda place: 32_000)
-    with pytest.raises(UserError, match="speed.workers=2: .* has 32.0 kB free.*speed.workers=0"):
+    with pytest.raises(UserError, match="runtime.workers=2: .* has 32.0 kB free.*runtime.workers=0"):
         check_shared_memory(2, 100_000, tmp_path)
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.accelerators import MPSAccelerator
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from omegaconf import ListConfig, OmegaConf
 
-from data.config.compose import FREE_FORM, NULLABLE, composed
+from data.config.compose import FREE_FORM, NULLABLE, check_settings, composed
 from data.config.ranges import LISTS, RANGES
 from data.errors import UserError
 from models.decoding.selection import RULES
@@ -148,8 +148,8 @@ NO_EFFECT = (
     "objective.gamma=7",
     "objective.alpha=0.1 objective.weights=flat",
     "objective.temperature=2",
-    "stage.attention_tuning.module.told_share=0.2",
-    "stage.bonus_calibration.module.told_share=0.2",
+    "stage.attention_tuning.module.bonus_slot_fraction=0.2",
+    "stage.bonus_calibration.module.bonus_slot_fraction=0.2",
     "stage.bonus_calibration.best_by=val/tau_estimate data.validation_records=0",
     "stage.bonus_calibration.patience=1 data.validation_records=0",
     "export.tag=v1",
@@ -168,7 +168,7 @@ NO_EFFECT = (
     "stage.evaluate.speed={{thresholds:[0.5]}} stage.evaluate.selection=off",
     "stage.attention_tuning.patience=3",
     "stage.bonus_calibration.patience=2 stage.bonus_calibration.validate_every=1000",
-    "trainer=zero3 speed.compile=true",
+    "trainer=zero3 runtime.compile=true",
 )
 
 
@@ -189,7 +189,7 @@ def test_the_settings_of_the_presets_have_an_effect_where_they_are_given(checked
         "objective.gamma=7 objective.weights=decay",
         "objective.temperature=2 objective=kl",
         "hardware.gpu=l40s plan=true trainer=gpu",
-        "+recipe=beyond stage.attention_tuning.module.told_share=0.2",
+        "+recipe=beyond stage.attention_tuning.module.bonus_slot_fraction=0.2",
         "data.validation_records=0",
         "data.split=test data.path=[src,owner/name]",
         "data.split=test data.path=owner/name",
@@ -234,8 +234,8 @@ def test_devices_are_taken_in_all_of_lightnings_forms(form, checked):
     config = checked(
         "+experiment=qwen3_8b",
         "plan=true",
-        "stage.attention_tuning.rows_per_step=24",
-        "stage.bonus_calibration.rows_per_step=24",
+        "stage.attention_tuning.global_batch_size=24",
+        "stage.bonus_calibration.global_batch_size=24",
         f"trainer.devices={form}",
     )
     assert devices(config) == FORMS[form]
@@ -290,3 +290,20 @@ def test_calls_refused_from_their_settings_alone_need_no_target(checked):
             refused += 1
             assert all(word in str(error) for word in words), (name, error)
     assert refused > 30
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stage.attention_tuning.rows_per_step=4", "stage.attention_tuning.global_batch_size"),
+        ("stage.bonus_calibration.module.told_share=0.5", "stage.bonus_calibration.module.bonus_slot_fraction"),
+        ("data.row_length=512", "data.max_seq_len"),
+        ("+speed.recompute=true", "runtime"),
+        ("speed.compile=true", "runtime.compile"),
+        ("+speed={compile: true}", "runtime"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(old, new):
+    with pytest.raises(UserError, match=f"^[a-z_.0-9]+: this setting is called {new} now"):
+        overrides = ["+experiment=tiny", old]
+        check_settings(composed(overrides), overrides)

@@ -40,7 +40,7 @@ def test_only_the_intended_parameters_are_trained(stage, beyond, tmp_path):
 
 
 def data_batch(target, num_anchors: int = 4):
-    batches = TrainingBatches(rows(), steps=1, rows_per_step=2, num_anchors=num_anchors, block_size=6, seed=0)
+    batches = TrainingBatches(rows(), steps=1, global_batch_size=2, num_anchors=num_anchors, block_size=6, seed=0)
     return batches.batch(0)
 
 
@@ -59,8 +59,8 @@ def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, passes, t
     the drafter in training: its loss is computed in pieces."""
     training, rows = module(stage, random_target(), beyond=stage is BonusCalibration), data(1)
     start_from_head(training.draft)
-    rows.rows_per_pass = 4 // passes
-    batches = TrainingBatches(rows.training, steps=1, rows_per_step=4, num_anchors=40, block_size=6, seed=0)
+    rows.micro_batch_size = 4 // passes
+    batches = TrainingBatches(rows.training, steps=1, global_batch_size=4, num_anchors=40, block_size=6, seed=0)
     total, weight, _, _ = training.loss(batches.batch(0))
     names, parameters = zip(*training.trained().items(), strict=True)
     gradients = torch.autograd.grad(total / weight, parameters)
@@ -100,7 +100,7 @@ def test_blocks_that_are_told_their_bonus_know_the_token_before_each_slot_and_no
 @pytest.mark.parametrize(("share", "told"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_the_share_of_blocks_that_are_told_their_bonus(share, told):
     training = module(AttentionTuning, random_target(), beyond=True)
-    training.told_share = share
+    training.bonus_slot_fraction = share
     assert (training.told(torch.zeros(3, 8, dtype=torch.long)) != UNKNOWN).sum(1).tolist() == [told] * 3
 
 
@@ -124,7 +124,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_pa
 
 
 def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
-    common = {"steps": 9, "rows_per_step": 4, "num_anchors": 5, "block_size": 6, "seed": 3}
+    common = {"steps": 9, "global_batch_size": 4, "num_anchors": 5, "block_size": 6, "seed": 3}
     packed = rows()
     alone = TrainingBatches(packed, **common)
     pair = [TrainingBatches(packed, **common, rank=r, world_size=2) for r in range(2)]
@@ -148,7 +148,7 @@ def test_validation_covers_every_row_once_and_keeps_the_ranks_in_step():
 
 def test_each_epoch_sees_every_row_once_in_a_new_order():
     packed = rows()
-    batches = TrainingBatches(packed, steps=10**6, rows_per_step=1, num_anchors=2, block_size=6, seed=0)
+    batches = TrainingBatches(packed, steps=10**6, global_batch_size=1, num_anchors=2, block_size=6, seed=0)
     orders = [[batches._row_at(epoch * len(packed) + i) for i in range(len(packed))] for epoch in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(packed)))
     assert orders[0] != orders[1]

@@ -38,7 +38,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_one_history(tmp_path):
         if stage == "attention_tuning":
             assert [step for step in sorted(rows) if "train/loss" in rows[step]] == [10, 20, 30, 40]
             assert {"val/tau_estimate", "val/slot_1", "val/slot_7"} <= rows[40].keys()
-            assert {"speed/tokens_per_second", "speed/share_of_peak", "memory/peak_gb"} <= rows[40].keys()
+            assert {"speed/tokens_per_second", "speed/mfu", "memory/peak_gb"} <= rows[40].keys()
     artifacts = [r for f in (run_dir / "wandb").glob("*/run-*.wandb") for r in records(f) if r.HasField("artifact")]
     assert [a.artifact.type for a in artifacts] == ["drafter"]
     assert {e.path for e in artifacts[0].artifact.manifest.contents} == {

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import data
 from data.config.ranges import RANGES, Range, check_number, check_ranges
+from data.config.renamed import current_name
 from data.errors import UserError
 
 PACKAGE = Path(data.__file__).resolve().parent
@@ -54,7 +55,7 @@ NULLABLE: dict[str, type] = {
 }
 for _stage in ("attention_tuning", "bonus_calibration"):
     NULLABLE |= {f"stage.{_stage}.{key}": kind for key, kind in (("best_by", str), ("patience", int))}
-    NULLABLE[f"stage.{_stage}.rows_per_pass"] = int
+    NULLABLE[f"stage.{_stage}.micro_batch_size"] = int
 # Wiring between groups and classes: experiments and the command line set other keys instead.
 WIRING = ("_target_", "_partial_")
 # Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
@@ -142,7 +143,7 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
         raise UserError(f"name={config.name!r}: expected a plain directory name; it names checkpoints/<name>.")
     check_finite(given)
     check_choices(config, {"model.target.dtype": ("float32", "bfloat16", "float64")})
-    check_choices(config, {"data.bad_records": ("stop", "skip"), "data.overlong": ("turn", "token", "drop")})
+    check_choices(config, {"data.bad_records": ("stop", "skip"), "data.truncation": ("turn", "token", "drop")})
     try:
         if empty := [key for key in RANGES if _is_free(key) and OmegaConf.select(config, key, default=0) is None]:
             raise UserError(f"{empty[0]}=null: expected a number.")
@@ -281,7 +282,9 @@ def _plain(config: DictConfig, path: str) -> Any:
 
 
 def unknown_key(key: str, root: dict[str, Any]) -> str:
-    """What to say of a setting that nothing reads: those that sound like it, else those of its group."""
+    """What to say of a setting that nothing reads: its new name, those that sound like it, else those of its group."""
+    if (now := current_name(key)) != key:
+        return f"{key}: this setting is called {now} now."
     leaves = [path for path, _ in _leaves(root, "")]
     close = get_close_matches(key.rsplit(".", 1)[-1], {leaf.rsplit(".", 1)[-1] for leaf in leaves}, n=1)
     if close:

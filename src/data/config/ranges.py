@@ -55,14 +55,14 @@ PROCESSES = 1024  # more are a typing error, and would bring the machine down
 
 RANGES = {
     "seed": Range(0, 2**32 - 1),  # as numpy takes them
-    "speed.workers": Range(0, PROCESSES),
+    "runtime.workers": Range(0, PROCESSES),
     "hardware.gpus_per_node": Range(1, PROCESSES),
-    "hardware.share_of_peak": PROBABILITY,
+    "hardware.mfu": PROBABILITY,
     "model.draft.num_layers": COUNT,
     "model.draft.block_size": Range(2),
     "model.draft.calibrator_rank": COUNT,
     "model.draft.chain_rank": SOME,
-    "data.row_length": Range(2),
+    "data.max_seq_len": Range(2),
     "data.validation_records": SOME,
     "data.max_records": COUNT,
     "data.num_proc": Range(1, PROCESSES),
@@ -98,8 +98,8 @@ RANGES = {
 }
 OF_A_TRAINING = {
     "steps": COUNT,
-    "rows_per_step": COUNT,
-    "rows_per_pass": COUNT,
+    "global_batch_size": COUNT,
+    "micro_batch_size": COUNT,
     "num_anchors": COUNT,
     "gradient_clip": NOT_NEGATIVE,
     "validate_every": COUNT,
@@ -114,9 +114,9 @@ OF_A_TRAINING = {
     "module.learning_rate": POSITIVE,
     "module.weight_decay": NOT_NEGATIVE,
     "module.eps": POSITIVE,
-    "module.warmup_share": SHARE,
-    "module.final_lr_share": SHARE,
-    "module.told_share": SHARE,
+    "module.warmup_ratio": SHARE,
+    "module.min_lr_ratio": SHARE,
+    "module.bonus_slot_fraction": SHARE,
 }
 RANGES |= {f"stage.{stage}.{key}": limits for stage in STAGES for key, limits in OF_A_TRAINING.items()}
 

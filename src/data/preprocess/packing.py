@@ -20,8 +20,8 @@ class Row:
     supervised: np.ndarray  # bool
 
 
-def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """[documents] the row of each, so that lengths add up to at most `row_length` in all of them.
+def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
+    """[documents] the row of each, so that lengths add up to at most `max_seq_len` in all of them.
 
     Best fit, longest document first, ties by index: each goes to the fullest row that still has room for it.
 
@@ -30,12 +30,12 @@ def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """
     rows = np.empty(len(lengths), np.int32)
     open_rows: dict[int, list[int]] = {}  # by the room left
-    rooms: list[int] = []  # the keys of `open_rows`, ascending; at most `row_length` of them, whatever the data
+    rooms: list[int] = []  # the keys of `open_rows`, ascending; at most `max_seq_len` of them, whatever the data
     count = 0
     for i in np.argsort(-lengths, kind="stable"):  # not as a list: memory should not grow with the data
         length = int(lengths[i])
-        if length > row_length:
-            raise ValueError(f"document {i} has {length} tokens, a row {row_length}")
+        if length > max_seq_len:
+            raise ValueError(f"document {i} has {length} tokens, a row {max_seq_len}")
         at = bisect_left(rooms, length)
         if at < len(rooms):
             room = rooms[at]
@@ -43,7 +43,7 @@ def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
             if not open_rows[room]:
                 del open_rows[room], rooms[at]
         else:
-            room, row = row_length, count
+            room, row = max_seq_len, count
             count += 1
         rows[i] = row
         left = room - length
@@ -57,10 +57,10 @@ def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
 class PackedRows(Sequence[Row]):
     """Rows that hold every document once, put together when asked for: only the plan is in memory."""
 
-    def __init__(self, documents: Sequence[Document], lengths: np.ndarray, row_length: int, pad_id: int) -> None:
+    def __init__(self, documents: Sequence[Document], lengths: np.ndarray, max_seq_len: int, pad_id: int) -> None:
         """`lengths` are those of the documents, known without reading them."""
-        self.documents, self.row_length, self.pad_id = documents, row_length, pad_id
-        rows = best_fit(lengths, row_length)
+        self.documents, self.max_seq_len, self.pad_id = documents, max_seq_len, pad_id
+        rows = best_fit(lengths, max_seq_len)
         self._members = np.argsort(rows, kind="stable")  # documents, row by row
         self._edges = np.searchsorted(rows[self._members], np.arange(rows.max(initial=-1) + 2))
         self.tokens = int(lengths.sum())
@@ -75,7 +75,7 @@ class PackedRows(Sequence[Row]):
             raise IndexError(index)
         index %= len(self)
         members = self._members[self._edges[index] : self._edges[index + 1]]
-        return fill([self.documents[i] for i in members.tolist()], self.row_length, self.pad_id)
+        return fill([self.documents[i] for i in members.tolist()], self.max_seq_len, self.pad_id)
 
     def totals(self, values: np.ndarray) -> np.ndarray:
         """[rows] a number per document, added up over each row."""
@@ -98,21 +98,21 @@ class PackedRows(Sequence[Row]):
 
     def efficiency(self) -> float:
         """Share of the rows' places that hold a token."""
-        return self.tokens / max(1, len(self) * self.row_length)
+        return self.tokens / max(1, len(self) * self.max_seq_len)
 
 
-def pack_documents(documents: Sequence[Document], row_length: int, pad_id: int) -> PackedRows:
+def pack_documents(documents: Sequence[Document], max_seq_len: int, pad_id: int) -> PackedRows:
     """Rows of documents in memory."""
-    return PackedRows(documents, np.array([len(d.input_ids) for d in documents], np.int32), row_length, pad_id)
+    return PackedRows(documents, np.array([len(d.input_ids) for d in documents], np.int32), max_seq_len, pad_id)
 
 
-def fill(documents: list[Document], row_length: int, pad_id: int) -> Row:
+def fill(documents: list[Document], max_seq_len: int, pad_id: int) -> Row:
     """One row of these documents, in this order, padded at its end."""
     row = Row(
-        input_ids=np.full(row_length, pad_id, np.int64),
-        position_ids=np.zeros(row_length, np.int64),
-        document_ids=np.full(row_length, PADDING_DOCUMENT, np.int64),
-        supervised=np.zeros(row_length, bool),
+        input_ids=np.full(max_seq_len, pad_id, np.int64),
+        position_ids=np.zeros(max_seq_len, np.int64),
+        document_ids=np.full(max_seq_len, PADDING_DOCUMENT, np.int64),
+        supervised=np.zeros(max_seq_len, bool),
     )
     start = 0
     for number, document in enumerate(documents):

@@ -42,8 +42,8 @@ def prepare(
     parts: list[Part],
     encoder: ChatEncoder,
     *,
-    row_length: int,
-    overlong: str,
+    max_seq_len: int,
+    truncation: str,
     bad_records: str,
     num_proc: int | None,
     validation_records: int,
@@ -58,13 +58,13 @@ def prepare(
     Raises:
         UserError: bad records, nothing to train on, or no answer as long as a block.
     """
-    settings = Tokenising(row_length=row_length, overlong=overlong)
+    settings = Tokenising(max_seq_len=max_seq_len, truncation=truncation)
     documents = tokenise(parts, encoder, settings, num_proc=processes(num_proc))
     refuse_bad(documents.rejects(), documents.table.num_rows, bad_records, rejects)
-    _check(documents, block_size, row_length, validation_records)
+    _check(documents, block_size, max_seq_len, validation_records)
     order = np.random.default_rng(seed).permutation(len(documents))
     validation, training = (
-        PackedRows(Subset(documents, chosen), documents.lengths[chosen], row_length, encoder.pad_id)
+        PackedRows(Subset(documents, chosen), documents.lengths[chosen], max_seq_len, encoder.pad_id)
         for chosen in (order[:validation_records], order[validation_records:])
     )
     return Prepared(documents, training, validation, rejects)
@@ -90,18 +90,18 @@ def describe(prepared: Prepared) -> str:
     )
 
 
-def _check(documents: Documents, block_size: int, row_length: int, validation_records: int) -> None:
+def _check(documents: Documents, block_size: int, max_seq_len: int, validation_records: int) -> None:
     longest = int(documents.column("longest").max(initial=0))
     found = ", ".join(f"{count:,} {outcome}" for outcome, count in documents.outcomes().items())
     if not len(documents):
         raise UserError(
-            f"data.path holds no conversation to train on ({found}). Rows hold data.row_length={row_length} tokens; "
-            "data.overlong says what becomes of longer conversations."
+            f"data.path holds no conversation to train on ({found}). Rows hold data.max_seq_len={max_seq_len} tokens; "
+            "data.truncation says what becomes of longer conversations."
         )
     if longest < block_size:
         raise UserError(
             f"model.draft.block_size={block_size}, but the longest answer in data.path has {longest} tokens "
-            f"(rows of {row_length}). Choose a block size of at most {longest}, or data with longer answers."
+            f"(rows of {max_seq_len}). Choose a block size of at most {longest}, or data with longer answers."
         )
     if validation_records >= len(documents):
         raise UserError(

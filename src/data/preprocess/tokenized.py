@@ -44,8 +44,8 @@ CODE = ("batch", "preprocess/chat_template", "preprocess/tokenized", "sources/re
 class Tokenising:
     """Settings that the tokens depend on, beside the records and the encoder."""
 
-    row_length: int
-    overlong: str  # turn: cut behind the last turn that fits; token: cut anywhere; drop: leave it out
+    max_seq_len: int
+    truncation: str  # turn: cut behind the last turn that fits; token: cut anywhere; drop: leave it out
 
 
 class Documents(Sequence[Document]):
@@ -175,12 +175,12 @@ def tokenise_chunk(
 
 def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, settings: Tokenising) -> Document | None:
     """The document, cut if it is longer than a row; None if nothing of it may stay."""
-    limit = settings.row_length
+    limit = settings.max_seq_len
     if len(document.input_ids) <= limit:
         return document
-    if settings.overlong == "drop":
+    if settings.truncation == "drop":
         return None
-    if settings.overlong == "token":
+    if settings.truncation == "token":
         return Document(document.input_ids[:limit], document.supervised[:limit])
     # Tokenised again rather than cut: a template may render the last turn differently, and so a shorter conversation
     # may even have more tokens than a longer one.

@@ -74,7 +74,7 @@ def write_report(config: DictConfig) -> None:
     prepared = prepare(
         parts,
         encoder,
-        **{key: data[key] for key in ("row_length", "overlong", "num_proc", "validation_records")},
+        **{key: data[key] for key in ("max_seq_len", "truncation", "num_proc", "validation_records")},
         bad_records="skip",
         block_size=draft["block_size"],
         seed=config.seed,
@@ -90,7 +90,7 @@ def write_report(config: DictConfig) -> None:
         _overlap(parts, prompts, data["prompts"]),
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    _plot(prepared, data["row_length"], folder)
+    _plot(prepared, data["max_seq_len"], folder)
     example = _example(prepared, tokenizer)
     title = f"Data of {config.name}: {data['path']}"
     _print(title, sections, example)
@@ -103,8 +103,8 @@ def _records(prepared: Prepared, parts: list[Part]) -> Section:
     found = documents.outcomes()
     meaning = {
         "kept": "whole",
-        "cut": "behind the last turn that fits a row (data.overlong=turn), or at its end (token)",
-        "too long": "left out: not even the first exchange fits a row, or data.overlong=drop",
+        "cut": "behind the last turn that fits a row (data.truncation=turn), or at its end (token)",
+        "too long": "left out: not even the first exchange fits a row, or data.truncation=drop",
         "no block fits": "left out: no two supervised tokens in a row",
         "bad": "rejected",
     }
@@ -167,15 +167,15 @@ def _supervision(parts: list[Part], encoder: ChatEncoder) -> Section:
 def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:
     rows = prepared.training
     anchors = statistics.anchors_per_row(prepared.documents, rows, rows.documents.indices)
-    wanted, epochs = stage["num_anchors"], stage["steps"] * stage["rows_per_step"] / len(rows)
+    wanted, epochs = stage["num_anchors"], stage["steps"] * stage["global_batch_size"] / len(rows)
     least, tenth, median, ninetieth, most = statistics.percentiles(anchors)
     table = [
-        ["training rows", f"{len(rows):,} of {rows.row_length:,} tokens"],
+        ["training rows", f"{len(rows):,} of {rows.max_seq_len:,} tokens"],
         ["validation rows", f"{len(prepared.validation):,}"],
         ["full", f"{rows.efficiency():.1%}"],
         ["anchors per row", f"{median:,} (from {least:,} to {most:,}; 80% between {tenth:,} and {ninetieth:,})"],
         ["rows with fewer anchors than blocks drawn", f"{(anchors < wanted).mean():.1%} (num_anchors={wanted})"],
-        ["epochs of attention tuning", f"{epochs:.2f} ({stage['steps']:,} steps of {stage['rows_per_step']} rows)"],
+        ["epochs of attention tuning", f"{epochs:.2f} ({stage['steps']:,} steps of {stage['global_batch_size']} rows)"],
     ]
     return Section("Rows", ["", ""], table)
 
@@ -235,11 +235,11 @@ def _table_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _plot(prepared: Prepared, row_length: int, folder: Path) -> None:
+def _plot(prepared: Prepared, max_seq_len: int, folder: Path) -> None:
     documents, rows = prepared.documents, prepared.training
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.hist(documents.column("tokens"), bins=60, color="#2878b5", label="conversations")
-    axes.axvline(row_length, color="#c8443c", linestyle="--", label=f"row of {row_length:,} tokens")
+    axes.axvline(max_seq_len, color="#c8443c", linestyle="--", label=f"row of {max_seq_len:,} tokens")
     axes.set(xlabel="tokens", ylabel="conversations", title="Length before cutting")
     _save(figure, axes, folder / "lengths.png")
     figure, axes = plt.subplots(figsize=(6, 4))

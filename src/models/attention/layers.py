@@ -21,7 +21,7 @@ class Execution:
 
     attention: str = "auto"  # flex | sdpa | dense; auto: flex on GPUs, else sdpa
     compile: bool = False  # torch.compile of the layers and of the loss
-    recompute: bool = False  # activation checkpointing of the draft layers
+    activation_checkpointing: bool = False  # of the draft layers
 
     def __post_init__(self) -> None:
         if self.attention not in KINDS:
@@ -63,7 +63,7 @@ def through_layers(
                 _layer(layer, hidden, view, position_ids, rope)
             except LayerStopped:
                 return hidden
-        if execution.recompute and torch.is_grad_enabled():
+        if execution.activation_checkpointing and torch.is_grad_enabled():
             hidden = checkpoint(call, layer, hidden, view, position_ids, rope, use_reentrant=False)
         else:
             hidden = call(layer, hidden, view, position_ids, rope)

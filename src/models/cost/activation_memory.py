@@ -20,7 +20,7 @@ class Setup:
     """How a stage runs, as far as the memory of one rank depends on it."""
 
     rows: int  # of one pass
-    row_length: int
+    max_seq_len: int
     num_anchors: int
     chunk: int  # slots whose logits are held at a time
     passes: int = 1  # of one optimizer step
@@ -40,7 +40,7 @@ class Setup:
     @property
     def clean(self) -> int:
         """Clean tokens of a pass."""
-        return self.rows * self.row_length
+        return self.rows * self.max_seq_len
 
     @property
     def blocks(self) -> int:
@@ -74,12 +74,12 @@ class Setup:
         document with anchors all over it; but for `sdpa`, one tile of all queries and keys."""
         queries = self.num_anchors * sizes.block_size
         if self.attention != "sdpa":
-            return [(queries, self.row_length + queries)]
+            return [(queries, self.max_seq_len + queries)]
         tiles, at_once = [], max(1, TILE // sizes.block_size)
         for first in range(0, self.num_anchors, at_once):
             last = min(first + at_once, self.num_anchors)
             queries = (last - first) * sizes.block_size
-            context = (self.row_length - sizes.block_size) * last / (self.num_anchors + 1)
+            context = (self.max_seq_len - sizes.block_size) * last / (self.num_anchors + 1)
             tiles.append((queries, context + queries))
         return tiles
 

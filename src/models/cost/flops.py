@@ -15,7 +15,7 @@ def step_flops(
     stage: str,
     *,
     rows: int,
-    row_length: int,
+    max_seq_len: int,
     num_anchors: int,
     slot0_loss: bool = False,
     teacher: bool = False,
@@ -40,14 +40,14 @@ def step_flops(
     """
     tuning, layers_train = stage == ATTENTION_TUNING, sizes.trains_layers(stage)
     twice = twice or Twice()
-    clean, blocks = rows * row_length, rows * num_anchors
+    clean, blocks = rows * max_seq_len, rows * num_anchors
     masks = blocks * sizes.block_size
     if supervised is None:
         supervised = blocks * (sizes.block_size - (0 if slot0_loss else 1))
     if clean_pairs is None:
-        clean_pairs = rows * row_length * (row_length + 1) / 2
+        clean_pairs = rows * max_seq_len * (max_seq_len + 1) / 2
     if mask_pairs is None:
-        mask_pairs = masks * (row_length / 2 + sizes.block_size)
+        mask_pairs = masks * (max_seq_len / 2 + sizes.block_size)
     last = sizes.all_layers[-1:]
     target = _layers_flops(sizes, sizes.all_layers, clean, clean_pairs)
     if tuning and not teacher:
@@ -112,7 +112,7 @@ class Twice:
     """What a step computes again in its backward pass, so as not to keep it."""
 
     scores: bool = False  # of attention
-    layers: bool = False  # draft layers: `speed.recompute`
+    layers: bool = False  # draft layers: `runtime.activation_checkpointing`
     logits: bool = False  # in stage 2 with more than one chunk
 
 

@@ -122,7 +122,7 @@ def _target_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
     if stage != ATTENTION_TUNING:
         bonus = hidden + setup.blocks * sizes.vocabulary * setup.arithmetic
     whole = _target_hidden(sizes, stage, setup) > 0
-    mask = setup.clean * setup.row_length * (BOOL + setup.arithmetic) if setup.attention == "dense" else 0
+    mask = setup.clean * setup.max_seq_len * (BOOL + setup.arithmetic) if setup.attention == "dense" else 0
     return {
         "gradients": _waiting_gradients(sizes, stage, setup),
         "activations": max(layer, bonus),

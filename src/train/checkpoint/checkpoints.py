@@ -132,7 +132,7 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning counts passes; the passes of a step may be others now, with other ranks or `rows_per_pass`.
+        """Lightning counts passes; the passes of a step may be others now, with other ranks or `micro_batch_size`.
 
         A time limit (`trainer.max_time`) holds for each start of the run: with the time of earlier ones, the next would
         end before its first step.

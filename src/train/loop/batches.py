@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.batch import IGNORE, Batch
 from data.preprocess.anchors import make_batch
 from data.preprocess.packing import Row
-from train.settings.derived import passes_per_step
+from train.settings.derived import micro_batches_per_step
 
 VALIDATION = 1  # keeps validation's draws apart from training's
 
@@ -29,23 +29,23 @@ class TrainingBatches(Dataset[Batch]):
         rows: Sequence[Row],
         *,
         steps: int,
-        rows_per_step: int,
+        global_batch_size: int,
         num_anchors: int,
         block_size: int,
         seed: int,
-        rows_per_pass: int | None = None,
+        micro_batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """
         Args:
-            rows_per_pass: rows of a batch; a step takes as many batches as its share on this rank needs. None: one.
+            micro_batch_size: rows of a batch; a step takes as many batches as its share on this rank needs. None: one.
 
         Raises:
-            ValueError: ranks and passes cannot share `rows_per_step` evenly.
+            ValueError: ranks and passes cannot share `global_batch_size` evenly.
         """
-        self.passes = passes_per_step(rows_per_step, rows_per_pass, world_size)
-        self.rows, self.steps, self.rows_per_step = rows, steps, rows_per_step
+        self.passes = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
+        self.rows, self.steps, self.global_batch_size = rows, steps, global_batch_size
         self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
         self.rank, self.world_size = rank, world_size
 
@@ -57,10 +57,10 @@ class TrainingBatches(Dataset[Batch]):
 
     def batch(self, step: int, number: int = 0) -> Batch:
         """This rank's rows of global batch `step` in pass `number`."""
-        size = self.rows_per_step // (self.world_size * self.passes)
+        size = self.global_batch_size // (self.world_size * self.passes)
         first = (self.rank * self.passes + number) * size
         places = range(first, first + size)
-        chosen = [self.rows[self._row_at(step * self.rows_per_step + place)] for place in places]
+        chosen = [self.rows[self._row_at(step * self.global_batch_size + place)] for place in places]
         seeds = [(self.seed, 0, step, place) for place in places]
         return make_batch(chosen, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
 

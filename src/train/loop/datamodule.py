@@ -19,8 +19,8 @@ class DraftData(lightning.LightningDataModule):
         validation: Sequence[Row],
         *,
         steps: int,
-        rows_per_step: int,
-        rows_per_pass: int | None = None,
+        global_batch_size: int,
+        micro_batch_size: int | None = None,
         num_anchors: int,
         block_size: int,
         seed: int,
@@ -32,7 +32,7 @@ class DraftData(lightning.LightningDataModule):
         """
         super().__init__()
         self.training, self.validation = training, validation
-        self.steps, self.rows_per_step, self.rows_per_pass = steps, rows_per_step, rows_per_pass
+        self.steps, self.global_batch_size, self.micro_batch_size = steps, global_batch_size, micro_batch_size
         self.num_anchors = num_anchors
         self.block_size, self.seed, self.workers = block_size, seed, workers
         self.loaders: list[Ahead] = []
@@ -41,8 +41,8 @@ class DraftData(lightning.LightningDataModule):
         return TrainingBatches(
             self.training,
             steps=self.steps,
-            rows_per_step=self.rows_per_step,
-            rows_per_pass=self.rows_per_pass,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
             num_anchors=self.num_anchors,
             block_size=self.block_size,
             seed=self.seed,
@@ -63,7 +63,7 @@ class DraftData(lightning.LightningDataModule):
         world = self.trainer.world_size
         batches = ValidationBatches(
             self.validation,
-            rows_per_batch=self.rows_per_pass or max(1, self.rows_per_step // world),
+            rows_per_batch=self.micro_batch_size or max(1, self.global_batch_size // world),
             num_anchors=self.num_anchors,
             block_size=self.block_size,
             rank=self.trainer.global_rank,

@@ -28,7 +28,7 @@ from train.loop.monitor import Monitor
 from train.plan.estimate import draft_shape
 from train.run_dir.checkpoint_names import step_of
 from train.run_dir.state import run_id
-from train.settings.derived import ALL, arithmetic, devices, passes_per_step, precision
+from train.settings.derived import ALL, arithmetic, devices, micro_batches_per_step, precision
 from train.terminal import say
 
 LOG_EVERY = 10  # steps
@@ -76,7 +76,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         plugins=[CheckpointFiles(), *cluster],
     )
     _check_time_limit(trainer)
-    passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, trainer.world_size)
+    passes = micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = passes
     trainer.val_check_interval = validate_every * passes  # Lightning counts passes
     return trainer
@@ -141,7 +141,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:
     """What logs the figures of a stage; without the share of the peak where an architecture is not counted."""
     settings, draft = config.stage[stage], config.model.draft
-    rows, length = settings.rows_per_step, config.data.row_length
+    rows, length = settings.global_batch_size, config.data.max_seq_len
     try:
         sizes = Sizes.from_config(target_config.to_dict(), **draft_shape(config))
         if config.adapter:
@@ -154,7 +154,7 @@ def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfi
             sizes,
             stage,
             rows=rows,
-            row_length=length,
+            max_seq_len=length,
             num_anchors=settings.num_anchors,
             slot0_loss=settings.module.slot0_loss,
             teacher=config.objective.kl > 0 or config.objective.tv > 0,

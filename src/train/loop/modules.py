@@ -49,24 +49,24 @@ class DraftTraining(lightning.LightningModule, ABC):
         weight_decay: float,
         betas: tuple[float, float],
         eps: float,
-        warmup_share: float,
-        final_lr_share: float,
+        warmup_ratio: float,
+        min_lr_ratio: float,
         steps: int,
-        told_share: float,
+        bonus_slot_fraction: float,
         execution: Execution = EAGER,
     ) -> None:
         """
         Args:
-            told_share: of the blocks, those whose slot 0 holds the bonus token, if the drafter has a bonus slot, and
-                whose slots know the token before them, if it has a chain.
+            bonus_slot_fraction: fraction of the blocks whose slot 0 holds the bonus token, if the drafter has a bonus
+                slot, and whose slots know the previous token, if it has a chain.
         """
         super().__init__()
         self.target, self.draft = target, draft
         self.step = StepFigures(math.nan, 0.0, math.nan, "")  # of the last step
         self.objective, self.execution = objective, execution
-        self.slot0_loss, self.chunk, self.told_share = slot0_loss, chunk, told_share
+        self.slot0_loss, self.chunk, self.bonus_slot_fraction = slot0_loss, chunk, bonus_slot_fraction
         self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
-        self.warmup_share, self.final_lr_share, self.steps = warmup_share, final_lr_share, steps
+        self.warmup_ratio, self.min_lr_ratio, self.steps = warmup_ratio, min_lr_ratio, steps
         self.requires_grad_(False)
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
@@ -106,7 +106,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         Every so many blocks, not drawn: it depends neither on the step nor on the rank.
         """
         number = torch.arange(bonus.shape[1], device=bonus.device)
-        told = ((number + 1) * self.told_share).floor() > (number * self.told_share).floor()
+        told = ((number + 1) * self.bonus_slot_fraction).floor() > (number * self.bonus_slot_fraction).floor()
         return bonus.masked_fill(~told, UNKNOWN)
 
     def train(self, mode: bool = True) -> "DraftTraining":
@@ -186,7 +186,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         parameters = list(self.trained().values())
         optimizer = torch.optim.AdamW(parameters, **self.adamw)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_share(step, self.steps, self.warmup_share, self.final_lr_share)
+            optimizer, lambda step: lr_share(step, self.steps, self.warmup_ratio, self.min_lr_ratio)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -224,9 +224,9 @@ class DraftTraining(lightning.LightningModule, ABC):
                 parameter.copy_(state_dict[name])
 
 
-def lr_share(step: int, steps: int, warmup_share: float, final_share: float = 0.0) -> float:
+def lr_share(step: int, steps: int, warmup_ratio: float, final_share: float = 0.0) -> float:
     """Of the learning rate: linear warm-up, then cosine down to `final_share`."""
-    warmup = max(1, round(warmup_share * steps))
+    warmup = max(1, round(warmup_ratio * steps))
     progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     cosine = final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
     return min((step + 1) / warmup, cosine)

@@ -60,12 +60,12 @@ class Monitor(Callback):
             "memory/peak_gb": _peak_bytes(trainer) / 1e9,
         }
         if self.flops:
-            figures["speed/share_of_peak"] = rate * self.flops / self.peak
+            figures["speed/mfu"] = rate * self.flops / self.peak
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
         shown = {"loss": pl_module.step.loss, "tokens/s": figures["speed/tokens_per_second"]}
         if self.flops:
-            shown["% of peak"] = 100 * figures["speed/share_of_peak"]
+            shown["MFU %"] = 100 * figures["speed/mfu"]
         pl_module.log_dict(shown, prog_bar=True, logger=False)
         self._mark(trainer)
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from data.config.compose import CONF
 from data.errors import UserError
 from models.cost.activation_memory import Setup
 from models.cost.flops import step_flops
@@ -18,8 +20,8 @@ from models.cost.hardware import GIB, GPUS, peak_flops
 from models.cost.memory import FLOAT32, decoding_memory, peak, step_memory
 from models.cost.sizes import FAMILIES, Sizes
 from train.names import TRAINED
-from train.settings.checks import check_path, check_ranks
-from train.settings.derived import accelerator, arithmetic, device_count, passes_per_step
+from train.settings.checks import check_path, check_ranks, check_sizes
+from train.settings.derived import accelerator, arithmetic, device_count, micro_batches_per_step
 
 # Assumed, not measured. What CUDA, its libraries and communication take of a GPU; and what Python and the libraries
 # take of the host's memory.
@@ -80,10 +82,10 @@ def target_sizes(config: DictConfig) -> Sizes:
         raise UserError(f"model.target: the plan cannot count this target: {error}") from error
     if sizes.draft_layers > sizes.layers:
         raise UserError(f"model.draft.num_layers={sizes.draft_layers}, but the target has {sizes.layers} layers.")
-    longest = config.data.row_length + draft.block_size
+    longest = config.data.max_seq_len + draft.block_size
     if longest > sizes.positions:
         raise UserError(
-            f"data.row_length + model.draft.block_size = {longest} exceeds the target's {sizes.positions} positions."
+            f"data.max_seq_len + model.draft.block_size = {longest} exceeds the target's {sizes.positions} positions."
         )
     check_ranks(config, SimpleNamespace(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden))
     if not config.adapter:
@@ -119,22 +121,48 @@ def _checkpoint(sizes: Sizes, stage: str) -> int:
 
 
 def _architecture(target: DictConfig) -> dict[str, Any]:
-    if target.architecture is not None:
-        architecture: Any = OmegaConf.to_container(target.architecture, resolve=True)
-        return architecture
-    if target.name is None:
+    """The target's own config.json where it is on this machine, else `model.target.architecture`.
+
+    Raises:
+        UserError: neither is there, they differ, or the architecture belongs to another target.
+    """
+    given: Any = OmegaConf.to_container(target.architecture, resolve=True) if target.architecture else None
+    if target.name is None and given is None:
         raise UserError("model.target: give a name, or an architecture for random weights.")
+    if target.name is None:
+        return given
     check_path(target.name)
+    if file := _config_file(target):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        check_sizes(given or {}, {key: found.get(key, value) for key, value in (given or {}).items()})
+        return found
+    if given is None:
+        raise UserError(
+            f"model.target.name={target.name}: its config.json would have to be downloaded, and the plan downloads "
+            "nothing. Give the sizes in model.target.architecture, as conf/model/qwen3_8b.yaml does."
+        )
+    if (preset := _preset_name()) not in (None, target.name):
+        raise UserError(
+            f"model.target.name={target.name}, but model.target.architecture has the sizes of {preset}. "
+            "Choose model=custom, and give the sizes there if the target is not on this machine."
+        )
+    return given
+
+
+def _config_file(target: DictConfig) -> Path | None:
+    """The target's config.json, in its directory or the Hub's cache."""
     file = Path(target.name, "config.json")
-    if not file.exists():
-        cached = try_to_load_from_cache(target.name, "config.json", revision=target.revision)
-        if not isinstance(cached, str):
-            raise UserError(
-                f"model.target.name={target.name}: its config.json would have to be downloaded, and the plan downloads "
-                "nothing. Give the sizes in model.target.architecture, as conf/model/qwen3_8b.yaml does."
-            )
-        file = Path(cached)
-    return json.loads(file.read_text(encoding="utf-8"))
+    if file.exists():
+        return file
+    cached = try_to_load_from_cache(target.name, "config.json", revision=target.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _preset_name() -> str | None:
+    """The target that the chosen file of conf/model/ describes."""
+    chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
+    file = CONF / "model" / f"{chosen}.yaml"
+    return OmegaConf.load(file).target.get("name") if file.exists() else None
 
 
 def _completed(architecture: dict[str, Any]) -> dict[str, Any]:
@@ -186,11 +214,11 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
     """
     settings, ranks = config.stage[stage], machine.ranks
     try:
-        passes = passes_per_step(settings.rows_per_step, settings.rows_per_pass, ranks)
+        passes = micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, ranks)
     except ValueError as error:
         raise UserError(f"stage.{stage}.{error}") from error
-    share = settings.rows_per_step // ranks
-    common = {"row_length": config.data.row_length, "num_anchors": settings.num_anchors}
+    share = settings.global_batch_size // ranks
+    common = {"max_seq_len": config.data.max_seq_len, "num_anchors": settings.num_anchors}
     common |= {"slot0_loss": settings.module.slot0_loss}
     common |= {"teacher": config.objective.kl > 0 or config.objective.tv > 0}
     flops = step_flops(sizes, stage, rows=share, **common)
@@ -200,8 +228,8 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
         passes=passes,
         chunk=settings.module.chunk,
         attention=_attention(config, machine),
-        compiled=config.speed.compile and sharing.get("zero") != 3,  # which cannot be compiled
-        recompute=config.speed.recompute,
+        compiled=config.runtime.compile and sharing.get("zero") != 3,  # which cannot be compiled
+        recompute=config.runtime.activation_checkpointing,
         weight_bytes=DTYPE_BYTES[config.model.target.dtype],
         autocast=_autocast(config),
         ranks=ranks,
@@ -213,7 +241,7 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
     phase, _ = peak(phases)
     parts = phases[phase]
     parts["other"] += CONTEXT if machine.gpu else LIBRARIES
-    seconds = sum(flops.values()) / (machine.flops * config.hardware.share_of_peak)
+    seconds = sum(flops.values()) / (machine.flops * config.hardware.mfu)
     return Estimate(stage, settings.steps, setup, flops, seconds, phase, parts, USABLE * machine.memory)
 
 
@@ -228,14 +256,14 @@ def _live_decoding(config: DictConfig, stage: str, sizes: Sizes, setup: Setup) -
     ranks = 1 if setup.zero == 3 else setup.ranks  # under ZeRO 3 every rank decodes all of them
     prompts = min(settings.batch_size, math.ceil(settings.prompts / ranks))
     room = sizes.positions - settings.max_new_tokens - sizes.block_size
-    length = min(config.data.row_length, room)
+    length = min(config.data.max_seq_len, room)
     together = {"prompts": prompts, "prompt_length": length, "new_tokens": settings.max_new_tokens}
     return {"live decoding": decoding_memory(sizes, stage, setup, **together)}
 
 
 def _attention(config: DictConfig, machine: Machine) -> str:
     """As `models.attention.packed.resolved`, which needs torch."""
-    chosen: str = config.speed.attention
+    chosen: str = config.runtime.attention
     return chosen if chosen != "auto" else "flex" if machine.gpu else "sdpa"
 
 

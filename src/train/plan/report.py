@@ -78,7 +78,7 @@ def _memory(machine: Machine, estimates: list[Estimate]) -> Table:
 
 
 def _arithmetic(config: DictConfig, machine: Machine, estimates: list[Estimate]) -> Table:
-    share = config.hardware.share_of_peak
+    share = config.hardware.mfu
     title = f"TFLOP of a step on one rank; time at {share:.0%} of {machine.flops / 1e12:,.3g} TFLOP/s"
     table = _table(title, "part", [e.stage for e in estimates])
     for part in estimates[0].flops:
@@ -170,17 +170,17 @@ def apply(config: DictConfig, change: dict[str, Any]) -> DictConfig:
 def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Iterable[dict[str, Any]]]:
     """Kinds of changes that leave the result as it is, from the slightest."""
     settings, here = config.stage[stage], f"stage.{stage}"
-    share = max(1, settings.rows_per_step // machine.ranks)
-    rows = settings.rows_per_pass or share
-    passes = [{f"{here}.rows_per_pass": n} for n in range(rows - 1, 0, -1) if share % n == 0]
+    share = max(1, settings.global_batch_size // machine.ranks)
+    rows = settings.micro_batch_size or share
+    passes = [{f"{here}.micro_batch_size": n} for n in range(rows - 1, 0, -1) if share % n == 0]
     chunks = [{f"{here}.module.chunk": n} for n in _halves(settings.module.chunk, 256)]
     prompts = [{f"{here}.decode.batch_size": n} for n in _halves(settings.decode.batch_size, 1)]
-    least = {f"{here}.rows_per_pass": 1}
+    least = {f"{here}.micro_batch_size": 1}
     smaller = [*passes, *chunks, *prompts, *(least | chunk for chunk in chunks)]
     smaller += [least | chunk | prompts[-1] for chunk in chunks if prompts]
     yield smaller
-    if _trains_layers(config, stage) and not config.speed.recompute:
-        yield [{"speed.recompute": True} | change for change in ({}, *smaller)]
+    if _trains_layers(config, stage) and not config.runtime.activation_checkpointing:
+        yield [{"runtime.activation_checkpointing": True} | change for change in ({}, *smaller)]
     if not machine.gpu:
         return
     # As many ranks as a node has GPUs, each with its share of the rows.
@@ -196,14 +196,14 @@ def _trains_layers(config: DictConfig, stage: str) -> bool:
 def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[str, Any]]]:
     """Kinds of changes that make it a lesser training: coarser weights, fewer blocks, shorter rows."""
     settings, here = config.stage[stage], f"stage.{stage}"
-    least = {f"{here}.rows_per_pass": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
+    least = {f"{here}.micro_batch_size": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
     least[f"{here}.decode.batch_size"] = 1
     if _trains_layers(config, stage):
-        least["speed.recompute"] = True
+        least["runtime.activation_checkpointing"] = True
     if config.model.target.dtype != "bfloat16":
         yield [least | {"model.target.dtype": "bfloat16"}]
     yield [least | {f"{here}.num_anchors": n} for n in _halves(settings.num_anchors, 8)]
-    yield [least | {"data.row_length": n} for n in _halves(config.data.row_length, 256)]
+    yield [least | {"data.max_seq_len": n} for n in _halves(config.data.max_seq_len, 256)]
 
 
 def _halves(value: int, least: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.config.renamed import with_current_names
 from data.errors import UserError
 from data.sources.benchmarks import benchmark_fingerprint
 from data.sources.readers import fingerprint
@@ -32,16 +33,16 @@ INPUTS = {
 }
 
 TRAINING = ("module._target_", "module._partial_", "module.objective", "module.slot0_loss", "module.learning_rate")
-TRAINING += ("module.weight_decay", "module.betas", "module.eps", "module.warmup_share", "module.final_lr_share")
-TRAINING += ("module.steps", "module.told_share", "module.joint", "steps", "rows_per_step", "num_anchors")
+TRAINING += ("module.weight_decay", "module.betas", "module.eps", "module.warmup_ratio", "module.min_lr_ratio")
+TRAINING += ("module.steps", "module.bonus_slot_fraction", "module.joint", "steps", "global_batch_size", "num_anchors")
 TRAINING += ("gradient_clip", "validate_every", "decode.prompts", "decode.max_new_tokens", "best_by", "patience")
 MEASURED = ("num_prompts", "max_new_tokens", "variants", "selection", "threshold", "temperature", "top_k", "top_p")
 MEASURED += ("speed.num_prompts", "speed.batch_sizes", "speed.thresholds", "speed.repeats")
 # Setting -> the stages whose outcome it changes. A name stands for all below it; the longest that fits counts.
 CHANGES: dict[str, tuple[str, ...]] = {
     "seed": (*TRAINED, EVALUATE),
-    "data.overlong": TRAINED,
-    "data.row_length": TRAINED,
+    "data.truncation": TRAINED,
+    "data.max_seq_len": TRAINED,
     "data.validation_records": TRAINED,
     "data.template_kwargs": (*TRAINED, EVALUATE),
     "model.target.dtype": (*TRAINED, EVALUATE),
@@ -73,12 +74,12 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("data.prompts", "benchmarks"), CONTENT),
     **dict.fromkeys(("model.target.name", "model.target.revision", "model.target.tokenizer"), CONTENT),
     "model.target.architecture": "of random weights it is part of the target; else it is compared with the target's",
-    **dict.fromkeys(("data.num_proc", "speed.workers", "speed.recompute"), MEMORY),
-    **dict.fromkeys(("speed.attention", "speed.compile"), ROUNDING),
+    **dict.fromkeys(("data.num_proc", "runtime.workers", "runtime.activation_checkpointing"), MEMORY),
+    **dict.fromkeys(("runtime.attention", "runtime.compile"), ROUNDING),
     **dict.fromkeys(("logger", "callbacks.progress"), LOGS),
     **{f"stage.{s}.{k}": LOGS for s in TRAINED for k in ("checkpoint_every", "keep_checkpoints")},
     **{f"stage.{s}.max_skipped_steps": "when a broken run ends" for s in TRAINED},
-    **{f"stage.{s}.{k}": MEMORY for s in TRAINED for k in ("rows_per_pass", "module.chunk", "decode.batch_size")},
+    **{f"stage.{s}.{k}": MEMORY for s in TRAINED for k in ("micro_batch_size", "module.chunk", "decode.batch_size")},
     f"stage.{EVALUATE}.batch_size": MEMORY,
     **{f"trainer.{k}": ROUNDING for k in ("_target_", "devices", "num_nodes", "strategy", "deterministic")},
     **{f"trainer.{k}": ROUNDING for k in ("benchmark", "sync_batchnorm")},
@@ -192,7 +193,7 @@ def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources)
 
 def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[str]:
     """`key: old -> new` for everything in two records of a stage that its outcome depends on, and that differs."""
-    old = _of_this_version(old, new)
+    old = _of_this_version(with_current_names(old), new)
     target = comparable(old["inputs"]["target"], new["inputs"]["target"])
     found = _differences(old | {"inputs": old["inputs"] | {"target": target}}, new)
     return [f"{key}: {_short(a)} -> {_short(b)}" for key, a, b in found if counts(key, stage)]

@@ -24,7 +24,7 @@ REASONS = {
     errno.ESTALE: "the network file system has lost the file",
     errno.EBUSY: "the file is in use",
 }
-UNNAMED = ("/dev/shm with speed.workers", "the cache of datasets, HF_DATASETS_CACHE", "the directory of TMPDIR")
+UNNAMED = ("/dev/shm with runtime.workers", "the cache of datasets, HF_DATASETS_CACHE", "the directory of TMPDIR")
 PROBE = 2**16  # bytes that are written to learn why a write failed
 
 
@@ -65,8 +65,8 @@ def as_user_error(error: BaseException) -> BaseException:
             shm = Path("/dev/shm")
             free = size(free_bytes(shm) or 0)
             return UserError(
-                f"speed.workers: a process that makes batches has died, and {shm} has {free} free. "
-                f"Enlarge it (docker run --shm-size=1g), or set speed.workers=0. ({cause})"
+                f"runtime.workers: a process that makes batches has died, and {shm} has {free} free. "
+                f"Enlarge it (docker run --shm-size=1g), or set runtime.workers=0. ({cause})"
             )
     return error
 

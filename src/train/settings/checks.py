@@ -110,7 +110,7 @@ def _check_ranges(config: DictConfig) -> None:
     """Ranges and choices of single settings."""
     draft = config.model.draft
     choices = {"export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
-    choices["speed.attention"] = ("auto", "flex", "sdpa", "dense")
+    choices["runtime.attention"] = ("auto", "flex", "sdpa", "dense")
     choices |= {f"stage.{stage}.best_by": ("val/tau", "val/tau_estimate", None) for stage in TRAINED}
     choices["stage.evaluate.selection"] = SELECTIONS
     check_choices(config, choices)
@@ -126,19 +126,19 @@ def _check_ranges(config: DictConfig) -> None:
                 f"stage.{stage}.module.slot0_loss=true with model.draft.bonus_slot=true: slot 0 would be told its "
                 "label. Choose one of them."
             )
-        blocks = config.data.row_length - 2  # not at the first token of a row, and the token after the anchor is in it
+        blocks = config.data.max_seq_len - 2  # not at the first token of a row, and the token after the anchor is in it
         if settings.num_anchors > blocks:
             raise UserError(
-                f"stage.{stage}.num_anchors={settings.num_anchors}: rows of data.row_length={config.data.row_length} "
+                f"stage.{stage}.num_anchors={settings.num_anchors}: rows of data.max_seq_len={config.data.max_seq_len} "
                 f"tokens have room for {blocks} blocks at most."
             )
     unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]
     if unknown or not config.stage.evaluate.variants:
         variants = list(config.stage.evaluate.variants)
         raise UserError(f"stage.evaluate.variants={variants}: expected one or more of {', '.join(VARIANTS)}.")
-    if draft.block_size > config.data.row_length:
+    if draft.block_size > config.data.max_seq_len:
         raise UserError(
-            f"model.draft.block_size={draft.block_size} exceeds data.row_length={config.data.row_length}; "
+            f"model.draft.block_size={draft.block_size} exceeds data.max_seq_len={config.data.max_seq_len}; "
             "make rows longer or blocks smaller."
         )
 
@@ -193,10 +193,10 @@ def check_target(config: DictConfig, target_config: Any, positions: int) -> None
             "the draft layers are the last of them, choose fewer."
         )
     check_ranks(config, target_config)
-    longest = config.data.row_length + config.model.draft.block_size
+    longest = config.data.max_seq_len + config.model.draft.block_size
     if longest > positions:
         raise UserError(
-            f"data.row_length + model.draft.block_size = {longest} exceeds the target's {positions} positions."
+            f"data.max_seq_len + model.draft.block_size = {longest} exceeds the target's {positions} positions."
         )
 
 
@@ -227,7 +227,7 @@ def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
         if loaded.get(key) != value:
             raise UserError(
                 f"model.target.architecture.{key}={value!r}, but the target's config has {loaded.get(key)!r}. "
-                "Correct it, or set model.target.architecture=null."
+                "Correct it, or choose model=custom."
             )
 
 

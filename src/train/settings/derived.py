@@ -91,18 +91,20 @@ def check_device(config: DictConfig) -> None:
         raise UserError(f"trainer.devices={config.trainer.devices}: this machine has {there}, counted from 0.")
 
 
-def passes_per_step(rows_per_step: int, rows_per_pass: int | None, world_size: int) -> int:
-    """How many passes a rank's share of a step takes; None: all of it in one.
+def micro_batches_per_step(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int:
+    """Gradient accumulation steps of a rank; one if `micro_batch_size` is None.
 
     Raises:
-        ValueError: ranks or passes cannot share the rows evenly.
+        ValueError: ranks or micro-batches cannot share the rows evenly.
     """
-    if rows_per_step % world_size:
-        raise ValueError(f"rows_per_step={rows_per_step} is not divisible by {world_size} ranks; choose a multiple.")
-    share = rows_per_step // world_size
-    if rows_per_pass and share % rows_per_pass:
+    if global_batch_size % world_size:
         raise ValueError(
-            f"rows_per_pass={rows_per_pass} does not divide the {share} rows of a rank (rows_per_step={rows_per_step} "
-            f"on {world_size}); choose a divisor."
+            f"global_batch_size={global_batch_size} is not divisible by {world_size} ranks; choose a multiple."
         )
-    return share // (rows_per_pass or share)
+    share = global_batch_size // world_size
+    if micro_batch_size and share % micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size={micro_batch_size} does not divide the {share} rows of a rank "
+            f"(global_batch_size={global_batch_size} on {world_size}); choose a divisor."
+        )
+    return share // (micro_batch_size or share)

@@ -43,7 +43,7 @@ def _of_stage(stage: str) -> Unused:
 
 
 def _told(stage: str) -> tuple[str, ...]:
-    return (f"stage.{stage}.module.told_share",)
+    return (f"stage.{stage}.module.bonus_slot_fraction",)
 
 
 EVALUATE = "stage.evaluate"
@@ -75,7 +75,7 @@ TABLE = (
         (f"{EVALUATE}.speed.thresholds",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"
     ),
     Unused(("export.private", "export.tag"), lambda c: c.export.push_to_hub is None, "export.push_to_hub=null"),
-    Unused(("speed.compile",), lambda c: c.speed.compile and _zero3(c), "ZeRO 3 cannot be compiled"),
+    Unused(("runtime.compile",), lambda c: c.runtime.compile and _zero3(c), "ZeRO 3 cannot be compiled"),
     Unused(
         ("data.split",),
         lambda c: _no_splits(c.data.path),

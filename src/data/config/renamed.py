@@ -1,0 +1,29 @@
+"""Renamed settings: an old name is refused with the new one; records of earlier runs are translated."""
+
+from typing import Any
+
+KEYS = {
+    "rows_per_step": "global_batch_size",
+    "rows_per_pass": "micro_batch_size",
+    "row_length": "max_seq_len",
+    "overlong": "truncation",
+    "warmup_share": "warmup_ratio",
+    "final_lr_share": "min_lr_ratio",
+    "told_share": "bonus_slot_fraction",
+    "share_of_peak": "mfu",
+    "recompute": "activation_checkpointing",
+}
+GROUPS = {"speed": "runtime"}  # at the top level
+
+
+def current_name(path: str) -> str:
+    """The present name of a setting, `speed.recompute` -> `runtime.activation_checkpointing`; most are unchanged."""
+    first, *rest = path.split(".")
+    return ".".join([GROUPS.get(first, first), *(KEYS.get(key, key) for key in rest)])
+
+
+def with_current_names(settings: Any) -> Any:
+    """Nested settings of an earlier version under their present names."""
+    if not isinstance(settings, dict):
+        return settings
+    return {KEYS.get(key, key): with_current_names(value) for key, value in settings.items()}
