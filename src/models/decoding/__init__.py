@@ -1,5 +1,7 @@
 """Flex Decoding: drafting, verification, sampling, the cache, and the reference decoder for tests."""
 
-from models.decoding.flex import generate
+from models.decoding.flex import check_untested, generate
+from models.decoding.sampling import Sampling
+from models.decoding.selection import Selection
 
-__all__ = ["generate"]
+__all__ = ["Sampling", "Selection", "check_untested", "generate"]
