@@ -1,11 +1,14 @@
 """Every setting is either part of what a run directory stands for, or changes no outcome; both by name."""
 
+import json
+
 import pytest
 from helpers.configs import composed
 from omegaconf import OmegaConf
 
 from train.names import STAGES
 from train.resume.identity import CHANGES, WITHOUT_EFFECT, counts, differences, rule
+from train.run_dir.state import read_record
 
 # Groups whose keys are the user's, or another command's.
 FREE = ("benchmarks", "logger", "hydra", "regenerate", "hardware", "data.template_kwargs", "data.path")
@@ -89,11 +92,14 @@ def test_a_class_of_ours_that_moved_is_the_same_class():
     assert differences(record("a.Module"), record("b.Module"), "attention_tuning") != []  # a user's own class
 
 
-def test_a_record_with_old_names_is_compared_under_the_new_ones():
+def test_a_record_with_old_names_is_compared_under_the_new_ones(tmp_path):
     def record(stage: dict, data: dict) -> dict:
         return {"inputs": {"target": {"config.json": "a" * 64}, "data": []}, "stage": stage, "data": data}
 
-    old = record({"rows_per_step": 4, "module": {"told_share": 0.5}}, {"row_length": 320})
+    file = tmp_path / "attention_tuning.done.json"
+    saved = record({"rows_per_step": 4, "module": {"told_share": 0.5}}, {"row_length": 320})
+    file.write_text(json.dumps({"settings": saved}))
+    old = read_record(file)["settings"]
     new = record({"global_batch_size": 4, "module": {"bonus_slot_fraction": 0.5}}, {"max_seq_len": 320})
     assert differences(old, new, "attention_tuning") == []
     new["stage"]["global_batch_size"] = 8

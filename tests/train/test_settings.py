@@ -299,7 +299,7 @@ def test_calls_refused_from_their_settings_alone_need_no_target(checked):
         ("stage.bonus_calibration.module.told_share=0.5", "stage.bonus_calibration.module.bonus_slot_fraction"),
         ("data.row_length=512", "data.max_seq_len"),
         ("+speed.recompute=true", "runtime"),
-        ("speed.compile=true", "runtime.compile"),
+        ("speed.compile=true", "runtime"),
         ("+speed={compile: true}", "runtime"),
     ],
 )

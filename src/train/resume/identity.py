@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data.config.renamed import with_current_names
 from data.errors import UserError
 from data.sources.benchmarks import benchmark_fingerprint
 from data.sources.readers import fingerprint
@@ -193,7 +192,7 @@ def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources)
 
 def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[str]:
     """`key: old -> new` for everything in two records of a stage that its outcome depends on, and that differs."""
-    old = _of_this_version(with_current_names(old), new)
+    old = _of_this_version(old, new)
     target = comparable(old["inputs"]["target"], new["inputs"]["target"])
     found = _differences(old | {"inputs": old["inputs"] | {"target": target}}, new)
     return [f"{key}: {_short(a)} -> {_short(b)}" for key, a, b in found if counts(key, stage)]

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data.config.renamed import with_current_names
 from data.errors import UserError
 from train.run_dir.disk import DiskError, disk_error, why_not_written
 
@@ -90,14 +91,20 @@ def file_sha256(path: Path) -> str:
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
-    """A record; None where there is none, and an empty one where it is empty, cut short or damaged."""
+    """A stage record, its settings under their current names.
+
+    Returns:
+        None without a file; an empty record if the file is damaged.
+    """
     try:
         found = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found | ({"settings": with_current_names(found["settings"])} if "settings" in found else {})
 
 
 class StageRecord:
