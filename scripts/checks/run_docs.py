@@ -100,6 +100,7 @@ def not_run(pattern: str, why: str) -> Rule:
 RULES = (
     # Not run.
     not_run(r"^make ", "installs packages; by CI"),
+    not_run(r"^source ", "changes the shell alone"),
     not_run(r"^(pip|hf|wandb) ", "needs the network"),
     not_run(r"^(scancel|scontrol|sbatch --signal)", "a fragment; scripts/slurm/drill.py on a real SLURM"),
     not_run(r"scripts/slurm/(drill\.py|local_cluster)|CLUSTER_NODES", "starts a real SLURM, as root"),
