@@ -1,3 +1,3 @@
-"""The pipeline: configuration, Lightning modules, stages. Puts `data` and `models` together."""
+"""Training pipeline: configuration, Lightning modules and stages. Connects `data` and `models`."""
 
-__version__ = "0.1.0"  # of the whole project; pyproject.toml reads it
+__version__ = "0.1.0"  # project version; pyproject.toml reads it

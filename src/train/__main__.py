@@ -1,4 +1,4 @@
-"""`python -m train +experiment=tiny`: the command line."""
+"""Command-line entry point: `python -m train +experiment=tiny`."""
 
 import atexit
 import logging
@@ -24,7 +24,7 @@ MULTIRUN = {"-m", "--multirun"}
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> float | None:
-    """One run; as a job of a sweep, returns the drafter's τ."""
+    """Run the pipeline once. As a job of a sweep, return the drafter's τ."""
     try:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_job(config, work)
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> float | None:
     except OmegaConfBaseException as error:
         sys.exit(f"error: {unresolved(error)}")
     except Exception:
-        if number := received():  # worker pools turn the end that a signal asks for into errors of their own
+        if number := received():  # worker pools convert a signal's termination request into other exceptions
             stop(number)
         raise
 
@@ -45,7 +45,7 @@ def work(config: DictConfig) -> None:
     """Check the settings, then run the chosen stages.
 
     Raises:
-        UserError: the settings, the data or the run directory do not allow it.
+        UserError: the settings, the data or the run directory are invalid.
     """
     from train.settings.checks import check_config
 
@@ -55,21 +55,21 @@ def work(config: DictConfig) -> None:
 
         plan(config)
         return
-    # Imported late: a wrong call should not wait for torch.
+    # Deferred import: an invalid command should fail before torch is imported.
     from train.pipeline import run
 
     run(config)
 
 
 def check_overrides(arguments: list[str]) -> None:
-    """Compose once before Hydra does, for a message that names the setting and those that sound like it.
+    """Compose the configuration before Hydra does, so that the error names the setting and similarly named ones.
 
     Raises:
         SystemExit: the overrides do not compose.
     """
     flags = {argument for argument in arguments if argument.startswith("-")}
     if flags - MULTIRUN:
-        return  # --help, --cfg ...: Hydra's own business
+        return  # Hydra handles --help, --cfg ...
     overrides = [argument for argument in arguments if argument not in flags]
     try:
         if flags:
@@ -81,22 +81,22 @@ def check_overrides(arguments: list[str]) -> None:
 
 
 def quiet() -> None:
-    """Keep the terminal for what the user should read."""
+    """Silence warnings and log messages that are irrelevant to the user."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # on purpose: no dropout
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*")  # these are the same on every rank
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is: a function of the step
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*")  # logged values agree on all ranks
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is: by step number
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # gloo's worker threads may abort an interpreter that exits while they still hold their last result.
     atexit.register(time.sleep, 0.5)
 
 
 def options_first(arguments: list[str]) -> list[str]:
-    """The same arguments in an order that Hydra's parser takes: it knows no option behind an override."""
+    """Move options before overrides: Hydra's parser rejects an option after an override."""
     return sorted(arguments, key=lambda argument: argument not in MULTIRUN)
 
 

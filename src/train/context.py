@@ -1,4 +1,4 @@
-"""Target, tokenizer and data: each loaded once, when first needed, and checked before anything expensive."""
+"""Target, tokenizer and data: loaded lazily, once, and checked before any expensive work."""
 
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from train.terminal import say
 
 
 class Resources:
-    """What the stages of one run share."""
+    """Target, tokenizer and data shared by the stages of a run."""
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
@@ -38,10 +38,10 @@ class Resources:
         self.architecture = self.target_settings["architecture"]
 
     def check(self, stage: str) -> None:
-        """Everything that the stage, and an evaluation after it, can know without the target's weights.
+        """Check all inputs of the stage, and of a later evaluation, that do not need the target's weights.
 
         Raises:
-            UserError: target, tokenizer, data and settings do not fit together.
+            UserError: target, tokenizer, data and settings are incompatible.
         """
         self.check_shape()
         if stage in TRAINED:
@@ -52,19 +52,19 @@ class Resources:
         if stage in TRAINED:
             for later in TRAINED:
                 if later in self.config.stages:
-                    live_decoding(self.config, later, self.rows[1], self.positions)  # or says what does not fit
+                    live_decoding(self.config, later, self.rows[1], self.positions)  # raises if the settings do not fit
         if "evaluate" in self.config.stages:
             try:
                 decoding_settings(self.config)
             except ValueError as error:
                 raise UserError(f"stage.evaluate.{error}") from error
-            self.benchmarks  # noqa: B018  better now than after the training
+            self.benchmarks  # noqa: B018  load now, so that errors appear before training
 
     def check_shape(self) -> None:
-        """What the target's config and tokenizer alone can tell.
+        """Check the settings against the target's config, without its weights.
 
         Raises:
-            UserError: an architecture that cannot be a target, or one that the settings do not fit.
+            UserError: the architecture is not supported as a target, or the settings do not fit it.
         """
         try:
             check_architecture(self.target_config)
@@ -73,7 +73,7 @@ class Resources:
         check_target(self.config, self.target_config, self.positions)
 
     def forget_target(self) -> None:
-        """Drop the target, to load it afresh: ZeRO 3 leaves it in pieces."""
+        """Drop the target so that it is reloaded on next use: ZeRO 3 leaves its parameters partitioned."""
         self.__dict__.pop("target", None)
 
     @cached_property
@@ -88,13 +88,13 @@ class Resources:
         except (OSError, ValueError) as error:
             raise UserError(f"model.target.name={self.name!r}: the target's config did not load. {error}") from error
         expected = self.architecture or {}
-        check_sizes(expected, {key: getattr(config, key, None) for key in expected})  # by any name that it goes by
+        check_sizes(expected, {key: getattr(config, key, None) for key in expected})  # getattr resolves aliases
         return config
 
     @cached_property
     def target_identity(self) -> dict[str, Any]:
-        """What the target is, whatever its place: hashes of the files that are read; of one on the Hub, which is
-        downloaded, repository and commit too.
+        """Identify the target independently of its path: hashes of the files that are read, and for a Hub target also
+        repository and commit. A Hub target is downloaded.
 
         Raises:
             UserError: as for `check_shape`.
@@ -104,7 +104,7 @@ class Resources:
         elif Path(self.name).is_dir():
             found = hashes(target_files(in_directory(Path(self.name))))
         else:
-            self.check_shape()  # what can be refused is refused before the weights are downloaded
+            self.check_shape()  # reject unsupported targets before the weights are downloaded
             commit = commit_of(self.name, self.revision)
             found = hashes(target_files(on_hub(self.name, commit))) | {"repository": self.name, "commit": commit}
         other = self.target_settings["tokenizer"]
@@ -117,17 +117,17 @@ class Resources:
 
     @property
     def positions(self) -> int:
-        """How many tokens a text may have."""
+        """Maximum number of tokens of a text."""
         return text_positions(self.target_config, self.config.model.draft.block_size)
 
     @property
     def encoder(self) -> ChatEncoder:
-        """The target's chat template and tokenizer."""
+        """Chat template and tokenizer of the target."""
         return self._encoder_and_tokenizer[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The target's tokenizer as transformers loads it."""
+        """Tokenizer of the target as loaded by transformers."""
         return self._encoder_and_tokenizer[1]
 
     @cached_property
@@ -154,13 +154,13 @@ class Resources:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """Where the training conversations come from."""
+        """Sources of the training conversations."""
         data = OmegaConf.to_container(self.config.data, resolve=True)
         return open_parts(data["path"], split=data["split"], max_records=data["max_records"])
 
     @cached_property
     def rows(self) -> tuple[PackedRows, PackedRows]:
-        """Training and validation rows."""
+        """Packed rows for training and for validation."""
         data = self.config.data
         prepared = prepare(
             self.parts,
@@ -179,7 +179,9 @@ class Resources:
         return prepared.training, prepared.validation
 
     def _check_tokens(self, largest: int) -> None:
-        """A tokenizer may hold more tokens than the target embeds (Gemma 3 has one for images), but not in the data.
+        """Check that the data contains no token id outside the target's vocabulary.
+
+        The tokenizer itself may have more tokens than the target embeds: Gemma 3 has one for images.
 
         Raises:
             UserError: a token of the data is not in the target's vocabulary.
@@ -195,7 +197,7 @@ class Resources:
 
     @cached_property
     def benchmarks(self) -> dict[str, list[Messages]]:
-        """System and user turns of the conversations of each benchmark; some leave room for an answer."""
+        """Benchmark name -> system and user turns of its conversations; at least one leaves room for an answer."""
         settings = self.config.stage.evaluate
         found = {}
         for name, given in OmegaConf.to_container(self.config.benchmarks, resolve=True).items():

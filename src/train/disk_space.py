@@ -1,4 +1,4 @@
-"""Whether what the stages write has room on the disk, by the plan's own sizes, before the target is loaded."""
+"""Check free disk space for the output of the stages before the target is loaded, using the plan's size estimates."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,20 @@ from train.names import TRAINED
 from train.plan.estimate import disk_parts, draft_shape
 from train.run_dir.disk import check_access, check_no_link, free_bytes, size, used_bytes
 
-ADAPTER = "adapter"  # in the run directory: what stage 1 has trained with adapter=lora, for PEFT
-# Stage -> the directories of the run that it deletes at its end, to put its result in their place.
+ADAPTER = "adapter"  # in the run directory: the PEFT adapter that stage 1 trains with adapter=lora
+# Stage -> the directories of the run that it replaces with its result when it finishes.
 REPLACED = {"attention_tuning": (ADAPTER, f"{ADAPTER}.new"), "export": ("export", "export.new")}
 
 
 def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: list[str]) -> None:
-    """
+    """Check that the run directory is writable and has room for the output of the given stages.
+
     Args:
-        stages: those that are still to be done.
+        stages: the stages still to run.
 
     Raises:
-        UserError: the run directory cannot be written to, or what these stages write has no room there.
-        DiskError: a directory that these stages replace at their end is a symbolic link.
+        UserError: the run directory is not writable, or the output of these stages does not fit.
+        DiskError: a directory that these stages replace is a symbolic link.
     """
     check_no_link(*(run_dir / name for stage in stages for name in REPLACED.get(stage, ())))
     places = [run_dir / stage / part for stage in stages for part in (".", "checkpoints")]
@@ -35,12 +36,12 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
         if config.adapter:
             sizes = sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
     except ValueError:
-        return  # an architecture that is not counted, or settings that are refused elsewhere
+        return  # an architecture without size formulas, or settings that another check rejects
     if sizes.draft_layers > sizes.layers:
         return
     parts = {name: count for name, count in disk_parts(config, sizes, stages).items() if count}
     needed, free = sum(parts.values()), free_bytes(run_dir)
-    held = used_bytes(*(run_dir / stage for stage in stages))  # what these stages left before is replaced
+    held = used_bytes(*(run_dir / stage for stage in stages))  # earlier output of these stages is replaced
     if free is not None and needed > free + held:
         detail = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
         less = " fewer stage.<stage>.keep_checkpoints," if any(s in TRAINED for s in stages) else ""
@@ -51,14 +52,14 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
 
 
 def check_shared_memory(workers: int, batch: int, place: Path = Path("/dev/shm")) -> None:
-    """Loaders' processes hand over batches through shared memory.
+    """Check that shared memory has room for the batches that data loader workers pass through it.
 
     Args:
-        workers: processes of each of the two loaders.
-        batch: bytes of one batch; each process makes two ahead.
+        workers: worker processes of each of the two data loaders.
+        batch: bytes of one batch; each worker prefetches two.
 
     Raises:
-        UserError: it has no room for them.
+        UserError: the batches do not fit.
     """
     if not workers or not os.access(place, os.F_OK):
         return

@@ -1,7 +1,7 @@
-"""Names that settings, records and reports share: stages, selection rules, evaluated drafters."""
+"""Names shared by settings, records and reports: stages, selection rules, evaluated drafters."""
 
 STAGES = ("attention_tuning", "bonus_calibration", "export", "evaluate")
 TRAINED = STAGES[:2]
-FIGURE = "val/tau"  # of live decoding
+FIGURE = "val/tau"  # τ of live decoding
 SELECTIONS = ("off", "cumulative_product", "min_confidence")
 VARIANTS = ("untuned", "attention_tuned", "calibrated_parallel", "calibrated")

@@ -1,4 +1,4 @@
-"""The composition root: the chosen stages in order, each once."""
+"""Run the chosen stages in order, each once."""
 
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ from train.terminal import say
 
 
 def run(config: DictConfig) -> None:
-    """Run the chosen stages in order; finished ones are left as they are.
+    """Run the chosen stages in order, skipping finished ones.
 
     Raises:
-        UserError: settings that do not fit together or not this run directory, a stage whose input is missing, another
-            process in the run directory, or a disk that is full or refuses.
+        UserError: the settings contradict each other or the run directory, the input of a stage is missing, another
+            process uses the run directory, or the disk is full or not writable.
     """
-    set_training(False)  # from here on, signals may unwind what is going on
+    set_training(False)  # from here on, a signal may interrupt the process at any point
     check_device(config)
     check_loggers(config)
     lock = RunLock(Path(config.run_dir))
@@ -55,11 +55,11 @@ def run(config: DictConfig) -> None:
 def _run(config: DictConfig, run_dir: Path, lock: RunLock) -> None:
     resources = Resources(config)
     if config.export.push_to_hub and rank_zero_only.rank == 0:
-        check_access(destination(config), of_target(resources.target_config))  # before the training, not after it
+        check_access(destination(config), of_target(resources.target_config))  # fail before training, not after
     chosen = [stage for stage in STAGES if stage in config.stages]
     for number, stage in enumerate(chosen, start=1):
         if rank_zero_only.rank and stage not in TRAINED:
-            continue  # export and evaluation are the first rank's
+            continue  # only the first rank exports and evaluates
         say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, resources, lock, later=chosen[number:])
     if rank_zero_only.rank == 0 and read_record(run_dir / "records" / "export.done.json"):
@@ -67,9 +67,10 @@ def _run(config: DictConfig, run_dir: Path, lock: RunLock) -> None:
 
 
 def _describe_and_push(config: DictConfig, run_dir: Path) -> None:
-    """
+    """Write the model card of the export, and upload the export if `export.push_to_hub` is set.
+
     Raises:
-        UserError: what was exported is not what the records speak of, or the Hub refused.
+        UserError: the export is to be uploaded, but is missing or outdated; or the Hub rejected the upload.
     """
     exported = run_dir / "export"
     problem = ""
@@ -98,30 +99,30 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
         say(f"    finished before, see {directory}")
         if (
             rank_zero_only.rank == 0 and (directory / "checkpoints").exists()
-        ):  # of a run killed when it had just finished
+        ):  # the run was killed just after the stage finished
             _drop_left_over(config, stage, record, lock)
         return
     if stage in TRAINED:
-        stages.checked_trainer(config, stage, directory)  # refused before the data is read
+        stages.checked_trainer(config, stage, directory)  # fail before the data is read
     if rank_zero_only.rank == 0:
         lock.acquire()
         if left_to_do(config, stage, record, say=lambda text: None) != todo:
             raise UserError(f"{directory}: another process has worked on this stage meanwhile. Run the command again.")
         _remove_temporary(run_dir)
-        if todo == ANEW and config.overwrite is not False:  # the later ones are done again, too
+        if todo == ANEW and config.overwrite is not False:  # later stages are rerun as well
             check_no_link(*(run_dir / name for name in (stage, *later) if name != "export"))
         check_disk(config, resources, run_dir, [stage, *later])
     else:
         lock.refuse_other_jobs()
     resources.check(stage)
     if stage in TRAINED and todo == ANEW:
-        stages.untrained(config, stage, resources)  # what can be refused is refused before anything is deleted
+        stages.untrained(config, stage, resources)  # fail before anything is deleted
     if rank_zero_only.rank == 0:
         if todo == ANEW:
             _clear(config, stage, record, later)
         record.begin(anew=todo == ANEW)
     if stage in TRAINED:
-        _barrier()  # the other ranks are gone by the time of export and evaluation
+        _barrier()  # the other ranks have exited before export and evaluation
     seed_everything(config.seed, verbose=False)
     result = getattr(stages, stage)(config, directory, resources)
     if rank_zero_only.rank == 0:
@@ -130,17 +131,17 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
         files = stages.result_files(stage, directory)
         origin = {"drafter": drafter} if drafter else {}
         record.finish(result, files, overrides=_overrides(), hardware=_hardware(config), **origin)
-        # Only now: until the stage is on record, the checkpoints are what a restart goes on from.
+        # Only now: until the stage's record is written, a restart resumes from the checkpoints.
         _drop_checkpoints(directory)
         if stage in TRAINED:
             plot_losses({name: run_dir / name for name in TRAINED}, run_dir / "loss.png")
 
 
 def _checked_drafter(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
-    """What the drafter that a stage starts from was trained for; nothing if it starts from none.
+    """Return the recorded facts of the drafter that a stage starts from; empty for the first stage.
 
     Raises:
-        UserError: the settings are for another drafter, or the file does not say what it is.
+        UserError: the settings describe another drafter, or the file lacks these facts.
     """
     target = resources.target_identity
     if stage == "attention_tuning":
@@ -156,23 +157,24 @@ def _checked_drafter(config: DictConfig, stage: str, run_dir: Path, resources: R
 
 
 def _clear(config: DictConfig, stage: str, record: StageRecord, later: list[str]) -> None:
-    """
+    """Delete records and files that earlier runs of the stage left; with overwrite, also the records of `later` stages.
+
     Raises:
-        DiskError: something of an earlier run cannot be deleted; until it can, the stage is not begun.
+        DiskError: a file of an earlier run cannot be deleted; the stage does not start until it can.
     """
     before = record.begun.exists() or config.overwrite is not False
     record.drop()
     if config.overwrite is not False:
-        for name in later:  # they start from this one: a restart must not take them for done
+        for name in later:  # they depend on this stage: a restart must not treat them as finished
             StageRecord(record.run_dir, name, {}).drop()
-    if before and stage != "export":  # which replaces its directory when the new one is whole
+    if before and stage != "export":  # export replaces its directory once the new one is complete
         remove_tree(record.run_dir / stage)
         if stage == "attention_tuning":
             remove_tree(record.run_dir / ADAPTER)
 
 
 def _drop_checkpoints(directory: Path) -> None:
-    """A finished stage needs them no more; where they cannot be deleted, their ids keep them from being used."""
+    """Delete the checkpoints of a finished stage. If this fails, their ids still prevent them from being used."""
     try:
         remove_tree(directory / "checkpoints")
     except DiskError as error:
@@ -180,7 +182,7 @@ def _drop_checkpoints(directory: Path) -> None:
 
 
 def _drop_left_over(config: DictConfig, stage: str, record: StageRecord, lock: RunLock) -> None:
-    """Checkpoints beside a finished stage; not those of another process that does the stage again meanwhile."""
+    """Delete leftover checkpoints of a finished stage, unless another process is rerunning that stage."""
     directory = record.run_dir / stage
     try:
         lock.acquire()
@@ -192,7 +194,7 @@ def _drop_left_over(config: DictConfig, stage: str, record: StageRecord, lock: R
 
 
 def _remove_temporary(run_dir: Path) -> None:
-    """Of writers that were killed: there is no other writer now."""
+    """Delete temporary files of killed writers. The lock guarantees that no other process is writing."""
     parts = [
         run_dir,
         run_dir / "records",
@@ -203,7 +205,7 @@ def _remove_temporary(run_dir: Path) -> None:
 
 
 def _overrides() -> list[str]:
-    """The command's arguments; none where there was no command."""
+    """Return Hydra's command-line overrides; empty if Hydra is not initialised."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
@@ -213,6 +215,6 @@ def _hardware(config: DictConfig) -> str:
 
 
 def _barrier() -> None:
-    """All ranks, once an earlier stage has connected them."""
+    """Synchronise all ranks if an earlier stage has initialised the process group."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

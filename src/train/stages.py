@@ -1,4 +1,4 @@
-"""The four stages: each takes the configuration and its directory, and leaves its result there."""
+"""The four stages: each takes the configuration and its directory, and writes its result there."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ from train.run_dir.state import publish, sync, write_json
 from train.settings.derived import device
 from train.terminal import say
 
-CONTEXT = 256  # tokens before a block whose arithmetic is put on record
+CONTEXT = 256  # context length for the recorded FLOPs of a block
 
 
 def attention_tuning(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
@@ -47,12 +47,12 @@ def attention_tuning(config: DictConfig, directory: Path, resources: Resources) 
 
 
 def bonus_calibration(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
-    """Stage 2: train the calibrator on top of the finished stage 1."""
+    """Stage 2: train the calibrator on top of the stage 1 weights."""
     return _train(config, "bonus_calibration", directory, resources)
 
 
 def export(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
-    """Write the directory that the inference side loads."""
+    """Write the directory that inference loads."""
     source = finished_weights(directory.parent)
     draft = _new_draft(config, resources, calibrated=source.parent.name == "bonus_calibration")
     _load(draft.own_parameters(), source)
@@ -76,7 +76,7 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     """Load the exported directory and decode the benchmarks with it.
 
     Raises:
-        UserError: in float32, an output that differs from the target's own: the drafter must never change it.
+        UserError: in float32, an output differs from the target's: the drafter must never change it.
     """
     settings, exported = config.stage.evaluate, directory.parent / "export"
     target = resources.target.to(device(config))
@@ -116,13 +116,13 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
 
 
 def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
-    """The chosen drafters by name.
+    """Return the chosen drafters by name, ordered by amount of training.
 
     Raises:
-        UserError: none of the chosen is there.
+        UserError: the exported drafter has none of the chosen variants.
     """
     untuned = DraftModel(draft.target, num_layers=len(draft.layers), block_size=draft.block_size, calibrator_rank=0)
-    # With a bonus slot the modes draft differently; without, rows may change from one to the other on the way.
+    # With a bonus slot, the two modes predict different drafts. Without one, a row may switch between them.
     mode = "sequential" if draft.bonus_slot else "auto"
     known = {"untuned": Variant(untuned, calibrate=False), "attention_tuned": Variant(draft, False, mode)}
     if draft.calibrator_rank:
@@ -131,14 +131,15 @@ def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
         known["calibrated"] = Variant(draft, True, mode)
     if not known.keys() & set(chosen):
         raise UserError(f"stage.evaluate.variants={chosen}: the exported drafter has no calibrator.")
-    return {name: variant for name, variant in known.items() if name in chosen}  # the most trained is the last
+    return {name: variant for name, variant in known.items() if name in chosen}  # the most trained variant comes last
 
 
 def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
-    """The trainer of a training stage.
+    """Build the trainer of a training stage.
 
     Raises:
-        UserError: the preset does not fit this machine, the ranks cannot share a batch evenly, or objective is wrong.
+        UserError: the preset does not fit this machine, the global batch is not divisible by the ranks, or the
+            objective is invalid.
     """
     try:
         instantiate(config.objective)
@@ -148,7 +149,7 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         trainer = build_trainer(config, stage, directory)
     except UserError:
         raise
-    except (HydraException, RuntimeError) as error:  # Lightning finds the variables of SLURM wrong with the latter
+    except (HydraException, RuntimeError) as error:  # Lightning raises RuntimeError for inconsistent SLURM variables
         raise UserError(
             f"trainer, logger or callbacks: {error.__cause__ or error} Presets: conf/trainer/, such as trainer=cpu."
         ) from error
@@ -185,10 +186,10 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     trainer.callbacks += live_decoding(config, stage, validation, resources.positions, resources.tokenizer)
-    # First of all callbacks: what it logs is on disk before a checkpoint says that the step is done.
+    # First in the callback order: its metrics are on disk before a checkpoint marks the step as finished.
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory)
-    trained = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
+    trained = trainer.strategy.lightning_module_state_dict()  # on every rank: a collective operation under ZeRO 3
     check_handed_on(trainer, trained)
     if trainer.is_global_zero:
         own = read_finite(source) if calibrates else {}
@@ -202,7 +203,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     if any(hasattr(p, "ds_id") for p in resources.target.parameters()):
         resources.forget_target()
     parameters = sum(tensor.numel() for tensor in trained.values())
-    steps = trainer.global_step  # fewer than asked for where it was stopped early
+    steps = trainer.global_step  # fewer than configured after early stopping
     weights_of_step = keeper(trainer).best.get("step", steps)
     result = {"trained_parameters": parameters, "steps": steps, "weights_of_step": weights_of_step, **metrics}
     if skipped := skipped_steps(trainer):
@@ -213,9 +214,10 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
 
 
 def _load(own: dict[str, Tensor], source: Path) -> None:
-    """
+    """Load trained weights from `source` into the given parameters.
+
     Raises:
-        UserError: the file is damaged, or of another drafter.
+        UserError: the file is damaged or belongs to another drafter.
     """
     tensors = read_finite(source)
     try:
@@ -225,7 +227,7 @@ def _load(own: dict[str, Tensor], source: Path) -> None:
 
 
 def result_files(stage: str, directory: Path) -> list[Path]:
-    """The files that a finished stage leaves, and that do not change after it."""
+    """List the files of a finished stage that do not change afterwards."""
     if stage == "evaluate":
         return [directory / "report.json", directory / "report.md"]
     if stage == "export":
@@ -235,9 +237,9 @@ def result_files(stage: str, directory: Path) -> list[Path]:
 
 
 def _merged(draft: DraftModel, trained: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """What was trained in stage 1 by exported name. Of LoRA, the adapter goes to a directory of its own."""
+    """Return the stage 1 weights by exported name. With LoRA, save the adapter to `directory` and merge it."""
     if not isinstance(draft, LoraDraft):
-        remove_tree(directory)  # of a run that this one takes the place of
+        remove_tree(directory)  # adapter of the run that this one replaces
         return trained
     load_draft_weights(draft.attention_parameters(), trained, source="the trained weights")
     _publish_directory(directory, lambda new: save_adapter(draft, new))
@@ -245,10 +247,10 @@ def _merged(draft: DraftModel, trained: dict[str, Tensor], directory: Path) -> d
 
 
 def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, sync, rename. Files get the mode that the umask gives.
+    """Write a directory under a temporary name, sync it and rename it. File modes follow the umask.
 
     Raises:
-        DiskError: there is no room or no permission, or what was there before cannot be deleted.
+        DiskError: the disk is full or not writable, or the previous directory cannot be deleted.
     """
     temporary = directory.with_name(f"{directory.name}.new")
     remove_tree(temporary)
@@ -264,7 +266,7 @@ def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
             sync(file)
     except (OSError, SafetensorError) as error:
         reason = why_not_written(temporary / ".probe", error)
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has no room for half an export
+        shutil.rmtree(temporary, ignore_errors=True)  # free the space of an incomplete export
         if isinstance(reason, OSError):
             raise disk_error(reason, directory) from error
         raise
@@ -273,9 +275,9 @@ def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _execution(config: DictConfig, trainer: Trainer) -> Execution:
-    """How the layers are run."""
+    """Return the execution settings of the decoder layers."""
     runtime = config.runtime
-    # ZeRO 3 fetches the weights of each layer when it is called, which no graph may do.
+    # ZeRO 3 gathers the weights of each layer in a forward hook, which a compiled graph cannot contain.
     in_pieces = getattr(trainer.strategy, "zero_stage_3", False)
     return Execution(
         attention=runtime.attention,
@@ -285,10 +287,10 @@ def _execution(config: DictConfig, trainer: Trainer) -> Execution:
 
 
 def untrained(config: DictConfig, stage: str, resources: Resources) -> DraftModel | LoraDraft:
-    """The drafter that a training stage begins with, before any weights are read.
+    """Build the drafter of a training stage without loading trained weights.
 
     Raises:
-        UserError: the target does not load, or the adapter is not for it.
+        UserError: the target does not load, or the adapter does not fit it.
     """
     calibrates = stage == "bonus_calibration"
     return _new_draft(config, resources, calibrated=calibrates, adapted=not calibrates)
@@ -297,13 +299,13 @@ def untrained(config: DictConfig, stage: str, resources: Resources) -> DraftMode
 def _new_draft(
     config: DictConfig, resources: Resources, *, calibrated: bool, adapted: bool = False
 ) -> DraftModel | LoraDraft:
-    """An untrained drafter with float32 parameters, or better, whatever the target's: they are the master weights.
+    """Build an untrained drafter. Its parameters are master weights: at least float32 for any dtype of the target.
 
     Args:
-        adapted: with the adapter of the settings, if they ask for one.
+        adapted: apply the adapter from the settings, if there is one.
 
     Raises:
-        UserError: the adapter is not for this architecture.
+        UserError: the adapter does not fit this architecture.
     """
     settings, target = config.model.draft, resources.target
     sizes = {key: settings[key] for key in ("num_layers", "block_size", "bonus_slot")}

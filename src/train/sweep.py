@@ -1,4 +1,4 @@
-"""Sweeps: `python -m train -m ...` runs one job for each choice of settings and ends with a table of all of them."""
+"""Sweeps: `python -m train -m ...` runs one job per combination of settings and prints a table of all jobs."""
 
 import atexit
 import os
@@ -22,16 +22,16 @@ from train.endings.agreed import NotFinished
 from train.run_dir.state import read_json, write_json
 from train.settings.derived import accelerator, device_count
 
-SUMMARY = "summary.json"  # in the directory of each job: what was asked of it and how it ended
+SUMMARY = "summary.json"  # in the directory of each job: its overrides, state and results
 TRAINED = ("attention_tuning", "bonus_calibration")
 DECODED = ("attention_tuned", "calibrated_parallel", "calibrated")
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job; none, if they can only be known while the sweep runs (`interval(...)`).
+    """Expand a sweep into the overrides of each job. Empty if they are known only during the sweep (`interval(...)`).
 
     Raises:
-        UserError: they cannot be read.
+        UserError: the overrides cannot be parsed.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
@@ -49,10 +49,10 @@ def jobs(overrides: list[str]) -> list[list[str]]:
 
 
 def check_jobs(overrides: list[str]) -> None:
-    """Check all jobs of a sweep before the first of them is started.
+    """Check all jobs of a sweep before the first one starts.
 
     Raises:
-        UserError: one does not compose, or two would write into the same run directory.
+        UserError: a job does not compose, or two jobs would write to the same run directory.
     """
     taken: dict[str, list[str]] = {}
     for job in jobs(overrides):
@@ -67,10 +67,10 @@ def check_jobs(overrides: list[str]) -> None:
 
 
 def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
-    """One job of a sweep: its failure goes on record in its directory and leaves the other jobs alone.
+    """Run one job of a sweep. A failure is recorded in the job's directory and does not affect the other jobs.
 
     Returns:
-        τ of the finished drafter by decoding; NaN if the job failed or did not decode. For sweepers that search.
+        τ of the finished drafter from decoding, for optimising sweepers; NaN if the job failed or did not decode.
     """
     hydra = HydraConfig.get()
     file = Path(hydra.runtime.output_dir) / SUMMARY
@@ -96,14 +96,15 @@ def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
 
 
 def _decoded(results: dict[str, Any]) -> dict[str, Any]:
-    """What decoding said of the drafters that it has a figure for."""
+    """Return the decoding results of the drafters with a measured τ."""
     return {name: found for name, found in results.get("evaluate", {}).items() if found["tau"] is not None}
 
 
 def _check_ranks(config: DictConfig) -> None:
-    """
+    """Check that a job does not start additional ranks.
+
     Raises:
-        UserError: Lightning would start further ranks by repeating this command, and with it the whole sweep.
+        UserError: Lightning would launch further ranks by rerunning this command, and thus the entire sweep.
     """
     started = {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if not started and device_count(config, 1 if accelerator(config) == "cpu" else 2) > 1:
@@ -120,25 +121,25 @@ def _record(file: Path, summary: dict[str, Any]) -> None:
 
 
 def _first_rank() -> bool:
-    # From the environment: at the end of the process, Lightning can no longer be imported.
+    # From the environment: Lightning cannot be imported during interpreter shutdown.
     return all(os.environ.get(variable, "0") == "0" for variable in ("SLURM_PROCID", "RANK"))
 
 
 class SweepTable(Callback):
-    """Shows the table in the process that started the jobs (conf/config.yaml, `hydra.callbacks`)."""
+    """Print the table in the process that launched the jobs (conf/config.yaml, `hydra.callbacks`)."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Not in `on_multirun_end`, which Hydra leaves out when a job was killed: then the table is needed most.
+        # Not in `on_multirun_end`: Hydra skips it if a job was killed, which is when the table is needed most.
         atexit.register(_show, Path(config.hydra.sweep.dir).absolute())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = summaries(Path(config.hydra.sweep.dir)).values()
-        if _first_rank() and any(job["state"] != "done" for job in jobs):  # the others may be here before it is done
+        if _first_rank() and any(job["state"] != "done" for job in jobs):  # other ranks may get here before it is done
             sys.exit(1)
 
 
 def summaries(sweep_dir: Path) -> dict[str, dict[str, Any]]:
-    """Job number -> its summary, for all jobs that were started."""
+    """Return job number -> summary for all started jobs."""
     files = sorted(sweep_dir.glob(f"*/{SUMMARY}"), key=lambda file: (len(file.parent.name), file.parent.name))
     return {file.parent.name: read_json(file) for file in files}
 
@@ -154,7 +155,7 @@ def _show(sweep_dir: Path) -> None:
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """All jobs as a Markdown table, with columns aligned for the terminal; below it why some did not finish."""
+    """Format all jobs as a Markdown table aligned for the terminal, followed by the reasons of unfinished jobs."""
     swept = _swept([job["overrides"] for job in summaries.values()])
     decoded = [name for name in DECODED if any(name in _decoded(job["results"]) for job in summaries.values())]
     header = ["job", *_short(swept), "state", *(f"τ {name} (95%, verify steps)" for name in decoded)]
@@ -182,17 +183,17 @@ def _figures(results: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _tau(found: dict[str, Any]) -> str:
-    interval = "" if found["low"] is None else f"{found['low']:.2f}-{found['high']:.2f}, "  # none of a single prompt
+    interval = "" if found["low"] is None else f"{found['low']:.2f}-{found['high']:.2f}, "  # none for a single prompt
     return f"{found['tau']:.3f} ({interval}{found['verify_steps']:,})"
 
 
 def _swept(overrides: list[list[str]]) -> list[str]:
-    """Keys whose values differ from job to job."""
+    """Return the keys whose values differ between jobs."""
     common = set(overrides[0]).intersection(*overrides[1:]) if overrides else set()
     return list(dict.fromkeys(o.split("=", 1)[0] for job in overrides for o in job if o not in common))
 
 
 def _short(keys: list[str]) -> list[str]:
-    """The last part of each key where that tells them apart."""
+    """Shorten each key to its last part where that is unique."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     return [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]

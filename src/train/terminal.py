@@ -1,4 +1,4 @@
-"""What a run prints: once, by the first rank."""
+"""Terminal output of a run, printed by rank 0 only."""
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
