@@ -1,1 +1,1 @@
-"""Checks of the composed settings, and values derived from them, before anything is loaded."""
+"""Validation of the composed settings, and values derived from them, before anything is loaded."""

@@ -1,4 +1,4 @@
-"""Wrong calls end here: before anything is downloaded, loaded or written."""
+"""Checks across settings, run before anything is downloaded, loaded or written."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def check_config(config: DictConfig) -> None:
     """Check names, types and ranges of all settings.
 
     Raises:
-        UserError: naming the setting, its value, what was expected and the way out.
+        UserError: a setting is invalid; the message names it, its value, the expected values and a fix.
     """
     try:
         _check(config, list(HydraConfig.get().overrides.task))
@@ -30,10 +30,11 @@ def check_config(config: DictConfig) -> None:
 
 
 def _check(config: DictConfig, overrides: list[str]) -> None:
-    """
+    """Implement `check_config`.
+
     Raises:
-        UserError: as above.
-        OmegaConfBaseException: a value that cannot be computed.
+        UserError: as for `check_config`.
+        OmegaConfBaseException: an interpolation cannot be resolved.
     """
     check_settings(config, overrides)
     check_trainer(config)
@@ -70,7 +71,7 @@ def _plain(value: Any) -> Any:
 def _check_push(config: DictConfig) -> None:
     if config.export.push_to_hub is None:
         return
-    from train.publish.upload import check_destination, destination  # late: it loads torch
+    from train.publish.upload import check_destination, destination  # deferred: imports torch
 
     if not {"export", "evaluate"} & set(config.stages):
         raise UserError(
@@ -81,9 +82,10 @@ def _check_push(config: DictConfig) -> None:
 
 
 def check_adapter(config: DictConfig) -> None:
-    """
+    """Check the settings of `adapter=lora`.
+
     Raises:
-        UserError: settings of `adapter=lora` that cannot be, or not with this strategy.
+        UserError: a setting is invalid or incompatible with the trainer's strategy.
     """
     if not config.adapter:
         return
@@ -107,7 +109,7 @@ def check_adapter(config: DictConfig) -> None:
 
 
 def _check_ranges(config: DictConfig) -> None:
-    """Ranges and choices of single settings."""
+    """Check ranges and choices of individual settings."""
     draft = config.model.draft
     choices = {"export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
     choices["runtime.attention"] = ("auto", "flex", "sdpa", "dense")
@@ -126,7 +128,7 @@ def _check_ranges(config: DictConfig) -> None:
                 f"stage.{stage}.module.slot0_loss=true with model.draft.bonus_slot=true: slot 0 would be told its "
                 "label. Choose one of them."
             )
-        blocks = config.data.max_seq_len - 2  # not at the first token of a row, and the token after the anchor is in it
+        blocks = config.data.max_seq_len - 2  # neither the first nor the last token of a row can be an anchor
         if settings.num_anchors > blocks:
             raise UserError(
                 f"stage.{stage}.num_anchors={settings.num_anchors}: rows of data.max_seq_len={config.data.max_seq_len} "
@@ -144,10 +146,10 @@ def _check_ranges(config: DictConfig) -> None:
 
 
 def check_decoding(config: DictConfig) -> None:
-    """Settings of decoding, and of what relies on its figure, in all stages to be trained: better before the first.
+    """Check live decoding, best_by and patience of all chosen training stages before the first one starts.
 
     Raises:
-        UserError: out of range, or a figure that is not measured decides something.
+        UserError: a setting is out of range, or relies on a metric that is not measured.
     """
     for stage in TRAINED:
         if stage in config.stages:
@@ -155,9 +157,10 @@ def check_decoding(config: DictConfig) -> None:
 
 
 def _check_stage(config: DictConfig, stage: str) -> None:
-    """
+    """Check live decoding, best_by and patience of one training stage.
+
     Raises:
-        UserError: as above.
+        UserError: as for `check_decoding`.
     """
     settings, here = config.stage[stage], f"stage.{stage}"
     at_least = {"decode.prompts": 0, "decode.max_new_tokens": 2, "decode.batch_size": 1, "patience": 1}
@@ -171,7 +174,7 @@ def _check_stage(config: DictConfig, stage: str) -> None:
         raise UserError(f"{here}.patience={settings.patience}, but data.validation_records=0: nothing is validated.")
     if settings.patience and not settings.best_by:
         raise UserError(f"{here}.patience={settings.patience} needs {here}.best_by, the figure to be better by.")
-    validations = -(-settings.steps // settings.validate_every)  # one is at the last step
+    validations = -(-settings.steps // settings.validate_every)  # including the one at the last step
     if settings.patience and settings.patience > validations:
         raise UserError(
             f"{here}.patience={settings.patience} has no effect: {here}.steps={settings.steps} with "
@@ -181,10 +184,10 @@ def _check_stage(config: DictConfig, stage: str) -> None:
 
 
 def check_target(config: DictConfig, target_config: Any, positions: int) -> None:
-    """Check the settings against the target's config and how many tokens a text may have, before its weights are read.
+    """Check the settings against the target's config and its maximum text length, before its weights are loaded.
 
     Raises:
-        UserError: draft layers or positions do not fit.
+        UserError: too many draft layers, rows too long, or a rank too large.
     """
     layers = config.model.draft.num_layers
     if layers > target_config.num_hidden_layers:
@@ -201,9 +204,10 @@ def check_target(config: DictConfig, target_config: Any, positions: int) -> None
 
 
 def check_ranks(config: DictConfig, target_config: Any) -> None:
-    """
+    """Check the ranks of calibrator, chain and adapter against the target's sizes.
+
     Raises:
-        UserError: a rank greater than that of the matrix which it is of: memory for nothing.
+        UserError: a rank exceeds the full rank of its matrix, which would waste memory.
     """
     for key in ("calibrator_rank", "chain_rank"):
         if config.model.draft[key] > target_config.vocab_size:
@@ -218,10 +222,10 @@ def check_ranks(config: DictConfig, target_config: Any) -> None:
 
 
 def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """The target must have the sizes that the settings expect of it, and that `plan=true` counts with.
+    """Check that the target has the sizes given in the settings, which `plan=true` uses for its estimates.
 
     Raises:
-        UserError: naming the first that differs.
+        UserError: a size differs; the message names the first.
     """
     for key, value in expected.items():
         if loaded.get(key) != value:
@@ -232,10 +236,10 @@ def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
 
 
 def check_path(name: str) -> None:
-    """A target given as a path must exist; otherwise transformers would look for it on the Hub.
+    """Check that a target given as a path exists; otherwise transformers would look for it on the Hub.
 
     Raises:
-        UserError: it does not.
+        UserError: the path has no config.json.
     """
     looks_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_local and not Path(name, "config.json").exists():

@@ -1,4 +1,4 @@
-"""What a trainer preset and a stage's settings mean together. Needs no torch, except for what a machine has."""
+"""Values derived from the trainer preset and the settings of a stage. Torch is imported only to detect devices."""
 
 from typing import Any
 
@@ -7,27 +7,27 @@ from omegaconf import DictConfig, ListConfig
 from data.errors import UserError
 
 ARITHMETIC = {"32-true": "float32", "bf16-mixed": "bfloat16"}
-PRECISIONS = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}  # Lightning's shorter names
+PRECISIONS = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}  # Lightning's short names
 ALL = -1  # devices
 
 
 def precision(config: DictConfig) -> Any:
-    """`trainer.precision` by Lightning's whole name."""
+    """Return `trainer.precision` by Lightning's full name."""
     given = config.trainer.get("precision")
     return PRECISIONS.get(given, given) if isinstance(given, str | int | None) else given
 
 
 def arithmetic(config: DictConfig) -> str:
-    """The dtype that matrix products are computed in."""
+    """Return the compute dtype of matrix products."""
     return ARITHMETIC[precision(config)]
 
 
 def accelerator(config: DictConfig) -> str:
-    """The kind of device that training, export and evaluation compute on: cpu, cuda or mps, as Lightning chooses it."""
+    """Return the device type for training, export and evaluation (cpu, cuda or mps), resolved as Lightning does."""
     chosen = config.trainer.get("accelerator", "auto") or "auto"
     if chosen not in ("auto", "gpu"):
         return str(chosen)
-    from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator  # late: they load torch
+    from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator  # deferred: imports torch
 
     if MPSAccelerator.is_available():
         return "mps"
@@ -35,10 +35,10 @@ def accelerator(config: DictConfig) -> str:
 
 
 def devices(config: DictConfig) -> int | list[int]:
-    """`trainer.devices` in any of Lightning's forms: how many, `ALL`, or the numbers of those that are meant.
+    """Parse `trainer.devices` from any of Lightning's forms into a count, `ALL`, or a list of device indices.
 
     Raises:
-        UserError: it is none of them.
+        UserError: the value has none of these forms.
     """
     given = config.trainer.get("devices", "auto")
     expected = UserError(f"trainer.devices={given}: expected a number, -1 or auto for all, or a list such as [0,1].")
@@ -58,7 +58,11 @@ def devices(config: DictConfig) -> int | list[int]:
 
 
 def device_count(config: DictConfig, available: int) -> int:
-    """How many devices of a node the trainer takes of those that are there.
+    """Return the number of devices per node that the trainer uses.
+
+    Args:
+        config: the composed settings.
+        available: devices of the node, all of which `trainer.devices=-1` uses.
 
     Raises:
         UserError: as for `devices`.
@@ -68,15 +72,16 @@ def device_count(config: DictConfig, available: int) -> int:
 
 
 def device(config: DictConfig) -> str:
-    """The device of the first rank, which exports and evaluates: `cpu`, `cuda`, `cuda:1`."""
+    """Return the device of the first rank, which exports and evaluates: `cpu`, `cuda`, `cuda:1`."""
     kind, chosen = accelerator(config), devices(config)
     return f"{kind}:{chosen[0]}" if isinstance(chosen, list) and kind == "cuda" else kind
 
 
 def check_device(config: DictConfig) -> None:
-    """
+    """Check that this machine has the configured devices.
+
     Raises:
-        UserError: this machine has no such device.
+        UserError: a device is missing.
     """
     kind, chosen = accelerator(config), devices(config)
     if kind == "cpu":
@@ -92,10 +97,10 @@ def check_device(config: DictConfig) -> None:
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int:
-    """Gradient accumulation steps of a rank; one if `micro_batch_size` is None.
+    """Return the number of gradient accumulation steps per rank; 1 if `micro_batch_size` is None.
 
     Raises:
-        ValueError: ranks or micro-batches cannot share the rows evenly.
+        ValueError: the global batch is not divisible by the ranks, or a rank's rows by the micro-batch size.
     """
     if global_batch_size % world_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What may be set of Lightning's Trainer, its callbacks and loggers: arguments that leave the outcome what it is."""
+"""Allowed arguments of Lightning's Trainer, callbacks and loggers: those that do not change the training result."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from data.config.compose import unresolved
 from data.errors import UserError
 from train.settings.derived import ALL, ARITHMETIC, devices, precision
 
-INSTANCES = ("callbacks", "logger")  # groups of classes
+INSTANCES = ("callbacks", "logger")  # config groups whose entries are classes to instantiate
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-# Argument of the Trainer -> its values; None: whatever Lightning takes. All others are set by the stages, change what
-# is trained without being on record, or go against batches that are a function of the step.
+# Trainer argument -> allowed values; None: any value that Lightning accepts. Other arguments are set by the stages,
+# would change training without being recorded, or conflict with batches that are a function of the step.
 ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
     "_target_": ("lightning.Trainer",),
     "accelerator": ACCELERATORS,
@@ -30,9 +30,10 @@ ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
 
 
 def check_trainer(config: DictConfig) -> None:
-    """
+    """Check the arguments of the trainer, its callbacks and its loggers.
+
     Raises:
-        UserError: an argument that is not for the user, or a value that Lightning would not take, or not as meant.
+        UserError: an argument is not user-settable, or Lightning would reject or misinterpret its value.
     """
     try:
         given, *others = (OmegaConf.to_container(config[group], resolve=True) for group in ("trainer", *INSTANCES))
@@ -47,7 +48,7 @@ def check_trainer(config: DictConfig) -> None:
         check_choice(f"trainer.{key}", value, ARGUMENTS[key])
     if "_target_" not in given:
         raise UserError("trainer: choose one of conf/trainer/, such as trainer=cpu.")
-    check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))  # others have weights in less than float32
+    check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))  # others keep weights below float32
     chosen, auto = devices(config), given.get("devices") in ("auto", None)
     if given.get("accelerator") == "cpu" and not auto and (chosen == ALL or isinstance(chosen, list)):
         raise UserError(
@@ -61,9 +62,10 @@ def check_trainer(config: DictConfig) -> None:
 
 
 def check_choice(key: str, value: Any, known: tuple[Any, ...] | None) -> None:
-    """
+    """Check that a value is one of the known ones, including its type; None as `known` allows any value.
+
     Raises:
-        UserError: a value that is none of its choices.
+        UserError: it is not.
     """
     if known is not None and not any(value is one or (type(value) is type(one) and value == one) for one in known):
         words = " or ".join("null" if one is None else str(one).lower() for one in known)
@@ -72,7 +74,7 @@ def check_choice(key: str, value: Any, known: tuple[Any, ...] | None) -> None:
 
 def _check_strategy(strategy: Any) -> None:
     if isinstance(strategy, str):
-        return  # Lightning has a list of them
+        return  # Lightning validates strategy names
     if not isinstance(strategy, dict) or "_target_" not in strategy:
         raise UserError(f"trainer.strategy={strategy!r}: expected a name, such as ddp, or a preset: trainer=zero2.")
     if strategy["_target_"].endswith("ZeroStrategy") and strategy.get("stage") not in (1, 2, 3):

@@ -1,6 +1,6 @@
-"""Overrides of `python -m train` that would do nothing.
+"""Overrides of `python -m train` that would have no effect.
 
-Not among them: details of a part that the command turns off (speed.num_prompts=0, decode.prompts=0, stages=[...]).
+Details of a part that the command turns off (speed.num_prompts=0, decode.prompts=0, stages=[...]) are not reported.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ def _local(path: object) -> bool:
 
 
 def _no_splits(path: object) -> bool:
-    """Whether `data.split` is asked of no source: all are files or folders, or name a split themselves."""
+    """Return whether no source uses `data.split`: each is a file or folder, or names its own split."""
     if isinstance(path, ListConfig):
         return all(_no_splits(item) for item in path)
     if isinstance(path, DictConfig):
