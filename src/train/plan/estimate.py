@@ -1,4 +1,4 @@
-"""What a training stage takes on the machine that the settings name: memory, arithmetic, time."""
+"""Estimate memory, FLOPs and time of a training stage on the machine given in the settings."""
 
 import json
 import math
@@ -23,22 +23,22 @@ from train.names import TRAINED
 from train.settings.checks import check_path, check_ranks, check_sizes
 from train.settings.derived import accelerator, arithmetic, device_count, micro_batches_per_step
 
-# Assumed, not measured. What CUDA, its libraries and communication take of a GPU; and what Python and the libraries
-# take of the host's memory.
+# Assumed, not measured: GPU memory used by CUDA, its libraries and communication; host memory used by Python and its
+# libraries.
 CONTEXT, LIBRARIES = 1 * GIB, 1 * GIB
-USABLE = 0.95  # of the memory: the rest is lost between the allocator's blocks
+USABLE = 0.95  # of the memory; the rest is lost to fragmentation
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes."""
+    """Hardware of a run."""
 
     gpu: str | None  # name in `models.cost.hardware.GPUS`; None: this machine's CPU
     ranks: int
     per_node: int
     memory: float  # bytes for one rank
-    flops: float  # FLOP/s of one rank at best
+    flops: float  # peak FLOP/s of one rank
 
     @property
     def name(self) -> str:
@@ -47,20 +47,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one training stage takes."""
+    """Estimated cost of one training stage."""
 
     stage: str
     steps: int
     setup: Setup
-    flops: dict[str, float]  # of a step on one rank, by part
-    seconds: float  # of a step
-    phase: str  # the fullest one
-    parts: dict[str, float]  # bytes of one rank in that phase
-    limit: float  # bytes that one rank may use
+    flops: dict[str, float]  # per step and rank, by part
+    seconds: float  # per step
+    phase: str  # the phase with the highest memory use
+    parts: dict[str, float]  # bytes per rank in that phase
+    limit: float  # bytes available to one rank
 
     @property
     def bytes(self) -> float:
-        """Of one rank at its peak."""
+        """Peak memory of one rank."""
         return sum(self.parts.values())
 
     @property
@@ -69,11 +69,11 @@ class Estimate:
 
 
 def target_sizes(config: DictConfig) -> Sizes:
-    """The sizes of target and drafter, without the network.
+    """Return the sizes of target and drafter without network access.
 
     Raises:
-        UserError: they are not known here, or not of a kind that is counted; or the drafter has too many layers,
-            or an adapter of other projectors than there are.
+        UserError: the sizes are unknown, the plan does not support the architecture, the drafter has too many layers,
+            rows are too long, or the adapter names projectors that do not exist.
     """
     target, draft = config.model.target, config.model.draft
     try:
@@ -97,15 +97,18 @@ def target_sizes(config: DictConfig) -> Sizes:
 
 
 def draft_shape(config: DictConfig) -> dict[str, Any]:
-    """The drafter and its training, as arguments of `Sizes.from_config`."""
+    """Return the drafter's sizes and whether it is trained jointly, as arguments of `Sizes.from_config`."""
     return {**config.model.draft, "joint": config.stage.bonus_calibration.module.joint}
 
 
 def disk_parts(config: DictConfig, sizes: Sizes, stages: list[str]) -> dict[str, int]:
-    """Bytes on the disk of the run directory, by part. Checkpoints are deleted when their stage is finished."""
+    """Return the disk usage of the run directory in bytes, by part.
+
+    The checkpoints of a stage are deleted when it finishes, so only the largest set counts.
+    """
     trained = [stage for stage in TRAINED if stage in stages]
     last = TRAINED[1] if TRAINED[1] in config.stages else TRAINED[0]
-    # One checkpoint more than are kept, while it is written.
+    # One more than `keep_checkpoints`: a new checkpoint is written before the oldest is deleted.
     checkpoints = [(config.stage[s].keep_checkpoints + 1) * _checkpoint(sizes, s) for s in trained]
     exported = DTYPE_BYTES[config.export.dtype] * sizes.draft_parameters(last)
     return {
@@ -116,15 +119,15 @@ def disk_parts(config: DictConfig, sizes: Sizes, stages: list[str]) -> dict[str,
 
 
 def _checkpoint(sizes: Sizes, stage: str) -> int:
-    """Weights and two moments; and the best weights, which a kept checkpoint may refer to."""
+    """Bytes of one checkpoint: weights, two optimizer moments, and the best weights that it may refer to."""
     return (3 + 1) * FLOAT32 * sizes.trained_parameters(stage)
 
 
 def _architecture(target: DictConfig) -> dict[str, Any]:
-    """The target's own config.json where it is on this machine, else `model.target.architecture`.
+    """Return the target's config.json if it is on this machine, otherwise `model.target.architecture`.
 
     Raises:
-        UserError: neither is there, they differ, or the architecture belongs to another target.
+        UserError: neither exists, they differ, or the architecture belongs to another target.
     """
     given: Any = OmegaConf.to_container(target.architecture, resolve=True) if target.architecture else None
     if target.name is None and given is None:
@@ -150,7 +153,7 @@ def _architecture(target: DictConfig) -> dict[str, Any]:
 
 
 def _config_file(target: DictConfig) -> Path | None:
-    """The target's config.json, in its directory or the Hub's cache."""
+    """Return the path of the target's config.json in its directory or the Hub cache; None if it is in neither."""
     file = Path(target.name, "config.json")
     if file.exists():
         return file
@@ -159,30 +162,30 @@ def _config_file(target: DictConfig) -> Path | None:
 
 
 def _preset_name() -> str | None:
-    """The target that the chosen file of conf/model/ describes."""
+    """Return the name of the target that the chosen file of conf/model/ describes."""
     chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
     file = CONF / "model" / f"{chosen}.yaml"
     return OmegaConf.load(file).target.get("name") if file.exists() else None
 
 
 def _completed(architecture: dict[str, Any]) -> dict[str, Any]:
-    """With what the architecture's config need not say, such as which layers have a window."""
+    """Fill in the defaults of the architecture's config, such as which layers use a sliding window."""
     if architecture.get("model_type") not in FAMILIES:
-        return architecture  # `Sizes` says so
-    from transformers import AutoConfig  # late: the plan needs torch for nothing else
+        return architecture  # `Sizes` reports the error
+    from transformers import AutoConfig  # deferred: nothing else in the plan imports torch
 
     return AutoConfig.for_model(**architecture).to_dict()
 
 
 def machine_of(config: DictConfig) -> Machine:
-    """The named GPUs of `hardware`, as many as the trainer takes; or this machine's CPU.
+    """Return the machine to plan for: the GPUs of `hardware` that the trainer uses, or this machine's CPU.
 
     Raises:
-        UserError: `hardware.gpu` is not in the table, or the devices are none that it could be.
+        UserError: `trainer.accelerator` is an Apple GPU, or `trainer.devices` is invalid.
     """
     trainer, hardware = config.trainer, config.hardware
     nodes = trainer.get("num_nodes", 1)
-    # GPUs are planned with on a machine without any, so that only `auto` asks what is there.
+    # Plans for GPUs must work on a machine without any, so only `auto` detects the hardware.
     kind = "cuda" if trainer.get("accelerator") == "gpu" else accelerator(config)
     if kind == "mps":
         raise UserError("trainer.accelerator: the plan knows no Apple GPU. Choose cpu, or gpu with hardware.gpu=...")
@@ -196,21 +199,22 @@ def machine_of(config: DictConfig) -> Machine:
 
 
 def _cpu_flops(config: DictConfig) -> float:
-    import torch  # only to measure what this CPU does
+    import torch  # needed only to measure this CPU's throughput
 
     return peak_flops("cpu", torch.bfloat16 if _autocast(config) else torch.float32)
 
 
 def _autocast(config: DictConfig) -> bool:
-    """Whether arithmetic is bfloat16, on float32 weights."""
+    """Return whether bfloat16 autocast is on, with float32 weights."""
     return arithmetic(config) == "bfloat16"
 
 
 def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> Estimate:
-    """What one stage takes.
+    """Estimate one stage.
 
     Raises:
-        UserError: ranks and passes cannot share the rows of a step evenly; or a strategy that is not counted.
+        UserError: the global batch does not divide evenly into ranks and micro-batches, or the plan does not support
+            the strategy.
     """
     settings, ranks = config.stage[stage], machine.ranks
     try:
@@ -228,7 +232,7 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
         passes=passes,
         chunk=settings.module.chunk,
         attention=_attention(config, machine),
-        compiled=config.runtime.compile and sharing.get("zero") != 3,  # which cannot be compiled
+        compiled=config.runtime.compile and sharing.get("zero") != 3,  # not compiled under ZeRO 3
         recompute=config.runtime.activation_checkpointing,
         weight_bytes=DTYPE_BYTES[config.model.target.dtype],
         autocast=_autocast(config),
@@ -246,14 +250,14 @@ def estimate(config: DictConfig, stage: str, sizes: Sizes, machine: Machine) -> 
 
 
 def _live_decoding(config: DictConfig, stage: str, sizes: Sizes, setup: Setup) -> dict[str, dict[str, float]]:
-    """Bytes by part while validation prompts are decoded, as a phase; none if there are no such prompts.
+    """Return the memory phase of live decoding: bytes by part. Empty if no validation prompts are decoded.
 
-    They are taken to be as long as a row: beginnings of conversations of unknown lengths.
+    Prompts are beginnings of conversations of unknown length; a full row is assumed.
     """
     settings = config.stage[stage].decode
     if not settings.prompts:
         return {}
-    ranks = 1 if setup.zero == 3 else setup.ranks  # under ZeRO 3 every rank decodes all of them
+    ranks = 1 if setup.zero == 3 else setup.ranks  # under ZeRO 3 every rank decodes all prompts
     prompts = min(settings.batch_size, math.ceil(settings.prompts / ranks))
     room = sizes.positions - settings.max_new_tokens - sizes.block_size
     length = min(config.data.max_seq_len, room)
@@ -262,13 +266,17 @@ def _live_decoding(config: DictConfig, stage: str, sizes: Sizes, setup: Setup) -
 
 
 def _attention(config: DictConfig, machine: Machine) -> str:
-    """As `models.attention.packed.resolved`, which needs torch."""
+    """Return the attention kernel, as `models.attention.packed.resolved` does, but without importing torch."""
     chosen: str = config.runtime.attention
     return chosen if chosen != "auto" else "flex" if machine.gpu else "sdpa"
 
 
 def _sharing(config: DictConfig, ranks: int) -> dict[str, Any]:
-    """How the ranks share memory, as arguments of `Setup`."""
+    """Return how the strategy shards memory across ranks, as arguments of `Setup`.
+
+    Raises:
+        UserError: the plan does not support the strategy.
+    """
     strategy = config.trainer.get("strategy", "auto")
     if isinstance(strategy, DictConfig) and strategy.get("_target_") == "train.loop.zero.ZeroStrategy":
         more = strategy.get("zero_optimization") or {}

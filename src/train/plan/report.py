@@ -1,4 +1,4 @@
-"""`plan=true`: what a run would take, from its settings alone. Nothing is downloaded, loaded or trained."""
+"""`plan=true`: cost of a run, estimated from its settings without downloading, loading or training anything."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,11 +30,11 @@ GB = 10**9
 
 
 def plan(config: DictConfig) -> None:
-    """Print what the chosen training stages take.
+    """Print the estimated cost of the chosen training stages.
 
     Raises:
-        UserError: the target's sizes are not known, the settings cannot be shared out, or a stage does not fit; then
-            with changes that make it fit.
+        UserError: the target's sizes are unknown, the global batch does not divide evenly, or a stage does not fit; the
+            message then lists changes that make it fit.
     """
     chosen = [stage for stage in TRAINED if stage in config.stages]
     if not chosen:
@@ -48,7 +48,7 @@ def plan(config: DictConfig) -> None:
 
 
 def print_plan(console: Console, config: DictConfig, sizes: Sizes, machine: Machine, estimates: list[Estimate]) -> None:
-    """Memory, arithmetic and time of the stages; the host's memory and the disk."""
+    """Print memory, FLOPs and time of the stages, and host memory and disk usage."""
     tables = _memory(machine, estimates), _arithmetic(config, machine, estimates)
     for table in (*tables, _elsewhere(config, sizes, machine, estimates)):
         console.print(table)
@@ -92,14 +92,14 @@ def _arithmetic(config: DictConfig, machine: Machine, estimates: list[Estimate])
 
 
 def _elsewhere(config: DictConfig, sizes: Sizes, machine: Machine, estimates: list[Estimate]) -> Table:
-    """What is needed outside the device's own memory."""
+    """Tabulate disk usage and, for GPU runs, host memory."""
     target, last = config.model.target, estimates[-1].stage
     download = 0 if target.name is None or Path(target.name).exists() else 2 * sizes.target_parameters
     rows = {"disk: download of the target, in bfloat16": download}
     parts = disk_parts(config, sizes, [*(e.stage for e in estimates), "export"])
     rows |= {f"disk: {name}": count for name, count in parts.items()}
     if machine.gpu:
-        # Each rank reads the whole target before it goes to the GPU, under ZeRO 3 too.
+        # Each rank loads the full target to host memory before moving it to the GPU, even under ZeRO 3.
         weights = sizes.target_parameters * DTYPE_BYTES[target.dtype] + FLOAT32 * sizes.held_parameters(last)
         rows["host memory of a rank, while it loads"] = weights + LIBRARIES
         rows[f"host memory of a node, {machine.per_node} ranks"] = machine.per_node * (weights + LIBRARIES)
@@ -110,12 +110,12 @@ def _elsewhere(config: DictConfig, sizes: Sizes, machine: Machine, estimates: li
 
 
 def _figure(value: float) -> str:
-    """At least two digits that say something."""
+    """Format a number with one decimal, or with two significant digits below 1."""
     return "0" if not value else f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def refusal(config: DictConfig, sizes: Sizes, machine: Machine, estimated: Estimate) -> str:
-    """Why a stage does not fit, and which changes make it fit."""
+    """Explain why a stage does not fit, and list changes that make it fit."""
     stage = estimated.stage
     text = (
         f"{stage} takes {estimated.bytes / GIB:.1f} GiB on each rank, and {estimated.limit / GIB:.1f} GiB of "
@@ -136,14 +136,14 @@ def refusal(config: DictConfig, sizes: Sizes, machine: Machine, estimated: Estim
 
 
 def first_that_fits(config: DictConfig, stage: str, sizes: Sizes, changes: Iterable[dict[str, Any]]) -> list[str]:
-    """The first change with which the stage fits, in words, with the estimate made anew; none if none does."""
+    """Describe the first change with which the stage fits, including its new estimate. Empty if none fits."""
     for change in changes:
         changed = apply(config, change)
         machine = machine_of(changed)
         try:
             again = estimate(changed, stage, sizes, machine)
         except UserError:
-            continue  # the rows of a step do not go round
+            continue  # the rows of a step do not divide evenly
         if again.fits:
             words = " ".join(f"{key}={_as_written(value)}" for key, value in change.items())
             return [f"  {words}   ({again.bytes / GIB:.1f} GiB, {machine.name})"]
@@ -151,12 +151,12 @@ def first_that_fits(config: DictConfig, stage: str, sizes: Sizes, changes: Itera
 
 
 def _as_written(value: Any) -> str:
-    """On the command line."""
+    """Format a value for the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def apply(config: DictConfig, change: dict[str, Any]) -> DictConfig:
-    """The configuration with other values; `trainer` is a preset's name, as on the command line."""
+    """Return a copy of the configuration with changed values; `trainer` names a preset, as on the command line."""
     changed = config.copy()
     OmegaConf.set_struct(changed, False)
     for key, value in change.items():
@@ -168,7 +168,7 @@ def apply(config: DictConfig, change: dict[str, Any]) -> DictConfig:
 
 
 def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Iterable[dict[str, Any]]]:
-    """Kinds of changes that leave the result as it is, from the slightest."""
+    """Yield groups of changes that do not affect the training result, starting with the least invasive."""
     settings, here = config.stage[stage], f"stage.{stage}"
     share = max(1, settings.global_batch_size // machine.ranks)
     rows = settings.micro_batch_size or share
@@ -183,18 +183,18 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
         yield [{"runtime.activation_checkpointing": True} | change for change in ({}, *smaller)]
     if not machine.gpu:
         return
-    # As many ranks as a node has GPUs, each with its share of the rows.
+    # One rank per GPU of a node, each with an equal part of the rows.
     presets = [{"trainer": "zero2"}, *([] if config.adapter else [{"trainer": "zero3"}])]
     yield [*presets, *(preset | least for preset in presets)]
 
 
 def _trains_layers(config: DictConfig, stage: str) -> bool:
-    """Whether a stage keeps activations of the draft layers, which could be recomputed."""
+    """Return whether a stage stores activations of the draft layers, which checkpointing could recompute."""
     return stage == ATTENTION_TUNING or config.stage[stage].module.joint
 
 
 def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[str, Any]]]:
-    """Kinds of changes that make it a lesser training: coarser weights, fewer blocks, shorter rows."""
+    """Yield groups of changes that reduce training quality: lower precision, fewer blocks, shorter rows."""
     settings, here = config.stage[stage], f"stage.{stage}"
     least = {f"{here}.micro_batch_size": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
     least[f"{here}.decode.batch_size"] = 1
@@ -207,7 +207,7 @@ def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[st
 
 
 def _halves(value: int, least: int) -> list[int]:
-    """Half the value, a quarter and so on, down to `least`."""
+    """Return the value halved repeatedly, down to `least`."""
     found = []
     while (value := value // 2) >= least:
         found.append(value)
