@@ -1,4 +1,4 @@
-"""Acceptance and losslessness: decode benchmarks for real and compare with what the target itself says."""
+"""Acceptance and losslessness: decode benchmarks with the drafter and compare the output with the target's own."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -23,69 +23,69 @@ from models.families import text_positions
 
 @dataclass(frozen=True)
 class Decoding:
-    """How all decoders of an evaluation decode."""
+    """Decoding settings shared by all decoders of an evaluation."""
 
     max_new_tokens: int
     sampling: Sampling
     selection: Selection
     batch_size: int
     seed: int = 0
-    tokenizer: PreTrainedTokenizerBase | None = None  # of the target; its stop strings need it
+    tokenizer: PreTrainedTokenizerBase | None = None  # of the target; needed for its stop strings
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A drafter, and how it is used."""
+    """A drafter and its decoding mode."""
 
     draft: DraftModel
     calibrate: bool
-    mode: str = "auto"  # of `decoding.generate`
+    mode: str = "auto"  # `mode` of `decoding.generate`
 
 
 @dataclass
 class Prompts:
-    """A benchmark's prompts, each turn of a conversation one of them, and the target's own answers."""
+    """Prompts of a benchmark, one per conversation turn, with the target's own answers."""
 
     tokens: list[list[int]]
     answers: list[list[int]]
-    left_out: int = 0  # turns without room for an answer in the target's positions, and those after them
+    left_out: int = 0  # turns skipped because no positions are left for an answer, and all later turns
 
 
 @dataclass
 class Difference:
-    """Where an output first departs from the target's own."""
+    """First position at which an output differs from the target's own."""
 
     prompt: int
     token: int
-    margin: float  # between the target's two greatest scores there: about 0 is a tie, which rounding decides
+    margin: float  # between the target's top two scores there; near 0 is a tie, decided by rounding
 
 
 @dataclass
 class VariantReport:
-    """What one drafter gave on all prompts of a benchmark."""
+    """Results of one drafter on all prompts of a benchmark."""
 
-    tau: float  # mean acceptance length, micro average over verify steps
-    low: float  # 95% interval of it, by bootstrap over prompts
+    tau: float  # mean acceptance length, micro-averaged over verify steps
+    low: float  # 95% confidence interval of τ, bootstrapped over prompts
     high: float
     verify_steps: int
-    verified: float  # drafts that a step verified, on average
+    verified: float  # mean number of verified drafts per step
     identical: int  # prompts whose output equals the target's own
     differences: list[Difference]
-    acceptance_by_slot: list[float]  # slots 1 .. B-1: share of verify steps that accepted the slot
-    accepted: list[list[int]]  # accepted drafts of every verify step, by prompt
+    acceptance_by_slot: list[float]  # slots 1 .. B-1: fraction of verify steps that accepted the slot
+    accepted: list[list[int]]  # per prompt, the number of accepted drafts of each verify step
 
 
 @dataclass
 class BenchmarkReport:
-    """What decoding said of the drafters on one benchmark."""
+    """Results of all drafters on one benchmark."""
 
     prompts: int
     left_out: int
-    new_tokens: int  # the target's own
+    new_tokens: int  # in the target's own answers
     variants: dict[str, VariantReport]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
@@ -97,9 +97,9 @@ def own_answers(
     how: Decoding,
     block_size: int = 0,
 ) -> Prompts:
-    """Let the target answer all turns, each after its own answers to those before.
+    """Generate the target's answers to all turns, each conditioned on its own earlier answers.
 
-    Turns are left out after which there is no room for an answer and for the blocks of the drafters that come later.
+    Skip turns after which the target's positions have no room for an answer and a block of `block_size` drafts.
     """
     limit = text_positions(target.config, block_size) - how.max_new_tokens
     prompts = Prompts([], [])
@@ -122,7 +122,7 @@ def own_answers(
 
 
 def _turns(conversation: Messages) -> list[Messages]:
-    """One list a user's turn: a system message goes with the first."""
+    """Split a conversation into one list per user turn; a system message joins the first."""
     turns: list[Messages] = [[]]
     for message in conversation:
         turns[-1].append(message)
@@ -140,8 +140,10 @@ def decode(
     *,
     first: int = 0,
 ) -> GenerationResult:
-    """All prompts in batches; without a variant, by the target alone. Each has a seed of its own, by its number;
-    `first` is that of the first prompt."""
+    """Decode all prompts in batches with a drafter, or with the target alone if `variant` is None.
+
+    Each prompt is seeded by its number; `first` is the number of the first prompt.
+    """
     decoded = GenerationResult([], [])
     with tqdm(total=len(prompts), desc=say, unit="prompt") as bar:
         for start in range(0, len(prompts), how.batch_size):
@@ -164,12 +166,12 @@ def decode(
 
 
 def prompt_seed(how: Decoding, number: int) -> int:
-    """So that a prompt is answered alike in whatever batch, and differently from the others."""
+    """Return a distinct seed for each prompt, so that its answer does not depend on its batch."""
     return 1_000_003 * how.seed + number
 
 
 def compare(target: PreTrainedModel, variant: Variant, prompts: Prompts, how: Decoding, say: str) -> VariantReport:
-    """Decode with a drafter; every token is compared with the target's own."""
+    """Decode with a drafter and compare every token with the target's own."""
     got = decode(target, variant, prompts.tokens, how, say)
     accepted = [[step.accepted for step in steps] for steps in got.steps]
     scored = [step.verified for steps in got.steps for step in steps]
@@ -178,7 +180,7 @@ def compare(target: PreTrainedModel, variant: Variant, prompts: Prompts, how: De
 
 
 def pooled(reports: list[BenchmarkReport]) -> BenchmarkReport:
-    """All prompts of all benchmarks as one."""
+    """Merge the reports of all benchmarks into one over all prompts."""
     first = [sum(report.prompts for report in reports[:i]) for i in range(len(reports))]
     variants = {}
     for name, one in reports[0].variants.items():
@@ -221,7 +223,7 @@ def first_differences(
     outputs: list[list[int]],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Difference]:
-    """Every prompt whose output is not the target's own."""
+    """Return the first difference of every prompt whose output is not the target's own."""
     differences = []
     for number, (prompt, own, got) in enumerate(zip(prompts.tokens, prompts.answers, outputs, strict=True)):
         if own == got:
@@ -239,12 +241,13 @@ def first_differences(
 
 
 def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: Decoding, count: int = 2) -> list[str]:
-    """What our passes call the target's output must be it: compare with transformers' own model and cache.
+    """Check that our forward passes of the target match transformers' own model and KV cache.
 
-    Logits after the first prompt in any dtype; in float32 also the tokens of the first answers.
+    Compare the logits after the first prompt in any dtype; in float32 and float64 also the tokens of the first `count`
+    answers.
 
     Returns:
-        What differs, in words.
+        A description of each difference.
     """
     off = difference_from_forward(target, prompts.tokens[0])
     exact = target.dtype in (torch.float32, torch.float64)
@@ -258,6 +261,6 @@ def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: De
 
 
 def histogram(accepted: list[list[int]]) -> dict[int, int]:
-    """Acceptance length -> verify steps."""
+    """Return acceptance length -> number of verify steps."""
     counts = Counter(a + 1 for steps in accepted for a in steps)
     return dict(sorted(counts.items()))

@@ -1,4 +1,4 @@
-"""The picture of a training: losses over all restarts."""
+"""Loss curves of a training run over all restarts."""
 
 import csv
 from pathlib import Path
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def plot_losses(stage_dirs: dict[str, Path], path: Path) -> None:
-    """Training and validation loss of the trained stages, over all restarts."""
+    """Plot training and validation loss of the trained stages over all restarts."""
     curves = {name: read_metrics(directory) for name, directory in stage_dirs.items()}
     curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
@@ -26,7 +26,7 @@ def plot_losses(stage_dirs: dict[str, Path], path: Path) -> None:
 
 
 def finish(figure, axes, path: Path | None = None) -> None:
-    """Grid and legend; with a path, the picture is written there."""
+    """Add grid and legend; save and close the figure if a path is given."""
     axes.grid(alpha=0.3)
     axes.legend()
     if path:
@@ -36,14 +36,14 @@ def finish(figure, axes, path: Path | None = None) -> None:
 
 
 def read_metrics(stage_dir: Path) -> dict[int, dict[str, float]]:
-    """step -> figures from the CSV logs of a stage; what a restart logged again replaces what was there."""
+    """Read the CSV logs of a stage as step -> metrics. Rows logged by a later restart override earlier ones."""
     rows: dict[int, dict[str, float]] = {}
     files = sorted((stage_dir / "logs").glob("version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1]))
     for file in files:
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 if None in row or None in row.values() or not row["step"]:
-                    continue  # cut short when the run was killed
+                    continue  # truncated row of a killed run
                 values = {key: float(value) for key, value in row.items() if value and key not in ("step", "epoch")}
                 rows.setdefault(int(row["step"]), {}).update(values)
     return rows

@@ -1,4 +1,4 @@
-"""What a person looks at in the end: tables in the terminal and in Markdown, and pictures."""
+"""Evaluation report: tables for the terminal and Markdown, and plots."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,31 +20,34 @@ COLOURS = {
     "calibrated_parallel": "#e39a2d",
     "calibrated": "#c8443c",
 }
-TIE = 1e-4  # margin of two logits that rounding in float32 may turn
+TIE = 1e-4  # logit margin below which float32 rounding may swap two tokens
 STEPS = "Milliseconds of a verify step, its arithmetic, and the rate of that"
 DECODER_COLOURS = {ALONE: "#9aa5b1", "sequential": "#2878b5", "parallel": "#c8443c"}
 
 
 @dataclass
 class Evaluation:
-    """All that an evaluation found."""
+    """All results of an evaluation."""
 
     how: Decoding
     dtype: str
     target: str
-    benchmarks: dict[str, BenchmarkReport]  # `all` among them where there are several
+    benchmarks: dict[str, BenchmarkReport]  # includes `all` if there are several
     speed: SpeedReport | None
-    wrong: list[str]  # prompts at which our passes of the target alone differ from transformers'
-    generation_settings: dict[str, Any] = field(default_factory=dict)  # of the target, that change its output
+    wrong: list[str]  # prompts where our forward passes of the target differ from transformers'
+    generation_settings: dict[str, Any] = field(default_factory=dict)  # the target's; they change its output
 
     @property
     def together(self) -> BenchmarkReport:
-        """All prompts of all benchmarks."""
+        """Results over all prompts of all benchmarks."""
         return next(reversed(self.benchmarks.values()))
 
     def broken(self) -> str | None:
-        """The first thing that must not be, in words: our passes of the target alone are not transformers', or, in
-        greedy float32, a drafter changed the output where no tie would excuse it."""
+        """Describe the first correctness failure; None if there is none.
+
+        A failure is a difference between our forward passes of the target and transformers', or, in greedy float32 or
+        float64, an output that a drafter changed at a position without a tie.
+        """
         if self.wrong:
             return f"{self.wrong[0]} differs from transformers' own model."
         if self.dtype not in ("float32", "float64") or not self.how.sampling.greedy:
@@ -57,7 +60,7 @@ class Evaluation:
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Convert to plain values for JSON."""
         return {
             "target": self.target,
             "dtype": self.dtype,
@@ -73,7 +76,7 @@ class Evaluation:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The few figures by which runs are compared."""
+        """Return the main metrics for comparing runs."""
         keys = ("tau", "low", "high", "verify_steps", "identical")
         found = {
             name: {variant: {key: getattr(one, key) for key in keys} for variant, one in report.variants.items()}
@@ -82,11 +85,11 @@ class Evaluation:
         return {"benchmarks": found, "recommended": self.speed.recommended if self.speed else {}}
 
 
-Rows = list[list[str]]  # the first is the header
+Rows = list[list[str]]  # the first row is the header
 
 
 def tables(evaluation: Evaluation) -> dict[str, Rows]:
-    """Everything as tables, title first."""
+    """Return all results as title -> table."""
     how, sampling = evaluation.how, evaluation.how.sampling
     said = "greedy" if sampling.greedy else f"temperature {sampling.temperature}, top_p {sampling.top_p}"
     if sampling.top_k and not sampling.greedy:
@@ -105,7 +108,7 @@ def tables(evaluation: Evaluation) -> dict[str, Rows]:
 
 
 def markdown(evaluation: Evaluation, name: str) -> str:
-    """The report as a document."""
+    """Format the report as a Markdown document."""
     selection = _selection(evaluation.how.selection)
     lines = [f"# Evaluation of {name}", "", f"Target {evaluation.target}, selective verification {selection}."]
     for title, rows in tables(evaluation).items():
@@ -118,7 +121,7 @@ def markdown(evaluation: Evaluation, name: str) -> str:
 
 
 def print_report(evaluation: Evaluation, run_dir: Path) -> None:
-    """The tables and the remarks in the terminal; how a step's time is spent is for the document."""
+    """Print tables and remarks to the terminal, except the breakdown of step time, which only the Markdown has."""
     console = terminal()
     for title, (header, *rows) in tables(evaluation).items():
         if title == STEPS:
@@ -135,7 +138,7 @@ def print_report(evaluation: Evaluation, run_dir: Path) -> None:
 
 
 def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
-    """Share of verify steps that accepted each slot, and how often each acceptance length came, by variant."""
+    """Plot, for each variant, the fraction of verify steps that accepted each slot and the acceptance lengths."""
     figure, (by_slot, lengths) = plt.subplots(1, 2, figsize=(12, 4))
     together = evaluation.together
     width = 0.8 / len(together.variants)
@@ -156,7 +159,7 @@ def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
 
 
 def plot_speed(speed: SpeedReport, path: Path) -> None:
-    """Rates over batch sizes, and what a step's time goes into."""
+    """Plot tokens/s over batch size, and the breakdown of step time by phase."""
     figure, (rates, phases) = plt.subplots(1, 2, figsize=(12, 4))
     for decoder, colour in DECODER_COLOURS.items():
         points = [s for s in speed.by_rows if s.decoder == decoder]

@@ -1,4 +1,4 @@
-"""One evaluation from end to end: acceptance of every drafter on every benchmark, then speed."""
+"""End-to-end evaluation: acceptance of every drafter on every benchmark, then speed."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ from train.evaluate.throughput import Contest, measure_speed
 
 
 def decoding_settings(config: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Decoding:
-    """How the evaluation decodes.
+    """Build the evaluation's decoding settings from `stage.evaluate`.
 
     Args:
-        tokenizer: of the target; its stop strings need it.
+        tokenizer: of the target; needed for its stop strings.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
     settings = config.stage.evaluate
     return Decoding(
@@ -47,9 +47,10 @@ def evaluate_drafter(
     speed: dict[str, Any],
     name: str,
 ) -> Evaluation:
-    """
+    """Measure acceptance of all drafters on all benchmarks, and the speed of the last drafter.
+
     Args:
-        variants: by name; the speed of the last one's drafter is measured, in all modes.
+        variants: drafters by name; speed is measured for the last one, in all modes.
         benchmarks: name -> system and user turns of its conversations.
         speed: `stage.evaluate.speed`.
         name: of the target.
@@ -78,7 +79,7 @@ def evaluate_drafter(
 
 
 def drafter_sizes(draft: DraftModel) -> Sizes | None:
-    """None where the architecture is not counted."""
+    """Return the sizes of target and drafter; None if the architecture has no size formulas."""
     shape = {"num_layers": len(draft.layers), "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
     shape |= {"bonus_slot": draft.bonus_slot is not None, "chain_rank": draft.chain_rank}
     try:

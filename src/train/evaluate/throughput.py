@@ -1,4 +1,4 @@
-"""How fast a drafter decodes on this device, beside the target alone, and which settings suit it."""
+"""Decoding speed of a drafter on this device compared with the target alone, and the recommended settings."""
 
 import time
 from collections.abc import Iterator
@@ -20,29 +20,29 @@ from models.draft import DraftModel
 from train.evaluate.acceptance import Decoding
 
 ALONE, DRAFTING = "target alone", ("sequential", "parallel")
-CHANCE = 1.02  # a rate counts as higher beyond this, and beyond the spread of both
-ONE_REPEAT = 1.15  # beyond this, where there is no spread to tell
+CHANCE = 1.02  # a rate counts as higher above this ratio and if the two spreads do not overlap
+ONE_REPEAT = 1.15  # ratio required of a single measurement, which has no spread
 
 
 @dataclass
 class Speed:
-    """One decoder at one batch size. Rates are medians over repeats."""
+    """Speed of one decoder at one batch size. Rates are medians over repeats."""
 
     decoder: str  # target alone | sequential | parallel
     rows: int
     threshold: float | None
     tau: float
     tokens_per_second: float
-    spread: tuple[float, float]  # least and greatest rate
-    step_ms: float  # of one verify step, without prompts
-    phase_ms: dict[str, float]  # of one step: verify, draft, calibrate, overhead; from a run of its own
-    step_flops: float | None  # of one step that cannot be done without; None where the architecture is not counted
-    candidates: float  # tokens that a row's step verified on average, bonus included
+    spread: tuple[float, float]  # lowest and highest rate
+    step_ms: float  # per verify step, without prefill
+    phase_ms: dict[str, float]  # per step: verify, draft, calibrate, overhead; from a separate run
+    step_flops: float | None  # minimum FLOPs of one step; None if the architecture has no FLOP formulas
+    candidates: float  # mean tokens verified per step and row, bonus token included
 
 
 @dataclass
 class SpeedReport:
-    """Speeds by batch size, by threshold, and by benchmark, and what follows from them."""
+    """Speeds by batch size, threshold and benchmark, with the recommended settings."""
 
     device: str
     by_rows: list[Speed]
@@ -51,12 +51,12 @@ class SpeedReport:
     by_benchmark: dict[str, list[Speed]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
 class Stopwatch:
-    """Seconds by phase; the device is waited for at both ends of each."""
+    """Accumulates seconds by phase, synchronising the device at the start and end of each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
@@ -69,7 +69,7 @@ class Stopwatch:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
+    """Return the current time in seconds after synchronising the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -77,7 +77,7 @@ def now(device: torch.device) -> float:
 
 @dataclass
 class Contest:
-    """Decoders on the same prompts in the same process."""
+    """Comparison of decoders on the same prompts in the same process."""
 
     target: PreTrainedModel
     draft: DraftModel
@@ -87,14 +87,14 @@ class Contest:
     repeats: int
 
     def measure(self, decoder: str, prompts: list[list[int]], rows: int, selection: Selection) -> Speed:
-        """Decode all prompts, `rows` at a time: once briefly to warm up, once by phase, then as often as asked."""
+        """Decode all prompts, `rows` at a time: a short warm-up, one run timed by phase, then `repeats` timed runs."""
         groups = filled(prompts, rows)
         self._decode(decoder, groups[:1], replace(self.how, max_new_tokens=min(8, self.how.max_new_tokens)), selection)
         watch = Stopwatch(self.target.device)
         seconds, results = self._decode(decoder, groups, self.how, selection, timer=watch)
         times = [self._decode(decoder, groups, self.how, selection)[0] for _ in range(self.repeats)]
         tokens = sum(len(row) for result in results for row in result.tokens)
-        steps = max(1, sum(max(map(len, result.steps)) for result in results))  # passes: as many as the longest row's
+        steps = max(1, sum(max(map(len, result.steps)) for result in results))  # as many as the longest row's
         row_steps = [step for result in results for row in result.steps for step in row]
         candidates = sum(1 + step.verified for step in row_steps) / max(1, len(row_steps))
         phases = {name: 1e3 * watch.seconds[name] / steps for name in PHASES if name != "prefill"}
@@ -136,7 +136,7 @@ class Contest:
         return now(self.target.device) - started, results
 
     def _flops(self, decoder: str, rows: float, context: float, candidates: float) -> float | None:
-        """Of one step, with as many rows as are in flight on average."""
+        """Return the FLOPs of one step with `rows` active rows on average; None without sizes."""
         if self.sizes is None:
             return None
         blocks = {ALONE: 0.0, "sequential": 1.0, "parallel": candidates}[decoder]
@@ -147,10 +147,10 @@ class Contest:
 def measure_speed(
     contest: Contest, benchmarks: dict[str, list[list[int]]], batch_sizes: list[int], thresholds: list[float]
 ) -> SpeedReport:
-    """All comparisons.
+    """Measure speed by batch size, threshold and benchmark.
 
-    Batch sizes, 1 among them, and thresholds, the chosen among them, are tried on the first of the benchmarks; the
-    settings that come out best there are then measured on each, one prompt at a time.
+    All batch sizes (always including 1) and thresholds (always including the configured one) are measured on the first
+    benchmark. The best settings are then measured on every benchmark at batch size 1.
     """
     batch_sizes = sorted({1, *batch_sizes})
     first = next(iter(benchmarks.values()))
@@ -179,13 +179,13 @@ def measure_speed(
 
 
 def faster(one: Speed, other: Speed) -> bool:
-    """By more than chance."""
+    """Return whether `one` is faster than `other` by more than measurement noise."""
     margin = CHANCE if one.spread[0] < one.spread[1] else ONE_REPEAT
     return one.spread[0] > other.spread[1] and one.tokens_per_second > margin * other.tokens_per_second
 
 
 def best_mode(by_rows: list[Speed], rows: int) -> str:
-    """The faster of the two modes at a batch size: sequential, unless parallel is so by more than chance."""
+    """Return the faster mode at a batch size: sequential unless parallel is faster by more than measurement noise."""
     here = {speed.decoder: speed for speed in by_rows if speed.rows == rows}
     return "parallel" if faster(here["parallel"], here["sequential"]) else "sequential"
 
@@ -193,10 +193,10 @@ def best_mode(by_rows: list[Speed], rows: int) -> str:
 def recommendation(
     by_rows: list[Speed], by_threshold: list[Speed], chosen: Selection, device: torch.device
 ) -> dict[str, Any]:
-    """Arguments of `generate` that were the fastest, as plain values.
+    """Return the fastest arguments of `generate` as plain values.
 
-    `parallel_rows` is the greatest batch size up to which parallel drafting wins throughout; `worth_it` lists the batch
-    sizes at which drafting is faster than the target alone at all. What is faster by chance alone changes nothing.
+    `parallel_rows` is the largest batch size up to which parallel drafting always wins; `worth_it` lists the batch
+    sizes at which drafting is faster than the target alone. Differences within measurement noise are ignored.
     """
     sizes = sorted({speed.rows for speed in by_rows})
     parallel_rows = 0
@@ -222,13 +222,13 @@ def recommendation(
 
 
 def filled(prompts: list[list[int]], rows: int) -> list[list[list[int]]]:
-    """Prompts in groups of `rows`, as few as hold all; where they run out, they begin again."""
+    """Split prompts into the fewest groups of `rows`; fill the last group with prompts from the start."""
     count = -(-len(prompts) // rows)
     return [[prompts[(rows * group + i) % len(prompts)] for i in range(rows)] for group in range(count)]
 
 
 def device_name(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """Return the GPU's name, or the CPU's thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -236,6 +236,6 @@ def device_name(device: torch.device) -> str:
 
 
 def _mean_context(groups: list[list[list[int]]], new_tokens: int) -> float:
-    """Tokens in the cache of a row, on average over its decoding."""
+    """Return the mean number of tokens in a row's KV cache during decoding."""
     prompts = [len(prompt) for group in groups for prompt in group]
     return (sum(prompts) + new_tokens / 2) / len(prompts)
