@@ -1,6 +1,7 @@
-"""The exported drafter as a repository of the Hugging Face Hub: what may go wrong is looked for before the training.
+"""Upload of the exported drafter to the Hugging Face Hub, with access checks before training.
 
-The token is that of the standard login (HF_TOKEN or `hf auth login`); huggingface_hub finds it, nothing here reads it.
+Authentication uses the standard login (HF_TOKEN or `hf auth login`) through huggingface_hub; this module does not read
+the token.
 """
 
 import json
@@ -24,10 +25,10 @@ from models.export.download import is_repository_name
 from models.export.weight_checks import file_faults, headers, value_faults
 from train.publish.model_card import named
 
-HARMLESS = {".gitattributes", CARD, "LICENSE"}  # what a repository may hold before a drafter
+HARMLESS = {".gitattributes", CARD, "LICENSE"}  # files that a repository may hold before the first upload
 
 
-# What tells one target from another: in a drafter's config, and in the target's own.
+# Keys that identify a target: name in the drafter's config -> name in the target's config.
 TARGET = {
     "model_type": "model_type",
     "num_target_layers": "num_hidden_layers",
@@ -38,7 +39,7 @@ TARGET = {
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a drafter goes."""
+    """Hub repository to upload a drafter to."""
 
     repository: str  # owner/name
     private: bool = True
@@ -46,20 +47,20 @@ class Destination:
 
 
 def destination(config: DictConfig) -> Destination:
-    """Where a run's settings send its drafter."""
+    """Return the upload destination from a run's settings."""
     return Destination(config.export.push_to_hub, config.export.private, config.export.tag)
 
 
 def of_target(config: PretrainedConfig) -> dict[str, Any]:
-    """What the config of a drafter for this target would say of the target."""
+    """Return the target's entries in the config of a drafter for this target."""
     return {key: getattr(config, name) for key, name in TARGET.items()}
 
 
 def check_destination(to: Destination) -> None:
-    """Check what needs no network.
+    """Check the destination without network access.
 
     Raises:
-        UserError: no name of a repository, no tag, no login, or the Hub is switched off.
+        UserError: the repository name or the tag is invalid, there is no login, or HF_HUB_OFFLINE is set.
     """
     if not isinstance(to.repository, str) or not is_repository_name(to.repository):
         raise UserError(f"push to {to.repository!r}: expected a repository of the Hub, owner/name.")
@@ -72,16 +73,16 @@ def check_destination(to: Destination) -> None:
 
 
 def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
-    """Ask the Hub whether a drafter may go there: the token, the owner, what the repository holds, the tag.
+    """Check on the Hub that the drafter can be uploaded: token, owner, contents of the repository, tag.
 
     Args:
-        target: sizes of the drafter's target, under the names of a drafter's config: `of_target`.
+        target: sizes of the drafter's target under the drafter config's names, from `of_target`.
 
     Returns:
-        The files that the repository holds; none if there is none yet.
+        The repository's files; empty if it does not exist yet.
 
     Raises:
-        UserError: it may not; or the Hub does not answer.
+        UserError: the upload is not possible, or the Hub is unreachable.
     """
     api, name = HfApi(), to.repository
     with _in_words(name, "Nothing was sent."):
@@ -104,14 +105,14 @@ def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
 def push(directory: Path, to: Destination) -> str:
     """Upload an exported directory as one commit, and tag it.
 
-    Weights are sent before the commit and kept by their content: what an interrupted upload has sent is not sent
-    again. Until the commit, nothing of it shows.
+    Weights are uploaded before the commit and addressed by content, so a retry after an interruption skips the parts
+    already uploaded. Nothing is visible before the commit.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
-        UserError: no whole artifact there, it may not go there, or the Hub failed.
+        UserError: the artifact is incomplete, the upload is not permitted, or the Hub failed.
     """
     check_destination(to)
     config = check_artifact(directory)
@@ -121,7 +122,7 @@ def push(directory: Path, to: Destination) -> str:
     operations = [CommitOperationAdd(path, str(file)) for path, file in files.items() if path != CARD]
     if CARD in files:
         operations.append(CommitOperationAdd(CARD, named(files[CARD].read_text(encoding="utf-8"), name).encode()))
-    # An earlier upload may have had more shards: its reader would not know which to read.
+    # Delete shards left over from an earlier, larger upload: they would make the artifact ambiguous.
     operations += [CommitOperationDelete(path) for path in sorted(there - files.keys()) if _is_ours(path)]
     with _in_words(name, "Nothing of it is published. The same command sends what is missing."):
         api.create_repo(name, private=to.private, exist_ok=True)
@@ -133,12 +134,12 @@ def push(directory: Path, to: Destination) -> str:
 
 
 def check_artifact(directory: Path) -> dict[str, Any]:
-    """The config of an exported directory that is whole: all its tensors are there, readable and finite.
+    """Check that an exported directory is complete (all tensors present, readable and finite), and return its config.
 
-    Whether it fits its target is for `python -m models.verify`, which loads that.
+    `python -m models.verify` loads the target and checks that the drafter fits it.
 
     Raises:
-        UserError: it is not.
+        UserError: the directory is not a complete export.
     """
     if faults := file_faults(directory):
         raise UserError(f"{directory}: no whole drafter. {' '.join(faults)}")
@@ -167,7 +168,7 @@ def _correction_tensors(name: str) -> set[str]:
 
 
 def _is_ours(path: str) -> bool:
-    """Whether a file of a repository came with a drafter; a card may have been rewritten since."""
+    """Return whether a repository file belongs to an exported drafter. Excludes the card: it may have been edited."""
     return path != CARD and any(fnmatch(path, part) and path.count("/") == part.count("/") for part in PARTS)
 
 
@@ -199,7 +200,11 @@ def _check_content(name: str, revision: str | None, files: set[str], target: dic
 
 @contextmanager
 def _in_words(name: str, state: str) -> Iterator[None]:
-    """What the Hub or the network refuse, as a mistake that a user can mend. `state`: what has been done so far."""
+    """Convert errors of the Hub or the network to a UserError with a fix. `state` describes what was done so far.
+
+    Raises:
+        UserError: the Hub or the network failed.
+    """
     try:
         yield
     except HfHubHTTPError as error:
@@ -212,11 +217,11 @@ def _in_words(name: str, state: str) -> Iterator[None]:
         raise UserError(f"push to {name}: {reason} {state}") from error
     except UserError:
         raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of the connection; of an upload that gave up
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # from the connection or a failed upload
         raise UserError(f"push to {name}: the Hub is out of reach, or broke off. {_cause(error)} {state}") from error
 
 
 def _cause(error: BaseException) -> str:
-    """An error and what it came from, in a line."""
+    """Format an error and its cause on one line."""
     said = dict.fromkeys(str(one) for one in (error, error.__cause__) if one)
     return " ".join(said).replace("\n", " ")
