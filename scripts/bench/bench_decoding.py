@@ -1,12 +1,12 @@
-"""What a verify step takes in each mode and at each batch size, beside the floor that arithmetic and memory set.
+"""Time of a verify step by decoding mode and batch size, compared with its compute and memory floor.
 
     python scripts/bench/bench_decoding.py --preset cpu                  # a minute on 2 cores
     python scripts/bench/bench_decoding.py --preset 8b --dtype bfloat16  # on a GPU
 
-Weights and cache are random: what is measured does not depend on what is said. The floor of a pass is the greater of
-two times, by rates measured in the same run: its FLOPs (`models.cost.flops.decoding_flops`) at that of large matrix
-products, and the bytes that it cannot but read, weights and the cache, at that of a large matrix-vector product. "τ to
-break even" is how many tokens a step must gain to be as fast as the target alone.
+Weights and KV cache are random: timings do not depend on the decoded text. The floor of a forward pass is the larger of
+two times, at rates measured in the same run: its FLOPs (`models.cost.flops.decoding_flops`) at the rate of large matrix
+products, and its minimum memory traffic (weights and KV cache) at the rate of a large matrix-vector product. "τ to
+break even" is the number of tokens that a step must gain to match the speed of the target alone.
 
 Needs torch and transformers. Works without an install, with PYTHONPATH=src.
 """
@@ -33,9 +33,10 @@ ALONE, MODES = "target alone", ("sequential", "parallel")
 
 
 def arguments() -> argparse.Namespace:
-    """
+    """Parse the command line.
+
     Raises:
-        SystemExit: unknown or contradicting.
+        SystemExit: arguments are unknown or contradictory.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="shape of the target")
@@ -50,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def read_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes/s at which a large matrix goes through a matrix-vector product: decoding one row does little else."""
+    """Measure the memory bandwidth (bytes/s) of a large matrix-vector product, which dominates at batch size 1."""
     matrix = torch.randn(8192, 16384, device=device, dtype=dtype)
     vector = torch.randn(16384, device=device, dtype=dtype)
     matrix @ vector
@@ -58,7 +59,7 @@ def read_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def times(work: Callable[[], object], device: torch.device, count: int) -> list[float]:
-    """Seconds of each of several calls, after two to warm up."""
+    """Return the seconds of each of `count` calls, after two warm-up calls."""
     for _ in range(2):
         work()
     clock = Clock(device)
@@ -69,19 +70,19 @@ def times(work: Callable[[], object], device: torch.device, count: int) -> list[
 
 
 def floor(sizes: Sizes, mode: str, args: argparse.Namespace, rows: int, rates: tuple[float, float], word: int) -> dict:
-    """Seconds that a step takes at least: by arithmetic, by memory, and the sum of its passes' greater ones."""
+    """Return lower bounds of the step time in seconds: compute, memory, and the sum over passes of the larger one."""
     count = 1 if mode == ALONE else args.candidates
     parts = decoding_flops(
         sizes, context=args.context, candidates=count, blocks={ALONE: 0, MODES[0]: 1}.get(mode, count)
     )
-    token = 2 * sizes.keys * args.context * word  # of the cache, in one layer
+    token = 2 * sizes.keys * args.context * word  # KV cache bytes of a row in one layer
     head = sizes.embedding_parameters * word
     target = (
         parts["target"] + count * 2 * sizes.embedding_parameters,
         sizes.weights(sizes.all_layers) * word + sizes.layers * rows * token + head,
     )
     blocks = parts["draft"] + parts["redundant blocks"]
-    own = sizes.draft_layers * (sizes.attention_weights * word + rows * token)  # projectors of the drafter, cache again
+    own = sizes.draft_layers * (sizes.attention_weights * word + rows * token)  # drafter projectors, cache reread
     logits = ((sizes.block_size - 1) * 2 * sizes.embedding_parameters, head)
     if mode == ALONE:
         passes = [target]
@@ -97,7 +98,7 @@ def floor(sizes: Sizes, mode: str, args: argparse.Namespace, rows: int, rates: t
 
 @torch.inference_mode()
 def measure(draft: DraftModel, args: argparse.Namespace, rows: int, mode: str) -> float:
-    """Median seconds of a step at this batch size."""
+    """Return the median seconds of a step at this batch size."""
     target, device, size = draft.target, draft.target.device, draft.block_size
     config, count = target.config, 1 if mode == ALONE else args.candidates
     shape = (1, config.num_key_value_heads, rows * args.context, config.head_dim)

@@ -1,4 +1,4 @@
-"""How `bench_train_step.py` reports: plain tables, fits over a sweep, JSON and PNG. Seconds, bytes and FLOPs."""
+"""Reports of `bench_train_step.py`: plain tables, fits over a sweep, JSON and PNG. Units: seconds, bytes, FLOPs."""
 
 import json
 import math
@@ -16,13 +16,13 @@ PARTS = {
     "target pass": "target pass",
     "mask pass": "mask pass",
     "loss": "head and loss",
-}  # phases to those of the floor
+}  # measured phase -> part of the floor
 SWEPT = {"anchors": "anchors", "rows": "row length", "vocabulary": "vocabulary"}
-TOLERANCE = 1.1  # how much steeper than the floor a measured slope may be
+TOLERANCE = 1.1  # maximum ratio of a measured slope to the floor's slope
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What ran this, in words."""
+    """Describe device, thread count and library versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     return {"device": f"{device.type}: {name}", "threads": str(torch.get_num_threads()), "versions": versions}
@@ -38,7 +38,7 @@ def _cpu_name() -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they have to be; the first to the left, numbers to the right."""
+    """Print a table with minimal column widths, the first column left-aligned and the others right-aligned."""
     lines = [header, *rows] if any(header) else rows
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     print(f"\n{title}")
@@ -52,13 +52,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_facts(title: str, facts: dict[str, str]) -> None:
-    """Names and what is to be said of them."""
+    """Print name-value pairs, one per line."""
     width = max(map(len, facts))
     print(f"\n{title}", *(f"  {name.ljust(width)}  {fact}" for name, fact in facts.items()), sep="\n", flush=True)
 
 
 def listed(values: Figures) -> str:
-    """Names and values in a line."""
+    """Format names and values on one line."""
     return ", ".join(
         f"{name.replace('_', ' ')} {value:,}" if type(value) is int else f"{name.replace('_', ' ')} {value}"
         for name, value in values.items()
@@ -66,18 +66,18 @@ def listed(values: Figures) -> str:
 
 
 def ms(seconds: float) -> str:
-    """Milliseconds with three figures at least."""
+    """Format seconds as milliseconds with at least three significant digits."""
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def mb(size: float) -> str:
-    """Megabytes."""
+    """Format bytes as megabytes."""
     return f"{size / 1e6:,.1f} MB"
 
 
 def flops(value: float) -> str:
-    """FLOPs, or FLOP/s without their "/s", with a prefix."""
+    """Format FLOPs with a unit prefix; for rates, the caller appends "/s"."""
     for prefix, unit in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if value >= unit:
             return f"{value / unit:,.2f} {prefix}FLOP"
@@ -85,12 +85,12 @@ def flops(value: float) -> str:
 
 
 def spread(times: Sequence[float]) -> str:
-    """Least and greatest."""
+    """Format the range of times."""
     return f"{ms(min(times))} to {ms(max(times))}"
 
 
 def print_step(figures: Figures) -> None:
-    """Everything measured of one shape."""
+    """Print all measurements of one shape."""
     step, rate = figures["step"], figures["matmul"]["used"]
     print_matmul(figures["matmul"])
     print_table(
@@ -128,14 +128,14 @@ def print_step(figures: Figures) -> None:
 
 
 def print_matmul(matmul: Figures) -> None:
-    """The rate of large matrix products before and after the steps."""
+    """Print the rate of large matrix products before and after the steps."""
     title = f"Matmul rate: {matmul['dtype']}, {matmul['size']:,} x {matmul['size']:,}, random data, best of several"
     facts = {name: f"{flops(matmul[name])}/s" for name in ("before", "after")}
     print_facts(title, facts | {"used": f"{flops(matmul['used'])}/s, the greater"})
 
 
 def print_baselines(figures: Figures) -> None:
-    """The obvious ways beside the fast one."""
+    """Print the baselines next to the fast step."""
     fast = figures["step"]["seconds"]
     rows = [("fast", ms(fast), "", "", mb(figures["memory"]["peak"]), "")]
     for name, found in figures["baselines"].items():
@@ -150,20 +150,20 @@ def print_baselines(figures: Figures) -> None:
 
 
 def least_squares(x: Sequence[float], y: Sequence[float], degree: int) -> list[float]:
-    """a, b, ... of the y = a + b x + ... nearest to the points."""
-    scale = max(x)  # or the powers of x differ by so much that rounding decides
+    """Fit y = a + b x + ... by least squares and return [a, b, ...]."""
+    scale = max(x)  # avoids ill-conditioning from large powers of x
     powers = torch.tensor([[(value / scale) ** k for k in range(degree + 1)] for value in x], dtype=torch.float64)
     solution = torch.linalg.lstsq(powers, torch.tensor(y, dtype=torch.float64)[:, None], driver="gelsd").solution
     return [float(value) / scale**k for k, value in enumerate(solution[:, 0])]
 
 
 def slopes(x: Sequence[float], y: Sequence[float]) -> list[float]:
-    """Log-log slope from each point to the next."""
+    """Return the log-log slope between consecutive points."""
     return [math.log(y[i + 1] / y[i]) / math.log(x[i + 1] / x[i]) for i in range(len(x) - 1)]
 
 
 def compare_growth(figures: Figures) -> None:
-    """Adds floors, fits and slopes to the points of a sweep, and whether time grows no faster than its floor."""
+    """Add floors, fits and slopes to a sweep's points, and whether time grows no faster than its floor."""
     points, rate = figures["points"], figures["matmul"]["used"]
     for point in points:
         point["floor"] = point["flops"] / rate
@@ -178,7 +178,7 @@ def compare_growth(figures: Figures) -> None:
 
 
 def print_growth(figures: Figures) -> None:
-    """A sweep over anchors or row lengths."""
+    """Print a sweep over anchors or row lengths."""
     print_matmul(figures["matmul"])
     rows = []
     for i, point in enumerate(figures["points"]):
@@ -202,7 +202,7 @@ def _formula(coefficients: Sequence[float]) -> str:
 
 
 def print_vocabulary(figures: Figures) -> None:
-    """Peak memory over vocabularies, and whether more words cost more than the head and one chunk of logits."""
+    """Print peak memory by vocabulary size, and whether it grows only by head, embedding and one chunk of logits."""
     points, small = figures["points"], figures["points"][0]
     rows = [
         (f"{point['value']:,}", *(mb(point[key]) for key in ("peak", "head", "chunk")), mb(point["limit"]))
@@ -216,7 +216,7 @@ def print_vocabulary(figures: Figures) -> None:
 
 
 def save(folder: Path, name: str, figures: Figures, draw: Callable[[Any, Figures], None]) -> list[Path]:
-    """JSON and, if there is matplotlib, PNG; each whole or not at all."""
+    """Write JSON and, if matplotlib is installed, PNG. Each file is written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.json"]
     _replace(files[0], lambda temporary: temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8"))
@@ -239,7 +239,7 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
 
 
 def draw_phases(axes: Any, figures: Figures) -> None:
-    """Bars of time by phase against the floor."""
+    """Draw bars of time by phase next to the floor."""
     phases = figures["phases"]
     for offset, key, label in ((-0.2, "seconds", "measured"), (0.2, "floor", "floor")):
         axes.bar([i + offset for i in range(len(phases))], [1e3 * p[key] for p in phases.values()], 0.4, label=label)
@@ -252,7 +252,7 @@ def draw_phases(axes: Any, figures: Figures) -> None:
 
 
 def draw_growth(axes: Any, figures: Figures) -> None:
-    """Lines of measured time and floor over a sweep."""
+    """Draw measured time and floor over a sweep."""
     x = [point["value"] for point in figures["points"]]
     for key, label in (("seconds", "measured"), ("floor", "floor")):
         axes.loglog(x, [1e3 * point[key] for point in figures["points"]], marker="o", label=label)
@@ -269,7 +269,7 @@ def draw_growth(axes: Any, figures: Figures) -> None:
 
 
 def draw_vocabulary(axes: Any, figures: Figures) -> None:
-    """Bars of peak memory against its limit."""
+    """Draw bars of peak memory next to its limit."""
     points = figures["points"]
     for offset, key, label in ((-0.2, "peak", "peak"), (0.2, "limit", "limit")):
         axes.bar([i + offset for i in range(len(points))], [point[key] / 1e6 for point in points], 0.4, label=label)

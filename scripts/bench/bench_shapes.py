@@ -1,4 +1,4 @@
-"""The targets and batches that `bench_train_step.py` measures, and what is known of them beforehand.
+"""Targets and batches of `bench_train_step.py`, with their FLOPs and minimum memory.
 
 Shapes as in `data.batch`.
 """
@@ -13,12 +13,12 @@ from models.attention.masks import allowed_pairs
 from models.cost.flops import step_flops
 from models.cost.sizes import ATTENTION_TUNING, Sizes
 
-PARTS = ("target pass", "mask pass", "head and loss")  # of the FLOPs
+PARTS = ("target pass", "mask pass", "head and loss")  # parts of the FLOPs
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A target and the batches to train its drafter on."""
+    """Sizes of a target and of the batches to train its drafter on."""
 
     hidden: int
     intermediate: int
@@ -35,7 +35,7 @@ class Preset:
     anchors: int = 512
 
     def architecture(self, vocabulary: int) -> dict:
-        """The target's config."""
+        """Return the target's config."""
         return {
             "model_type": "qwen3",
             "hidden_size": self.hidden,
@@ -50,7 +50,7 @@ class Preset:
         }
 
     def sizes(self, vocabulary: int, draft_layers: int) -> Sizes:
-        """The sizes of target and drafter."""
+        """Return the sizes of target and drafter."""
         draft = {"num_layers": draft_layers, "block_size": self.block_size, "calibrator_rank": 0}
         return Sizes.from_config(self.architecture(vocabulary), **draft)
 
@@ -68,37 +68,37 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a batch."""
+    """Sizes of a batch."""
 
     rows: int  # R
     max_seq_len: int  # T
-    documents: int  # of each row, as equal as whole tokens allow
+    documents: int  # per row, of equal length up to rounding
     anchors: int  # A
     block_size: int  # B
     vocabulary: int  # V
 
     @property
     def places(self) -> int:
-        """How many indices of a row may be anchors: all but each document's first, where the whole block fits."""
+        """Number of valid anchors in a row: each position of a document, except its first, where a full block fits."""
         return self.max_seq_len - self.documents * self.block_size
 
     @property
     def clean(self) -> int:
-        """Clean tokens of a step."""
+        """Number of clean tokens per step."""
         return self.rows * self.max_seq_len
 
     @property
     def masks(self) -> int:
-        """Mask tokens of a step."""
+        """Number of mask tokens per step."""
         return self.rows * self.anchors * self.block_size
 
     @property
     def drafted(self) -> int:
-        """Slots with a loss: all are labelled, and slot 0 has none."""
+        """Number of slots with a loss: all slots except slot 0, since every slot is labelled."""
         return self.rows * self.anchors * (self.block_size - 1)
 
     def misfit(self) -> str | None:
-        """Why the blocks do not fit into the documents, if they do not."""
+        """Explain why the blocks do not fit into the documents; None if they fit."""
         rows = f"rows of {self.max_seq_len} tokens in {self.documents} documents"
         if self.max_seq_len // self.documents <= self.block_size:
             return f"blocks of {self.block_size} do not fit behind the first token of a document: {rows}"
@@ -108,7 +108,7 @@ class Shape:
 
 
 def random_batch(shape: Shape, seed: int) -> Batch:
-    """Random text, and anchors drawn from the places of each row without replacement."""
+    """Build a batch of random tokens, with anchors drawn without replacement from each row's valid positions."""
     generator = torch.Generator().manual_seed(seed)
     size, length = shape.block_size, shape.max_seq_len
     ids = torch.randint(shape.vocabulary, (shape.rows, length), generator=generator)
@@ -126,7 +126,7 @@ def random_batch(shape: Shape, seed: int) -> Batch:
 
 @dataclass(frozen=True)
 class Block:
-    """Where in a batch a block is: its row, the start of its document, its anchor, its number in the row."""
+    """Location of a block in a batch: row, start of its document, anchor, and index among the row's blocks."""
 
     row: int
     start: int
@@ -135,7 +135,7 @@ class Block:
 
 
 def typical_blocks(batch: Batch, count: int) -> list[Block]:
-    """Blocks whose prefixes are as long as those of the whole batch: the middles of `count` equal parts of them."""
+    """Return `count` blocks with representative prefix lengths: the medians of `count` equal quantile groups."""
     prefixes = batch.position_ids.gather(1, batch.anchors).tolist()
     blocks = [
         Block(row, anchor - prefix, anchor, number)
@@ -147,7 +147,7 @@ def typical_blocks(batch: Batch, count: int) -> list[Block]:
 
 
 def floor_flops(sizes: Sizes, batches: list[Batch], teacher: bool) -> dict[str, float]:
-    """FLOPs of a step by part, which it cannot do without: a mean over the batches, whose anchors differ."""
+    """Return the minimum FLOPs of a step by part, averaged over the batches, whose anchors differ."""
     totals: dict[str, float] = {}
     for batch in batches:
         rows, length = batch.input_ids.shape
@@ -169,8 +169,8 @@ def floor_flops(sizes: Sizes, batches: list[Batch], teacher: bool) -> dict[str, 
 
 
 def least_memory(sizes: Sizes, shape: Shape, *, word: int, chunk: int, recompute: bool) -> dict[str, int]:
-    """Bytes that a step takes at least, by what for. `word`: bytes of a number of the target."""
-    # Of each mask token in each draft layer: inputs of the norms, queries, keys, values, attention's output, FFN.
+    """Return the minimum memory of a step in bytes, by purpose. `word`: bytes per element of the target."""
+    # Per mask token and draft layer: norm inputs, queries, keys, values, attention output, FFN.
     token = 2 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys + 3 * sizes.intermediate
     token = sizes.hidden if recompute else token
     return {
@@ -182,14 +182,14 @@ def least_memory(sizes: Sizes, shape: Shape, *, word: int, chunk: int, recompute
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that may still be had, if the system tells."""
+    """Return the available memory in bytes; None if the system does not report it."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")  # a container may have less than its machine
+        group = Path("/sys/fs/cgroup")  # a container's limit may be below the machine's memory
         found += [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
     except (OSError, ValueError):
         pass

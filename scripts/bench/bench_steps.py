@@ -1,6 +1,6 @@
-"""What `bench_train_step.py` measures: a training step of stage 1 as `train` takes it, and two obvious ways to do it.
+"""Steps measured by `bench_train_step.py`: a stage 1 training step as in `train`, and two straightforward baselines.
 
-Needs torch and transformers alone. Shapes as in `data.batch`; all times in seconds, all memory in bytes.
+Needs only torch and transformers. Shapes as in `data.batch`; all times in seconds, all memory in bytes.
 """
 
 import gc
@@ -27,17 +27,17 @@ from models.loss.block_loss import block_loss
 from models.loss.objectives import Objective, slot_weights
 from models.target import cached_context, load_target, target_pass
 
-WARM_UP = 2  # steps; with --compile, the first compiles
+WARM_UP = 2  # steps; with --compile, the first one compiles
 Mark = Callable[[str], None]
-Step = Callable[[Batch, Mark], Tensor]  # does one optimizer step, marks the end of each phase, gives the mean loss
+Step = Callable[[Batch, Mark], Tensor]  # runs one optimizer step, marks the end of each phase, returns the mean loss
 
 
 def unmarked(phase: str) -> None:
-    """The mark of steps that are timed as a whole."""
+    """Ignore phase marks, for steps that are timed end to end."""
 
 
 class Training:
-    """Target with random weights, drafter, optimizer, and the ways to take a step with them."""
+    """Target with random weights, drafter and optimizer, with several implementations of a training step."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class Training:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Forward passes as with `trainer.precision`: bf16-mixed for a bfloat16 target, 32-true for a float32 one."""
+        """Run forward passes as `trainer.precision` does: bf16-mixed for a bfloat16 target, 32-true for float32."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             yield
 
     def fast(self, batch: Batch, mark: Mark = unmarked) -> Tensor:
-        """The step as training takes it."""
+        """Run a step as `train` does."""
         with self.arithmetic():
             wanted, split = self.objective.needs_target, self.draft.split_layer
             clean = target_pass(self.target, batch, split, with_hidden=wanted, execution=self.execution)
@@ -92,13 +92,16 @@ class Training:
         return (loss / weight).detach()
 
     def update(self) -> None:
-        """Clip the gradients, let the optimizer step, drop them."""
+        """Clip the gradients, run the optimizer step and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def dense(self, batch: Batch, mark: Mark = unmarked) -> Tensor:
-        """The target pass shared by all anchors, but in full, with its logits; dense masks; all logits in autograd."""
+        """Run a step with dense masks, the target's full forward pass with logits, and all logits in autograd.
+
+        One target pass serves all anchors.
+        """
         rows, length = batch.input_ids.shape
         with self.arithmetic():
             mask = dense(document_causal(batch.document_ids), rows, length, length, self.device)
@@ -117,11 +120,11 @@ class Training:
         return (loss / weight).detach()
 
     def naive(self, batch: Batch, blocks: list[Block], mark: Mark = unmarked) -> Tensor:
-        """Like `dense`, with a pass of the target for every one of `blocks`, over its own prefix."""
+        """Run a step like `dense`, but with a separate forward pass of the target over the prefix of each block."""
         size = self.draft.block_size
         total = torch.zeros(2, device=self.device)
         for block in blocks:
-            # Only an objective that compares with the target needs its predictions beyond the anchor.
+            # Only objectives that compare distributions need the target's predictions beyond the anchor.
             end = block.anchor + (size if self.objective.needs_target else 0)
             prefix = block.anchor - block.start
             with self.arithmetic():
@@ -143,9 +146,12 @@ class Training:
         return total[0] / total[1]
 
     def plain_loss(self, hidden: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sums of weighted losses and of weights of fully labelled blocks, the loss for autograd.
+        """Return the differentiable sum of weighted losses and the sum of weights, for fully labelled blocks.
 
-        [R, A, B, H], [R, A, B], [R, A, B-1, V] or None: the target's logits of the drafted slots.
+        Args:
+            hidden: [R, A, B, H] hidden states of the drafter.
+            labels: [R, A, B] labels.
+            teacher: [R, A, B-1, V] the target's logits of the drafted slots, or None.
         """
         log_q = self.draft.logits(hidden[:, :, 1:]).float().log_softmax(-1)
         ce = -log_q.gather(-1, labels[:, :, 1:, None])[..., 0]
@@ -160,7 +166,7 @@ class Training:
         return (values * weights).sum(), weights.sum()
 
     def held(self) -> int:
-        """Bytes of weights and of the optimizer's state, each storage once."""
+        """Return the bytes of weights and optimizer state, counting each storage once."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         tensors = [*self.target.parameters(), *self.target.buffers(), *self.draft.parameters(), *state]
         storages = [tensor.untyped_storage() for tensor in tensors]
@@ -168,7 +174,7 @@ class Training:
 
 
 class Clock:
-    """Seconds between marks, by name. On a GPU by events, so that a mark makes nothing wait, unless `wait`."""
+    """Stopwatch with named intervals. On a GPU, marks are CUDA events, which synchronise only if `wait` is set."""
 
     def __init__(self, device: torch.device, wait: bool = False) -> None:
         self.cuda, self.wait = device.type == "cuda", wait
@@ -176,7 +182,7 @@ class Clock:
         self.mark("start")
 
     def mark(self, name: str = "") -> None:
-        """What ran since the last mark is called `name`."""
+        """End the current interval and name it."""
         if self.cuda and (self.wait or not self.marks):
             torch.cuda.synchronize()
         now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
@@ -185,7 +191,7 @@ class Clock:
         self.marks.append((name, now))
 
     def laps(self) -> list[tuple[str, float]]:
-        """Name and seconds of what each mark ended."""
+        """Return name and seconds of each interval."""
         if self.cuda:
             torch.cuda.synchronize()
         pairs = zip(self.marks, self.marks[1:], strict=False)
@@ -193,7 +199,7 @@ class Clock:
 
 
 def whole_steps(step: Step, batches: list[Batch], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of `count` steps, one after the other, over the batches in turn."""
+    """Return the seconds of each of `count` consecutive steps, cycling through the batches."""
     clock = Clock(device)
     for number in range(count):
         step(batches[number % len(batches)], unmarked)
@@ -202,14 +208,14 @@ def whole_steps(step: Step, batches: list[Batch], count: int, device: torch.devi
 
 
 def warm_up(training: Training, batches: list[Batch]) -> float:
-    """Steps that are not timed: they compile, and make the optimizer's state. The mean loss of the first."""
+    """Run untimed steps to compile and to allocate the optimizer state. Return the mean loss of the first step."""
     loss = float(training.fast(batches[0]))
     whole_steps(training.fast, batches[1:], WARM_UP - 1, training.device)
     return loss
 
 
 def by_phase(step: Step, batches: list[Batch], count: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each phase in each of `count` steps; the device finishes a phase before the next begins."""
+    """Return the seconds of each phase in each of `count` steps, synchronising the device between phases."""
     found: dict[str, list[float]] = {}
     for number in range(count):
         clock = Clock(device, wait=True)
@@ -221,13 +227,13 @@ def by_phase(step: Step, batches: list[Batch], count: int, device: torch.device)
 
 
 def against_floor(times: list[float], flops: float, rate: float) -> dict:
-    """The median beside the time that the FLOPs take at a rate."""
+    """Compare the median time with the floor, the time that the FLOPs take at the given rate."""
     seconds, floor = statistics.median(times), flops / rate
     return {"seconds": seconds, "times": times, "floor": floor, "ratio": seconds / floor if floor else None}
 
 
 def matmul_rate(device: torch.device, dtype: str, size: int, repeats: int) -> float:
-    """FLOP/s of the fastest of several products of two random square matrices."""
+    """Return the FLOP/s of the fastest of `repeats` products of two random square matrices."""
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     for _ in range(2):
         a @ b
@@ -239,7 +245,7 @@ def matmul_rate(device: torch.device, dtype: str, size: int, repeats: int) -> fl
 
 
 def peak_memory(step: Step, batch: Batch, training: Training) -> int:
-    """Greatest sum of all tensors' bytes in a step, weights and the optimizer's state included."""
+    """Return the peak tensor memory of a step in bytes, including weights and optimizer state."""
     gc.collect()
     if training.device.type == "cuda":
         torch.cuda.synchronize()
@@ -247,7 +253,7 @@ def peak_memory(step: Step, batch: Batch, training: Training) -> int:
         step(batch, unmarked)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports its own start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own start and stop messages
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(batch, unmarked)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -259,12 +265,12 @@ def peak_memory(step: Step, batch: Batch, training: Training) -> int:
 
 
 def compiled_graphs() -> int:
-    """Graphs that torch.compile has made so far in this process."""
+    """Return the number of graphs that torch.compile has built in this process."""
     return counters["stats"]["unique_graphs"]
 
 
 def first_wait(step: Step, batch: Batch) -> str | None:
-    """The line at which a step makes the host wait for the GPU; None if it never does."""
+    """Return the first source line at which a step synchronises with the GPU; None if it never does."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(batch, unmarked)

@@ -1,9 +1,9 @@
-"""What waiting OpenMP threads cost, alone and beside busy programs on the same cores.
+"""Cost of spin-waiting OpenMP threads, on idle cores and on cores shared with busy processes.
 
     python scripts/bench/bench_threads.py             # on otherwise idle cores: about 3 minutes
 
 For each spin count of GNU's OpenMP runtime, a new process times a forward and backward pass of the embedded target over
-4 x 320 tokens, and a forward pass over 8 tokens. Beside it run no program, or as many busy loops as there are cores.
+4 x 320 tokens, and a forward pass over 8 tokens, first on idle cores and then with one busy loop per core.
 """
 
 import argparse
@@ -22,11 +22,11 @@ SETTINGS = {
     "5000 (the commands)": {"GOMP_SPINCOUNT": "5000"},
     "0 (passive)": {"OMP_WAIT_POLICY": "passive"},
 }
-SECONDS = 4  # per figure
+SECONDS = 4  # per measurement
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Mean time of a call after one that warms up."""
+    """Return the mean time of a call after a warm-up call."""
     call()
     calls, start = 0, time.perf_counter()
     while time.perf_counter() - start < SECONDS:

@@ -1,23 +1,22 @@
-"""What one optimizer step of stage 1 takes, in time and memory, beside the floor that its arithmetic sets.
+"""Time and memory of one stage 1 optimizer step, compared with its FLOP floor.
 
     python scripts/bench/bench_train_step.py --preset cpu                    # a step and its phases: minutes on 2 cores
     python scripts/bench/bench_train_step.py --preset 8b --compile            # on a GPU
-    python scripts/bench/bench_train_step.py --preset tiny --baseline naive   # beside two obvious ways to do the same
+    python scripts/bench/bench_train_step.py --preset tiny --baseline naive   # with two straightforward baselines
     python scripts/bench/bench_train_step.py --preset cpu --sweep anchors     # does time grow as its FLOPs do?
-    python scripts/bench/bench_train_step.py --preset cpu --sweep vocabulary  # what a large vocabulary costs in memory
+    python scripts/bench/bench_train_step.py --preset cpu --sweep vocabulary  # memory cost of a large vocabulary
 
-The floor is the FLOPs of `models.cost.flops.step_flops`, with the pairs that the masks allow in these very batches, at
-the rate of large matrix products, which is measured in the same run: before and after the steps, the greater counts.
-The step is what `train` takes, without Lightning: pass of the target, pass of the mask tokens, loss by chunks,
-backward, clipping, AdamW. Weights and texts are random; all slots are labelled. Several batches take turns, and are on
-the device beforehand. Whole steps are timed apart from phases, which need the device to wait between them, and from the
-step whose memory is measured: on a CPU every tensor that PyTorch's allocator gives and takes back, on a GPU what it has
-in use.
+The floor is the FLOPs of `models.cost.flops.step_flops`, counting the query-key pairs that the masks of these batches
+allow, at the rate of large matrix products. The rate is measured before and after the steps; the higher value is used.
+The step is that of `train` without Lightning: forward pass of the target, forward pass of the mask tokens, chunked
+loss, backward, clipping, AdamW. Weights and tokens are random; all slots are labelled. Steps cycle through several
+batches, which are moved to the device beforehand. Full steps, phases and memory are measured separately, because phases
+require device synchronisation. Memory is the peak of all allocations of PyTorch's allocator.
 
-Baselines, to be read beside the fast step: `dense` writes masks and the logits of all slots out and leaves the rest to
-autograd; `naive` also runs the target for every anchor anew, measured on a few anchors and scaled up to all.
+Baselines: `dense` materialises the masks and the logits of all slots and leaves the rest to autograd; `naive` also
+reruns the target for every anchor, measured on a few anchors and extrapolated to all.
 
-Needs torch and transformers; matplotlib for the picture. Works without an install, with PYTHONPATH=src.
+Needs torch and transformers, and matplotlib for the plot. Works without an install, with PYTHONPATH=src.
 """
 
 import argparse
@@ -75,31 +74,31 @@ from models.attention.packed import KINDS
 from models.cost.sizes import Sizes
 from models.loss.objectives import Objective
 
-BATCHES = 3  # that take turns, so that nothing can be kept from one step to the next
+BATCHES = 3  # cycled through, so that nothing can be reused between steps
 OBJECTIVES = {"ce": {}, "kl": {"ce": 0.0, "kl": 1.0}, "tv": {"ce": 0.0, "tv": 1.0}, "mixture": {"ce": 0.1, "tv": 0.9}}
 SWEEPS = {"anchors": [8, 16, 32, 64, 128], "rows": [256, 512, 1024, 2048, 4096], "vocabulary": [8192, 151936]}
-SIZES = {"anchors": "anchors", "rows": "max_seq_len", "vocabulary": "vocabulary"}  # that a sweep changes
+SIZES = {"anchors": "anchors", "rows": "max_seq_len", "vocabulary": "vocabulary"}  # swept field of Shape
 BASELINES = {"none": (), "dense": ("dense",), "naive": ("dense", "naive")}
-SWEPT_MASKS = 2048  # mask tokens of the sweep over vocabularies, unless --anchors says otherwise
-SWEPT_ANCHORS = 64  # of the sweep over row lengths at most, or they would not fit short rows
+SWEPT_MASKS = 2048  # mask tokens in the sweep over vocabularies, unless --anchors is given
+SWEPT_ANCHORS = 64  # maximum anchors in the sweep over row lengths, so that they fit short rows
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """Without the usage in front of what is wrong."""
+    """Argument parser that reports errors without the usage text."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
 
 
 def several(text: str) -> list[int]:
-    """Two whole numbers or more, separated by commas, in order."""
+    """Parse two or more comma-separated positive integers and return them sorted."""
     values = sorted({positive(value.strip()) for value in text.split(",")})
     if len(values) < 2:
         raise argparse.ArgumentTypeError(f"{text!r}: a sweep has two values or more")
@@ -107,7 +106,7 @@ def several(text: str) -> list[int]:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, checked as far as no device has to be asked for memory; shapes default to the preset's."""
+    """Parse and check the command line. Shapes default to the preset's."""
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="cpu", help="shape of target and batches")
@@ -151,7 +150,7 @@ def arguments() -> argparse.Namespace:
 
 
 def _contradiction(args: argparse.Namespace, preset: Preset) -> str | None:
-    """What is wrong with the command line, whatever the shape."""
+    """Describe an invalid combination of arguments, independent of the shape; None if they are valid."""
     if args.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda, but PyTorch sees no GPU"
     if args.device == "cpu" and args.attention == "flex":
@@ -168,14 +167,14 @@ def _contradiction(args: argparse.Namespace, preset: Preset) -> str | None:
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    """Those to measure."""
+    """Return the shapes to measure."""
     size = PRESETS[args.preset].block_size
     shape = Shape(args.rows, args.max_seq_len, args.documents, args.anchors, size, args.vocabulary)
     return [replace(shape, **{SIZES[args.sweep]: value}) for value in args.values] if args.sweep else [shape]
 
 
 def _too_large(args: argparse.Namespace) -> str | None:
-    """Why not even the largest shape's least memory is there, if so: better than to be killed for it."""
+    """Explain why the largest shape's minimum memory is not available; None if it is. Avoids an out-of-memory kill."""
     free, options = free_memory(args.device), {"word": word(args), "chunk": args.chunk, "recompute": args.recompute}
     found = [least_memory(sizes_of(args, shape), shape, **options) for shape in shapes(args)]
     parts = max(found, key=lambda parts: sum(parts.values()))
@@ -187,27 +186,27 @@ def _too_large(args: argparse.Namespace) -> str | None:
 
 
 def sizes_of(args: argparse.Namespace, shape: Shape) -> Sizes:
-    """The sizes of target and drafter."""
+    """Return the sizes of target and drafter."""
     return PRESETS[args.preset].sizes(shape.vocabulary, args.draft_layers)
 
 
 def word(args: argparse.Namespace) -> int:
-    """Bytes of a number of the target."""
+    """Return the bytes per element of the target."""
     return getattr(torch, args.dtype).itemsize
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def objective_of(args: argparse.Namespace) -> Objective:
-    """With the weights of conf/objective/."""
+    """Build the objective with the coefficients of conf/objective/."""
     return Objective(**OBJECTIVES[args.objective])
 
 
 def new_training(args: argparse.Namespace, shape: Shape) -> Training:
-    """Target and drafter with random weights."""
+    """Build target and drafter with random weights."""
     say(f"{args.preset}: making the target, vocabulary {shape.vocabulary:,}")
     torch.manual_seed(args.seed)
     return Training(
@@ -223,26 +222,26 @@ def new_training(args: argparse.Namespace, shape: Shape) -> Training:
 
 
 def new_batches(args: argparse.Namespace, shape: Shape) -> list[Batch]:
-    """On the device."""
+    """Build random batches on the device."""
     return [random_batch(shape, args.seed + i).to(torch.device(args.device)) for i in range(BATCHES)]
 
 
 def rate_now(args: argparse.Namespace) -> float:
-    """FLOP/s of large matrix products."""
+    """Measure the FLOP/s of large matrix products."""
     say(f"matmul rate, {args.matmul_size} x {args.matmul_size}")
     repeats = 50 if args.device == "cuda" else 5
     return matmul_rate(torch.device(args.device), args.dtype, args.matmul_size, repeats)
 
 
 def rates(args: argparse.Namespace, before: float) -> Figures:
-    """Of matrix products, now that all steps are done. The rate drifts where others use the machine too."""
+    """Measure the matmul rate again after all steps, since it drifts on a shared machine, and use the higher rate."""
     after = rate_now(args)
     used = max(before, after)
     return {"dtype": args.dtype, "size": args.matmul_size, "before": before, "after": after, "used": used}
 
 
 def measure_step(args: argparse.Namespace) -> Figures:
-    """A single shape: steps, phases, memory, baselines."""
+    """Measure steps, phases, memory and baselines of a single shape."""
     (shape,) = shapes(args)
     training, batches = new_training(args, shape), new_batches(args, shape)
     before = rate_now(args)
@@ -273,7 +272,7 @@ def measure_step(args: argparse.Namespace) -> Figures:
 
 
 def memory_of(args: argparse.Namespace, shape: Shape, training: Training, batch: Batch) -> dict[str, int]:
-    """Bytes: the peak of a step, and what of it a vocabulary explains."""
+    """Return the peak memory of a step in bytes, and its parts that depend on the vocabulary."""
     sizes = sizes_of(args, shape)
     matrix = sizes.embedding_parameters * word(args)
     return {
@@ -286,7 +285,7 @@ def memory_of(args: argparse.Namespace, shape: Shape, training: Training, batch:
 
 
 def baseline(args: argparse.Namespace, name: str, training: Training, batches: list[Batch]) -> Figures:
-    """Seconds and bytes of a step done an obvious way; what a GPU has no memory for is said, and left out."""
+    """Measure seconds and bytes of a baseline step. If it runs out of GPU memory, report that instead."""
     say(f"baseline {name}")
     total = batches[0].anchors.numel()
     few = min(args.naive_anchors, total)
@@ -304,7 +303,7 @@ def baseline(args: argparse.Namespace, name: str, training: Training, batches: l
     phases: dict[str, list[float]] = {}
     try:
         whole_steps(step, batches, WARM_UP, training.device)
-        for number in range(args.steps):  # in turn with the fast step: on a drifting machine, both drift
+        for number in range(args.steps):  # interleaved with the fast step, so that drift affects both
             for one in (step, fast_as_one):
                 for phase, laps in by_phase(one, batches[number % BATCHES :], 1, training.device).items():
                     phases.setdefault(phase, []).extend(laps)
@@ -319,8 +318,8 @@ def baseline(args: argparse.Namespace, name: str, training: Training, batches: l
 
 
 def measure_growth(args: argparse.Namespace) -> Figures:
-    """Step times over anchors or row lengths. Shapes take turns, so that a drifting machine drifts for all of them."""
-    torch._dynamo.config.recompile_limit = 64  # each shape is compiled for itself
+    """Measure step times over anchors or row lengths. Shapes are interleaved, so that drift affects all of them."""
+    torch._dynamo.config.recompile_limit = 64  # each shape is compiled separately
     swept = shapes(args)
     training, before = new_training(args, swept[0]), rate_now(args)
     batches = [new_batches(args, shape) for shape in swept]
@@ -344,7 +343,7 @@ def measure_growth(args: argparse.Namespace) -> Figures:
 
 
 def measure_vocabulary(args: argparse.Namespace) -> Figures:
-    """Peak memory over vocabularies."""
+    """Measure peak memory over vocabulary sizes."""
     points = []
     for shape in shapes(args):
         training, batches = new_training(args, shape), new_batches(args, shape)
@@ -352,7 +351,7 @@ def measure_vocabulary(args: argparse.Namespace) -> Figures:
         say("memory of a step")
         points.append({"value": shape.vocabulary, **memory_of(args, shape, training, batches[0])})
         del training
-        gc.collect()  # before the next target is made
+        gc.collect()  # free memory before the next target is created
     for point in points:
         point["limit"] = 1.3 * points[0]["peak"] + point["head and embedding"] + point["chunk"]
     within = all(point["peak"] <= point["limit"] for point in points[1:])

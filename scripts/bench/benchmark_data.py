@@ -1,10 +1,10 @@
-"""How fast conversations become rows, in how much memory: 50,000 and 200,000 records, with 1 and 2 processes.
+"""Speed and memory of preprocessing conversations into rows: 50,000 and 200,000 records, 1 and 2 processes.
 
     python scripts/bench/benchmark_data.py
 
-The records are conversations of one to six turns, put together from the embedded ones and all different. Every
-measurement is a process of its own with an empty cache; the second call finds the first one's cache. "One row" is the
-time to put one row of 4,096 tokens together. About 15 minutes, 4 GB of temporary disk; Linux only.
+The records are distinct conversations of one to six turns, composed from the embedded ones. Each measurement runs in a
+separate process with an empty cache; its second call reuses the cache of the first. "One row" is the time to assemble
+one row of 4,096 tokens. Takes about 15 minutes and 4 GB of temporary disk; Linux only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROW_LENGTH = 4096
 
 
 def write_records(file: Path, count: int) -> None:
-    """`count` different conversations."""
+    """Write `count` distinct conversations."""
     turns = [json.loads(line)["messages"] for line in (TINY / "conversations.jsonl").open(encoding="utf-8")]
     draw = random.Random(0)
     with file.open("w", encoding="utf-8") as out:
@@ -34,7 +34,7 @@ def write_records(file: Path, count: int) -> None:
 
 
 def measure(file: str, num_proc: int) -> None:
-    """Prepare a file and print the figures as JSON; runs in a process of its own."""
+    """Prepare a file and print the measurements as JSON. Runs in a separate process."""
     from data.preprocess.chat_template import ChatEncoder
     from data.preprocess.prepare import prepare
     from data.sources.readers import open_parts
@@ -69,9 +69,9 @@ def measure(file: str, num_proc: int) -> None:
 
 
 def watched(command: list[str], environment: dict[str, str]) -> tuple[dict, float, float]:
-    """The figures that a command prints, and the peaks in MB of its own memory and of its largest worker's.
+    """Run a command. Return the measurements that it prints, and the peak memory in MB of it and of its largest worker.
 
-    Own memory is what no file backs: pages of memory-mapped files are the system's to take back, and do not count.
+    Only anonymous memory counts: pages of memory-mapped files can be reclaimed by the system.
     """
     with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as process:
         peaks = {"main": 0.0, "worker": 0.0}
@@ -92,7 +92,7 @@ def watched(command: list[str], environment: dict[str, str]) -> tuple[dict, floa
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started."""
+    """Return all descendant processes."""
     try:
         tasks = Path(f"/proc/{pid}/task").iterdir()
         found = [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -102,7 +102,7 @@ def children(pid: int) -> list[int]:
 
 
 def own_memory(pid: int) -> float:
-    """MB of a process that no file backs."""
+    """Return the anonymous memory of a process in MB."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -127,7 +127,7 @@ def main() -> None:
             write_records(file, count)
             for processes in args.processes:
                 for call in ("first", "second"):
-                    # RAYON: the tokenizer's own threads would make one process look like two.
+                    # RAYON: with the tokenizer's threads, one process would use as many cores as several.
                     cache = {"HF_DATASETS_CACHE": f"{folder}/cache-{count}-{processes}", "RAYON_NUM_THREADS": "1"}
                     command = [sys.executable, __file__, "--measure", str(file), str(processes)]
                     found, own, worker = watched(command, cache)

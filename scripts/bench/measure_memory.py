@@ -1,13 +1,12 @@
-"""Peak memory of real training steps on CPU, beside the estimate of `models.cost.memory`.
+"""Measured peak memory of training steps on CPU, compared with the estimate of `models.cost.memory`.
 
     python scripts/bench/measure_memory.py                       # the tiny experiment, and other shapes and dtypes
     python scripts/bench/measure_memory.py +experiment=tiny ...  # one configuration, both stages
 
-Each measurement is a fresh process that trains a few steps through Lightning. Tensors are counted from every allocation
-and release of PyTorch's CPU allocator, as its profiler reports them, plus the weights, which are there before. The
-kernel's own figure of the process (its greatest resident size less that before training) is a cross-check: it also
-holds what libraries allocate past PyTorch and what the C library keeps for later. All slots carry a label, as the
-estimate assumes.
+Each measurement is a fresh process that trains a few steps through Lightning. Tensor memory is computed from all
+allocations and releases of PyTorch's CPU allocator reported by the profiler, plus the weights, which are allocated
+earlier. The kernel's peak resident size, less its value before training, is a cross-check: it also includes allocations
+of other libraries and memory that the C library retains. All slots are labelled, as the estimate assumes.
 """
 
 import json
@@ -26,9 +25,9 @@ from train.names import TRAINED
 from train.plan.estimate import estimate, machine_of, target_sizes
 
 MB = 10**6
-STEPS = 3  # from the second on, there are moments of the optimizer and gradients of the step before
+STEPS = 3  # optimizer moments and gradients of the previous step exist from the second step
 TINY = "+experiment=tiny"
-# A target whose vocabulary outweighs its layers as a real one's does.
+# A target whose vocabulary dominates its layers, as in real models.
 WIDE = [TINY, "model=stand_in", "model.draft.num_layers=3", "model.draft.calibrator_rank=64", "data.max_seq_len=512"]
 WIDE += [f"model.target.architecture.{size}" for size in ("vocab_size=8192", "hidden_size=256", "head_dim=32")]
 WIDE += [f"model.target.architecture.{size}" for size in ("intermediate_size=768", "num_attention_heads=8")]
@@ -76,7 +75,7 @@ CASES = {
 
 
 class Repeated:
-    """A loader that gives the same batch in every pass."""
+    """Data loader that yields the same batch for every micro-batch."""
 
     def __init__(self, batch, passes: int) -> None:
         self.batch, self.passes = batch, passes
@@ -89,7 +88,7 @@ class Repeated:
 
 
 def full_batch(sizes: Sizes, rows: int, max_seq_len: int, num_anchors: int):
-    """Random text in which every slot of every block carries a label."""
+    """Build a batch of random tokens in which every slot of every block is labelled."""
     import torch
 
     from data.batch import Batch
@@ -106,7 +105,7 @@ def full_batch(sizes: Sizes, rows: int, max_seq_len: int, num_anchors: int):
 
 
 def prepared(config, stage: str):
-    """Module, a full batch of one pass and the passes of a step, as the pipeline would make them."""
+    """Build the module, a full micro-batch and the number of micro-batches per step, as the pipeline does."""
     from hydra.utils import instantiate
 
     from models.attention.layers import Execution
@@ -126,7 +125,7 @@ def prepared(config, stage: str):
 
 
 def train(config, module, batch, passes: int) -> None:
-    """A few optimizer steps."""
+    """Run a few optimizer steps."""
     import lightning
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -141,13 +140,13 @@ def train(config, module, batch, passes: int) -> None:
         accumulate_grad_batches=passes,
         **quiet,
     )
-    # Stage 2 leaves out blocks at whose anchor the target would have said another word; here it says what is written.
+    # Stage 2 drops blocks whose anchor differs from the target's prediction; the patched target predicts the text.
     with mock.patch("train.loop.modules.bonus_tokens", saying(batch)):
         trainer.fit(module, Repeated(batch, STEPS * passes))
 
 
 def saying(batch):
-    """`bonus_tokens`, which does its work but answers with the text."""
+    """Return a `bonus_tokens` that does the same computation but returns the batch's own tokens."""
     from models.target import bonus_tokens
 
     def answer(*arguments):
@@ -158,19 +157,19 @@ def saying(batch):
 
 
 def weights_bytes(module) -> int:
-    """Of target and drafter, each storage once."""
+    """Return the weight bytes of target and drafter, counting each storage once."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def tensor_peak(config, stage: str) -> int:
-    """Greatest sum of all tensors' bytes over a few training steps."""
+    """Return the peak tensor memory in bytes over a few training steps."""
     module, batch, passes = prepared(config, stage)
     return weights_bytes(module) + most_allocated(lambda: train(config, module, batch, passes))
 
 
 def decoding_peak(config, stage: str, prompt_length: int) -> int:
-    """Greatest sum of all tensors' bytes while prompts of a length are decoded as between two steps."""
+    """Return the peak tensor memory in bytes of live decoding between two steps, for prompts of the given length."""
     import torch
 
     from train.loop.validation_decoding import LiveDecoding
@@ -184,7 +183,7 @@ def decoding_peak(config, stage: str, prompt_length: int) -> int:
 
 
 def most_allocated(run: Callable[[], object]) -> int:
-    """Greatest sum of the bytes of all tensors that are made meanwhile."""
+    """Return the peak bytes of tensors allocated during `run`."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -198,7 +197,7 @@ def most_allocated(run: Callable[[], object]) -> int:
 
 
 def resident_peak(config, stage: str) -> int:
-    """Weights, and by how much the process grew while it trained."""
+    """Return the weight bytes plus the growth of the process's peak resident size during training."""
     module, batch, passes = prepared(config, stage)
     before = _status("VmRSS")
     train(config, module, batch, passes)
@@ -211,7 +210,7 @@ def _status(key: str) -> int:
 
 
 def estimated(config, stage: str) -> tuple[float, str]:
-    """Bytes without what Python and the libraries take, and the fullest phase; nothing is validated here."""
+    """Return the estimated bytes without Python and library overhead, and the peak phase. Excludes live decoding."""
     config = config.copy()
     config.stage[stage].decode.prompts = 0
     result = estimate(config, stage, target_sizes(config), machine_of(config))
@@ -219,7 +218,7 @@ def estimated(config, stage: str) -> tuple[float, str]:
 
 
 def in_fresh_process(kind: str, stage: str, overrides: list[str]) -> int:
-    """A measurement by name, away from what this process holds."""
+    """Run a measurement by name in a fresh process."""
     command = [sys.executable, __file__, "--measure", kind, stage, *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
