@@ -1,11 +1,11 @@
-"""The same 20 steps on one rank and on two, under every strategy: how far the weights are apart in the end.
+"""Compare weights after 20 identical steps on one rank and on two ranks under every strategy.
 
     python scripts/drills/compare_strategies.py                               # about 8 minutes on 2 cores
     python scripts/drills/compare_strategies.py --learning-rate 5e-3 --eps 1e-8
 
-Same data and same global batch; what differs is the order of sums. With its usual eps, AdamW makes a full step of a
-gradient that is nothing but rounding (the second call); with one above the rounding, weights agree as gradients do.
-Runs in bfloat16 follow, to show that they run and where they end.
+Data and global batch are the same; only the summation order differs. With its default eps, AdamW turns a gradient of
+pure rounding error into a full step (the second command); with an eps above the rounding error, weights agree as well
+as gradients do. bfloat16 runs follow, to check that they work and to show their difference.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 STAGES = ("attention_tuning", "bonus_calibration")
 SHORT = ("+experiment=tiny", "data.max_records=400", "data.validation_records=16", f"stages=[{','.join(STAGES)}]")
 SHORT += tuple(f"stage.{stage}.{key}=20" for stage in STAGES for key in ("steps", "validate_every", "checkpoint_every"))
-# As large models have it; otherwise DeepSpeed keeps such small tensors whole after their first use.
+# As with large models; otherwise DeepSpeed keeps such small tensors unpartitioned after their first use.
 SHARDED = {key: 0 for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")}
 STRICT = "+trainer.strategy.zero_optimization={" + ",".join(f"stage3_{k}:{v}" for k, v in SHARDED.items()) + "}"
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def train(name: str, arithmetic: str, adamw: dict[str, float], folder: Path) -> list[dict]:
-    """Both stages; returns their weights."""
+    """Train both stages and return their weights."""
     precision = {"float32": "32-true", "bfloat16": "bf16-mixed"}[arithmetic]
     run = f"{name}-{arithmetic}".replace(" ", "_").replace(",", "")
     call = [sys.executable, "-m", "train", *SHORT, *VARIANTS[name], f"trainer.precision={precision}", f"name={run}"]

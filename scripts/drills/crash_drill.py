@@ -1,12 +1,12 @@
-"""Kill runs of the tiny experiment at random moments until they are done: they must end as if nothing had happened.
+"""Kill runs of the tiny experiment at random times and resume them: the results must equal those of uninterrupted runs.
 
     python scripts/drills/crash_drill.py                     # 30 runs, about 40 minutes on 2 cores
     python scripts/drills/crash_drill.py --runs 4 --only zero2
 
-Each run is started, killed with SIGKILL (all its ranks at once), and started again with the same command, some times
-over, then left to finish. Half of the kills come at a random time, half while a checkpoint is being written. In the end
-the weights of both stages and the exported file must be, byte for byte, those of a run that was left alone, and so must
-the losses and validations that were logged on the way.
+Each run is started, killed with SIGKILL (all ranks at once) and restarted with the same command, several times, then
+left to finish. Half of the kills happen at a random time, half while a checkpoint is being written. The weights of both
+stages and the exported file must be byte-identical to those of an uninterrupted run, and the logged losses and
+validation metrics must be equal.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def reference(name: str, folder: Path) -> dict:
-    """A run left alone: how long it took, and what came out."""
+    """Run without interruption and return duration and results."""
     cwd = folder / name.replace(" ", "_")
     cwd.mkdir()
     started = time.monotonic()
@@ -78,7 +78,7 @@ def reference(name: str, folder: Path) -> dict:
 
 
 def start(name: str, cwd: Path) -> subprocess.Popen:
-    """The command, in a process group of its own, so that all ranks can be killed at once."""
+    """Start the command in a separate process group, so that all ranks can be killed at once."""
     call = [sys.executable, "-m", "train", *SHORT, *VARIANTS[name], "name=drill"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (cwd / "log.txt").open("ab") as log:
@@ -88,18 +88,18 @@ def start(name: str, cwd: Path) -> subprocess.Popen:
 
 
 def killed_run(name: str, cwd: Path, generator: random.Random, most: int, seconds: float) -> list[str]:
-    """Start, kill, start again ...; returns where each kill came."""
+    """Start and kill a run repeatedly, then let it finish. Return where each kill happened."""
     kills: list[str] = []
     for _ in range(generator.randint(1, most)):
-        left = being_written(cwd)  # by the kill before
+        left = being_written(cwd)  # temporary files left by the previous kill
         process = start(name, cwd)
         writing = generator.random() < 0.5
         moment = time.monotonic() + generator.uniform(0.1, 0.8) * seconds
-        # Once the time has come: at once, or in the middle of the next write.
+        # After `moment`: kill immediately, or during the next checkpoint write.
         while process.poll() is None and (time.monotonic() < moment or (writing and not being_written(cwd) - left)):
             time.sleep(0.0005)
         if process.poll() is not None:
-            break  # done before the kill
+            break  # finished before the kill
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills.append(("writing in " if writing else "in ") + where(cwd))
@@ -110,12 +110,12 @@ def killed_run(name: str, cwd: Path, generator: random.Random, most: int, second
 
 
 def being_written(cwd: Path) -> set[Path]:
-    """Checkpoints and best weights on their way to the disk."""
+    """Return the temporary files of checkpoints and best weights being written."""
     return set((cwd / "checkpoints" / "drill").glob("*/checkpoints/.*.tmp"))
 
 
 def where(cwd: Path) -> str:
-    """The stage that is under way."""
+    """Return the name of the running stage."""
     run_dir = cwd / "checkpoints" / "drill"
     begun = [f.name.split(".")[0] for f in sorted((run_dir / "records").glob("*.begun.json"), key=os.path.getmtime)]
     done = [name for name in begun if (run_dir / "records" / f"{name}.done.json").exists()]
@@ -123,7 +123,7 @@ def where(cwd: Path) -> str:
 
 
 def outcome(cwd: Path) -> dict:
-    """Hashes of the results, and the logged losses and validations by step, but for how long they took."""
+    """Return hashes of the results, and the logged training and validation metrics by step, except durations."""
     run_dir = cwd / "checkpoints" / "drill"
     result: dict = {file: file_sha256(run_dir / file) if (run_dir / file).exists() else None for file in FILES}
     for stage in STAGES:

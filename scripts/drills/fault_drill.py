@@ -1,12 +1,12 @@
-"""Inject faults at random into short runs: each ends right, or with one clear message and nothing lost.
+"""Inject random faults into short runs: each run must succeed, or fail with one clear message and no lost results.
 
     python scripts/drills/fault_drill.py                        # 60 faults, about 40 minutes on 2 cores; Linux, as root
     python scripts/drills/fault_drill.py --faults 5 --only kill   # 5 faults of the kinds whose name contains "kill"
 
-A fault is right if the run that met it exits with status 0, or with one message and no traceback; if the weights that
-were there before are still there, byte for byte; and if the same command, once the fault is gone, ends with the weights
-of a run that was left alone. Faults whose advice is another command (a changed setting) follow that advice. Full and
-read-only disks are mounts of their own, which need root; without it those kinds are left out by name.
+A fault counts as handled if the run exits with status 0, or with one message and no traceback; if existing weights are
+still present and byte-identical; and if the same command, once the fault is removed, produces the weights of an
+uninterrupted run. If the message advises another command (for a changed setting), the drill follows that advice. Full
+and read-only disks are separate mounts, which need root; without root, these kinds are skipped and listed.
 """
 
 import argparse
@@ -28,14 +28,14 @@ import train.loop.modules  # noqa: E402
 
 
 def finite(drill: Drill) -> None:
-    """No file with weights holds anything that is not finite."""
+    """Check that all weights in the run directory are finite."""
     for path in drill.run_dir.rglob("*.safetensors"):
         bad = [name for name, tensor in load_file(path).items() if not tensor.isfinite().all()]
         expect(not bad, f"{path.name} holds weights that are not finite", drill)
 
 
 def broken_loss(at: Callable[[int], bool]) -> Callable[[], None]:
-    """The loss of stage 1 is NaN at the steps that `at` picks."""
+    """Return a function that makes the stage 1 loss NaN at the steps for which `at` is true."""
 
     def prepare() -> None:
         inner = train.loop.modules.AttentionTuning.training_step
@@ -49,7 +49,7 @@ def broken_loss(at: Callable[[int], bool]) -> Callable[[], None]:
 
 
 def stopped_at(drill: Drill, step: int) -> None:
-    """A run that was asked to stop once a checkpoint of this step was there."""
+    """Start a run and stop it with SIGTERM once a checkpoint of this step exists."""
     process = drill.start()
     process.until(lambda: drill.step() >= step)
     process.signal(signal.SIGTERM)
@@ -224,7 +224,7 @@ def damaged_record(drill: Drill) -> str:
 
 
 def damage(path: Path, generator: random.Random) -> str:
-    """Cut, empty or change a file, or delete it; returns what was done."""
+    """Truncate, empty, corrupt or delete a file at random. Return which was done."""
     way = generator.choice(["cut", "emptied", "changed", "deleted"])
     content = bytearray(path.read_bytes())
     if way == "cut":
@@ -240,7 +240,7 @@ def damage(path: Path, generator: random.Random) -> str:
 
 
 class mounted:
-    """A mount inside, unmounted at the end."""
+    """Context manager for a mount, which is unmounted on exit."""
 
     def __init__(self, drill: Drill, place: Path | str, *options: str) -> None:
         self.place = drill.cwd / place

@@ -1,4 +1,4 @@
-"""Runs of the short tiny experiment in forks of this process, which has imported what they need."""
+"""Run the shortened tiny experiment in forks of this process, which share its imported modules."""
 
 import atexit
 import os
@@ -33,12 +33,12 @@ WEIGHTS = ("attention_tuning/draft.safetensors", "bonus_calibration/draft.safete
 
 
 class Wrong(Exception):
-    """What a fault should not have led to."""
+    """Incorrect behaviour after a fault."""
 
 
 @dataclass
 class Drill:
-    """One fault: its directory, its random numbers, the weights of a run left alone, and the log of every command."""
+    """State of one fault: directory, random generator, weights of an uninterrupted run, and logs of all commands."""
 
     cwd: Path
     random: random.Random
@@ -50,14 +50,14 @@ class Drill:
         self.run_dir = self.cwd / "checkpoints" / "drill"
 
     def start(self, *overrides: str, prepare: Callable[[], None] | None = None) -> "Process":
-        """`python -m train` with the short settings, in a fork. `prepare` runs in it first."""
+        """Start `python -m train` with the short settings in a fork, after calling `prepare` there."""
         return Process(self, [*SHORT, *overrides], prepare)
 
     def run(self, *overrides: str, prepare: Callable[[], None] | None = None) -> int:
         return self.start(*overrides, prepare=prepare).wait()
 
     def finish(self, *overrides: str) -> None:
-        """The command again, without the fault: it ends with the weights of a run left alone."""
+        """Rerun the command without the fault and check that its weights equal those of an uninterrupted run."""
         expect(self.run(*overrides) == 0, "the command failed once the fault was gone", self)
         expect(self.weights() == self.alone, "other weights than those of a run left alone", self)
 
@@ -65,13 +65,13 @@ class Drill:
         return {name: file_sha256(self.run_dir / name) for name in WEIGHTS if (self.run_dir / name).exists()}
 
     def step(self, stage: str = "attention_tuning") -> int:
-        """The newest checkpoint's step; 0 before the first."""
+        """Return the step of the latest checkpoint; 0 before the first."""
         found = (self.run_dir / stage / "checkpoints").glob("step-*.ckpt")
         return max((int(path.name.split("-")[1]) for path in found), default=0)
 
 
 class Process:
-    """A run in a fork of this process, in a session of its own."""
+    """A run in a fork of this process, in a new session."""
 
     def __init__(self, drill: Drill, arguments: list[str], prepare: Callable[[], None] | None) -> None:
         self.drill, self.log = drill, drill.cwd / f"log{len(drill.logs)}.txt"
@@ -84,7 +84,7 @@ class Process:
         self.status: int | None = None
 
     def _child(self, arguments: list[str], prepare: Callable[[], None] | None) -> None:
-        atexit._clear()  # what this process has registered is not the child's to do
+        atexit._clear()  # the child must not run the parent's exit handlers
         os.setsid()
         os.chdir(self.drill.cwd)
         file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -95,7 +95,7 @@ class Process:
             if prepare:
                 prepare()
             runpy.run_module("train", run_name="__main__", alter_sys=True)
-        except SystemExit as end:  # as the interpreter does
+        except SystemExit as end:  # mimics the interpreter
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
@@ -117,16 +117,20 @@ class Process:
         return self.status is None
 
     def signal(self, number: int) -> None:
-        """To the run and all that it has started; nothing once it has ended."""
+        """Send a signal to the run and its child processes; do nothing if it has exited."""
         if not self.running():
             return
         try:
             os.killpg(self.pid, number)
-        except ProcessLookupError:  # not yet in a session of its own
+        except ProcessLookupError:  # the child has not called setsid yet
             os.kill(self.pid, number)
 
     def wait(self, seconds: float = 600) -> int:
-        """The exit status. A log with a traceback is wrong, and so is a failure without a message."""
+        """Wait for the run and return its exit status.
+
+        Raises:
+            Wrong: the run timed out, its log has a traceback, or it failed without exactly one message.
+        """
         end = time.monotonic() + seconds
         while self.running():
             if time.monotonic() > end:
@@ -136,7 +140,7 @@ class Process:
         text = self.drill.logs[self.number] = self.text()
         expect("Traceback (most recent call last)" not in text, "a traceback", self.drill)
         if self.status and self.status > 0:
-            messages = re.findall("error: |stopped by |stopped;", text)  # some behind a progress bar
+            messages = re.findall("error: |stopped by |stopped;", text)  # may follow a progress bar on the same line
             expect(len(messages) == 1, f"{len(messages)} messages for exit status {self.status}", self.drill)
         return self.status
 
@@ -144,7 +148,7 @@ class Process:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     def until(self, moment: Callable[[], bool], seconds: float = 300) -> None:
-        """Waits for a moment of the run, or its end."""
+        """Wait until `moment` is true, the run exits, or the time is up."""
         end = time.monotonic() + seconds
         while self.running() and not moment() and time.monotonic() < end:
             time.sleep(0.002)

@@ -1,11 +1,12 @@
-"""Regeneration against a real server that is killed, by a client that is killed: nothing lost, nothing twice.
+"""Regeneration with a real server, killing client and server: no answer may be lost or duplicated.
 
     pip install "transformers[serving]"
     python scripts/drills/regeneration_drill.py
 
-Starts `transformers serve` with the embedded target on loopback, lets `python -m data.regenerate` answer held-out
-prompts with it, kills the client (SIGKILL) at ten random moments and the server at three of them, and compares the
-result with what the in-process backend writes: every id once, every greedy answer the same. About 5 minutes on 2 cores.
+Starts `transformers serve` with the embedded target on loopback, regenerates answers to held-out prompts through it
+with `python -m data.regenerate`, kills the client (SIGKILL) at ten random times and the server at three of them, and
+compares the result with the in-process backend's: each id exactly once, and identical greedy answers. About 5 minutes
+on 2 cores.
 """
 
 import argparse
@@ -24,9 +25,9 @@ TARGET = str(TINY / "target")
 
 
 def start_server(port: int) -> subprocess.Popen:
-    """`transformers serve`, once it answers."""
+    """Start `transformers serve` and wait until it responds."""
     call = [str(Path(sys.executable).with_name("transformers")), "serve", TARGET, "--port", str(port)]
-    # The target file is bfloat16, and so would the server compute: near ties would fall otherwise than in float32.
+    # The target file is bfloat16, and the server would compute in it: near ties would resolve differently from float32.
     call += ["--device", "cpu", "--dtype", "float32"]
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -41,14 +42,14 @@ def start_server(port: int) -> subprocess.Popen:
 
 
 def client(folder: Path, name: str, *overrides: str) -> list[str]:
-    """The command that answers the questions."""
+    """Return the command that regenerates the answers."""
     call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", f"data.path={folder / 'questions.jsonl'}"]
     keep = ["regenerate.max_new_tokens=48", "regenerate.drop_cut_off=false", "regenerate.repeat_times=0"]
     return [*call, *keep, f"regenerate.output={folder / name}.jsonl", *overrides]
 
 
 def answers(file: Path) -> list[dict]:
-    """Samples of a finished file."""
+    """Read the samples of a finished file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -79,7 +80,7 @@ def main() -> None:
                     sys.exit(f"the client ended with status {process.returncode} before it was killed")
                 time.sleep(0.01)
             time.sleep(draw.random())
-            if number % 4 == 1:  # the server first, so that the client meets its absence
+            if number % 4 == 1:  # kill the server first, so that the client sees it down
                 server.send_signal(signal.SIGKILL)
                 server.wait()
                 time.sleep(2)
