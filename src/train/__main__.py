@@ -89,7 +89,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # on purpose: no dropout
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*")  # logged values agree on all ranks
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is: by step number
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is resumable
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # gloo's worker threads may abort an interpreter that exits while they still hold their last result.
     atexit.register(time.sleep, 0.5)

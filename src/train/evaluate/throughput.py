@@ -94,7 +94,7 @@ class Contest:
         seconds, results = self._decode(decoder, groups, self.how, selection, timer=watch)
         times = [self._decode(decoder, groups, self.how, selection)[0] for _ in range(self.repeats)]
         tokens = sum(len(row) for result in results for row in result.tokens)
-        steps = max(1, sum(max(map(len, result.steps)) for result in results))  # as many as the longest row's
+        steps = max(1, sum(max(map(len, result.steps)) for result in results))  # those of the longest row
         row_steps = [step for result in results for row in result.steps for step in row]
         candidates = sum(1 + step.verified for step in row_steps) / max(1, len(row_steps))
         phases = {name: 1e3 * watch.seconds[name] / steps for name in PHASES if name != "prefill"}

@@ -26,7 +26,7 @@ from train.settings.derived import accelerator, arithmetic, device_count, micro_
 # Assumed, not measured: GPU memory used by CUDA, its libraries and communication; host memory used by Python and its
 # libraries.
 CONTEXT, LIBRARIES = 1 * GIB, 1 * GIB
-USABLE = 0.95  # of the memory; the rest is lost to fragmentation
+USABLE = 0.95  # usable fraction of the memory; the rest is lost to fragmentation
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 

@@ -8,7 +8,7 @@ from data.errors import UserError
 
 ARITHMETIC = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 PRECISIONS = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}  # Lightning's short names
-ALL = -1  # devices
+ALL = -1  # value of `trainer.devices` for all devices
 
 
 def precision(config: DictConfig) -> Any:
