@@ -1,4 +1,4 @@
-"""The model card of an exported drafter, made from the run's own records."""
+"""Model card of an exported drafter, generated from the run's records."""
 
 import hashlib
 import json
@@ -19,9 +19,9 @@ from train.run_dir.state import file_sha256, publish, read_json, read_record
 
 TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
 PLOT = "acceptance_by_slot.png"
-MINIMUM = "4.57"  # of transformers, for custom_generate/generate.py
-NOWHERE = "path/to/this/directory"  # where the drafter is, until it has a repository
-# What of a command made the drafter. Others say where things are or go, and may hold what is nobody's business.
+MINIMUM = "4.57"  # transformers version required by custom_generate/generate.py
+NOWHERE = "path/to/this/directory"  # placeholder for the drafter's location until it is uploaded
+# Setting groups shown in the card's commands: those that affect the drafter. Others are paths and may be private.
 SHOWN = (
     "experiment",
     "recipe",
@@ -99,7 +99,7 @@ drafter. `untuned` drafts with the target's own attention; `attention_tuned` lea
 
 
 def is_outdated(run_dir: Path) -> bool:
-    """Whether what was exported was not trained as the records now say: a stage has been trained again since."""
+    """Return whether the export no longer matches the records because a stage has been retrained since."""
     stage = "export"
     while stage:
         done = read_record(run_dir / "records" / f"{stage}.done.json")
@@ -113,14 +113,14 @@ def is_outdated(run_dir: Path) -> bool:
 
 
 def write_card(run_dir: Path) -> None:
-    """Write the card, and the plot that it shows, into the exported directory. The same records give the same card."""
+    """Write the card and its plot to the exported directory. The card is a deterministic function of the records."""
     exported, records = run_dir / "export", {}
     for stage in (*TRAINED, "export", "evaluate"):
         if done := read_record(run_dir / "records" / f"{stage}.done.json"):
             records[stage] = done
     config = without_recommendation(exported)
     if not config["flexdraft_config"]["enable_anchor_bias_logits"]:
-        records.pop("bonus_calibration", None)  # the MLP was not exported
+        records.pop("bonus_calibration", None)  # the calibrator was not exported
     report = run_dir / "evaluate" / "report.json"
     if "evaluate" in records and not (report.exists() and _is_of(records["evaluate"], exported, config)):
         del records["evaluate"]
@@ -142,24 +142,24 @@ def write_card(run_dir: Path) -> None:
 
 
 def _publish_if_other(file: Path, content: bytes) -> None:
-    """A finished run is not written to again: its disk may be read-only by then."""
+    """Write a file only if its content changes: the disk of a finished run may be read-only."""
     if not file.exists() or file.read_bytes() != content:
         publish(file, lambda temporary: temporary.write_bytes(content))
 
 
 def named(card: str, repository: str) -> str:
-    """A card whose examples load the drafter from a repository."""
+    """Return the card with examples that load the drafter from a repository."""
     return card.replace(NOWHERE, repository)
 
 
 def without_paths(text: str) -> str:
-    """A setting, or its value, as others may see it: of paths of this machine and of addresses, only the last part.
+    """Anonymise a setting or its value: reduce local paths and URLs to their last part.
 
-    `owner/name` stays, unless there is such a path here.
+    Keep `owner/name` unless it is an existing local path.
     """
     key, equals, value = text.partition("=") if re.match(r"[+~]*[\w.@]+=", text) else ("", "", text)
     value = value.replace("${embedded:}", "")
-    parts = re.split(r"([,\[\]{}'\"]|: )", value)  # of lists and the like; paths may have blanks
+    parts = re.split(r"([,\[\]{}'\"]|: )", value)  # splits lists and dicts; paths may contain spaces
     return key + equals + "".join(map(_last_part, parts))
 
 
@@ -173,7 +173,7 @@ def _last_part(part: str) -> str:
 
 
 def _is_of(evaluation: dict[str, Any], exported: Path, config: dict[str, Any]) -> bool:
-    """Whether this is the record of an evaluation of what is exported now."""
+    """Return whether the record evaluates the current export."""
     inputs = evaluation["settings"]["inputs"]
     now = {f"export/{file.name}": file_sha256(file) for file in exported.glob("*.safetensors")}
     now["export/config.json"] = config
@@ -204,7 +204,7 @@ def _on_hub(name: str | None) -> bool:
 
 
 def _license(target: dict[str, Any]) -> dict[str, str]:
-    """What the target's own card says of its license, if that card is on this machine."""
+    """Return the license entries of the target's model card, if the card is on this machine."""
     if target["name"] is None:
         return {}
     place = Path(target["name"].replace("${embedded:}", str(EMBEDDED)), CARD)
@@ -246,7 +246,7 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
 
 
 def _fingerprint(config: dict[str, Any]) -> str:
-    """Which target the drafter knows for its own; nothing of exports by earlier versions."""
+    """Describe the fingerprint of the target's weights; empty for exports by earlier versions, which have none."""
     if FINGERPRINT not in config:
         return ""
     digest = hashlib.sha256(json.dumps(config[FINGERPRINT], sort_keys=True).encode()).hexdigest()
@@ -257,13 +257,13 @@ def _fingerprint(config: dict[str, Any]) -> str:
 
 
 def _transformers(record: dict[str, Any]) -> str:
-    """The version under which the drafter was made, which is one that it was run with."""
+    """Describe the transformers version that made and evaluated the drafter."""
     version = record["environment"].get("transformers")
     return f"made and evaluated with {version}" if version else "the version is not on record"
 
 
 def _beyond(extra: dict[str, Any]) -> str:
-    """What the drafter has that not every decoder knows."""
+    """Describe the drafter's extensions that some decoders do not support."""
     parts = ["its slot 0 holds the bonus token where that is known before drafting"] if extra["bonus_slot"] else []
     parts += ["each slot's logits depend on the draft before it"] if extra["chain_rank"] else []
     if not parts:
@@ -280,12 +280,12 @@ def _place(name: str) -> str:
 
 
 def _template(trained: dict[str, Any]) -> dict[str, Any]:
-    """What the chat template was given."""
+    """Return the arguments of the chat template."""
     return next(iter(trained.values()))["settings"]["data"]["template_kwargs"]
 
 
 def _figures(report: dict[str, Any], seed: int) -> str:
-    """Acceptance, how it was measured, and speed if that was."""
+    """Format acceptance, the decoding settings and, if measured, speed."""
     how = report["how"]
     sampling, selection = how["sampling"], how["selection"]
     sampled = "greedy"
@@ -318,7 +318,7 @@ def _speed(speed: dict[str, Any]) -> list[str]:
 
 
 def _training(record: dict[str, Any], target: dict[str, Any]) -> dict[str, str]:
-    """What made the drafter in one stage."""
+    """Return the training settings and results of one stage as table rows."""
     settings, result = record["settings"], record["result"]
     stage, objective = settings["stage"], settings["objective"]
     terms = " + ".join(f"{objective[key]:g} {key.upper()}" for key in ("ce", "kl", "tv") if objective[key])
@@ -333,25 +333,25 @@ def _training(record: dict[str, Any], target: dict[str, Any]) -> dict[str, str]:
         "objective, slot weights": f"{terms}, {objective['weights']}",
         "arithmetic, seed": f"{settings['arithmetic']}, {settings['seed']}",
         "trained parameters": f"{result['trained_parameters']:,}",
-        "hardware": record.get("hardware", "not recorded"),  # by earlier versions
+        "hardware": record.get("hardware", "not recorded"),  # in records of earlier versions
     }
 
 
 def _paths(record: dict[str, Any]) -> list[str]:
-    """Where the data came from: `data.path` is a path, or a list of paths and sources."""
+    """Return the paths of the data: `data.path` is a path, or a list of paths and sources."""
     path = record["settings"]["data"]["path"]
     return [one if isinstance(one, str) else one["path"] for one in (path if isinstance(path, list) else [path])]
 
 
 def _records(parts: list[list[Any]]) -> str:
-    """How many, and the beginning of the hash of their file; of all hashes where there are several."""
+    """Format the record count and a short hash: the file's, or a hash of all hashes for several files."""
     hashes = [fingerprint.rsplit("/", 1)[-1] for fingerprint, _ in parts]
     one = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     return f"{sum(taken for _, taken in parts):,}, {one[:12]}"
 
 
 def _revision(target: dict[str, Any]) -> str:
-    """The target's name and, of a repository, the commit that is on this machine."""
+    """Format the target's name and, for a Hub repository, the commit in the local cache."""
     revision = target["revision"]
     if _on_hub(target["name"]):
         cached = try_to_load_from_cache(target["name"], "config.json", revision=revision)
@@ -360,7 +360,7 @@ def _revision(target: dict[str, Any]) -> str:
 
 
 def _commands(records: dict[str, Any]) -> list[str]:
-    """The commands that made the stages, each once; none where Python called."""
+    """Return the distinct commands of the stages; empty if they were run from Python."""
     commands = []
     for record in records.values():
         given = [o for o in record.get("overrides", []) if o.lstrip("+").split("=")[0].split(".")[0] in SHOWN]
