@@ -1,1 +1,1 @@
-"""Conversations to packed rows: chat template, supervision, tokenisation, packing, anchors."""
+"""Preprocessing from conversations to packed rows: chat template, supervision, tokenization, packing, anchors."""

@@ -1,4 +1,4 @@
-"""Where blocks may start, and what each of their slots should say."""
+"""Anchor sampling and block labels."""
 
 import numpy as np
 import torch
@@ -8,12 +8,12 @@ from data.preprocess.packing import Row
 
 
 def valid_anchors(row: Row) -> np.ndarray:
-    """Indices of the row at which decoding could start a block.
+    """Return the row indices at which a block may start.
 
-    The anchor is a token that the assistant wrote (decoding has only verified what is before it), and so is the token
-    after it, in the same document: slot 0 is never drafted, so a block without slot 1 teaches nothing. A block may
-    reach past the end of its answer, as the last blocks of decoding do; those slots carry no label. An anchor is never
-    the first token of its document: the context of a block is not empty.
+    The anchor and the next token must both be supervised and belong to the same document: the prediction of slot 0 is
+    discarded for the bonus token, so a block without a label at slot 1 contributes no training signal. A block may
+    extend past the end of its answer, as the last blocks do in decoding; those slots have no label. The first token of
+    a document is never an anchor, because the block would have no context.
     """
     supervised, documents = row.supervised, row.document_ids
     next_is_same = np.append(supervised[1:] & (documents[1:] == documents[:-1]), False)
@@ -21,7 +21,7 @@ def valid_anchors(row: Row) -> np.ndarray:
 
 
 def block_labels(row: Row, anchors: np.ndarray, block_size: int) -> np.ndarray:
-    """[A, B] the token at anchor + slot; IGNORE from the first slot that the assistant did not write."""
+    """Return [A, B] labels: the token at anchor + slot, or IGNORE from the first unsupervised slot on."""
     at = anchors[:, None] + np.arange(block_size)  # [A, B]
     inside = at < len(row.input_ids)
     at = np.minimum(at, len(row.input_ids) - 1)
@@ -31,16 +31,17 @@ def block_labels(row: Row, anchors: np.ndarray, block_size: int) -> np.ndarray:
 
 
 def draw_anchors(row: Row, count: int, generator: np.random.Generator) -> np.ndarray:
-    """[count] anchors, ascending, drawn without replacement; -1 at the end where the row has fewer."""
+    """Sample anchors without replacement. Return [count] ascending indices, padded with -1 if the row has fewer."""
     candidates = valid_anchors(row)
     drawn = np.sort(generator.permutation(candidates)[:count])
     return np.append(drawn, np.full(count - len(drawn), -1)).astype(np.int64)
 
 
 def make_batch(rows: list[Row], *, num_anchors: int, block_size: int, seeds: list[tuple[int, ...]]) -> Batch:
-    """Stack rows and draw their blocks. The draw of a row depends on its seed alone.
+    """Stack rows into a batch and sample their blocks. The anchors of a row depend only on the row and its seed.
 
-    A place in `anchors` that its row cannot fill holds anchor 0 and no labels: it is computed, and counts for nothing.
+    If a row has fewer than `num_anchors` valid anchors, the remaining blocks use anchor 0 with all labels IGNORE: they
+    are computed but contribute no loss.
     """
     anchors, labels = [], []
     for row, seed in zip(rows, seeds, strict=True):

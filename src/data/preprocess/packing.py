@@ -1,4 +1,4 @@
-"""Pack documents into rows of one length."""
+"""Packing of documents into fixed-length rows."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -12,27 +12,27 @@ from data.preprocess.chat_template import Document
 
 @dataclass
 class Row:
-    """One packed row; arrays of length T."""
+    """A packed row. All arrays have shape [T]."""
 
     input_ids: np.ndarray  # int64
-    position_ids: np.ndarray  # int64, restarting at 0 with every document
+    position_ids: np.ndarray  # int64, restarting at 0 for each document
     document_ids: np.ndarray  # int64, PADDING_DOCUMENT for padding
     supervised: np.ndarray  # bool
 
 
 def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
-    """[documents] the row of each, so that lengths add up to at most `max_seq_len` in all of them.
+    """Assign documents to rows of at most `max_seq_len` tokens. Return [documents] row indices.
 
-    Best fit, longest document first, ties by index: each goes to the fullest row that still has room for it.
+    Best-fit decreasing: documents are placed longest first (ties by index), each into the fullest row with enough room.
 
     Raises:
         ValueError: a document is longer than a row.
     """
     rows = np.empty(len(lengths), np.int32)
-    open_rows: dict[int, list[int]] = {}  # by the room left
-    rooms: list[int] = []  # the keys of `open_rows`, ascending; at most `max_seq_len` of them, whatever the data
+    open_rows: dict[int, list[int]] = {}  # remaining room -> rows
+    rooms: list[int] = []  # sorted keys of `open_rows`; at most `max_seq_len` entries
     count = 0
-    for i in np.argsort(-lengths, kind="stable"):  # not as a list: memory should not grow with the data
+    for i in np.argsort(-lengths, kind="stable"):  # no `tolist`: a list of Python ints takes more memory
         length = int(lengths[i])
         if length > max_seq_len:
             raise ValueError(f"document {i} has {length} tokens, a row {max_seq_len}")
@@ -55,22 +55,22 @@ def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
 
 
 class PackedRows(Sequence[Row]):
-    """Rows that hold every document once, put together when asked for: only the plan is in memory."""
+    """Packed rows, assembled on access. Each document occurs once; only the row assignment is held in memory."""
 
     def __init__(self, documents: Sequence[Document], lengths: np.ndarray, max_seq_len: int, pad_id: int) -> None:
-        """`lengths` are those of the documents, known without reading them."""
+        """Compute the row assignment from `lengths`, the token counts of `documents`, without reading any document."""
         self.documents, self.max_seq_len, self.pad_id = documents, max_seq_len, pad_id
         rows = best_fit(lengths, max_seq_len)
-        self._members = np.argsort(rows, kind="stable")  # documents, row by row
+        self._members = np.argsort(rows, kind="stable")  # document indices, grouped by row
         self._edges = np.searchsorted(rows[self._members], np.arange(rows.max(initial=-1) + 2))
         self.tokens = int(lengths.sum())
-        # Pairs of a token and one that it may attend to: none before it, or of another document.
+        # Causal attention pairs (query, key) within documents.
         self.pairs = int((lengths.astype(np.int64) * (lengths.astype(np.int64) + 1)).sum()) // 2
 
     def __len__(self) -> int:
         return len(self._edges) - 1
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  rows are asked for one by one
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  no slices
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -78,13 +78,14 @@ class PackedRows(Sequence[Row]):
         return fill([self.documents[i] for i in members.tolist()], self.max_seq_len, self.pad_id)
 
     def totals(self, values: np.ndarray) -> np.ndarray:
-        """[rows] a number per document, added up over each row."""
+        """Sum per-document values over each row. Return [rows]."""
         return np.add.reduceat(values[self._members], self._edges[:-1]) if len(self) else np.zeros(0, np.int64)
 
     def beginnings(self, most: int, longest: int) -> list[list[int]]:
-        """What comes before the first supervised token, of the first documents where that is 1 to `longest` tokens.
+        """Return up to `most` prompts: the tokens before the first supervised token of a document.
 
-        By the order of the documents, which is drawn, not of the rows: they begin with the longest ones.
+        Only prompts of 1 to `longest` tokens are used. Documents are visited in their shuffled order rather than in row
+        order, because the first rows hold the longest documents.
         """
         found: list[list[int]] = []
         for i in range(len(self.documents)):
@@ -97,17 +98,17 @@ class PackedRows(Sequence[Row]):
         return found
 
     def efficiency(self) -> float:
-        """Share of the rows' places that hold a token."""
+        """Packing efficiency: fraction of non-padding tokens."""
         return self.tokens / max(1, len(self) * self.max_seq_len)
 
 
 def pack_documents(documents: Sequence[Document], max_seq_len: int, pad_id: int) -> PackedRows:
-    """Rows of documents in memory."""
+    """Pack documents whose lengths are read from the documents themselves."""
     return PackedRows(documents, np.array([len(d.input_ids) for d in documents], np.int32), max_seq_len, pad_id)
 
 
 def fill(documents: list[Document], max_seq_len: int, pad_id: int) -> Row:
-    """One row of these documents, in this order, padded at its end."""
+    """Concatenate documents into one row, padded at the end with `pad_id`."""
     row = Row(
         input_ids=np.full(max_seq_len, pad_id, np.int64),
         position_ids=np.zeros(max_seq_len, np.int64),

@@ -1,4 +1,4 @@
-"""Conversations to packed rows: what training starts from."""
+"""Data preparation: tokenize conversations, split off validation data, pack rows."""
 
 import os
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from data.sources.rejects import refuse_bad
 
 @dataclass
 class Prepared:
-    """A set of conversations, tokenised and packed."""
+    """Tokenized and packed training and validation data."""
 
     documents: Documents
     training: PackedRows
@@ -26,7 +26,7 @@ class Prepared:
 
 
 class Subset:
-    """Some of the documents, in an order of their own."""
+    """View of selected documents, in the order of `indices`."""
 
     def __init__(self, documents: Documents, indices: np.ndarray) -> None:
         self.documents, self.indices = documents, indices
@@ -51,12 +51,12 @@ def prepare(
     seed: int,
     rejects: Path,
 ) -> Prepared:
-    """Training rows and validation rows of a set of conversations.
+    """Tokenize and shuffle conversations, split off `validation_records` of them and pack both sets into rows.
 
-    Bad records are written to `rejects`, and end the run unless `bad_records` is "skip".
+    Bad records are written to `rejects`; they stop the run unless `bad_records` is "skip".
 
     Raises:
-        UserError: bad records, nothing to train on, or no answer as long as a block.
+        UserError: bad records with policy "stop", no training data, or no answer with at least `block_size` tokens.
     """
     settings = Tokenising(max_seq_len=max_seq_len, truncation=truncation)
     documents = tokenise(parts, encoder, settings, num_proc=processes(num_proc))
@@ -71,14 +71,14 @@ def prepare(
 
 
 def processes(num_proc: int | None) -> int:
-    """How many processes to use; null asks for one per core that this process may use."""
+    """Return the number of worker processes. None selects one per CPU core available to this process."""
     if num_proc is not None:
         return num_proc
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
 
 
 def describe(prepared: Prepared) -> str:
-    """One line on what was read and what became of it."""
+    """One-line dataset summary: records by outcome, tokens kept and lost, training rows, packing efficiency."""
     documents, rows = prepared.documents, prepared.training
     found = documents.outcomes()
     listed = f", listed in {prepared.rejects}" if found[OUTCOMES[BAD]] else ""

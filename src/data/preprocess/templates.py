@@ -1,4 +1,4 @@
-"""What a chat template reads: an argument that it does not read changes nothing."""
+"""Validation of chat template arguments: an argument that the template does not read has no effect."""
 
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
@@ -13,14 +13,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import UserError
 
-FOR_USERS = {"tools", "documents"}  # arguments of transformers' rendering that a template may read
-# Arguments of the rendering that are set for every conversation.
+FOR_USERS = {"tools", "documents"}  # rendering arguments of transformers that users may set
+# Rendering arguments that this project sets for every conversation.
 SET_HERE = {"messages", *signature(render_jinja_template).parameters} - FOR_USERS - {"kwargs"}
-FUNCTIONS = ("raise_exception", "strftime_now")  # that transformers gives to templates
+FUNCTIONS = ("raise_exception", "strftime_now")  # provided to templates by transformers
 
 
 class Generation(Extension):
-    """`{% generation %}`, which transformers adds to Jinja: for reading a template, its content alone."""
+    """Parses the `{% generation %}` tag of transformers as its body alone, which suffices for static analysis."""
 
     tags = {"generation"}
 
@@ -30,7 +30,7 @@ class Generation(Extension):
 
 
 def variables_read(template: str) -> set[str] | None:
-    """The variables that a chat template reads; None if it is no valid template, which rendering will report."""
+    """Return the variables that a chat template reads, or None for an invalid template, which rendering will report."""
     environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])  # noqa: S701  nothing is rendered
     environment.globals |= dict.fromkeys(FUNCTIONS)
     try:
@@ -42,18 +42,18 @@ def variables_read(template: str) -> set[str] | None:
 def check_template_kwargs(
     template: str, given: dict[str, Any], overrides: list[str], say: Callable[[str], None], also: Collection[str] = ()
 ) -> None:
-    """Every argument must be one that the chat template reads.
+    """Check that the chat template reads every argument.
 
     Args:
         template: the target's chat template.
         given: `data.template_kwargs`.
-        overrides: of the command line. What they give must have an effect; what a file of conf/ gives may be for
-            another target, and is a warning unless it looks misspelt.
+        overrides: command-line overrides. An unread argument given here is an error. One from a conf/ file may be meant
+            for another target and causes a warning, unless it looks like a typo.
         say: prints a warning.
-        also: variables that are always set, such as the special tokens: no suggestions.
+        also: variables that are always set, such as special tokens; excluded from the suggestions.
 
     Raises:
-        UserError: an argument is set here, looks misspelt, or was given on the command line without effect.
+        UserError: an argument is reserved, looks like a typo, or has no effect but was given on the command line.
     """
     if taken := sorted(given.keys() & SET_HERE):
         raise UserError(f"data.template_kwargs.{taken[0]}: set for every conversation; leave it out.")

@@ -1,4 +1,4 @@
-"""Records to tokens, in several processes, kept on disk under a fingerprint of everything that matters."""
+"""Parallel tokenization of records, cached on disk under a fingerprint of everything that affects the tokens."""
 
 import hashlib
 import json
@@ -22,18 +22,18 @@ from data.sources.readers import Chunk, Found, Part, fingerprint
 from data.sources.records import Messages, conversation
 from data.sources.rejects import RAW_CHARACTERS, printable, reject
 
-OUTCOMES = ("kept", "cut", "too long", "no block fits", "bad")  # what became of a record
+OUTCOMES = ("kept", "cut", "too long", "no block fits", "bad")  # outcome of a record
 KEPT, CUT, TOO_LONG, SILENT, BAD = range(len(OUTCOMES))
 FEATURES = Features(
     part=Value("int32"),
-    place=Value("int64"),  # line or row in its source
-    outcome=Value("int8"),  # index in OUTCOMES
-    reason=Value("string"),  # why a record is bad
-    raw=Value("string"),  # the beginning of a bad record
-    tokens=Value("int32"),  # of the whole conversation, before it was cut
-    anchors=Value("int32"),  # places where a block can start
-    longest=Value("int32"),  # tokens of the longest answer
-    digest=Value("int64"),  # of the messages, to find those that come twice
+    place=Value("int64"),  # line or row number in its source
+    outcome=Value("int8"),  # index into OUTCOMES
+    reason=Value("string"),  # error message of a bad record
+    raw=Value("string"),  # start of a bad record, up to RAW_CHARACTERS
+    tokens=Value("int32"),  # length of the conversation before truncation
+    anchors=Value("int32"),  # number of valid anchors
+    longest=Value("int32"),  # length of the longest answer in tokens
+    digest=Value("int64"),  # hash of the messages, to find duplicates
     input_ids=List(Value("int32")),
     supervised=List(Value("bool")),
 )
@@ -42,14 +42,14 @@ CODE = ("batch", "preprocess/chat_template", "preprocess/tokenized", "sources/re
 
 @dataclass(frozen=True)
 class Tokenising:
-    """Settings that the tokens depend on, beside the records and the encoder."""
+    """Tokenization settings. With the records and the encoder, they determine the tokens."""
 
     max_seq_len: int
-    truncation: str  # turn: cut behind the last turn that fits; token: cut anywhere; drop: leave it out
+    truncation: str  # turn: keep the leading turns that fit; token: cut at max_seq_len; drop: skip the conversation
 
 
 class Documents(Sequence[Document]):
-    """Conversations as tokens, memory-mapped, in the order of their records; those left out do not count."""
+    """Memory-mapped tokenized conversations in record order, without rejected and dropped records."""
 
     def __init__(self, table: Dataset, parts: list[Part]) -> None:
         self.table, self.parts = table, parts
@@ -59,38 +59,38 @@ class Documents(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  documents are asked for one by one
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  no slices
         found = self._tokens[int(self.indices[index])]
         return Document(found["input_ids"], found["supervised"])
 
     def column(self, name: str, *, all_records: bool = False) -> np.ndarray:
-        """One number per document, or per record."""
+        """Return a numeric column, [documents] or with `all_records` [records]."""
         column = self.table.data.column(name).to_numpy()
         return column if all_records else column[self.indices]
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[documents] tokens, after cutting."""
+        """[documents] token counts after truncation."""
         return _lengths(self.table, "input_ids")[self.indices]
 
     def largest_token(self) -> int:
-        """The largest token id of all documents; -1 without tokens."""
+        """Return the largest token id of all documents, or -1 if there are no tokens."""
         chunks = [chunk.flatten() for chunk in self.table.data.column("input_ids").chunks]
         return max((int(compute.max(tokens).as_py()) for tokens in chunks if len(tokens)), default=-1)
 
     def outcomes(self) -> dict[str, int]:
-        """How many records were kept, cut, left out and refused."""
+        """Return the number of records per outcome, keyed by OUTCOMES."""
         counts = np.bincount(self.column("outcome", all_records=True), minlength=len(OUTCOMES))
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
     def lost(self) -> tuple[int, int]:
-        """Tokens cut off, and tokens of conversations that were left out: too long, or without room for a block."""
+        """Return the tokens lost to truncation and those of dropped conversations (too long, or without an anchor)."""
         tokens, outcome = (self.column(name, all_records=True) for name in ("tokens", "outcome"))
         left_out = np.isin(outcome, (TOO_LONG, SILENT))
         return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[left_out].sum())
 
     def rejects(self) -> Iterator[dict[str, Any]]:
-        """Every bad record: where it is, why it is bad, and how it begins."""
+        """Yield an entry of the rejects file for each bad record: location, reason, start of the record."""
         for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():
             row = self.table[i]
             found = Found(row["place"], None, None, row["raw"])
@@ -98,11 +98,11 @@ class Documents(Sequence[Document]):
 
 
 def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, num_proc: int) -> Documents:
-    """Documents of all records, from the cache if they were made before.
+    """Tokenize all records, or load the result from the cache.
 
-    The order, and so everything after it, does not depend on the number of processes. Ranks and runs that want the
-    same documents wait for the first of them to finish. Interrupted work leaves nothing behind that is taken for
-    finished.
+    The order of documents does not depend on the number of processes. A file lock lets one rank or run tokenize the
+    data while the others wait. The cache entry is renamed into place once complete, so an interrupted run leaves no
+    partial entry.
     """
     key = _fingerprint(parts, encoder, settings)
     home = Path(datasets.config.HF_DATASETS_CACHE) / "flexdraft" / key
@@ -149,7 +149,7 @@ def _write(home: Path, parts: list[Part], encoder: ChatEncoder, settings: Tokeni
 def tokenise_chunk(
     columns: dict[str, list[int]], *, parts: list[Part], encoder: ChatEncoder, settings: Tokenising
 ) -> dict[str, list[Any]]:
-    """Rows of `FEATURES` for the records of one chunk."""
+    """Tokenize the records of one chunk. Return the columns of `FEATURES`."""
     (number,) = columns.pop("part")
     part, chunk = parts[number], Chunk(**{name: value for name, (value,) in columns.items()})
     rows, whole = [], []
@@ -174,7 +174,7 @@ def tokenise_chunk(
 
 
 def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, settings: Tokenising) -> Document | None:
-    """The document, cut if it is longer than a row; None if nothing of it may stay."""
+    """Truncate a document to the row length. Return None if it must be dropped."""
     limit = settings.max_seq_len
     if len(document.input_ids) <= limit:
         return document
@@ -182,8 +182,8 @@ def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, set
         return None
     if settings.truncation == "token":
         return Document(document.input_ids[:limit], document.supervised[:limit])
-    # Tokenised again rather than cut: a template may render the last turn differently, and so a shorter conversation
-    # may even have more tokens than a longer one.
+    # Re-tokenize instead of slicing: a template may render the last turn differently, so a conversation with fewer
+    # turns may even have more tokens.
     ends = [turn for turn, message in enumerate(messages, start=1) if message["role"] == "assistant"][:-1]
     shorter = (encoder.conversation(messages[:end]) for end in reversed(ends))
     return next((document for document in shorter if len(document.input_ids) <= limit), None)
@@ -216,12 +216,12 @@ def _content(document: Document | None) -> dict[str, Any]:
 
 
 def _anchors(supervised: np.ndarray) -> int:
-    """Places where a block can start, as `data.preprocess.anchors.valid_anchors` finds them in a row."""
+    """Count the valid anchors of a document, consistent with `data.preprocess.anchors.valid_anchors`."""
     return int((supervised[1:-1] & supervised[2:]).sum())
 
 
 def longest_answer(supervised: np.ndarray) -> int:
-    """Longest run of supervised tokens."""
+    """Return the length of the longest run of supervised tokens."""
     edges = np.diff(np.concatenate([[0], supervised.astype(np.int8), [0]]))
     return int((np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).max(initial=0))
 
@@ -232,7 +232,7 @@ def _digest(messages: Messages) -> int:
 
 
 def _lengths(table: Dataset, name: str) -> np.ndarray:
-    """Lengths of a column of lists, without reading the lists."""
+    """Return the list lengths of a column from the Arrow offsets, without reading the values."""
     offsets = [np.diff(chunk.offsets.to_numpy()) for chunk in table.data.column(name).chunks]
     return np.concatenate(offsets) if offsets else np.zeros(0, np.int32)
 
