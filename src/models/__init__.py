@@ -1,1 +1,1 @@
-"""The method as tensors in, tensors out: target pass, draft, losses, decoding, export. Needs torch and transformers."""
+"""The FlexDraft method on tensors: target pass, draft, losses, decoding, export. Needs torch and transformers."""

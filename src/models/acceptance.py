@@ -1,4 +1,4 @@
-"""Acceptance length and τ with its interval, defined once: for training, decoding and reports."""
+"""Acceptance length, τ and its confidence interval, shared by training, decoding and reports."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def accepted_drafts(drafted: Tensor, predicted: Tensor) -> Tensor:
-    """Number of leading drafts that equal the target's predictions. [..., n], [..., n] -> [...]."""
+    """Count the leading drafts that equal the target's predictions. [..., n], [..., n] -> [...]."""
     return leading_true(drafted == predicted)
 
 
@@ -16,28 +16,29 @@ def leading_true(correct: Tensor) -> Tensor:
 
 
 def running_product(values: Tensor) -> Tensor:
-    """Products of the leading 1, 2, ... n values. [..., n] -> [..., n].
+    """Cumulative product along the last dimension, deterministic on GPUs. [..., n] -> [..., n].
 
-    `cumprod` of floats, as `cumsum`, may add up in any order on a GPU, and PyTorch has no deterministic one.
+    The reduction order of float `cumprod` (as of `cumsum`) on a GPU is not fixed, and PyTorch has no deterministic
+    implementation.
     """
     before = torch.ones(values.shape[-1:] * 2, dtype=torch.bool, device=values.device).tril()  # [j, m]: m <= j
     return torch.where(before, values[..., None, :], 1.0).prod(-1)
 
 
 def acceptance_length(accepted: int | Tensor) -> int | Tensor:
-    """Tokens gained by one verify step: the accepted drafts and the bonus token."""
+    """Acceptance length of a verify step: accepted drafts plus the bonus token."""
     return accepted + 1
 
 
 def mean_acceptance_length(accepted: list[int]) -> float:
-    """τ: mean acceptance length over all verify steps of all prompts (micro average); nan without steps."""
+    """τ: mean acceptance length over all verify steps of all prompts (micro average); NaN if there are no steps."""
     if not accepted:
         return float("nan")
     return sum(acceptance_length(a) for a in accepted) / len(accepted)
 
 
 def acceptance_by_slot(accepted: list[int], block_size: int) -> list[float]:
-    """Share of verify steps in which slot j = 1 .. B-1 was accepted. Falls with j: a slot needs all before it."""
+    """Fraction of verify steps in which slot j = 1 .. B-1 was accepted; non-increasing in j."""
     counts = torch.tensor(accepted, dtype=torch.long)
     return [float((counts >= slot).double().mean()) if accepted else float("nan") for slot in range(1, block_size)]
 
@@ -45,20 +46,20 @@ def acceptance_by_slot(accepted: list[int], block_size: int) -> list[float]:
 def tau_interval(
     accepted_by_prompt: list[list[int]], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap over prompts of τ, the mean over all verify steps of all prompts drawn.
+    """Compute a percentile bootstrap confidence interval of τ by resampling prompts.
 
-    Prompts are drawn, not steps: those of one prompt are alike, and drawn one by one they would promise an interval
-    that is too narrow. The generator is its own, so the same lists give the same interval.
+    Prompts are resampled rather than steps: steps of the same prompt are correlated, so resampling them independently
+    would give too narrow an interval. A local random generator makes the result reproducible.
 
     Args:
-        accepted_by_prompt: accepted drafts of each verify step, by prompt; prompts without steps are left out.
-        level: share of the resamples within the interval.
+        accepted_by_prompt: accepted drafts of each verify step, by prompt; prompts without steps are ignored.
+        level: confidence level, the fraction of resamples within the interval.
 
     Returns:
-        Its ends; nan with fewer than two prompts that have steps: one says nothing of how prompts differ.
+        Lower and upper bound; NaN if fewer than two prompts have steps, since the variance between prompts is unknown.
 
     Raises:
-        ValueError: level or resamples out of range.
+        ValueError: level or resamples is out of range.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: expected a share between 0 and 1.")

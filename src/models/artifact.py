@@ -1,6 +1,6 @@
-"""An exported drafter on disk: the names of its files, its config, and which files make it whole.
+"""Files of an exported drafter: names, config, and the files required for a complete export.
 
-Writing (`export`), loading and verifying share these definitions.
+Shared by writing (`export`), loading and verification.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ from data.errors import UserError
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 CARD = "README.md"
-DECODER = Path("custom_generate", "generate.py")  # where transformers looks for it
-OWN_DECODER = Path(__file__).parent / DECODER  # what an export copies there
-# Both hold the same settings: the public release's code reads the first, its published checkpoint carries the second.
+DECODER = Path("custom_generate", "generate.py")  # path expected by transformers
+OWN_DECODER = Path(__file__).parent / DECODER  # source file copied into exports
+# Both keys hold the same settings: the public code reads the first, the published checkpoint uses the second.
 FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
-RECOMMENDED = "recommended_decoding"  # within both
-DECODER_SHA256 = "custom_generate_sha256"  # of the decoder that was exported; in config.json
+RECOMMENDED = "recommended_decoding"  # key within both
+DECODER_SHA256 = "custom_generate_sha256"  # hash of the exported decoder, stored in config.json
 
-# What an export and its run write, and what is published. Config, decoder and weights (one file, or shards with their
-# index) make an artifact whole; card and plots describe it.
+# Files written by an export and its run, and published. Config, decoder and weights (one file, or shards plus index)
+# are required; model card and plots are documentation.
 PARTS = (CONFIG, CARD, "*.safetensors", INDEX, "*.png", DECODER.as_posix())
-HARMLESS = (".gitattributes", "LICENSE*", ".cache/*", "*/__pycache__/*")  # what the Hub, git and Python add
+HARMLESS = (".gitattributes", "LICENSE*", ".cache/*", "*/__pycache__/*")  # files added by the Hub, git and Python
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file; None if it is not there or not readable."""
+    """Return the content of a JSON file; None if it is missing or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -36,13 +36,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds an object; an empty one if it holds something else or cannot be read."""
+    """Return the JSON object in a file; an empty dict if the file is missing, unreadable or holds another type."""
     content = read_json(path)
     return content if isinstance(content, dict) else {}
 
 
 def why_no_object(path: Path, way_out: str = "Export again, or correct it.") -> str | None:
-    """Why a file holds no JSON object; None if it does."""
+    """Return the reason why a file does not contain a JSON object; None if it does."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -57,10 +57,10 @@ def why_no_object(path: Path, way_out: str = "Export again, or correct it.") -> 
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """An artifact's `config.json`.
+    """Read the `config.json` of an exported drafter.
 
     Raises:
-        UserError: not there, not readable, or not an exported drafter's.
+        UserError: the file is missing, unreadable, or not the config of an exported drafter.
     """
     if reason := why_no_object(directory / CONFIG):
         raise UserError(f"{directory}: no exported drafter there. {reason}")
@@ -71,32 +71,32 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Write `config.json`, under a temporary name first."""
+    """Write `config.json` atomically, via a temporary file."""
     temporary = directory / f".{CONFIG}.tmp"
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, directory / CONFIG)
 
 
 def draft_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """`flexdraft_config`, under either of its names; None if neither is an object."""
+    """Return the drafter settings under either of their keys; None if neither holds an object."""
     return next((config[key] for key in FLEXDRAFT_KEYS if isinstance(config.get(key), dict)), None)
 
 
 def extras(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a drafter has beyond the paper's by the settings of its `config.json`, as arguments of `DraftModel`."""
+    """Return the settings of extensions beyond the paper from `config.json`, as keyword arguments of `DraftModel`."""
     return {key: settings.get(key, absent) for key, absent in (("bonus_slot", False), ("chain_rank", 0))}
 
 
 def sha256(path: Path) -> str:
-    """Of a small file's content."""
+    """Return the SHA-256 hex digest of a small file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
-    """The code with which plain transformers decodes must be there, and be what was exported.
+    """Check that the exported decoding code (for plain transformers) is present and unmodified.
 
-    Users run it with `trust_remote_code=True`, so other code beside it, or a change after the export, is a fault. The
-    file of another version of this project is not: it gives a warning.
+    Users run this code with `trust_remote_code=True`, so additional Python files or changes after the export are
+    faults. An unmodified file from another version of this project only gives a warning.
 
     Returns:
         Faults and warnings.
@@ -124,7 +124,7 @@ def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def file_warnings(directory: Path) -> list[str]:
-    """Files that no export writes."""
+    """Return a warning that lists unexpected files in an export directory, if any."""
     files = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
     other = [name for name in files if not any(fnmatch(name, pattern) for pattern in PARTS + HARMLESS)]
     return [f"files that no export writes: {', '.join(other[:4])}{' ...' * (len(other) > 4)}."] if other else []

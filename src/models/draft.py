@@ -1,4 +1,4 @@
-"""The drafter: the target's last layers with attention projectors of their own, and the bonus-conditioned MLP."""
+"""The drafter: the target's last layers with separate attention projections, and the bonus-conditioned calibrator."""
 
 import copy
 
@@ -15,19 +15,19 @@ from models.attention.packed import Mask, View, blocks_mask
 from models.families import layer_windows
 from models.target import Context
 
-UNKNOWN = -1  # in place of a token that the drafter is not told
+UNKNOWN = -1  # placeholder for a token that is not given to the drafter
 
 
 class DraftModel(nn.Module):
-    """Mask tokens through the target's last `L` layers (FlexDraft, arXiv 2605.20022, "Attention Tuning").
+    """Drafter: runs mask tokens through the target's last `L` layers (FlexDraft, arXiv 2605.20022, Attention Tuning).
 
-    A draft layer *is* the target's decoder layer: norms, FFN and attention function are the target's modules by
-    reference, frozen; only `self_attn` is a copy, initialised from the target and trained. Attribute names are those of
-    the exported tensors, so neither checkpoints nor exports need a key map.
+    Each draft layer reuses the target's decoder layer: norms, FFN and attention function are shared by reference and
+    frozen; only `self_attn` is a trainable copy, initialized from the target. Attribute names match the exported tensor
+    names, so checkpoints and exports need no key mapping.
 
-    Beyond the paper, both off in its recipe: `bonus_slot`, by which slot 0 tells the other slots a bonus token that is
-    known before drafting, as in sequential mode; and `chain_mlp`, by which each slot's logits depend on the token that
-    was drafted before it (docs/results/recipe.md).
+    Two extensions beyond the paper, both disabled in its recipe: `bonus_slot` feeds a bonus token that is known before
+    drafting (as in sequential mode) into slot 0, where the other slots attend to it; `chain_mlp` conditions each slot's
+    logits on the previously drafted token (docs/results/recipe.md).
     """
 
     def __init__(
@@ -41,17 +41,19 @@ class DraftModel(nn.Module):
         chain_rank: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """
+        """Build a drafter on top of a target and initialize it from the target's weights.
+
         Args:
-            num_layers: L, how many of the target's last layers draft.
+            num_layers: L, number of draft layers (the target's last layers).
             block_size: B, mask tokens per block.
-            calibrator_rank: r, hidden size of the calibrator; 0 for a drafter without one.
-            bonus_slot: whether slot 0's input can hold a known bonus token.
-            chain_rank: hidden size of the MLP that sees the token drafted before a slot's; 0 for a drafter without one.
-            dtype: of the drafter's own parameters; the target's if None.
+            calibrator_rank: r, hidden size of the calibrator; 0 disables it.
+            bonus_slot: whether slot 0's input can encode a known bonus token.
+            chain_rank: hidden size of the MLP conditioned on the previously drafted token; 0 disables it.
+            dtype: dtype of the drafter's own parameters; defaults to the target's.
 
         Raises:
-            ValueError: L, B or r out of range; a target that is wrapped in something else.
+            ValueError: L, B or a rank is out of range, the block exceeds a sliding window, or the target is wrapped
+                (e.g. by PEFT).
         """
         super().__init__()
         if not isinstance(target, PreTrainedModel):
@@ -67,7 +69,7 @@ class DraftModel(nn.Module):
         for name, rank in (("calibrator_rank", calibrator_rank), ("chain_rank", chain_rank)):
             if rank < 0:
                 raise ValueError(f"{name}={rank}: expected 0 (none) or more.")
-        # Referred to, not registered: the drafter neither owns nor saves the target.
+        # Plain reference, not a registered submodule: the drafter neither owns nor saves the target.
         object.__setattr__(self, "target", target)
         self.block_size = block_size
         self.calibrator_rank, self.chain_rank = calibrator_rank, chain_rank
@@ -80,7 +82,7 @@ class DraftModel(nn.Module):
         if narrow:
             raise ValueError(f"block_size={block_size}: expected at most {min(narrow)}, the target's sliding window.")
 
-        # The mean token embedding: data-free, and on the scale that the layers know (Gemma scales what it looks up).
+        # Mean token embedding: needs no data and has the scale the layers expect (Gemma scales its embeddings).
         scale = getattr(target.get_input_embeddings(), "scalar_embed_scale", 1.0)
         self.mask_embedding = nn.Parameter((embedding.detach().float().mean(0) * scale).to(dtype))
         self.layers = nn.ModuleList(
@@ -94,15 +96,15 @@ class DraftModel(nn.Module):
         self.bonus_slot = None
         if bonus_slot:
             self.bonus_slot = nn.Linear(hidden, hidden, bias=False, **place)
-            nn.init.zeros_(self.bonus_slot.weight)  # no effect, so training departs from the paper's drafter
+            nn.init.zeros_(self.bonus_slot.weight)  # no initial effect: training starts from the paper's drafter
 
     def _own_attention(self, attention: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """What the drafter has in place of a target layer's attention: a copy, of quantized or adapted ones a blank."""
+        """Return the drafter's attention for a target layer: a copy; filled with NaN if it is quantized or adapted."""
         own = copy.deepcopy(attention) if is_plain(attention) else _blank(attention, self.mask_embedding.device)
         return own.to(dtype).requires_grad_(True)
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
-        """What Attention Tuning trains, by exported name: the projectors and the inputs of slots."""
+        """Return the parameters trained in Attention Tuning by exported name: attention, mask embedding, bonus slot."""
         own = {
             f"layers.{i}.self_attn.{name}": p
             for i, layer in enumerate(self.layers)
@@ -111,16 +113,16 @@ class DraftModel(nn.Module):
         return {"mask_embedding": self.mask_embedding, **self._named("bonus_slot"), **own}
 
     def calibrator_parameters(self) -> dict[str, nn.Parameter]:
-        """What Bonus-guided Calibration trains, by exported name: the corrections of the logits."""
+        """Return the parameters trained in Bonus-guided Calibration by exported name: calibrator and chain MLP."""
         return {**self._named("anchor_bias_mlp"), **self._named("chain_mlp")}
 
     def _named(self, child: str) -> dict[str, nn.Parameter]:
-        """Parameters of a child by exported name; none without it."""
+        """Return the parameters of a child module by exported name; empty if the drafter does not have it."""
         module = getattr(self, child)
         return {} if module is None else {f"{child}.{name}": p for name, p in module.named_parameters()}
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """The target's own in the draft layers and behind them, by the names that the public release gives them."""
+        """Return the target's parameters in the draft layers and the final norm, by their public-release names."""
         shared = {
             f"layers.{i}.{name}": p
             for i, layer in enumerate(self.layers)
@@ -130,23 +132,23 @@ class DraftModel(nn.Module):
         return {**shared, "norm.weight": self.target.model.norm.weight}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that the drafter owns, by exported name; the rest is the target's."""
+        """Return all parameters owned by the drafter, by exported name; the others belong to the target."""
         return {**self.attention_parameters(), **self.calibrator_parameters()}
 
     def without_extras(self) -> "DraftModel":
-        """The same drafter as a decoder has it that knows the public artifact alone; parameters are shared."""
+        """Return the drafter without bonus slot and chain, as in the public format; parameters are shared."""
         plain = shallow_copy(self)
         plain.bonus_slot, plain.chain_mlp, plain.chain_rank = None, None, 0
         return plain
 
     def slot_inputs(self, anchors: tuple[int, int], bonus: Tensor | None = None) -> Tensor:
-        """[R, A, B, H] what enters the split layer: the mask embedding, in slot 0 with `W embed(bonus)` added.
+        """Return the split layer's inputs [R, A, B, H]: the mask embedding, plus `W embed(bonus)` in slot 0.
 
         Args:
-            anchors: (R, A).
-            bonus: [R, A] tokens at the anchors, UNKNOWN in blocks that are not told; None: in all.
+            anchors: (R, A), rows and blocks per row.
+            bonus: [R, A] tokens at the anchors, UNKNOWN for blocks without one; None: no block has one.
         """
-        # In the target's dtype, as in decoding: a stream in the master weights' would be wider, and no more exact.
+        # Use the target's dtype, as in decoding: the master weights' dtype would cost memory without adding precision.
         masks = self.mask_embedding.to(self.target.dtype).expand(*anchors, self.block_size, -1)
         if bonus is None or self.bonus_slot is None:
             return masks
@@ -164,11 +166,11 @@ class DraftModel(nn.Module):
         """Run mask blocks through the draft layers.
 
         Args:
-            context: clean K/V that the blocks may see.
+            context: K/V of the clean tokens, one pair per draft layer.
             positions: [R, A, B] position of each slot.
-            masks: [L] `attention.blocks_mask` for each layer's window; None: there is one block per row, behind all of
-                its context.
-            bonus: [R, A] as for `slot_inputs`.
+            masks: [L] `attention.blocks_mask` for each layer's window; None: one block per row, which attends to the
+                row's entire context.
+            bonus: [R, A] as in `slot_inputs`.
 
         Returns:
             [R, A, B, H] hidden states after the target's final norm.
@@ -185,28 +187,29 @@ class DraftModel(nn.Module):
     def forward_batch(
         self, context: Context, batch: Batch, execution: Execution = EAGER, bonus: Tensor | None = None
     ) -> Tensor:
-        """[R, A, B, H] hidden states of all blocks of a training batch; bonus [R, A] as for `slot_inputs`."""
+        """Return the hidden states [R, A, B, H] of all blocks of a training batch; bonus [R, A] as in `slot_inputs`."""
         blocks = (batch.document_ids, batch.anchors, self.block_size, execution.attention)
         masks = per_window(self.windows, lambda window: blocks_mask(*blocks, window))
         return self(context, batch.slot_positions(), masks, execution, bonus)
 
     def _one_block(self, context: Context, window: int) -> Tensor:
-        """[R, 1, B, T + B] mask of a block behind all of a context of T tokens."""
+        """Return the mask [R, 1, B, T + B] of one block per row that follows a context of T tokens."""
         rows, _, length, _ = context[0][0].shape
         one_document = torch.zeros(rows, length, dtype=torch.long, device=context[0][0].device)
         rule = own_block(one_document, one_document[:, :1] + length, self.block_size, window)
         return dense(rule, rows, self.block_size, length + self.block_size, one_document.device)
 
     def logits(self, hidden: Tensor, bonus: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
-        """[..., V] logits of slots, in training and in decoding.
+        """Compute the logits [..., V] of slots, in training and in decoding.
 
-        `bias = W2 SiLU(W1 [embed(bonus) ; h] + b1) + b2`, h after the final norm ("Bonus-guided Calibration"); beyond
-        the paper, another of this form with the previous slot's token, embedded and scaled to a root mean square of 1.
+        The calibrator adds `W2 SiLU(W1 [embed(bonus) ; h] + b1) + b2`, with h after the final norm ("Bonus-guided
+        Calibration"). The chain (not in the paper) adds a second term of this form, computed from the previous slot's
+        token embedding scaled to unit root mean square.
 
         Args:
             hidden: [..., H] after the final norm.
             bonus: [...] token at the anchor of each slot's block; None leaves the logits uncalibrated.
-            previous: [...] token of the slot before, UNKNOWN where it is not told; None: nowhere.
+            previous: [...] token of the previous slot, UNKNOWN where not given; None: given nowhere.
         """
         logits = self.target.get_output_embeddings()(hidden)
         if bonus is not None and self.anchor_bias_mlp is not None:
@@ -217,11 +220,11 @@ class DraftModel(nn.Module):
         return logits
 
     def block_logits(self, hidden: Tensor, bonus: Tensor | None) -> Tensor:
-        """[..., B-1, V] logits of the drafted slots of blocks; with a chain, each knows the draft before it.
+        """Compute the logits [..., B-1, V] of the drafted slots; with a chain, each depends on the previous draft.
 
         Args:
             hidden: [..., B-1, H] of slots 1 .. B-1, after the final norm.
-            bonus: [...] bonus tokens; None leaves out calibrator and chain.
+            bonus: [...] bonus tokens; None skips calibrator and chain.
         """
         logits = self.logits(hidden, None if bonus is None else bonus[..., None].expand(hidden.shape[:-1]))
         if bonus is None or self.chain_mlp is None:
@@ -233,21 +236,21 @@ class DraftModel(nn.Module):
         return torch.stack(slots, dim=-2)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        """[..., H] input embeddings; of any token where one is UNKNOWN."""
+        """Return the input embeddings [..., H]; those of UNKNOWN are arbitrary."""
         return self.target.get_input_embeddings()(tokens.clamp(min=0))
 
     def _chain(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """[..., V] what the tokens of the slots before, [...], add to the logits of hidden states [..., H]."""
+        """Return the chain's logit correction [..., V] for hidden states [..., H] and previous tokens [...]."""
         embedded = self._embedded(previous)
-        # Embeddings are small beside hidden states after a norm: W1 would hardly learn from them in time.
+        # Embeddings are much smaller than normalized hidden states; unscaled, W1 would learn from them too slowly.
         embedded = rms_norm(embedded, embedded.shape[-1:], eps=1e-6).to(hidden.dtype)
         return self.chain_mlp(torch.cat([embedded, hidden], dim=-1))
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module that shares its parameters and children with another, until they are replaced on one of them."""
+    """Copy a module, sharing its parameters and children; replacing one of them affects only that module."""
     twin = copy.copy(module)
-    # A shallow copy shares the registries too: without these, a hook or module set on one would be on both.
+    # `copy.copy` also shares the registries: a hook or submodule set on one module would appear on both.
     for name, registry in vars(module).items():
         if isinstance(registry, dict):
             setattr(twin, name, registry.copy())
@@ -255,13 +258,19 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def is_plain(attention: nn.Module) -> bool:
-    """Whether an attention's parameters are plain floats in plain layers, and so can be copied and trained."""
+    """Return whether an attention module can be copied and trained: plain float parameters in plain linear layers."""
     plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.itemsize > 1 for p in attention.parameters())
     return plain and all(type(m) is nn.Linear for m in attention.modules() if hasattr(m, "in_features"))
 
 
 def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
-    """The same attention made anew of plain layers, and NaN until weights are loaded: the target's are no floats."""
+    """Build the same attention from plain layers, filled with NaN until weights are loaded.
+
+    Used for targets whose own parameters are not plain floats.
+
+    Raises:
+        ValueError: the attention class cannot be instantiated from its config.
+    """
     try:
         with torch.device("meta"):
             own = type(attention)(attention.config, attention.layer_idx)
@@ -277,16 +286,16 @@ def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _draft_layer(target_layer: nn.Module, attention: nn.Module) -> nn.Module:
-    """The target's decoder layer with another attention; everything else is shared by reference."""
+    """Return the target's decoder layer with its attention replaced; everything else is shared by reference."""
     layer = shallow_copy(target_layer)
-    # Slots of a block see each other in both directions; transformers would read the default as causal.
+    # Slots of a block attend to each other in both directions; by default, transformers would apply a causal mask.
     attention.is_causal = False
     layer.self_attn = attention
     return layer
 
 
 def _correction(hidden: int, rank: int, vocabulary: int, **kwargs) -> nn.Sequential:
-    """`W2 SiLU(W1 x + b1) + b2` with W2 = b2 = 0: no effect, so training departs from the attention-tuned drafter."""
+    """Build `W2 SiLU(W1 x + b1) + b2` with W2 = b2 = 0: training starts from the attention-tuned drafter."""
     first, second = nn.Linear(2 * hidden, rank, **kwargs), nn.Linear(rank, vocabulary, **kwargs)
     nn.init.zeros_(second.weight)
     nn.init.zeros_(second.bias)
@@ -295,12 +304,13 @@ def _correction(hidden: int, rank: int, vocabulary: int, **kwargs) -> nn.Sequent
 
 @torch.no_grad()
 def start_from_head(draft: DraftModel) -> None:
-    """A start of calibrator and chain for training that has no effect either, and learns faster
-    (docs/results/recipe.md).
+    """Initialize calibrator and chain from the target's head: outputs stay 0, but they learn faster.
 
-    W1 and b1 become zero, so the hidden units are silent; W2 becomes the target's head in its own principal directions,
-    so that the first gradient already tells W1 how to move the hidden state. With random W1 and zero W2, only W2 can
-    learn at first. Units beyond the head's rank keep that start.
+    Measured in docs/results/recipe.md.
+
+    W1 and b1 are zeroed, so all hidden units output 0; W2 is set to the target's head projected onto its principal
+    directions, so W1 receives a useful gradient from the first step. With random W1 and zero W2, only W2 can learn at
+    first. Units beyond the head's rank keep random W1 and zero W2.
     """
     head = draft.target.get_output_embeddings().weight.float()  # [V, H]
     _, directions = torch.linalg.eigh(head.T @ head)  # ascending

@@ -1,8 +1,8 @@
-"""What architectures differ in around their decoder layers, and which of them can be targets.
+"""Differences between model architectures outside their decoder layers, and checks of supported targets.
 
-Layers are taken as they are, so most of an architecture needs no word here: norms, FFN or experts, projectors, partial
-or scaled RoPE. What the model does *between* its layers is done by `execution.through_layers` instead, and is what this
-file knows.
+Decoder layers are reused unchanged, so norms, FFN or experts, projections, and partial or scaled RoPE need no special
+handling. This module covers the computation *between* layers, which `attention.layers.through_layers` takes over from
+the model.
 """
 
 import torch
@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data.errors import out_of_memory
 
-# Held against transformers' own model in tests/models/test_families.py. For others there is `decoding.check_untested`.
+# Compared with transformers' models in tests/models/test_families.py. `decoding.check_untested` checks other families.
 TESTED = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
-CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on how long the text is
+CHANGING = ("dynamic", "longrope")  # RoPE types whose angles depend on the sequence length
 
-# Settings of a config that change what a model computes, in ways that nothing here follows.
+# Config settings that change the model's computation in ways not implemented here.
 _UNKNOWN = {
     "attn_logit_softcapping": "capped attention scores",
     "final_logit_softcapping": "capped logits",
@@ -24,23 +24,23 @@ _UNKNOWN = {
 
 
 def layer_kinds(config: PretrainedConfig) -> list[str]:
-    """[N] `full_attention` or `sliding_attention`, as transformers names them; others are refused."""
+    """Return each layer's attention type [N] in transformers' names; `check_architecture` rejects unsupported ones."""
     kinds = getattr(config, "layer_types", None)
     everywhere = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     return list(kinds or [everywhere] * config.num_hidden_layers)
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """[N] the window W of each layer: a query at position p sees keys at positions > p - W; None: no window."""
+    """Return each layer's window size W [N]: a query at p attends to key positions > p - W; None: no window."""
     return [config.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
 
 
 def position_embeddings(
     target: PreTrainedModel, hidden: Tensor, position_ids: Tensor, layers: range
 ) -> list[tuple[Tensor, Tensor]]:
-    """RoPE's cos and sin, [R, tokens, head size] each, for each of some layers of the target.
+    """Return RoPE's cos and sin, [R, tokens, head size] each, for each of the given target layers.
 
-    Gemma 3 has another base where it has a window; such models keep `rope_parameters` by kind of layer.
+    Gemma 3 uses a different RoPE base in sliding-window layers; such models key `rope_parameters` by layer type.
     """
     rotary = target.model.rotary_emb
     if not isinstance(next(iter(_rope(target.config).values()), None), dict):
@@ -51,10 +51,11 @@ def position_embeddings(
 
 
 def text_positions(config: PretrainedConfig, block_size: int) -> int:
-    """How many tokens a text may have, an answer included, beside which blocks are drafted.
+    """Return the maximum number of tokens of prompt plus answer during decoding.
 
-    Candidates and a block after them may lie behind its end. That does no harm, but where RoPE's angles change with the
-    length: there they would change those of the text itself, so they have to stay within the length before that.
+    Candidates and the block after them may extend past the end of the text. This is harmless unless RoPE's angles
+    depend on the length: then the extra positions could change the angles of the text itself, so they must fit within
+    the length at which angles start to change.
     """
     rope = _rope(config)
     kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]
@@ -70,9 +71,10 @@ def text_positions(config: PretrainedConfig, block_size: int) -> int:
 
 
 def check_trainable(config: PretrainedConfig) -> None:
-    """
+    """Check that a drafter can be trained for the target.
+
     Raises:
-        ValueError: the target's weights are quantized, and a drafter starts from its projectors.
+        ValueError: the target's weights are quantized, so its projections cannot initialize the drafter's.
     """
     if getattr(config, "quantization_config", None):
         raise ValueError(
@@ -82,10 +84,10 @@ def check_trainable(config: PretrainedConfig) -> None:
 
 
 def check_architecture(config: PretrainedConfig) -> None:
-    """What can be known of an architecture without its weights.
+    """Check that an architecture is supported as a target, without loading weights.
 
     Raises:
-        ValueError: it cannot be a target, with all that is missing.
+        ValueError: the architecture is unsupported; the message lists the reasons.
     """
     missing = _missing_settings(config) or _missing_parts(config)
     if missing:
@@ -107,11 +109,11 @@ def _missing_settings(config: PretrainedConfig) -> list[str]:
 
 
 def _missing_parts(config: PretrainedConfig) -> list[str]:
-    """Looked for in the model itself, built without memory for its weights."""
+    """List required modules that the model lacks, using an instance on the meta device."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # transformers raises many kinds for models that it cannot build
+    except Exception as error:  # transformers raises many exception types for models it cannot build
         if out_of_memory(error):
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())

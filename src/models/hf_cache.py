@@ -1,7 +1,7 @@
-"""transformers' own cache: what a model calls it, what it holds, and how it is cut.
+"""Access to transformers' KV cache across versions: argument name, contents, cropping.
 
-Names are asked for, since they change: `past_key_values` became `cache` in transformers 5.24, and a name that a forward
-does not know vanishes in its `**kwargs` without a word.
+Argument names are looked up because they change: `past_key_values` became `cache` in transformers 5.24, and a forward
+silently swallows an unknown name in its `**kwargs`.
 """
 
 import functools
@@ -10,20 +10,21 @@ import inspect
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-NAMES = ("cache", "past_key_values")  # from 5.24 on, and before
+NAMES = ("cache", "past_key_values")  # since 5.24, and earlier
 
 
 @functools.cache
 def arguments(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names that a module's forward takes one by one, in order."""
+    """Return the named parameters of a module's forward, in order, without `*args` and `**kwargs`."""
     parameters = inspect.signature(kind.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
 
 def require(kind: type[nn.Module], names: set[str]) -> None:
-    """
+    """Check that a module's forward takes these arguments by name instead of dropping them in `**kwargs`.
+
     Raises:
-        ValueError: a forward does not take these names, and would lose what is passed by them.
+        ValueError: the forward lacks one of the names.
     """
     if missing := sorted(names - set(arguments(kind))):
         raise ValueError(
@@ -33,10 +34,10 @@ def require(kind: type[nn.Module], names: set[str]) -> None:
 
 
 def forward_cached(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, **kwargs: object):
-    """What a model's forward gives for tokens [R, T] behind those in a cache, which grows by them.
+    """Run a model's forward on tokens [R, T] that follow the cached ones, and append them to the cache.
 
     Raises:
-        ValueError: the cache has no name in the model's forward, or did not grow by the tokens.
+        ValueError: the forward takes no cache argument, or the cache did not grow by T tokens.
     """
     names = [name for name in NAMES if name in arguments(type(model))] or list(NAMES[:1])
     require(type(model), set(names))
@@ -48,10 +49,10 @@ def forward_cached(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, 
 
 
 def keys_values(cache: DynamicCache, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer, [R, key/value heads, tokens, head size] each, by reference.
+    """Return the keys and values of a layer, [R, key/value heads, tokens, head size] each, by reference.
 
     Raises:
-        ValueError: the cache holds something else, or other than `length` tokens.
+        ValueError: the cache does not hold such tensors, or not `length` tokens.
     """
     layers = getattr(cache, "layers", ())
     pair = [getattr(layers[layer], name, None) for name in ("keys", "values")] if layer < len(layers) else []
@@ -67,7 +68,7 @@ def keys_values(cache: DynamicCache, layer: int, length: int | None = None) -> t
 
 
 def crop(cache: DynamicCache, length: int) -> None:
-    """Forget all behind the first tokens; not `cache.crop`, whose meaning differs between versions."""
+    """Truncate the cache to the first `length` tokens. Not `cache.crop`: its meaning differs between versions."""
     held = cache.get_seq_length()
     for number, layer in enumerate(cache.layers):
         layer.keys, layer.values = (tensor[:, :, :length] for tensor in keys_values(cache, number, held))

@@ -1,7 +1,7 @@
-"""LoRA adapters (arXiv 2106.09685, by PEFT): Attention Tuning of low-rank updates instead of whole projectors.
+"""LoRA adapters (arXiv 2106.09685, via PEFT): Attention Tuning of low-rank updates instead of full projections.
 
-The drafter's projectors are the target's own modules, shared and frozen, inside PEFT's; nothing of them is copied. What
-comes after training needs to know nothing of this: `LoraDraft.merged` is a drafter like any other.
+PEFT's modules wrap the target's projections, which are shared and frozen, not copied. Later stages do not depend on
+LoRA: `LoraDraft.merged` returns an ordinary `DraftModel`.
 """
 
 import copy
@@ -18,18 +18,18 @@ from models.artifact import CONFIG, FLEXDRAFT_KEYS, extras
 from models.draft import DraftModel, shallow_copy
 from models.export.artifact_io import artifact_config, load_draft_weights
 
-WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT names them
-NAME = "default"  # of the adapter, within PEFT's modules
-PREFIX = "base_model.model."  # of PEFT's names of tensors
+WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
+NAME = "default"  # adapter name in PEFT's modules
+PREFIX = "base_model.model."  # prefix of PEFT's tensor names
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of conf/adapter/lora.yaml. An update is `alpha / rank * B A`, with A (rank, in) and B (out, rank)."""
+    """Settings of conf/adapter/lora.yaml. The update is `alpha / rank * B A`, with A (rank, in) and B (out, rank)."""
 
     rank: int
     alpha: float
-    target_modules: tuple[str, ...] | None = None  # names of linear projectors in the attention; None: all
+    target_modules: tuple[str, ...] | None = None  # linear projections of the attention module; None: all
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -38,11 +38,11 @@ class Lora:
             raise ValueError(f"alpha={self.alpha}: expected more than 0.")
 
     def projectors(self, attention: nn.Module) -> list[str]:
-        """Names of the updated projectors.
+        """Return the names of the projections that receive an update.
 
         Raises:
-            ValueError: `target_modules` is not one or more of the attention's linear projectors, or the rank is
-                greater than one's own.
+            ValueError: `target_modules` is empty or names something other than the attention's linear projections, or
+                `rank` exceeds the rank of a projection.
         """
         known = [name for name, child in attention.named_children() if isinstance(child, nn.Linear)]
         chosen = known if self.target_modules is None else list(self.target_modules)
@@ -59,10 +59,10 @@ class Lora:
 
 
 class LoraDraft(DraftModel):
-    """A drafter in Attention Tuning whose projectors are the target's own with low-rank updates.
+    """Drafter for Attention Tuning whose projections are the target's plus low-rank updates.
 
-    It starts as the target, since B = 0. Norms of queries and keys are copies, as in full tuning; biases stay the
-    target's.
+    Since B = 0 initially, training starts from the target. Query and key norms are trainable copies, as in full
+    tuning; biases are shared with the target.
     """
 
     def __init__(
@@ -75,15 +75,16 @@ class LoraDraft(DraftModel):
         bonus_slot: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """
+        """Build a LoRA drafter on top of a target.
+
         Args:
-            num_layers, block_size, bonus_slot: as for `DraftModel`.
-            dtype: of what is trained; the target's if None. Updates are added to the target's weights in it.
+            num_layers, block_size, bonus_slot: as in `DraftModel`.
+            dtype: dtype of the trained parameters and of merging updates into weights; defaults to the target's.
 
         Raises:
-            ValueError: as for `DraftModel` and `Lora.projectors`.
+            ValueError: as in `DraftModel` and `Lora.projectors`.
         """
-        from peft import LoraConfig, inject_adapter_in_model  # late: it takes seconds
+        from peft import LoraConfig, inject_adapter_in_model  # imported lazily: takes seconds
 
         sizes = {"num_layers": num_layers, "block_size": block_size, "calibrator_rank": 0, "bonus_slot": bonus_slot}
         super().__init__(target, **sizes, dtype=dtype)
@@ -91,7 +92,7 @@ class LoraDraft(DraftModel):
             r=lora.rank,
             lora_alpha=lora.alpha,
             target_modules=lora.projectors(self.layers[0].self_attn),
-            inference_mode=True,  # what loads the file is not about to train it
+            inference_mode=True,  # saved in the config: adapters are loaded for inference
         )
         inject_adapter_in_model(self.lora_config, self, NAME)
         for parameter in self.attention_parameters().values():
@@ -106,13 +107,13 @@ class LoraDraft(DraftModel):
         return own
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
-        """What Attention Tuning trains, by the names of PEFT's files: A and B, the norms, the mask embedding."""
+        """Return the trained parameters by their names in PEFT files: A, B, norms, mask embedding, bonus slot."""
         shared = {id(p) for p in self.target.parameters()}
         own = {name: p for name, p in super().attention_parameters().items() if id(p) not in shared}
         return {name.replace(f".{NAME}.", "."): p for name, p in own.items()}
 
     def own_parameters(self) -> dict[str, Tensor]:
-        """Whole projectors, norms and the mask embedding, by exported name: copies where anything was added."""
+        """Return all exported tensors by name, with updates merged into the projections; merged tensors are copies."""
         own: dict[str, Tensor] = {"mask_embedding": self.mask_embedding, **self._named("bonus_slot")}
         for i, layer in enumerate(self.layers):
             for name, module in layer.self_attn.named_children():
@@ -126,7 +127,7 @@ class LoraDraft(DraftModel):
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> DraftModel:
-        """The same drafter with projectors of its own, in a dtype; None: that of what is trained."""
+        """Return an equivalent `DraftModel` with merged projections. dtype: defaults to that of the trained parameters."""
         sizes = {"num_layers": len(self.layers), "block_size": self.block_size, "calibrator_rank": 0}
         sizes |= {"bonus_slot": self.bonus_slot is not None}
         draft = DraftModel(self.target, **sizes, dtype=dtype or self.mask_embedding.dtype)
@@ -135,13 +136,13 @@ class LoraDraft(DraftModel):
 
 
 def save_adapter(draft: LoraDraft, directory: Path) -> None:
-    """Write a PEFT adapter: config, tensors, and the drafter's `config.json` as in an export.
+    """Write a PEFT adapter: its config and tensors, plus the drafter's `config.json` as in an export.
 
-    `PeftModel.from_pretrained(DraftModel(target, ...), directory)` reads it, mask embedding and norms included.
+    `PeftModel.from_pretrained(DraftModel(target, ...), directory)` loads it, including mask embedding and norms.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.copy(draft.lora_config)
-    config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in every process
+    config.target_modules = sorted(config.target_modules)  # PEFT stores a set, whose order varies between processes
     config.save_pretrained(str(directory))
     (directory / CONFIG).write_text(json.dumps(artifact_config(draft), indent=2, sort_keys=True) + "\n", "utf-8")
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in sorted(draft.attention_parameters().items())}
@@ -149,10 +150,10 @@ def save_adapter(draft: LoraDraft, directory: Path) -> None:
 
 
 def load_adapter(directory: Path, target: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LoraDraft:
-    """The drafter of a directory that `save_adapter` wrote, for the target that it was trained for.
+    """Load an adapter written by `save_adapter` onto the target it was trained for.
 
     Raises:
-        ValueError: no adapter there, or one for another target.
+        ValueError: the directory has no adapter, or the adapter was trained for a different target.
     """
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Reading a target's files by transformers, so that each damaged one ends in one error that names it."""
+"""Load a target's files with transformers and report damaged files by name."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +18,16 @@ WAY_OUT = "Copy or download it again."
 
 @contextmanager
 def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
-    """Around the loading of one part of a target.
+    """Context manager that turns errors while loading part of a target into errors that name the files.
 
     Args:
-        name: directory or Hub id; files are checked in a directory only.
-        what: the part, as the message names it.
-        files: names of the files that transformers reads for it, as far as they exist.
+        name: directory or Hub id; files are checked in local directories only.
+        what: name of the part in error messages.
+        files: names of the files that transformers reads for this part; missing ones are ignored.
 
     Raises:
-        ValueError: a file is damaged, or transformers cannot use what is in the files.
-        OSError: transformers does not find a file, or cannot reach the Hub.
+        ValueError: a file is damaged, or transformers cannot use its content.
+        OSError: transformers cannot find a file or reach the Hub.
     """
     faults = damaged(Path(name), files) if Path(name).is_dir() else []
     if faults:
@@ -36,7 +36,7 @@ def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
         yield
     except (OSError, UserError):
         raise
-    except Exception as error:  # of transformers and all that it reads files with: no list of kinds is complete
+    except Exception as error:  # transformers and its file parsers raise too many exception types to list
         if out_of_memory(error):
             raise
         found = ", ".join(file for file in files if (Path(name) / file).exists())
@@ -46,13 +46,13 @@ def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
 
 
 def damaged(directory: Path, files: Sequence[str]) -> list[str]:
-    """What is wrong with those of some files that exist: JSON files hold objects, others text or tensors."""
+    """Return the faults of existing files: JSON without an object, unreadable text or tensors, empty files."""
     present = [directory / file for file in files if (directory / file).exists() or (directory / file).is_symlink()]
     return [fault for path in present if (fault := _fault(path))]
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Names of the files from which transformers reads a model's weights: one file, else those of the index."""
+    """Return the weight files read by transformers: one safetensors file, else shards, else `.bin` files."""
     if (directory / WEIGHTS).exists():
         return [WEIGHTS]
     places = read_object(directory / INDEX).get("weight_map")
@@ -62,7 +62,7 @@ def weight_files(directory: Path) -> list[str]:
 
 
 def one_line(error: Exception) -> str:
-    """Kind and text of an error, without line breaks."""
+    """Format an exception as type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""The frozen target: loading it, and running it once over clean tokens."""
+"""Load the frozen target and run its forward pass over clean tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +33,19 @@ def load_target(
     dtype: str | torch.dtype = "float32",
     **options: Any,
 ) -> PreTrainedModel:
-    """The target, frozen and in evaluation mode.
+    """Load the target, frozen and in evaluation mode.
 
     Args:
-        name: directory or Hub id; None for a model with random weights.
-        architecture: for random weights, the model's config (`model_type` and sizes).
-        dtype: of weights and activations, e.g. `bfloat16` or `torch.bfloat16`; `auto`: as the weights are stored.
-        options: of transformers' `from_pretrained`, such as `quantization_config`, or `device_map` with one device. A
-            drafter decodes beside a quantised target, but is not trained beside one.
+        name: directory or Hub id; None for random weights.
+        architecture: config of a randomly initialized model (`model_type` and sizes).
+        dtype: dtype of weights and activations, e.g. `bfloat16` or `torch.bfloat16`; `auto`: the stored dtype.
+        options: arguments of transformers' `from_pretrained`, such as `quantization_config`, or `device_map` with one
+            device. Quantized targets are supported for decoding, not for training.
 
     Raises:
-        ValueError: not exactly one of `name` and `architecture`, no such dtype, an exported drafter, weights that are
-            incomplete or do not fit, or a device map that spreads the target.
-        OSError: no such directory or Hub id, or no weights there.
+        ValueError: not exactly one of `name` and `architecture` is given, the dtype is unknown, `name` is an exported
+            drafter, weights are missing or do not match the config, or the device map spans several devices.
+        OSError: the directory or Hub id does not exist or has no weights.
     """
     torch_dtype = _floating(dtype)
     if (name is None) == (architecture is None):
@@ -71,9 +71,10 @@ def load_target(
 
 
 def _floating(dtype: Any) -> torch.dtype | str:
-    """
+    """Resolve a dtype or dtype name to a floating-point `torch.dtype`; `auto` is returned as is.
+
     Raises:
-        ValueError: neither a floating dtype, nor the name of one, nor `auto`.
+        ValueError: the value is neither a floating-point dtype, nor the name of one, nor `auto`.
     """
     if dtype == "auto":
         return dtype
@@ -84,11 +85,11 @@ def _floating(dtype: Any) -> torch.dtype | str:
 
 
 def _loaded(name: str, **settings: Any) -> PreTrainedModel:
-    """A pretrained model, all of whose weights were there.
+    """Load a pretrained model and check that no weights are missing.
 
     Raises:
-        ValueError: an exported drafter, or weights that are missing, damaged or do not fit.
-        OSError: no such directory or Hub id, or no weights there.
+        ValueError: `name` is an exported drafter, or weights are missing, damaged or do not match the config.
+        OSError: the directory or Hub id does not exist or has no weights.
     """
     if draft_settings(read_object(Path(name) / CONFIG)) is not None:
         raise ValueError(f"{name}: an exported drafter, no target. Load its target, and this beside it by load_draft.")
@@ -96,7 +97,7 @@ def _loaded(name: str, **settings: Any) -> PreTrainedModel:
         target, found = AutoModelForCausalLM.from_pretrained(
             name, attn_implementation=NAME, output_loading_info=True, **settings
         )
-    # Transformers gives them random values. Quantised models store them under other names.
+    # transformers initializes missing tensors randomly. Quantized models store theirs under other names.
     missing = sorted(found["missing_keys"])
     if missing and getattr(target.config, "quantization_config", None) is None:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -105,11 +106,11 @@ def _loaded(name: str, **settings: Any) -> PreTrainedModel:
 
 
 def load_config(name: str | None, *, revision: str | None = None, architecture: dict[str, Any] | None = None):
-    """The target's config alone, cheap enough to check the settings against before any weight is read.
+    """Load only the target's config, to check settings before any weights are read.
 
     Raises:
-        ValueError: a damaged config, or one that transformers does not know.
-        OSError: no such directory or Hub id.
+        ValueError: the config is damaged or unknown to transformers.
+        OSError: the directory or Hub id does not exist.
     """
     if name is None:
         return AutoConfig.for_model(**(architecture or {}))
@@ -118,35 +119,35 @@ def load_config(name: str | None, *, revision: str | None = None, architecture: 
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The target's tokenizer.
+    """Load the target's tokenizer.
 
     Raises:
-        ValueError: damaged files.
-        OSError: no such directory or Hub id, or no tokenizer there.
+        ValueError: a file is damaged.
+        OSError: the directory or Hub id does not exist or has no tokenizer.
     """
     with reading(name, "tokenizer", TOKENIZER_FILES):
         return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def vocabulary(target: PreTrainedModel) -> int:
-    """Number of token ids that the target embeds: rows of its input embeddings, also of quantized or adapted ones."""
+    """Vocabulary size: number of input embeddings of the target, including quantized and adapted ones."""
     embeddings = target.get_input_embeddings()
-    for module in embeddings.modules():  # an adapter holds the layer that it wraps
+    for module in embeddings.modules():  # an adapter contains the layer it wraps
         if isinstance(getattr(module, "num_embeddings", None), int):
             return module.num_embeddings
     return embeddings.weight.shape[0]
 
 
-Context = list[KeysValues]  # K/V of the clean tokens, one pair for each draft layer
+Context = list[KeysValues]  # K/V of the clean tokens, one pair per draft layer
 
 
 def cached_context(cache: DynamicCache, first_layer: int) -> Context:
-    """The layers from `first_layer` on of a cache that the target has filled, by reference."""
+    """Return the K/V of layers `first_layer` onwards from a cache filled by the target, by reference."""
     return [keys_values(cache, number) for number in range(first_layer, len(cache.layers))]
 
 
 def clean_views(target: PreTrainedModel, document_ids: Tensor, kind: str) -> list[View]:
-    """[N] what clean tokens see in each layer of the target. [R, T]"""
+    """Return the attention views [N] of clean tokens, one per target layer. document_ids is [R, T]."""
     windows = layer_windows(target.config)
     masks = per_window(windows, lambda window: clean_mask(document_ids, kind, window))
     return [View(mask, window=window) for mask, window in zip(masks, windows, strict=True)]
@@ -154,10 +155,10 @@ def clean_views(target: PreTrainedModel, document_ids: Tensor, kind: str) -> lis
 
 @dataclass
 class TargetOutput:
-    """What one pass of the target over clean tokens leaves for the draft."""
+    """Outputs of the target's forward pass over clean tokens that the drafter uses."""
 
     context: Context
-    hidden: Tensor | None  # [R, T, H] after the final norm, if it was asked for
+    hidden: Tensor | None  # [R, T, H] after the final norm; None if not requested
 
 
 @torch.no_grad()
@@ -169,26 +170,28 @@ def target_pass(
     with_hidden: bool = True,
     execution: Execution = EAGER,
 ) -> TargetOutput:
-    """Run the target's layers over packed rows, each document on its own.
+    """Run the target's layers over packed rows; tokens attend only within their document.
 
-    Nothing is computed that nobody reads: keys and values are kept of the layers from `first_layer` on, and without
-    `with_hidden` the last layer ends with its own.
+    Keeps keys and values of layers `first_layer` onwards. Without `with_hidden`, the last layer stops after computing
+    its keys and values, which skips the rest of its computation.
     """
     layers = target.model.layers
     views = clean_views(target, batch.document_ids, execution.attention)
     for view in views[first_layer:]:
         view.keep = True
     views[-1].stop = not with_hidden
-    embed = target.get_input_embeddings()  # called in place: a name would hold on to the embeddings to the end
+    # Embed inside the call: a local variable would keep the embeddings alive until the function returns.
+    embed = target.get_input_embeddings()
     hidden = through_layers(target, layers, 0, embed(batch.input_ids), batch.position_ids, views, execution)
     return TargetOutput([view.kept for view in views[first_layer:]], target.model.norm(hidden) if with_hidden else None)
 
 
 @torch.no_grad()
 def bonus_tokens(target: PreTrainedModel, hidden: Tensor, anchors: Tensor) -> Tensor:
-    """[R, A] the token that the target itself would put at each anchor: its greedy prediction one token before.
+    """Return the target's greedy prediction for each anchor position [R, A].
 
-    `hidden` [R, T, H] is the target's, after the final norm; anchors are >= 1 (an anchor of 0 marks an unused place).
+    `hidden` [R, T, H] is the target's output after the final norm. Each anchor is predicted from the preceding token,
+    so anchors are >= 1 (0 marks an unused anchor).
     """
     before = (anchors - 1).clamp(min=0)  # [R, A]
     at_anchor = hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[-1]))
