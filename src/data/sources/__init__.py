@@ -1,1 +1,1 @@
-"""Records in: files, tables, Hub data sets and mixes of them; the schema of a conversation; rejected records."""
+"""Data sources: files, tables, Hub data sets and mixtures; the conversation schema; rejected records."""

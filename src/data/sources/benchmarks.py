@@ -1,4 +1,4 @@
-"""Benchmarks: questions for the target to answer, out of files or data sets of the Hub, in one or several turns."""
+"""Single- and multi-turn benchmark prompts from files or Hub data sets."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ from data.errors import BadRecord, UserError
 from data.sources.readers import fingerprint, open_parts, read_strictly
 from data.sources.records import Messages, questions
 
-ALL = "all"  # benchmarks together
+ALL = "all"  # reserved name: all benchmarks combined
 KEYS = ("path", "subset", "split", "turns", "template")
 
 
 def read_benchmark(name: str, settings: Any, most: int | None) -> list[Messages]:
-    """System and user turns of the first conversations of one benchmark.
+    """Read the system and user turns of the first `most` conversations of a benchmark.
 
     Args:
-        settings: `path` of a file, a folder or a data set on the Hub; of the latter `subset` and `split`; and where
-            records are no conversations: `turns`, the column that lists the user's turns, or `template`, the text of
-            the only turn, with columns in braces.
+        settings: `path` of a file, a folder or a Hub data set; `subset` and `split` of a Hub data set. If records are
+            not conversations: `turns`, the column with the list of user turns, or `template`, a format string over the
+            columns that yields the only turn.
 
     Raises:
-        UserError: settings or records that make no sense, by name and place.
+        UserError: invalid settings or records; the message gives the setting's name or the record's location.
     """
     _check(name, settings)
     parse = _parser(settings.get("turns"), settings.get("template"))
@@ -27,7 +27,7 @@ def read_benchmark(name: str, settings: Any, most: int | None) -> list[Messages]
 
 
 def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
-    """What the questions depend on: content and how it is read, not place or date."""
+    """Return everything that affects the questions: file contents and parsing settings, not paths or dates."""
     _check(name, settings)
     parts = open_parts(_source(settings), split="test", max_records=None, setting=f"benchmarks.{name}.path")
     return [fingerprint(parts), settings.get("turns"), settings.get("template")]
@@ -64,6 +64,6 @@ def _parser(turns: str | None, template: str | None):
 
 
 def _columns(record: dict[str, Any]) -> dict[str, Any]:
-    """As text: lists a line an item, null as nothing."""
+    """Convert columns for the template: join lists with newlines, replace null with an empty string."""
     text = {key: "\n".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
     return {key: "" if value is None else value for key, value in text.items()}

@@ -1,14 +1,14 @@
-"""Which commit of a model on the Hub is used: what its name stands for may move."""
+"""Commit hash of a Hub model, recorded because branches and tags may move."""
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 
 def commit_of(repository: str, revision: str | None) -> str:
-    """The commit of the config file that transformers takes, downloaded if it is not in the cache.
+    """Return the commit hash of the config file that transformers loads, downloading it if it is not cached.
 
     Raises:
-        OSError: there is no such model, or its config cannot be had.
-        ValueError: the cache does not say which commit it holds.
+        OSError: the model does not exist, or its config is not available.
+        ValueError: the cache path does not contain a commit hash.
     """
     file = cached_file(repository, "config.json", revision=revision)
     commit = extract_commit_hash(file, None)

@@ -1,7 +1,7 @@
-"""Where records come from: JSONL files, Parquet and Arrow tables, data sets on the Hub, and mixes of them.
+"""Readers for JSONL files, Parquet and Arrow tables, Hub data sets, and mixtures of them.
 
-A source is read in chunks, so that several processes can share it and memory stays flat. A chunk knows where it begins
-and which lines it holds; nothing is read before it is asked for.
+Sources are read in chunks, so that processes can work in parallel and memory use stays constant. A chunk stores its
+offset and line numbers; its records are read on demand.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from data.errors import BadRecord, UserError
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 2**23
-MAX_LINE_BYTES = 2**24  # a longer line is no conversation, and would have to be held in memory several times
+MAX_LINE_BYTES = 2**24  # longer lines are rejected: parsing would hold several copies in memory
 FILES = (".jsonl", ".parquet", ".arrow")
 T = TypeVar("T")
 SETTINGS = ("path", "weight", "split", "subset")
@@ -28,36 +28,36 @@ SETTINGS = ("path", "weight", "split", "subset")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive records of one source."""
+    """A range of consecutive records in a source."""
 
-    start: int  # of a file: bytes; of a table: rows
-    size: int  # likewise
-    line: int  # number of its first line, from 1; of a table: of its first row, from 0
-    first: int  # how many records come before it
+    start: int  # file: byte offset; table: row index
+    size: int  # file: bytes; table: rows
+    line: int  # file: number of the first line, from 1; table: index of the first row, from 0
+    first: int  # number of records before the chunk
     records: int
 
 
 @dataclass(frozen=True)
 class Found:
-    """One record as it was found, or why it could not be read."""
+    """A raw record, or the reason why it could not be read."""
 
-    place: int  # its line, or its row
+    place: int  # line or row number
     record: Any
     problem: str | None = None
-    line: str | None = None  # as it stands in the file, if it is no JSON
+    line: str | None = None  # raw text of the line if it is not valid JSON
 
     def raw(self) -> str:
-        """The record as text, for the rejects file."""
+        """Return the record as text for the rejects file."""
         return json.dumps(self.record, ensure_ascii=True, default=str) if self.line is None else self.line
 
 
 class Source(Protocol):
-    """One file, table or data set."""
+    """A file, table or data set."""
 
     name: str
-    label: str  # short, and the same wherever the data lie: for the ids of samples
-    count: int  # records
-    fingerprint: str  # of the content
+    label: str  # short and independent of the data directory; used in sample ids
+    count: int  # number of records
+    fingerprint: str  # hash of the content
 
     def chunks(self) -> list[Chunk]: ...
     def read(self, chunk: Chunk) -> Iterator[Found]: ...
@@ -65,10 +65,11 @@ class Source(Protocol):
 
 
 class JsonLines:
-    """A file with one JSON object a line. Blank lines are no records."""
+    """A file with one JSON object per line. Blank lines are skipped."""
 
     def __init__(self, file: Path, label: str = "") -> None:
-        """
+        """Scan the file once: split it into chunks, count the records and hash the content.
+
         Raises:
             UserError: the file is a JSON array, or compressed.
         """
@@ -143,7 +144,7 @@ def _decoded(number: int, line: bytes) -> Found:
 
 
 class Table:
-    """A data set of Arrow, Parquet or the Hub, memory-mapped."""
+    """A memory-mapped data set from an Arrow file, a Parquet file or the Hub."""
 
     def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "") -> None:
         self.label = label or name
@@ -165,24 +166,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Part:
-    """How many records of a source are taken, spread evenly over it."""
+    """A source and the number of records to take from it, spread evenly over the source."""
 
     source: Source
     take: int
 
     def taken(self, record: int) -> bool:
-        """Whether the record of this number, blank lines not counted, is among them."""
+        """Return whether the record with this index (blank lines not counted) is selected."""
         return (record + 1) * self.take // self.source.count > record * self.take // self.source.count
 
     def read(self, chunk: Chunk) -> Iterator[Found]:
-        """The chosen records of a chunk."""
+        """Yield the selected records of a chunk."""
         for number, found in enumerate(self.source.read(chunk), start=chunk.first):
             if self.taken(number):
                 yield found
 
 
 def read_all(parts: list[Part]) -> Iterator[tuple[Part, Found]]:
-    """Every chosen record of every part, in order."""
+    """Yield the selected records of all parts, in order."""
     for part in parts:
         for chunk in part.source.chunks():
             for found in part.read(chunk):
@@ -190,13 +191,13 @@ def read_all(parts: list[Part]) -> Iterator[tuple[Part, Found]]:
 
 
 def open_parts(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Part]:
-    """Sources named by a setting: a path or Hub id, or a list of those, or of `{path, weight, split, subset}`.
+    """Open the sources of a setting: a path, a Hub id, or a list of these or of `{path, weight, split, subset}`.
 
-    With weights, records are taken in their proportion, as many as there are without taking any twice; without, all of
-    them. `max_records` bounds the whole.
+    With weights, take as many records as possible in these proportions without repeating any; without weights, take
+    all records. `max_records` limits the total.
 
     Raises:
-        UserError: nothing there, nothing in it, or a mix that makes no sense.
+        UserError: a source is missing or empty, or the mixture is invalid.
     """
     given = [_settings(item, split, setting) for item in (path if isinstance(path, list) else [path])]
     if not given:
@@ -218,7 +219,7 @@ def open_parts(path: Any, *, split: str, max_records: int | None, setting: str =
 
 
 def mix(counts: list[int], weights: list[float | None], max_records: int | None) -> list[int]:
-    """How many records to take of each source, so that shares follow the weights and none comes twice."""
+    """Return the number of records to take from each source: proportional to the weights, without repetition."""
     shares = [count if weight is None else weight for count, weight in zip(counts, weights, strict=True)]
     total = min(count * sum(shares) / share for count, share in zip(counts, shares, strict=True) if share)
     total = min(round(total), sum(counts), max_records if max_records is not None else sum(counts))
@@ -227,7 +228,7 @@ def mix(counts: list[int], weights: list[float | None], max_records: int | None)
 
 
 def fingerprint(parts: list[Part]) -> list[list[Any]]:
-    """What the records of the parts depend on: content, not place or date."""
+    """Return everything that affects the records of the parts: file contents, not paths or dates."""
     return [[part.source.fingerprint, part.take] for part in parts]
 
 
@@ -269,7 +270,7 @@ def _open_file(file: Path, label: str) -> Source:
         return JsonLines(file, label)
     with file.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    # Under the content's hash: by itself the library takes a file of the same path and date for the same file.
+    # Key the cache by content hash: `datasets` identifies files by path and modification time.
     cache = str(Path(config.HF_DATASETS_CACHE) / "flexdraft" / "parquet" / sha256)
     try:
         if file.suffix == ".arrow":
@@ -277,8 +278,8 @@ def _open_file(file: Path, label: str) -> Source:
         elif read_metadata(file).num_rows:
             dataset = Dataset.from_parquet(str(file), cache_dir=cache)
         else:
-            dataset = Dataset.from_dict({})  # an empty shard, which the library does not read
-    except (OSError, ValueError, DatasetsError) as error:  # pyarrow's errors are ValueErrors
+            dataset = Dataset.from_dict({})  # `datasets` cannot read an empty shard
+    except (OSError, ValueError, DatasetsError) as error:  # pyarrow errors are ValueErrors
         raise UserError(f"{file}: does not read as a {file.suffix[1:]} table ({error}).") from error
     return Table(str(file), dataset, sha256, label)
 
@@ -296,10 +297,10 @@ def _open_hub(name: str, split: str, subset: str | None) -> Source:
 
 
 def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, most: int | None, setting: str) -> list[T]:
-    """The first records through `parse`, where none may be bad: small sets such as prompts.
+    """Read and parse the first `most` records of a small set, such as evaluation prompts, allowing no bad records.
 
     Raises:
-        UserError: a record that cannot be used, named by file and line.
+        UserError: a record is bad; the message gives its file and line.
     """
     parsed = []
     for part, found in islice(read_all(open_parts(path, split=split, max_records=None, setting=setting)), most):

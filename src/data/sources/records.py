@@ -1,4 +1,4 @@
-"""What a record must look like to be a conversation, and every reason why one is not."""
+"""Conversation schema: supported record formats, and the error message for each invalid record."""
 
 from typing import Any
 
@@ -13,33 +13,33 @@ SHAPES = "`messages`, `conversations`, `prompt` and `response`, `question` and `
 
 
 def conversation(record: Any) -> Messages:
-    """The messages of a record, to be trained on: it holds an answer.
+    """Parse a training record into messages that end with an answer.
 
     Raises:
-        BadRecord: it does not, or is no conversation at all.
+        BadRecord: the record has no answer, or is not a valid conversation.
     """
     messages = _messages(record)
     if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("holds no answer; let the target write one (python -m data.regenerate)")
     while messages[-1]["role"] != "assistant":
-        messages.pop()  # nobody answered it: nothing to learn, and templates treat the last answer differently
+        messages.pop()  # an unanswered turn has no supervision, and templates render the last answer differently
     return messages
 
 
 def questions(record: Any) -> Messages:
-    """System and user turns of a record, for the target to answer one after the other.
+    """Return the system and user turns of a record, for the target to answer turn by turn.
 
     Raises:
-        BadRecord: it is no conversation.
+        BadRecord: the record is not a valid conversation.
     """
     return [message for message in _messages(record) if message["role"] != "assistant"]
 
 
 def prompt(record: Any) -> Messages:
-    """The conversation up to its last answer; of several `turns`, or turns that nobody answered, the first.
+    """Return the conversation up to its last user turn. For records without answers, return up to the first user turn.
 
     Raises:
-        BadRecord: it is no conversation.
+        BadRecord: the record is not a valid conversation.
     """
     messages = _messages(record)
     if messages[-1]["role"] == "assistant":
@@ -50,7 +50,7 @@ def prompt(record: Any) -> Messages:
 
 
 def _messages(record: Any) -> Messages:
-    """Messages in the shape that chat templates take, in an order that a conversation can have."""
+    """Parse a record into the message format of chat templates and check the order of roles."""
     if not isinstance(record, dict):
         raise BadRecord(f"expected a JSON object, found {_kind(record)}")
     messages = _parse(record)
@@ -71,7 +71,7 @@ def _messages(record: Any) -> Messages:
 
 
 def _parse(record: dict[str, Any]) -> Messages:
-    """Messages of whichever shape the record has; keys that are null count as absent, as tables need them."""
+    """Parse any supported record format. Null keys count as missing, since table rows contain every column."""
     given = {key for key, value in record.items() if value is not None}
     if "messages" in given:
         messages = _turns(record["messages"], "messages", "role", "content", ROLES)
@@ -89,7 +89,7 @@ def _parse(record: dict[str, Any]) -> Messages:
         raise BadRecord(f"`{here}` without `{next(key for key in lonely if key != here)}`")
     else:
         raise BadRecord(f"expected {SHAPES}; the keys are {', '.join(sorted(map(str, record))) or 'none'}")
-    if record.get("system") and messages[0]["role"] != "system":  # ShareGPT files may keep it beside the turns
+    if record.get("system") and messages[0]["role"] != "system":  # ShareGPT files may store it outside the turns
         messages.insert(0, _message("system", record["system"], "system"))
     return messages
 
@@ -113,7 +113,7 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str, roles: dict[str, 
         if not isinstance(role, str) or role not in roles:
             raise BadRecord(f"{where}: unknown chat role {role!r:.40}; expected one of {', '.join(roles)}")
         messages.append(_message(roles[role], turn[text_key], where))
-        if turn.get("reasoning_content"):  # templates of reasoning models take it apart from the answer
+        if turn.get("reasoning_content"):  # templates of reasoning models read it separately from the answer
             messages[-1]["reasoning_content"] = _message(role, turn["reasoning_content"], where)["content"]
     return messages
 
@@ -131,7 +131,7 @@ def _message(role: str, content: Any, where: str) -> dict[str, str]:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value's type."""
+    """Return the JSON type name of a value, for error messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     kind = names.get(type(value), "null" if value is None else type(value).__name__)
     return f"an empty {kind.split()[-1]}" if kind in ("a list", "a string") and not value else kind

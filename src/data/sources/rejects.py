@@ -1,4 +1,4 @@
-"""Records that cannot be used: listed in a file, and the end of the run or not."""
+"""Handling of bad records: list them in a file, then stop or skip them."""
 
 import json
 import os
@@ -9,26 +9,26 @@ from typing import Any
 from data.errors import UserError
 from data.sources.readers import Found, Part
 
-RAW_CHARACTERS = 2000  # of a bad record, in the file
-SHOWN = 5  # bad records in the message; all of them are in the file
+RAW_CHARACTERS = 2000  # per bad record in the rejects file
+SHOWN = 5  # bad records in the error message; the file lists all
 
 
 def reject(part: Part, found: Found, reason: str) -> dict[str, Any]:
-    """One entry of the file."""
+    """Return one entry of the rejects file."""
     where, raw = part.source.where(found.place), found.raw()[:RAW_CHARACTERS]
     return {"file": part.source.name, "line": found.place, "where": where, "reason": printable(reason), "record": raw}
 
 
 def printable(text: str) -> str:
-    """The text with what is no character spelt out: a reason quotes from records."""
+    """Escape lone surrogates, which reasons may quote from records."""
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def refuse_bad(bad: Iterable[dict[str, Any]], total: int, policy: str, file: Path) -> None:
-    """List bad records in a file: where each is, why it is bad, and how it begins.
+    """Write bad records to `file` with location, reason and start of each. If there are none, delete the file.
 
     Raises:
-        UserError: there are some, and the policy is to stop.
+        UserError: bad records exist and `policy` is "stop".
     """
     temporary, count, first = file.with_suffix(f".{os.getpid()}.tmp"), 0, []
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def refuse_bad(bad: Iterable[dict[str, Any]], total: int, policy: str, file: Pat
             out.write(json.dumps(reject) + "\n")
     if not count:
         temporary.unlink()
-        file.unlink(missing_ok=True)  # of an earlier call, before they were mended
+        file.unlink(missing_ok=True)  # stale: left by an earlier run
         return
     temporary.replace(file)
     if policy == "stop":
