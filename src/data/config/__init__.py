@@ -1,1 +1,1 @@
-"""conf/ as one checked configuration: composed, and every key, type and range compared with conf/."""
+"""Configuration: composition of conf/ and validation of keys, types and ranges."""

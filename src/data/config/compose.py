@@ -1,6 +1,6 @@
-"""conf/ as one configuration: composed, and every key and type compared with what conf/ knows.
+"""Composition of conf/ into one configuration, and validation of keys and types against conf/.
 
-Used by the commands alone; the library below them takes plain arguments.
+Only the commands use this module; library code takes plain arguments.
 """
 
 import math
@@ -23,9 +23,9 @@ from data.config.renamed import current_name
 from data.errors import UserError
 
 PACKAGE = Path(data.__file__).resolve().parent
-# A wheel carries conf/ inside this package (setup.py); a checkout has it beside src/.
+# A wheel contains conf/ inside this package (setup.py); a checkout has it next to src/.
 CONF = next((place for place in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if place.is_dir()), PACKAGE / "conf")
-EMBEDDED = PACKAGE / "tiny"  # target, conversations and prompts that come with the project
+EMBEDDED = PACKAGE / "tiny"  # target, conversations and prompts shipped with the project
 GROUPS = (
     "experiment",
     "data",
@@ -40,7 +40,7 @@ GROUPS = (
     "logger",
     "callbacks",
 )
-# Settings that may be null, which conf/ explains, and the type of any other value.
+# Settings that may be null (documented in conf/), with the type of non-null values.
 NULLABLE: dict[str, type] = {
     "model.target.name": str,
     "model.target.revision": str,
@@ -51,23 +51,23 @@ NULLABLE: dict[str, type] = {
     "export.push_to_hub": str,
     "export.tag": str,
     "regenerate.server.key_file": str,
-    "regenerate.server.model": str,  # by default the target's name, which a target of random weights has not
+    "regenerate.server.model": str,  # defaults to the target's name; a target with random weights has none
 }
 for _stage in ("attention_tuning", "bonus_calibration"):
     NULLABLE |= {f"stage.{_stage}.{key}": kind for key, kind in (("best_by", str), ("patience", int))}
     NULLABLE[f"stage.{_stage}.micro_batch_size"] = int
-# Wiring between groups and classes: experiments and the command line set other keys instead.
+# Keys that select classes; experiments and the command line must not change them.
 WIRING = ("_target_", "_partial_")
-# Passed on as they are to templates, architectures, Trainer, loggers and callbacks, which know their own keys; a path
-# may be a list of sources, which are checked where they are opened.
+# Passed unchanged to templates, architectures, Trainer, loggers and callbacks, which validate their own keys. A path
+# may be a list of sources, validated when they are opened.
 FREE_FORM = ("data.template_kwargs", "data.path", "model.target.architecture", "regenerate.server.extra")
-FREE_FORM += ("overwrite",)  # true, false or stages: train.settings.checks
+FREE_FORM += ("overwrite",)  # true, false or stages; validated by train.settings.checks
 FREE_FORM += ("trainer", "logger", "callbacks", "hydra", "benchmarks")
 
 
 def cpu_precision() -> str:
-    """Lightning's precision for training on this CPU: bfloat16 where it is native, float32 elsewhere."""
-    import torch  # late: a wrong call should not wait for it
+    """Return the Lightning precision for training on this CPU: bfloat16 if natively supported, otherwise float32."""
+    import torch  # lazy import: usage errors should not wait for torch
 
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
@@ -78,10 +78,10 @@ OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """The configuration that these overrides give.
+    """Compose the configuration with these overrides.
 
     Raises:
-        UserError: they do not compose; the message names the setting and those that sound like it.
+        UserError: composition fails; the message names the setting and similar settings.
     """
     try:
         return _compose(overrides)
@@ -90,18 +90,18 @@ def composed(overrides: list[str]) -> DictConfig:
         raise UserError(unknown_key(str(key), _known(overrides)) if key else str(error).strip()) from error
     except OmegaConfBaseException as error:
         raise UserError(unresolved(error)) from error
-    except ValueError as error:  # Hydra's, of a choice that is no name
+    except ValueError as error:  # from Hydra, for an invalid group choice
         raise UserError(f"{' '.join(overrides)}: {error}") from error
 
 
 def unresolved(error: OmegaConfBaseException) -> str:
-    """One line on a value that cannot be computed, such as `${no.such.key}`."""
+    """One-line error message for an interpolation that does not resolve, such as `${no.such.key}`."""
     reason = str(error).strip().splitlines()[0]
     return f"{error.full_key}: {reason}" if error.full_key else reason
 
 
 def command_line(usage: str | None) -> DictConfig:
-    """The checked configuration of a command that takes overrides and nothing else; `--help` prints its usage.
+    """Return the validated configuration of a command that takes only overrides. `--help` prints `usage` and exits.
 
     Raises:
         UserError: as for `composed` and `check_settings`.
@@ -116,10 +116,10 @@ def command_line(usage: str | None) -> DictConfig:
 
 
 def check_settings(config: DictConfig, overrides: list[str]) -> None:
-    """Every key must be one that conf/ knows and of the same type as there; the data's settings within their ranges.
+    """Check all keys and types against conf/, choices of data settings, and ranges of numbers.
 
     Raises:
-        UserError: naming the setting, its value, what was expected and the way out.
+        UserError: a setting is invalid; the message gives its name and, where known, the expected value and the fix.
     """
     if OmegaConf.is_missing(config, "name"):
         raise UserError("No experiment chosen. Try: +experiment=tiny   (all: conf/experiment/)")
@@ -132,7 +132,7 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
         raise UserError(
             f"Settings without a value: {', '.join(missing)}. Give them on the command line or in an experiment."
         )
-    types = (_composed_once(("name=any",)), known_config)  # defaults first: an experiment may be wrong, too
+    types = (_composed_once(("name=any",)), known_config)  # defaults first: an experiment may itself have a wrong type
     defaults = dict(_leaves(OmegaConf.to_container(types[0], resolve=False), ""))
     for path, value in sorted(_leaves(given, ""), key=lambda leaf: leaf[0] not in ("name", "run_dir")):
         default = defaults.get(path)
@@ -153,14 +153,13 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
 
 
 def check_finite(settings: Any, path: str = "") -> None:
-    """No setting of any group may be infinite or NaN: comparisons let them pass, and everything computed from them is
-    lost.
+    """Check that no setting is infinite or NaN. Range comparisons may not catch these, and they corrupt all results.
 
     Args:
-        settings: plain values, nested.
+        settings: nested plain values.
 
     Raises:
-        UserError: naming the first setting that is not finite.
+        UserError: a setting is not finite; the message names the first one.
     """
     if isinstance(settings, dict | list):
         pairs = settings.items() if isinstance(settings, dict) else enumerate(settings)
@@ -172,14 +171,15 @@ def check_finite(settings: Any, path: str = "") -> None:
 
 
 def plain(config: DictConfig, *groups: str) -> dict[str, Any]:
-    """Plain values of these groups alone; the others may ask for what a command need not load."""
+    """Resolve only these groups into plain values. Others may load dependencies that a command does not need."""
     return {group: OmegaConf.to_container(config[group], resolve=True) for group in groups}
 
 
 def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> None:
-    """
+    """Check that each setting has one of its allowed values.
+
     Raises:
-        UserError: a setting is none of its choices.
+        UserError: a value is not among the choices.
     """
     for key, known in choices.items():
         if (value := OmegaConf.select(config, key)) not in known:
@@ -187,18 +187,18 @@ def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> No
 
 
 def check_at_least(config: DictConfig, bounds: dict[str, float]) -> None:
-    """
+    """Check that settings are numbers at or above their bounds; integers if the bound is an int. Null is accepted.
+
     Raises:
-        UserError: a setting is below its bound, or no number; a whole one, if the bound is whole. Whether it may be
-            null is not decided here.
+        UserError: a value is below its bound or has the wrong type.
     """
     for key, least in bounds.items():
         check_number(key, OmegaConf.select(config, key), Range(least))
 
 
 def _known_config(overrides: list[str]) -> DictConfig:
-    """The configuration with only the choices of files among `overrides`: what conf/ knows."""
-    # A choice has a value: `~group` deletes what every command needs, as `stage=...` does, which keeps one of them.
+    """Compose the reference configuration: only the overrides that choose config files are applied."""
+    # Only overrides with a value: `~group` would delete required settings. So would `stage=...`, which keeps one stage.
     groups = set(GROUPS) - {"stage"}
     return _composed_once(tuple(o for o in overrides if "=" in o and o.split("=")[0].lstrip("+") in groups))
 
@@ -244,19 +244,19 @@ def _is_free(path: str) -> bool:
 
 
 def _is_wired(written: Any) -> bool:
-    """Whether a setting only passes on another one, which is checked itself."""
+    """Return whether a setting is an interpolation of a stage or objective setting, which is checked separately."""
     return isinstance(written, str) and written.startswith(("${stage.", "${objective}"))
 
 
 def _check_leaf(config: DictConfig, types: tuple[DictConfig, ...], path: str, written: Any) -> None:
-    """One setting has the type that it has in conf/. Numbers given as text (`name=1`) become text in `config`.
+    """Check the type of one setting against conf/. For text settings, convert numbers (`name=1`) to text in `config`.
 
     Args:
-        types: configurations that hold a value of the right type, the first that has one.
-        written: its value in `config` before interpolation.
+        types: reference configurations. The first one with a non-null value determines the type.
+        written: the value in `config` before interpolation.
 
     Raises:
-        UserError: it has another type, or a value that does not resolve.
+        UserError: the type is wrong, the value does not resolve, or it changes a class.
     """
     try:
         value = _plain(config, path)
@@ -265,7 +265,7 @@ def _check_leaf(config: DictConfig, types: tuple[DictConfig, ...], path: str, wr
         raise UserError(f"{path}={written}: {str(error).strip().splitlines()[0]}.") from error
     if path.rsplit(".", 1)[-1] in WIRING and value != known:
         raise UserError(f"{path}={value!r}: this class is not a setting; leave it out.")
-    kind = NULLABLE.get(path) or (str if known is None else type(known))  # `name` alone has no default
+    kind = NULLABLE.get(path) or (str if known is None else type(known))  # only `name` has no default
     if value is None and path in NULLABLE:
         return
     if kind is str and isinstance(value, int | float | bool):
@@ -282,7 +282,7 @@ def _plain(config: DictConfig, path: str) -> Any:
 
 
 def unknown_key(key: str, root: dict[str, Any]) -> str:
-    """What to say of a setting that nothing reads: its new name, those that sound like it, else those of its group."""
+    """Error message for an unknown setting: its new name if renamed, similar settings, or the keys of its group."""
     if (now := current_name(key)) != key:
         return f"{key}: this setting is called {now} now."
     leaves = [path for path, _ in _leaves(root, "")]

@@ -1,4 +1,4 @@
-"""The range of every number in conf/, in one table; a test compares it with conf/."""
+"""Table of the allowed range of every number in conf/. A test checks that the table is complete."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 
 STAGES = ("attention_tuning", "bonus_calibration")
-LARGEST = 2**31 - 1  # of whole numbers: what every library stores
-FLOAT32 = 3e38  # of the others: what the optimizer computes with
+LARGEST = 2**31 - 1  # for integers: fits int32 in every library
+FLOAT32 = 3e38  # for floats: the optimizer computes in float32
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; whole ones if `low` is whole. `above`, `below`: without that end itself."""
+    """Numbers from `low` to `high`; integers if `low` is an int. `above` and `below` exclude the respective bound."""
 
     low: float
     high: float = math.inf
@@ -35,7 +35,7 @@ class Range:
         return enough and (value < self.high if self.below else value <= self.most)
 
     def words(self) -> str:
-        """What was expected, for a message."""
+        """Describe the range for an error message."""
         low, high = _shown(self.low), _shown(self.high)
         if self.above:
             return f"more than {low}" + ("" if self.high == math.inf else f", at most {high}")
@@ -50,11 +50,11 @@ class Range:
 
 COUNT, SOME, SHARE = Range(1), Range(0), Range(0.0, 1.0)
 POSITIVE, NOT_NEGATIVE = Range(0.0, above=True), Range(0.0)
-PROBABILITY = Range(0.0, 1.0, above=True)  # of which 0 is none
-PROCESSES = 1024  # more are a typing error, and would bring the machine down
+PROBABILITY = Range(0.0, 1.0, above=True)  # excludes 0
+PROCESSES = 1024  # larger values are typos and would overload the machine
 
 RANGES = {
-    "seed": Range(0, 2**32 - 1),  # as numpy takes them
+    "seed": Range(0, 2**32 - 1),  # range of numpy seeds
     "runtime.workers": Range(0, PROCESSES),
     "hardware.gpus_per_node": Range(1, PROCESSES),
     "hardware.mfu": PROBABILITY,
@@ -120,16 +120,16 @@ OF_A_TRAINING = {
 }
 RANGES |= {f"stage.{stage}.{key}": limits for stage in STAGES for key, limits in OF_A_TRAINING.items()}
 
-# Lists of numbers: how many they hold, and the range of each.
+# Lists of numbers: range of the length, range of each element.
 LISTS = {f"stage.{stage}.module.betas": (Range(2, 2), Range(0.0, 1.0, below=True)) for stage in STAGES}
 LISTS |= {"stage.evaluate.speed.batch_sizes": (COUNT, COUNT), "stage.evaluate.speed.thresholds": (SOME, SHARE)}
 
 
 def check_ranges(config: DictConfig) -> None:
-    """All numbers that `config` has. Whether one may be null is not decided here.
+    """Check the ranges of all numbers in `config`. Null is accepted.
 
     Raises:
-        UserError: naming the first that is out of its range, or no number.
+        UserError: a value is out of range or not a number; the message names the first such setting.
     """
     for key, limits in RANGES.items():
         check_number(key, OmegaConf.select(config, key), limits)
@@ -144,9 +144,10 @@ def check_ranges(config: DictConfig) -> None:
 
 
 def check_number(key: str, value: Any, limits: Range) -> None:
-    """
+    """Check that a setting's value is a number within `limits`. None is accepted.
+
     Raises:
-        UserError: the value of this setting is out of its range, or no number. None is left alone.
+        UserError: the value is out of range or not a number.
     """
     if value is None:
         return

@@ -1,4 +1,4 @@
-"""Renamed settings: an old name is refused with the new one; records of earlier runs are translated."""
+"""Renamed settings: old names are rejected with a hint to the new name; records of earlier runs are translated."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ GROUPS = {"speed": "runtime"}  # at the top level
 
 
 def current_name(path: str) -> str:
-    """The present name of a setting, `speed.recompute` -> `runtime.activation_checkpointing`; most are unchanged."""
+    """Return the current name of a setting, e.g. `speed.recompute` -> `runtime.activation_checkpointing`."""
     first, *rest = path.split(".")
     return ".".join([GROUPS.get(first, first), *(KEYS.get(key, key) for key in rest)])
 
 
 def with_current_names(settings: Any) -> Any:
-    """Nested settings of an earlier version under their present names."""
+    """Rename the keys of nested settings from an earlier version to their current names."""
     if not isinstance(settings, dict):
         return settings
     return {KEYS.get(key, key): with_current_names(value) for key, value in settings.items()}

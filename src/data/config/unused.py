@@ -1,4 +1,4 @@
-"""Settings that are given and would do nothing, because another setting turns them off."""
+"""Detection of overrides that have no effect because another setting disables them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from data.errors import UserError
 
 @dataclass(frozen=True)
 class Unused:
-    """Settings that have no effect where `when` holds."""
+    """Settings that have no effect if `when` holds."""
 
-    keys: tuple[str, ...]  # whole keys, or groups of them
+    keys: tuple[str, ...]  # full keys or group prefixes
     when: Callable[[DictConfig], bool]
     why: str
 
@@ -23,7 +23,7 @@ class Unused:
 
 
 def keys_given(overrides: list[str]) -> list[str]:
-    """The settings that these overrides give a value, each by its whole name, also within `group={key: value}`."""
+    """Return the full names of all settings assigned by overrides, including those inside `group={key: value}`."""
     keys = []
     for override in OverridesParser.create().parse_overrides(overrides):
         keys += [] if override.is_delete() else _leaves(override.key_or_group, override.value())
@@ -37,10 +37,10 @@ def _leaves(key: str, value: Any) -> list[str]:
 
 
 def check_unused(config: DictConfig, overrides: list[str], table: tuple[Unused, ...]) -> None:
-    """Only the command line is checked: files of conf/ serve several commands and combinations.
+    """Check that every override has an effect. Files in conf/ are exempt: they serve several commands and combinations.
 
     Raises:
-        UserError: an override has no effect, and why.
+        UserError: an override has no effect; the message gives the reason.
     """
     for key in keys_given(overrides):
         for unused in table:
