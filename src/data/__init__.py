@@ -1,1 +1,1 @@
-"""From conversations to batches: records, tokens, packed rows, anchors. Knows nothing of models."""
+"""Data pipeline from conversations to batches: records, tokens, packed rows, anchors. Independent of models."""

@@ -1,6 +1,6 @@
-"""The one contract between data and models.
+"""`Batch`, the only interface between data and models.
 
-Shape legend, used all over the project:
+Shape legend, used throughout the project:
     R  rows in the batch              T  tokens per row
     A  anchors (blocks) per row       B  block size: slots per block
     H  hidden size of the target      V  vocabulary size
@@ -20,15 +20,15 @@ PADDING_DOCUMENT = -1
 
 @dataclass
 class Batch:
-    """Packed rows of clean tokens and the blocks to be drafted in them."""
+    """Packed rows of clean tokens and the blocks to draft in them."""
 
     input_ids: Tensor  # [R, T] int64
-    position_ids: Tensor  # [R, T] int64, restarting at 0 with every document
-    document_ids: Tensor  # [R, T] int64, which document of its row a token belongs to; PADDING_DOCUMENT for padding
-    anchors: Tensor  # [R, A] int64, index in the row of each block's anchor, ascending
-    labels: Tensor  # [R, A, B] int64, the token at anchor + slot, or IGNORE from some slot on
-    # R*A numbers: how many slots of each block carry a label. On the host, since it decides shapes: a device that is
-    # asked has to finish all its work first. Counted from the labels if not given.
+    position_ids: Tensor  # [R, T] int64, restarting at 0 for each document
+    document_ids: Tensor  # [R, T] int64, index of the document within the row; PADDING_DOCUMENT for padding
+    anchors: Tensor  # [R, A] int64, row index of each block's anchor, ascending; unused blocks at 0
+    labels: Tensor  # [R, A, B] int64, the token at anchor + slot, or IGNORE from the first unlabelled slot on
+    # R*A labelled-slot counts, one per block. Kept on the host because they determine shapes: reading them from the
+    # device would force a synchronization. Computed from the labels if not given.
     lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -36,11 +36,11 @@ class Batch:
             self.lengths = tuple((self.labels != IGNORE).sum(-1).flatten().tolist())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device."""
+        """Copy the batch to another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory that a GPU can copy from while it computes."""
+        """Copy the batch to pinned memory, which allows asynchronous copies to the GPU."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -48,21 +48,21 @@ class Batch:
         return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
     def labelled_slots(self, first: int) -> tuple[Tensor, list[int]]:
-        """The slots from `first` on of each block that carry a label, in order.
+        """Select the labelled slots of each block, starting at slot `first`.
 
         Returns:
-            [n] their indices among the R*A*B slots; and R*A + 1 numbers, how many of them come before each block.
+            [n] flat indices into the R*A*B slots, ascending; and R*A + 1 cumulative counts of selected slots per block.
         """
         counts = [max(0, length - first) for length in self.lengths]
         labelled = self.labels != IGNORE
         labelled[..., :first] = False
-        # The first n of a stable sort, n being known: `nonzero` would wait for the device to count.
+        # Stable sort, then take the first n (known on the host): `nonzero` would synchronize with the device.
         order = torch.argsort(~labelled.flatten(), stable=True)
         before = list(accumulate(counts, initial=0))
         return order[: before[-1]], before
 
     def slot_positions(self) -> Tensor:
-        """[R, A, B] position of each slot in its document: slot j sits at the anchor's position plus j."""
+        """Return [R, A, B] position ids of the slots: the anchor's position in its document plus the slot index."""
         at_anchor = self.position_ids.gather(1, self.anchors)  # [R, A]
         slots = torch.arange(self.labels.shape[-1], device=self.anchors.device)
         return at_anchor[..., None] + slots

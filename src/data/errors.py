@@ -1,25 +1,25 @@
-"""Mistakes that a user can mend; shown without a traceback."""
+"""User errors, shown without a traceback, and classification of other exceptions."""
 
 
 class UserError(ValueError):
-    """Ends the run. Names the offending value, what was expected, and the way out."""
+    """Error that the user can fix. The message gives the invalid value, the expected value and the fix."""
 
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+INTERRUPTED = 130  # exit status after Ctrl-C by shell convention (128 + SIGINT)
 
 
 def interrupted(error: BaseException | None) -> bool:
-    """Whether an error comes of Ctrl-C: worker pools raise others while they are taken down."""
+    """Return whether Ctrl-C caused an error, directly or in its chain: worker pools raise other errors on shutdown."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out. On a CPU torch raises RuntimeError, known by its words alone."""
+    """Return whether memory ran out. On CPU, torch raises a RuntimeError that only its message identifies."""
     words = any(text in str(error) for text in ("out of memory", "allocate memory"))
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or words
 
 
 class BadRecord(ValueError):
-    """One record cannot be used. Says why; whoever reads the file knows which record it is."""
+    """Invalid record. The message gives the reason; the caller that reads the file adds the location."""

@@ -1,4 +1,4 @@
-"""What the commands print. Text stays as it is: brackets in a path or an override are no markup, `:x:` no emoji."""
+"""Terminal output. Text is printed verbatim: brackets are not parsed as markup, `:x:` not as an emoji."""
 
 import os
 import sys
@@ -6,19 +6,19 @@ from typing import NoReturn
 
 from rich.console import Console
 
-LOG_WIDTH = 120  # columns of tables in a log, which has no width
+LOG_WIDTH = 120  # columns; logs have no terminal width
 
 
 class Terminal(Console):
-    """Says why a command ends when the program that reads its output is gone (`... | head`)."""
+    """Console that exits with a message when the reader of its output exits (`... | head`)."""
 
     def on_broken_pipe(self) -> NoReturn:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails as well
         sys.exit("stopped: the program that reads the output has ended; the same command goes on")
 
 
 def terminal() -> Console:
-    """Where tables are printed."""
+    """Return the console for tables, at least LOG_WIDTH columns wide if the output is not a terminal."""
     console = Terminal(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, LOG_WIDTH)
@@ -26,5 +26,5 @@ def terminal() -> Console:
 
 
 def say(text: str) -> None:
-    """Print a message. Long lines are not cut, so that a path or a command in them can be copied."""
+    """Print a message without wrapping long lines, so that paths and commands can be copied."""
     terminal().print(text, soft_wrap=True)
