@@ -1,4 +1,4 @@
-"""Flex Decoding: drafting, verification, sampling, the cache, and the reference decoder for tests."""
+"""Flex Decoding: drafting, verification, sampling, the KV cache, and a reference decoder for tests."""
 
 from models.decoding.flex import check_untested, generate
 from models.decoding.sampling import Sampling

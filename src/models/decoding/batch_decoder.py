@@ -1,4 +1,4 @@
-"""The rows of a batch on their way through decoding: drafting, verifying and committing, step by step."""
+"""Batched decoding loop: draft, verify and commit for all rows in flight, one step at a time."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,48 +16,48 @@ from models.decoding.selection import Selection, drafts_and_confidence
 from models.decoding.target_choice import Choice
 from models.draft import DraftModel
 
-# Given the name of a phase, returns the context in which it runs: for measurements.
+# Maps a phase name to a context manager that wraps the phase, for timing.
 Timer = Callable[[str], AbstractContextManager]
 PHASES = ("prefill", "verify", "draft", "calibrate")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one verify step did for one row."""
+    """Result of one verify step for one row."""
 
     verified: int  # drafts that the target scored
-    accepted: int  # leading ones of them that it agreed with, and that were kept
+    accepted: int  # leading drafts that the target agreed with and that were committed
 
 
 @dataclass
 class GenerationResult:
-    """What decoding gave, by row."""
+    """Generated tokens and verify steps, per row."""
 
-    tokens: list[list[int]]  # new tokens, the stop token included
+    tokens: list[list[int]]  # new tokens, including the stop token
     steps: list[list[Step]]
 
     def accepted(self) -> list[int]:
-        """Accepted drafts of all verify steps of all rows."""
+        """Return the number of accepted drafts of every verify step of every row."""
         return [step.accepted for row in self.steps for step in row]
 
     @property
     def tau(self) -> float:
-        """Mean acceptance length over all verify steps of all rows."""
+        """τ: mean acceptance length over all verify steps of all rows."""
         return mean_acceptance_length(self.accepted())
 
 
 class Streamer(Protocol):
-    """As `BaseStreamer` of transformers."""
+    """Interface of `BaseStreamer` in transformers."""
 
     def put(self, value: Tensor) -> None:
-        """[1, tokens] a prompt, or [1] a new token; on the CPU."""
+        """Receive a prompt [1, tokens] or a new token [1], on the CPU."""
 
     def end(self) -> None:
-        """There is no further token."""
+        """Signal the end of the sequence."""
 
 
 class Streams:
-    """Hands the tokens of rows to their streamers as soon as they are certain."""
+    """Forward tokens to the streamer of each row as soon as they are final."""
 
     def __init__(self, streamers: list[Streamer | None], prompts: list[list[int]]) -> None:
         self._streamers, self._shown = streamers, [0] * len(prompts)
@@ -66,7 +66,7 @@ class Streams:
                 streamer.put(torch.tensor([prompt]))
 
     def show(self, row: int, tokens: list[int], ended: bool) -> None:
-        """All new tokens of a row so far, of which some may have been shown before."""
+        """Stream the tokens of a row that have not been streamed yet. `tokens` holds all its new tokens so far."""
         streamer = self._streamers[row]
         if streamer is None:
             return
@@ -77,13 +77,16 @@ class Streams:
             streamer.end()
 
     def end(self) -> None:
-        """All rows have ended."""
+        """End all streams."""
         for streamer in filter(None, self._streamers):
             streamer.end()
 
 
 class Flight:
-    """The rows in flight. Tensors are indexed by place in `rows`, which shrinks as rows end; the cache with them."""
+    """Decoding state of the rows in flight.
+
+    Tensors and the KV cache are indexed by position in `rows`. Finished rows are removed from all of them.
+    """
 
     def __init__(
         self,
@@ -103,9 +106,9 @@ class Flight:
     ) -> None:
         """
         Args:
-            choice: of the target's tokens.
-            texts: of all rows, if the choice goes by them.
-            parallel_rows: drafting is parallel while at most so many rows are in flight.
+            choice: selects the target's tokens.
+            texts: one per row if `choice` depends on the text so far, otherwise None.
+            parallel_rows: draft in parallel mode while at most this many rows are in flight.
         """
         self.target, self.draft, self.result = target, draft, result
         self.max_new_tokens, self.choice, self.texts = max_new_tokens, choice, texts
@@ -113,25 +116,25 @@ class Flight:
         self.streams, self.timer = streams, timer
 
     def start(self, prompts: list[list[int]]) -> None:
-        """Prompts, first bonus tokens, first drafts."""
+        """Prefill the prompts, choose the first bonus tokens and draft the first blocks."""
         device = self.target.device
         size = self.draft.block_size if self.draft else 1
-        self.rows = list(range(len(prompts)))  # of the result
-        self.longest = max(map(len, prompts))  # tokens in the cache, in any row at most
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R] tokens in the cache
-        self.said = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus
-        capacity = self.longest + self.max_new_tokens + size  # candidates reach beyond the last token that is kept
+        self.rows = list(range(len(prompts)))  # row indices into the result
+        self.longest = max(map(len, prompts))  # maximum number of cached tokens over the rows
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R] cached tokens
+        self.said = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus token
+        capacity = self.longest + self.max_new_tokens + size  # candidates may extend past the last committed token
         with self.timer("prefill"):
             logits, self.cache = prefill(self.target, prompts, capacity, self._slots(len(prompts)))
             self.passes = Passes(self.target, self.draft, self.cache)
-            none = self.said  # as long as nothing is drafted
+            none = self.said  # zeros: nothing is drafted yet
             drafts = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
-            self.bonus = self.choice.after(drafts, none, logits[:, None], none)[1]  # [R] at position `lengths`
+            self.bonus = self.choice.after(drafts, none, logits[:, None], none)[1]  # [R], at position `lengths`
         self._propose(self._drafted(self.longest))
-        self._settle(drafts, kept=none, verified=none)  # nothing yet, unless it ends here
+        self._settle(drafts, kept=none, verified=none)  # commits nothing unless the row ends with its first token
 
     def step(self) -> None:
-        """Verify the candidates of all rows, and draft the next."""
+        """Verify the candidates of all rows, commit the accepted ones and draft the next blocks."""
         candidates = torch.cat([self.bonus[:, None], self.drafts[:, : self.most]], dim=1)  # [R, C]
         offsets = torch.arange(1 + self.most, device=candidates.device)
         positions, reach = self.lengths[:, None] + offsets, self.longest + len(offsets)
@@ -142,7 +145,7 @@ class Flight:
             else:
                 logits = self.passes.verify(candidates, positions, reach)
             accepted, self.bonus = self.choice.after(candidates[:, 1:], self.verified, logits, self.said + 1)
-            del logits  # as large as those of the drafts, which come next
+            del logits  # free memory before the draft logits, which are as large
             self.lengths = self.lengths + accepted + 1
             self.said = self.said + accepted + 1
         verified = self.verified
@@ -150,27 +153,27 @@ class Flight:
         self._settle(candidates, accepted + 1, verified)
 
     def _drafted(self, reach: int) -> Tensor | None:
-        """[R, B, H] blocks at the bonus tokens, by a pass of their own."""
+        """Draft one block per row at the bonus token in a separate pass. Return hidden states [R, B, H]."""
         if self.draft is None:
             return None
         with self.timer("draft"):
             return self.passes.draft_blocks(self.lengths[:, None], reach, self.bonus[:, None])[:, 0]
 
     def _propose(self, block: Tensor | None) -> None:
-        """Drafts [R, B-1] out of blocks [R, B, H] and bonus tokens, and how many of them to verify, [R]."""
+        """Compute drafts [R, B-1] and the number to verify [R] from blocks [R, B, H] and the bonus tokens."""
         if block is None:
             self.drafts, self.verified = self.bonus.new_empty(len(self.bonus), 0), torch.zeros_like(self.bonus)
             return
         with self.timer("calibrate"):
             bonus = self.bonus if self.calibrate else None
             self.drafts, confidence = drafts_and_confidence(self.draft.block_logits(separate(block[:, 1:]), bonus))
-            room = self.max_new_tokens - 1 - self.said  # no draft is worth verifying beyond the last token to be kept
+            room = self.max_new_tokens - 1 - self.said  # drafts beyond max_new_tokens would be discarded
             self.verified = self.selection.count(confidence).minimum(room).clamp(min=0)
 
     def _settle(self, candidates: Tensor, kept: Tensor, verified: Tensor) -> None:
-        """Commit the first `kept` [R] of candidates [R, C], and let go the rows that have ended.
+        """Commit the first `kept` [R] candidates of [R, C] and remove finished rows.
 
-        Reads the step's outcome on the host: the only time in a step that the host waits for the device.
+        Copies the outcome of the step to the host: the only device synchronization of a step.
         """
         outcome = torch.stack([kept, verified, self.bonus, self.verified, self.lengths], dim=1)
         going, most, longest = [], 0, 0
@@ -185,22 +188,22 @@ class Flight:
             self._keep(going)
 
     def _commit(self, row: int, tokens: list[int], verified: int, bonus: int) -> bool:
-        """Write down what a step gave to a row of the result; returns whether it has ended."""
+        """Append the committed tokens of a step to the result of a row. Return whether the row has finished."""
         answer = self.result.tokens[row]
         limit = self.texts[row].limit if self.texts else self.max_new_tokens
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop), len(tokens))
         if tokens:
             answer += tokens[:end]
-            self.result.steps[row].append(Step(verified, end - 1))  # what follows the stop token is no gain
+            self.result.steps[row].append(Step(verified, end - 1))  # drafts after the stop token do not count
         ended = bool(answer) and (answer[-1] in self.stop or len(answer) == limit)
         if not ended and (bonus in self.stop or len(answer) + 1 == limit):
-            answer.append(bonus)  # known already: nothing is left to verify
+            answer.append(bonus)  # the bonus token is final and ends the row: no verify step needed
             ended = True
         self.streams.show(row, answer if ended else [*answer, bonus], ended)
         return ended
 
     def _keep(self, going: list[int]) -> None:
-        """Forget the rows that have ended."""
+        """Keep only the rows at positions `going` and drop the finished ones."""
         self.rows = [self.rows[place] for place in going]
         if not going:
             return
@@ -211,11 +214,11 @@ class Flight:
         self.choice.keep(places)
 
     def _slots(self, rows: int) -> int:
-        """Slots of the cache that so many rows need: auto drafts in parallel only once few are left."""
+        """Return the cache slots per row for `rows` rows in flight: B * B if they draft in parallel, otherwise B."""
         size = self.draft.block_size if self.draft else 0
         return size * size if rows <= self.parallel_rows else size
 
 
 def _each(blocks: Tensor, number: Tensor) -> Tensor:
-    """[R, B, H] of blocks [R, g, B, H] the one of a number, [R]."""
+    """Select one block per row: [R, g, B, H] and indices [R] -> [R, B, H]."""
     return blocks[torch.arange(len(blocks), device=blocks.device), number]

@@ -1,4 +1,4 @@
-"""Flex Decoding: draft with the target's own last layers, verify in one pass, without changing the target's output."""
+"""Flex Decoding: lossless speculative decoding that drafts with the target's last layers and verifies in one pass."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ from models.target import vocabulary
 __all__ = ["MODES", "PHASES", "GenerationResult", "Step", "check_untested", "generate", "stop_tokens"]
 
 MODES = ("auto", "parallel", "sequential")
-PARALLEL_ROWS = 2  # auto drafts in parallel up to so many rows in flight, on a GPU (FlexDraft, "Flex Decoding")
+PARALLEL_ROWS = 2  # maximum rows in flight for parallel drafting in auto mode on a GPU ("Flex Decoding")
 
 
 @torch.no_grad()
@@ -60,39 +60,43 @@ def generate(
 ) -> GenerationResult:
     """Decode a batch of prompts ("Flex Decoding").
 
-    One step, for every row in flight: the candidates, which are the bonus token and the drafts after it, go through the
-    target in one causal pass. Leading drafts that equal the token that the target itself chooses there are committed,
-    and its choice after them is the next bonus token. Each row accepts its own number. So the output is the target's
-    own, greedy or sampled: with the same seed it is the same tokens, however they were drafted, but for ties within
-    rounding. That is what `target.generate` of transformers writes, with the logits processors and stopping criteria of
-    the target's `generation_config` (models/decoding/generation_settings.py); how tokens are sampled is given by
-    `sampling`.
+    Each step runs the candidates of every row in flight (the bonus token and the drafts after it) through the target in
+    one causal pass. It commits the leading drafts that equal the target's own choices; the target's choice after them
+    becomes the next bonus token. The number of accepted drafts differs between rows. The output is therefore lossless,
+    greedy or sampled: with the same seed, the tokens are the same in every drafting mode, except for ties within
+    rounding. It equals the output of `target.generate` in transformers, including the logits processors and stopping
+    criteria of the target's `generation_config` (models/decoding/generation_settings.py). `sampling` sets temperature,
+    top-k and top-p.
 
-    * `sequential`: after the verification, one block goes through the draft layers; its slot 0 may hold the bonus.
-    * `parallel`: the verifying pass carries a block for every number of drafts that may be accepted; one is read.
-    * `auto`: parallel while at most `parallel_rows` rows are in flight.
+    * `sequential`: after verification, one block runs through the draft layers; its slot 0 may hold the bonus token.
+    * `parallel`: the verifying pass also drafts a block for every possible number of accepted drafts; one is used.
+    * `auto`: parallel while at most `parallel_rows` rows are in flight, otherwise sequential.
 
     Args:
-        draft: None lets the target decode alone, a token a pass: the baseline.
+        draft: the drafter; None: the target decodes alone, one token per pass (the baseline).
         input_ids: prompts as lists of token ids, or [R, T] padded on either side.
-        attention_mask: [R, T] of a padded tensor, 0 for padding; None: as transformers infers it from the target's
-            padding token.
-        selection: which drafts to verify.
-        seed: of sampling. A row's numbers depend on its own seed alone; of one number, row i has seed + i.
-        stop: tokens that end a row; None: the target's own.
-        calibrate: False leaves out what corrects the drafter's logits.
-        parallel_rows: of `auto`; None: 2 on a GPU, 0 on a CPU.
-        logits_processor, stopping_criteria: beside the target's own, with the signatures that transformers gives them:
-            called with ids [1, tokens] of one row, prompt included, without padding, and scores [1, V], or None for a
-            criterion; once for each new token of the row, in order. For several prompts, a list of them for each.
-        stop_strings: texts that end a row, with the `tokenizer` of the target.
-        streamer: gets a row's prompt, then each of its tokens once it is certain. For several prompts, one for each.
-        timer: called with each of PHASES around what it names.
+        attention_mask: [R, T] for padded prompts, 0 for padding; None: inferred from the target's padding token, as in
+            transformers.
+        selection: rule that decides how many drafts to verify.
+        seed: sampling seed, or one per prompt. A single seed gives row i the seed `seed + i`. The random numbers of a
+            row depend only on its own seed.
+        stop: ids of stop tokens; None: the target's own.
+        calibrate: False disables the calibrator and the chain.
+        parallel_rows: row limit of `auto`; None: 2 on a GPU, 0 on a CPU.
+        logits_processor, stopping_criteria: functions in addition to the target's own, with the signatures of
+            transformers: ids [1, tokens] of one row, including the prompt and without padding, and scores [1, V] (None
+            for a criterion). They are called once per new token of the row, in order. For several prompts, pass one
+            list per prompt.
+        stop_strings: strings that end a row; they require `tokenizer`.
+        tokenizer: the target's tokenizer.
+        streamer: receives the prompt of a row, then each token once it is final. For several prompts, pass one per
+            prompt.
+        timer: called with the name of a phase, one of PHASES; returns the context manager that wraps the phase.
 
     Raises:
-        ValueError: before anything runs: no prompt, an empty one, an unknown token, more tokens than the target has
-            positions, an argument out of range or of another type, or generation settings of the target that cannot be
-            followed.
+        ValueError: before decoding starts: no prompt, an empty prompt, an unknown token, more tokens than the target
+            has positions, an argument out of range or of the wrong type, or unsupported generation settings of the
+            target.
     """
     check_models(target, draft)
     if mode not in MODES:
@@ -147,23 +151,25 @@ def generate(
 
 
 def rows_in_parallel(device: torch.device) -> int:
-    """Up to how many rows in flight `auto` drafts in parallel, as long as nothing was measured on the device: redundant
-    blocks are nearly free where reading the weights takes the time, and on a CPU arithmetic does."""
+    """Return the default row limit of `auto` for a device without measurements.
+
+    On a GPU a small batch is bound by reading the weights, so redundant blocks are nearly free. A CPU is compute-bound.
+    """
     return 0 if device.type == "cpu" else PARALLEL_ROWS
 
 
 def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Decode a few tokens with an architecture that no test covers, in every way.
+    """Check an architecture that no test covers by decoding a few tokens in every mode.
 
-    Finds what no list of settings can: embeddings or logits that a model scales, layers that it runs another way,
-    attention that the passes cannot run.
+    Detects differences that the config does not show: scaled embeddings or logits, layers that run in another way, and
+    attention that the decoding passes cannot run.
 
     Args:
-        tokenizer: of the target; its stop strings need it.
+        tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
 
     Raises:
-        ValueError: it cannot be decoded, gives other logits or tokens than by its own forward, or has generation
-            settings that cannot be followed.
+        ValueError: the target cannot be decoded, its logits or tokens differ from those of its own forward, or its
+            generation settings are unsupported.
     """
     check_followed(target, tokenizer)
     kind, known = target.config.model_type, vocabulary(target)
@@ -176,7 +182,7 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         how = {"max_new_tokens": 8, "tokenizer": tokenizer}
         decoded = {m: generate(target, draft, [prompt], mode=m, **how).tokens[0] for m in MODES[1:]}
     except Exception as error:
-        if out_of_memory(error):  # nothing is wrong with the target
+        if out_of_memory(error):  # not a fault of the target
             raise
         raise ValueError(
             f"{kind} cannot be a target: its layers do not run in the passes of drafting "
@@ -192,5 +198,5 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     how |= {"attention_mask": mask, "do_sample": False, "return_dict_in_generate": False}
     own = target.generate(ids, **how)[0, len(prompt) :].tolist()
     wrong = [mode for mode, tokens in decoded.items() if tokens != own]
-    if wrong and target.dtype in (torch.float32, torch.float64):  # coarser ones may have ties
+    if wrong and target.dtype in (torch.float32, torch.float64):  # lower precision may produce ties
         raise ValueError(f"{kind} cannot be a target: {' and '.join(wrong)} decoding gives other tokens than its own.")

@@ -1,8 +1,8 @@
-"""What the target's own `generate` does to logits, and where it ends a text.
+"""Logits processors and stopping criteria of the target's own `generate`.
 
-The target's own output is what `target.generate` of transformers writes, a prompt at a time, with the same greedy or
-sampling settings. Logits processors (penalties, bans, forced tokens) come from `target.generation_config`; transformers
-itself prepares them, so they mean here what they mean there.
+The reference output is that of `target.generate` in transformers, one prompt at a time, with the same greedy or
+sampling settings. Logits processors (penalties, bans, forced tokens) come from `target.generation_config` and are built
+by transformers itself, so their semantics are identical.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ from transformers import (
 )
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [1, tokens], scores [1, V]) -> scores [1, V]
-Criterion = Callable[[Tensor, None], Any]  # (ids [1, tokens], None) -> whether the text ends here
+Criterion = Callable[[Tensor, None], Any]  # (ids [1, tokens], None) -> whether the text ends
 
-# Each becomes a logits processor, a stopping criterion or a stop token.
+# Supported settings: each becomes a logits processor, a stopping criterion or a stop token.
 FOLLOWED = (
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -45,7 +45,7 @@ FOLLOWED = (
     "stop_strings",
     "suppress_tokens",
 )
-# Given to the decoder by its own arguments, whatever the target's defaults are.
+# Set by the decoder's own arguments, which override the target's defaults.
 GIVEN = (
     "do_sample",
     "epsilon_cutoff",
@@ -59,7 +59,7 @@ GIVEN = (
     "top_p",
     "typical_p",
 )
-# Ways to decode faster that give the same tokens.
+# Speed-up methods that do not change the tokens.
 FASTER = (
     "assistant_confidence_threshold",
     "assistant_early_exit",
@@ -83,7 +83,7 @@ WITHOUT_EFFECT = (
     "continuous_batching_config",
     "decoder_start_token_id",
     "disable_compile",
-    "diversity_penalty",  # of beams, as the next
+    "diversity_penalty",  # beam search only, like the next two
     "early_stopping",
     "length_penalty",
     "low_memory",
@@ -99,25 +99,26 @@ WITHOUT_EFFECT = (
     "transformers_version",
     "use_cache",
 )
-# Values that turn a setting off, beside transformers' own defaults.
+# Values that disable a setting, in addition to transformers' own defaults.
 OFF = {"guidance_scale": 1, "penalty_alpha": 0, "min_new_tokens": 0}
-ROUNDING = {"cache_implementation": ("quantized",)}  # values of settings without effect that do have one
+ROUNDING = {"cache_implementation": ("quantized",)}  # values of settings in WITHOUT_EFFECT that do change the output
 
 
 def stop_tokens(target: PreTrainedModel) -> set[int]:
-    """Token ids at which the target's own `generate` ends its answer."""
+    """Return the stop token ids of the target's own `generate`."""
     stop = target.generation_config.eos_token_id
     return set() if stop is None else set(torch.as_tensor(stop).flatten().tolist())
 
 
 def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """
+    """Check that decoding supports the target's `generation_config`.
+
     Raises:
-        ValueError: the target's `generation_config` asks for what token by token decoding cannot follow.
+        ValueError: a setting cannot be applied token by token, or stop strings are set and there is no tokenizer.
     """
     config = target.generation_config.to_dict()
     followed = {*FOLLOWED, *GIVEN, *FASTER, *WITHOUT_EFFECT}
-    # What transformers does not know, its `generate` passes over as well.
+    # Settings unknown to transformers are skipped: its `generate` ignores them as well.
     found = [name for name, off in _defaults().items() if name not in followed and _on(config.get(name), off)]
     found += [name for name, values in ROUNDING.items() if config.get(name) in values]
     if found:
@@ -134,29 +135,29 @@ def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 
 def followed_settings(target: PreTrainedModel) -> dict[str, Any]:
-    """The target's defaults that change its output, but for its stop tokens."""
+    """Return the settings of the target's `generation_config` that change its output, except stop tokens."""
     config = target.generation_config.to_dict()
     names = [name for name in FOLLOWED if name != "eos_token_id"]
     return {name: config[name] for name in names if _on(config.get(name), _defaults().get(name))}
 
 
 def _defaults() -> dict[str, Any]:
-    """Each setting that transformers knows, with the value that changes nothing."""
-    # Since version 5 a fresh config has None, and `generate` fills in what counts as the default.
+    """Return the settings known to transformers, each with the value that has no effect."""
+    # Since transformers 5 a new config holds None, and `generate` fills in the defaults.
     filled_in = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     known = GenerationConfig().to_dict()
     return known | {name: value for name, value in filled_in.items() if name in known} | OFF
 
 
 def _on(value: Any, default: Any) -> bool:
-    """Whether a setting changes anything. None and False turn off every setting; 0 and 1 are values like others."""
+    """Return whether a setting has an effect. None and False disable any setting; 0 and 1 are ordinary values."""
     return value is not None and value is not False and value != default
 
 
 class Text:
-    """The tokens of one row, and what processors and criteria make of them.
+    """Tokens of one row with its logits processors and stopping criteria.
 
-    Both are called once for each new token, in order, as by `generate` of transformers: so they may keep state.
+    Both are called once per new token, in order, as in `generate` of transformers, so they may be stateful.
     """
 
     def __init__(
@@ -169,12 +170,12 @@ class Text:
     ) -> None:
         """
         Args:
-            device: of ids and scores.
+            device: device of ids and scores.
         """
         self.ids = torch.zeros(1, len(prompt) + max_new_tokens, dtype=torch.long, device=device)
         self.ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
         self.new_tokens = 0
-        self.limit = max_new_tokens  # new tokens with which it ends; fewer once a criterion ends it
+        self.limit = max_new_tokens  # maximum number of new tokens; lowered once a criterion ends the text
         self._prompt_length, self._processors, self._criteria = len(prompt), processors, criteria
 
     @property
@@ -182,10 +183,10 @@ class Text:
         return self.ids[:, : self._prompt_length + self.new_tokens]
 
     def scores(self, logits: Tensor) -> Tensor:
-        """[V] float32, of the next token, from the target's logits [V].
+        """Apply the logits processors to the target's logits [V]. Return scores of the next token, float32 [V].
 
         Raises:
-            ValueError: a processor gave another shape.
+            ValueError: a processor returned a different shape.
         """
         scores = self._processors(self._so_far, logits[None].to(torch.float32, copy=True))
         if scores.shape != (1, len(logits)):
@@ -193,7 +194,7 @@ class Text:
         return scores[0]
 
     def add(self, token: int) -> bool:
-        """Put a token to the end; returns whether the text ends with it, by its length or a criterion."""
+        """Append a token. Return whether the text ends with it, by length or by a stopping criterion."""
         self.ids[0, self._prompt_length + self.new_tokens] = token
         self.new_tokens += 1
         if self._criteria and bool(torch.as_tensor(self._criteria(self._so_far, None)).all()):
@@ -212,15 +213,17 @@ def texts(
     stop_strings: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Text] | None:
-    """The texts of some prompts; None if nothing is done to logits, and only stop tokens and length end a text.
+    """Create the texts of a batch of prompts.
+
+    Return None if there are no logits processors and only stop tokens and the length limit end a text.
 
     Args:
-        stop: what transformers is given as `eos_token_id`.
-        processors, criteria: of each row, beside the target's own.
-        stop_strings: beside those of the target's `generation_config`.
+        stop: stop token ids, passed to transformers as `eos_token_id`.
+        processors, criteria: one list per row, in addition to the target's own.
+        stop_strings: in addition to those of the target's `generation_config`.
 
     Raises:
-        ValueError: settings that cannot be followed, or that transformers refuses.
+        ValueError: unsupported settings, or settings that transformers rejects.
     """
     ends = _stop_strings(target, tokenizer, stop_strings)
     found = []
@@ -228,7 +231,7 @@ def texts(
         extra = [list(given[row] or []) if given else [] for given in (processors, criteria)]
         prepared = _prepared(target, prompt, max_new_tokens, stop, extra[0], ends + extra[1])
         if row == 0 and not processors and not criteria and not any(prepared):
-            return None  # so it is in the other rows: their settings are the same
+            return None  # all rows have the same settings
         found.append(Text(prompt, max_new_tokens, *prepared, target.device))
     return found
 
@@ -236,13 +239,13 @@ def texts(
 def text(
     target: PreTrainedModel, prompt: list[int], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Text:
-    """One text under the target's own settings.
+    """Create the text of one prompt under the target's own settings.
 
     Args:
-        tokenizer: of the target; its stop strings need it.
+        tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
 
     Raises:
-        ValueError: settings that cannot be followed.
+        ValueError: unsupported settings, or settings that transformers rejects.
     """
     ends = _stop_strings(target, tokenizer)
     prepared = _prepared(target, prompt, max_new_tokens, stop_tokens(target), [], ends)
@@ -252,10 +255,10 @@ def text(
 def _stop_strings(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, others: Sequence[str] = ()
 ) -> list[Criterion]:
-    """The criterion of the target's own stop strings and others, if there are any.
+    """Return the stopping criterion for the target's stop strings and `others`; an empty list if there are none.
 
     Raises:
-        ValueError: settings that cannot be followed.
+        ValueError: unsupported settings.
     """
     check_followed(target, tokenizer)
     own = target.generation_config.stop_strings or []
@@ -271,7 +274,13 @@ def _prepared(
     processors: list[Processor],
     criteria: list[Criterion],
 ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
-    """What `generate` of transformers prepares for one prompt, but for warpers of sampling, stop tokens and length."""
+    """Return the processors and criteria that `generate` of transformers prepares for one prompt.
+
+    Sampling warpers and the criteria for stop tokens and length are left out.
+
+    Raises:
+        ValueError: transformers rejects the settings.
+    """
     prepared = []
 
     def keep(model, input_ids, logits_processor, stopping_criteria, **_):
@@ -283,13 +292,13 @@ def _prepared(
     known = GenerationConfig().to_dict()
     unset = dict.fromkeys([name for name in (*GIVEN, *FASTER, "stop_strings") if name in known])
     settings = unset | {
-        "do_sample": False,  # warpers are `sampling.Sampling`'s business
+        "do_sample": False,  # `sampling.Sampling` applies the warpers
         "max_new_tokens": max(1, max_new_tokens),
         "eos_token_id": sorted(stop) or None,
-        "use_cache": False,  # no cache is prepared
+        "use_cache": False,  # do not allocate a cache
     }
     try:
-        # The class's own: the instance may have another in its place.
+        # Call the class's method: the instance may override it.
         type(target).generate(
             target,
             inputs=ids,

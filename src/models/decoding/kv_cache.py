@@ -1,4 +1,4 @@
-"""Keys and values of a batch in flight: allocated once, written in place."""
+"""KV cache of a batch in flight: allocated once, written in place."""
 
 from collections.abc import Iterable
 
@@ -10,12 +10,12 @@ from models.attention.packed import KeysValues, Places
 
 
 class KVCache:
-    """The token of row r at position p lies in place p of row r, behind `slots` places for the slots of blocks.
+    """KV cache indexed by row and position, with `slots` entries in front of each row for the slots of blocks.
 
-    So rows of different lengths need no padding, and what verification rejects needs no removal: the next tokens are
-    written over it. Slots lie in front because masking does not protect a pass from what it reads: a NaN key gives a
-    NaN score, and a NaN value times a weight of 0 is NaN. Passes over tokens read the places of tokens alone, so what
-    a drafter wrote cannot reach them, whatever it is.
+    The token of row r at position p is stored at index `slots + p` of row r. Rows of different lengths need no padding,
+    and rejected drafts need no removal: later tokens overwrite them. Slots come first because masking does not protect
+    a pass from the entries it reads: a NaN key gives a NaN score, and a NaN value times a weight of 0 is NaN. Passes
+    over tokens read only token entries, so values written by the drafter cannot affect them.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class KVCache:
     ) -> None:
         """
         Args:
-            layers: for each layer keys and values of packed prompts, [1, key/value heads, tokens, head size] each.
-            row_of, positions: [tokens] where each of those tokens belongs.
+            layers: keys and values of the packed prompts per layer, [1, key/value heads, tokens, head size] each.
+            row_of, positions: [tokens] row and position of each packed token.
             capacity: tokens per row.
-            slots: slots per row that one pass may write.
+            slots: maximum number of slots per row that one pass may write.
         """
         self.slots = slots
         self._layers = [
@@ -41,7 +41,7 @@ class KVCache:
 
     def _allocated(self, packed: Tensor, row_of: Tensor, positions: Tensor, rows: int, capacity: int) -> Tensor:
         _, heads, _, size = packed.shape
-        # Zeros: memory never written may hold NaN.
+        # Zeros: uninitialized memory may hold NaN.
         places = packed.new_zeros(rows, heads, self.slots + capacity, size)
         places[row_of, :, self.slots + positions] = packed[0].transpose(0, 1)
         return places
@@ -52,29 +52,31 @@ class KVCache:
 
     @property
     def size(self) -> int:
-        """Places of a row, those of slots included."""
+        """Entries per row, including slots."""
         return self._layers[0][0].shape[2]
 
     @property
     def layers(self) -> list[KeysValues]:
-        """Keys and values of tokens by layer, [R, key/value heads, capacity, head size] each; views."""
+        """Token keys and values per layer, [R, key/value heads, capacity, head size] each; views, not copies."""
         return [tuple(tensor[:, :, self.slots :] for tensor in pair) for pair in self._layers]
 
     def token_places(self, at: Tensor, stop: int, *, drafts: bool) -> list[Places]:
-        """For each layer, where tokens go: `at` [R, tokens]; tokens at positions before `stop` are read.
+        """Return the cache places of tokens at positions `at` [R, tokens], per layer.
 
         Args:
-            drafts: whether there may be drafts among them.
+            stop: tokens at positions below `stop` are read.
+            drafts: whether the tokens may include drafts, whose non-finite keys and values are written as finite ones.
         """
         rows = self._row_numbers(at.device)
         return [Places(keys, values, rows, at, stop, only_finite=drafts) for keys, values in self.layers]
 
     def slot_places(self, count: int, stop: int, layers: slice) -> list[Places]:
-        """For some layers, where `count` slots go: right in front of the tokens. The slots and the tokens at positions
-        before `stop` are read, in this order.
+        """Return the cache places of `count` slots, immediately in front of the tokens, for a slice of the layers.
+
+        The slots and the tokens at positions below `stop` are read, in this order.
 
         Raises:
-            ValueError: the cache has room for fewer.
+            ValueError: the cache has fewer than `count` slots per row.
         """
         if count > self.slots:
             raise ValueError(f"{count} slots in a cache with room for {self.slots} a row.")
@@ -88,9 +90,9 @@ class KVCache:
         return torch.arange(self.rows, device=device)[:, None]
 
     def keep(self, rows: Tensor, slots: int) -> None:
-        """Forget all rows but these, [rows] indices in ascending order, which get at least so many slots each."""
+        """Keep only `rows`, indices [R] in ascending order, and grow the cache to at least `slots` slots per row."""
         more = max(0, slots - self.slots)
-        for number, pair in enumerate(self._layers):  # one after the other: never twice the whole
+        for number, pair in enumerate(self._layers):  # layer by layer, without a second full copy of the cache
             kept = [tensor[rows] for tensor in pair]
             self._layers[number] = tuple(pad(tensor, (0, 0, more, 0)) for tensor in kept) if more else tuple(kept)
         self.slots += more

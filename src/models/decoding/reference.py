@@ -1,6 +1,6 @@
-"""The oracle that the tests hold decoding against: one prompt at a time, through transformers' own model and cache.
+"""Reference decoder for tests: one prompt at a time, with the model and cache of transformers.
 
-Slow and obvious: the target alone, and sequential draft-then-verify. Tests and drills use it, and the evaluation for
+Slow and simple: the target alone, and sequential draft-then-verify. Used by tests and drills, and by the evaluation for
 its first prompts.
 """
 
@@ -27,10 +27,12 @@ def autoregressive_generate(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[int]:
-    """The target's own answer, one token a pass, with the processors and criteria of its `generation_config`.
+    """Decode with the target alone, one token per pass.
+
+    Applies the logits processors and stopping criteria of the target's `generation_config`.
 
     Args:
-        tokenizer: of the target; its stop strings need it.
+        tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
     """
     own = _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
     cache, tokens, step, ended = DynamicCache(), [], prompt, not max_new_tokens
@@ -55,9 +57,13 @@ def reference_generate(
     told: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> GenerationResult:
-    """Draft, verify, commit; what `decoding.generate` must give for one prompt, steps included; with a bonus slot, in
-    sequential mode if the drafter is `told` the bonus before it drafts; in parallel mode if not, but for the first
-    block, which comes after the prompt in every mode."""
+    """Draft, verify and commit one prompt. `decoding.generate` must return the same tokens and steps.
+
+    Args:
+        told: for drafters with a bonus slot: True matches sequential mode, in which slot 0 holds the bonus token; False
+            matches parallel mode, in which only the first block, drafted after the prompt, knows it.
+        tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
+    """
     cache, own = DynamicCache(), _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
     tokens, steps = [], []
     bonus, ended = own.next(_target_logits(target, prompt, cache)[-1]) if max_new_tokens else (None, True)
@@ -79,12 +85,12 @@ def reference_generate(
                 return GenerationResult([tokens], [[*steps, Step(len(drafts), accepted)]])
             bonus, ended = own.next(after[accepted])
         steps.append(Step(len(drafts), accepted))
-        crop(cache, anchor + 1 + accepted)  # what verification rejected
+        crop(cache, anchor + 1 + accepted)  # discard the rejected drafts
     return GenerationResult([tokens + [bonus] * (bonus is not None)], [steps])
 
 
 class _Own:
-    """The target's choice of one text's tokens, one after the other."""
+    """Selects the target's tokens of one text, one at a time."""
 
     def __init__(
         self,
@@ -100,7 +106,7 @@ class _Own:
         self.uniforms = uniform_numbers(seed, max_new_tokens).to(target.device)
 
     def next(self, logits: Tensor) -> tuple[int, bool]:
-        """The token after some, and whether it is the last, from logits [V]."""
+        """Choose the next token from logits [V]. Return it and whether it ends the text."""
         token = next_token(self.text, logits, self.sampling, self.uniforms)
         return token, self.text.add(token) or token in self.stop
 
@@ -114,12 +120,12 @@ def draft_logits(
     calibrate: bool = True,
     told: bool = True,
 ) -> Tensor:
-    """[B, V] logits of all slots of the block at `anchor`; `cache` holds the positions before it.
+    """Return the logits [B, V] of the block at `anchor`. `cache` holds the positions before it.
 
     Args:
-        bonus: [1] the token at the anchor; None: it is not known, and the logits are not corrected.
-        calibrate: whether the logits are corrected by it, and by the draft before each slot.
-        told: whether slot 0 holds it, as in sequential mode.
+        bonus: [1] token at the anchor; None: unknown, and the logits are not corrected.
+        calibrate: whether the calibrator, and the chain if there is one, correct the logits.
+        told: whether slot 0 holds the bonus token, as in sequential mode (drafters with a bonus slot).
     """
     positions = torch.arange(anchor, anchor + draft.block_size, device=draft.mask_embedding.device)
     known = bonus[None] if told and bonus is not None else None
@@ -135,9 +141,9 @@ def draft_logits(
 
 
 def _target_logits(target: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> Tensor:
-    """[tokens, V]; `cache` grows by the tokens.
+    """Run the target over `tokens` and append them to `cache`. Return logits [tokens, V].
 
     Raises:
-        ValueError: the target takes no cache, or leaves it as it was.
+        ValueError: the target does not accept a cache or does not update it.
     """
     return forward_cached(target, torch.tensor([tokens], device=target.device), cache).logits[0]

@@ -1,4 +1,4 @@
-"""What a caller asks of the decoder: checked before anything runs."""
+"""Validation of the decoder's arguments before decoding starts."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -16,13 +16,15 @@ from models.draft import DraftModel
 from models.families import text_positions
 from models.target import vocabulary
 
-SEEDS = range(-(2**63), 2**64)  # that torch takes
+SEEDS = range(-(2**63), 2**64)  # seeds that torch accepts
 
 
 def check_models(target: PreTrainedModel, draft: DraftModel | None) -> None:
-    """
+    """Check that `target` was loaded by `load_target` and that `draft` is its drafter, on the same device, or None.
+
     Raises:
-        ValueError: no target, no drafter, or one of another target.
+        ValueError: `target` is not a model with this project's attention, or `draft` is not a drafter, belongs to
+            another target or is on another device.
     """
     if not isinstance(target, nn.Module):
         raise ValueError(f"target is a {type(target).__name__}; expected a model: load it with load_target.")
@@ -41,9 +43,10 @@ def check_models(target: PreTrainedModel, draft: DraftModel | None) -> None:
 def check_types(
     *, selection: Any, sampling: Any, calibrate: Any, timer: Any, streamers: Sequence[Any], tokenizer: Any, strings: Any
 ) -> None:
-    """
+    """Check the types of the remaining arguments of `generate`.
+
     Raises:
-        ValueError: an argument of another type.
+        ValueError: an argument has the wrong type, or stop strings are given without a tokenizer.
     """
     if not isinstance(selection, Selection):
         raise ValueError(f'selection={selection!r}: expected a Selection, such as Selection("off").')
@@ -61,10 +64,10 @@ def check_types(
 
 
 def integer(name: str, value: Any, least: int = 0) -> int:
-    """A whole number of at least so much.
+    """Convert to an integer of at least `least`.
 
     Raises:
-        ValueError: something else.
+        ValueError: not an integer, or below `least`.
     """
     number = _index(value)
     if number is None or number < least:
@@ -73,7 +76,7 @@ def integer(name: str, value: Any, least: int = 0) -> int:
 
 
 def _index(value: Any) -> int | None:
-    """A value as an integer, if it is one; True and 1.0 are none."""
+    """Return the value as an int, or None if it is not an integer. bool and float do not count as integers."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -81,14 +84,14 @@ def _index(value: Any) -> int | None:
 
 
 def prompts_of(target: PreTrainedModel, input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
-    """Prompts without padding.
+    """Convert the prompts to lists of token ids without padding.
 
     Args:
         input_ids: a list of prompts, or [R, T] padded on either side.
-        attention_mask: [R, T] of a padded tensor; None: as transformers infers it from the target's padding token.
+        attention_mask: [R, T] for padded prompts; None: inferred from the target's padding token, as in transformers.
 
     Raises:
-        ValueError: something else, an empty prompt, an unknown token, or a mask that does not fit or has holes.
+        ValueError: wrong type, no prompt, an empty prompt, an unknown token, or a mask of the wrong shape or with gaps.
     """
     if isinstance(input_ids, Tensor):
         prompts = _without_padding(target, input_ids, attention_mask)
@@ -111,9 +114,10 @@ def prompts_of(target: PreTrainedModel, input_ids: Any, attention_mask: Tensor |
 
 
 def _lists(prompts: Any) -> list[list[int]]:
-    """
+    """Convert an iterable of prompts to lists of token ids.
+
     Raises:
-        ValueError: no list of lists of token ids.
+        ValueError: not an iterable of iterables of token ids.
     """
     if isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys") or not hasattr(prompts, "__iter__"):
         raise ValueError(f"input_ids is a {type(prompts).__name__}; expected a list of prompts, each of token ids.")
@@ -132,9 +136,11 @@ def _lists(prompts: Any) -> list[list[int]]:
 
 
 def _without_padding(target: PreTrainedModel, input_ids: Tensor, attention_mask: Any) -> list[list[int]]:
-    """
+    """Remove the padding from prompts [R, T], by the attention mask or an inferred one.
+
     Raises:
-        ValueError: not [R, T] of integers, or a mask that does not fit, has holes or is missing.
+        ValueError: `input_ids` is not an integer tensor [R, T], or the mask has the wrong type or shape, has gaps or
+            cannot be inferred.
     """
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(
@@ -161,15 +167,17 @@ def _without_padding(target: PreTrainedModel, input_ids: Tensor, attention_mask:
 
 
 def _inferred_mask(target: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """[R, T] 0 where the padding token is, unless that may be text: then it also ends texts, or there is none.
+    """Infer the attention mask [R, T]: 0 at padding tokens.
+
+    Return all ones if the target has no padding token or if it is a stop token, which may be part of a prompt.
 
     Raises:
-        ValueError: rows begin or end with a token that pads and also ends texts.
+        ValueError: without a separate padding token, one of several rows begins or ends with a stop token.
     """
     pad, stop = target.generation_config.pad_token_id, stop_tokens(target)
     if pad is not None and pad not in stop:
         return (input_ids != pad).long()
-    # Without a padding token of its own, a tokenizer pads with the one that ends texts.
+    # A tokenizer without a separate padding token pads with a stop token.
     rows, length = input_ids.shape
     edges = input_ids[:, [0, -1]] if length else input_ids
     if rows > 1 and any(token in stop for token in edges.flatten().tolist()):
@@ -181,7 +189,11 @@ def _inferred_mask(target: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def check_length(target: PreTrainedModel, draft: DraftModel | None, prompts: list[list[int]], new: int) -> None:
-    """
+    """Check that each prompt and its new tokens fit into the target's positions.
+
+    Args:
+        new: maximum number of new tokens per prompt.
+
     Raises:
         ValueError: more tokens than the target has positions.
     """
@@ -195,9 +207,10 @@ def check_length(target: PreTrainedModel, draft: DraftModel | None, prompts: lis
 
 
 def stop_set(target: PreTrainedModel, stop: Any) -> set[int]:
-    """
+    """Convert `stop` to a set of token ids.
+
     Raises:
-        ValueError: no set of the target's tokens.
+        ValueError: not an iterable of token ids of the target.
     """
     known = vocabulary(target)
     iterable = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes)) and not hasattr(stop, "keys")
@@ -208,10 +221,10 @@ def stop_set(target: PreTrainedModel, stop: Any) -> set[int]:
 
 
 def seeds_of(seed: Any, rows: int) -> list[int]:
-    """One for each row; of one number, row i has seed + i.
+    """Return one seed per row. A single seed gives row i the seed `seed + i`.
 
     Raises:
-        ValueError: not a number or one for each row.
+        ValueError: neither an integer nor a list of one integer per row, or out of torch's range.
     """
     if isinstance(seed, (list, tuple)):
         seeds = [_index(one) for one in seed]
@@ -228,10 +241,10 @@ def seeds_of(seed: Any, rows: int) -> list[int]:
 
 
 def by_row(name: str, given: Any, rows: int) -> list[list[Callable]] | None:
-    """Processors or criteria of each row; None if there are none.
+    """Return the processors or criteria of each row, or None if there are none.
 
     Raises:
-        ValueError: a single list for several prompts, or no list of functions for each.
+        ValueError: a single list for several prompts, or not one list of functions per prompt.
     """
     if given is None or (isinstance(given, (list, tuple)) and not given):
         return None
@@ -256,10 +269,10 @@ def by_row(name: str, given: Any, rows: int) -> list[list[Callable]] | None:
 
 
 def streamers_of(streamer: Any, rows: int) -> list[Any]:
-    """One for each row, or None.
+    """Return one streamer or None per row.
 
     Raises:
-        ValueError: one for several prompts.
+        ValueError: the number of streamers differs from the number of prompts.
     """
     if streamer is None:
         return [None] * rows
@@ -273,9 +286,10 @@ def streamers_of(streamer: Any, rows: int) -> list[Any]:
 
 
 def strings_of(strings: Any) -> list[str]:
-    """
+    """Return the stop strings as a list.
+
     Raises:
-        ValueError: no text or list of texts.
+        ValueError: neither a non-empty string nor a list of non-empty strings.
     """
     found = [strings] if isinstance(strings, str) else [] if strings is None else strings
     if not isinstance(found, (list, tuple, set)) or not all(isinstance(text, str) and text for text in found):

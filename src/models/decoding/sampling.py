@@ -1,4 +1,4 @@
-"""Which token the target says: the most likely one, or one drawn from its distribution."""
+"""Greedy decoding, and sampling that gives the same tokens however they were drafted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
-UNIT = 2**61  # their sum, rounded up, is within 64 bits
+UNIT = 2**61  # fixed-point scale; cumulative sums fit into 64 bits
 Warper = Callable[[None, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen from logits, with the meaning that `transformers` gives these names."""
+    """Sampling settings, with the semantics of the same names in transformers."""
 
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """
+        """Validate the fields.
+
         Raises:
-            ValueError: out of range.
+            ValueError: a field is out of range.
         """
         if not 0 <= _number(self.temperature) < inf:
             raise ValueError(f"temperature={self.temperature!r}: expected 0 (greedy) or more.")
@@ -38,29 +39,28 @@ class Sampling:
         return float(self.temperature) == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """[..., V] the distribution that tokens are drawn from, in float64; one-hot if greedy."""
+        """Return the sampling distribution [..., V] in float64; one-hot if greedy."""
         if self.greedy:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
         flat = logits.reshape(-1, logits.shape[-1]).double()
-        # The greatest becomes 0: divided by a small temperature, several great ones would become infinite, and equal.
+        # Shift the maximum to 0: division by a small temperature would overflow several large logits to inf, as ties.
         flat = flat - flat.amax(-1, keepdim=True)
         for warp in self._warpers():
             flat = warp(None, flat)
         return flat.softmax(-1).view(logits.shape)
 
     def choose(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
-        """[...] tokens from logits [..., V].
+        """Choose tokens [...] from logits [..., V], by argmax or by inverse transform sampling.
 
         Args:
-            uniforms: [...] in [0, 1), one for each token: the point of the cumulative distribution at which it lies.
-                So a token depends on logits and its own number alone, not on what else is computed beside it. Not used
-                by greedy decoding.
+            uniforms: [...] in [0, 1), one per token: its point in the cumulative distribution. A token depends only on
+                its logits and its uniform number, not on the rest of the batch. Unused if greedy.
         """
         if self.greedy:
             return logits.argmax(-1)
         cumulative = _cumulative(self.probabilities(logits))
         total = cumulative[..., -1]
-        # Below the sum, so that rounding cannot reach beyond the last token that may be drawn.
+        # Clamp below the total, so that rounding cannot select a token of probability 0 at the end.
         point = (uniforms.double() * total.double()).long().minimum(total - 1)
         return torch.searchsorted(cumulative, point[..., None], right=True)[..., 0]
 
@@ -73,7 +73,7 @@ class Sampling:
         return warpers
 
     def _most_likely(self, ids: None, logits: Tensor) -> Tensor:
-        """`TopPLogitsWarper`, which adds up floats: no deterministic operation on a GPU. [N, V] -> [N, V]."""
+        """Top-p filter as in `TopPLogitsWarper`, but deterministic on a GPU: no float cumsum. [N, V] -> [N, V]."""
         ascending, order = logits.sort(-1)
         unlikely = _cumulative(ascending.softmax(-1)) <= round((1 - self.top_p) * UNIT)
         unlikely[..., -1] = False
@@ -81,15 +81,15 @@ class Sampling:
 
 
 def _cumulative(probabilities: Tensor) -> Tensor:
-    """[..., V] float64 that add up to 1 -> [..., V] their running sums in units of 1 / UNIT, as whole numbers.
+    """Compute the cumulative distribution in fixed point: [..., V] float64 -> [..., V] int64 in units of 1 / UNIT.
 
-    These are exact, so the same in whatever order a device adds them up.
+    Integer sums are exact, so the result does not depend on the order of summation on a device.
     """
     return (probabilities * UNIT).long().cumsum(-1)
 
 
 def _number(value: object) -> float:
-    """A real number as a float; NaN if it is none, or has no float."""
+    """Return a real number as a float, or NaN if it is not a real number or overflows."""
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else nan
     except OverflowError:

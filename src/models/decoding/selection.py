@@ -13,15 +13,16 @@ RULES = ("off", "cumulative_product", "min_confidence")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which leading drafts are worth verifying. Threshold as in the paper's release."""
+    """Rule that selects the leading drafts to verify. The defaults are those of the paper's release."""
 
     rule: str = "cumulative_product"
     threshold: float = 0.01
 
     def __post_init__(self) -> None:
-        """
+        """Validate the fields.
+
         Raises:
-            ValueError: no such rule, or a threshold that is no probability.
+            ValueError: the rule is unknown, or the threshold is not a probability.
         """
         if self.rule not in RULES:
             raise ValueError(f"selection={self.rule!r}: expected one of {', '.join(RULES)}.")
@@ -30,7 +31,7 @@ class Selection:
             raise ValueError(f"threshold={self.threshold!r}: expected a probability, 0 to 1.")
 
     def count(self, confidence: Tensor) -> Tensor:
-        """[...] how many leading drafts to verify, at least 1, from their confidence [..., B-1]."""
+        """Return the number of leading drafts to verify [...], at least 1, from their confidence [..., B-1]."""
         if self.rule == "off":
             return torch.full(confidence.shape[:-1], confidence.shape[-1], device=confidence.device)
         likely = running_product(confidence) if self.rule == "cumulative_product" else confidence
@@ -38,13 +39,13 @@ class Selection:
 
 
 OFF = Selection("off")
-RELEASE = Selection()  # what the paper's release does
+RELEASE = Selection()  # defaults of the paper's release
 
 
 def drafts_and_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely token of each slot, and its probability in float32. [..., V] -> [...], [...]
+    """Return the most likely token of each slot and its float32 probability: [..., V] -> [...], [...].
 
-    Logits that are not finite give some token, with probability 0.
+    Non-finite logits give an arbitrary token with probability 0.
     """
     best, drafts = logits.max(-1)
     return drafts, (best.float() - logits.float().logsumexp(-1)).exp().nan_to_num(0.0)

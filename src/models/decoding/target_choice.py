@@ -1,4 +1,4 @@
-"""The target's tokens after candidates: from its logits alone, or with processors and criteria that see the text."""
+"""The target's choice of tokens: from logits alone, or with logits processors and stopping criteria on the text."""
 
 import torch
 from torch import Tensor
@@ -9,33 +9,33 @@ from models.decoding.sampling import Sampling
 
 
 def uniform_numbers(seed: int, count: int) -> Tensor:
-    """[count] one number for each new token of a row, so that a token does not depend on what was accepted before."""
+    """Draw one uniform number per new token of a row [count], so that tokens do not depend on earlier acceptances."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 class Choice:
-    """All rows and candidates at once."""
+    """Chooses the tokens of all rows and candidates at once, from logits alone."""
 
     def __init__(self, sampling: Sampling, seeds: list[int], max_new_tokens: int, device: torch.device) -> None:
         """
         Args:
-            seeds: of the rows in flight.
+            seeds: one per row in flight.
         """
         self.sampling, self.uniforms = sampling, None
         if not sampling.greedy:
             self.uniforms = torch.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds]).to(device)
 
     def after(self, drafts: Tensor, verified: Tensor, logits: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Which drafts the target agrees with, and the token that it chooses after them.
+        """Accept the leading drafts that equal the target's choices, and choose the next bonus token.
 
         Args:
-            drafts: [R, C-1] the candidates but for the first.
-            verified: [R] how many of a row's drafts count.
-            logits: [R, C, V] the target's, after each candidate.
-            number: [R] new tokens of each row before the first choice.
+            drafts: [R, C-1] candidates without the bonus token.
+            verified: [R] number of drafts of a row that may be accepted.
+            logits: [R, C, V] logits of the target after each candidate.
+            number: [R] index among the new tokens of a row of the first token chosen here.
 
         Returns:
-            [R] leading drafts that are accepted, [R] the next bonus token.
+            Number of accepted drafts [R] and next bonus tokens [R].
         """
         if self.uniforms is None:
             chosen = self.sampling.choose(logits, None)  # [R, C]
@@ -47,13 +47,13 @@ class Choice:
         return accepted, chosen.gather(1, accepted[:, None])[:, 0]
 
     def keep(self, places: Tensor) -> None:
-        """Forget all rows but these."""
+        """Keep only the rows at these indices."""
         if self.uniforms is not None:
             self.uniforms = self.uniforms[places]
 
 
 class ChoiceByText(Choice):
-    """One row and token after the other, since each is chosen by what is before it; the host waits for each."""
+    """Chooses one token at a time, since each depends on the text before it. Every token synchronizes with the host."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class ChoiceByText(Choice):
     ) -> None:
         """
         Args:
-            texts: of the rows in flight.
-            stop: tokens that end a row.
+            texts: one per row in flight.
+            stop: stop token ids.
         """
         super().__init__(sampling, seeds, max_new_tokens, device)
         self.texts, self.stop = list(texts), stop
@@ -98,11 +98,11 @@ class ChoiceByText(Choice):
 
 
 def next_token(text: Text, logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> int:
-    """The token that the target chooses next.
+    """Choose the target's next token.
 
     Args:
-        logits: [V] the target's.
-        uniforms: [new tokens at most] the row's numbers; not used by greedy decoding.
+        logits: [V] logits of the target.
+        uniforms: [max_new_tokens] uniform numbers of the row; unused if greedy.
     """
     scores = text.scores(logits)
     return int(sampling.choose(scores, None if uniforms is None else uniforms[text.new_tokens]))
