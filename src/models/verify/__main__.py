@@ -1,4 +1,4 @@
-"""The command line of `python -m models.verify`."""
+"""Entry point of `python -m models.verify`."""
 
 from models.verify.run import main
 

@@ -1,4 +1,4 @@
-"""Prompts to verify a drafter with: a file's or a few of our own, as the target's tokens."""
+"""Prompts for verification as token ids of the target: from a file, or built-in questions."""
 
 import json
 from pathlib import Path
@@ -18,14 +18,16 @@ QUESTIONS = (
     "What is the capital of France?",
     "Write a Python function that returns the greatest of three numbers.",
 )
-RANDOM_TOKENS = 12  # of each prompt for a target without a tokenizer
+RANDOM_TOKENS = 12  # prompt length for a target without a tokenizer
 
 
 def read_prompts(path: Path) -> list[Messages]:
-    """Conversations of a JSONL file, one to a line: `messages` up to a user's turn, or `turns`, of which the first.
+    """Read conversations from a JSONL file, one per line.
+
+    A record holds `messages`, used up to the last user turn, or `turns`, of which the first is used.
 
     Raises:
-        ValueError: no such file, nothing in it, or a line that is no such record.
+        ValueError: the file is missing, unreadable or empty, or a line is not such a record.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -38,10 +40,10 @@ def read_prompts(path: Path) -> list[Messages]:
 
 
 def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The target's tokenizer; None if it has none.
+    """Load the target's tokenizer. Return None if it has none.
 
     Raises:
-        ValueError: its files are damaged or incomplete.
+        ValueError: the tokenizer files are damaged or incomplete.
     """
     present = [file for file in TOKENIZER_FILES if (Path(name) / file).exists()]
     if Path(name).is_dir() and not present:
@@ -52,7 +54,7 @@ def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
         if present:
             raise ValueError(f"{name}: no tokenizer in {', '.join(present)} ({one_line(error)}).") from error
         return None
-    # Without its files, transformers gives one of special tokens alone.
+    # Without tokenizer files, transformers returns a tokenizer with special tokens only.
     if len(tokenizer) > len(tokenizer.all_special_ids):
         return tokenizer
     if present:
@@ -65,11 +67,13 @@ def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
 def prompt_tokens(
     prompts: list[Messages] | None, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[list[int]]:
-    """[prompts][tokens] of prompts, or of QUESTIONS; without a tokenizer, as many of random tokens.
+    """Encode the prompts, or QUESTIONS if there are none: [prompts][tokens].
+
+    Without a tokenizer, return one prompt of random tokens per question.
 
     Raises:
-        ValueError: a prompt cannot be encoded or has a token that the target does not embed, or there are prompts but
-            no tokenizer.
+        ValueError: a prompt cannot be encoded or has a token without a row in the target's embeddings, or prompts are
+            given but there is no tokenizer.
     """
     if tokenizer is None:
         if prompts:
@@ -92,16 +96,17 @@ def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]
         if not tokenizer.chat_template:
             return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except Exception as error:  # a template may raise anything
+    except Exception as error:  # a template may raise any exception
         raise ValueError(
             f"The target's tokenizer or chat template refuses {messages[-1]['content'][:60]!r}: {error}"
         ) from error
 
 
 def _messages(line: str, place: str) -> Messages:
-    """
+    """Parse the messages of one JSONL line, up to the last user turn. `place` is the file and line for errors.
+
     Raises:
-        ValueError: no such record, with its place.
+        ValueError: the line is not valid JSON or not a conversation with a user turn.
     """
     try:
         record: Any = json.loads(line)

@@ -1,11 +1,11 @@
-"""The command that says whether an exported drafter is whole, fits its target, and leaves its output as it is.
+"""Check that an exported drafter is intact, fits its target, and is lossless.
 
     python -m models.verify checkpoints/tiny/export src/data/tiny/target
     python -m models.verify owner/drafter owner/target --revision v1 --dtype bfloat16
 
-The cheapest checks come first: files, config, tensors, values; then what needs the target's weights; then decoding.
-All faults of a check are shown; after a check with faults, none of the later ones is made. The exit status is 1 if
-there are faults, else 0. Warnings are no faults: they tell of a drafter that is valid, but perhaps not worth using.
+The cheapest checks run first: files, config, tensors, values; then those that need the target's weights; then
+decoding. A check prints all its faults; the first check with faults is the last one that runs. The exit status is 1 if
+there are faults, otherwise 0. Warnings are not faults: the drafter is valid, but may not be worth using.
 """
 
 import argparse
@@ -43,18 +43,18 @@ from models.target import load_config, load_target, vocabulary
 from models.verify.prompts import Messages, find_tokenizer, prompt_tokens, read_prompts
 
 MODES = ("parallel", "sequential")
-ROWS = 8  # prompts decoded at a time
-LITTLE = 1.05  # τ up to which drafts are hardly ever accepted; 1 is never
+ROWS = 8  # batch size of decoding
+LITTLE = 1.05  # τ at or below which drafts are almost never accepted; 1 means never
 EXACT = (torch.float32, torch.float64)
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found."""
+    """Result of one check."""
 
     name: str
-    summary: str = ""  # of what is sound, if nothing is wrong
+    summary: str = ""  # printed if there are no faults
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -70,16 +70,18 @@ def verify(
     max_new_tokens: int = 32,
     device: str = "cpu",
 ) -> Iterator[Check]:
-    """The checks of an artifact in order, up to the first with faults; each is made when it is asked for.
+    """Run the checks of an artifact lazily and in order, up to and including the first with faults.
 
     Args:
-        artifact, target: directories or Hub ids; the revisions are the Hub's.
-        prompts: conversations to decode, each up to a user's turn; None: a few of our own.
-        dtype: of the target. Only in float32 is every token that differs a fault: coarser ones turn near ties.
+        artifact, target: directories or Hub ids.
+        revision, target_revision: branches, tags or commits of their Hub repositories.
+        prompts: conversations to decode, each up to a user turn; None: built-in questions.
+        dtype: dtype of the target. In float32 every differing token is a fault. In lower precision it is a warning,
+            since rounding may flip near ties.
 
     Raises:
-        ValueError: no such artifact or target, a target that cannot be one, prompts that it cannot decode, or no new
-            tokens asked for.
+        ValueError: the artifact or target does not exist, the model is not supported as a target, the prompts cannot
+            be decoded, or `max_new_tokens` is below 1.
     """
     integer("max_new_tokens", max_new_tokens, 1)
     directory = artifact_directory(artifact, revision=revision)
@@ -90,7 +92,7 @@ def verify(
             return
     loaded = load_target(str(target), revision=target_revision, dtype=dtype).to(device)
     tokenizer = find_tokenizer(str(target), target_revision)
-    with reading(str(target), "generation settings", ("generation_config.json",)):  # values are checked in use alone
+    with reading(str(target), "generation settings", ("generation_config.json",)):  # values are validated only on use
         stop_tokens(loaded)
         loaded.generate(torch.tensor([[0]], device=loaded.device), max_new_tokens=1, tokenizer=tokenizer)
     check, draft = target_check(directory, loaded, tokenizer)
@@ -112,7 +114,7 @@ def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterat
 
 
 def tensor_check(directory: Path, config: dict[str, Any], target: PretrainedConfig) -> Check:
-    """Names, shapes and dtypes by the files' headers alone, for a config without faults."""
+    """Check names, shapes and dtypes of the tensors from the file headers. The config must have no faults."""
     found = weights.headers(directory)
     faults = weights.shape_faults(found, *contract(config, target))
     faults += weights.dtype_faults(found, config.get("dtype", config.get("torch_dtype")))
@@ -120,11 +122,11 @@ def tensor_check(directory: Path, config: dict[str, Any], target: PretrainedConf
 
 
 def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, Shapes]:
-    """Shapes of the tensors that an artifact must hold, and of those that it may hold, from the architecture alone."""
+    """Return the shapes of the required and of the optional tensors, derived from the architecture alone."""
     settings = draft_settings(config)
     target = copy.deepcopy(target)
-    target.vocab_size = config["vocab_size"]  # rows may have been added to the target
-    with torch.device("meta"):  # no memory for weights
+    target.vocab_size = config["vocab_size"]  # the target may have been resized
+    with torch.device("meta"):  # allocates no weights
         draft = DraftModel(
             AutoModelForCausalLM.from_config(target),
             num_layers=len(settings["target_layer_ids"]),
@@ -138,11 +140,11 @@ def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, 
 def target_check(
     directory: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[Check, DraftModel | None]:
-    """The artifact against the target's weights and tokenizer; and the drafter, if it loads."""
+    """Check the artifact against the target's weights and tokenizer. The drafter is None if it does not load."""
     try:
         check_untested(target, tokenizer)
         with catch_warnings():
-            simplefilter("ignore", OtherTarget)  # it is among the warnings of this check
+            simplefilter("ignore", OtherTarget)  # reported among the warnings of this check
             draft = load_draft(directory, target)
     except ValueError as error:
         return Check("target", faults=[str(error)]), None
@@ -168,9 +170,9 @@ def target_check(
 
 @torch.no_grad()
 def is_untrained(draft: DraftModel) -> bool:
-    """Whether every projector is still the copy of the target's that training begins with.
+    """Return whether all projectors still equal the target's, as at initialization.
 
-    Of an adapted target the layers below the adapters count. Quantized projectors equal no float.
+    With adapters on the target, the base layers are compared. Quantized projectors never compare equal.
     """
     originals = draft.target.model.layers[draft.split_layer :]
     return all(
@@ -182,7 +184,7 @@ def is_untrained(draft: DraftModel) -> bool:
 
 
 def _is_copy(tensor: Tensor, original: nn.Module) -> bool:
-    own = getattr(getattr(original, "base_layer", original), "weight", None)  # an adapter has a base layer
+    own = getattr(getattr(original, "base_layer", original), "weight", None)  # adapters wrap a base layer
     comparable = isinstance(own, Tensor) and (own.shape, own.dtype) == (tensor.shape, tensor.dtype)
     return comparable and torch.equal(tensor, own)
 
@@ -193,14 +195,14 @@ def decoding_check(
     max_new_tokens: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Check:
-    """Greedy decoding in both modes against the target alone, token by token.
+    """Compare greedy decoding in both modes with the target alone, token by token.
 
     Args:
         prompts: [prompts][tokens].
-        tokenizer: of the target; its stop strings need it.
+        tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
 
     Raises:
-        ValueError: prompts that the target cannot decode.
+        ValueError: the target cannot decode the prompts.
     """
     target, differences, tau = draft.target, [], {}
     settings = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
@@ -241,7 +243,7 @@ def _decoded(
 
 
 def _differences(mode: str, answers: list[list[int]], own: list[list[int]]) -> list[str]:
-    """Answers that are not the target's own, each with the first token that differs."""
+    """Describe the answers that differ from the target's own, each by its first differing token."""
     found = []
     for number, (answer, expected) in enumerate(zip(answers, own, strict=True), 1):
         pairs = itertools.zip_longest(answer, expected)
@@ -253,9 +255,10 @@ def _differences(mode: str, answers: list[list[int]], own: list[list[int]]) -> l
 
 
 def _target_config(name: str, revision: str | None) -> PretrainedConfig:
-    """
+    """Load the target's config and check that its architecture is supported.
+
     Raises:
-        ValueError: no such target, or one that cannot be a target.
+        ValueError: the target does not exist, its config cannot be read, or its architecture is not supported.
     """
     if Path(name).is_dir() and revision:
         raise ValueError(f"{name} is a local directory; revision={revision} is for a repository of the Hub.")
@@ -269,7 +272,7 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
         check_architecture(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    except Exception as error:  # values of types that the config's class lets pass
+    except Exception as error:  # value types that the config class does not validate
         raise ValueError(f"{name}: {CONFIG} describes no model that can be built ({one_line(error)}).") from error
     return config
 
@@ -290,9 +293,10 @@ def _shapes(tensors: dict[str, Tensor]) -> Shapes:
 
 
 def _positive(text: str) -> int:
-    """
+    """Parse a positive integer.
+
     Raises:
-        ArgumentTypeError: no whole number of 1 or more.
+        ArgumentTypeError: not an integer of 1 or more.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
@@ -314,7 +318,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line: print all checks and exit with status 1 on faults."""
     settings = vars(_arguments())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
