@@ -1,4 +1,4 @@
-"""The exported drafter: writing, reading and checking it, and downloads from the Hub."""
+"""Export of the drafter: write, load, check, and download from the Hub."""
 
 from models.export.artifact_io import export_draft, load_draft, recommended
 

@@ -1,4 +1,4 @@
-"""Drafters and targets by name: a local directory as it is, a repository of the Hugging Face Hub downloaded once."""
+"""Resolve drafter names: local directories, or Hugging Face Hub repositories, which are downloaded once."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def artifact_directory(source: str | Path, *, revision: str | None = None) -> Path:
-    """The directory of an artifact: `source` if it is one, else a local copy of the repository `owner/name`.
+    """Return the directory of an artifact: `source` if it is a directory, otherwise a snapshot of the Hub repository.
 
-    What was downloaded before is not downloaded again. `revision` is a branch, tag or commit of the repository, and
-    has no meaning for a local directory. The token is that of the standard login.
+    Files in the Hub cache are not downloaded again. `revision` is a branch, tag or commit of the repository and is not
+    allowed for a local directory. Authentication uses the standard Hub login.
 
     Raises:
-        ValueError: neither a directory nor a repository that can be read, or a revision of a local directory.
+        ValueError: `source` is neither a directory nor a readable repository, or a revision is given for a directory.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -52,7 +52,7 @@ def artifact_directory(source: str | Path, *, revision: str | None = None) -> Pa
 
 
 def is_repository_name(name: str) -> bool:
-    """Whether this may be the name of somebody's repository: `owner/name`, with the characters that the Hub allows."""
+    """Return whether `name` is a valid Hub repository id of the form `owner/name`."""
     try:
         validate_repo_id(name)
     except HFValidationError:

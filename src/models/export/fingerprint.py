@@ -1,9 +1,8 @@
-"""A fingerprint of the target in the artifact: sampled weights that tell a drafter's target from its relatives.
+"""Target fingerprint: sampled weights, stored in the artifact, that distinguish the target from related models.
 
-A few values of a few tensors are stored, not a hash, so that the same model in another dtype, sharded, with padded
-embeddings or quantised is recognised, and so that the distance to a fine-tuned relative can be measured. Values are
-read from modules by what they compute: it does not matter what the modules of a quantised or adapted target are made
-of.
+It stores a few values of a few tensors instead of a hash, so that the same model is recognised in another dtype,
+sharded, with padded embeddings or quantised, and so that the distance to a fine-tuned variant can be measured. Values
+are read through the forward of modules, so the internals of quantised or adapted modules do not matter.
 """
 
 from dataclasses import dataclass
@@ -15,30 +14,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 KEY = "target_fingerprint"  # in config.json
-LAYERS = 8  # layers sampled, spread evenly
-TOKENS = tuple(range(3, 91, 11))  # rows of embeddings and head, below any padding; modulo a smaller vocabulary
-POINTS = 4  # rows and columns sampled of a matrix
-SAME = 0.005  # relative distance of a tensor up to which it is the same: casts between dtypes stay below 0.004
-QUANTISED = 0.4  # likewise of a quantised tensor; 4 bits make about 0.1
-UNRELATED = 0.7  # of two independent tensors of one scale it is 1.4
-# Relative distance -> share of the gain in tokens per step that is lost, measured (docs/guide/families.md).
+LAYERS = 8  # number of sampled layers, evenly spaced
+TOKENS = tuple(range(3, 91, 11))  # rows of embeddings and head, below any padding; taken modulo the vocabulary size
+POINTS = 4  # sampled rows and columns per matrix
+SAME = 0.005  # maximum relative distance of an unchanged tensor; dtype casts stay below 0.004
+QUANTISED = 0.4  # likewise for the median over quantised tensors; 4-bit weights give about 0.1
+UNRELATED = 0.7  # independent tensors of the same scale have distance 1.4
+# Relative distance -> lost fraction of the gain in tokens per step, measured (docs/guide/families.md).
 LOSS = ((0.1, 0.12), (0.25, 0.3), (0.5, 0.6), (UNRELATED, 0.9))
 
 
 class OtherTarget(UserWarning):
-    """A drafter was loaded for weights that it was not trained for."""
+    """Warning: the drafter was trained for a target with other weights."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a target is from the one that a drafter was trained for."""
+    """Distance between a target and the one that the drafter was trained for."""
 
-    distance: float  # relative, root mean square over the tensors that changed
-    changed: tuple[str, ...]  # names of tensors that differ by more than their dtype explains
-    compared: int  # tensors
+    distance: float  # root mean square of the relative distances of the changed tensors
+    changed: tuple[str, ...]  # names of tensors that differ beyond rounding
+    compared: int  # number of compared tensors
 
     def warning(self) -> str | None:
-        """What to warn of; None if this is the drafter's target, or nothing could be compared."""
+        """Return the warning text; None if this is the drafter's target or no tensor could be compared."""
         if not self.changed:
             return None
         found = f"{len(self.changed)} of {self.compared} sampled tensors differ from those of the target that the "
@@ -54,16 +53,16 @@ class Comparison:
 
 @torch.no_grad()
 def fingerprint(target: PreTrainedModel) -> dict[str, str]:
-    """Sampled values by the name of a module, as text with 5 significant digits."""
+    """Return the sampled values per module name, as text with 5 significant digits."""
     return {name: " ".join(f"{value:.5g}" for value in _sample(target, name)) for name in _names(target)}
 
 
 @torch.no_grad()
 def compare(stored: Any, target: PreTrainedModel) -> Comparison:
-    """A target against the fingerprint of an artifact. Modules that only one of them has are passed over.
+    """Compare a target with the fingerprint of an artifact. Modules missing from the target are skipped.
 
     Raises:
-        ValueError: `stored` is no fingerprint.
+        ValueError: `stored` is not a fingerprint.
     """
     fine, coarse = {}, {}
     for name, expected in _parsed(stored).items():
@@ -81,7 +80,7 @@ def compare(stored: Any, target: PreTrainedModel) -> Comparison:
 
 
 def _names(target: PreTrainedModel) -> list[str]:
-    """What is sampled: embeddings, head, and of some layers all projections and norms."""
+    """Names of the sampled modules: embeddings, head, final norm, and all projections and norms of some layers."""
     last = len(target.model.layers) - 1
     names = ["embed_tokens", "lm_head", "norm"]
     for i in sorted({round(k * last / (LAYERS - 1)) for k in range(LAYERS)}):
@@ -102,7 +101,7 @@ def _module(target: PreTrainedModel, name: str) -> nn.Module | None:
 
 
 def _sample(target: PreTrainedModel, name: str) -> list[float]:
-    """A few values of a module, in a fixed order."""
+    """Sample a few values of a module, in a fixed order."""
     module = _module(target, name)
     device = target.get_input_embeddings().weight.device
     if _is_norm(module):
@@ -117,12 +116,12 @@ def _sample(target: PreTrainedModel, name: str) -> list[float]:
 
 
 def _entries(module: nn.Module, rows: Tensor, columns: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, columns] of the matrix that a module multiplies with; of one that is not plain, by multiplying."""
+    """Return entries [rows, columns] of a module's matrix, by multiplication unless it is a plain `nn.Linear`."""
     if type(module) is nn.Linear and _is_plain(module):
         return module.weight[rows[:, None].to(module.weight.device), columns.to(module.weight.device)]
-    large = 2.0**10 if dtype == torch.float16 else 2.0**16  # so that a large bias does not round the rest away
+    large = 2.0**10 if dtype == torch.float16 else 2.0**16  # large enough that the bias does not round the entries away
     probes = torch.zeros(len(columns) + 1, module.in_features, dtype=dtype, device=device)
-    probes[range(len(columns)), columns] = large  # the last stays zero: its outcome is the bias
+    probes[range(len(columns)), columns] = large  # the last probe is zero: it returns the bias
     outcome = module(probes).float()
     return (outcome[:-1, rows] - outcome[-1:, rows]).T / large
 
@@ -141,14 +140,14 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether its tensors are plain floats; others are quantised in some way."""
+    """Return whether all tensors of a module are plain floats, that is, not quantised."""
     tensors = [*module.parameters(), *module.buffers()]
     plain = (Tensor, nn.Parameter)
     return bool(tensors) and all(type(t) in plain and t.is_floating_point() and t.element_size() > 1 for t in tensors)
 
 
 def _distance(expected: Tensor, found: Tensor) -> float:
-    """Of two tensors relative to their scale: 0 for equal ones, about 1.4 for independent ones."""
+    """Relative L2 distance of two tensors: 0 if equal, about 1.4 if independent, infinite if the shapes differ."""
     if expected.shape != found.shape:
         return float("inf")
     scale = float((expected.square().sum() + found.square().sum()).div(2).sqrt())

@@ -1,6 +1,7 @@
-"""An artifact's files and tensors: what is missing, damaged, misshapen or of no value, by name.
+"""Checks of an artifact's files and tensors: missing, damaged, of the wrong shape or dtype, not finite, or all zero.
 
-Each function finds all faults of its kind. Tensors are read one at a time: a large artifact takes little memory.
+Each function returns all faults of its kind, by name. The checks of an artifact directory read one tensor at a time,
+so that a large artifact needs little memory.
 """
 
 import json
@@ -19,24 +20,24 @@ from data.errors import UserError
 from models.artifact import CONFIG, INDEX, WEIGHTS, decoder_faults, read_json, why_no_object
 
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-# As safetensors and as configs name them.
+# safetensors name -> config name
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CALIBRATOR = "anchor_bias_mlp."
-EXTRAS = {"bonus_slot.": "bonus_slot", "chain_mlp.": "chain_rank"}  # tensors beyond the public contract, and their key
-PARTS = {CALIBRATOR: "calibrator", "chain_mlp.": "chain", "bonus_slot.": "bonus slot"}  # what starts without effect
+EXTRAS = {"bonus_slot.": "bonus_slot", "chain_mlp.": "chain_rank"}  # prefix beyond the public contract -> config key
+PARTS = {CALIBRATOR: "calibrator", "chain_mlp.": "chain", "bonus_slot.": "bonus slot"}  # no effect at initialization
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of a tensor before its values."""
+    """Header entry of a tensor in a safetensors file."""
 
     shape: tuple[int, ...]
-    dtype: str  # as configs name it; as safetensors does if it is none of DTYPES
+    dtype: str  # config name; safetensors name if not in DTYPES
     file: str
 
 
 def file_faults(directory: Path) -> list[str]:
-    """An artifact must be whole: what an export writes is there and readable, and nothing there may be pickled."""
+    """Check that all files of an export exist and are readable, and that the artifact has no pickled weights."""
     faults = [
         f"{path.relative_to(directory)}: pickled weights, which run their author's code when loaded. "
         "Delete the file; the weights belong in *.safetensors."
@@ -47,17 +48,17 @@ def file_faults(directory: Path) -> list[str]:
 
 
 def loading_faults(directory: Path) -> list[str]:
-    """Config and weights must be there, readable, and agree with the index: what loading a drafter needs."""
+    """Check that config and weights exist, are readable and match the index, as required to load the drafter."""
     reason = why_no_object(directory / CONFIG)
     return ([reason] if reason else []) + _weight_file_faults(directory)
 
 
 def headers(directory: Path) -> dict[str, Header]:
-    """All tensors of an artifact without faults of its files, by name."""
+    """Return the headers of all tensors by name. The files must have no faults."""
     found = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  no dictionary
+            for name in file.keys():  # noqa: SIM118  not a dict
                 tensor = file.get_slice(name)
                 dtype = tensor.get_dtype()
                 found[name] = Header(tuple(tensor.get_shape()), DTYPES.get(dtype, dtype), path.name)
@@ -65,7 +66,7 @@ def headers(directory: Path) -> dict[str, Header]:
 
 
 def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and values, one tensor at a time."""
+    """Yield the names and values of all tensors, one at a time."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
@@ -75,10 +76,11 @@ def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def shape_faults(
     found: dict[str, Header], expected: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]]
 ) -> list[str]:
-    """Names and shapes must be the contract's.
+    """Check names and shapes of the tensors.
 
     Args:
-        optional: what an artifact may hold besides, but for which the same holds.
+        expected: shapes of the required tensors.
+        optional: shapes of the tensors that an artifact may hold in addition.
     """
     faults = [
         f"{name}: missing from the weights; expected shape {shape}. Export the drafter again."
@@ -95,7 +97,7 @@ def shape_faults(
 
 
 def dtype_faults(found: dict[str, Header], promised: Any) -> list[str]:
-    """All tensors must have one floating dtype, and that of the config.
+    """Check that all tensors have the same floating-point dtype, the one in the config.
 
     Args:
         promised: `dtype` of config.json.
@@ -118,7 +120,7 @@ def dtype_faults(found: dict[str, Header], promised: Any) -> list[str]:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of an artifact without faults of its files, by name.
+    """Read all tensors by name. The files must have no faults.
 
     Raises:
         UserError: a tensor cannot be read.
@@ -130,7 +132,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def unfit_faults(found: dict[str, Tensor]) -> list[str]:
-    """Tensors of a drafter must be finite floats."""
+    """Check that all tensors of a drafter are finite and have a supported floating-point dtype."""
     whole = sorted(name for name, tensor in found.items() if str(tensor.dtype)[6:] not in DTYPES.values())
     if whole:
         return [f"{some(whole)}: dtype {found[whole[0]].dtype}; expected one of {', '.join(DTYPES.values())}."]
@@ -139,10 +141,10 @@ def unfit_faults(found: dict[str, Tensor]) -> list[str]:
 
 
 def value_faults(directory: Path) -> tuple[list[str], list[str]]:
-    """Values must be finite.
+    """Check that all values are finite.
 
     Returns:
-        Faults, and warnings of tensors that look as if they had never been trained.
+        Faults, and a warning if tensors are all zeros and may be untrained.
     """
     faults, zeros = [], []
     for name, tensor in tensors(directory):
@@ -161,16 +163,16 @@ def value_faults(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def foreign_tensors(directory: Path, own: dict[str, Tensor]) -> list[str]:
-    """Names of an artifact's tensors whose values are others than those of the target under the same name.
+    """Return the names of an artifact's tensors that differ from the target's tensors of the same name.
 
     Args:
-        own: the target's, by exported name; tensors of other names are not compared.
+        own: the target's tensors by exported name; other tensors are not compared.
     """
     return [name for name, tensor in tensors(directory) if name in own and not _same(tensor, own[name])]
 
 
 def _same(tensor: Tensor, own: Tensor) -> bool:
-    """Equal in the coarser of both dtypes: the artifact may have been rounded, or the target when it was loaded."""
+    """Compare in the coarser of both dtypes, since either the artifact or the loaded target may have been rounded."""
     coarser = max(tensor.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(tensor.to(coarser), own.to("cpu", coarser))
 
@@ -192,7 +194,7 @@ def _weight_file_faults(directory: Path) -> list[str]:
 
 
 def _index_faults(directory: Path, places: dict[str, str], present: set[str]) -> list[str]:
-    """The index and the files must tell the same."""
+    """Check that the index and the files agree."""
     files = set(places.values())
     faults = [f"{file}: missing, but {INDEX} places tensors there. Copy it too." for file in sorted(files - present)]
     faults += [f"{file}: stray weights, not in {INDEX}. Delete the file." for file in sorted(present - files)]
@@ -206,7 +208,7 @@ def _index_faults(directory: Path, places: dict[str, str], present: set[str]) ->
 
 
 def _unreadable(path: Path) -> str | None:
-    """What is wrong with a safetensors file as a whole; None: its header is sound, its length as promised there."""
+    """Return the fault of a safetensors file; None if the header is valid and matches the file length."""
     try:
         with safe_open(path, "pt"):
             return None
@@ -221,9 +223,9 @@ def _unreadable(path: Path) -> str | None:
 
 
 def _promised_bytes(path: Path) -> int | None:
-    """Length of a safetensors file by its own header; None without a readable one.
+    """Return the length of a safetensors file according to its header, or None if the header is unreadable.
 
-    The header is its own length in 8 bytes, then JSON with the place of each tensor in what follows.
+    The file starts with the header length (8 bytes), then the header: JSON with the byte offsets of each tensor.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -246,6 +248,6 @@ def _hint(name: str) -> str:
 
 
 def some(names: list[str], most: int = 4) -> str:
-    """The first of some names, and how many more there are."""
+    """Join the first `most` names and the number of the remaining ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
