@@ -1,1 +1,1 @@
-"""`python -m data.report`: statistics of the training data before a GPU is paid for."""
+"""`python -m data.report`: training data statistics, computed before training."""

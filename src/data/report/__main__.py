@@ -1,4 +1,4 @@
-"""The command line of `python -m data.report`."""
+"""Entry point of `python -m data.report`."""
 
 from data.report.run import main
 

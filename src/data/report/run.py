@@ -1,10 +1,11 @@
-"""What is in the training data, before a GPU is paid for.
+"""Report statistics of the training data before spending GPU time.
 
     python -m data.report +experiment=qwen3_8b
 
-Reads, tokenises and packs the data as training would (and leaves it in the cache for training), and says what was read,
-rejected and cut, how full the rows are, and what is supervised: in the terminal, and as Markdown with plots in
-checkpoints/<name>/data_report/. Bad records are counted and listed here, whatever data.bad_records says.
+Reads, tokenizes and packs the data exactly as training does; training reuses the cached tokens. Reports records by
+outcome, rejection reasons, lengths, supervised tokens, packing efficiency and overlap with the evaluation prompts.
+Prints the report and writes it as Markdown with plots to checkpoints/<name>/data_report/. Bad records are counted and
+listed; data.bad_records has no effect here.
 """
 
 import sys
@@ -33,12 +34,12 @@ from data.terminal import say, terminal
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-SHOWN_TOKENS = 400  # of the conversation in colour
+SHOWN_TOKENS = 400  # printed from the example conversation
 
 
 @dataclass
 class Section:
-    """One table of the report."""
+    """A table of the report, with a title and notes."""
 
     title: str
     header: list[str]
@@ -47,7 +48,7 @@ class Section:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command; report user errors and Ctrl-C without a traceback."""
     try:
         write_report(command_line(__doc__))
     except UserError as error:
@@ -60,10 +61,10 @@ def main() -> None:
 
 
 def write_report(config: DictConfig) -> None:
-    """Print the report and write it below the run directory.
+    """Print the report and write it to the run directory.
 
     Raises:
-        UserError: the tokenizer or the data do not load, or nothing in them can be trained on.
+        UserError: the tokenizer or the data do not load, or the data contain no usable conversation.
     """
     settings = plain(config, "data", "model", "stage")
     data, draft = settings["data"], settings["model"]["draft"]
@@ -196,7 +197,7 @@ def _overlap(parts: list[Part], prompts: list[Any], path: Any) -> Section:
 
 
 def _example(prepared: Prepared, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Pieces of the first training conversation, and whether each is supervised."""
+    """Return the first SHOWN_TOKENS tokens of the first training conversation as (text, supervised) spans."""
     document = prepared.training.documents[0]
     ids, supervised = document.input_ids[:SHOWN_TOKENS], document.supervised[:SHOWN_TOKENS]
     edges = [0, *(np.flatnonzero(np.diff(supervised.astype(int))) + 1).tolist(), len(ids)]

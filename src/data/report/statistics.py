@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers: for the report before training."""
+"""Data set statistics for the report."""
 
 import re
 from collections import Counter
@@ -15,18 +15,18 @@ from data.preprocess.tokenized import BAD, Documents
 from data.sources.readers import Part, read_all
 from data.sources.records import Messages, conversation, questions
 
-OVERLAP_WORDS = 13  # a shared run of so many words counts as overlap, as GPT-3's authors counted it
-SAMPLED = 1000  # conversations whose tokens are told apart by role
+OVERLAP_WORDS = 13  # length of the word n-grams that count as overlap, as in the GPT-3 paper
+SAMPLED = 1000  # maximum number of conversations for the token counts by role
 WORD = re.compile(r"\w+")
 
 
 def percentiles(values: np.ndarray) -> list[int]:
-    """Smallest, 10th percentile, median, 90th percentile, largest."""
+    """Return minimum, 10th percentile, median, 90th percentile and maximum, or zeros without values."""
     return [int(x) for x in np.percentile(values, [0, 10, 50, 90, 100])] if len(values) else [0] * 5
 
 
 def reasons(documents: Documents, most: int) -> list[tuple[str, int, str]]:
-    """The commonest reasons why records are bad, how often each, and where first; numbers left out."""
+    """Return the `most` most frequent rejection reasons, numbers removed, with count and first location."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for reject in documents.rejects():
@@ -37,20 +37,20 @@ def reasons(documents: Documents, most: int) -> list[tuple[str, int, str]]:
 
 
 def duplicates(documents: Documents) -> int:
-    """Conversations that equal an earlier one, word for word."""
+    """Count the conversations that are exact duplicates of an earlier one."""
     digests = documents.column("digest", all_records=True)
     digests = digests[documents.column("outcome", all_records=True) != BAD]
     return len(digests) - len(np.unique(digests))
 
 
 def anchors_per_row(documents: Documents, rows: PackedRows, order: np.ndarray) -> np.ndarray:
-    """[rows] places where a block can start; `order` are the documents that the rows were made of."""
+    """Return [rows] numbers of valid anchors. `order` holds the document indices that the rows were packed from."""
     return rows.totals(documents.column("anchors")[order])
 
 
 @dataclass
 class Roles:
-    """Tokens of some conversations by who wrote them: how many, and how many of them are supervised."""
+    """Token counts by role, total and supervised, over a sample of conversations."""
 
     tokens: Counter[str] = field(default_factory=Counter)
     supervised: Counter[str] = field(default_factory=Counter)
@@ -58,9 +58,10 @@ class Roles:
 
 
 def roles(parts: list[Part], encoder: ChatEncoder) -> Roles:
-    """Tokens by role in up to SAMPLED conversations, spread over the data, found by looking for their texts.
+    """Count tokens by role in up to SAMPLED conversations, spread evenly over the data.
 
-    Independent of how supervision is found: if a user's tokens are supervised, something is wrong.
+    Roles are assigned by searching for the message texts, independently of the supervision mask. Supervised user tokens
+    therefore indicate a bug.
     """
     found = Roles()
     for messages in _sampled(parts):
@@ -71,7 +72,7 @@ def roles(parts: list[Part], encoder: ChatEncoder) -> Roles:
         document = encoder.tokenise([rendered])[0]
         starts = [start for start, _ in encoder.backend.encode(rendered.text, add_special_tokens=False).offsets]
         if len(starts) != len(document.input_ids):
-            continue  # an answer that melts into its prompt: no character belongs to one token
+            continue  # prompt and answer were tokenized separately: the offsets do not match
         found.conversations += 1
         owner, cursor = np.full(len(rendered.text) + 1, "template", dtype=object), 0
         for message in messages:
@@ -98,9 +99,11 @@ def _sampled(parts: list[Part]) -> Iterator[Messages]:
 
 
 def overlap(parts: list[Part], prompts: list[Messages], progress: Callable[[Any], Any]) -> tuple[int, int, list[str]]:
-    """Training records that ask what the evaluation asks: the same question, a long run of words in common, and where.
+    """Detect overlap of training questions with evaluation prompts, ignoring case, punctuation and whitespace.
 
-    Upper and lower case, punctuation and white space do not count.
+    Returns:
+        Number of records with an identical question, number of other records that share an OVERLAP_WORDS-gram with a
+        prompt, and the locations of the first five of either kind.
     """
     asked = [_words(message["content"]) for messages in prompts for message in messages if message["role"] == "user"]
     whole = {tuple(words) for words in asked}
