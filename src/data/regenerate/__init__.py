@@ -1,1 +1,1 @@
-"""`python -m data.regenerate`: the target answers the prompts of a data set."""
+"""`python -m data.regenerate`: regenerate the answers of a data set with the target."""

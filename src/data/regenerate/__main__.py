@@ -1,4 +1,4 @@
-"""The command line of `python -m data.regenerate`."""
+"""Entry point of `python -m data.regenerate`."""
 
 from data.regenerate.run import main
 

@@ -1,4 +1,4 @@
-"""A conversation while it is answered: what is asked next, and which answers are dropped."""
+"""State of a conversation during regeneration, and filters for bad answers."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ KEPT, CUT_OFF, EMPTY, REPEATS, REFUSED = "kept", "cut off", "empty", "repeats it
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn, and which of them are dropped."""
+    """Sampling parameters and answer filters."""
 
     temperature: float
     top_p: float
@@ -19,10 +19,10 @@ class Sampling:
     seed: int
     drop_cut_off: bool
     repeat_words: int
-    repeat_times: int  # 0: never dropped for that
+    repeat_times: int  # 0 disables the filter
 
     def fault(self, text: str, complete: bool) -> str:
-        """Why an answer is dropped, or KEPT."""
+        """Return the reason to drop an answer, or KEPT."""
         if self.drop_cut_off and not complete:
             return CUT_OFF
         if not text.strip():
@@ -31,7 +31,7 @@ class Sampling:
 
 
 def repeats(text: str, words: int, times: int) -> bool:
-    """Whether some run of `words` words comes `times` times or more: the answer loops."""
+    """Return whether any n-gram of `words` words occurs at least `times` times, a sign of a repetition loop."""
     found, counts = text.split(), {}
     for i in range(len(found) - words + 1):
         run = tuple(found[i : i + words])
@@ -43,7 +43,7 @@ def repeats(text: str, words: int, times: int) -> bool:
 
 @dataclass
 class Exchange:
-    """A conversation while it is answered, one question after the other."""
+    """A conversation that is answered turn by turn."""
 
     id: str
     questions: Messages  # system and user turns
@@ -52,15 +52,15 @@ class Exchange:
     tokens: int = 0
 
     def ask(self) -> Messages:
-        """The conversation up to its next question."""
+        """Append the next question and return the messages so far."""
         asked = sum(message["role"] != "assistant" for message in self.messages)
         upto = next(i for i in range(asked, len(self.questions)) if self.questions[i]["role"] == "user")
         self.messages += self.questions[asked : upto + 1]
         return self.messages
 
     def answer(self, message: dict[str, str], complete: bool, tokens: int, sampling: Sampling) -> None:
-        """Take the answer; sets `outcome` when there is nothing left to ask, or no point in it."""
-        if not complete:  # it was cut anywhere; servers trim what is left, so both backends do
+        """Append an answer. Set `outcome` after the last question or if the answer must be dropped."""
+        if not complete:  # servers strip truncated answers; strip here so that both backends match
             message = {**message, "content": message["content"].rstrip()}
         self.messages.append({"role": "assistant", **message})
         self.tokens += tokens
@@ -74,5 +74,5 @@ Finish = Callable[[Exchange], None]
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A seed that depends on nothing but these."""
+    """Derive a 31-bit seed from `seed` and `name` alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big") >> 1

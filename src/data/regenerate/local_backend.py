@@ -1,4 +1,4 @@
-"""Answers by the target in this process, with transformers."""
+"""Local generation backend based on transformers."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -11,21 +11,22 @@ from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, Exchange, Finish, Sampling, seed_of
 
-# Settings of sampling in transformers, of which the target's own defaults are not taken.
+# Sampling parameters of transformers for which the target's generation config is ignored.
 SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-WINDOW = 16  # batches that are sorted by length together
+WINDOW = 16  # number of batches whose prompts are sorted by length together
 
 
 class LocalBackend:
-    """The target in this process, with transformers: batched, prompts of one length side by side."""
+    """Generates answers with the target in this process, in batches of prompts of similar length."""
 
     def __init__(
         self, target: dict[str, Any], tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder, sampling: Sampling,
         *, batch_size: int, device: str,
     ) -> None:  # fmt: skip
-        """
+        """Load the target and build its generation settings.
+
         Raises:
-            UserError: the target did not load.
+            UserError: the target does not load, or `max_new_tokens` leaves no positions for a prompt.
         """
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
@@ -40,7 +41,7 @@ class LocalBackend:
             raise UserError(f"model.target: the target did not load. {error}") from error
         self.tokenizer, self.encoder, self.sampling, self.batch_size = tokenizer, encoder, sampling, batch_size
         positions = self.model.config.max_position_embeddings
-        self.limit = positions - sampling.max_new_tokens  # tokens of the longest prompt
+        self.limit = positions - sampling.max_new_tokens  # maximum prompt length in tokens
         if self.limit < 1:
             raise UserError(
                 f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a question in the target's "
@@ -49,7 +50,7 @@ class LocalBackend:
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         greedy = sampling.temperature == 0
-        # The rest is the target's own defaults: penalties, say, which drafting follows as well.
+        # Other parameters keep the target's defaults, such as penalties, which decoding with the drafter also applies.
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         self.generation = dict.fromkeys(SAMPLED & GenerationConfig().to_dict().keys()) | {
             "do_sample": not greedy,
@@ -62,7 +63,7 @@ class LocalBackend:
         }
 
     def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool = False) -> None:
-        """Answer all questions of all exchanges; what was answered before makes no difference here."""
+        """Answer all questions of all exchanges. `answered_before` is ignored."""
         exchanges = iter(exchanges)
         while active := list(islice(exchanges, self.batch_size * WINDOW)):
             while active:
@@ -70,7 +71,7 @@ class LocalBackend:
                 active = [exchange for exchange in active if exchange.outcome is None]
 
     def _round(self, active: list[Exchange], finish: Finish) -> None:
-        """One question of each."""
+        """Answer one question of each active exchange."""
         asked = []
         for exchange in active:
             try:
@@ -93,7 +94,7 @@ class LocalBackend:
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Answers as token ids, the end token included where it came."""
+        """Generate one answer per prompt. Return token ids, including the end token if generated."""
         longest = max(map(len, prompts))
         padded = [[self.encoder.pad_id] * (longest - len(p)) + p for p in prompts]
         seen = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]

@@ -1,13 +1,13 @@
-"""Let the target answer the questions of a data set, so that a drafter learns the target's own words.
+"""Regenerate the answers of a data set with the target, so that the drafter trains on the target's own outputs.
 
     python -m data.regenerate +experiment=qwen3_8b                                          # in this process
     python -m data.regenerate +experiment=qwen3_8b regenerate.backend=server \\
         regenerate.server.url=http://localhost:8000/v1                                     # a running server
     python -m train +experiment=qwen3_8b data.path=checkpoints/qwen3_8b/regenerated.jsonl
 
-Multi-turn conversations are answered turn by turn. A killed run goes on with the same command: every sample has an id,
-and those that are finished are not asked again. Beside the output lie `.settings.json` (what wrote it, with counts) and
-`.dropped.jsonl` (answers that a filter took out, and why). Settings: conf/regenerate/default.yaml.
+Multi-turn conversations are answered turn by turn. To resume a killed run, repeat the command: every sample has an id,
+and finished samples are skipped. Two files are written next to the output: `.settings.json` (settings and counts by
+outcome) and `.dropped.jsonl` (dropped conversations with the reason). Settings: conf/regenerate/default.yaml.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_wo
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command; report user errors and Ctrl-C without a traceback."""
     try:
         config = command_line(__doc__)
         check_regeneration(config)
@@ -61,9 +61,10 @@ def main() -> None:
 
 
 def check_regeneration(config: DictConfig) -> None:
-    """
+    """Check the `regenerate` settings that depend on each other or on files.
+
     Raises:
-        UserError: a setting of `regenerate` that makes no sense.
+        UserError: a setting is invalid.
     """
     check_choices(config, {"regenerate.backend": ("local", "server")})
     check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
@@ -79,11 +80,11 @@ def check_regeneration(config: DictConfig) -> None:
 
 
 def regenerate(config: DictConfig) -> None:
-    """Answer what is not answered yet, then put the output together in the order of the questions.
+    """Answer all unanswered questions, then write the output in the order of the questions.
 
     Raises:
-        UserError: bad records, other settings than before, another process at the same output, or a server that
-            stays away.
+        UserError: bad records, settings that differ from the interrupted run, an output locked by another process, an
+            unreachable server, or no answer kept.
     """
     output = Path(config.regenerate.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def _regenerate(config: DictConfig, output: Path) -> None:
         return
     journal = Journal(output.with_suffix(".unfinished.jsonl"))
     todo = sum(sample_id not in journal for sample_id in ids.values())
-    backend = _backend(config) if todo else None  # what it refuses has begun nothing
+    backend = _backend(config) if todo else None  # before any file is written, since it may raise UserError
     _write_json(record, {"settings": settings, "written_with": _written_with(config)})
     counts = Counter()
     with tqdm(total=len(ids), initial=len(ids) - todo, desc="answers", unit="") as bar:
@@ -132,10 +133,12 @@ def _regenerate(config: DictConfig, output: Path) -> None:
 
 
 def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
-    """Part and place of each sample -> its id: the record's own `id`, or else its file and line.
+    """Map (part index, place) of each sample to its id: the record's `id` field, otherwise file and line.
+
+    Bad records are written to `rejects`: records without a question, and duplicate ids.
 
     Raises:
-        UserError: records that hold no question, or an id that comes twice, and `bad_records` is "stop".
+        UserError: there are bad records and `bad_records` is "stop", or no record is usable.
     """
     ids: dict[tuple[int, int], str] = {}
     owners: dict[str, str] = {}
@@ -174,7 +177,7 @@ def _questions(found: Found) -> Messages:
 
 
 def _open_exchanges(parts: list[Part], ids: dict[tuple[int, int], str], journal: Journal) -> Iterator[Exchange]:
-    """What is still to be answered, read when it is asked for."""
+    """Lazily yield the unfinished samples."""
     for number, _, found in _numbered(parts):
         sample_id = ids.get((number, found.place))
         if sample_id is not None and sample_id not in journal:
@@ -185,7 +188,7 @@ def _backend(config: DictConfig) -> Any:
     chosen = plain(config, "data", "model", "regenerate")
     sampling = Sampling(seed=config.seed, **{key: chosen["regenerate"][key] for key in SAMPLING})
     template_kwargs = chosen["data"]["template_kwargs"]
-    # Imported late: a server's client should not wait for torch.
+    # Lazy imports: the server backend does not need torch.
     if chosen["regenerate"]["backend"] == "server":
         from data.regenerate.server_backend import ServerBackend
 
@@ -200,7 +203,7 @@ def _backend(config: DictConfig) -> Any:
 
 
 def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
-    """What the answers depend on."""
+    """Return everything that affects the answers."""
     chosen, target = plain(config, "regenerate")["regenerate"], plain(config, "model")["model"]["target"]
     settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
     settings |= {"seed": config.seed, "template_kwargs": plain(config, "data")["data"]["template_kwargs"]}
@@ -225,17 +228,17 @@ def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
 
 
 def _written_with(config: DictConfig) -> dict[str, Any]:
-    """For the record: what does not change the answers, or should not."""
+    """Return settings and versions that should not affect the answers, for the record."""
     chosen = plain(config, "regenerate")["regenerate"]
     where = {key: value for key, value in chosen[chosen["backend"]].items() if key != "key_file"}
     return {**where, "versions": {name: version(name) for name in ("torch", "transformers")}}
 
 
 def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: bool) -> bool:
-    """Whether the output was written with these settings; with `overwrite`, what was written goes.
+    """Return whether the output is complete for these settings. With `overwrite`, discard a finished or different run.
 
     Raises:
-        UserError: it was begun with others, or is not ours.
+        UserError: the output was started with other settings, or exists without a settings record.
     """
     unfinished = output.with_suffix(".unfinished.jsonl")
     if not record.exists():
@@ -244,11 +247,11 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
         if output.exists():
             raise UserError(f"{output} exists, without a record of its settings. Choose another regenerate.output.")
         return False
-    settings = json.loads(json.dumps(settings))  # as it will be read back
+    settings = json.loads(json.dumps(settings))  # JSON round trip, to compare with the stored settings
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(key for key in settings | before["settings"] if settings.get(key) != before["settings"].get(key))
     if overwrite and (changed or not unfinished.exists()):
-        unfinished.unlink(missing_ok=True)  # else it is this very call that was killed, and goes on
+        unfinished.unlink(missing_ok=True)  # otherwise resume an interrupted run with the same settings
         return False
     if changed:
         changes = "; ".join(f"{key}: {before['settings'].get(key)} -> {settings.get(key)}" for key in changed)
@@ -260,7 +263,7 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
 
 
 def _put_together(journal: Journal, ids: list[str], output: Path) -> dict[str, int]:
-    """Write what was kept and what was dropped, each in the order of the questions; counts by outcome."""
+    """Write kept and dropped conversations to their files in question order. Return counts by outcome."""
     outcomes: Counter[str] = Counter()
     files = [output, output.with_suffix(".dropped.jsonl")]
     temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]

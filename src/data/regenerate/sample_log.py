@@ -1,4 +1,4 @@
-"""Finished samples on disk, one line each, so that a kill at any moment loses none and repeats none."""
+"""Append-only log of finished samples, which survives a kill at any time without losing or repeating samples."""
 
 import json
 import os
@@ -10,13 +10,13 @@ from data.errors import UserError
 
 
 class Journal:
-    """A file of finished samples in the order in which they were finished, looked up by id."""
+    """A JSONL log of finished samples in completion order, indexed by sample id."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the file, or begins it. A last line that a kill cut short goes: its sample was not finished."""
+        """Open or create the file. Truncate an incomplete last line, left by a kill: its sample was not finished."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.offsets: dict[str, tuple[int, int]] = {}  # id -> where its line begins, and its length
+        self.offsets: dict[str, tuple[int, int]] = {}  # id -> (byte offset, length) of its line
         whole = 0
         if path.exists():
             with path.open("rb") as lines:
@@ -26,7 +26,7 @@ class Journal:
                     self.offsets[json.loads(line)["id"]] = (whole, len(line))
                     whole += len(line)
             os.truncate(path, whole)
-        # Unbuffered: a finished sample is with the operating system before the next one starts.
+        # Unbuffered: every finished sample reaches the operating system immediately.
         self._file = path.open("ab", buffering=0)
         self._end = whole
 
@@ -37,10 +37,11 @@ class Journal:
         return len(self.offsets)
 
     def add(self, sample_id: str, entry: dict[str, Any]) -> None:
-        """
+        """Append a finished sample. If the write is incomplete, truncate the file to its previous end.
+
         Raises:
-            ValueError: the sample is there already.
-            UserError: the file system takes no more.
+            ValueError: the sample is already in the log.
+            UserError: the write failed, for example because the disk is full.
         """
         if sample_id in self:
             raise ValueError(f"sample {sample_id!r} was finished before")
@@ -56,7 +57,7 @@ class Journal:
         self._end += len(line)
 
     def read(self, ids: list[str]) -> Iterator[dict[str, Any]]:
-        """The entries of these samples, in this order."""
+        """Yield the entries of these samples in the given order."""
         with self.path.open("rb") as file:
             for sample_id in ids:
                 start, size = self.offsets[sample_id]

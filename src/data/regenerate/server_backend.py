@@ -1,4 +1,4 @@
-"""Answers by a server that speaks OpenAI's protocol."""
+"""Generation backend for servers with an OpenAI-compatible API."""
 
 import asyncio
 import random
@@ -13,13 +13,13 @@ from data.errors import BadRecord, UserError
 from data.regenerate.conversation import REFUSED, Exchange, Finish, Sampling, seed_of
 from data.sources.records import Messages
 
-FIRST_REFUSALS = 20  # so many before the first answer, and the requests themselves are at fault
-FAILURES = 6  # so often may one request break the connection or the server
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between two tries
+FIRST_REFUSALS = 20  # rejections before the first answer after which the request settings are considered invalid
+FAILURES = 6  # failed tries (HTTP 500, broken connection, unusable reply) before a request is dropped
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between retries, exponential backoff
 
 
 class ServerBackend:
-    """An OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
+    """Generates answers with an OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
 
     def __init__(
         self, sampling: Sampling, template_kwargs: dict[str, Any],
@@ -42,12 +42,13 @@ class ServerBackend:
         self.held: list[Exchange] = []
 
     def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool) -> None:
-        """Answer all questions of all exchanges, many at a time.
+        """Answer all questions of all exchanges, with up to `in_flight` concurrent requests.
 
-        Until a first answer has come, now or before, refusals are held back: they may be every request's fault.
+        Rejections are held back until the first successful answer, in this run or (`answered_before`) an earlier one:
+        before that, a rejection may mean that the settings of all requests are invalid.
 
         Raises:
-            UserError: the server stays away, or refuses everything.
+            UserError: the server is unreachable, or rejects every request.
         """
         self.answered, self.held = answered_before, []
         try:
@@ -67,7 +68,7 @@ class ServerBackend:
                 workers.create_task(self._worker(client, exchanges, finish))
 
     async def _worker(self, client: httpx.AsyncClient, exchanges: Iterator[Exchange], finish: Finish) -> None:
-        for exchange in exchanges:  # shared by all workers: each takes the next one
+        for exchange in exchanges:  # iterator shared by all workers
             while exchange.outcome is None:
                 seed = seed_of(self.sampling.seed, f"{exchange.id}/{len(exchange.messages)}")
                 try:
@@ -84,11 +85,11 @@ class ServerBackend:
                     raise self._at_fault(str(exchange.outcome))
 
     async def _ask(self, client: httpx.AsyncClient, messages: Messages, seed: int) -> tuple[dict[str, str], bool, int]:
-        """What `_read` finds in the reply, after as many tries as it takes while the server is away for a while.
+        """Request an answer and parse it with `_read`. Retry with backoff while the server is unavailable.
 
         Raises:
-            BadRecord: the server will never answer this.
-            UserError: it answers nothing any more.
+            BadRecord: the server cannot answer this request.
+            UserError: the server rejects all requests, or is unavailable for longer than `patience` seconds.
         """
         pause, failures = FIRST_PAUSE, 0
         while True:
@@ -106,10 +107,10 @@ class ServerBackend:
                 failures += response.status_code == 500
             except httpx.ConnectError as error:
                 problem = f"{type(error).__name__}: {error}"
-            except (httpx.TransportError, NoAnswer) as error:  # it was there, and then it was not
+            except (httpx.TransportError, NoAnswer) as error:  # the server accepted the connection, then failed
                 problem = f"{type(error).__name__}: {error}"
                 failures += 1
-            # A request that fails again and again at a server that is alive is at fault itself.
+            # If a request fails repeatedly while the server is alive, the request itself is the cause.
             if failures >= FAILURES and await self._alive(client):
                 raise BadRecord(f"no answer in {failures} tries ({problem})")
             now = time.monotonic()
@@ -141,20 +142,20 @@ class ServerBackend:
 
 
 class NoAnswer(Exception):
-    """A reply that is none: torn, or of a server that was stopped while it wrote."""
+    """Incomplete or malformed reply, for example from a server that was stopped during generation. Retried."""
 
 
 def _read(reply: Any) -> tuple[dict[str, str], bool, int] | BadRecord:
-    """Message, whether it ended by itself, and its tokens; or why it cannot be used, and asking again would not help.
+    """Parse a reply into message, completeness and token count, or return the BadRecord if a retry cannot help.
 
     Raises:
-        NoAnswer: to be asked again.
+        NoAnswer: the reply is incomplete; the request should be retried.
     """
     try:
         choice = reply["choices"][0]
         found, ending = choice["message"], choice.get("finish_reason")
         message = {"content": found.get("content") or ""}
-        # Servers that take the reasoning out of the answer give it apart; templates want it back under this name.
+        # Some servers return the reasoning in a separate field; chat templates expect it under this name.
         if reasoning := found.get("reasoning_content") or found.get("reasoning"):
             message["reasoning_content"] = reasoning
         tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
@@ -165,7 +166,7 @@ def _read(reply: Any) -> tuple[dict[str, str], bool, int] | BadRecord:
         raise NoAnswer(f"a reply without an answer ({type(error).__name__}: {error})") from error
     if ending in ("tool_calls", "function_call", "content_filter"):
         return BadRecord(f"the server ended the answer with {ending!r}")
-    if ending not in ("stop", "length"):  # "abort", say: it was stopped while it wrote
+    if ending not in ("stop", "length"):  # e.g. "abort": generation was interrupted
         raise NoAnswer(f"the answer ended with {ending!r}")
     return message, ending == "stop", tokens
 
