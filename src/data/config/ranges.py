@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 
 STAGES = ("attention_tuning", "bonus_calibration")
-LARGEST = 2**31 - 1  # for integers: fits int32 in every library
+LARGEST = 2**31 - 1  # for integers: int32 maximum, which every library accepts
 FLOAT32 = 3e38  # for floats: the optimizer computes in float32
 
 
