@@ -1,1 +1,1 @@
-"""One training stage under Lightning: modules, batches, ZeRO, validation by decoding, logging."""
+"""Training loop of one stage under Lightning: modules, batches, ZeRO, decoding during validation, logging."""

@@ -1,4 +1,4 @@
-"""Batches of a step as a pure function of (seed, step): nothing to save, nothing to lose on resume."""
+"""Batches as a pure function of (seed, step): data loading has no state to checkpoint."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +14,14 @@ from data.preprocess.anchors import make_batch
 from data.preprocess.packing import Row
 from train.settings.derived import micro_batches_per_step
 
-VALIDATION = 1  # keeps validation's draws apart from training's
+VALIDATION = 1  # separates validation's random seeds from training's (0)
 
 
 class TrainingBatches(Dataset[Batch]):
-    """One rank's share of every global batch: one item for each pass of each step.
+    """One rank's part of every global batch: one item per micro-batch of each step.
 
-    Rows come in a fresh shuffled order each epoch, anchors are drawn anew each time a row is seen. The global batch of
-    a step is the same whatever the number of ranks and of passes.
+    Rows are reshuffled every epoch, and anchors are resampled each time a row is used. The global batch of a step does
+    not depend on the number of ranks or micro-batches.
     """
 
     def __init__(
@@ -39,10 +39,11 @@ class TrainingBatches(Dataset[Batch]):
     ) -> None:
         """
         Args:
-            micro_batch_size: rows of a batch; a step takes as many batches as its share on this rank needs. None: one.
+            micro_batch_size: rows per micro-batch, which sets the number of gradient accumulation steps; None: one
+                micro-batch per step.
 
         Raises:
-            ValueError: ranks and passes cannot share `global_batch_size` evenly.
+            ValueError: `global_batch_size` does not divide evenly into ranks and micro-batches.
         """
         self.passes = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
         self.rows, self.steps, self.global_batch_size = rows, steps, global_batch_size
@@ -56,7 +57,7 @@ class TrainingBatches(Dataset[Batch]):
         return self.batch(*divmod(index, self.passes))
 
     def batch(self, step: int, number: int = 0) -> Batch:
-        """This rank's rows of global batch `step` in pass `number`."""
+        """Return micro-batch `number` of this rank in step `step`."""
         size = self.global_batch_size // (self.world_size * self.passes)
         first = (self.rank * self.passes + number) * size
         places = range(first, first + size)
@@ -65,7 +66,7 @@ class TrainingBatches(Dataset[Batch]):
         return make_batch(chosen, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
 
     def _row_at(self, drawn: int) -> int:
-        """Row number `drawn` of the endless sequence of shuffled epochs."""
+        """Return the index of the row at position `drawn` in the infinite sequence of shuffled epochs."""
         epoch, place = divmod(drawn, len(self.rows))
         if getattr(self, "_epoch", None) != epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
@@ -73,7 +74,10 @@ class TrainingBatches(Dataset[Batch]):
 
 
 class FromStep(Sampler[int]):
-    """The passes from the current step to the last, in order; asked for the step when the loop begins."""
+    """Indices of the micro-batches from the current step to the last, in order.
+
+    The current step is read when iteration starts.
+    """
 
     def __init__(self, batches: TrainingBatches, current_step: Callable[[], int]) -> None:
         self.batches, self.current_step = batches, current_step
@@ -86,10 +90,10 @@ class FromStep(Sampler[int]):
 
 
 class ValidationBatches(Dataset[Batch]):
-    """The same rows with the same anchors every time, shared out over the ranks.
+    """Validation batches, split over the ranks: the same rows with the same anchors every time.
 
-    Every rank gets as many batches of as many rows: under ZeRO 3 a rank that stops early leaves the others waiting, so
-    where rows run out, one comes again, without labels, and counts for nothing.
+    All ranks have the same number of batches and rows, because under ZeRO 3 a rank that finishes early blocks the
+    others. The last ranks are padded with repeated rows, whose labels are ignored.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class ValidationBatches(Dataset[Batch]):
 
 
 class Ahead(DataLoader):
-    """Batches as they are, made by `workers` processes before they are due; 0: when they are due."""
+    """DataLoader that prefetches ready-made batches in `workers` processes; 0 builds them in the main process."""
 
     def __init__(self, batches: Dataset[Batch], workers: int, sampler: Sampler[int] | None = None) -> None:
         super().__init__(
@@ -135,9 +139,9 @@ class Ahead(DataLoader):
         return self._begun[-1]
 
     def close(self) -> None:
-        """End the workers, also those of a loop that was left by an exception, which holds on to them.
+        """Shut down the workers, including those of a loop aborted by an exception, whose traceback keeps them alive.
 
-        At the interpreter's exit they would be waited for, and they do not listen to signals.
+        Otherwise the interpreter would wait for them at exit, and they ignore signals.
         """
         for iterator in self._begun:
             if hasattr(iterator, "_shutdown_workers"):
@@ -146,6 +150,6 @@ class Ahead(DataLoader):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """A signal to the whole job would end the workers before the run has saved what it is at."""
+    """Ignore signals in a worker: a signal sent to the entire job would kill it before the run saved a checkpoint."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

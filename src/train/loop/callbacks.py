@@ -1,4 +1,4 @@
-"""Callbacks of the user's: what they may do, so that the figures of a stage are of the weights that it hands on."""
+"""Restrictions on user callbacks: validation metrics must belong to the weights that the stage hands on."""
 
 from typing import Any
 
@@ -21,18 +21,19 @@ from torch import Tensor
 from data.errors import UserError
 from train.endings.agreed import AgreedEnd
 
-# Of Lightning's, those that watch a training, and its time limit; others change what is trained, how, or how long.
+# Lightning callbacks that only observe training, and its time limit. The others change the weights, the optimization or
+# the number of steps.
 KNOWN = (DeviceStatsMonitor, LambdaCallback, LearningRateMonitor, ModelSummary, ProgressBar)
 KNOWN += (ThroughputMonitor, Timer)
 OF_CHECKPOINTS = ("on_save_checkpoint", "on_load_checkpoint")
 
 
 def check_callbacks(callbacks: dict[str, Any]) -> None:
-    """By what a callback's class is and overrides, not by its name.
+    """Check that the user's callbacks are supported, judging by base classes and overridden hooks, not by name.
 
     Raises:
-        UserError: a callback saves checkpoints, changes what they hold, ends the training by a figure, or is one of
-            Lightning's that change training.
+        UserError: an entry is not a Callback, saves checkpoints, changes their content, stops training early based on a
+            metric, or is a Lightning callback that changes training.
     """
     for name, callback in callbacks.items():
         here = f"callbacks.{name}: {type(callback).__name__}"
@@ -66,16 +67,16 @@ def _overrides(callback: Callback, hook: str) -> bool:
 
 
 def _unknown(kind: type) -> type | None:
-    """The class of Lightning's own that a callback is or is derived from, if it is none of those known."""
+    """Return the first Lightning class in a callback's MRO that is not one of `KNOWN`; None if there is none."""
     package = Callback.__module__.rpartition(".")[0]  # lightning.pytorch.callbacks
     own = [c for c in kind.__mro__ if c.__module__.startswith(package) and c is not Callback]
     return next((c for c in own if not issubclass(c, KNOWN)), None)
 
 
 class SameWeights(Callback):
-    """The weights that a validation is of are those that are saved after it, and at the end of training.
+    """Check that the weights saved after a validation, and at the end of training, are the validated weights.
 
-    Comes after all callbacks of the user's, before the one that saves.
+    Must be placed after all user callbacks and before the checkpoint callback.
     """
 
     def __init__(self) -> None:
@@ -94,9 +95,10 @@ class SameWeights(Callback):
         self._compare(trainer, pl_module)
 
     def _compare(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """
+        """Compare the current parameter norms with those at the start of validation, if both are of this step.
+
         Raises:
-            AgreedEnd: the weights are not those validated at this step.
+            AgreedEnd: the weights differ from the weights validated at this step.
         """
         changed = trainer.global_step == self._step and not self._norms.equal(_norms(pl_module))
         if trainer.strategy.reduce_boolean_decision(changed, all=False):
@@ -109,6 +111,9 @@ class SameWeights(Callback):
 
 
 def _norms(module: lightning.LightningModule) -> Tensor:
-    """[parameters] on the host; of this rank's pieces under ZeRO 3. NaN becomes a number that equals itself."""
+    """Return the norm of each trained parameter (this rank's shard under ZeRO 3), [parameters] on the CPU.
+
+    NaN is replaced by -1, so that equal norms compare as equal.
+    """
     pieces = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in module.trained().values()]
     return torch.stack(torch._foreach_norm(pieces)).nan_to_num(nan=-1.0).cpu()

@@ -1,4 +1,4 @@
-"""Rows to the loaders of one training stage."""
+"""Data module of one training stage: data loaders over packed rows."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from train.loop.batches import Ahead, FromStep, TrainingBatches, ValidationBatch
 
 
 class DraftData(lightning.LightningDataModule):
-    """The loaders of one training stage."""
+    """Training and validation data loaders of one stage."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class DraftData(lightning.LightningDataModule):
     ) -> None:
         """
         Args:
-            workers: processes of each loader that make batches ahead of the step; 0: none.
+            workers: prefetching processes per data loader; 0: none.
         """
         super().__init__()
         self.training, self.validation = training, validation
@@ -51,7 +51,7 @@ class DraftData(lightning.LightningDataModule):
         )
 
     def batch_bytes(self, world_size: int) -> int:
-        """Bytes of one batch."""
+        """Return the size of one training micro-batch in bytes."""
         values = vars(self._batches(0, world_size)[0]).values()
         return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
@@ -76,10 +76,10 @@ class DraftData(lightning.LightningDataModule):
         return loader
 
     def close(self) -> None:
-        """End the loaders' processes."""
+        """Shut down the worker processes of all data loaders."""
         for loader in self.loaders:
             loader.close()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Without waiting for the device, which needs memory that it can read by itself."""
+        """Move a batch to the device; on CUDA asynchronously, from pinned memory."""
         return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)

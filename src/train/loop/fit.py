@@ -1,4 +1,4 @@
-"""One training stage with Lightning: from where it was left to its last step."""
+"""Run one training stage under Lightning, from scratch or from its latest checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ LOG_EVERY = 10  # steps
 
 
 def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
-    """The trainer preset with this stage's steps, loggers and checkpoints.
+    """Instantiate the trainer preset with this stage's steps, loggers, callbacks and checkpoints.
 
     Raises:
-        UserError: a callback that a stage cannot follow.
-        ValueError: ranks and passes cannot share the rows of a step evenly.
+        UserError: a callback is not supported, or the time limit is not positive.
+        ValueError: the global batch does not divide evenly into ranks and micro-batches.
     """
     settings = config.stage[stage]
     validate_every = min(settings.validate_every, settings.steps)
@@ -56,7 +56,8 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     check_callbacks(given)
     skipped = SkippedSteps(checkpoints.directory, settings.max_skipped_steps)
     labelled = LabelledBlocks(needed=config.model.target.name is not None)
-    # SLURM tells rank, size and address; its signals are ours to handle: Lightning would save in the middle of a step.
+    # Rank, world size and address come from SLURM. Its signals are handled by train.endings.preemption: Lightning's
+    # handler would save in the middle of a step.
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer: Trainer = instantiate(
         config.trainer,
@@ -67,9 +68,9 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         gradient_clip_val=settings.gradient_clip,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the loaders know their rank
+        use_distributed_sampler=False,  # the datasets shard by rank themselves
         enable_model_summary=False,
-        log_every_n_steps=1,  # what is logged, and when, is the monitor's business
+        log_every_n_steps=1,  # Monitor decides what is logged and how often
         default_root_dir=str(directory),
         logger=stage_loggers(config, stage, directory),
         callbacks=[*given.values(), skipped, labelled, SameWeights(), checkpoints],
@@ -78,14 +79,15 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     _check_time_limit(trainer)
     passes = micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = passes
-    trainer.val_check_interval = validate_every * passes  # Lightning counts passes
+    trainer.val_check_interval = validate_every * passes  # Lightning counts micro-batches
     return trainer
 
 
 def _check_time_limit(trainer: Trainer) -> None:
-    """
+    """Check that the time limit, if any, is positive.
+
     Raises:
-        UserError: a time limit that is over before the first step.
+        UserError: the time limit is 0 or less, so that no step would be made.
     """
     limits = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
     if any(limit is not None and limit <= 0 for limit in limits):
@@ -96,7 +98,7 @@ def _check_time_limit(trainer: Trainer) -> None:
 
 
 def stage_loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
-    """The loggers of a stage; a restart of it goes on in the same W&B run."""
+    """Instantiate the loggers of a stage. A restarted stage resumes its W&B run."""
     run_dir = directory.parent
     places: dict[str, dict[str, Any]] = {"csv": {"save_dir": str(directory)}}
     places["wandb"] = {"save_dir": str(run_dir), "run_name": config.name, "stage": stage}
@@ -105,14 +107,21 @@ def stage_loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
 
 
 def wandb_loggers(config: DictConfig, stage: str, directory: Path) -> list[StageWandbLogger]:
-    """Those of a stage's loggers that are W&B's: one or none."""
+    """Instantiate the loggers of a stage and return the W&B logger among them, if any: a list of length 0 or 1."""
     return [logger for logger in stage_loggers(config, stage, directory) if isinstance(logger, StageWandbLogger)]
 
 
 def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path) -> dict[str, float]:
-    """Train to the last step, from the last whole checkpoint if there is one; returns the figures of what it hands on.
+    """Train to the last step, resuming from the latest intact checkpoint if there is one.
 
-    With patience, to the step where that ends.
+    With `patience` set, training may stop earlier.
+
+    Returns:
+        Validation metrics of the weights that the stage hands on: the best or the last.
+
+    Raises:
+        UserError: Lightning rejects the configuration of trainer, loggers or callbacks.
+        AgreedEnd: training ended before the last step for a reason other than `patience`.
     """
     chosen = usable_checkpoint(directory / "checkpoints", say, keeper(trainer).run)
     keeper(trainer).resumed_from = chosen
@@ -132,14 +141,14 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     finally:
         data.close()
     if trainer.global_step < trainer.max_steps and not keeper(trainer).out_of_patience():
-        raise not_finished(trainer, directory / "checkpoints")  # ended before its first step
+        raise not_finished(trainer, directory / "checkpoints")  # ended before its first step, so no callback raised
     if keeper(trainer).out_of_patience() and trainer.global_step < trainer.max_steps:
         say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
     return keeper(trainer).figures()
 
 
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:
-    """What logs the figures of a stage; without the share of the peak where an architecture is not counted."""
+    """Create the monitor of a stage. MFU is omitted for architectures that the FLOP count does not support."""
     settings, draft = config.stage[stage], config.model.draft
     rows, length = settings.global_batch_size, config.data.max_seq_len
     try:

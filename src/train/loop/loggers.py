@@ -1,6 +1,7 @@
-"""W&B: its own environment variables hold; offline unless there is a login and a server; it never ends a training.
+"""W&B logging.
 
-wandb is imported where it is used, so that runs without it do not need it.
+W&B's environment variables take precedence. Logging is offline unless there is a login and the server answers. W&B
+errors never stop training. wandb is imported lazily, so that it is required only by runs that use it.
 """
 
 import netrc
@@ -20,13 +21,13 @@ from omegaconf import DictConfig
 from data.errors import UserError
 from train.terminal import say
 
-PROJECT = "flexdraft"  # unless logger.wandb.project or WANDB_PROJECT names one
+PROJECT = "flexdraft"  # default if neither logger.wandb.project nor WANDB_PROJECT is set
 REACH, INIT, FINISH = 5.0, 30.0, 120.0  # seconds to wait for the server
 OFFLINE = ("offline", "dryrun")
 
 
 def guarded(method: Callable[..., None]) -> Callable[..., None]:
-    """A method of the logger after whose failure the training goes on, without W&B."""
+    """Wrap a logger method so that an error disables W&B for this stage instead of stopping training."""
 
     @wraps(method)
     def call(self: "StageWandbLogger", *args: Any, **kwargs: Any) -> None:
@@ -34,7 +35,7 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
             return
         try:
             method(self, *args, **kwargs)
-        except Exception as error:  # of the network, of W&B's own process: whatever it is, the training is worth more
+        except Exception as error:  # network, W&B service process, ...: never worth losing the training run
             self.lost = True
             say(f"W&B: {_line(error)} Nothing more goes to it from this stage; the run itself goes on.")
 
@@ -44,8 +45,9 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
 class StageWandbLogger(WandbLogger):
     """Lightning's logger for one stage.
 
-    Each stage is a run, ended with it. Where the run is given (WANDB_RUN_ID, as under `wandb agent`), all stages share
-    it: their keys begin with the stage's name, and it stays open until the process ends.
+    Each stage is a separate W&B run, finished when the stage ends. If the run is given (WANDB_RUN_ID, as under
+    `wandb agent`), all stages log to it: metric keys are prefixed with the stage name, and the run stays open until the
+    process exits.
     """
 
     def __init__(self, stage: str, **settings: Any) -> None:
@@ -55,7 +57,7 @@ class StageWandbLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run at W&B, begun when it is first asked for; offline if the server does not take it."""
+        """The W&B run, created on first access; offline if the server rejects it."""
         if self._experiment is None:
             self._experiment = self._begin()
             step = self._key("trainer/global_step")
@@ -92,9 +94,12 @@ class StageWandbLogger(WandbLogger):
         super().log_hyperparams(params)
 
     def replay(self, rows: dict[int, dict[str, float]]) -> None:
-        """Log what a killed run had logged up to its checkpoint: offline, its last 15 seconds never reached the disk.
+        """Log again the metrics that an interrupted run logged up to its checkpoint, in offline mode only.
 
-        A server would have them; there is nothing to repeat.
+        Offline, the last 15 seconds before a kill never reach the disk. Online, the server already has all rows.
+
+        Args:
+            rows: step -> metrics.
         """
         if self._offline:
             for step, row in sorted(rows.items()):
@@ -102,7 +107,7 @@ class StageWandbLogger(WandbLogger):
 
     @guarded
     def log_directory(self, directory: Path, figures: dict[str, Any]) -> None:
-        """A directory as an artifact, by reference to its files as they are now; ends the run."""
+        """Log a directory as an artifact, snapshotting its files in their current state; finish the run."""
         import wandb
 
         artifact = wandb.Artifact(self.experiment.name or self.stage, type="drafter", metadata=figures)
@@ -112,7 +117,7 @@ class StageWandbLogger(WandbLogger):
 
     @guarded
     def log_summary(self, figures: dict[str, Any]) -> None:
-        """Figures of the run as a whole; ends the run."""
+        """Write the run's final metrics to its summary; finish the run."""
         self.experiment.summary.update({self._key(name): value for name, value in figures.items()})
         self.finalize("success")
 
@@ -121,7 +126,7 @@ class StageWandbLogger(WandbLogger):
         run, self._experiment = self._experiment, None
         if run is None or self.shared:
             return
-        # A thread, since W&B waits for a server that has gone away, much longer than the next stage should.
+        # In a thread with a timeout: W&B waits for an unreachable server much longer than the next stage should.
         thread = threading.Thread(target=_quietly, args=(run.finish,), daemon=True)
         thread.start()
         thread.join(FINISH)
@@ -147,10 +152,13 @@ def _later(directory: str) -> str:
 
 @cache
 def mode(directory: str) -> str:
-    """W&B's mode for this process, decided once: online if there is a login and the server answers, else offline.
+    """Return W&B's mode for this process, decided once.
+
+    WANDB_MODE and W&B's own settings take precedence; otherwise online if there is a login and the server answers, else
+    offline.
 
     Raises:
-        UserError: WANDB_MODE is none of W&B's modes, or wandb is not installed.
+        UserError: WANDB_MODE is not a W&B mode, another WANDB_* variable is invalid, or wandb is not installed.
     """
     try:
         import wandb
@@ -161,7 +169,7 @@ def mode(directory: str) -> str:
         raise UserError(f"WANDB_MODE={given}: expected one of {', '.join(known)}.")
     try:
         settings = wandb.setup().settings
-    except Exception as error:  # of a variable that it does not understand, for example
+    except Exception as error:  # for example an invalid WANDB_* variable
         raise UserError(f"W&B does not take its settings (WANDB_* variables): {_line(error)}") from error
     if given in (*OFFLINE, "disabled") or settings.mode in (*OFFLINE, "disabled"):
         return given or settings.mode
@@ -176,7 +184,7 @@ def mode(directory: str) -> str:
 
 
 def logged_in(base_url: str) -> bool:
-    """Whether W&B has a key: from its environment variables, or from `wandb login`."""
+    """Return whether W&B has credentials, from its environment variables or from `wandb login` (.netrc)."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -187,7 +195,7 @@ def logged_in(base_url: str) -> bool:
 
 
 def unreachable(base_url: str) -> str:
-    """Why a server does not answer within a few seconds; empty if it does."""
+    """Return why the server did not answer within `REACH` seconds; an empty string if it did."""
     import httpx
 
     outcome = [f"no answer within {REACH:.0f} s"]
@@ -199,17 +207,17 @@ def unreachable(base_url: str) -> str:
         except Exception as error:
             outcome[0] = _line(error).rstrip(".")
 
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
+    thread = threading.Thread(target=ask, daemon=True)  # DNS lookups have no timeout
     thread.start()
     thread.join(REACH + 1)
     return outcome[0]
 
 
 def check_loggers(config: DictConfig) -> None:
-    """Decide on W&B before anything is loaded.
+    """Validate the W&B setup and decide on its mode before anything is loaded.
 
     Raises:
-        UserError: as for `mode`.
+        UserError: see `mode`.
     """
     if rank_zero_only.rank == 0 and "wandb" in config.logger:
         mode(_directory(config.run_dir))
@@ -222,25 +230,28 @@ def _directory(run_dir: str) -> str:
 def wandb_logger(
     save_dir: str, run_name: str, stage: str, run_id: str | None, project: str | None = None
 ) -> StageWandbLogger:
-    """The logger of a stage: a run at W&B named and grouped by the run's name, unless W&B's variables say otherwise.
+    """Create the W&B logger of a stage.
+
+    The W&B run is named and grouped after the training run. W&B's environment variables override name, group and job
+    type.
 
     Args:
-        save_dir: the run directory; WANDB_DIR comes before it.
-        run_id: the same for every restart of the stage; WANDB_RUN_ID comes before it.
-        project: None: WANDB_PROJECT, or else `flexdraft`.
+        save_dir: the run directory; overridden by WANDB_DIR.
+        run_id: stable across restarts of the stage; overridden by WANDB_RUN_ID.
+        project: W&B project; if None, WANDB_PROJECT or else `flexdraft`.
 
     Raises:
-        UserError: as for `mode`.
+        UserError: see `mode`.
     """
     directory = _directory(save_dir)
     chosen = mode(directory) if rank_zero_only.rank == 0 else "disabled"
 
     def unless(variable: str, value: str | None) -> str | None:
-        return None if os.environ.get(variable) else value  # None leaves it to W&B
+        return None if os.environ.get(variable) else value  # None: W&B reads the variable
 
     import wandb
 
-    shared = bool(os.environ.get("WANDB_RUN_ID"))  # by all stages
+    shared = bool(os.environ.get("WANDB_RUN_ID"))  # one W&B run for all stages
     timeout = {} if os.environ.get("WANDB_INIT_TIMEOUT") else {"init_timeout": INIT}
     return StageWandbLogger(
         stage,
@@ -253,6 +264,6 @@ def wandb_logger(
         resume=os.environ.get("WANDB_RESUME") or "allow",
         offline=chosen in OFFLINE,
         mode=chosen,
-        # Neither output nor repository leaves the machine.
+        # Do not upload console output or git state.
         settings=wandb.Settings(console="off", disable_git=True, **timeout),
     )

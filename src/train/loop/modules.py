@@ -1,4 +1,4 @@
-"""The two trained stages as Lightning modules: what is trained, what the drafter knows, one loss."""
+"""Lightning modules of the two training stages: trained parameters, drafter inputs, shared loss and optimizer."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ from train.endings.finite import StepFigures, gradient_norms, judged
 
 @dataclass
 class Features:
-    """What the loss of a batch needs to know of its blocks."""
+    """Inputs of the loss for the blocks of a batch."""
 
     hidden: Tensor  # [R, A, B, H]
     labels: Tensor  # [R, A, B]
@@ -32,9 +32,9 @@ class Features:
 
 
 class DraftTraining(lightning.LightningModule, ABC):
-    """What both stages share: the frozen target, the loss over a global batch, optimizer, validation.
+    """Base class of both stages: frozen target, loss over a global batch, optimizer, validation.
 
-    Subclasses say which parameters are trained and how the hidden states of a batch's blocks come about.
+    Subclasses define the trained parameters and compute the hidden states of the blocks.
     """
 
     def __init__(
@@ -57,12 +57,13 @@ class DraftTraining(lightning.LightningModule, ABC):
     ) -> None:
         """
         Args:
-            bonus_slot_fraction: fraction of the blocks whose slot 0 holds the bonus token, if the drafter has a bonus
-                slot, and whose slots know the previous token, if it has a chain.
+            slot0_loss: include slot 0 in the loss.
+            bonus_slot_fraction: fraction of blocks that are given their bonus token: in slot 0 if the drafter has a
+                bonus slot, and with the previous token of each slot if it has a chain.
         """
         super().__init__()
         self.target, self.draft = target, draft
-        self.step = StepFigures(math.nan, 0.0, math.nan, "")  # of the last step
+        self.step = StepFigures(math.nan, 0.0, math.nan, "")  # metrics of the latest step
         self.objective, self.execution = objective, execution
         self.slot0_loss, self.chunk, self.bonus_slot_fraction = slot0_loss, chunk, bonus_slot_fraction
         self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
@@ -71,18 +72,18 @@ class DraftTraining(lightning.LightningModule, ABC):
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
 
-    masks_labels = False  # whether `features` leaves out labels of the batch
+    masks_labels = False  # whether `features` masks some labels of the batch
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters of this stage by exported name."""
+        """Return the trained parameters of this stage by exported name."""
 
     @abstractmethod
     def features(self, batch: Batch) -> Features:
-        """Hidden states of a batch's blocks, and what else the drafter may know of them."""
+        """Compute the hidden states of a batch's blocks and the other inputs of the loss."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sum of losses, sum of weights and correct [R, A, B-1], as `block_loss` gives them; and the labels."""
+        """Return the outputs of `block_loss` (loss sum, weight sum, correct [R, A, B-1]) and the labels [R, A, B]."""
         features = self.features(batch)
         sums = block_loss(
             self.draft.logits,
@@ -101,45 +102,46 @@ class DraftTraining(lightning.LightningModule, ABC):
         return *sums, features.labels
 
     def told(self, bonus: Tensor) -> Tensor:
-        """[R, A] bonus tokens, UNKNOWN in the blocks that are not told theirs: the same of a batch every time.
+        """Replace the bonus tokens [R, A] by UNKNOWN in all but a fraction `bonus_slot_fraction` of the blocks.
 
-        Every so many blocks, not drawn: it depends neither on the step nor on the rank.
+        The blocks are evenly spaced instead of random, so the choice depends on neither step nor rank.
         """
         number = torch.arange(bonus.shape[1], device=bonus.device)
         told = ((number + 1) * self.bonus_slot_fraction).floor() > (number * self.bonus_slot_fraction).floor()
         return bonus.masked_fill(~told, UNKNOWN)
 
     def train(self, mode: bool = True) -> "DraftTraining":
-        """Never in training mode: dropout in target or draft would make training differ from decoding."""
+        """Stay in eval mode: dropout in target or draft would make training differ from decoding."""
         return super().train(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum over this pass, not a mean: what all slots of a step weigh together is known only when the last pass
-        of the last rank is through. `on_before_optimizer_step` divides by it."""
+        """Return the loss sum of this micro-batch. `on_before_optimizer_step` divides by the total slot weight, which
+        is known only after all micro-batches on all ranks."""
         passes = self.trainer.accumulate_grad_batches
         self._pass = batch_idx % passes
-        if self._pass == 0:  # Lightning drops the last step's gradients only before the backward pass
+        if self._pass == 0:  # free memory now: Lightning clears the previous step's gradients only before backward
             for parameter in self.trained().values():
                 parameter.grad = None
         loss_sum, weight_sum, _, labels = self.loss(batch)
         blocks = [(of[..., 1:] != IGNORE).any(-1).sum() for of in (batch.labels, labels)]
         here = torch.stack([loss_sum.detach(), weight_sum, *(count.to(loss_sum.dtype) for count in blocks)])
         self._sums = here if self._pass == 0 else self._sums + here
-        # Lightning divides by the passes of a step, and gradients are averaged over ranks: neither is wanted.
+        # Undo Lightning's division by the accumulation steps and the averaging of gradients over ranks.
         return loss_sum * (passes * self.trainer.world_size)
 
     @property
     def ends_step(self) -> bool:
-        """Whether the pass that is going on is the last of its step."""
+        """Whether the current micro-batch is the last of its step."""
         return self._pass + 1 == self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Gradients of the mean over the global batch; clipping by their norm comes after this.
+        """Divide the gradients by the slot weight of the global batch. Gradient clipping follows.
 
-        If loss or gradient is not finite on any rank, no rank makes the step: `self.step` says why.
+        If the loss or a gradient is not finite on any rank, all ranks skip the step, and `self.step.fault` names the
+        reason.
         """
         if not self.ends_step:
-            return  # DeepSpeed's engine is asked to step after every pass, and does so after the last
+            return  # Lightning calls DeepSpeed's step after every micro-batch; it takes effect only after the last
         trained, strategy = self.trained(), self.trainer.strategy
         in_pieces = hasattr(strategy, "gradient_norms")  # ZeRO
         norms = strategy.gradient_norms() if in_pieces else gradient_norms(trained.values())
@@ -153,11 +155,11 @@ class DraftTraining(lightning.LightningModule, ABC):
             torch._foreach_div_([p.grad for p in trained.values()], self.step.weight)
 
     def _skip(self) -> None:
-        """Neither the weights nor the optimizer's state may change in this step."""
+        """Skip this optimizer step, leaving weights and optimizer state unchanged."""
         if hasattr(self.trainer.strategy, "skip_step"):
             self.trainer.strategy.skip_step()
         for parameter in self.trained().values():
-            parameter.grad = None  # which AdamW passes over
+            parameter.grad = None  # AdamW skips parameters without a gradient
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(4 + self.draft.block_size - 1, dtype=torch.float64)
@@ -175,9 +177,10 @@ class DraftTraining(lightning.LightningModule, ABC):
         loss, weight, gained, blocks, *slots = totals.tolist()
         if not blocks:
             return
-        # Teacher-forced: blocks start at uniform anchors, not where the last one failed, so decoding gives less.
+        # Teacher-forced estimate: blocks start at uniform anchors instead of after a rejected draft, so τ in
+        # decoding is lower.
         figures = {"val/loss": loss / weight, "val/tau_estimate": gained / blocks}
-        self.log_dict(figures, prog_bar=True, logger=False)  # on every rank: all must agree on which is the best
+        self.log_dict(figures, prog_bar=True, logger=False)  # on every rank: all must agree on the best weights
         figures |= {f"val/slot_{j}": hits / blocks for j, hits in enumerate(slots, 1)}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=self.trainer.global_step)
@@ -193,11 +196,11 @@ class DraftTraining(lightning.LightningModule, ABC):
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         total = value.detach().clone()
         if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(total)  # Lightning's own reduction has every rank wait for the others first
+            torch.distributed.all_reduce(total)  # Lightning's reduction adds a barrier
         return total
 
     def _of_all_ranks(self, values: Tensor) -> list[list[float]]:
-        """By rank, in its order. The one place where a step waits for the device."""
+        """Gather `values` from all ranks, in rank order. The only device synchronization of a training step."""
         if self.trainer.world_size == 1:
             return [values.tolist()]
         rows = [torch.empty_like(values) for _ in range(self.trainer.world_size)]
@@ -205,14 +208,14 @@ class DraftTraining(lightning.LightningModule, ABC):
         return torch.stack(rows).tolist()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Checkpoints hold the trained parameters by exported name, never the target."""
+        """Return the trained parameters by exported name, without the target."""
         return {name: p.detach() for name, p in self.trained().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Load what `state_dict` gave.
+        """Load the output of `state_dict`.
 
         Raises:
-            RuntimeError: names differ.
+            RuntimeError: the parameter names differ.
         """
         trained = self.trained()
         if trained.keys() != state_dict.keys():
@@ -225,7 +228,7 @@ class DraftTraining(lightning.LightningModule, ABC):
 
 
 def lr_share(step: int, steps: int, warmup_ratio: float, final_share: float = 0.0) -> float:
-    """Of the learning rate: linear warm-up, then cosine down to `final_share`."""
+    """Learning rate factor: linear warm-up to 1, then cosine decay to `final_share`."""
     warmup = max(1, round(warmup_ratio * steps))
     progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     cosine = final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -233,7 +236,7 @@ def lr_share(step: int, steps: int, warmup_ratio: float, final_share: float = 0.
 
 
 class AttentionTuning(DraftTraining):
-    """Stage 1: projectors and inputs of slots on mask-token block diffusion."""
+    """Stage 1: train attention projectors and slot inputs on mask-token block diffusion."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self.draft.attention_parameters()
@@ -241,16 +244,16 @@ class AttentionTuning(DraftTraining):
     def features(self, batch: Batch) -> Features:
         wanted = self.objective.needs_target
         clean = target_pass(self.target, batch, self.draft.split_layer, with_hidden=wanted, execution=self.execution)
-        # The text's token: what follows in the text continues it, whatever the target would have said.
+        # Use the token of the text, not the target's prediction: the labels continue the text.
         known = self.told(batch.input_ids.gather(1, batch.anchors))
         hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
         return Features(hidden, batch.labels, target_hidden=clean.hidden)
 
 
 class BonusCalibration(DraftTraining):
-    """Stage 2: what corrects the logits, with the bonus token that decoding would have.
+    """Stage 2: train the corrections of the logits, given the bonus token that the target would produce in decoding.
 
-    Calibrator and chain on frozen features, as in the paper; or, `joint`, together with all that stage 1 has trained.
+    Trains calibrator and chain on frozen features, as in the paper, or with `joint` all parameters of the drafter.
     """
 
     masks_labels = True
@@ -265,8 +268,8 @@ class BonusCalibration(DraftTraining):
     def features(self, batch: Batch) -> Features:
         clean = target_pass(self.target, batch, self.draft.split_layer, execution=self.execution)
         bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
-        # Where the target would not have said the text's token, what follows in the text is no continuation of the
-        # bonus: such a block has nothing to teach.
+        # Mask blocks in which the bonus token differs from the text's token: the rest of the text does not continue the
+        # bonus token.
         at_anchor = batch.input_ids.gather(1, batch.anchors)
         labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
         known = self.told(bonus)
@@ -277,9 +280,11 @@ class BonusCalibration(DraftTraining):
 
 
 def previous_tokens(labels: Tensor, bonus: Tensor) -> Tensor:
-    """[R, A, B] the token before each slot: the bonus before slot 1, then the labels, as decoding has them for as long
-    as its drafts are right. UNKNOWN in blocks that are not told their bonus [R, A]: these learn to draft for decoders
-    that know nothing of the chain."""
+    """Return the token before each slot, [R, A, B]: the bonus token before slot 1, then the labels.
+
+    These are the tokens that decoding has as long as its drafts are correct. UNKNOWN before slot 0, after ignored
+    labels, and in blocks whose `bonus` [R, A] is UNKNOWN: these learn to draft for decoders without chain support.
+    """
     before = torch.cat([labels[..., :1], bonus[..., None], labels[..., 1:-1]], dim=-1)
     before[..., 0] = UNKNOWN
     return before.masked_fill((bonus == UNKNOWN)[..., None] | (before == IGNORE), UNKNOWN)

@@ -1,4 +1,4 @@
-"""What a run looks like from outside: loss, learning rate, speed, share of the device's peak, memory."""
+"""Training metrics: loss, learning rate, throughput, MFU, peak memory."""
 
 import resource
 import time
@@ -12,15 +12,16 @@ from models.cost.hardware import peak_flops
 
 
 class Monitor(Callback):
-    """Logs one row of figures every few steps, once the device has done them."""
+    """Log one row of metrics every `every` steps, after synchronizing with the device."""
 
     def __init__(self, *, every: int, rows: int, tokens: int, flops: float | None, dtype: torch.dtype) -> None:
         """
         Args:
-            every: steps between rows.
-            rows, tokens: of a step, over all ranks.
-            flops: floating-point operations of a step, over all ranks; None where the architecture is not counted.
-            dtype: of the arithmetic.
+            every: steps between two logged rows.
+            rows, tokens: packed rows and tokens per step, over all ranks.
+            flops: floating-point operations per step, over all ranks; None if the architecture is not supported by the
+                FLOP count.
+            dtype: compute dtype, which determines the peak FLOP/s.
         """
         self.every, self.rows, self.tokens, self.flops, self.dtype = every, rows, tokens, flops, dtype
         self.peak = 0.0
@@ -36,12 +37,12 @@ class Monitor(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         _wait(trainer)
-        self._since += time.perf_counter() - self._paused  # validation is not what the rates are about
+        self._since += time.perf_counter() - self._paused  # exclude validation from the rates
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the step it is the next one's
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]  # before the scheduler advances it
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,7 +53,7 @@ class Monitor(Callback):
         rate = (trainer.global_step - self._step) / (time.perf_counter() - self._since)
         made = {"train/loss": pl_module.step.loss, "train/gradient_norm": pl_module.step.gradient_norm}
         figures = {
-            **({} if pl_module.step.fault else made),  # of a skipped step there is nothing to show
+            **({} if pl_module.step.fault else made),  # a skipped step has no meaningful loss or gradient norm
             "train/learning_rate": self._rate,
             "speed/steps_per_second": rate,
             "speed/rows_per_second": rate * self.rows,
@@ -74,13 +75,13 @@ class Monitor(Callback):
 
 
 def _wait(trainer: lightning.Trainer) -> None:
-    """Until the device has done what it was told."""
+    """Block until all queued GPU work is finished."""
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def _peak_bytes(trainer: lightning.Trainer) -> int:
-    """Most memory held so far: of the GPU's tensors, on CPU of this whole process."""
+    """Peak memory in bytes: allocated GPU memory, or the resident set size of the process on CPU."""
     if trainer.strategy.root_device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Decoding while training: what the weights of the moment are worth, on the same few prompts at every validation."""
+"""Decoding during validation: acceptance length of the current weights on a fixed set of prompts."""
 
 import copy
 import time
@@ -27,11 +27,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class LiveDecoding(Callback):
-    """Logs τ, its interval and acceptance by slot after the teacher-forced part of each validation.
+    """Log τ, its confidence interval and the acceptance rate by slot after the teacher-forced part of each validation.
 
-    Every verify step verifies all drafts: which of them are worth it (models/decoding/selection.py) is the decoder's
-    business, not the drafter's. Decoding is greedy, so nothing is drawn, and training does not notice. Its cost is
-    bounded by prompts and tokens, not by a clock: the figure does not depend on the machine's speed.
+    Every verify step verifies all drafts: selective verification (models/decoding/selection.py) is a property of the
+    decoder, not of the drafter. Decoding is greedy, so it does not advance the random generators that training uses.
+    Its cost is bounded by the number of prompts and tokens, not by time, so that the metrics do not depend on the
+    machine's speed.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class LiveDecoding(Callback):
     ) -> None:
         """
         Args:
-            prompts: at least one, over all ranks.
-            batch_size: prompts that a rank decodes at a time.
-            tokenizer: of the target; its stop strings need it.
+            prompts: prompts for all ranks together, at least one.
+            batch_size: prompts per decoding batch on each rank.
+            tokenizer: the target's tokenizer, required for its stop strings.
         """
         self.prompts, self.max_new_tokens, self.batch_size = prompts, max_new_tokens, batch_size
         self.tokenizer = tokenizer
@@ -58,7 +59,8 @@ class LiveDecoding(Callback):
         low, high = tau_interval(by_prompt)
         tau = {FIGURE: mean_acceptance_length(accepted)}
         interval = {f"{FIGURE}_low": low, f"{FIGURE}_high": high}
-        # On every rank, as all must agree on which weights are best. Not so the time: a repeated run takes another.
+        # Log on every rank, because all ranks must agree on the best weights. The decoding time is not logged here:
+        # it differs between repeated runs.
         pl_module.log_dict(tau, prog_bar=True, logger=False)
         pl_module.log_dict(interval, logger=False)
         slots = acceptance_by_slot(accepted, pl_module.draft.block_size)
@@ -68,9 +70,12 @@ class LiveDecoding(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
 
     def _accepted(self, trainer: lightning.Trainer, draft: DraftModel) -> list[list[int]]:
-        """Accepted drafts of each verify step, by prompt: the same on every rank, whatever the number of ranks."""
+        """Return the number of accepted drafts of each verify step, per prompt.
+
+        The result is the same on every rank and independent of the number of ranks.
+        """
         rank, world = trainer.global_rank, trainer.world_size
-        # Under ZeRO 3 each pass needs the pieces of all ranks: all make the same ones.
+        # Under ZeRO 3 every forward pass gathers shards from all ranks, so all ranks decode all prompts in lockstep.
         in_step = getattr(trainer.strategy, "zero_stage_3", False)
         mine = self._decode(draft, self.prompts if in_step else self.prompts[rank::world])
         if world == 1:
@@ -85,8 +90,8 @@ class LiveDecoding(Callback):
         return together
 
     def _decode(self, draft: DraftModel, prompts: list[list[int]]) -> list[list[int]]:
-        """[prompts] accepted drafts of each verify step."""
-        # Tensors of inference mode must not find their way into what training goes on with.
+        """Return the number of accepted drafts of each verify step, per prompt."""
+        # Do not use inference mode: training must not reuse inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             decoder = as_exported(draft)
             how = {"max_new_tokens": self.max_new_tokens, "mode": "sequential", "selection": OFF}
@@ -99,9 +104,10 @@ class LiveDecoding(Callback):
 
 
 def as_exported(draft: DraftModel) -> DraftModel:
-    """The same drafter with copies of its own parameters, in the target's dtype, as the inference side has them.
+    """Return the drafter as it would be exported: with its own parameters copied and cast to the target's dtype.
 
-    What it shares with the target stays shared. Call on every rank: ZeRO 3 keeps a piece of each parameter on each.
+    Parameters shared with the target stay shared. LoRA updates are merged. Must be called on every rank, because ZeRO 3
+    shards the parameters.
     """
     if isinstance(draft, LoraDraft):
         return draft.merged(draft.target.dtype)
@@ -112,22 +118,26 @@ def as_exported(draft: DraftModel) -> DraftModel:
 
 
 def _with_parameters(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.Module:
-    """The module with these parameters in place of those with such ids; the module itself if it has none of them."""
+    """Return a shallow copy of the module with some parameters replaced, or the module itself if none applies.
+
+    Args:
+        copies: id of a parameter -> its replacement.
+    """
     if not any(id(p) in copies for p in module.parameters()):
         return module
     twin = copy.copy(module)
     twin._parameters = {name: copies.get(id(p), p) for name, p in module._parameters.items()}
     twin._modules = {name: child and _with_parameters(child, copies) for name, child in module._modules.items()}
-    for name in HOOKS:  # those of ZeRO 3 would look for pieces
+    for name in HOOKS:  # ZeRO 3's hooks expect sharded parameters
         setattr(twin, name, OrderedDict())
     return twin
 
 
 def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """Whole parameters inside, also where ZeRO 3 keeps a piece on each rank. Enter on every rank."""
+    """Context in which the parameters are gathered; a no-op unless ZeRO 3 shards them. Enter on every rank."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
-    import deepspeed  # late: nothing else needs it
+    import deepspeed  # lazy: only ZeRO 3 needs it
 
     return deepspeed.zero.GatheredParameters(list(parameters))
 
@@ -139,14 +149,14 @@ def live_decoding(
     positions: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[LiveDecoding]:
-    """The callback that a stage's settings ask for; none if they ask for none, or nothing is validated.
+    """Return the decoding callback of a stage; empty if decoding is off or there is no validation data.
 
     Args:
-        positions: how many the target has.
-        tokenizer: of the target; its stop strings need it.
+        positions: number of positions of the target.
+        tokenizer: the target's tokenizer, required for its stop strings.
 
     Raises:
-        UserError: no validation conversation leaves room for so many new tokens.
+        UserError: no validation prompt leaves room for `max_new_tokens` within the target's positions.
     """
     settings = config.stage[stage].decode
     if not settings.prompts or not len(validation):

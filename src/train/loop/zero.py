@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO under Lightning, on GPUs and, for tests, on CPU; one checkpoint file whatever the strategy."""
+"""DeepSpeed ZeRO under Lightning, on GPUs and (for tests) on CPU, with strategy-independent checkpoints."""
 
 import math
 from collections.abc import Callable
@@ -16,23 +16,24 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the step
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state except for the step count
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's strategy with float32 master weights, and with checkpoints that any strategy and world size reads.
+    """Lightning's DeepSpeed strategy with float32 master weights and strategy-independent checkpoints.
 
-    DeepSpeed's own checkpoints are directories of pickles that only the same stage on as many ranks can load. What is
-    trained here is a small share of the model, so it is gathered and saved as on a single device.
+    Checkpoints load under any strategy and world size; DeepSpeed's own checkpoints are directories of pickles that load
+    only with the same ZeRO stage and number of ranks.
+    The trained parameters are a small fraction of the model, so they are gathered and saved as on a single device.
     """
 
     def __init__(self, stage: int, zero_optimization: dict[str, Any] | None = None) -> None:
         """
         Args:
-            stage: 1, 2 or 3.
-            zero_optimization: more settings of DeepSpeed's section of that name.
+            stage: ZeRO stage: 1, 2 or 3.
+            zero_optimization: further settings for DeepSpeed's `zero_optimization` section.
         """
-        # The batch size is only DeepSpeed's bookkeeping here; loaders and losses know nothing of it.
+        # DeepSpeed uses this batch size only for its logs; data loaders and losses do not depend on it.
         super().__init__(stage=stage, exclude_frozen_parameters=True, logging_batch_size_per_gpu=1)
         self.config["zero_optimization"].update(zero_optimization or {})
 
@@ -40,21 +41,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
-        # Lightning refuses CPU here and leaves the devices without the index that DeepSpeed asks for.
+        # Lightning's implementation rejects CPU and omits the device index that DeepSpeed requires.
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]
-        # Collectives over gloo; the shared-memory ones would need a compiler at run time.
+        # Use gloo collectives: DeepSpeed's shared-memory ones need a compiler at run time.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
 
     def setup(self, trainer: Trainer) -> None:
         if self.precision_plugin.precision == "bf16-mixed":
-            # Lightning's own would cast all parameters, the trained ones too, to bfloat16; this computes in it.
+            # Lightning's plugin would cast all parameters, including the trained ones, to bfloat16; autocast only
+            # computes in it.
             self.precision_plugin = DeepSpeedPrecision("32-true")
             self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        # Lightning would cast the frozen target to the trained parameters' dtype, and leave it so.
+        # Keep dtypes: Lightning would permanently cast the frozen target to the trained parameters' dtype.
         self.precision_plugin.convert_module = lambda module: module
         if self.zero_stage_3:
-            # Here, parameter by parameter: DeepSpeed would first move the whole target to the device.
+            # Shard parameter by parameter: DeepSpeed would first move the entire target to the device.
             self._init_config_if_needed()
             for buffer in self.model.buffers():
                 buffer.data = buffer.data.to(self.root_device)
@@ -62,15 +64,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         super().setup(trainer)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        # Lightning has divided the loss by the accumulation steps; DeepSpeed would do it again.
+        # Lightning has already divided the loss by the accumulation steps; DeepSpeed would divide again.
         kwargs.setdefault("scale_wrt_gas", False)
         self.optimizers[0].loss_scale = 1.0
         super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """
+        """Run the optimizer step and check that DeepSpeed skipped it exactly if a fault was found.
+
+        A step that only DeepSpeed skipped is recorded as a fault in `module.step`.
+
         Raises:
-            RuntimeError: DeepSpeed has made a step that was to be skipped.
+            RuntimeError: DeepSpeed made a step that should have been skipped.
         """
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         module = self.lightning_module
@@ -84,22 +89,28 @@ class ZeroStrategy(DeepSpeedStrategy):
         return result
 
     def divide_gradients(self, divisor: float) -> None:
-        """Before the optimizer's step: DeepSpeed divides the gradients, and their norm, by its loss scale."""
+        """Divide the gradients, by setting DeepSpeed's loss scale: the next step divides gradients and norm by it.
+
+        Call before the optimizer step.
+        """
         self.optimizers[0].loss_scale = divisor
 
     def gradient_norms(self) -> Tensor:
-        """[parameters] norm of this rank's piece of each trained parameter's gradient, summed over the ranks."""
+        """Return the norm of this rank's shard of each trained parameter's reduced gradient, [parameters]."""
         zero, trained = self.optimizers[0], self.lightning_module.trained().values()
         norms = {id(parameter): torch.zeros((), device=self.root_device) for parameter in trained}
         groups = zero.fp16_groups if self.zero_stage_3 else zero.params_in_partition
         for number, parameters in enumerate(groups):
-            # Behind the pieces of parameters comes what pads them to the same size on every rank.
+            # The parameter shards are followed by padding to the same size on every rank.
             for parameter, piece in zip(parameters, zero.averaged_gradients[number], strict=False):
                 norms[id(parameter)] = torch.linalg.vector_norm(piece.float())
         return torch.stack([norms[id(parameter)] for parameter in trained])
 
     def skip_step(self) -> None:
-        """Before the optimizer's step. DeepSpeed leaves out a step whose gradient is not finite: now this one's is."""
+        """Make DeepSpeed skip the next optimizer step, by filling the gradients with NaN.
+
+        Call before the optimizer step.
+        """
         for pieces in self.optimizers[0].averaged_gradients.values():
             for piece in pieces:
                 piece.fill_(math.nan)
@@ -124,7 +135,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.optimizers[0].refresh_fp32_params()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The state as a single device has it: by number of the parameter, whole tensors. Called on every rank."""
+        """Return the optimizer state in single-device format: full tensors, keyed by parameter index.
+
+        Must be called on every rank.
+        """
         inner = self.optimizers[0].optimizer
         hyperparameters = {key: value for key, value in inner.param_groups[0].items() if key != "params"}
         parameters = list(self.lightning_module.trained().values())
@@ -139,7 +153,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         for group in zero.optimizer.param_groups:
             group.update(hyperparameters)
         if not saved["state"]:
-            return  # no step has been made: all of them were skipped
+            return  # no step has been made yet: all were skipped
         for flat in flats:
             moments = {name: torch.zeros_like(flat) for name in MOMENTS}
             zero.optimizer.state[flat] = {"step": saved["state"][0]["step"].clone(), **moments}
@@ -148,9 +162,12 @@ class ZeroStrategy(DeepSpeedStrategy):
                 self._set_moment(parameter, name, saved["state"][i][name])
 
     def _whole(self, *, write: bool = False) -> AbstractContextManager:
-        """Whole trained parameters inside, also where ZeRO 3 keeps a piece on each rank. Enter on every rank.
+        """Context in which the trained parameters are gathered; a no-op unless ZeRO 3 shards them.
 
-        `write` puts what the first rank has done to them back into the pieces.
+        Must be entered on every rank.
+
+        Args:
+            write: scatter rank 0's changes to all shards on exit.
         """
         if not self.zero_stage_3:
             return nullcontext()
@@ -159,17 +176,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
 
     def _set_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        """Copy this rank's piece of a parameter's moment to where DeepSpeed keeps it."""
+        """Copy this rank's shard of a parameter's moment into DeepSpeed's optimizer state.
+
+        Args:
+            name: one of `MOMENTS`.
+            value: the full tensor.
+        """
         zero = self.optimizers[0]
         value = value.flatten().to(self.root_device)
         if self.zero_stage_3:
-            size = parameter.partition_numel()  # padded to a multiple of the ranks
+            size = parameter.partition_numel()  # shard size: the parameter is padded to a multiple of the world size
             padded = nn.functional.pad(value, (0, size * self.world_size - value.numel()))
             deepspeed.utils.safe_set_local_optimizer_state(
                 parameter, padded.narrow(0, size * self.global_rank, size), name
             )
             return
-        zero._lazy_init_hp_params_optimizer_state()  # otherwise only done after the first step
+        zero._lazy_init_hp_params_optimizer_state()  # DeepSpeed creates the state only after the first step
         deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
 
 
