@@ -127,7 +127,7 @@ class LoraDraft(DraftModel):
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> DraftModel:
-        """Return an equivalent `DraftModel` with merged projections. dtype: defaults to that of the trained parameters."""
+        """Return an equivalent `DraftModel` with merged projections. dtype: the trained parameters' if None."""
         sizes = {"num_layers": len(self.layers), "block_size": self.block_size, "calibrator_rank": 0}
         sizes |= {"bonus_slot": self.bonus_slot is not None}
         draft = DraftModel(self.target, **sizes, dtype=dtype or self.mask_embedding.dtype)

@@ -1,4 +1,4 @@
-"""The objective over the blocks of a batch, without ever holding more logits than a chunk of slots has."""
+"""Chunked computation of the objective over the blocks of a batch, to bound the memory of the logits."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from models.attention.compiled import compiled as compile_function
 from models.loss.objectives import Objective, Piece, piece_loss
 
 LogitsFunction = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-Sums = tuple[Tensor, Tensor, Tensor]  # weighted losses, weights, and [n] whether the most likely token is the label
+Sums = tuple[Tensor, Tensor, Tensor]  # loss sum, weight sum, [n] whether the top-1 token is the label
 
 
 def block_loss(
@@ -31,22 +31,23 @@ def block_loss(
     head_trains: bool = False,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The objective over all blocks, holding the logits of a chunk of slots at a time, in the backward pass too.
+    """Compute the objective over all blocks, materializing the logits of one chunk at a time in forward and backward.
 
     Args:
-        logits_of: (hidden [n, H], bonus [n] or None, previous [n] or None) -> logits [n, V], slot by slot.
-        hidden: [R, A, B, H] of the draft.
-        chunk: slots whose logits are held at a time, at least one block's.
-        slot0_loss: whether slot 0, which decoding discards for the bonus token, is trained like the drafted slots.
-        labels: [R, A, B] in place of the batch's, for labels withdrawn from whole blocks.
-        bonus: [R, A] or None.
-        previous: [R, A, B] or None.
-        target_hidden: [R, T, H] of the target, if the objective needs its distribution.
-        head_trains: whether `logits_of` has parameters to be trained.
+        logits_of: (hidden [n, H], bonus [n] or None, previous [n] or None) -> logits [n, V], independently per slot.
+        hidden: [R, A, B, H] draft hidden states.
+        chunk: maximum number of slots whose logits are held at once; at least one block is processed.
+        slot0_loss: whether to train slot 0, whose prediction is replaced by the bonus token in decoding.
+        labels: [R, A, B] overrides the batch's labels, e.g. to mask entire blocks.
+        bonus: [R, A] bonus tokens, or None.
+        previous: [R, A, B] tokens of the previous slots, or None.
+        target_hidden: [R, T, H] target hidden states, required if the objective uses the target's distribution.
+        head_trains: whether `logits_of` has trainable parameters.
+        compiled: whether to use the compiled loss.
 
     Returns:
-        sum of weighted losses, sum of weights (detached), and correct [R, A, B-1]: the most likely token of a drafted
-        slot is its label. The mean over a global batch is the sum of the first over the sum of the second.
+        Sum of weighted losses, sum of weights (detached), and correct [R, A, B-1]: whether the top-1 token of each
+        drafted slot is its label. The mean over a global batch is the total loss divided by the total weight.
     """
     labels = batch.labels if labels is None else labels
     size, first = labels.shape[-1], 0 if slot0_loss else 1
@@ -68,10 +69,10 @@ def block_loss(
 
 
 def cut(batch: Batch, labels: Tensor, *, first: int, chunk: int) -> list[Piece]:
-    """The labelled slots from `first` on, in pieces of `chunk` slots at most.
+    """Split the labelled slots `first` onwards into pieces of at most `chunk` slots, but at least one block.
 
-    As many pieces whatever is labelled: under ZeRO 3 every call of the head gathers it from all ranks, and a rank that
-    calls it more often than the others waits for ever, or takes another layer's weights for it.
+    The number of pieces does not depend on the labels: under ZeRO 3 each call of the head is a collective gather, so
+    ranks with different numbers of calls would deadlock or gather the wrong layer's weights.
     """
     slots, before = batch.labelled_slots(first)
     values, size = labels.flatten()[slots], labels.shape[-1]
@@ -87,17 +88,17 @@ def cut(batch: Batch, labels: Tensor, *, first: int, chunk: int) -> list[Piece]:
 
 
 def slots_before(batch: Batch, block_size: int) -> Tensor:
-    """[R*A*B] where in the flat [R*T] clean tokens the target predicts each slot's token: one before it."""
+    """Return for each slot [R*A*B] the flat index into [R*T] of the preceding clean token."""
     length = batch.input_ids.shape[1]
     slots = torch.arange(block_size, device=batch.anchors.device)
-    at = (batch.anchors[..., None] + slots - 1).clamp(0, length - 1)  # [R, A, B]; beyond the row there are no labels
+    at = (batch.anchors[..., None] + slots - 1).clamp(0, length - 1)  # [R, A, B]; no labels past the row's end
     rows = torch.arange(len(batch.input_ids), device=at.device) * length
     return (at + rows[:, None, None]).flatten()
 
 
 @dataclass
 class _Head:
-    """From hidden states to the loss of a piece."""
+    """Compute logits and loss of a piece from its hidden states."""
 
     logits_of: LogitsFunction
     objective: Objective
@@ -106,16 +107,16 @@ class _Head:
     previous: Tensor | None  # [R*A*B]
     block_size: int
     teacher: Tensor | None = None  # [R*T, H]
-    before: Tensor | None = None  # [R*A*B] into the teacher's
+    before: Tensor | None = None  # [R*A*B] indices into `teacher`
 
     def logits(self, part: Tensor, piece: Piece) -> Tensor:
-        """[n, V] of the draft."""
+        """Compute the draft logits [n, V] of a piece."""
         bonus = None if self.bonus is None else self.bonus[piece.slots // self.block_size]
         return self.logits_of(part, bonus, None if self.previous is None else self.previous[piece.slots])
 
     @torch.no_grad()
     def loss(self, logits: Tensor, piece: Piece, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`piece_loss`, with the gradient in the dtype of the logits, which may be overwritten."""
+        """Run `piece_loss`; return the gradient in the dtype of the logits. May overwrite `logits`."""
         teacher, wide = None, torch.promote_types(logits.dtype, torch.float32)
         if self.before is not None:
             teacher = self.logits_of(self.teacher[self.before[piece.slots]], None, None)
@@ -130,10 +131,10 @@ class _Head:
 
 
 class _LossOfHidden(torch.autograd.Function):
-    """Stage 1: the sum over all pieces, with the gradient of the hidden states computed on the way.
+    """Stage 1: sum the loss over all pieces and compute the gradient of the hidden states in the forward pass.
 
-    So no logits are computed twice, as they would be if the backward pass had to ask for them again. The head must be
-    frozen: no other gradient is computed.
+    This avoids recomputing the logits in the backward pass. The head must be frozen: only the gradient with respect to
+    the hidden states is computed.
     """
 
     @staticmethod
@@ -153,7 +154,10 @@ class _LossOfHidden(torch.autograd.Function):
 
 
 def _with_gradient(head: _Head, flat: Tensor, piece: Piece, gradient: Tensor) -> Sums:
-    """Of one piece; writes its hidden states' into `gradient`. A function, so that no logits outlive it."""
+    """Compute one piece's loss and write its hidden states' gradient into `gradient`.
+
+    A separate function, so that the logits are freed on return.
+    """
     with torch.enable_grad():
         part = flat[piece.slots].requires_grad_()
         logits = head.logits(part, piece)
@@ -163,8 +167,11 @@ def _with_gradient(head: _Head, flat: Tensor, piece: Piece, gradient: Tensor) ->
 
 
 def _loss_of_head(head: _Head, part: Tensor, piece: Piece, again: bool) -> Sums:
-    """Stage 2, and validation. `again`: compute the logits anew in the backward pass, or autograd would keep them of
-    every piece; the head is trained through autograd, since what trains under ZeRO must."""
+    """Compute one piece's loss through autograd, for stage 2 and validation.
+
+    ZeRO requires that trained parameters get their gradients from autograd. `again` recomputes the logits in the
+    backward pass; otherwise autograd would keep those of every piece.
+    """
 
     def loss() -> Sums:
         return _LossOfLogits.apply(head.logits(part, piece), piece, head)
@@ -173,7 +180,7 @@ def _loss_of_head(head: _Head, part: Tensor, piece: Piece, again: bool) -> Sums:
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """The loss of a piece for autograd, once: its backward pass uses up the gradient."""
+    """Autograd function of a piece's loss. Backward can run only once: it overwrites the saved gradient."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, piece: Piece, head: _Head) -> Sums:
@@ -191,7 +198,7 @@ class _LossOfLogits(torch.autograd.Function):
 def _loss_from_head(
     logits: Tensor, teacher: Tensor | None, piece: Piece, objective: Objective, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`piece_loss` for the compiler: what it overwrites is made here, or it would be held twice."""
+    """Variant of `piece_loss` for torch.compile: copies the inputs here, so they are not held twice."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     copies = [None if given is None else given.to(wide, copy=True) for given in (logits, teacher)]
     *sums, gradient = piece_loss(*copies, piece, objective, with_gradient)
@@ -200,5 +207,8 @@ def _loss_from_head(
 
 @functools.cache
 def _compiled_piece_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Reads and writes the logits a few times instead of a dozen. Dynamic: how many slots are labelled changes."""
+    """Return the compiled loss, which makes a few passes over the logits instead of a dozen.
+
+    Shapes are dynamic, since the number of labelled slots varies.
+    """
     return compile_function(_loss_from_head, dynamic=True)

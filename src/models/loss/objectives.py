@@ -1,8 +1,8 @@
-"""Losses of drafted slots as pure functions. Sums and counts are divided once, by the caller, over all ranks.
+"""Losses of drafted slots as pure functions. They return sums; the caller normalizes once, over all ranks.
 
-Gradients with respect to logits are written out, so that a chunk's logits are turned into its gradient in place: the
-weight of a slot is known only after the losses of its block (D-PACE), which rules ready-made fused losses out. Tests
-compare them with autograd in float64. Shapes as in `data.batch`.
+Gradients with respect to the logits are derived by hand and overwrite the logits in place. Existing fused losses cannot
+be used, since D-PACE weights are known only after the losses of the block. Tests compare the gradients with autograd in
+float64. Shapes as in `data.batch`.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,26 @@ WEIGHTS = ("dpace", "decay", "flat")
 
 @dataclass(frozen=True)
 class Objective:
-    """What a slot's prediction costs, and how much each slot of a block counts.
+    """Loss terms of a slot and the weighting of slots within a block.
 
-    The value of a slot is `ce * CE + kl * KL + tv * TV` (CE and KL in nats), with the draft's distribution q and,
-    at the same place, the target's p: CE = -log q(label), KL = KL(p || q), TV = 1/2 sum |p - q|. 1 - TV is the
-    probability that sampling accepts the draft (arXiv 2211.17192, section 3).
+    The loss of a slot is `ce * CE + kl * KL + tv * TV` (CE and KL in nats), where q is the draft's distribution and p
+    the target's at the same position: CE = -log q(label), KL = KL(p || q), TV = 1/2 sum |p - q|. 1 - TV is the
+    acceptance probability of the draft under sampling (arXiv 2211.17192, section 3).
     """
 
     ce: float = 1.0
     kl: float = 0.0
     tv: float = 0.0
     weights: str = "dpace"
-    alpha: float = 0.5  # of dpace
-    gamma: float = 4.0  # of decay
-    temperature: float = 1.0  # of p and q
+    alpha: float = 0.5  # for weights=dpace
+    gamma: float = 4.0  # for weights=decay
+    temperature: float = 1.0  # applied to p and q
 
     def __post_init__(self) -> None:
-        """
+        """Validate the fields.
+
         Raises:
-            ValueError: a value out of its range.
+            ValueError: a field is out of range.
         """
         if min(self.ce, self.kl, self.tv) < 0 or not self.ce + self.kl + self.tv > 0:
             raise ValueError(f"ce={self.ce}, kl={self.kl}, tv={self.tv}: expected 0 or more, and one of them more.")
@@ -49,21 +50,21 @@ class Objective:
 
     @property
     def needs_target(self) -> bool:
-        """Whether the target's distribution is compared with."""
+        """Return whether the objective uses the target's distribution."""
         return self.kl > 0 or self.tv > 0
 
 
 def dpace_weights(confidence: Tensor, supervised: Tensor, alpha: float) -> Tensor:
-    """D-PACE (arXiv 2605.18810): weight of a slot = how much of the expected acceptance length hangs on it.
+    """Compute D-PACE slot weights (arXiv 2605.18810): the part of the expected acceptance length that needs the slot.
 
-    q~ = (1 - alpha) q + alpha, w_j = sum over m >= j of the product of q~ up to m. Detached.
+    q~ = (1 - alpha) q + alpha; w_j = sum over m >= j of the product of q~ up to m. Detached.
 
     Args:
-        confidence: [..., n] q of the drafted slots, in order: the probability that a slot is accepted.
-        supervised: [..., n] bool, True up to some slot.
+        confidence: [..., n] acceptance probability q of the drafted slots, in order.
+        supervised: [..., n] bool, a prefix of True.
 
     Returns:
-        [..., n], 0 where unsupervised.
+        [..., n] weights, 0 where unsupervised.
     """
     softened = (1 - alpha) * confidence.detach() + alpha
     reach = running_product(torch.where(supervised, softened, 0.0))
@@ -72,13 +73,13 @@ def dpace_weights(confidence: Tensor, supervised: Tensor, alpha: float) -> Tenso
 
 
 def decay_weights(supervised: Tensor, gamma: float) -> Tensor:
-    """Fixed decay: slot k = 1 .. n weighs exp(-(k - 1) / gamma). [..., n] bool -> [..., n]."""
+    """Compute exponentially decaying weights: exp(-(k - 1) / gamma) for slot k = 1 .. n. [..., n] bool -> [..., n]."""
     slots = torch.arange(supervised.shape[-1], dtype=torch.float64, device=supervised.device)
     return torch.exp(-slots / gamma) * supervised
 
 
 def slot_weights(objective: Objective, confidence: Tensor, supervised: Tensor) -> Tensor:
-    """[..., n] by the objective's rule; arguments as in `dpace_weights`."""
+    """Compute slot weights [..., n] with the objective's rule; arguments as in `dpace_weights`."""
     if objective.weights == "dpace":
         return dpace_weights(confidence, supervised, objective.alpha)
     if objective.weights == "decay":
@@ -88,25 +89,25 @@ def slot_weights(objective: Objective, confidence: Tensor, supervised: Tensor) -
 
 @dataclass(frozen=True)
 class Piece:
-    """Labelled slots of neighbouring whole blocks, no more than a chunk holds."""
+    """Labelled slots of consecutive complete blocks, processed as one chunk."""
 
     slots: Tensor  # [n] indices among all R*A*B slots
-    labels: Tensor  # [n]; IGNORE where a label was withdrawn after all
-    places: Tensor  # [n] indices among the blocks' slots from the first trained one on
-    shape: tuple[int, int]  # blocks, slots of each
+    labels: Tensor  # [n]; IGNORE for labels removed later
+    places: Tensor  # [n] indices into the flattened `shape` grid of trained slots
+    shape: tuple[int, int]  # blocks, trained slots per block
 
 
 def piece_loss(
     logits: Tensor, teacher: Tensor | None, piece: Piece, objective: Objective, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Weighted loss of a piece. Overwrites `logits` and `teacher`.
+    """Compute the weighted loss of a piece. Overwrites `logits` and `teacher`.
 
     Args:
-        logits, teacher: [n, V] of draft and target, in float32 or better; the teacher's only if the objective needs it.
+        logits, teacher: [n, V] draft and target logits, at least float32; `teacher` only if the objective needs it.
 
     Returns:
-        sum of weighted values, sum of weights, whether the most likely token is the label [n], and the gradient of the
-        first with respect to `logits`, in their memory.
+        Sum of weighted losses, sum of weights, whether the top-1 token is the label [n], and the gradient of the loss
+        sum with respect to `logits`, stored in the memory of `logits` (None without `with_gradient`).
     """
     used = piece.labels != IGNORE
     labels = torch.where(used, piece.labels, 0)[:, None]
@@ -126,7 +127,7 @@ def piece_loss(
     values, confidence = objective.ce * cross_entropy, torch.exp(-cross_entropy)
     if objective.needs_target:
         difference = draft - target
-        variation = torch.linalg.vector_norm(difference, ord=1, dim=-1) / 2  # TV; abs() would be as large as the logits
+        variation = torch.linalg.vector_norm(difference, ord=1, dim=-1) / 2  # TV; abs() would allocate another [n, V]
         values = values + objective.kl * (divergence + log_total[:, 0]) + objective.tv * variation
         confidence = 1 - variation
     weights = _spread_weights(confidence, used, piece, objective)
@@ -144,7 +145,7 @@ def piece_loss(
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    """In place."""
+    """Softmax with temperature, computed in place."""
     if temperature != 1:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)
@@ -152,7 +153,7 @@ def _softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _spread_weights(confidence: Tensor, used: Tensor, piece: Piece, objective: Objective) -> Tensor:
-    """[n] of the piece's slots, each among the slots of its block."""
+    """Compute the weights [n] of a piece's slots by scattering them into the [blocks, slots] grid."""
     empty = torch.zeros(piece.shape, dtype=confidence.dtype, device=confidence.device)
     grid = empty.flatten().scatter(0, piece.places, confidence).view(piece.shape)
     supervised = torch.zeros_like(empty, dtype=torch.bool).flatten().scatter(0, piece.places, used).view(piece.shape)
