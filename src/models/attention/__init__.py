@@ -1,1 +1,1 @@
-"""Attention of packed rows and of mask blocks: mask rules, kernels, and the loop over decoder layers."""
+"""Attention over packed rows and mask blocks: mask rules, kernels, and the loop over decoder layers."""

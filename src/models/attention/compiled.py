@@ -1,16 +1,16 @@
-"""torch.compile with room for all the variants that a run needs."""
+"""torch.compile with a recompile limit that covers all variants of a run."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-# Of one function: kinds of layers, with and without gradient and under inference mode, times the shapes of training,
-# validation and both stages. Beyond dynamo's own limit of 8 the rest would run uncompiled, with but a warning.
+# Variants per function: layer types, times grad/no-grad/inference mode, times the shapes of training, validation
+# and both stages. Beyond the limit (8 by default), Dynamo only warns and runs the remaining variants uncompiled.
 VARIANTS = 64
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The function, compiled on its first call."""
+    """Wrap a function with torch.compile, after raising the recompile limit."""
     torch._dynamo.config.recompile_limit = VARIANTS
     return torch.compile(function, **options)

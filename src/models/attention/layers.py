@@ -1,4 +1,4 @@
-"""How layers are run, which changes nothing of what they compute: kernel of attention, compilation, recomputation."""
+"""Execution of decoder layers: attention kernel, compilation, activation checkpointing. None alters the result."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +20,8 @@ class Execution:
     """Settings of `speed` in conf/config.yaml."""
 
     attention: str = "auto"  # flex | sdpa | dense; auto: flex on GPUs, else sdpa
-    compile: bool = False  # torch.compile of the layers and of the loss
-    activation_checkpointing: bool = False  # of the draft layers
+    compile: bool = False  # compile layers and loss
+    activation_checkpointing: bool = False  # for the draft layers
 
     def __post_init__(self) -> None:
         if self.attention not in KINDS:
@@ -40,19 +40,19 @@ def through_layers(
     views: Iterable[View],
     execution: Execution = EAGER,
 ) -> Tensor:
-    """Decoder layers of the target's kind, one after the other, each with its view.
+    """Run decoder layers of the target's architecture in sequence, each with its view.
 
     Args:
-        first_layer: which layer of the target the first of them is, or is a copy of.
+        first_layer: index in the target of the first layer (or of the layer it was copied from).
         hidden: [R, tokens, H]. position_ids: [R, tokens].
 
     Returns:
-        [R, tokens, H], or the input of a layer whose view says stop.
+        [R, tokens, H] output of the last layer, or the input of a layer whose view has `stop` set.
 
     Raises:
-        ValueError: layers of this transformers version do not take what is passed to them.
+        ValueError: the layers of this transformers version do not take the required arguments.
     """
-    for layer in layers:  # a name that a layer does not know would vanish, and with it what its queries may see
+    for layer in layers:  # layers silently drop unknown arguments, and with them the mask
         require(type(layer), {"attention_mask", "position_ids", "position_embeddings"})
     numbers = range(first_layer, first_layer + len(layers))
     embeddings = position_embeddings(target, hidden, position_ids, numbers)
@@ -76,5 +76,5 @@ def _layer(layer: nn.Module, hidden: Tensor, view: View, position_ids: Tensor, r
 
 @functools.cache
 def _compiled_layer() -> Callable[..., Tensor]:
-    """One graph for all layers of a kind, since they share their code: compiling takes seconds, not minutes."""
+    """Return the compiled layer call. Layers of a type share one graph: compiling takes seconds, not minutes."""
     return compiled(_layer, dynamic=False)

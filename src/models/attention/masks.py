@@ -1,6 +1,6 @@
-"""Who may attend to whom: each rule once, as a function of indices, and the forms in which attention takes it.
+"""Attention masks: each rule defined once as a function of indices, and its conversion to the kernels' mask formats.
 
-A rule is (row, head, query, key) -> bool, on numbers or tensors that broadcast: what FlexAttention calls a `mask_mod`.
+A rule is (row, head, query, key) -> bool on integers or broadcastable tensors, i.e. a `mask_mod` of FlexAttention.
 Shapes as in `data.batch`.
 """
 
@@ -19,11 +19,11 @@ from models.attention.compiled import compiled
 
 T = TypeVar("T")
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-TILE = 256  # queries of a tile, about: measured in docs/results/performance.md
+TILE = 256  # approximate queries per tile; tuned in docs/results/performance.md
 
 
 def document_causal(document_ids: Tensor, window: int | None = None) -> Rule:
-    """Clean tokens: token q attends to token k of the same document with q - window < k <= q. [R, T]"""
+    """Mask rule of clean tokens: q attends to k of its document with q - window < k <= q. document_ids is [R, T]."""
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = (key <= query) & (document_ids[row, query] == document_ids[row, key])
@@ -33,14 +33,14 @@ def document_causal(document_ids: Tensor, window: int | None = None) -> Rule:
 
 
 def own_block(document_ids: Tensor, anchors: Tensor, block_size: int, window: int | None = None) -> Rule:
-    """Mask tokens: a slot of the block anchored at a attends to
+    """Mask rule of mask tokens. A slot of the block anchored at a attends to
 
-    - clean tokens of the anchor's document at indices < a: strictly, since decoding knows no token from the anchor on
-      when it drafts; with a window, slot j those > a + j - window, as a token in its place would; and
-    - every slot of its own block, before and after it.
+    - clean tokens of the anchor's document at indices < a, since in decoding the tokens from the anchor onwards are not
+      yet known; with a window, slot j only attends to indices > a + j - window, like a token at its position; and
+    - all slots of its own block, in both directions.
 
-    Queries are the A*B slots of a row; keys are its T clean tokens, then its slots. [R, T], [R, A]; in decoding, an
-    anchor may be T, one past the last token that is known.
+    Queries are the A*B slots of a row; keys are its T clean tokens followed by its slots. document_ids is [R, T],
+    anchors [R, A]; in decoding an anchor may be T, one past the last known token.
     """
     length = document_ids.shape[1]
     anchor_document = document_ids.gather(1, anchors.clamp(max=length - 1))  # [R, A]
@@ -57,9 +57,9 @@ def own_block(document_ids: Tensor, anchors: Tensor, block_size: int, window: in
 
 
 def cached_causal(positions: Tensor, window: int | None = None) -> Rule:
-    """Decoding: the token at a position attends to places <= it of a cache that holds each token at its position.
+    """Mask rule of decoding: a query at position p attends to cache entries k with p - window < k <= p.
 
-    `positions` is [R, queries].
+    The cache stores each token at the index of its position. `positions` is [R, queries].
     """
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def cached_causal(positions: Tensor, window: int | None = None) -> Rule:
 
 
 def slots_first(rule: Rule, slots: int, tokens: int) -> Rule:
-    """A rule over keys that are `tokens` tokens and then `slots` slots, where the slots come first."""
+    """Adapt a rule whose keys are `tokens` tokens followed by `slots` slots to keys with the slots first."""
 
     def moved(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return rule(row, head, query, (key - slots) % (slots + tokens))
@@ -79,14 +79,14 @@ def slots_first(rule: Rule, slots: int, tokens: int) -> Rule:
 
 
 def per_window(windows: Iterable[int | None], form: Callable[[int | None], T]) -> list[T]:
-    """For each layer what `form` makes of its window; layers of the same window share it."""
+    """Apply `form` to each layer's window; layers with the same window share the result."""
     windows = list(windows)
     made = {window: form(window) for window in dict.fromkeys(windows)}
     return [made[window] for window in windows]
 
 
 def dense(rule: Rule, rows: int, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """[R, 1, queries, keys] the rule written out: for references, and for what cannot do better."""
+    """Materialize a rule as a dense mask [R, 1, queries, keys], for references and kernels without sparse masks."""
     index = torch.arange(max(rows, queries, keys), device=device)
     return rule(index[:rows, None, None, None], index[0], index[:queries, None], index[:keys])
 
@@ -97,23 +97,23 @@ def _mask_builder() -> Callable[..., BlockMask]:
 
 
 def block_sparse(rule: Rule, rows: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """The rule as FlexAttention takes it: which tiles of 128 x 128 to compute, and which of them to look into."""
+    """Convert a rule to a FlexAttention BlockMask: which 128 x 128 tiles are computed, and which of them are masked."""
     build = _mask_builder() if device.type == "cuda" else create_block_mask
     return build(rule, rows, None, queries, keys, device=device)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries of one row that share their keys: one call of scaled-dot-product attention."""
+    """Queries of one row that share their keys: one call to scaled dot-product attention."""
 
     row: int
     queries: slice
     keys: tuple[slice, ...]
-    mask: Tensor | None  # [queries, keys] bool; None: causal, the keys being the queries' own
+    mask: Tensor | None  # [queries, keys] bool; None: causal, with keys equal to queries
 
 
 def clean_tiles(document_ids: Tensor, window: int | None = None) -> list[Tile]:
-    """`document_causal` in tiles: one a document that is no longer than the window. They cover all queries in order."""
+    """Split `document_causal` into tiles that cover all queries in order; a document within the window is one tile."""
     tiles = []
     for row, ids in enumerate(document_ids.tolist()):
         for start, stop in _documents(ids):
@@ -130,9 +130,9 @@ def clean_tiles(document_ids: Tensor, window: int | None = None) -> list[Tile]:
 
 
 def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: int | None = None) -> list[Tile]:
-    """`own_block` in tiles of neighbouring blocks of one document. They cover all queries in order.
+    """Split `own_block` into tiles of consecutive blocks of one document; they cover all queries in order.
 
-    Planned on the host: on a GPU that means waiting for it, once a batch.
+    Tiles are computed on the CPU, which costs one device synchronization per batch on a GPU.
     """
     device, document_ids, anchors = document_ids.device, document_ids.cpu(), anchors.cpu()
     rule, length = own_block(document_ids, anchors, block_size, window), document_ids.shape[1]
@@ -159,14 +159,14 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: 
 
 
 def tile_pairs(tiles: list[Tile]) -> int:
-    """Pairs of a query and a key that the tiles compute; those of a causal tile count in full."""
+    """Count the query-key pairs computed by the tiles; causal tiles count in full."""
     return sum(
         (tile.queries.stop - tile.queries.start) * sum(part.stop - part.start for part in tile.keys) for tile in tiles
     )
 
 
 def allowed_pairs(batch: Batch) -> tuple[int, int]:
-    """Pairs of a query and a key that `document_causal`, but for padding, and `own_block` allow, in all rows."""
+    """Count the query-key pairs allowed by `document_causal` (without padding) and by `own_block`, over all rows."""
     size = batch.labels.shape[-1]
     text = batch.document_ids != PADDING_DOCUMENT
     at_anchor = batch.position_ids.gather(1, batch.anchors)
@@ -174,7 +174,7 @@ def allowed_pairs(batch: Batch) -> tuple[int, int]:
 
 
 def _documents(ids: list[int]) -> list[tuple[int, int]]:
-    """First index and the one after the last of each document of a row."""
+    """Return the (start, stop) indices of each document in a row."""
     bounds, start = [], 0
     for _, members in groupby(ids):
         stop = start + len(list(members))

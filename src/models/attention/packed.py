@@ -1,8 +1,8 @@
-"""Attention of packed rows and of blocks, as an attention function of transformers.
+"""Attention over packed rows and blocks, registered as an attention function of transformers.
 
-Every architecture whose attention calls such a function can be a target: layers are taken as they are, and what a query
-sees travels as their `attention_mask`. Anything but a `View` goes to transformers' own function: when its own model and
-cache are used.
+This supports every architecture whose attention calls such a function: layers are used unchanged, and the view of the
+queries is passed as `attention_mask`. Any other mask is forwarded to transformers' SDPA function, which is the case
+when transformers' own model and cache are used.
 """
 
 import functools
@@ -21,32 +21,32 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from models.attention.compiled import compiled
 from models.attention.masks import Tile, block_sparse, block_tiles, clean_tiles, dense, document_causal, own_block
 
-NAME = "packed"  # as transformers knows it
+NAME = "packed"  # name registered with transformers
 KINDS = ("auto", "flex", "sdpa", "dense")
 Mask = BlockMask | list[Tile] | Tensor
 KeysValues = tuple[Tensor, Tensor]  # [R, key/value heads, tokens, head size] each
 
 
 class LayerStopped(Exception):
-    """A layer's keys and values are known, and nothing else was wanted of it."""
+    """Raised to stop a layer after its keys and values, when its output is not needed."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where one layer's keys and values go in a cache that was allocated beforehand, and how far its queries look."""
+    """Positions of one layer's keys and values in a preallocated cache, and the range that its queries read."""
 
     keys: Tensor  # [R, key/value heads, capacity, head size], written in place
     values: Tensor
     rows: Tensor  # [R, 1]
-    at: Tensor  # [R or 1, tokens]
-    stop: int  # places before it are read
-    only_finite: bool = False  # write 0 for what is not
+    at: Tensor  # [R or 1, tokens] indices to write
+    stop: int  # entries before this index are read
+    only_finite: bool = False  # replace non-finite values with 0
 
     def exchange(self, key: Tensor, value: Tensor) -> KeysValues:
-        """Write the layer's own; returns all that its queries look at.
+        """Write the layer's keys and values to the cache and return those its queries read.
 
-        A draft may be a token on which the target overflows. Masked queries would read that as NaN, so a rejected draft
-        would change the tokens before it.
+        The target may overflow on a draft token. Its non-finite values would turn masked attention into NaN, so a
+        rejected draft would corrupt earlier tokens.
         """
         for places, own in ((self.keys, key), (self.values, value)):
             own = own.transpose(1, 2).to(places.dtype)
@@ -56,19 +56,19 @@ class Places:
 
 @dataclass
 class View:
-    """What the queries of one layer see, and what becomes of its keys and values."""
+    """Keys and values visible to one layer's queries, and handling of the layer's own keys and values."""
 
-    mask: Mask | None = None  # None: every query sees every key
-    context: KeysValues | None = None  # put in front of the layer's own
-    places: Places | None = None  # of a cache that the layer's own are written to, and all are read from
-    keep: bool = False  # leave the layer's own keys and values in `kept`
-    stop: bool = False  # raise LayerStopped once they are there
+    mask: Mask | None = None  # None: no masking
+    context: KeysValues | None = None  # prepended to the layer's own
+    places: Places | None = None  # in a cache: the layer's own are written, all are read
+    keep: bool = False  # store the layer's own keys and values in `kept`
+    stop: bool = False  # raise LayerStopped after keys and values are computed
     kept: KeysValues | None = None
-    window: int | None = None  # that the mask was made for; a layer with another one refuses it
+    window: int | None = None  # window of the mask; must equal the layer's
 
 
 def clean_mask(document_ids: Tensor, kind: str, window: int | None = None) -> Mask:
-    """`masks.document_causal` for a kind of attention. [R, T]"""
+    """Build the mask of `masks.document_causal` for an attention kernel. document_ids is [R, T]."""
     rows, length = document_ids.shape
     kind = resolved(kind, document_ids.device)
     if kind == "sdpa":
@@ -78,7 +78,7 @@ def clean_mask(document_ids: Tensor, kind: str, window: int | None = None) -> Ma
 
 
 def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: str, window: int | None = None) -> Mask:
-    """`masks.own_block` for a kind of attention. [R, T], [R, A]"""
+    """Build the mask of `masks.own_block` for an attention kernel. document_ids is [R, T], anchors [R, A]."""
     rows, length = document_ids.shape
     queries = anchors.shape[1] * block_size
     kind = resolved(kind, document_ids.device)
@@ -90,10 +90,10 @@ def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: st
 
 
 def resolved(kind: str, device: torch.device) -> str:
-    """`auto` is FlexAttention on GPUs; its CPU version has no gradient.
+    """Resolve `auto` to `flex` on GPUs and `sdpa` on CPUs, where FlexAttention has no backward.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: the kernel is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"attention={kind!r}: expected one of {', '.join(KINDS)}.")
@@ -112,11 +112,11 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Called by the attention modules of transformers. [R, heads, tokens, head size] -> [R, tokens, heads, head size].
+    """Attention function called by transformers. [R, heads, tokens, head size] -> [R, tokens, heads, head size].
 
     Raises:
-        LayerStopped: the view asked for it.
-        ValueError: the layer has another window than the view, or does something to attention that this does not.
+        LayerStopped: the view has `stop` set.
+        ValueError: the windows of layer and view differ, or the layer uses an unsupported attention feature.
     """
     view = attention_mask
     if not isinstance(view, View):
@@ -139,7 +139,7 @@ def packed_attention(
         value = torch.cat([view.context[1], value.to(view.context[1].dtype)], dim=2)
     if view.places is not None:
         key, value = view.places.exchange(key, value)
-    # Once, and not by autocast in every tile. Norms of the heads leave queries and keys in the dtype of their weights.
+    # Cast once here instead of through autocast in every tile. Query/key norms output their weights' dtype.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -160,7 +160,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 @torch.compiler.disable
 def _tiled(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float | None) -> Tensor:
-    """[R, queries, heads, head size]"""
+    """Run attention tile by tile. Returns [R, queries, heads, head size]."""
     rows, heads, queries, size = query.shape
     outputs = []
     for tile in tiles:
@@ -180,7 +180,7 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling
 def _scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, causal: bool = False
 ) -> Tensor:
-    """Grouped key/value heads are repeated only where the fast kernels would not take them: on GPUs, with a mask."""
+    """Run SDPA, repeating grouped K/V heads only where fast kernels do not support them: on GPUs with a mask."""
     groups = query.shape[1] // key.shape[1]
     if mask is not None and query.is_cuda and groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -190,4 +190,4 @@ def _scaled_dot_product(
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # where transformers makes the mask
+AttentionMaskInterface.register(NAME, sdpa_mask)  # for masks built by transformers
