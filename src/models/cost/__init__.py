@@ -1,1 +1,1 @@
-"""FLOPs, memory and hardware figures of a run, from the sizes alone. Needs no torch."""
+"""Analytical FLOPs and memory of a run, and GPU specifications. Needs no torch."""

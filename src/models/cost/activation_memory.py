@@ -1,6 +1,6 @@
-"""What layers hold at the fullest moment of a forward pass, and keep for the backward pass. Needs no torch.
+"""Peak activation memory of layers in the forward pass, and memory saved for the backward pass. Needs no torch.
 
-The setting of a pass, and bytes, for `models.cost.memory`. Shapes as in `data.batch`.
+Execution settings and byte counts for `models.cost.memory`. Shapes as in `data.batch`.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from models.cost.sizes import Sizes
 
 FLOAT32, BFLOAT16, BOOL, INDEX = 4, 2, 1, 8
-TILE = 256  # that of models.attention.masks
+TILE = 256  # same as in models.attention.masks
 REDUCE_BUCKET = 2 * 10**8  # Lightning's reduce_bucket_size for DeepSpeed: elements
 
 Parts = dict[str, float]
@@ -17,61 +17,64 @@ Parts = dict[str, float]
 
 @dataclass(frozen=True)
 class Setup:
-    """How a stage runs, as far as the memory of one rank depends on it."""
+    """Settings of a stage that determine the memory of one rank."""
 
-    rows: int  # of one pass
+    rows: int  # per micro-batch
     max_seq_len: int
     num_anchors: int
-    chunk: int  # slots whose logits are held at a time
-    passes: int = 1  # of one optimizer step
+    chunk: int  # slots whose logits are held at once
+    passes: int = 1  # micro-batches per optimizer step
     slot0_loss: bool = False
-    teacher: bool = False  # whether the objective compares with the target's distribution
+    teacher: bool = False  # whether the objective uses the target's distribution
     attention: str = "flex"  # flex | sdpa | dense
-    compiled: bool = False  # layers and loss
-    recompute: bool = False  # the draft layers' activations in the backward pass
-    weight_bytes: int = FLOAT32  # of one weight of the target, and of a number in its residual stream
+    compiled: bool = False  # torch.compile of layers and loss
+    recompute: bool = False  # activation checkpointing of the draft layers
+    weight_bytes: int = FLOAT32  # bytes per target weight and per residual stream element
     autocast: bool = False  # bfloat16 arithmetic on float32 weights
     ranks: int = 1
     ddp: bool = False
     zero: int = 0  # DeepSpeed's ZeRO stage; 0: none
     reduce_bucket: int = REDUCE_BUCKET
-    multi_tensor: bool = True  # AdamW as on GPUs, all tensors at once; on CPUs, one after the other
+    multi_tensor: bool = True  # AdamW updates all tensors at once (GPU) or one by one (CPU)
 
     @property
     def clean(self) -> int:
-        """Clean tokens of a pass."""
+        """Clean tokens per micro-batch."""
         return self.rows * self.max_seq_len
 
     @property
     def blocks(self) -> int:
-        """Blocks of a pass."""
+        """Blocks per micro-batch."""
         return self.rows * self.num_anchors
 
     @property
     def arithmetic(self) -> int:
-        """Bytes of a number in matrix products."""
+        """Bytes per element in matrix products."""
         return BFLOAT16 if self.autocast else self.weight_bytes
 
     def masks(self, sizes: Sizes) -> int:
-        """Mask tokens of a pass."""
+        """Mask tokens per micro-batch."""
         return self.blocks * sizes.block_size
 
     def trained_slots(self, sizes: Sizes) -> int:
-        """Slots of a block that may carry a loss."""
+        """Slots per block that can contribute to the loss."""
         return sizes.block_size - (0 if self.slot0_loss else 1)
 
     def piece(self, sizes: Sizes) -> int:
-        """Slots of the greatest piece of the loss: whole blocks."""
+        """Slots of the largest loss piece, which consists of complete blocks."""
         slots = self.trained_slots(sizes)
         return min(self.blocks, max(1, self.chunk // slots)) * slots
 
     def pieces(self, sizes: Sizes) -> int:
-        """In how many pieces the loss is computed."""
+        """Number of pieces in which the loss is computed."""
         return math.ceil(self.blocks * self.trained_slots(sizes) / self.piece(sizes))
 
     def tiles(self, sizes: Sizes) -> list[tuple[int, float]]:
-        """Queries and keys of each tile of a row's mask tokens, as `masks.block_tiles` cuts it if the row is a single
-        document with anchors all over it; but for `sdpa`, one tile of all queries and keys."""
+        """Return (queries, keys) of each attention tile of a row's mask tokens.
+
+        For `sdpa`, the tiles of `masks.block_tiles` for a single document with evenly spread anchors; otherwise one
+        tile with all queries and keys.
+        """
         queries = self.num_anchors * sizes.block_size
         if self.attention != "sdpa":
             return [(queries, self.max_seq_len + queries)]
@@ -85,21 +88,21 @@ class Setup:
 
 
 def clean_kv(sizes: Sizes, setup: Setup) -> float:
-    """K/V of the clean tokens in one layer. The rotation leaves keys in the dtype of the residual stream."""
-    fused = sizes.queries + sizes.keys if sizes.family.fused else 0  # values are a part of that product, which lives on
+    """Return the bytes of the clean tokens' K/V in one layer. RoPE outputs keys in the residual stream's dtype."""
+    fused = sizes.queries + sizes.keys if sizes.family.fused else 0  # values are views of the fused product
     return setup.clean * (sizes.keys * (setup.weight_bytes + setup.arithmetic) + fused * setup.arithmetic)
 
 
 def views(sizes: Sizes, setup: Setup) -> float:
-    """What the draft layers are given to see: K/V of the clean tokens, and the mask. That of FlexAttention is small."""
+    """Return the bytes of the draft layers' context K/V and mask. FlexAttention's mask is negligible."""
     pairs = 0 if setup.attention == "flex" else setup.rows * sum(queries * keys for queries, keys in setup.tiles(sizes))
     return sizes.draft_layers * clean_kv(sizes, setup) + pairs * BOOL
 
 
 def saved(sizes: Sizes, setup: Setup) -> Parts:
-    """What the draft layers keep for the backward pass."""
+    """Return the bytes saved by all draft layers for the backward pass."""
     if setup.recompute:
-        # The inputs; that of the first is one vector for all.
+        # Layer inputs; the first layer's is a single vector, expanded.
         inputs = (sizes.draft_layers - 1) * setup.masks(sizes) * sizes.hidden * setup.weight_bytes
         return {"activations": inputs, "K/V and masks": views(sizes, setup), "bfloat16 copies": 0}
     layers = [saved_by_a_layer(sizes, setup, layer) for layer in sizes.drafting]
@@ -107,16 +110,16 @@ def saved(sizes: Sizes, setup: Setup) -> Parts:
 
 
 def saved_by_a_layer(sizes: Sizes, setup: Setup, layer: int) -> Parts:
-    """What one draft layer keeps for the backward pass."""
+    """Return the bytes saved by one draft layer for the backward pass."""
     tiles = setup.tiles(sizes)
-    # Context and slots joined, in each tile or once; and the mask as numbers, but that of FlexAttention is small.
+    # Concatenated K/V of context and slots, per tile or once, plus the mask as floats (negligible for FlexAttention).
     kept = 2 * sizes.keys * sum(keys for _, keys in tiles)
     if setup.attention != "flex":
         kept += sum(queries * keys for queries, keys in tiles)
     copies = 0
-    if setup.autocast:  # of the projectors, and of a frozen FFN unless it is bfloat16 already; experts are never cast
+    if setup.autocast:  # of projections, and of a frozen FFN unless already bfloat16; experts are never cast
         frozen = setup.weight_bytes == FLOAT32 and not sizes.sparse[layer]
-        own = sizes.attention_weights if sizes.updates is None or frozen else 0  # LoRA leaves them the target's
+        own = sizes.attention_weights if sizes.updates is None or frozen else 0  # with LoRA, the target's own
         copies = BFLOAT16 * (own + (sizes.updates or 0) + (sizes.ffn_weights(layer) if frozen else 0))
     token = _saved_by_attention(sizes, setup) + _saved_by_ffn(sizes, setup, layer)
     return {
@@ -127,46 +130,46 @@ def saved_by_a_layer(sizes: Sizes, setup: Setup, layer: int) -> Parts:
 
 
 def _saved_by_attention(sizes: Sizes, setup: Setup) -> int:
-    """What attention and norms of one draft layer keep of one mask token."""
+    """Return the bytes saved per mask token by attention and norms of one draft layer."""
     arithmetic, heads = setup.arithmetic, sizes.queries + sizes.keys
-    outputs = 2 if setup.attention == "sdpa" else 1  # of the tiles, and joined
-    # Log-sum-exp of the scores, rotated queries, output.
+    outputs = 2 if setup.attention == "sdpa" else 1  # per tile, and concatenated
+    # Log-sum-exp of the scores, rotated queries, attention output.
     attention = FLOAT32 * sizes.heads + (1 + outputs) * arithmetic * sizes.queries
     if setup.compiled:
-        # What goes into matrix products and comes out, not what is computed from it at little cost: the stream before
-        # attention and FFN, and normed; queries and keys before their norms.
+        # Inputs and outputs of matrix products, without cheaply recomputed tensors: the residual stream before
+        # attention and FFN, its normalized value, and queries and keys before their norms.
         return attention + (2 * setup.weight_bytes + arithmetic) * sizes.hidden + arithmetic * heads
-    # The inputs of the norms in float32. Normed, one for the projectors of queries, keys and values; or a copy for
-    # each, if it has to be cast.
+    # Norm inputs in float32. The normalized tensor is shared by the query, key and value projections, or copied for
+    # each if it must be cast.
     normed = arithmetic * (3 if setup.autocast and setup.weight_bytes == FLOAT32 else 1)
     stream = (sizes.family.norms * FLOAT32 + normed) * sizes.hidden
-    # Of a norm of queries or keys: its input in float32; the normed one, for the weight, in the input's dtype.
+    # Query/key norms: input in float32, and the normalized tensor (for the weight) in the input's dtype.
     norms = (FLOAT32 + arithmetic) * heads if sizes.family.query_norms else 0
     return attention + stream + norms
 
 
 def _saved_by_ffn(sizes: Sizes, setup: Setup, layer: int) -> int:
-    """What the FFN of one draft layer keeps of one mask token."""
-    gates = 2 if setup.compiled else 3  # gate, up; its activation is not worth keeping for a compiler
+    """Return the bytes saved per mask token by the FFN of one draft layer."""
+    gates = 2 if setup.compiled else 3  # gate, up, activation; the compiler recomputes the activation
     if not sizes.sparse[layer]:
         return gates * setup.arithmetic * sizes.intermediate
-    # Of each active expert that and its output, for the router's gradient; places in the order of experts and back.
+    # Per active expert: the same plus its output (for the router's gradient), and indices to sort by expert and back.
     expert = (gates * sizes.expert_intermediate + sizes.hidden) * setup.weight_bytes
     return sizes.active * (expert + 4 * INDEX) + FLOAT32 * sizes.experts
 
 
 def ffn(sizes: Sizes, setup: Setup, tokens: int, layer: int, *, beside_saved: bool = False) -> float:
-    """The fullest moment of a layer: its input, the residual, that one's norm, and what its FFN makes.
+    """Return the peak bytes of a layer, reached in its FFN: layer input, residual, its norm, and FFN tensors.
 
     Args:
-        beside_saved: without what is kept for the backward pass.
+        beside_saved: exclude tensors saved for the backward pass.
     """
     stream = 3 * setup.weight_bytes * sizes.hidden
-    if not sizes.sparse[layer]:  # gate, up and their product; gate's activation, where it cannot take gate's place
+    if not sizes.sparse[layer]:  # gate, up, product; gate's activation if not in place
         count = 1 if beside_saved else 4 if sizes.family.fused else 3
         return tokens * (stream + count * setup.arithmetic * sizes.intermediate)
-    # For each active expert the input, and gate, up, an activation and their product; or the output, weighted, and in
-    # the order of tokens.
+    # Per active expert: the input, plus either gate, up, activation and product, or the output, the weighted output and
+    # the output in token order.
     inner, outer = 4 * sizes.expert_intermediate, 3 * sizes.hidden
     if beside_saved:
         inner, outer = sizes.expert_intermediate, 2 * sizes.hidden
@@ -174,9 +177,9 @@ def ffn(sizes: Sizes, setup: Setup, tokens: int, layer: int, *, beside_saved: bo
 
 
 def ffn_gradients(sizes: Sizes, setup: Setup, layer: int) -> int:
-    """Gradients on the way back through a layer's FFN, of one token."""
+    """Return the bytes of gradients per token in the backward pass of a layer's FFN."""
     stream = setup.weight_bytes * sizes.hidden
-    if not sizes.sparse[layer]:  # those of gate, up, their product and the residual stream
+    if not sizes.sparse[layer]:  # gate, up, product, residual stream
         return 3 * setup.arithmetic * sizes.intermediate + stream
-    # Of each active expert the same, or three of its output: of the order, of its weight, its own.
+    # Per active expert the same, or three output gradients: in token order, weighted, and the expert's own.
     return 3 * sizes.active * setup.weight_bytes * max(sizes.expert_intermediate, sizes.hidden) + 2 * stream

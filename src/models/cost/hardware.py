@@ -1,4 +1,4 @@
-"""GPUs that the plan knows, and the arithmetic rate that a device could reach at best."""
+"""GPU specifications and peak FLOP/s of a device."""
 
 import re
 import time
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU, from its datasheet."""
+    """Specification of a GPU model, from its datasheet."""
 
-    pattern: str  # of `torch.cuda.get_device_name()`
-    memory: int  # bytes that CUDA reports
+    pattern: str  # regex matched against `torch.cuda.get_device_name()`
+    memory: int  # bytes reported by CUDA
     bfloat16: float  # FLOP/s of dense matrix products, without sparsity
     float32: float  # FLOP/s outside the tensor cores: PyTorch does not use TF32 unless asked to
 
 
 GIB = 2**30
-# Memory is what the driver leaves to CUDA, a little less than the nominal size. More specific patterns come first.
+# Memory is the amount available to CUDA, slightly below the nominal size. More specific patterns come first.
 GPUS = {
     "a100-40gb": Gpu(r"A100.*40GB", int(39.4 * GIB), 312e12, 19.5e12),
     "a100-80gb": Gpu(r"A100.*80GB", int(79.1 * GIB), 312e12, 19.5e12),
@@ -32,18 +32,18 @@ GPUS = {
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The entry of a device by what `torch.cuda.get_device_name()` says, or None."""
+    """Return the GPU entry that matches a `torch.cuda.get_device_name()` string, or None."""
     return next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, device_name)), None)
 
 
 def peak_flops(device: Any, dtype: Any) -> float:
-    """FLOP/s that a device could reach at best: of its datasheet, or measured in under 0.3 s where that is not known.
+    """Return the peak FLOP/s of a device: from its datasheet, or measured in under 0.3 s if unknown.
 
     Args:
         device: a `torch.device` or its name.
-        dtype: of the arithmetic, a `torch.dtype`.
+        dtype: `torch.dtype` of the arithmetic.
     """
-    import torch  # the plan reads the table without it
+    import torch  # imported lazily: the plan uses the table without torch
 
     device = torch.device(device)
     if device.type == "cuda":
@@ -55,7 +55,7 @@ def peak_flops(device: Any, dtype: Any) -> float:
 
 @cache
 def _measured_flops(device: str, dtype: Any) -> float:
-    """FLOP/s of square matrix products, the fastest of a few."""
+    """Measure the FLOP/s of square matrix products; best of several runs."""
     import torch
 
     size = 4096 if device.startswith("cuda") else 512
@@ -64,6 +64,6 @@ def _measured_flops(device: str, dtype: Any) -> float:
     while time.perf_counter() - begun < 0.15:
         start = time.perf_counter()
         product = left @ right
-        product[0, 0].item()  # waits for the device
+        product[0, 0].item()  # synchronizes with the device
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

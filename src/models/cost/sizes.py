@@ -1,7 +1,6 @@
-"""The sizes of a target and of its drafter, and the parameters that follow from them. Needs no torch.
+"""Sizes of a target and its drafter, and parameter counts derived from them. Needs no torch.
 
-Counted are the families of `FAMILIES`; every count equals that of transformers' own modules
-(tests/models/test_sizes.py).
+Supports the families in `FAMILIES`; tests/models/test_sizes.py checks all counts against transformers' modules.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,12 +12,12 @@ ATTENTION_TUNING, BONUS_CALIBRATION = "attention_tuning", "bonus_calibration"
 
 @dataclass(frozen=True)
 class Family:
-    """What the layers of a `model_type` have beyond projectors and a gated FFN."""
+    """Layer structure of a `model_type` beyond attention projections and a gated FFN."""
 
-    norms: int = 2  # of the residual stream, in one layer
-    query_norms: str | None = None  # head: of each head of queries and keys; width: of all heads together
-    bias: bool = False  # of the projectors of queries, keys and values, whatever the config says
-    fused: bool = False  # gate and up are one product, and queries, keys and values another
+    norms: int = 2  # norms of the residual stream per layer
+    query_norms: str | None = None  # head: one norm per query/key head; width: over all heads
+    bias: bool = False  # biases of query/key/value projections, regardless of the config
+    fused: bool = False  # fused gate/up and fused query/key/value projections
 
 
 FAMILIES = {
@@ -35,7 +34,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a target and of its drafter. Layers are numbered from 0; the last `draft_layers` of them draft."""
+    """Sizes of a target and its drafter. Layers are numbered from 0; the last `draft_layers` are the draft layers."""
 
     hidden: int  # H
     intermediate: int  # of a dense layer's FFN
@@ -44,23 +43,23 @@ class Sizes:
     kv_heads: int
     head_dim: int
     vocabulary: int  # V
-    tied: bool  # embedding and head are one matrix
-    positions: int  # the longest sequence
+    tied: bool  # embedding and head share one matrix
+    positions: int  # maximum sequence length
     draft_layers: int  # L
     block_size: int  # B
     rank: int  # r, of the calibrator; 0: none
     family: Family
-    attention_biases: int  # of one layer: numbers
+    attention_biases: int  # bias parameters per layer
     ffn_biases: int
-    windows: tuple[int | None, ...]  # [N] how many keys a query sees at most; None: all before it
-    sparse: tuple[bool, ...]  # [N] whether a layer has experts in place of one FFN
-    experts: int  # of such a layer
-    active: int  # experts that a token goes through
+    windows: tuple[int | None, ...]  # [N] maximum keys per query; None: no window
+    sparse: tuple[bool, ...]  # [N] whether a layer has experts instead of a dense FFN
+    experts: int  # experts per sparse layer
+    active: int  # active experts per token
     expert_intermediate: int  # of one expert
-    bonus_slot: bool = False  # whether slot 0's input can hold a known bonus token
-    chain_rank: int = 0  # of the MLP that sees the draft before a slot's; 0: none
-    joint: bool = False  # whether stage 2 trains what stage 1 does, too
-    updates: int | None = None  # parameters of a layer's low-rank updates; None: the projectors are trained themselves
+    bonus_slot: bool = False  # whether slot 0's input can encode a known bonus token
+    chain_rank: int = 0  # rank of the MLP conditioned on the previous draft; 0: none
+    joint: bool = False  # whether stage 2 also trains the parameters of stage 1
+    updates: int | None = None  # LoRA parameters per layer; None: full projections are trained
 
     @classmethod
     def from_config(
@@ -74,14 +73,15 @@ class Sizes:
         chain_rank: int = 0,
         joint: bool = False,
     ) -> "Sizes":
-        """
+        """Build the sizes from a target's config and the drafter's settings.
+
         Args:
-            config: a model's config of `transformers` as a dict, such as its config.json.
-            num_layers, block_size, calibrator_rank, bonus_slot, chain_rank: the drafter's, as in conf/model/.
+            config: a transformers model config as a dict, e.g. the content of config.json.
+            num_layers, block_size, calibrator_rank, bonus_slot, chain_rank: drafter settings, as in conf/model/.
             joint: as in conf/stage/bonus_calibration.yaml.
 
         Raises:
-            ValueError: the config lacks a size, or is of a family that is not counted.
+            ValueError: the config lacks a size, or its family is not supported.
         """
         kind = config.get("model_type")
         if kind not in FAMILIES:
@@ -106,10 +106,10 @@ class Sizes:
             raise ValueError(f"the config has no {error.args[0]}.") from error
 
     def with_lora(self, rank: int, target_modules: Iterable[str] | None) -> "Sizes":
-        """The same with `models.lora.Lora` in stage 1.
+        """Return the sizes with LoRA (`models.lora.Lora`) in stage 1.
 
         Raises:
-            ValueError: no such projector, or a rank greater than a projector's own.
+            ValueError: a projection does not exist, or `rank` exceeds the rank of a projection.
         """
         widths = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys, "o_proj": self.queries}
         if self.family.fused:
@@ -126,58 +126,58 @@ class Sizes:
 
     @property
     def all_layers(self) -> range:
-        """Numbers of the target's layers."""
+        """Indices of the target's layers."""
         return range(self.layers)
 
     @property
     def drafting(self) -> range:
-        """Numbers of the layers that draft."""
+        """Indices of the draft layers."""
         return range(self.layers - self.draft_layers, self.layers)
 
     @property
     def queries(self) -> int:
-        """Width of all query heads together."""
+        """Total width of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Width of all key heads together, which is that of the value heads."""
+        """Total width of all key heads, equal to that of the value heads."""
         return self.kv_heads * self.head_dim
 
     @property
     def attention_weights(self) -> int:
-        """Weights of the four projectors of one layer."""
+        """Weights of the four attention projections of one layer."""
         return 2 * self.hidden * (self.queries + self.keys)
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of one layer's attention: projectors, their biases, norms of queries and keys."""
+        """Parameters of one layer's attention: projections, their biases, query and key norms."""
         return self.attention_weights + self.attention_biases + self.query_norms
 
     @property
     def query_norms(self) -> int:
-        """Parameters of one layer's norms of queries and keys."""
+        """Parameters of one layer's query and key norms."""
         return {None: 0, "head": 2 * self.head_dim, "width": self.queries + self.keys}[self.family.query_norms]
 
     def ffn_parameters(self, layer: int) -> int:
-        """Parameters of a layer's FFN: gate, up and down; with experts, those of all, and the router's."""
+        """Parameters of a layer's FFN: gate, up and down; in sparse layers, of all experts plus the router."""
         if self.sparse[layer]:
             return self.experts * (3 * self.expert_intermediate + 1) * self.hidden
         return 3 * self.hidden * self.intermediate + self.ffn_biases
 
     def ffn_weights(self, layer: int) -> int:
-        """Weights of a layer's FFN that one token is multiplied with: of its active experts, and of the router."""
+        """FFN weights of a layer used per token: dense FFN, or active experts plus router."""
         if self.sparse[layer]:
             return (3 * self.active * self.expert_intermediate + self.experts) * self.hidden
         return 3 * self.hidden * self.intermediate
 
     def weights(self, layers: Iterable[int]) -> int:
-        """Weights that one token is multiplied with in these layers."""
+        """Weights of the given layers used per token."""
         return sum(self.attention_weights + self.ffn_weights(layer) for layer in layers)
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding; the head has as many."""
+        """Parameters of the embedding matrix; the head has the same number."""
         return self.vocabulary * self.hidden
 
     @property
@@ -190,46 +190,46 @@ class Sizes:
 
     @property
     def tuned_parameters(self) -> int:
-        """Parameters that stage 1 trains: attention of the draft layers, or its updates and norms; inputs of slots."""
+        """Parameters that stage 1 trains: draft attention (or LoRA updates and norms), slot inputs."""
         layer = self.attention_parameters if self.updates is None else self.updates + self.query_norms
         return self.draft_layers * layer + self.slot_parameters
 
     @property
     def slot_parameters(self) -> int:
-        """Parameters of the inputs of slots: mask embedding, bonus slot."""
+        """Parameters of the slot inputs: mask embedding, bonus slot."""
         return self.hidden + (self.hidden**2 if self.bonus_slot else 0)
 
     @property
     def corrections(self) -> list[int]:
-        """Ranks of the MLPs that correct the logits: the calibrator's, the chain's; of those that there are."""
+        """Ranks of the MLPs that correct the logits: calibrator and chain, if present."""
         return [rank for rank in (self.rank, self.chain_rank) if rank]
 
     @property
     def calibrator_parameters(self) -> int:
-        """Parameters of what corrects the logits: W1, b1, W2, b2 of each."""
+        """Parameters of the logit corrections (calibrator and chain): W1, b1, W2, b2 of each."""
         return sum((2 * self.hidden + 1) * rank + (rank + 1) * self.vocabulary for rank in self.corrections)
 
     def trains_layers(self, stage: str) -> bool:
-        """Whether a stage trains what the mask pass is made of."""
+        """Return whether a stage trains the draft layers and slot inputs."""
         return stage == ATTENTION_TUNING or self.joint
 
     def trained_parameters(self, stage: str) -> int:
-        """Parameters that a stage trains."""
+        """Number of parameters trained in a stage."""
         tuned = self.tuned_parameters if self.trains_layers(stage) else 0
         return tuned + (self.calibrator_parameters if stage == BONUS_CALIBRATION else 0)
 
     def draft_parameters(self, stage: str) -> int:
-        """Parameters of the drafter that a stage leaves, as they are exported."""
+        """Number of exported drafter parameters after a stage."""
         tuned = self.draft_layers * self.attention_parameters + self.slot_parameters
         return tuned + (self.calibrator_parameters if stage == BONUS_CALIBRATION else 0)
 
     def held_parameters(self, stage: str) -> int:
-        """Parameters of the drafter while a stage trains it."""
+        """Number of drafter parameters held in memory during a stage."""
         return self.tuned_parameters if stage == ATTENTION_TUNING else self.draft_parameters(stage)
 
 
 def _layer_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """What a layer without experts is made of, as arguments of `Sizes`."""
+    """Return the sizes of attention and dense FFN as keyword arguments of `Sizes`."""
     hidden, intermediate, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
@@ -248,9 +248,9 @@ def _layer_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _expert_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What layers with experts are made of, and which these are, as arguments of `Sizes`."""
+    """Return the sizes and positions of sparse layers as keyword arguments of `Sizes`."""
     layers = config["num_hidden_layers"]
-    # As config.json says it, or as transformers 5 does.
+    # Key in config.json, or in transformers 5.
     experts = config.get("num_experts") or config.get("num_local_experts") or 0
     if not experts:
         return {"sparse": (False,) * layers, "experts": 0, "active": 0, "expert_intermediate": 0}
@@ -264,7 +264,7 @@ def _expert_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """The window of each layer, by the rules of `models.families`."""
+    """Return the window of each layer, following `models.families`."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
