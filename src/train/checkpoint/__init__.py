@@ -1,1 +1,1 @@
-"""Checkpoints that survive a crash: weights, optimizer and random state of every rank."""
+"""Crash-safe checkpoints: weights, optimizer state and the random state of every rank."""

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, checked before use, the last few and the best kept."""
+"""Checkpoints: written atomically, verified before use; the latest few and the best weights are kept."""
 
 import math
 from collections.abc import Callable
@@ -24,15 +24,15 @@ from train.terminal import say
 
 
 class CheckpointFiles(CheckpointIO):
-    """One file per checkpoint, `step-00000050-<sha256>.ckpt`: its name says what it must hold."""
+    """Checkpoint I/O with one file per checkpoint, `step-00000050-<sha256>.ckpt`; the digest verifies its content."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
-        """`path` is the name without the digest."""
+        """Save a checkpoint. `path` is the file name without the digest."""
         needed = _bytes_of(checkpoint)
         _publish(Path(path), lambda temporary: torch.save(checkpoint, temporary), needed)
 
     def load_checkpoint(self, path: Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Tensors and plain values alone, on the host: a file from elsewhere cannot run code."""
+        """Load tensors and plain values only, on the CPU: an untrusted file cannot execute code."""
         return torch.load(path, map_location="cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Path) -> None:
@@ -40,20 +40,21 @@ class CheckpointFiles(CheckpointIO):
 
 
 def keeper(trainer: lightning.Trainer) -> "Checkpoints":
-    """The callback below, among whatever else a user has added."""
+    """Return the trainer's `Checkpoints` callback."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
 
 
 def usable_checkpoint(directory: Path, say: Callable[[str], None] = print, run: str | None = None) -> Path | None:
-    """The newest checkpoint that is whole, and whose best weights are; None if there is none.
+    """Return the newest intact checkpoint whose best weights are intact as well; None if no checkpoint is intact.
 
-    From an older one, training makes again what was damaged. Where no checkpoint knows whole best weights, the newest
-    whole one has to do: the best is then that of the validations to come. Every rank finds the same.
+    Resuming from an older checkpoint recreates damaged files. If no intact checkpoint refers to intact best weights,
+    the newest intact one is returned, and the best weights are chosen among future validations. The result is the
+    same on every rank.
 
     Args:
-        say: gets a line for each file that is passed over, with its name.
-        run: the id of the stage's run (`run_state.run_id`). Checkpoints of other runs are passed over; those of earlier
-            versions hold no id and are taken.
+        say: called with one line per skipped file.
+        run: id of the stage's run (`run_dir.state.run_id`). Checkpoints of other runs are skipped; checkpoints of
+            earlier versions have no id and are accepted.
     """
     found = checkpoints_in(directory)
     whole = []
@@ -79,10 +80,10 @@ def usable_checkpoint(directory: Path, say: Callable[[str], None] = print, run: 
 
 
 class Checkpoints(Checkpoint):
-    """Saves the state at boundaries of a step, where nothing of it is pending, and stops there when asked to.
+    """Save checkpoints and stop on request, at step boundaries only.
 
-    At a step that validates, the boundary comes after the validation: saved before it, a resumed run would leave that
-    validation out, and might choose other weights in the end.
+    At a step with validation, the boundary comes after the validation: if the checkpoint were saved before it, a
+    resumed run would skip that validation and might select different best weights.
     """
 
     def __init__(
@@ -99,23 +100,23 @@ class Checkpoints(Checkpoint):
         """
         Args:
             every: steps between checkpoints.
-            keep: how many of the last ones stay.
-            validate_every: steps between validations; one comes at the last step, too.
-            best_by: figure of the validation that says which weights are best; the greatest wins, the first of equals.
-            patience: after so many validations in a row that were none the best, the stage ends; None: never.
-            run: the id of the stage's run, which every checkpoint carries.
+            keep: number of latest checkpoints to keep.
+            validate_every: steps between validations; the last step is always validated.
+            best_by: validation metric that selects the best weights: the highest value, the earliest on ties.
+            patience: number of consecutive validations without improvement after which the stage ends; None: never.
+            run: id of the stage's run, stored in every checkpoint.
         """
         self.directory, self.every, self.keep = directory, every, keep
         self.validate_every, self.best_by, self.patience = validate_every, best_by, patience
         self.run = run
         self.resumed_from: Path | None = None
-        self.best: dict[str, Any] = {}  # step, value and file of the best weights, and the validation's figures
+        self.best: dict[str, Any] = {}  # step, value and file of the best weights, and their validation metrics
         self.waited = 0  # validations since the best
-        self.last: dict[str, float] = {}  # figures of the last validation
-        self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of the best weights that it knows
+        self.last: dict[str, float] = {}  # metrics of the latest validation
+        self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of its best weights
         self._random: dict[str, Any] | None = None
         self._saved = 0  # step of the newest checkpoint
-        self.started_at = 0  # step at which this process began
+        self.started_at = 0  # step at which this process started
 
     def state_dict(self) -> dict[str, Any]:
         known = {"best": self.best, "last": self.last, "best_of": self.best_of, "waited": self.waited}
@@ -124,18 +125,19 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.last, self.best_of = (state_dict[key] for key in ("best", "last", "best_of"))
-        self.waited = state_dict.get("waited", 0)  # older checkpoints knew no patience
+        self.waited = state_dict.get("waited", 0)  # missing in checkpoints of earlier versions
         if self.best and not whole_file(self.directory / self.best["file"]):
-            self.best, self.waited = {}, 0  # `usable_checkpoint` has said so
+            self.best, self.waited = {}, 0  # `usable_checkpoint` has reported the damage
         self._random = state_dict["random"]
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning counts passes; the passes of a step may be others now, with other ranks or `micro_batch_size`.
+        """Adjust Lightning's counters to the current number of micro-batches per step, and reset timers.
 
-        A time limit (`trainer.max_time`) holds for each start of the run: with the time of earlier ones, the next would
-        end before its first step.
+        Lightning counts micro-batches, and the number of ranks or `micro_batch_size` may have changed. A time limit
+        (`trainer.max_time`) applies to each start of the run: if time accumulated, a resumed run would stop before its
+        first step.
         """
         for timer in (callback for callback in trainer.callbacks if isinstance(callback, Timer)):
             checkpoint["callbacks"].pop(timer.state_key, None)
@@ -147,9 +149,10 @@ class Checkpoints(Checkpoint):
             counts.update({key: value + moved for key, value in counts.items()})
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """
+        """Check that all ranks resume from the same checkpoint.
+
         Raises:
-            UserError: the ranks do not see the same files.
+            UserError: the ranks found different checkpoints.
         """
         chosen = [self.resumed_from and self.resumed_from.name]
         if trainer.world_size > 1:
@@ -162,7 +165,7 @@ class Checkpoints(Checkpoint):
         if self._random is not None:
             set_random_state(self._random)
         if self.out_of_patience():
-            trainer.should_stop = True  # it was before: the run was killed before that was on record
+            trainer.should_stop = True  # patience ran out before the run was killed
         set_training(True)
 
     def on_train_batch_end(
@@ -171,16 +174,17 @@ class Checkpoints(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
         if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # Lightning validates before it does, whatever the step
+            trainer.should_stop = True  # makes Lightning validate before it stops, at any step
         if not self._validates(trainer):
             self._boundary(trainer)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """
+        """Check that the state to be saved is finite.
+
         Raises:
-            Diverged: a weight or a moment of the optimizer is not finite.
+            Diverged: a weight or an optimizer moment is not finite.
         """
         check_state(trainer, checkpoint["state_dict"], self.directory, "trained weights")
         states = [state["state"] for state in checkpoint["optimizer_states"]]
@@ -194,7 +198,7 @@ class Checkpoints(Checkpoint):
         metrics = trainer.callback_metrics  # the same on every rank
         self.last = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
         if not (self._validates(trainer) and trainer.lightning_module.ends_step):
-            return  # Lightning validates whenever it is asked to stop; a resumed run would not
+            return  # an extra validation because Lightning was asked to stop; a resumed run would not have it
         bad = [key for key in COUNTED if not math.isfinite(self.last.get(key, 0.0))]
         if bad:
             say(f"    step {trainer.global_step}: {', '.join(bad)} not finite; these weights cannot be the best")
@@ -209,11 +213,15 @@ class Checkpoints(Checkpoint):
         self._boundary(trainer)
 
     def faults(self) -> list[str]:
-        """Names of the figures of the handed-on weights that are not finite."""
+        """Return the names of non-finite validation metrics of the weights handed on."""
         return [key for key in COUNTED if not math.isfinite(self.figures().get(key, 0.0))]
 
     def _judge(self, trainer: lightning.Trainer, comparable: bool) -> None:
-        """Whether the weights just validated are the best so far. `comparable`: all their figures are finite."""
+        """Update the best weights if the validated weights are the best so far.
+
+        Args:
+            comparable: all validation metrics are finite.
+        """
         value = self.last.get(self.best_by)
         better = comparable and value is not None and (not self.best or value > self.best["value"])
         self.waited = 0 if better else self.waited + 1
@@ -222,19 +230,19 @@ class Checkpoints(Checkpoint):
             self.best = here | {"file": self._save_weights(trainer)}
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Where the loop was ended between two boundaries: in the middle of a step, say."""
+        """Handle a loop that was stopped between two boundaries, for example in the middle of a step."""
         self._end_early(trainer)
 
     def out_of_patience(self) -> bool:
-        """Whether the stage ends before its last step: the same on every rank, as the figures are."""
+        """Return whether `patience` ends the stage early. Same on every rank, because the metrics are."""
         return self.patience is not None and self.waited >= self.patience
 
     def best_weights(self) -> dict[str, Tensor]:
-        """The trained parameters of the best validation, by exported name; nothing if there was none."""
+        """Load the trained parameters of the best validation, by exported name; empty if there was none."""
         return load_file(self.directory / self.best["file"]) if self.best else {}
 
     def figures(self) -> dict[str, float]:
-        """The validation of the weights that the stage hands on: the best, or the last."""
+        """Return the validation metrics of the weights that the stage hands on: the best or the last."""
         return self.best["figures"] if self.best else self.last
 
     def _validates(self, trainer: lightning.Trainer) -> bool:
@@ -243,18 +251,19 @@ class Checkpoints(Checkpoint):
 
     def _boundary(self, trainer: lightning.Trainer) -> None:
         step, signal = trainer.global_step, agreed_signal(trainer.strategy)
-        due = step % self.every == 0 and not trainer.lightning_module.step.fault  # what was before skipped steps stays
+        due = step % self.every == 0 and not trainer.lightning_module.step.fault  # keep the last good one
         if due or trainer.should_stop or signal:
             self._save(trainer)
         if signal:
-            trainer.strategy.barrier()  # no rank leaves before the file is there
+            trainer.strategy.barrier()  # no rank exits before the file is written
             stop(signal)
         self._end_early(trainer)
 
     def _end_early(self, trainer: lightning.Trainer) -> None:
-        """
+        """Save a checkpoint and raise if the loop is being stopped early.
+
         Raises:
-            AgreedEnd: something other than the last step, or this stage's own patience, has ended the loop.
+            AgreedEnd: the loop is stopped by anything other than the last step or `patience`.
         """
         stopping = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)
         if not stopping or trainer.global_step >= trainer.max_steps or self.out_of_patience():
@@ -268,14 +277,14 @@ class Checkpoints(Checkpoint):
         step = self._saved = trainer.global_step
         self.best_of[step] = self.best.get("step", 0)
         self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
-        # Not the weights alone: the whole state. It is plain values and tensors; `load_checkpoint` takes no others.
+        # The full training state, not only weights; plain values and tensors, as `load_checkpoint` requires.
         trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt", weights_only=False)
         if trainer.is_global_zero:
             self._forget_old(step)
 
     def _save_weights(self, trainer: lightning.Trainer) -> str | None:
-        """The trained parameters as they are; returns the file's name, on the first rank."""
-        state = trainer.strategy.lightning_module_state_dict()  # on every rank: under ZeRO 3 each has a piece
+        """Save the current trained parameters; return the file name on rank 0, None elsewhere."""
+        state = trainer.strategy.lightning_module_state_dict()  # on every rank: ZeRO 3 shards the parameters
         check_state(trainer, state, self.directory, "validated weights")
         if not trainer.is_global_zero:
             return None
@@ -284,7 +293,7 @@ class Checkpoints(Checkpoint):
         return _publish(name, lambda temporary: save_file(weights, temporary), _bytes_of(weights)).name
 
     def _forget_old(self, step: int) -> None:
-        """Remove what no kept checkpoint needs, and what an interrupted run has left; never what is ahead of it."""
+        """Delete files that no kept checkpoint needs, and leftovers of interrupted runs. Keep later checkpoints."""
         for path in checkpoints_in(self.directory):
             if step_of(path) < step and step_of(path) not in self.best_of:
                 path.unlink()
@@ -296,13 +305,15 @@ class Checkpoints(Checkpoint):
 
 
 def check_handed_on(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> None:
-    """What a stage hands on is finite: the best weights were checked when they were saved; the last ones are here.
+    """Check that the weights handed on by a stage and their validation metrics are finite.
+
+    The best weights were checked when they were saved; here the last weights are checked if there are no best ones.
 
     Args:
         trained: the parameters after the last step.
 
     Raises:
-        Diverged: weights, or the figures of their validation, are not finite.
+        Diverged: a weight or a validation metric is not finite.
     """
     kept = keeper(trainer)
     if not kept.best:
@@ -315,9 +326,10 @@ def check_handed_on(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> N
 
 
 def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
-    """The end of a run whose loop was ended by something other than the stage itself.
+    """Return the error for a loop that was stopped by a time limit or a callback before the last step.
 
-    A run that has made no step since its start must not be started again: it would end in the same place.
+    `NotFinished` asks for a restart. If the run has made no step since its start, return a plain `AgreedEnd`: a restart
+    would stop at the same step.
     """
     stage = directory.parent.name
     timed = any(isinstance(c, Timer) for c in trainer.callbacks)
@@ -333,13 +345,13 @@ def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
 
 
 def _publish(path: Path, write: Callable[[Path], Any], needed: int) -> Path:
-    """Write to `path` with the digest of the content in its name; returns that name."""
+    """Write to `path` with the content's digest added to the file name; return the final path."""
     named = lambda written: path.with_stem(f"{path.stem}-{file_sha256(written)[:DIGEST]}")  # noqa: E731
     return publish(path, write, named, needed=needed)
 
 
 def _bytes_of(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
+    """Return the total size in bytes of all tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         return value.nbytes
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -347,5 +359,5 @@ def _bytes_of(value: Any) -> int:
 
 
 def whole_file(path: Path) -> bool:
-    """Whether a file with its digest in its name is still what it was."""
+    """Return whether a file exists and matches the digest in its name."""
     return path.exists() and file_sha256(path).startswith(path.stem.rpartition("-")[2])

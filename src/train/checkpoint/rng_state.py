@@ -1,4 +1,4 @@
-"""The state of all random generators, of every rank, as plain values that a checkpoint can hold."""
+"""Save and restore the random state of all ranks as tensors and plain values."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def random_state() -> dict[str, Any]:
-    """The generators' states of all ranks, in their order. Called on every rank."""
+    """Return the generator states of all ranks, in rank order. Must be called on every rank."""
     name, keys, *rest = np.random.get_state()
     mine: dict[str, Any] = {
         "python": random.getstate(),
@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put this rank's generators back. With another number of ranks there is nothing to put back: they stay seeded."""
+    """Restore this rank's generators. If the number of ranks has changed, they keep their seeded state."""
     ranks = state["ranks"]
     rank, world = (dist.get_rank(), dist.get_world_size()) if _connected() else (0, 1)
     if len(ranks) != world:

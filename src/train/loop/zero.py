@@ -23,8 +23,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy with float32 master weights and strategy-independent checkpoints.
 
     Checkpoints load under any strategy and world size; DeepSpeed's own checkpoints are directories of pickles that load
-    only with the same ZeRO stage and number of ranks.
-    The trained parameters are a small fraction of the model, so they are gathered and saved as on a single device.
+    only with the same ZeRO stage and number of ranks. The trained parameters are a small fraction of the model, so they
+    are gathered and saved as on a single device.
     """
 
     def __init__(self, stage: int, zero_optimization: dict[str, Any] | None = None) -> None:
