@@ -1,1 +1,1 @@
-"""How a run ends early: signals, non-finite steps, errors that all ranks agree on."""
+"""Early termination: signals, non-finite steps, errors agreed on by all ranks."""

@@ -1,24 +1,25 @@
-"""Ends of a run that all ranks have agreed on: the first rank reports, the others leave quietly."""
+"""Errors raised on all ranks at the same step: rank 0 reports them, the others exit silently."""
 
 import os
 import sys
 
 from data.errors import UserError
 
-TRY_AGAIN = 75  # the system's EX_TEMPFAIL: scripts/slurm/train.sbatch puts such a job back into the queue
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: scripts/slurm/train.sbatch requeues a job with this status
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 class AgreedEnd(UserError):
-    """Raised on every rank at the same step."""
+    """Error raised on every rank at the same step."""
 
     status, kind = 1, "error: "
 
     def leave(self) -> None:
-        """
+        """Exit the process; rank 0 prints the message first.
+
         Raises:
-            SystemExit: with this end's status on the first rank. With 0 on the others: whoever launched them takes any
-                other status for a failure, and ends the first rank before it has reported.
+            SystemExit: with `status` on rank 0 and 0 on the others. The launcher would take any other status for a
+                failure and kill rank 0 before it has reported.
         """
         if not first_rank():
             sys.exit(0)
@@ -27,15 +28,15 @@ class AgreedEnd(UserError):
 
 
 class Diverged(AgreedEnd):
-    """Training cannot go on: its loss, its gradients or its weights are not finite."""
+    """Training cannot continue: loss, gradients or weights are not finite."""
 
 
 class NotFinished(AgreedEnd):
-    """The loop ended before the stage's last step, and not because of its own `patience`."""
+    """The loop ended before the last step of the stage, for a reason other than `patience`."""
 
     status, kind = TRY_AGAIN, ""
 
 
 def first_rank() -> bool:
-    """From the environment, so that nothing has to be imported."""
+    """Return whether this process is rank 0, judging by environment variables only, without imports."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)

@@ -1,4 +1,4 @@
-"""What is kept is finite: a step whose loss or gradient is not is skipped, and weights that are not go nowhere."""
+"""Non-finite values: steps with a non-finite loss or gradient are skipped, non-finite weights are never saved."""
 
 import math
 from collections.abc import Iterable
@@ -18,38 +18,38 @@ from train.endings.agreed import Diverged
 from train.run_dir.checkpoint_names import checkpoints_in
 from train.terminal import say
 
-# Clipping, here and in DeepSpeed, squares the norm in float32.
+# Gradient clipping squares the norm in float32, both in PyTorch and in DeepSpeed.
 LARGEST_NORM = torch.finfo(torch.float32).max ** 0.5
-SUMS = 4  # figures of a rank's share of a step before its gradient norms
-COUNTED = ("val/loss", "val/tau_estimate", "val/tau")  # an interval's ends may be NaN: one prompt has none
+SUMS = 4  # number of sums that precede the gradient norms in a rank's row
+COUNTED = ("val/loss", "val/tau_estimate", "val/tau")  # not the interval's bounds: they are NaN with a single prompt
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What all ranks know of a step before its optimizer step."""
+    """Metrics of a step, known to all ranks before the optimizer step."""
 
-    loss: float  # mean over the global batch, nats per weighted slot
-    weight: float  # sum over the global batch: the divisor of the gradients
-    gradient_norm: float  # of that mean's gradient, before clipping
-    fault: str  # says what is not finite, and on which rank; empty if the step can be made
-    blocks: float = 0.0  # of the global batch, those where the assistant's text has tokens to predict
-    labelled: float = 0.0  # of these, those that teach something
+    loss: float  # mean over the global batch, in nats per unit of slot weight
+    weight: float  # slot weight summed over the global batch, the divisor of the gradients
+    gradient_norm: float  # norm of the mean loss's gradient, before clipping
+    fault: str  # names the non-finite value and its rank; empty if all values are finite
+    blocks: float = 0.0  # blocks in the global batch with assistant tokens to predict
+    labelled: float = 0.0  # those of them that have a label in this stage
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """[parameters] Euclidean norm of each gradient; 0 where there is none."""
+    """Return the Euclidean norm of each parameter's gradient, 0 where there is none, [parameters]."""
     gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in parameters]
     return torch.stack(torch._foreach_norm(gradients))
 
 
 def judged(rows: list[list[float]], names: list[str], *, in_pieces: bool) -> StepFigures:
-    """The step's figures from those of every rank.
+    """Combine the values of all ranks into the metrics of a step.
 
     Args:
-        rows: by rank: sum of losses, sum of weights, blocks, labelled blocks, and the norm of each parameter's
-            gradient, before division.
-        names: of the parameters.
-        in_pieces: whether each rank holds pieces of the gradients (ZeRO), or all of them, summed over the ranks.
+        rows: one row per rank: loss sum, weight sum, blocks, labelled blocks, and the norm of each parameter's
+            gradient before division by the weight.
+        names: parameter names.
+        in_pieces: each rank holds a shard of the gradients (ZeRO) instead of full gradients summed over the ranks.
     """
     loss, weight, blocks, labelled = (sum(row[i] for row in rows) for i in range(SUMS))
     weight = max(weight, 1e-6)
@@ -77,12 +77,12 @@ def _on(ranks: list[int], world: int) -> str:
 
 
 def shortened(names: list[str]) -> str:
-    """The first of a list of names, and how many more there are."""
+    """Return the first name and the number of remaining ones."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold an infinity or a NaN. Waits for the device once."""
+    """Return the names of tensors that contain an infinity or a NaN."""
     if not tensors:
         return []
     finite = torch.stack([tensor.isfinite().all().cpu() for tensor in tensors.values()])
@@ -90,10 +90,10 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def read_finite(path: Path) -> dict[str, Tensor]:
-    """The weights that a stage has left, by exported name.
+    """Load the weights that a stage has written, by exported name, and check that they are finite.
 
     Raises:
-        UserError: one of them is not finite, or the file is damaged.
+        UserError: a weight is not finite, or the file is damaged.
     """
     try:
         tensors = load_file(path)
@@ -104,9 +104,10 @@ def read_finite(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite_weights(tensors: dict[str, Tensor], source: Path) -> None:
-    """
+    """Check that the weights that a stage starts from are finite.
+
     Raises:
-        UserError: a weight is not finite, in what a stage starts from.
+        UserError: a weight is not finite.
     """
     if names := not_finite(tensors):
         raise UserError(
@@ -117,10 +118,10 @@ def check_finite_weights(tensors: dict[str, Tensor], source: Path) -> None:
 
 
 def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], directory: Path, what: str) -> None:
-    """Nothing that is not finite is saved. Called on every rank, with the same tensors.
+    """Check that tensors to be saved are finite. Must be called on every rank, with the same tensors.
 
     Raises:
-        Diverged: on every rank, if any rank holds a value that is not finite.
+        Diverged: on every rank, if any rank has a non-finite value.
     """
     names = not_finite(tensors)
     if not trainer.strategy.reduce_boolean_decision(bool(names), all=False):
@@ -130,7 +131,7 @@ def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], director
 
 
 def way_out(directory: Path) -> str:
-    """What to do once training has diverged."""
+    """Return advice for a diverged training run: resume, lower the learning rate or check the hardware."""
     last = next(iter(checkpoints_in(directory)), None)
     stage = directory.parent.name
     again = f"The last good checkpoint is {last}: the same command goes on from it. If" if last else "If"
@@ -141,17 +142,17 @@ def way_out(directory: Path) -> str:
 
 
 class SkippedSteps(Callback):
-    """Counts, names and logs the steps that were skipped, and ends a stage that skips too many in a row.
+    """Count, report and log skipped steps, and end a stage that skips too many in a row.
 
-    A skipped step changes neither weights nor the optimizer's state. It counts as a step: data and learning rate go on
-    as if it had been made, under every strategy alike.
+    A skipped step changes neither weights nor optimizer state. It counts as a step: data and learning rate advance,
+    under every strategy.
     """
 
     def __init__(self, directory: Path, most: int) -> None:
         """
         Args:
-            directory: of the checkpoints.
-            most: so many skipped steps in a row end the stage.
+            directory: checkpoint directory.
+            most: number of consecutive skipped steps that ends the stage.
         """
         self.directory, self.most = directory, most
         self.total = self.in_a_row = 0
@@ -165,9 +166,10 @@ class SkippedSteps(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """
+        """Record a skipped step.
+
         Raises:
-            Diverged: too many in a row, or all steps of the stage.
+            Diverged: too many consecutive steps, or all steps of the stage, were skipped.
         """
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
@@ -187,5 +189,5 @@ class SkippedSteps(Callback):
 
 
 def skipped_steps(trainer: lightning.Trainer) -> int:
-    """How many steps of the stage were skipped."""
+    """Return the number of skipped steps of the stage."""
     return next(callback.total for callback in trainer.callbacks if isinstance(callback, SkippedSteps))

@@ -1,7 +1,7 @@
-"""How many of the blocks of training have a label: the others teach nothing.
+"""Monitor the fraction of training blocks that have a label; blocks without one do not contribute to the loss.
 
-Bonus Calibration (stage 2) learns from the blocks whose first token the target itself would have written. Of
-conversations that another model or a person has answered these are few, of another language or format none.
+Bonus Calibration (stage 2) learns only from blocks whose first token equals the target's own prediction. If another
+model or a person wrote the answers, there are few of them; with another language or format there may be none.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from train.endings.agreed import AgreedEnd
 from train.terminal import say
 
-LOOK = 20  # steps after which the share is judged; a stage of fewer steps is judged at its end
-LOW = 0.25  # share of labelled blocks below which a warning is printed
+LOOK = 20  # steps after which the fraction is checked; shorter stages are checked at their end
+LOW = 0.25  # fraction of labelled blocks below which a warning is printed
 WAY_OUT = (
     "Let the target write the answers (python -m data.regenerate, with the same experiment) and train on them, with "
     "data.path=<its output> under another name=... (docs/guide/data.md)."
@@ -21,12 +21,12 @@ WAY_OUT = (
 
 
 class LabelledBlocks(Callback):
-    """Counts the blocks, and those with a label, over all ranks and since the first step of the stage."""
+    """Count blocks and labelled blocks over all ranks since the stage's first step; warn if few are labelled."""
 
     def __init__(self, *, needed: bool = True) -> None:
         """
         Args:
-            needed: whether a stage without any label is an error. Not with a target of random weights, which tries out
+            needed: raise an error if a stage has no labels. False for a target with random weights, which only tests
                 a command.
         """
         self.needed = needed
@@ -42,7 +42,8 @@ class LabelledBlocks(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """
+        """Update the counts and check the fraction of labelled blocks when due.
+
         Raises:
             AgreedEnd: no block of any step had a label.
         """

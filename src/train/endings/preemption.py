@@ -1,8 +1,9 @@
-"""Signals that ask a run to stop: by SLURM before the time limit (SIGUSR1), by anyone (SIGTERM).
+"""Signals that stop a run: SIGUSR1 (SLURM, before the time limit), SIGTERM, SIGINT (Ctrl-C).
 
-While a stage trains, the signal is noted, and the run stops at the next boundary of a step, with a checkpoint. At any
-other time everything on disk is whole anyway, and the run stops at once. The first rank's exit status says that it was
-stopped; the others end with 0, since whoever launched them takes any other status for a failure and kills the first.
+During training, the signal is recorded, and the run stops at the next step boundary with a checkpoint; a second Ctrl-C
+stops it immediately. At any other time all files on disk are consistent, and the run stops immediately. Rank 0 exits
+with a status that identifies the signal. The others exit with 0: the launcher would take any other status for a failure
+and kill rank 0.
 """
 
 import os
@@ -19,12 +20,12 @@ _watching = False
 _starting = True
 _training = False
 _received = 0
-_said = False  # how to go on
-_process = 0  # that watches; those that it forks inherit the handlers
+_said = False  # the message on how to resume has been printed
+_process = 0  # pid of the process that called `watch`; forked children inherit the handlers
 
 
 def watch() -> None:
-    """Take over the signals, in a process that is ours. In a job of submitit they are submitit's."""
+    """Install the signal handlers. Not called in submitit jobs, where submitit handles the signals."""
     global _watching, _process
     _watching, _process = True, os.getpid()
     for number in STATUS:
@@ -32,29 +33,35 @@ def watch() -> None:
 
 
 def set_training(training: bool, received: int = 0) -> None:
-    """Whether a boundary of a step will come. If not, and a signal was `received` by any rank, this is the end."""
+    """Enter or leave training, that is, the time in which signals wait for a step boundary.
+
+    On leaving, stop the process if this rank has received a signal.
+
+    Args:
+        received: signal received by any rank, 0 if none.
+    """
     global _starting, _training
     _starting, _training = False, training
     if _watching:
-        watch()  # Lightning has installed its own handlers meanwhile
+        watch()  # Lightning has replaced the handlers
     if not training and (received or _received):
         stop(received or _received)
 
 
 def received() -> int:
-    """The signal that this process is ending for; 0 if none."""
+    """Return the signal that this process has received, 0 if none."""
     return _received
 
 
 def agreed_signal(strategy: Any) -> int:
-    """The signal that any rank has received, 0 if none: the same answer on every rank. Called on every rank.
+    """Return the signal that any rank has received, 0 if none; the same on every rank. Must be called on every rank.
 
     Args:
-        strategy: Lightning's, which knows the ranks and the device.
+        strategy: Lightning's strategy, for world size and device.
     """
     if strategy.world_size == 1:
         return _received
-    import torch  # late: whoever watches should not wait for it
+    import torch  # lazy: `watch` must be available before torch is imported
 
     received = torch.tensor(_received, device=strategy.root_device)
     torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
@@ -62,12 +69,13 @@ def agreed_signal(strategy: Any) -> int:
 
 
 def stop(number: int) -> None:
-    """
+    """Exit because of a signal; rank 0 prints how to resume.
+
     Raises:
-        SystemExit: with the signal's exit status.
+        SystemExit: with the signal's exit status on rank 0 and 0 on the others.
     """
     global _said
-    if not first_rank():  # nothing may be imported here: the signal may have interrupted an import
+    if not first_rank():  # no imports in this function: the signal may have interrupted one
         status = 0
     else:
         status, said, _said = STATUS[signal.Signals(number)], _said, True
@@ -75,14 +83,14 @@ def stop(number: int) -> None:
         if not said:
             print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
     if _starting:
-        os._exit(status)  # an exception in the middle of an import may end anywhere
+        os._exit(status)  # an exception raised during an import may be swallowed
     sys.exit(status)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _received
     if os.getpid() != _process:
-        if number != signal.SIGINT and not _training:  # a worker is ended by its process, which decides about Ctrl-C
+        if number != signal.SIGINT and not _training:  # workers leave Ctrl-C to their parent, which shuts them down
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         return
