@@ -1,9 +1,8 @@
-"""Memory of one rank in a training step, by phase and part, from the sizes alone. Needs no torch.
+"""Analytical memory of one rank in a training step, by phase and part. Needs no torch.
 
-Counted are the tensors that are alive at the fullest moment of each phase, as `models.draft`,
-`models.attention.packed`, `models.loss.block_loss` and transformers' layers make them; docs/results/preflight.md
-compares the sums with measured peaks. That is on CPUs: what FlexAttention keeps is derived from the code. All results
-are in bytes. Shapes as in `data.batch`.
+Counts the tensors alive at the peak of each phase, as allocated by `models.draft`, `models.attention.packed`,
+`models.loss.block_loss` and transformers' layers. docs/results/preflight.md compares the sums with peaks measured on
+CPUs; FlexAttention's memory is derived from its code. All results are in bytes. Shapes as in `data.batch`.
 """
 
 from dataclasses import replace
@@ -23,13 +22,13 @@ from models.cost.activation_memory import (
 )
 from models.cost.sizes import ATTENTION_TUNING, Sizes
 
-LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many gathered parameters may be kept
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: limit of gathered parameters
 PARTS = ("target weights", "drafter weights", "bfloat16 copies", "gradients", "optimizer", "activations", "logits")
 PARTS += ("K/V and masks", "other")
 
 
 def step_memory(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
-    """Bytes by phase of a step and by part. The peak is the phase with the greatest sum."""
+    """Return the bytes of a step by phase and part. The peak is the phase with the largest sum."""
     phases = {"target pass": _target_pass(sizes, stage, setup), "mask pass": _mask_pass(sizes, stage, setup)}
     if stage == ATTENTION_TUNING:
         phases |= {"loss": _tuning_loss(sizes, setup), "backward": _tuning_backward(sizes, stage, setup)}
@@ -38,7 +37,7 @@ def step_memory(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
     else:
         phases |= {"loss": _calibrator_loss(sizes, stage, setup), "backward": _calibrator_backward(sizes, stage, setup)}
     phases["optimizer"] = _optimizer_step(sizes, stage, setup)
-    if setup.zero in (1, 2):  # two buckets, one fills while the other is reduced; ZeRO 3 keeps a single one for good
+    if setup.zero in (1, 2):  # two buckets: one fills while the other is reduced; ZeRO 3 holds one permanently
         phases["backward"]["other"] = 2 * setup.reduce_bucket * FLOAT32
     return {name: _beside_held(sizes, stage, setup, parts) for name, parts in phases.items()}
 
@@ -46,17 +45,17 @@ def step_memory(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
 def decoding_memory(
     sizes: Sizes, stage: str, setup: Setup, *, prompts: int, prompt_length: int, new_tokens: int
 ) -> Parts:
-    """Bytes by part where live decoding between two steps is fullest: in the FFN of a layer over the prompts; behind
-    them, where keys and values move from the packed pass to the cache layer by layer; or at the drafts' logits.
+    """Return the peak bytes by part of decoding during training: in a layer's FFN during prefill; after prefill, when
+    K/V move layer by layer from the packed pass to the cache; or at the draft logits.
 
     Args:
-        prompts, new_tokens: as `train.loop.validation_decoding` has them, of one batch on this rank.
-        prompt_length: tokens of each.
+        prompts, new_tokens: as in `train.loop.validation_decoding`, for one batch on this rank.
+        prompt_length: tokens per prompt.
     """
     capacity = prompt_length + new_tokens + 2 * sizes.block_size  # as in `models.decoding`, in sequential mode
     token = 2 * sizes.layers * sizes.keys * setup.weight_bytes
     packed, cache = prompts * prompt_length * token, prompts * capacity * token
-    exact = replace(setup, autocast=False)  # decoding has its own arithmetic, that of the weights
+    exact = replace(setup, autocast=False)  # decoding computes in the weights' dtype
     layer = max(ffn(sizes, exact, prompts * prompt_length, n) for n in sizes.all_layers)
     stream = prompts * prompt_length * sizes.hidden * setup.weight_bytes
     logits = prompts * sizes.block_size * sizes.vocabulary * (setup.weight_bytes + 2 * FLOAT32)
@@ -72,30 +71,30 @@ def decoding_memory(
 
 
 def _beside_held(sizes: Sizes, stage: str, setup: Setup, parts: Parts) -> Parts:
-    """With what is there in every phase."""
+    """Add the memory held in every phase."""
     held = _held(sizes, stage, setup)
     return {part: held.get(part, 0) + parts.get(part, 0) for part in PARTS}
 
 
 def peak(phases: dict[str, Parts]) -> tuple[str, float]:
-    """The fullest phase, and its bytes."""
+    """Return the phase with the most memory, and its bytes."""
     name = max(phases, key=lambda phase: sum(phases[phase].values()))
     return name, sum(phases[name].values())
 
 
 def _held(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """What is there in every phase: weights, the optimizer's state, buffers of reductions."""
+    """Return the memory held in every phase: weights, optimizer state, reduction buffers."""
     target = sizes.target_parameters * setup.weight_bytes
     drafter = sizes.held_parameters(stage) * FLOAT32
     trained = sizes.trained_parameters(stage) * FLOAT32
     parts = {"target weights": target, "drafter weights": drafter, "optimizer": 2 * trained}  # AdamW: two moments
     if setup.ddp:
-        parts["other"] = trained  # gradients are reduced in buckets of their own
+        parts["other"] = trained  # gradients are reduced in separate buckets
     if setup.zero:
-        # The moments are sharded; a shard of the weights, flat, is what the optimizer works on.
+        # Moments are sharded; the optimizer updates a flat shard of the weights.
         parts["optimizer"] = 3 * trained / setup.ranks
     if setup.zero == 3:
-        # Each rank keeps its piece. Whole parameters are gathered for use, and kept up to DeepSpeed's limit.
+        # Each rank stores its shard. Full parameters are gathered for use, and kept up to DeepSpeed's limit.
         parts["target weights"] = target / setup.ranks
         parts["drafter weights"] = drafter / setup.ranks
         whole = sizes.target_parameters + sizes.held_parameters(stage)
@@ -105,18 +104,21 @@ def _held(sizes: Sizes, stage: str, setup: Setup) -> Parts:
 
 
 def _gradients(sizes: Sizes, stage: str, setup: Setup) -> float:
-    """All gradients of the trained parameters, as far as they are this rank's to keep."""
+    """Return the bytes of all gradients stored on this rank."""
     full = sizes.trained_parameters(stage) * FLOAT32
     return full / setup.ranks if setup.zero >= 2 else full
 
 
 def _waiting_gradients(sizes: Sizes, stage: str, setup: Setup) -> float:
-    """Gradients that are there before a backward pass: of earlier passes; those of the step before are dropped."""
+    """Return the bytes of gradients that exist before a backward pass.
+
+    They come from earlier micro-batches; those of the previous step are dropped.
+    """
     return _gradients(sizes, stage, setup) if setup.passes > 1 or setup.zero == 3 else 0
 
 
 def _target_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """In the FFN of the last layer that is run to its end; or, after that, at the head for the bonus tokens."""
+    """Return the peak of the target pass: in a layer's FFN, or later in the head for the bonus tokens."""
     hidden = setup.clean * sizes.hidden * setup.weight_bytes
     layer, bonus = max(ffn(sizes, setup, setup.clean, layer) for layer in sizes.all_layers[:-1]), 0
     if stage != ATTENTION_TUNING:
@@ -131,7 +133,7 @@ def _target_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
 
 
 def _mask_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """In the FFN of the last draft layer. Where layers are trained, what they keep for the backward pass is there."""
+    """Return the peak of the mask pass: in the last draft layer's FFN, plus saved activations if layers are trained."""
     masks, tuning = setup.masks(sizes), sizes.trains_layers(stage)
     parts = saved(sizes, setup) if tuning else dict.fromkeys(PARTS, 0.0)
     parts["gradients"] = _waiting_gradients(sizes, stage, setup)
@@ -144,7 +146,7 @@ def _mask_pass(sizes: Sizes, stage: str, setup: Setup) -> Parts:
 
 
 def _tuning_loss(sizes: Sizes, setup: Setup) -> Parts:
-    """Stage 1, in the last piece: its logits become their gradient, and that one the hidden states'."""
+    """Return the peak of the stage 1 loss: in the last piece, while computing the hidden states' gradient."""
     masks, piece = setup.masks(sizes), setup.piece(sizes)
     stream = sizes.hidden * setup.weight_bytes
     parts = saved(sizes, setup)
@@ -159,25 +161,27 @@ def _tuning_loss(sizes: Sizes, setup: Setup) -> Parts:
 
 
 def _tuning_backward(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """In the last draft layer; or in the first, where all gradients are there and no other layer's tensors."""
+    """Return the peak of backward: in the last draft layer, or in the first, when all gradients exist."""
     begin, end = saved(sizes, setup), saved_by_a_layer(sizes, setup, sizes.drafting[0])
     if setup.recompute:
         last = saved_by_a_layer(sizes, setup, sizes.drafting[-1])
         begin = {part: begin[part] + last[part] for part in begin}
     begin["gradients"] = _waiting_gradients(sizes, stage, setup)
-    if stage != ATTENTION_TUNING:  # of what is behind the layers
+    if stage != ATTENTION_TUNING:  # of the calibrator and chain
         begin["gradients"] += FLOAT32 * sizes.calibrator_parameters
     end["gradients"] = _gradients(sizes, stage, setup)
     parts = max(begin, end, key=lambda parts: sum(parts.values()))
-    # Through a norm, in float32: the gradients of three steps, and two factors on the way.
+    # Backward of a norm in float32: gradients of three operations and two intermediate factors.
     norm = 5 * FLOAT32 * sizes.hidden
     flowing = max(norm, *(ffn_gradients(sizes, setup, layer) for layer in sizes.drafting))
     return parts | {"activations": parts["activations"] + setup.masks(sizes) * flowing}
 
 
 def _joint(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
-    """Loss and backward pass of stage 2 where layers are trained as well: what the frozen ones take, beside the layers'
-    activations; then the way down through these."""
+    """Return loss and backward memory of stage 2 when it also trains layers.
+
+    Memory with frozen layers plus the saved activations; then the backward pass through the layers.
+    """
     kept = saved(sizes, setup)
     # The final norm's input in float32, its output and the gradient of that.
     kept["activations"] += setup.masks(sizes) * sizes.hidden * (FLOAT32 + 2 * setup.weight_bytes)
@@ -188,23 +192,23 @@ def _joint(sizes: Sizes, stage: str, setup: Setup) -> dict[str, Parts]:
 
 
 def _calibrator_loss(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """Stage 2, in the last piece. With more pieces than one, nothing but their hidden states is kept of the others."""
+    """Return the peak of the stage 2 loss: in the last piece. Of other pieces, only hidden states are kept."""
     stream = sizes.hidden * setup.weight_bytes
     parts = _calibrator_piece(sizes, setup)
     parts["gradients"] = _waiting_gradients(sizes, stage, setup)
     parts["activations"] += setup.masks(sizes) * stream
     parts["activations"] += _target_hidden(sizes, stage, setup) if setup.teacher else 0
     if setup.pieces(sizes) > 1:
-        parts["bfloat16 copies"] = 0  # made again in the backward pass, too
+        parts["bfloat16 copies"] = 0  # recomputed in the backward pass
     return parts
 
 
 def _calibrator_backward(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """Stage 2, in the last piece: its logits once more, or its gradients before they are added to the others'."""
+    """Return the peak of the stage 2 backward: recomputing a piece's logits, or accumulating its gradients."""
     again = setup.pieces(sizes) > 1
     logits = _calibrator_piece(sizes, setup) if again else _calibrator_piece(sizes, setup, setup.arithmetic)
     logits["gradients"] = _waiting_gradients(sizes, stage, setup)
-    if again:  # autograd adds up the pieces' gradients before it adds the sum to those of earlier passes
+    if again:  # autograd sums the pieces' gradients before adding them to earlier micro-batches'
         logits["gradients"] += FLOAT32 * sizes.calibrator_parameters
     new = FLOAT32 + (BFLOAT16 if setup.autocast else 0)
     adding = {"gradients": logits["gradients"] + new * sizes.calibrator_parameters}
@@ -212,7 +216,7 @@ def _calibrator_backward(sizes: Sizes, stage: str, setup: Setup) -> Parts:
 
 
 def _calibrator_piece(sizes: Sizes, setup: Setup, word: int | None = None) -> Parts:
-    """Of a piece in stage 2. `word`: bytes for a slot and a word of V, if not those of the loss at its fullest."""
+    """Return the memory of a stage 2 piece. `word`: bytes per logit; defaults to the peak of the loss."""
     piece = setup.piece(sizes)
     # The head's logits, the correction and their sum; and then what the loss makes of the sum.
     word = word or max(3 * setup.arithmetic, _word(setup))
@@ -228,7 +232,7 @@ def _calibrator_piece(sizes: Sizes, setup: Setup, word: int | None = None) -> Pa
 
 
 def _word(setup: Setup) -> int:
-    """Bytes for a slot and a word of V while the loss turns logits into their gradient."""
+    """Return the peak bytes per logit while the loss converts logits to their gradient."""
     # Draft, teacher and their difference in float32; the head's logits, if those are not overwritten.
     draft, head = FLOAT32 * (3 if setup.teacher else 1), setup.arithmetic
     if head >= FLOAT32:
@@ -238,7 +242,7 @@ def _word(setup: Setup) -> int:
 
 
 def _optimizer_step(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """AdamW's denominator, of all tensors at once or of the largest; under ZeRO 1 and 2 also flat gradients."""
+    """Return the memory of the optimizer step: AdamW's denominator, and flat gradients under ZeRO 1 and 2."""
     trained = sizes.trained_parameters(stage) * FLOAT32
     if setup.zero:
         flat = 0 if setup.zero == 3 else trained / setup.ranks
@@ -248,13 +252,13 @@ def _optimizer_step(sizes: Sizes, stage: str, setup: Setup) -> Parts:
 
 
 def _largest_trained(sizes: Sizes, stage: str) -> int:
-    """Numbers in the largest tensor that a stage trains: a projector or the bonus slot; W2."""
+    """Return the size of the largest trained tensor: a projection, the bonus slot, or W2."""
     tuned = sizes.hidden * max(sizes.queries, sizes.hidden if sizes.bonus_slot else 0)
     second = sizes.vocabulary * max(sizes.corrections, default=0)
     return max(tuned if sizes.trains_layers(stage) else 0, 0 if stage == ATTENTION_TUNING else second)
 
 
 def _target_hidden(sizes: Sizes, stage: str, setup: Setup) -> float:
-    """The target's last hidden states, which are kept for a teacher's distribution, and in stage 2 in any case."""
+    """Return the bytes of the target's final hidden states, kept in stage 2 or if the objective needs the target."""
     wanted = stage != ATTENTION_TUNING or setup.teacher
     return setup.clean * sizes.hidden * setup.weight_bytes if wanted else 0
