@@ -242,7 +242,10 @@ def _word(setup: Setup) -> int:
 
 
 def _optimizer_step(sizes: Sizes, stage: str, setup: Setup) -> Parts:
-    """Return the memory of the optimizer step: AdamW's denominator, and flat gradients under ZeRO 1 and 2."""
+    """Return the memory of the optimizer step.
+
+    AdamW's denominator, of all tensors at once or of the largest, plus flat gradients under ZeRO 1 and 2.
+    """
     trained = sizes.trained_parameters(stage) * FLOAT32
     if setup.zero:
         flat = 0 if setup.zero == 3 else trained / setup.ranks
