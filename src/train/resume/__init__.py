@@ -1,1 +1,1 @@
-"""Which stages are finished, continued or started anew: settings and inputs compared with the records."""
+"""Decide which stages are finished, resumed or restarted, by comparing settings and inputs with the records."""

@@ -1,8 +1,8 @@
-"""What the outcome of a stage depends on: which settings, and the content of which files.
+"""Identity of a stage: the settings and file contents that determine its outcome.
 
-A run directory belongs to one outcome. What changes memory, speed or places alone is not part of its identity, so the
-cure for "out of memory" and a moved file never refuse a run. `CHANGES` and `WITHOUT_EFFECT` name every setting of conf/
-once (tests/train/test_identity.py); one that neither names counts, so that nothing is mixed.
+A run directory holds one outcome. Settings that affect only memory, speed or paths are not part of the identity, so a
+run still resumes after an out-of-memory fix or a moved file. `CHANGES` and `WITHOUT_EFFECT` list every setting of conf/
+exactly once (tests/train/test_identity.py). Unlisted settings count as part of the identity, to be safe.
 """
 
 from pathlib import Path
@@ -23,11 +23,11 @@ from train.settings.derived import accelerator, arithmetic
 
 TUNING, CALIBRATION, EXPORT, EVALUATE = STAGES
 
-# What each stage starts from: files of earlier stages, without which it cannot run.
+# Required input files of each stage, written by earlier stages.
 INPUTS = {
     TUNING: [],
     CALIBRATION: [f"{TUNING}/{WEIGHTS}"],
-    EXPORT: [],  # stage 2 if it was finished, else stage 1: see `drafter_file.finished_weights`
+    EXPORT: [],  # the weights of stage 2 if finished, else of stage 1: see `drafter_file.finished_weights`
     EVALUATE: ["export/config.json"],
 }
 
@@ -37,7 +37,7 @@ TRAINING += ("module.steps", "module.bonus_slot_fraction", "module.joint", "step
 TRAINING += ("gradient_clip", "validate_every", "decode.prompts", "decode.max_new_tokens", "best_by", "patience")
 MEASURED = ("num_prompts", "max_new_tokens", "variants", "selection", "threshold", "temperature", "top_k", "top_p")
 MEASURED += ("speed.num_prompts", "speed.batch_sizes", "speed.thresholds", "speed.repeats")
-# Setting -> the stages whose outcome it changes. A name stands for all below it; the longest that fits counts.
+# Setting -> stages whose outcome it changes. A name covers all settings below it; the longest match wins.
 CHANGES: dict[str, tuple[str, ...]] = {
     "seed": (*TRAINED, EVALUATE),
     "data.truncation": TRAINED,
@@ -45,7 +45,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "data.validation_records": TRAINED,
     "data.template_kwargs": (*TRAINED, EVALUATE),
     "model.target.dtype": (*TRAINED, EVALUATE),
-    "model.draft.num_layers": TRAINED,  # export and evaluation are held to the drafter that was trained
+    "model.draft.num_layers": TRAINED,  # export and evaluation check it against the trained drafter
     "model.draft.block_size": TRAINED,
     "model.draft.bonus_slot": TRAINED,
     "model.draft.calibrator_rank": (CALIBRATION,),
@@ -53,7 +53,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "adapter": (TUNING,),
     "objective": TRAINED,
     "trainer.precision": TRAINED,
-    "trainer.accelerator": (EVALUATE,),  # speed is a property of a device
+    "trainer.accelerator": (EVALUATE,),  # speed depends on the device
     "export.dtype": (EXPORT,),
     "export.complete": (EXPORT,),
     **{f"stage.{stage}.{key}": (stage,) for stage in TRAINED for key in TRAINING},
@@ -65,7 +65,7 @@ COMMAND, PLACE, LOGS = (
     "where results go",
     "what is recorded, and how often",
 )
-# Setting -> why no outcome depends on it.
+# Setting -> reason why no outcome depends on it.
 WITHOUT_EFFECT = {
     **dict.fromkeys(("name", "run_dir", "export.push_to_hub", "export.private", "export.tag"), PLACE),
     **dict.fromkeys(("stages", "overwrite", "plan", "hydra", "hardware", "regenerate"), COMMAND),
@@ -85,13 +85,13 @@ WITHOUT_EFFECT = {
     **{f"trainer.{k}": LOGS for k in ("profiler", "detect_anomaly", "log_every_n_steps", "max_time", "barebones")},
     **{f"trainer.enable_{k}": LOGS for k in ("progress_bar", "checkpointing", "model_summary", "autolog_hparams")},
 }
-# Callbacks of Lightning that only look on. Any other may change the weights, so its settings count.
+# Lightning callbacks that only observe training. Any other may change the weights, so its settings count.
 OBSERVERS = ("TQDMProgressBar", "RichProgressBar", "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint")
 OBSERVERS += ("ModelSummary", "RichModelSummary", "Timer", "ThroughputMonitor", "OnExceptionCheckpoint")
 
 
 def rule(setting: str) -> tuple[str, ...] | str | None:
-    """The stages whose outcome a setting changes, or why it changes none; None: it is not classified."""
+    """Return the stages whose outcome a setting changes, or the reason why it changes none; None if unclassified."""
     parts = setting.split(".")
     for end in range(len(parts), 0, -1):
         name = ".".join(parts[:end])
@@ -101,7 +101,7 @@ def rule(setting: str) -> tuple[str, ...] | str | None:
 
 
 def counts(key: str, stage: str) -> bool:
-    """Whether an entry of a stage's record, such as `stage.steps`, is part of its identity."""
+    """Return whether an entry of a stage's record, such as `stage.steps`, is part of its identity."""
     if key.startswith("inputs."):
         return True
     if key.startswith("stage."):
@@ -112,10 +112,10 @@ def counts(key: str, stage: str) -> bool:
 
 
 def settings_of(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
-    """What a stage's record holds: its settings, and the content of what it starts from.
+    """Return the settings and input hashes to store in a stage's record.
 
     Raises:
-        UserError: a file that it starts from is not the one that its stage wrote.
+        UserError: an input file differs from the one that its stage wrote.
     """
     plain: Any = {group: OmegaConf.to_container(config[group], resolve=True) for group in _groups(stage)}
     settings = {"model": plain["model"], "stage": plain["stage"].get(stage)}
@@ -142,7 +142,7 @@ def _groups(stage: str) -> tuple[str, ...]:
 
 
 def _without_references(settings: dict[str, Any]) -> None:
-    """conf/ hands `objective` and `steps` on to the module: said once."""
+    """Remove `objective` and `steps` from the module settings: conf/ duplicates them there by reference."""
     module = settings["stage"]["module"]
     for key, given in (("objective", settings["objective"]), ("steps", settings["stage"]["steps"])):
         if module.get(key) == given or isinstance(module.get(key), str):
@@ -150,8 +150,8 @@ def _without_references(settings: dict[str, Any]) -> None:
 
 
 def _beyond_presets(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of Lightning's Trainer that may change the outcome."""
-    known = {"precision", "accelerator"}  # recorded by themselves
+    """Return the Trainer arguments that may change the outcome, except those recorded separately."""
+    known = {"precision", "accelerator"}  # recorded separately
     return {key: value for key, value in trainer.items() if key not in known and counts(f"trainer.{key}", TUNING)}
 
 
@@ -160,9 +160,10 @@ def _observes(callback: Any) -> bool:
 
 
 def check_inputs(stage: str, run_dir: Path) -> None:
-    """
+    """Check that the input files of a stage exist.
+
     Raises:
-        UserError: a file that a stage starts from is missing.
+        UserError: an input file is missing.
     """
     for name in INPUTS[stage]:
         if not (run_dir / name).exists():
@@ -191,7 +192,7 @@ def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[str]:
-    """`key: old -> new` for everything in two records of a stage that its outcome depends on, and that differs."""
+    """Return `key: old -> new` for each differing entry of two records that affects the stage's outcome."""
     old = _of_this_version(old, new)
     target = comparable(old["inputs"]["target"], new["inputs"]["target"])
     found = _differences(old | {"inputs": old["inputs"] | {"target": target}}, new)
@@ -199,7 +200,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[st
 
 
 def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A record of an earlier version, which held hashes of the target's files under its directory's name."""
+    """Convert a record of an earlier version, which stored hashes of the target's files under its directory name."""
     inputs = old.get("inputs", {})
     if "target" in inputs:
         return old
@@ -207,14 +208,14 @@ def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]
     ours = tuple(f"{stage}/" for stage in STAGES)
     kept = {key: value for key, value in inputs.items() if "/" not in key or key.startswith(ours)}
     module = old.get("stage", {}).get("module")
-    if module:  # references were kept as they stand in conf/
+    if module:  # earlier versions stored unresolved references
         plain = {key: v for key, v in module.items() if not (isinstance(v, str) and v.startswith("${"))}
         old = old | {"stage": old["stage"] | {"module": plain}}
     return old | {"inputs": kept | {"target": target}}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Every leaf that differs."""
+    """Return (path, old, new) for each differing leaf of two nested dicts."""
     if isinstance(old, dict | None) and isinstance(new, dict | None) and not (old is None and new is None):
         old, new = old or {}, new or {}
         keys = sorted(old.keys() | new.keys())
@@ -224,11 +225,11 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 
 
 def _own_class(target: Any) -> Any:
-    """A class of this project by its name alone: modules move from one version to the next."""
+    """Reduce a class path of this project to the class name, because modules move between versions."""
     ours = isinstance(target, str) and target.startswith(("train.", "models."))
     return target.rsplit(".", 1)[-1] if ours else target
 
 
 def _short(value: Any) -> str:
-    """A value as text, hashes cut to 12 digits."""
+    """Format a value, with hashes shortened to 12 digits."""
     return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else short(value)

@@ -1,4 +1,4 @@
-"""What is left to do of a stage: decided by its record, its settings and its files, before anything is touched."""
+"""Decide from record, settings and files whether a stage is finished, resumed or restarted, before any file changes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +15,25 @@ from train.run_dir.state import StageRecord, file_sha256, is_requeue_of, read_re
 from train.terminal import say
 
 FINISHED, GO_ON, ANEW = "finished", "go on", "anew"
-# What a stage leaves, for records of earlier versions, which do not list it.
+# Result files of each stage, for records of earlier versions, which do not list them.
 RESULTS = {stage: [f"{stage}/{WEIGHTS}"] for stage in TRAINED}
 RESULTS |= {"export": ["export/config.json"], "evaluate": ["evaluate/report.json"]}
 
 
 def named(config: DictConfig) -> list[str]:
-    """The stages that `overwrite` names; none for true and false."""
+    """Return the stages named by `overwrite`; empty for true and false."""
     given: Any = config.overwrite
     return [] if isinstance(given, bool) else [given] if isinstance(given, str) else list(given)
 
 
 def left_to_do(config: DictConfig, stage: str, record: StageRecord, say: Callable[[str], None] = say) -> str:
-    """FINISHED, GO_ON or ANEW. Changes nothing, so every rank decides alike.
+    """Return FINISHED, GO_ON or ANEW. Read-only, so that all ranks reach the same decision.
 
-    `overwrite=true` does again what has other settings than before, and export and evaluation in any case; training
-    with unchanged settings is kept. A stage that `overwrite` names is done again in any case.
+    `overwrite=true` repeats stages whose settings have changed, and always export and evaluation; trained stages with
+    unchanged settings are kept. Stages named by `overwrite` are repeated, except in a requeue of the same SLURM job.
 
     Raises:
-        UserError: going on would mix two runs or lose a result; the message names the cheapest way out.
+        UserError: continuing would mix two runs or lose a result; the message names the cheapest fix.
     """
     begun, done = read_record(record.begun), read_record(record.done)
     if stage in named(config) and not is_requeue_of((begun or {}).get("job")):
@@ -83,7 +83,7 @@ def _finished(
 
 
 def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str, Any] | None) -> str:
-    """Of a training stage that was not finished."""
+    """Decide for a training stage that is not finished: GO_ON or ANEW. Errors as in `left_to_do`."""
     directory, again = record.run_dir / stage, config.overwrite is True
     checkpoints = checkpoints_in(directory / "checkpoints")
     if checkpoints and "settings" not in (begun or {}):
@@ -104,7 +104,7 @@ def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str,
             f"{directory / WEIGHTS} is there, but no record says what it is. Training would replace it: move it away, "
             f"or use overwrite={stage}."
         )
-    return ANEW if changes or not begun else GO_ON  # nothing was saved yet, so nothing is lost by other settings
+    return ANEW if changes or not begun else GO_ON  # no checkpoint yet, so changed settings lose no work
 
 
 def _other_settings(config: DictConfig, stage: str, record: StageRecord, file: Path, changes: list[str]) -> UserError:
