@@ -18,12 +18,13 @@ DECODER = Path("custom_generate", "generate.py")  # path expected by transformer
 OWN_DECODER = Path(__file__).parent / DECODER  # source file copied into exports
 # Both keys hold the same settings: the public code reads the first, the published checkpoint uses the second.
 FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
-RECOMMENDED = "recommended_decoding"  # key within both
+RECOMMENDATION = "recommended_decoding.json"  # written by the evaluation, which never changes exported files
+EARLIER_RECOMMENDATION = "recommended_decoding"  # key within both settings, written by earlier versions
 DECODER_SHA256 = "custom_generate_sha256"  # hash of the exported decoder, stored in config.json
 
 # Files written by an export and its run, and published. Config, decoder and weights (one file, or shards plus index)
-# are required; model card and plots are documentation.
-PARTS = (CONFIG, CARD, "*.safetensors", INDEX, "*.png", DECODER.as_posix())
+# are required; the recommendation is optional; model card and plots are documentation.
+PARTS = (CONFIG, RECOMMENDATION, CARD, "*.safetensors", INDEX, "*.png", DECODER.as_posix())
 HARMLESS = (".gitattributes", "LICENSE*", ".cache/*", "*/__pycache__/*")  # files added by the Hub, git and Python
 
 
@@ -57,7 +58,7 @@ def why_no_object(path: Path, way_out: str = "Export again, or correct it.") -> 
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read the `config.json` of an exported drafter.
+    """Read the `config.json` of an exported drafter, without the recommendation that earlier versions added to it.
 
     Raises:
         UserError: the file is missing, unreadable, or not the config of an exported drafter.
@@ -67,14 +68,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / CONFIG)
     if draft_settings(config) is None:
         raise UserError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).")
+    for key in FLEXDRAFT_KEYS:
+        if isinstance(config.get(key), dict):
+            config[key].pop(EARLIER_RECOMMENDATION, None)
     return config
 
 
-def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Write `config.json` atomically, via a temporary file."""
-    temporary = directory / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / CONFIG)
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically, via a temporary file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def draft_settings(config: dict[str, Any]) -> dict[str, Any] | None:

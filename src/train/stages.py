@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.errors import UserError
+from models.artifact import CONFIG, DECODER, RECOMMENDATION
 from models.attention.layers import Execution
 from models.cost.flops import block_flops
 from models.draft import DraftModel, start_from_head
-from models.export.artifact_io import DECODER, export_draft, load_draft, load_draft_weights, recommend
+from models.export.artifact_io import export_draft, load_draft, load_draft_weights
+from models.export.recommendation import recommend
 from models.lora import LoraDraft, save_adapter
 from train.checkpoint.checkpoints import check_handed_on, keeper
 from train.context import Resources
@@ -229,9 +231,10 @@ def _load(own: dict[str, Tensor], source: Path) -> None:
 def result_files(stage: str, directory: Path) -> list[Path]:
     """List the files of a finished stage that do not change afterwards."""
     if stage == "evaluate":
-        return [directory / "report.json", directory / "report.md"]
+        recommendation = sorted(directory.with_name("export").glob(RECOMMENDATION))
+        return [directory / "report.json", directory / "report.md", *recommendation]
     if stage == "export":
-        return [*sorted(directory.glob("*.safetensors")), directory / DECODER]
+        return [*sorted(directory.glob("*.safetensors")), directory / CONFIG, directory / DECODER]
     adapter = sorted(directory.with_name(ADAPTER).glob("*")) if stage == "attention_tuning" else []
     return [directory / WEIGHTS, *adapter]
 

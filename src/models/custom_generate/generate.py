@@ -6,7 +6,7 @@ A draft is kept only if it is the token that the target itself chooses there, so
 or, under the same seed, sampled; rounding may decide near ties another way. Method: FlexDraft, arXiv 2605.20022. The
 rows of a batch take their passes one after the other, so a batch is no faster than its rows alone.
 
-Arguments beside those of `generate`; for None the drafter's config recommends a value:
+Arguments beside those of `generate`; None takes what the drafter's evaluation recommends:
     drafter: directory or Hub id of the drafter; None: that of `custom_generate`. revision, token: of a Hub id.
     calibrate: False leaves out what corrects the drafter's logits.
     selection, threshold: which drafts to verify (off | cumulative_product | min_confidence, from which probability on).
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "recommended_decoding.json"]
 CACHES = ("cache", "past_key_values")  # what transformers calls a cache, from 5.24 on and before
 TOKENS = torch.arange(3, 91, 11)  # rows of embeddings and head in the fingerprint
 # What is followed of the arguments of `generate`, of its settings, and of what it prepares for the model. All else is
@@ -209,11 +209,10 @@ class Drafter:
 
     def __init__(self, model, directory):
         config, settings = _settings(directory, model.config)
-        self.model, self.inner, self.size = model, model.model, config["block_size"]
+        self.model, self.inner, self.device, self.size = model, model.model, model.device, config["block_size"]
         if {parameter.device for parameter in model.parameters()} != {model.device} or model.device.type == "meta":
             raise Refused("This target is spread over devices or offloaded; drafting needs all of it on one.")
-        embedded = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=model.device))
-        self.device, self.dtype = embedded.device, embedded.dtype  # it computes in, whatever its weights are kept in
+        self.dtype = self._embedded(0).dtype  # the model computes in it, whatever its weights are kept in
         self.tensors = {name: t.to(self.device, self.dtype) for name, t in _tensors(directory).items()}
         self.settings, self.split, self.vocabulary = settings, settings["target_layer_ids"][0], config["vocab_size"]
         self.layers = [self._layer(number) for number in range(self.split, len(self.inner.layers))]
@@ -267,10 +266,9 @@ class Drafter:
 
     def block(self, cache, anchor, bonus, calibrate):
         """Drafts of slots 1 .. B-1 of the block at an anchor, and their probabilities [B-1]. The cache stays as is."""
-        hidden = self.tensors["mask_embedding"].expand(1, self.size, -1)
+        hidden = self.tensors["mask_embedding"].repeat(1, self.size, 1)
         if self.settings.get("bonus_slot"):
-            known = nn.functional.linear(self._embedded(bonus), self.tensors["bonus_slot.weight"])
-            hidden = torch.cat([hidden[:, :1] + known, hidden[:, 1:]], dim=1)
+            hidden[:, 0] += nn.functional.linear(self._embedded(bonus), self.tensors["bonus_slot.weight"])
         positions = torch.arange(anchor, anchor + self.size, device=self.device)[None]
         # Added to scores: a slot sees its block, and the tokens that a window shows it. None: it sees all there is.
         unseen = torch.arange(anchor + self.size, device=self.device) <= positions[0, :, None] - (self.window or 0)
@@ -381,10 +379,12 @@ def _settings(directory, target):
     size, layers = config["block_size"], settings["target_layer_ids"]
     if not layers or layers != [*range(target.num_hidden_layers)][-len(layers) :] or size < 2:
         raise Refused(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, 2 or more.")
-    recommended = settings.get("recommended_decoding") or {}
-    if not isinstance(recommended, dict):
-        raise Refused(f"{file}: recommended_decoding={recommended!r}: expected an object with selection and threshold.")
-    settings["recommended_decoding"] = RECOMMENDED | recommended
+    found = settings.get("recommended_decoding") or {}  # earlier versions wrote it into the config
+    if (own := directory / "recommended_decoding.json").exists():
+        file, found = own, _checked(own, lambda: json.loads(own.read_text(encoding="utf-8")))
+    if not isinstance(found, dict):
+        raise Refused(f"{file}: recommended_decoding={found!r}: expected an object with selection and threshold.")
+    settings["recommended_decoding"] = RECOMMENDED | found
     _how(settings["recommended_decoding"], f"{file}: recommended_decoding: ")
     return config, settings
 

@@ -21,17 +21,15 @@ from models.artifact import (
     FLEXDRAFT_KEYS,
     INDEX,
     OWN_DECODER,
-    RECOMMENDED,
     WEIGHTS,
     draft_settings,
     extras,
     read_config,
     sha256,
-    write_config,
+    write_object,
 )
-from models.decoding.selection import Selection
 from models.draft import DraftModel
-from models.export.config_checks import calibrator_rank, known_tokens, loading_faults, recommendation_faults
+from models.export.config_checks import calibrator_rank, known_tokens, loading_faults
 from models.export.download import artifact_directory
 from models.export.fingerprint import KEY as FINGERPRINT
 from models.export.fingerprint import OtherTarget, compare, fingerprint
@@ -119,7 +117,7 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
 
 def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write config, decoder and weights into an empty directory."""
-    write_config(directory, config)
+    write_object(directory / CONFIG, config)
     (directory / DECODER).parent.mkdir()
     shutil.copyfile(OWN_DECODER, directory / DECODER)
     shards = _shards(tensors)
@@ -139,51 +137,6 @@ def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     shutil.copymode(file.parent / CONFIG, file)  # safetensors lets nobody else read it
-
-
-def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
-    """Write down in an artifact's config which arguments of `decoding.generate` suit a device; None: nothing is known.
-
-    Readers that do not know the key pass over it.
-
-    Raises:
-        UserError: no exported drafter there.
-    """
-    config = without_recommendation(directory)
-    for key in FLEXDRAFT_KEYS:
-        if settings and isinstance(config.get(key), dict):
-            config[key][RECOMMENDED] = settings
-    write_config(directory, config)
-
-
-def recommended(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """What an artifact (directory or Hub id) recommends as arguments of `decoding.generate`; nothing if unmeasured.
-
-    Raises:
-        ValueError: no artifact there, or its recommendation is not readable.
-    """
-    directory = artifact_directory(source, revision=revision)
-    settings = draft_settings(read_config(directory))
-    if faults := recommendation_faults(settings):
-        raise UserError(f"{directory}: {' '.join(faults)}")
-    found = settings.get(RECOMMENDED)
-    if not found:
-        return {}
-    selection = Selection(found["selection"], found["threshold"])
-    return {"parallel_rows": found["parallel_rows"], "selection": selection, "calibrate": found["calibrate"]}
-
-
-def without_recommendation(directory: Path) -> dict[str, Any]:
-    """An artifact's config as it was exported.
-
-    Raises:
-        UserError: no exported drafter there.
-    """
-    config = read_config(directory)
-    for key in FLEXDRAFT_KEYS:
-        if isinstance(config.get(key), dict):
-            config[key].pop(RECOMMENDED, None)
-    return config
 
 
 def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | None = None) -> DraftModel:

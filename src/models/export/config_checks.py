@@ -5,8 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from models.artifact import CONFIG, FLEXDRAFT_KEYS, RECOMMENDED, draft_settings, extras
-from models.decoding.selection import Selection
+from models.artifact import CONFIG, FLEXDRAFT_KEYS, draft_settings, extras
 from models.families import layer_kinds, layer_windows
 
 # What must be the target's own, as far as its architecture has it.
@@ -24,7 +23,7 @@ def config_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]
     settings = draft_settings(config)
     if settings is not None:
         faults += _layer_faults(config, settings, target) + _calibrator_faults(settings)
-        faults += _extra_faults(settings) + recommendation_faults(settings)
+        faults += _extra_faults(settings)
     return faults + _block_faults(config, target) + _rope_faults(config, target)
 
 
@@ -34,7 +33,6 @@ def loading_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str
     Less than `config_faults`: what only other readers need may be missing, as in the public release's own artifacts.
     """
     settings = draft_settings(config) or {}
-    settings = {key: value for key, value in settings.items() if key != RECOMMENDED}
     ids = settings.get(IDS)
     number = len(ids) if isinstance(ids, list) else 0
     own = target.to_dict()
@@ -52,7 +50,6 @@ def own_faults(config: dict[str, Any]) -> list[str]:
     if settings is None:
         return _settings_faults(config)
     faults = _ids_faults(settings.get(IDS)) + _calibrator_faults(settings) + _extra_faults(settings)
-    faults += recommendation_faults(settings)
     size = config.get("block_size")
     return faults if _is_int(size) and size >= 2 else [*faults, _block_size_fault(size)]
 
@@ -166,22 +163,6 @@ def _extra_faults(settings: dict[str, Any]) -> list[str]:
     if not _is_int(found["chain_rank"]) or found["chain_rank"] < 0:
         faults.append(f"{CONFIG}: chain_rank is {found['chain_rank']!r}; expected a number of 0 or more.")
     return faults
-
-
-def recommendation_faults(settings: dict[str, Any]) -> list[str]:
-    """What an evaluation recommends must be readable by `export.recommended`."""
-    found = settings.get(RECOMMENDED)
-    if found is None:
-        return []
-    try:
-        Selection(found["selection"], found["threshold"])
-        rows, calibrate = found["parallel_rows"], found["calibrate"]
-        if not _is_int(rows) or rows < 0 or not isinstance(calibrate, bool):
-            raise ValueError(f"parallel_rows is {rows!r}, calibrate is {calibrate!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
-        return [f"{CONFIG}: {RECOMMENDED} is not readable: {reason}. Evaluate again, or delete it."]
-    return []
 
 
 def _block_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:

@@ -37,6 +37,7 @@ from models.export.config_checks import calibrator_rank, config_faults
 from models.export.download import artifact_directory, is_repository_name
 from models.export.fingerprint import KEY as FINGERPRINT
 from models.export.fingerprint import OtherTarget, compare
+from models.export.recommendation import recommendation_faults
 from models.families import check_architecture
 from models.readable import one_line, reading
 from models.target import load_config, load_target, vocabulary
@@ -107,7 +108,7 @@ def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterat
     summary = f"config, weights and decoder are there and readable{card}"
     yield Check("files", summary, weights.file_faults(directory), warnings)
     config = read_json(directory / CONFIG)
-    faults = config_faults(config, target)
+    faults = config_faults(config, target) + recommendation_faults(directory)
     yield Check("config", "" if faults else _described(config), faults)
     yield tensor_check(directory, config, target)
     yield Check("values", "all finite", *weights.value_faults(directory))

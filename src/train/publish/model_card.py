@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from data.config.compose import EMBEDDED
 from data.errors import UserError
-from models.artifact import CARD, extras
-from models.export.artifact_io import without_recommendation
+from models.artifact import CARD, RECOMMENDATION, extras, read_config
 from models.export.fingerprint import KEY as FINGERPRINT
+from models.export.recommendation import read_recommendation
 from train.names import TRAINED, VARIANTS
 from train.run_dir.state import file_sha256, publish, read_json, read_record
 
@@ -118,7 +118,7 @@ def write_card(run_dir: Path) -> None:
     for stage in (*TRAINED, "export", "evaluate"):
         if done := read_record(run_dir / "records" / f"{stage}.done.json"):
             records[stage] = done
-    config = without_recommendation(exported)
+    config = read_config(exported)
     if not config["flexdraft_config"]["enable_anchor_bias_logits"]:
         records.pop("bonus_calibration", None)  # the calibrator was not exported
     report = run_dir / "evaluate" / "report.json"
@@ -130,7 +130,7 @@ def write_card(run_dir: Path) -> None:
             measured = read_json(report)
         except ValueError as error:
             raise UserError(f"{report}: damaged. Evaluate again with overwrite=evaluate.") from error
-        figures = _figures(measured, records["evaluate"]["settings"]["seed"])
+        figures = _figures(measured, records["evaluate"]["settings"]["seed"]) + _recommended(exported)
     plot = run_dir / PLOT
     if "evaluate" in records and plot.exists():
         _publish_if_other(exported / PLOT, plot.read_bytes())
@@ -306,6 +306,19 @@ def _figures(report: dict[str, Any], seed: int) -> str:
     if report["speed"]:
         text += _speed(report["speed"])
     return "\n\n".join(text)
+
+
+def _recommended(exported: Path) -> str:
+    """The recommendation of the evaluation as a paragraph; empty without one."""
+    found = read_recommendation(exported)
+    if not found:
+        return ""
+    rows, rule = found["parallel_rows"], found["selection"]
+    modes = f"parallel drafting up to batch size {rows}, sequential above" if rows else "sequential drafting"
+    selection = rule if rule == "off" else f"{rule} {found['threshold']:g}"
+    device = found.get("device", "the device of the evaluation")
+    file = f"[`{RECOMMENDATION}`]({RECOMMENDATION})"
+    return f"\n\nFastest on {device}, by {file}: {modes}, selective verification {selection}."
 
 
 def _speed(speed: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from data.errors import UserError
 from models.artifact import CARD, CONFIG, FLEXDRAFT_KEYS, PARTS, draft_settings, extras, read_json
 from models.export.config_checks import IDS, calibrator_rank, own_faults
 from models.export.download import is_repository_name
+from models.export.recommendation import recommendation_faults
 from models.export.weight_checks import file_faults, headers, value_faults
 from train.publish.model_card import named
 
@@ -147,7 +148,7 @@ def check_artifact(directory: Path) -> dict[str, Any]:
     settings = draft_settings(config)
     if settings is None:
         raise UserError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).")
-    if faults := own_faults(config):
+    if faults := own_faults(config) + recommendation_faults(directory):
         raise UserError(f"{directory}: {' '.join(faults)}")
     layers, rank = range(len(settings[IDS])), calibrator_rank(settings)
     expected = {"mask_embedding", *(f"layers.{i}.self_attn.o_proj.weight" for i in layers)}

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 from data.sources.benchmarks import benchmark_fingerprint
 from data.sources.readers import fingerprint
-from models.export.artifact_io import without_recommendation
+from models.artifact import read_config
 from train.context import Resources
 from train.names import STAGES, TRAINED
 from train.run_dir.drafter_file import WEIGHTS, finished_weights, target_then
@@ -185,7 +185,7 @@ def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources)
     if stage in TRAINED:
         inputs["data"] = fingerprint(resources.parts)
     if stage == EVALUATE:
-        inputs["export/config.json"] = without_recommendation(run_dir / "export")
+        inputs["export/config.json"] = read_config(run_dir / "export")
         given: Any = OmegaConf.to_container(config.benchmarks, resolve=True)
         inputs["benchmarks"] = {name: benchmark_fingerprint(name, one) for name, one in given.items()}
     return inputs

@@ -1,0 +1,85 @@
+"""Recommended arguments of decoding: a file that the evaluation writes beside the exported drafter."""
+
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from models.artifact import (
+    CONFIG,
+    EARLIER_RECOMMENDATION,
+    RECOMMENDATION,
+    draft_settings,
+    read_config,
+    read_json,
+    read_object,
+    why_no_object,
+    write_object,
+)
+from models.decoding.selection import Selection
+from models.export.download import artifact_directory
+
+WAY_OUT = "Evaluate again, or delete it."
+
+
+def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
+    """Write the arguments of `decoding.generate` that suit a device; None removes those of an earlier evaluation.
+
+    Raises:
+        UserError: no exported drafter there.
+    """
+    read_config(directory)
+    if settings:
+        write_object(directory / RECOMMENDATION, settings)
+    else:
+        (directory / RECOMMENDATION).unlink(missing_ok=True)
+
+
+def recommended(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Arguments of `decoding.generate` that an artifact (directory or Hub id) recommends; none if nothing was measured.
+
+    Raises:
+        ValueError: no artifact there, or its recommendation is not readable.
+    """
+    found = read_recommendation(artifact_directory(source, revision=revision))
+    if not found:
+        return {}
+    selection = Selection(found["selection"], found["threshold"])
+    return {"parallel_rows": found["parallel_rows"], "selection": selection, "calibrate": found["calibrate"]}
+
+
+def read_recommendation(directory: Path) -> dict[str, Any]:
+    """The recommendation of an artifact as it was written; empty if there is none.
+
+    Raises:
+        UserError: no exported drafter there, or its recommendation is not readable.
+    """
+    read_config(directory)
+    if faults := recommendation_faults(directory):
+        raise UserError(f"{directory}: {' '.join(faults)}")
+    return _find(directory)[1] or {}
+
+
+def recommendation_faults(directory: Path) -> list[str]:
+    """Reasons why `recommended` cannot read the recommendation of an artifact; a missing one is no fault."""
+    place, found = _find(directory)
+    if place == RECOMMENDATION and (reason := why_no_object(directory / place, WAY_OUT)):
+        return [reason]
+    if found is None:
+        return []
+    try:
+        Selection(found["selection"], found["threshold"])
+        rows, calibrate = found["parallel_rows"], found["calibrate"]
+        if type(rows) is not int or rows < 0 or not isinstance(calibrate, bool):
+            raise ValueError(f"parallel_rows is {rows!r}, calibrate is {calibrate!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
+        return [f"{place} is not readable: {reason}. {WAY_OUT}"]
+    return []
+
+
+def _find(directory: Path) -> tuple[str, Any]:
+    """The place of a recommendation and its content: its file, else the config of an export by an earlier version."""
+    if (directory / RECOMMENDATION).exists():
+        return RECOMMENDATION, read_json(directory / RECOMMENDATION)
+    settings = draft_settings(read_object(directory / CONFIG)) or {}
+    return f"{CONFIG}: {EARLIER_RECOMMENDATION}", settings.get(EARLIER_RECOMMENDATION)
