@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 DECODER = "custom_generate/generate.py"
+RECOMMENDATION = "recommended_decoding.json"
 SETTINGS = ("flexdraft_config", "dflash_config")
 
 
@@ -57,6 +58,10 @@ def change_index(change):
 
 def write(name: str, content: bytes):
     return lambda directory: (directory / name).write_bytes(content)
+
+
+def write_recommendation(content):
+    return write(RECOMMENDATION, json.dumps(content).encode())
 
 
 def cut(directory: Path) -> None:
@@ -257,15 +262,32 @@ DAMAGES = {
     ),
     "recommendation": (
         "whole",
+        write_recommendation(RECOMMENDED),
+        f"config: {RECOMMENDATION} is not readable: selection='best'",
+    ),
+    "recommendation for no rows": (
+        "whole",
+        write_recommendation(RECOMMENDED | {"selection": "off", "parallel_rows": -1}),
+        f"config: {RECOMMENDATION} is not readable: parallel_rows is -1",
+    ),
+    "recommendation cut": (
+        "whole",
+        write_recommendation({"selection": "off", "threshold": 0.0}),
+        f"config: {RECOMMENDATION} is not readable: 'parallel_rows' is missing",
+    ),
+    "recommendation not JSON": ("whole", write(RECOMMENDATION, b'{"sel'), f"config: {RECOMMENDATION}: no valid JSON"),
+    "recommendation a list": ("whole", write(RECOMMENDATION, b"[]"), f"config: {RECOMMENDATION}: holds a JSON list"),
+    "recommendation of an earlier version": (
+        "whole",
         change_settings(recommended_decoding=RECOMMENDED),
         "config: config.json: recommended_decoding is not readable: selection='best'",
     ),
-    "recommendation for no rows": (
+    "recommendation for no rows of an earlier version": (
         "whole",
         change_settings(recommended_decoding=RECOMMENDED | {"selection": "off", "parallel_rows": -1}),
         "config: config.json: recommended_decoding is not readable: parallel_rows is -1",
     ),
-    "recommendation cut": (
+    "recommendation cut of an earlier version": (
         "whole",
         change_settings(recommended_decoding={"selection": "off", "threshold": 0.0}),
         "config: config.json: recommended_decoding is not readable: 'parallel_rows' is missing",

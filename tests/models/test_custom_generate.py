@@ -21,7 +21,8 @@ from models.decoding.reference import draft_logits
 from models.decoding.selection import OFF, RELEASE, Selection, drafts_and_confidence
 from models.draft import DraftModel
 from models.export import artifact_io as export
-from models.export.artifact_io import export_draft, recommend
+from models.export.artifact_io import export_draft
+from models.export.recommendation import recommend
 from models.hf_cache import forward_cached
 
 # What the other process runs: nothing of this project can be imported there.

@@ -105,6 +105,37 @@ def test_a_damaged_config_is_an_error_that_names_the_file(twin, drafter, damage)
         drafted(twin, drafter)
 
 
+RECOMMENDATIONS = {
+    '["off"]': r"recommended_decoding=\['off'\]: expected",
+    "null": "recommended_decoding=None: expected",
+    '{"threshold": 5}': "recommended_decoding: threshold=5: expected",
+    '{"calibrate": "no"}': "recommended_decoding: calibrate='no'",
+    '{"selection": null}': "recommended_decoding: selection=None",
+    '{"selection": ': "not a whole drafter .*JSONDecodeError",
+    "": "not a whole drafter .*JSONDecodeError",
+}
+
+
+@pytest.mark.parametrize("content", RECOMMENDATIONS)
+def test_a_damaged_recommendation_is_an_error_that_names_the_file(twin, drafter, content):
+    file = drafter / "recommended_decoding.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file}.*{RECOMMENDATIONS[content]}"):
+        drafted(twin, drafter)
+
+
+def test_the_file_of_the_evaluation_is_followed_before_what_an_earlier_version_wrote_into_the_config(twin, drafter):
+    def followed():
+        drafted(twin, drafter)
+        return twin._flexdraft[1].settings["recommended_decoding"]
+
+    assert followed() == shipped.RECOMMENDED
+    set_config(drafter, recommended_decoding={"selection": "min_confidence", "threshold": 0.5, "calibrate": False})
+    assert followed() == {"selection": "min_confidence", "threshold": 0.5, "calibrate": False}
+    (drafter / "recommended_decoding.json").write_text('{"selection": "off", "threshold": 0.0, "worth_it": [1]}')
+    assert followed() == {"selection": "off", "threshold": 0.0, "calibrate": True, "worth_it": [1]}
+
+
 @pytest.mark.parametrize("calibrate", ["no", "", 0, 1.0, [], torch.tensor(True)])
 def test_calibrate_is_true_or_false(twin, drafter, calibrate):
     with pytest.raises(ValueError, match="calibrate=.*: expected True or False"):

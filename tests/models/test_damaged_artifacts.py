@@ -20,9 +20,11 @@ from helpers.corrupt_artifacts import (
 from helpers.shared import random_draft, random_target
 
 from data.errors import UserError
-from models.artifact import sha256
+from models.artifact import EARLIER_RECOMMENDATION, RECOMMENDATION, read_config, sha256
+from models.decoding.selection import OFF
 from models.export import artifact_io as export
-from models.export.artifact_io import export_draft, load_draft, recommend, recommended, without_recommendation
+from models.export.artifact_io import export_draft, load_draft
+from models.export.recommendation import recommend, recommended
 from models.verify.run import verify
 from train.publish.upload import check_artifact
 
@@ -31,6 +33,9 @@ NOT_READ = {"pickled weights", "no decoder", "decoder altered", "decoder a direc
 NOT_READ |= {"code for transformers", "one of the settings missing", "mixed dtypes", "not the config's dtype"}
 NOT_READ |= {"shape of a complete artifact's tensor", "a complete artifact's tensor altered", "kinds of layers absent"}
 NOT_READ |= {"recommendation", "recommendation for no rows", "recommendation cut", "no rope_theta"}
+NOT_READ |= {f"{name} of an earlier version" for name in ("recommendation", "recommendation cut")}
+NOT_READ |= {"recommendation for no rows of an earlier version", "recommendation not JSON", "recommendation a list"}
+SUITABLE = {"selection": "off", "threshold": 0.0, "parallel_rows": 2, "calibrate": True}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def outcomes(directory: Path, target, expected, context):
         assert same(load_draft(directory, target), expected), context
     except (ValueError, AssertionError) as error:
         assert clear(error, directory), (context, error)
-    for reader in (recommended, without_recommendation, check_artifact):
+    for reader in (recommended, read_config, check_artifact):
         try:
             reader(directory)
         except ValueError as error:
@@ -95,7 +100,7 @@ def outcomes(directory: Path, target, expected, context):
 def test_no_value_of_any_key_makes_another_drafter_or_a_raw_error(kind, healthy, tmp_path):
     target, root = healthy
     directory = shutil.copytree(root / kind, tmp_path / "artifact")
-    recommend(directory, {"selection": "off", "threshold": 0.0, "parallel_rows": 2, "calibrate": True})
+    change_settings(recommended_decoding=SUITABLE)(directory)
     expected = load_draft(directory, target)
     config = json.loads((directory / CONFIG).read_text())
     outer = config if kind == "whole" else {}
@@ -144,7 +149,7 @@ def test_no_state_of_a_file_ends_in_a_raw_error(name, how, healthy, tmp_path):
     assert [fault for check in verify(directory, root / "target") for fault in check.faults]
 
 
-@pytest.mark.parametrize("reader", [recommended, without_recommendation, lambda d: load_draft(d, random_target())])
+@pytest.mark.parametrize("reader", [recommended, read_config, lambda d: load_draft(d, random_target())])
 def test_a_directory_without_a_drafter_is_refused_by_name(reader, healthy, tmp_path):
     for directory in (healthy[1] / "target", tmp_path):
         with pytest.raises(ValueError, match="no exported drafter there"):
@@ -247,3 +252,37 @@ def test_verifying_and_loading_change_nothing(healthy):
     recommended(root / "whole")
     check_artifact(root / "whole")
     assert content(root) == before
+
+
+def test_a_recommendation_changes_no_file_and_goes_without_a_trace(healthy, tmp_path):
+    directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
+    before = content(directory)
+    recommend(directory, SUITABLE)
+    after = content(directory)
+    assert after.pop(str(directory / RECOMMENDATION)) and after == before
+    assert recommended(directory) == {"parallel_rows": 2, "selection": OFF, "calibrate": True}
+    recommend(directory, None)
+    assert content(directory) == before and recommended(directory) == {}
+
+
+def test_the_recommendation_of_an_earlier_version_is_read_unless_there_is_a_file(healthy, tmp_path):
+    directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
+    whole = read_config(directory)
+    change_settings(recommended_decoding=SUITABLE | {"parallel_rows": 7})(directory)
+    assert recommended(directory)["parallel_rows"] == 7 and read_config(directory) == whole
+    assert EARLIER_RECOMMENDATION in (directory / CONFIG).read_text()
+    recommend(directory, SUITABLE)
+    assert recommended(directory)["parallel_rows"] == 2
+
+
+@pytest.mark.parametrize("how", [how for how in FILES if how not in ("missing", "a link to nowhere")])
+def test_a_damaged_recommendation_is_named_by_every_reader_and_the_drafter_loads(how, healthy, tmp_path):
+    target, root = healthy
+    directory = shutil.copytree(root / "whole", tmp_path / "artifact")
+    recommend(directory, SUITABLE)
+    FILES[how](directory / RECOMMENDATION)
+    for reader in (recommended, check_artifact):
+        with pytest.raises(UserError, match=f"{directory}: {RECOMMENDATION}"):
+            reader(directory)
+    assert RECOMMENDATION in next(check for check in verify(directory, root / "target") if check.faults).faults[0]
+    assert same(load_draft(directory, target), load_draft(root / "whole", target))

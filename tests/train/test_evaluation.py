@@ -1,20 +1,22 @@
 """Evaluation: what is reported is what decoding did, and a changed output does not go unnoticed."""
 
-import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.corrupt_artifacts import change_settings
 from helpers.evaluation import HOW
 from helpers.flops import flop_counter, sizes_of
-from helpers.shared import SHORT, TINY, random_draft, random_target
+from helpers.shared import SHORT, TINY, command, random_draft, random_target
 
 from data.config.compose import composed
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.readers import read_strictly
 from data.sources.records import questions
+from models.artifact import RECOMMENDATION
 from models.cost.flops import decoding_flops
 from models.decoding.flex import generate
 from models.decoding.forward_passes import Passes, prefill
@@ -23,7 +25,8 @@ from models.decoding.reference import autoregressive_generate
 from models.decoding.sampling import Sampling
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
-from models.export.artifact_io import FLEXDRAFT_KEYS, RECOMMENDED, load_draft, recommended, without_recommendation
+from models.export.artifact_io import load_draft
+from models.export.recommendation import recommended
 from models.target import load_target
 from train import stages
 from train.context import Resources
@@ -41,7 +44,7 @@ from train.evaluate.acceptance import (
 from train.evaluate.report import _remarks
 from train.evaluate.run import evaluate_drafter
 from train.evaluate.throughput import ALONE, Speed, filled, recommendation
-from train.run_dir.state import read_json
+from train.run_dir.state import file_sha256, read_json, write_json
 
 
 def short(*overrides: str):
@@ -70,13 +73,38 @@ def test_the_report_says_how_fast_and_in_which_mode(trained_run):
 
 @pytest.mark.slow
 def test_the_recommendation_is_in_the_artifact_and_leaves_it_loadable(trained_run, tiny_target):
-    config = json.loads((trained_run / "export" / "config.json").read_text())
     speed = read_json(trained_run / "evaluate" / "report.json")["speed"]
-    for key in FLEXDRAFT_KEYS:
-        assert config[key][RECOMMENDED] == speed["recommended"]
-    assert RECOMMENDED not in json.dumps(without_recommendation(trained_run / "export"))
+    assert read_json(trained_run / "export" / RECOMMENDATION) == speed["recommended"]
     draft = load_draft(trained_run / "export", tiny_target)
     generate(tiny_target, draft, [[5, 6, 7]], max_new_tokens=4, **recommended(trained_run / "export"))
+
+
+@pytest.mark.slow
+def test_a_run_changes_no_exported_file_after_the_export(trained_run):
+    """The record of the export holds the hashes of its time; what the export did not write was added after it."""
+    files = {str(f.relative_to(trained_run)): f for f in (trained_run / "export").rglob("*") if f.is_file()}
+    exported = read_json(trained_run / "records" / "export.done.json")["files"]
+    assert {name: file_sha256(files.pop(name)) for name in exported} == exported
+    assert files.keys() == {f"export/{name}" for name in (RECOMMENDATION, "README.md", "acceptance_by_slot.png")}
+
+
+@pytest.mark.slow
+def test_a_run_with_a_recommendation_in_its_config_is_continued_and_keeps_its_card(trained_run, tmp_path):
+    """As an earlier version left it: no hash of config.json on record, no file."""
+    run_dir = Path(shutil.copytree(trained_run, tmp_path / "checkpoints" / "short"))
+    (run_dir / "export" / RECOMMENDATION).unlink()
+    settings = read_json(run_dir / "evaluate" / "report.json")["speed"]["recommended"] | {"parallel_rows": 3}
+    change_settings(recommended_decoding=settings)(run_dir / "export")
+    for stage, gone in (("export", "config.json"), ("evaluate", RECOMMENDATION)):
+        record = read_json(run_dir / "records" / f"{stage}.done.json")
+        del record["files"][f"export/{gone}"]
+        write_json(run_dir / "records" / f"{stage}.done.json", record)
+    before = (run_dir / "export" / "config.json").read_bytes()
+    again = command(*SHORT, "name=short", cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("finished before") == 4, again.stderr
+    card = (run_dir / "export" / "README.md").read_text(encoding="utf-8")
+    assert "| calibrated |" in card and "parallel drafting up to batch size 3" in card
+    assert (run_dir / "export" / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow

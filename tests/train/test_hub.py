@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import models.export.artifact_io
 from data.errors import UserError
+from models.artifact import RECOMMENDATION
 from models.export.artifact_io import export_draft, load_draft
 from models.export.download import artifact_directory
+from models.export.recommendation import recommend, recommended
 from train.publish.upload import Destination, push
 
 RANK = 20000  # so large that the weights are more than 10 MB
@@ -175,6 +177,18 @@ def test_a_new_drafter_takes_the_place_of_the_old(hub, here, artifact, sharded):
     push(sharded, drafter())
     assert "model.safetensors" not in head(hub) and "model.safetensors.index.json" in head(hub)
     assert {"README.md", "theirs.md"} <= head(hub).keys()
+
+
+def test_a_recommendation_is_sent_and_a_stale_one_is_deleted(hub, here, artifact, tmp_path):
+    directory = shutil.copytree(artifact, tmp_path / "evaluated")
+    recommend(directory, {"parallel_rows": 2, "selection": "off", "threshold": 0.0, "calibrate": True})
+    push(directory, drafter())
+    assert head(hub)[RECOMMENDATION] == (directory / RECOMMENDATION).read_bytes()
+    assert recommended("owner/drafter")["parallel_rows"] == 2
+    push(artifact, drafter())
+    assert RECOMMENDATION not in head(hub)
+    (directory / RECOMMENDATION).write_text("{")
+    assert refused(f"{RECOMMENDATION}: no valid JSON", directory, drafter())
 
 
 def test_no_token(hub, here, artifact):

@@ -318,7 +318,7 @@ def test_overwrite_true_does_not_train_over_weights_whose_record_is_gone(tmp_pat
 
 
 def test_a_result_that_is_not_on_the_record_is_missed_too(tmp_path):
-    """The evaluation changes the exported config.json, so no record holds its hash."""
+    """Records of earlier versions hold no hash of the exported config.json, which their evaluation changed."""
     made, weights = finished(tmp_path, "export", "model.safetensors")
     assert left_to_do(config(), "export", made) == ANEW
     (weights.parent / "config.json").write_text("{}")
