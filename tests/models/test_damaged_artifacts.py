@@ -21,7 +21,7 @@ from helpers.shared import random_draft, random_target
 
 from data.errors import UserError
 from models.artifact import EARLIER_RECOMMENDATION, RECOMMENDATION, read_config, sha256
-from models.decoding.selection import OFF
+from models.decoding.selection import Selection
 from models.export import artifact_io as export
 from models.export.artifact_io import export_draft, load_draft
 from models.export.recommendation import recommend, recommended
@@ -260,16 +260,16 @@ def test_a_recommendation_changes_no_file_and_goes_without_a_trace(healthy, tmp_
     recommend(directory, SUITABLE)
     after = content(directory)
     assert after.pop(str(directory / RECOMMENDATION)) and after == before
-    assert recommended(directory) == {"parallel_rows": 2, "selection": OFF, "calibrate": True}
+    assert recommended(directory) == {"parallel_rows": 2, "selection": Selection("off", 0.0), "calibrate": True}
     recommend(directory, None)
     assert content(directory) == before and recommended(directory) == {}
 
 
 def test_the_recommendation_of_an_earlier_version_is_read_unless_there_is_a_file(healthy, tmp_path):
     directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
-    whole = read_config(directory)
+    whole = read_config(directory)[SETTINGS[0]]
     change_settings(recommended_decoding=SUITABLE | {"parallel_rows": 7})(directory)
-    assert recommended(directory)["parallel_rows"] == 7 and read_config(directory) == whole
+    assert recommended(directory)["parallel_rows"] == 7 and read_config(directory)[SETTINGS[0]] == whole
     assert EARLIER_RECOMMENDATION in (directory / CONFIG).read_text()
     recommend(directory, SUITABLE)
     assert recommended(directory)["parallel_rows"] == 2

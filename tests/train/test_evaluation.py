@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.corrupt_artifacts import change_settings
 from helpers.evaluation import HOW
 from helpers.flops import flop_counter, sizes_of
 from helpers.shared import SHORT, TINY, command, random_draft, random_target
@@ -16,7 +15,7 @@ from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.readers import read_strictly
 from data.sources.records import questions
-from models.artifact import RECOMMENDATION
+from models.artifact import EARLIER_RECOMMENDATION, FLEXDRAFT_KEYS, RECOMMENDATION
 from models.cost.flops import decoding_flops
 from models.decoding.flex import generate
 from models.decoding.forward_passes import Passes, prefill
@@ -94,7 +93,10 @@ def test_a_run_with_a_recommendation_in_its_config_is_continued_and_keeps_its_ca
     run_dir = Path(shutil.copytree(trained_run, tmp_path / "checkpoints" / "short"))
     (run_dir / "export" / RECOMMENDATION).unlink()
     settings = read_json(run_dir / "evaluate" / "report.json")["speed"]["recommended"] | {"parallel_rows": 3}
-    change_settings(recommended_decoding=settings)(run_dir / "export")
+    config = read_json(run_dir / "export" / "config.json")
+    for key in FLEXDRAFT_KEYS:
+        config[key][EARLIER_RECOMMENDATION] = settings
+    write_json(run_dir / "export" / "config.json", config)
     for stage, gone in (("export", "config.json"), ("evaluate", RECOMMENDATION)):
         record = read_json(run_dir / "records" / f"{stage}.done.json")
         del record["files"][f"export/{gone}"]
