@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import data
 from models.decoding.flex import generate
 from models.draft import DraftModel
-from models.export.artifact_io import load_draft, recommended
+from models.export import load_draft, recommended
 from models.target import load_target, load_tokenizer
 
 EMBEDDED = Path(data.__file__).parent / "tiny"
