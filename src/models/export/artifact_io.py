@@ -1,4 +1,4 @@
-"""The artifact that the inference side loads: writing it, reading it back, refusing what does not fit."""
+"""Write and load the exported drafter (the artifact), and reject one that does not fit the target."""
 
 import json
 import os
@@ -41,7 +41,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def artifact_config(draft: DraftModel) -> dict[str, Any]:
-    """`config.json`: the target's architecture with L layers, and what the inference side asks for beyond it."""
+    """Build `config.json`: the target's architecture with L layers, and the keys that drafter inference needs."""
     config = draft.target.config.to_dict()
     last = slice(draft.split_layer, None)
     config["num_target_layers"] = config["num_hidden_layers"]
@@ -54,7 +54,7 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
         "enable_anchor_bias_logits": draft.anchor_bias_mlp is not None,
         "anchor_bias_rank": draft.calibrator_rank,
     }
-    # Beyond the public contract: its readers pass over these keys, and over the tensors.
+    # Beyond the public contract: other readers ignore these keys and their tensors.
     if draft.bonus_slot is not None:
         settings["bonus_slot"] = True
     if draft.chain_rank:
@@ -62,22 +62,22 @@ def artifact_config(draft: DraftModel) -> dict[str, Any]:
     config.update({key: settings for key in FLEXDRAFT_KEYS})
     config |= _rope_of_4_57(config.get("rope_parameters") or {})
     if "num_local_experts" in config:
-        config["num_experts"] = config["num_local_experts"]  # as 4.57 calls them
+        config["num_experts"] = config["num_local_experts"]  # name in transformers 4.57
     for key in ("_name_or_path", "architectures", "transformers_version", "quantization_config"):
         config.pop(key, None)
     return config
 
 
 def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 4.57 reads in place of the `rope_parameters` of 5."""
+    """Convert the `rope_parameters` of transformers 5 to the keys of transformers 4.57."""
     local = {}
-    if "sliding_attention" in rope:  # by kind of layer: Gemma 3
+    if "sliding_attention" in rope:  # per layer type: Gemma 3
         local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
         rope = rope["full_attention"]
     if "rope_theta" not in rope:
         return local
     kind = rope.get("rope_type", "default")
-    if kind == "longrope":  # no other key is taken there
+    if kind == "longrope":  # 4.57 accepts no other keys
         scaling = {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     else:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -87,15 +87,14 @@ def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, complete: bool = False) -> None:
-    """Write the artifact, and beside it the code with which plain transformers decodes. The same weights give the same
-    bytes.
+    """Write the artifact, including the code with which plain transformers decodes. Equal weights give equal bytes.
 
     Args:
-        complete: whether to write the target's tensors too that the public release's module owns, but never runs; it
-            warns without them.
+        complete: also write the target's tensors that the public release's module owns but never runs; it warns if
+            they are missing.
 
     Raises:
-        ValueError: a tensor holds a value that is not finite.
+        ValueError: a tensor is not finite.
     """
     parameters = (draft.shared_parameters() if complete else {}) | draft.own_parameters()
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in sorted(parameters.items())}
@@ -107,7 +106,7 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as new:
         _write(Path(new), config, tensors)
-        for stale in (*directory.glob("*.safetensors"), directory / INDEX):  # of an earlier export: it would be read
+        for stale in (*directory.glob("*.safetensors"), directory / INDEX):  # loaders would read an earlier one
             stale.unlink(missing_ok=True)
         for file in [file for file in Path(new).rglob("*") if file.is_file()]:
             place = directory / file.relative_to(new)
@@ -116,7 +115,7 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
 
 
 def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write config, decoder and weights into an empty directory."""
+    """Write config, decoder code and weights into an empty directory."""
     write_object(directory / CONFIG, config)
     (directory / DECODER).parent.mkdir()
     shutil.copyfile(OWN_DECODER, directory / DECODER)
@@ -136,19 +135,18 @@ def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
-    shutil.copymode(file.parent / CONFIG, file)  # safetensors lets nobody else read it
+    shutil.copymode(file.parent / CONFIG, file)  # safetensors creates files readable by the owner only
 
 
 def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | None = None) -> DraftModel:
-    """The drafter of an exported directory or Hub id, for the target that it was trained for.
+    """Load the drafter from an exported directory or Hub id, for the target that it was trained for.
 
-    Its parameters keep the exported values, in the target's dtype. A target may have more rows of embeddings than at
-    the training (resized, padded): the drafter's corrections leave the logits of those tokens alone. Warns if the
-    target's weights are not those that the drafter was trained for, by the fingerprint in the artifact
-    (`models.export.fingerprint`).
+    The exported values are cast to the target's dtype. The target's embeddings may have more rows than in training
+    (resized, padded); the calibrator and the chain do not change the logits of those tokens. Warn if the target's
+    weights differ from those in training, according to the fingerprint in the artifact (`models.export.fingerprint`).
 
     Raises:
-        ValueError: no artifact there, a damaged one, or one for another target.
+        ValueError: the artifact is missing, damaged, or made for another target.
     """
     if not isinstance(target, PreTrainedModel):
         raise UserError(
@@ -182,7 +180,7 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
 
 
 def _with_added_rows(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with zeros where corrections of logits have no row for tokens that were added to the target."""
+    """Pad the output layers of calibrator and chain with zero rows for tokens that were added to the target."""
     added = {}
     for name in [f"{part}.2.{kind}" for part in ("anchor_bias_mlp", "chain_mlp") for kind in ("weight", "bias")]:
         if name in tensors and name in own and len(tensors[name]) < len(own[name]):
@@ -192,10 +190,10 @@ def _with_added_rows(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict
 
 
 def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An artifact's config and the drafter's settings in it, once files and config are known to fit the target.
+    """Check files and config of an artifact against the target. Return the config and the drafter settings in it.
 
     Raises:
-        UserError: they do not.
+        UserError: the files or the config are damaged or do not fit the target.
     """
     config = read_config(directory)
     if faults := file_loading_faults(directory):
@@ -214,7 +212,7 @@ def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], 
     if faults := loading_faults(config, target.config):
         raise UserError(f"{directory}: not for this target, or damaged. {' '.join(faults)}")
     settings = draft_settings(config)
-    # Before anything is allocated: a rank that is wrong may be a huge one.
+    # Check before allocation: a wrong rank may be huge.
     found, ranks = headers(directory), {"anchor_bias_mlp": calibrator_rank(settings)}
     ranks["chain_mlp"] = extras(settings)["chain_rank"]
     for name, rank in ranks.items():
@@ -228,7 +226,7 @@ def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], 
 
 @torch.no_grad()
 def load_draft_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], *, source: str) -> None:
-    """Copy tensors under their exported names into parameters of a drafter, such as its `own_parameters()`.
+    """Copy tensors into the drafter parameters of the same exported names, such as `own_parameters()`.
 
     Raises:
         ValueError: names or shapes differ.
@@ -245,7 +243,7 @@ def load_draft_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], *, so
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """In the order of names, as few shards as the greatest size allows."""
+    """Split tensors, in order, into shards of at most MAX_SHARD_BYTES. A larger tensor gets a separate shard."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

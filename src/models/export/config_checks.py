@@ -1,4 +1,4 @@
-"""An artifact's config.json against the contract and against its target's config."""
+"""Checks of an artifact's config.json against the artifact contract and the target's config."""
 
 from itertools import pairwise
 from typing import Any
@@ -8,17 +8,17 @@ from transformers import PretrainedConfig
 from models.artifact import CONFIG, FLEXDRAFT_KEYS, draft_settings, extras
 from models.families import layer_kinds, layer_windows
 
-# What must be the target's own, as far as its architecture has it.
+# Keys that must equal the target's, if its architecture has them.
 SHARED = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 SHARED += ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
-# Likewise, where the artifact mentions it: the release builds its module with them.
-REQUIRED = ("model_type", "hidden_size", "vocab_size")  # of these, what no artifact may lack
+# Keys that must equal the target's if the artifact has them: the public release builds its module with them.
+REQUIRED = ("model_type", "hidden_size", "vocab_size")  # required keys of SHARED
 BUILT = ("attention_bias", "hidden_act", "intermediate_size")
 RANK, ENABLED, IDS = "anchor_bias_rank", "enable_anchor_bias_logits", "target_layer_ids"
 
 
 def config_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
-    """All that contradicts the contract, the target or itself."""
+    """Return all contradictions of a config to the contract, to the target or within the config."""
     faults = _architecture_faults(config, target) + _settings_faults(config) + _differing(config)
     settings = draft_settings(config)
     if settings is not None:
@@ -28,9 +28,9 @@ def config_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]
 
 
 def loading_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
-    """What of a config contradicts itself or the target, and would make another drafter of it.
+    """Return the contradictions of a config to the target or within the config that would change the loaded drafter.
 
-    Less than `config_faults`: what only other readers need may be missing, as in the public release's own artifacts.
+    Less strict than `config_faults`: keys that only other readers need may be missing, as in the public release.
     """
     settings = draft_settings(config) or {}
     ids = settings.get(IDS)
@@ -45,7 +45,7 @@ def loading_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str
 
 
 def own_faults(config: dict[str, Any]) -> list[str]:
-    """What contradicts the contract or itself, without knowing the target."""
+    """Return the contradictions to the contract or within the config that can be found without the target."""
     settings = draft_settings(config)
     if settings is None:
         return _settings_faults(config)
@@ -55,9 +55,9 @@ def own_faults(config: dict[str, Any]) -> list[str]:
 
 
 def _filled(found: Any, own: Any) -> Any:
-    """What an artifact has of a setting, with the target's own in place of keys that it does not mention.
+    """Fill keys that are missing from an artifact's setting with the target's values, and drop other keys.
 
-    Releases of transformers add keys to the parameters of RoPE and leave others out.
+    Releases of transformers add keys to the RoPE parameters and remove others.
     """
     if not isinstance(found, dict) or not isinstance(own, dict):
         return found
@@ -65,13 +65,13 @@ def _filled(found: Any, own: Any) -> Any:
 
 
 def known_tokens(config: dict[str, Any], target: PretrainedConfig) -> int:
-    """The `vocab_size` that a drafter for a target must have: rows may have been added to the target (padded)."""
+    """Return the `vocab_size` expected of the artifact, which may be below that of a resized or padded target."""
     size = config.get("vocab_size")
     return size if _is_int(size) and 0 < size < target.vocab_size else target.vocab_size
 
 
 def calibrator_rank(settings: dict[str, Any]) -> int:
-    """Rank of the calibrator; 0 for a drafter without one."""
+    """Rank of the calibrator; 0 without a calibrator."""
     return settings[RANK] if settings[ENABLED] else 0
 
 
@@ -111,7 +111,7 @@ def _differing(config: dict[str, Any]) -> list[str]:
 
 
 def _layer_faults(config: dict[str, Any], settings: dict[str, Any], target: PretrainedConfig) -> list[str]:
-    """The draft layers must be the target's last ones, in order."""
+    """Check that the draft layers are the target's last layers, in order."""
     total, ids = target.num_hidden_layers, settings.get(IDS)
     faults = []
     if config.get("num_target_layers") != total:
@@ -156,7 +156,7 @@ def _calibrator_faults(settings: dict[str, Any]) -> list[str]:
 
 
 def _extra_faults(settings: dict[str, Any]) -> list[str]:
-    """What a drafter may have beyond the public contract."""
+    """Check the optional settings beyond the public contract."""
     found, faults = extras(settings), []
     if not isinstance(found["bonus_slot"], bool):
         faults.append(f"{CONFIG}: bonus_slot is {found['bonus_slot']!r}; expected true or false.")
@@ -179,12 +179,12 @@ def _block_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]
 
 
 def _rope_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
-    """Transformers 5 reads `rope_parameters`, 4.57 `rope_theta` and `rope_scaling`: all must say what the target's do.
+    """Check that all RoPE keys equal the target's.
 
-    Without `rope_parameters`, transformers 5 reads the others too.
+    Transformers 5 reads `rope_parameters`, or `rope_theta` and `rope_scaling` without it; 4.57 reads the latter two.
     """
     expected, by_kind = _rope_of(target), "rope_theta" not in (getattr(target, "rope_parameters", None) or {})
-    if by_kind:  # one for each kind of layer, which 4.57 has no common word for
+    if by_kind:  # per layer type, which 4.57 has no common key for
         config = config | {"rope_parameters": config.get("rope_parameters") or {}}
     elif "rope_parameters" not in config:
         expected.pop("rope_parameters")
@@ -199,7 +199,7 @@ def _rope_faults(config: dict[str, Any], target: PretrainedConfig) -> list[str]:
 
 
 def _rope_of(target: PretrainedConfig) -> dict[str, Any]:
-    """All that says the target's RoPE in the config of an artifact, by key."""
+    """Return the RoPE keys and values that an artifact of this target must have."""
     own = getattr(target, "rope_parameters", None) or {}
     if "rope_theta" not in own:
         return {"rope_parameters": own}

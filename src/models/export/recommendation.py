@@ -1,4 +1,4 @@
-"""Recommended arguments of decoding: a file that the evaluation writes beside the exported drafter."""
+"""Recommended decoding arguments, which the evaluation writes to a file next to the exported drafter."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ WAY_OUT = "Evaluate again, or delete it."
 
 
 def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
-    """Write the arguments of `decoding.generate` that suit a device; None removes those of an earlier evaluation.
+    """Write the arguments of `decoding.generate` that suit a device. None removes those of an earlier evaluation.
 
     Raises:
-        UserError: no exported drafter there.
+        UserError: the directory is not an exported drafter.
     """
     read_config(directory)
     if settings:
@@ -35,10 +35,10 @@ def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
 
 
 def recommended(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """Arguments of `decoding.generate` that an artifact (directory or Hub id) recommends; none if nothing was measured.
+    """Return the recommended `decoding.generate` arguments of an artifact (directory or Hub id); empty if not measured.
 
     Raises:
-        ValueError: no artifact there, or its recommendation is not readable.
+        ValueError: the artifact is missing or its recommendation is unreadable.
     """
     found = read_recommendation(artifact_directory(source, revision=revision))
     if not found:
@@ -48,10 +48,10 @@ def recommended(source: str | Path, *, revision: str | None = None) -> dict[str,
 
 
 def read_recommendation(directory: Path) -> dict[str, Any]:
-    """The recommendation of an artifact as it was written; empty if there is none.
+    """Read the recommendation of an artifact; empty if there is none.
 
     Raises:
-        UserError: no exported drafter there, or its recommendation is not readable.
+        UserError: the directory is not an exported drafter, or its recommendation is unreadable.
     """
     read_config(directory)
     if faults := recommendation_faults(directory):
@@ -60,7 +60,7 @@ def read_recommendation(directory: Path) -> dict[str, Any]:
 
 
 def recommendation_faults(directory: Path) -> list[str]:
-    """Reasons why `recommended` cannot read the recommendation of an artifact; a missing one is no fault."""
+    """Return the reasons why the recommendation of an artifact is unreadable. A missing one is not a fault."""
     place, found = _find(directory)
     if place == RECOMMENDATION and (reason := why_no_object(directory / place, WAY_OUT)):
         return [reason]
@@ -78,7 +78,7 @@ def recommendation_faults(directory: Path) -> list[str]:
 
 
 def _find(directory: Path) -> tuple[str, Any]:
-    """The place of a recommendation and its content: its file, else the config of an export by an earlier version."""
+    """Return location and content of the recommendation: its file, or the config in exports of earlier versions."""
     if (directory / RECOMMENDATION).exists():
         return RECOMMENDATION, read_json(directory / RECOMMENDATION)
     settings = draft_settings(read_object(directory / CONFIG)) or {}
