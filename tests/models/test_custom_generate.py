@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -179,13 +180,16 @@ def test_a_file_of_settings_is_followed(alone, tiny_target, prompts, artifact, t
 
 @pytest.mark.slow
 def test_a_drafter_of_the_hub_is_found_by_its_name(alone, prompts, artifact, tmp_path):
-    _, directory = artifact
+    _, exported = artifact
+    directory = shutil.copytree(exported, tmp_path / "recommended")
+    recommend(directory, {"parallel_rows": 0, "selection": "off", "threshold": 0.0, "calibrate": False})
     files = {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
     with hub_server() as hub:
         hub.repositories["owner/flex-draft.1"] = Repository(private=True, commits={"1" * 40: files})
         environment = hub.environment(tmp_path)
         found = alone(TINY / "target", "owner/flex-draft.1", [prompts[:1]], environment, max_new_tokens=16)
     assert found == alone(TINY / "target", directory, [prompts[:1]], max_new_tokens=16)
+    assert [*tmp_path.glob("**/snapshots/*/recommended_decoding.json")]
 
 
 SAMPLED = {"do_sample": True, "temperature": 0.7}
