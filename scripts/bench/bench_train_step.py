@@ -110,7 +110,7 @@ def arguments() -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="cpu", help="shape of target and batches")
-    for name in ("row-length", "anchors", "documents", "vocabulary", "draft-layers"):
+    for name in ("max-seq-len", "anchors", "documents", "vocabulary", "draft-layers"):
         add(f"--{name}", type=positive, help="default: the preset's")
     add("--rows", type=positive, default=1, help="of a batch")
     add("--chunk", type=positive, default=2048, help="slots whose logits are held at a time")

@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=float, default=2.2)
     parser.add_argument("--batch-rows", type=int, default=8)
-    parser.add_argument("--row-length", type=int, default=320)
+    parser.add_argument("--max-seq-len", type=int, default=320)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

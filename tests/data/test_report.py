@@ -114,7 +114,7 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
     ("call", "words"),
     [
         ([], "No experiment chosen"),
-        (["+experiment=tiny", "data.rowlength=3"], "Did you mean data.max_seq_len?"),
+        (["+experiment=tiny", "data.maxseqlen=3"], "Did you mean data.max_seq_len?"),
         (["+experiment=tiny", "data.truncation=cut"], "expected turn or token or drop"),
         (["+experiment=tiny", "data.path=nowhere.jsonl"], "No file at nowhere.jsonl"),
         (["+experiment=tiny", "data.prompts=nowhere.jsonl"], "No file at nowhere.jsonl"),

@@ -19,7 +19,7 @@ from models.cost.sizes import Sizes
 from models.loss.objectives import Objective
 
 SHAPE = Shape(rows=2, max_seq_len=41, documents=3, anchors=5, block_size=6, vocabulary=97)
-SMALL = ("--preset=tiny", "--device=cpu", "--row-length=64", "--documents=2", "--steps=1", "--matmul-size=128")
+SMALL = ("--preset=tiny", "--device=cpu", "--max-seq-len=64", "--documents=2", "--steps=1", "--matmul-size=128")
 HEAVY = {"lightning", "hydra", "omegaconf", "datasets", "rich", "train"}
 
 
@@ -87,7 +87,7 @@ def test_typical_blocks_have_the_mean_prefix_of_all():
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "recompute"), [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_least_memory_is_less_than_a_step_takes(dtype, recompute):
-    fast, batch = training(dtype=dtype, recompute=recompute), random_batch(SHAPE, 0)
+    fast, batch = training(dtype=dtype, activation_checkpointing=recompute), random_batch(SHAPE, 0)
     fast.fast(batch)
     sizes = Sizes.from_config(ARCHITECTURE, num_layers=3, block_size=6, calibrator_rank=0)
     least = least_memory(sizes, SHAPE, word=2 if dtype == "bfloat16" else 4, chunk=12, recompute=recompute)

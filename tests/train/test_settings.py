@@ -129,7 +129,7 @@ def test_no_setting_can_be_deleted_and_none_added(checked):
     for group in ("logger", "stage", "adapter", "stage.evaluate.speed"):
         with pytest.raises(UserError):
             checked("+experiment=tiny", f"~{group}")
-    for group in ("", "stage.", "stage.evaluate.speed.", "adapter.", "objective.", "speed.", "trainer."):
+    for group in ("", "stage.", "stage.evaluate.speed.", "adapter.", "objective.", "runtime.", "trainer."):
         with pytest.raises(UserError, match=f"{group}nothing"):
             checked("+experiment=tiny", "adapter=lora", f"+{group}nothing=1")
 
