@@ -1,1 +1,1 @@
-"""What a run directory holds: stage records, the lock, the drafter file; disk errors in one line."""
+"""Files of a run directory: stage records, lock, drafter file. Also formats disk errors as one line."""

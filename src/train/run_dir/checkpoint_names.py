@@ -1,17 +1,17 @@
-"""Which files of a directory are checkpoints, and of which step. Needs no torch."""
+"""Checkpoint file names: list the checkpoints of a directory and parse their steps. Does not import torch."""
 
 import re
 from pathlib import Path
 
-DIGEST = 16  # hex digits of a checkpoint's SHA-256 in its name
+DIGEST = 16  # hex digits of the checkpoint's SHA-256 in its file name
 NAMED = re.compile(rf"(step|best)-\d{{8,}}-[0-9a-f]{{{DIGEST}}}")
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, the newest first; not what a user has put beside them."""
+    """List the checkpoints in a directory, newest first. Files with other names are ignored."""
     return sorted((path for path in directory.glob("step-*.ckpt") if NAMED.fullmatch(path.stem)), reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step that a file of this directory is about."""
+    """Parse the training step from a file name such as `step-00000100-...`."""
     return int(path.stem.split("-")[1])

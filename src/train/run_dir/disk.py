@@ -1,4 +1,4 @@
-"""What the operating system refuses on disk, as one line with the path, the reason and the sizes. Needs no torch."""
+"""Disk errors as one line with the path, the reason and the sizes. Does not import torch."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.errors import UserError
 
-# What a user can change about a disk. Any other OSError is a bug, and keeps its traceback.
+# Disk errors that a user can fix. Any other OSError is treated as a bug and keeps its traceback.
 REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -25,7 +25,7 @@ REASONS = {
     errno.EBUSY: "the file is in use",
 }
 UNNAMED = ("/dev/shm with runtime.workers", "the cache of datasets, HF_DATASETS_CACHE", "the directory of TMPDIR")
-PROBE = 2**16  # bytes that are written to learn why a write failed
+PROBE = 2**16  # bytes written to find out why a write failed
 
 
 class DiskError(UserError, OSError):
@@ -33,10 +33,11 @@ class DiskError(UserError, OSError):
 
 
 def disk_error(error: OSError, path: Path | None = None, needed: int | None = None) -> DiskError:
-    """
+    """Convert an OSError to a one-line DiskError with the path, the reason, and the needed and free space.
+
     Args:
-        path: what was written, where the error names no file.
-        needed: bytes of it.
+        path: the file or directory being written; by default the one named by the error.
+        needed: size of the content in bytes.
     """
     named = error.filename if isinstance(error.filename, str) else None
     place = Path(path or named or tempfile.gettempdir())
@@ -51,9 +52,9 @@ def disk_error(error: OSError, path: Path | None = None, needed: int | None = No
 
 
 def as_user_error(error: BaseException) -> BaseException:
-    """The mistake of the user or refusal of the disk beneath an error; the error itself if there is none.
+    """Return the user error or disk error that caused `error`, or `error` itself if there is none.
 
-    Libraries raise errors of their own while they tidy up after the first one.
+    The exception chain is searched because libraries raise further errors while cleaning up after the first one.
     """
     for cause in _chain(error):
         if isinstance(cause, UserError):
@@ -61,7 +62,7 @@ def as_user_error(error: BaseException) -> BaseException:
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in REASONS:
             return disk_error(cause)
-        if isinstance(cause, RuntimeError) and "shared memory" in str(cause):  # of a DataLoader's dead worker
+        if isinstance(cause, RuntimeError) and "shared memory" in str(cause):  # a DataLoader worker died
             shm = Path("/dev/shm")
             free = size(free_bytes(shm) or 0)
             return UserError(
@@ -72,14 +73,17 @@ def as_user_error(error: BaseException) -> BaseException:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those behind it, as a traceback would show them: `raise ... from None` ends it."""
+    """Iterate over an error and its causes as a traceback shows them. `raise ... from None` ends the chain."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def why_not_written(file: Path, error: Exception) -> Exception:
-    """torch and safetensors hide what the system said: ask it again, by some more bytes at the end of the file."""
+    """Find the OSError behind a failed write. Return `error` itself if there is none.
+
+    torch and safetensors hide the system's error; appending `PROBE` bytes to the file triggers it again.
+    """
     if isinstance(error, OSError):
         return error
     try:
@@ -93,7 +97,7 @@ def why_not_written(file: Path, error: Exception) -> Exception:
 
 
 def free_bytes(place: Path) -> int | None:
-    """Free space for this user where a path lies or will lie; None if nobody knows."""
+    """Return the free bytes on the file system of an existing or future path, or None if unknown."""
     for existing in (place, *place.absolute().parents):
         with suppress(OSError):
             return shutil.disk_usage(existing).free
@@ -101,13 +105,13 @@ def free_bytes(place: Path) -> int | None:
 
 
 def used_bytes(*places: Path) -> int:
-    """Bytes of the files in these directories."""
+    """Return the total size in bytes of all files below the directories, without symbolic links."""
     files = [file for place in places if place.is_dir() for file in place.rglob("*")]
     return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """Format a byte count in decimal units (bytes, kB, MB, GB)."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
@@ -116,10 +120,10 @@ def size(count: float) -> str:
 
 
 def check_access(*directories: Path) -> None:
-    """Make the directories and write a file into each.
+    """Create the directories and check that they are writable by writing a temporary file to each.
 
     Raises:
-        DiskError: this cannot be done.
+        DiskError: a directory cannot be created or written to.
     """
     for directory in directories:
         try:
@@ -132,9 +136,10 @@ def check_access(*directories: Path) -> None:
 
 
 def check_no_link(*places: Path) -> None:
-    """
+    """Check that no directory about to be replaced is a symbolic link.
+
     Raises:
-        DiskError: a directory that will be replaced is a symbolic link, behind which the files may be another run's.
+        DiskError: a directory is a symbolic link; the files behind it may belong to another run.
     """
     for place in places:
         if place.is_symlink():
@@ -145,10 +150,11 @@ def check_no_link(*places: Path) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Delete a directory with all that it holds, or a file; nothing there is fine.
+    """Delete a directory tree or a file. A missing path is not an error.
 
     Raises:
-        DiskError: something stays; or it is a symbolic link, behind which the files may be another run's.
+        DiskError: something cannot be deleted, or the path is a symbolic link; the files behind it may belong to
+            another run.
     """
     check_no_link(directory)
     try:

@@ -1,4 +1,4 @@
-"""`draft.safetensors`, the drafter after a training stage: it says itself what it was trained for."""
+"""`draft.safetensors`: drafter weights after a training stage, with the training setup in the metadata."""
 
 import json
 from pathlib import Path
@@ -15,16 +15,17 @@ from models.export.artifact_io import FLEXDRAFT_KEYS as KEYS
 from train.run_dir.state import file_sha256, publish, read_record
 from train.run_dir.target_files import comparable, short
 
-WEIGHTS = "draft.safetensors"  # float32, under the exported names
-FACTS = "flexdraft"  # the only key of the metadata: with several, safetensors writes them in a random order
+WEIGHTS = "draft.safetensors"  # float32, with the parameter names of the export
+FACTS = "flexdraft"  # the only metadata key: safetensors writes several keys in random order
 SIZES, RANKS = ("num_layers", "block_size", "bonus_slot"), ("calibrator_rank", "chain_rank")
 
 
 def facts_of(config: DictConfig, target: dict[str, Any], *, calibrated: bool) -> dict[str, Any]:
-    """What a drafter is trained for: its sizes, the target by content, the arguments of the chat template.
+    """Collect the training setup of a drafter: its sizes, the target's identity and the chat template arguments.
 
     Args:
         target: `Resources.target_identity`.
+        calibrated: whether the drafter has a trained calibrator; without one, its ranks are recorded as 0.
     """
     draft: Any = OmegaConf.to_container(config.model.draft, resolve=True)
     ranks = {key: draft[key] if calibrated else 0 for key in RANKS}
@@ -33,10 +34,10 @@ def facts_of(config: DictConfig, target: dict[str, Any], *, calibrated: bool) ->
 
 
 def save_drafter(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """The same tensors and facts give the same bytes.
+    """Write the drafter file. The output is deterministic: equal tensors and facts give identical bytes.
 
     Raises:
-        DiskError: there is no room, or no permission.
+        DiskError: the file cannot be written, e.g. the disk is full or permission is missing.
     """
     metadata = {FACTS: json.dumps(facts, sort_keys=True)}
     needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -44,11 +45,11 @@ def save_drafter(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) 
 
 
 def finished_weights(run_dir: Path) -> Path:
-    """The drafter to export: calibrated if stage 2 was finished, else attention-tuned.
+    """Return the drafter file to export: the calibrated one if stage 2 is finished, else the attention-tuned one.
 
     Raises:
-        UserError: neither was; stage 2 started from another attention tuning than the one that is there now; or its
-            result is gone.
+        UserError: neither stage is finished; stage 2 started from a different attention-tuning file than the current
+            one; or the result of stage 2 is missing.
     """
     tuned, calibrated = (run_dir / stage / WEIGHTS for stage in ("attention_tuning", "bonus_calibration"))
     done = read_record(run_dir / "records" / "bonus_calibration.done.json")
@@ -71,14 +72,15 @@ def finished_weights(run_dir: Path) -> Path:
 
 
 def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """What a `draft.safetensors` was trained for: by its own metadata, or in a file of an earlier version by the record
-    of its stage.
+    """Read the training setup of a `draft.safetensors`.
+
+    It is in the file's metadata. For files written by earlier versions, it is taken from the stage record.
 
     Args:
-        now: `Resources.target_identity`, for records of earlier versions.
+        now: `Resources.target_identity`, which completes records written by earlier versions.
 
     Raises:
-        UserError: the file is damaged, or neither it nor a record says.
+        UserError: the file is damaged, or has no such metadata and no readable stage record.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -102,7 +104,14 @@ def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """What the exported drafter is, by its config.json, and was trained for, by the record of its export."""
+    """Read the sizes of the exported drafter from its config.json and its training setup from the export record.
+
+    Args:
+        now: `Resources.target_identity`, which completes records written by earlier versions.
+
+    Raises:
+        UserError: config.json is not the config of an exported drafter.
+    """
     exported = run_dir / "export"
     try:
         config = json.loads((exported / CONFIG).read_text(encoding="utf-8"))
@@ -128,14 +137,15 @@ def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: dict[str, Any], stage: str) -> None:
-    """A later stage of a run is of the same drafter as the one that it starts from.
+    """Check that the settings of a stage match the drafter that it starts from.
 
     Args:
-        facts: what `source` was trained for.
+        source: the drafter to start from, named in the error message.
+        facts: training setup of `source`.
         target: `Resources.target_identity` of the settings.
 
     Raises:
-        UserError: the settings ask for another drafter, target or template; with both values.
+        UserError: drafter sizes, target or template arguments differ; the message gives both values.
     """
     asked = facts_of(config, target, calibrated=True)
     keys = [
@@ -168,8 +178,15 @@ def _written(value: Any) -> str:
 
 
 def target_then(settings: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The target's identity by a record's settings. Earlier versions held hashes of its files under the name of its
-    directory, of all that ended in .json: what they say nothing about is taken to be as it is `now`."""
+    """Return the target's identity at the time of a stage record.
+
+    Earlier versions stored hashes of the target's .json files under the name of its directory. Entries missing from
+    such a record are assumed to be unchanged and are taken from `now`.
+
+    Args:
+        settings: settings of the stage record.
+        now: `Resources.target_identity`.
+    """
     inputs = settings.get("inputs", {})
     if "target" in inputs:
         return inputs["target"]

@@ -1,8 +1,8 @@
-"""One writer for each run directory.
+"""Lock that allows one writer per run directory.
 
-The lock is the file `.writer.json` in it, which tells who writes. It is locked by the system (flock), which lets go of
-it when the process ends in any way. Where flock does not reach other nodes, the writer's sign of life counts: it
-touches the file every `BEAT` seconds.
+The lock file `.writer.json` in the run directory identifies the writer. It is held with flock, which the kernel
+releases however the process terminates. On file systems where flock does not work across nodes, a heartbeat is used
+instead: the writer touches the file every `BEAT` seconds.
 """
 
 import fcntl
@@ -23,13 +23,13 @@ from train.run_dir.disk import disk_error
 from train.run_dir.state import is_requeue_of, job
 
 FILE = ".writer.json"
-BEAT = 20.0  # seconds between two signs of life
-SILENT = 600.0  # seconds without one after which a writer on another node counts as dead
-WAIT = 10.0  # seconds for the last children of a killed writer to let go of the lock
+BEAT = 20.0  # seconds between heartbeats
+SILENT = 600.0  # seconds without a heartbeat after which a writer on another node counts as dead
+WAIT = 10.0  # seconds to wait for child processes of a killed writer to release the lock
 
 
 class RunLock:
-    """Held by the first rank while it writes; taken when the first stage has something to do."""
+    """Writer lock of a run directory, acquired by rank 0 before the first stage that has work to do."""
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / FILE
@@ -37,9 +37,10 @@ class RunLock:
         self._ended = threading.Event()
 
     def acquire(self) -> None:
-        """
+        """Acquire the lock and start the heartbeat thread. Does nothing if this object already holds the lock.
+
         Raises:
-            UserError: another process writes here: who, since when, and what to do.
+            UserError: another process holds the lock; the message names it, its start time and possible fixes.
             DiskError: the run directory cannot be written to.
         """
         if self.descriptor is not None:
@@ -57,12 +58,16 @@ class RunLock:
         except UserError:
             self.release(keep=True)
             raise
-        self._ended = threading.Event()  # that of an attempt that was refused is set
-        os.register_at_fork(after_in_child=self._close)  # else workers would hold on to it after this process
+        self._ended = threading.Event()  # a refused attempt has set the previous event
+        os.register_at_fork(after_in_child=self._close)  # otherwise forked workers would keep the lock
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self, keep: bool = False) -> None:
-        """Let go. `keep`: the file is another's."""
+        """Stop the heartbeat and release the lock.
+
+        Args:
+            keep: leave the lock file in place, because it belongs to another process.
+        """
         self._ended.set()
         if self.descriptor is not None and not keep and self._is_ours():
             with suppress(OSError):
@@ -70,17 +75,19 @@ class RunLock:
         self._close()
 
     def refuse_other_jobs(self) -> None:
-        """For ranks other than the first, which would wait for it in vain.
+        """Check that no other SLURM job holds the lock.
+
+        Called on ranks other than 0, which would otherwise wait for a rank 0 that has been refused the lock.
 
         Raises:
-            UserError: a process of another job writes here.
+            UserError: a process of another SLURM job holds the lock.
         """
         owner, here = self._owner(), job()
         if owner and here and owner.get("job") and owner["job"]["id"] != here["id"] and self._silence() < SILENT:
             raise self._refusal(owner, elsewhere=True)
 
     def _open(self) -> bool | None:
-        """Whether the file is now locked by this process; None: this file system knows no locks."""
+        """Open and try to lock the file. Return whether this succeeded, or None if the file system has no locks."""
         while True:
             self._close()
             self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -91,7 +98,7 @@ class RunLock:
             except OSError:
                 return None
             if self._is_ours():
-                return True  # and not one that its last owner has just deleted
+                return True  # otherwise the previous owner has just deleted the file that was locked: retry
 
     def _is_ours(self) -> bool:
         try:
@@ -109,7 +116,7 @@ class RunLock:
 
     def _refuse_living(self, owner: dict[str, Any], held: bool | None) -> None:
         if is_requeue_of(owner.get("job")):
-            return  # SLURM has ended it before it started this one
+            return  # SLURM has terminated the earlier process before starting this one
         if held is False:
             raise self._refusal(owner, elsewhere=owner.get("host") != _host())
         if not owner or (_same_system(owner) and (held or self._is_dead(owner))):
@@ -131,7 +138,7 @@ class RunLock:
         return UserError(text)
 
     def _silence(self) -> float:
-        """Seconds since the owner's last sign of life, by the clock of the file system."""
+        """Return the seconds since the owner's last heartbeat by the file system's clock, or 0 if it cannot be read."""
         try:
             with tempfile.NamedTemporaryFile(dir=self.file.parent, prefix=".clock-") as clock:
                 now = os.stat(clock.name).st_mtime
@@ -140,11 +147,14 @@ class RunLock:
             return 0.0
 
     def _is_dead(self, owner: dict[str, Any]) -> bool:
-        """Whether the owner is a process of this system that has ended."""
+        """Check whether the owner ran on this host and has terminated."""
         return _same_system(owner) and _started(owner["pid"]) != owner.get("started")
 
     def _lives(self, owner: dict[str, Any]) -> bool:
-        """Whether it is worth no wait: not a writer that has just ended, nor one that is about to say who it is."""
+        """Check whether the owner is known and not dead, so that waiting for the lock is pointless.
+
+        Waiting helps if the owner has just terminated or has not yet written its identity to the file.
+        """
         return bool(owner) and not self._is_dead(owner)
 
     def _write(self) -> None:
@@ -178,7 +188,7 @@ def _host() -> str:
 
 
 def _boot() -> str:
-    """Names this start of the system: after another, every process of before has ended."""
+    """Return the boot ID of this host, or "" if unknown. Processes from an earlier boot no longer exist."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
@@ -189,7 +199,10 @@ def _same_system(owner: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in ticks since the system was; None if there is none. Numbers come again."""
+    """Return the boot ID and start time of a process (clock ticks since boot), or None if it is not running.
+
+    This tells a process from a later one with the same PID. A zombie counts as not running.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

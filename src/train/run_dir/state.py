@@ -1,4 +1,4 @@
-"""What has been done in a run directory: which stages are finished, with which settings, from which inputs."""
+"""State of a run directory: the finished stages with their settings and inputs."""
 
 import hashlib
 import json
@@ -25,19 +25,21 @@ def publish(
     *,
     needed: int | None = None,
 ) -> Path:
-    """Write under a temporary name, sync, rename: a reader sees all of it or none of it, after a power cut too.
+    """Write a file atomically: write to a temporary file, sync, rename. Return the final path.
 
-    The file gets the mode that the umask gives, whatever mode `write` leaves.
+    Readers see the complete file or none, even after a power failure. The file mode follows the umask and does not
+    depend on the mode set by `write`.
 
     Args:
-        write: writes the content to the path that it is given.
-        name: makes the final path of the one that was written; `path` without it.
-        needed: bytes of the content, for the message if there is no room.
+        write: writes the content to the given path.
+        name: computes the final path from the temporary file; defaults to `path`.
+        needed: size of the content in bytes, for the error message on a full disk.
 
     Raises:
-        DiskError: the disk is full or read-only, or there is no permission; what was there before stays.
+        DiskError: the file cannot be written, e.g. the disk is full or read-only, or permission is missing. An
+            existing file is kept.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # no two writers share it
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # unique per writer
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -47,11 +49,11 @@ def publish(
         sync(temporary)
         published = name(temporary) if name else path
         os.replace(temporary, published)
-        sync(path.parent)  # the name, too
+        sync(path.parent)  # persist the new directory entry
     except Exception as error:
         reason = why_not_written(temporary, error)
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk has no room for half a file
+            temporary.unlink(missing_ok=True)  # a partial file would waste space on a full disk
         if isinstance(reason, OSError) and not isinstance(reason, DiskError):
             raise disk_error(reason, path, needed) from error
         raise
@@ -59,14 +61,14 @@ def publish(
 
 
 def sync(path: Path) -> None:
-    """Until a file, or the names in a directory, are on the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A whole JSON file or none. What is not a number becomes null: JSON has no word for it."""
+    """Write a JSON file atomically. NaN and infinities become null because JSON cannot represent them."""
     text = json.dumps(_null_for_nan(value), indent=2, sort_keys=True, allow_nan=False) + "\n"
     publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -80,21 +82,21 @@ def _null_for_nan(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
+    """Read a JSON file written by `write_json`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file's content."""
+    """Return the SHA-256 of a file's content as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
-    """A stage record, its settings under their current names.
+    """Read a stage record. Settings renamed since it was written get their current names.
 
     Returns:
-        None without a file; an empty record if the file is damaged.
+        None if there is no file; an empty record if the file is damaged.
     """
     try:
         found = read_json(file)
@@ -108,35 +110,40 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 class StageRecord:
-    """The record of one stage in `<run>/records/`: `<stage>.begun.json` from its start, `<stage>.done.json` at its end.
+    """Record of one stage in `<run>/records/`: `<stage>.begun.json` from its start, `<stage>.done.json` at its end.
 
-    Kept out of the stage's own directory, so that an exported directory holds nothing but the artifact.
+    Stored outside the stage's directory so that the export directory contains only the artifact.
     """
 
     def __init__(self, run_dir: Path, stage: str, settings: dict[str, Any]) -> None:
         self.run_dir = run_dir
         self.begun = run_dir / "records" / f"{stage}.begun.json"
         self.done = run_dir / "records" / f"{stage}.done.json"
-        self.settings = json.loads(json.dumps(settings))  # as they will be read back
+        self.settings = json.loads(json.dumps(settings))  # normalized to the values that reading the record returns
 
     def begin(self, anew: bool) -> None:
-        """Record the settings before the first step. `anew`: what was begun before counts for nothing."""
+        """Record the settings before the first step.
+
+        Args:
+            anew: start a new run of the stage. Otherwise the run ID and SLURM job of an earlier start are kept.
+        """
         before = {} if anew else read_record(self.begun) or {}
         identity = {"id": before.get("id") or uuid.uuid4().hex[:12], "job": before.get("job") if before else job()}
         write_json(self.begun, {"settings": self.settings, "environment": environment(), **identity})
 
     def drop(self) -> None:
-        """What was begun or done counts for nothing any more, and its files may go: also after a kill at any moment."""
+        """Invalidate the records, so that the stage's files may be deleted. Safe against a kill at any point."""
         if self.begun.exists() or self.done.exists():
             write_json(self.begun, {"dropped": True})
             self.done.unlink(missing_ok=True)
 
     def finish(self, result: dict[str, Any], files: list[Path], **how: Any) -> None:
-        """Mark the stage as done.
+        """Mark the stage as finished.
 
         Args:
-            files: its result, within the run directory; their hashes go on record.
-            how: what else a reader should know; the outcome does not depend on it.
+            result: results of the stage, stored in the record.
+            files: output files of the stage within the run directory; their hashes are stored in the record.
+            how: additional information for readers of the record; it has no effect on the outcome.
         """
         hashes = {str(file.relative_to(self.run_dir)): file_sha256(file) for file in files}
         record = {"settings": self.settings, "environment": environment(), "result": result, "files": hashes}
@@ -144,13 +151,13 @@ class StageRecord:
 
 
 def check_written(run_dir: Path, found: dict[str, str]) -> None:
-    """The files that a stage starts from are those that their stages wrote.
+    """Check that the input files of a stage are unchanged since earlier stages wrote them.
 
     Args:
-        found: path within the run directory -> SHA-256. Files that no record speaks of are passed over.
+        found: path within the run directory -> SHA-256. Files without a recorded hash are skipped.
 
     Raises:
-        UserError: a file was damaged or replaced.
+        UserError: a file is damaged or was replaced.
     """
     for name, sha in found.items():
         stage = name.split("/")[0]
@@ -164,14 +171,14 @@ def check_written(run_dir: Path, found: dict[str, str]) -> None:
 
 
 def job() -> dict[str, Any] | None:
-    """The SLURM job that this is part of, and how often it has been requeued."""
+    """Return the ID and requeue count of the current SLURM job, or None outside SLURM."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
     return {"id": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
 
 
 def is_requeue_of(earlier: Any) -> bool:
-    """Whether this is the same SLURM job as an `earlier` one of `job`, which has ended since and been requeued."""
+    """Check whether the current SLURM job is a requeue of `earlier`, a value returned by `job` in another process."""
     here = job()
     return bool(
         here and isinstance(earlier, dict) and here["id"] == earlier["id"] and here["restart"] > earlier["restart"]
@@ -179,11 +186,11 @@ def is_requeue_of(earlier: Any) -> bool:
 
 
 def run_id(run_dir: Path, stage: str) -> str | None:
-    """What names this run of a stage, the same after every restart; None before its first."""
+    """Return the ID of the current run of a stage, which restarts keep, or None before its first start."""
     return (read_record(run_dir / "records" / f"{stage}.begun.json") or {}).get("id")
 
 
 def environment() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions of Python and of the packages that affect results."""
     packages = ("torch", "transformers", "lightning", "numpy", "deepspeed")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,7 +1,7 @@
-"""A target's identity: the content of the files that transformers reads, wherever they lie.
+"""Identity of a target: content hashes of the files that transformers reads, independent of their location.
 
-The same model by its Hub id, by a directory and by another directory is one target, also where its configs were saved
-again by another release of transformers.
+A model loaded by its Hub ID or from any local directory is the same target, even if its configs were re-saved by
+another release of transformers.
 """
 
 import hashlib
@@ -15,30 +15,31 @@ from transformers.utils.hub import cached_file
 from train.run_dir.state import file_sha256
 
 MODEL = ("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors")
-# In the order in which transformers takes them: the first that is there counts.
+# In the order in which transformers looks for them; the first existing file is used.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER = ("tokenizer.json", *CONFIGS, "chat_template.jinja")
-VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")  # without tokenizer.json
-# Keys of configs that say who saved them, from where, and in which dtype, which model.target.dtype decides.
+VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")  # without a tokenizer.json
+# Config keys that record how the file was saved: by which version, from where, in which dtype. They are ignored; the
+# dtype is set by model.target.dtype.
 SAVED_BY = {"transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "is_local", "backend"}
-JSON = "json:"  # before the hash of a config's values; earlier versions hashed its bytes
-WHOLE = 2**30  # bytes; of a larger file, pieces are hashed
+JSON = "json:"  # prefix of hashes over a config's values; earlier versions hashed its bytes
+WHOLE = 2**30  # bytes; files of this size or larger are hashed in pieces
 PIECE, STRIDE = 2**20, 2**24  # bytes
-# Entries of an identity that name a place on the Hub; the others are content.
+# Identity keys that give a location on the Hub; all others are content hashes.
 PLACES = {"repository", "commit", "tokenizer"}
 Find = Callable[[str], Path | None]
 
 
 def in_directory(directory: Path) -> Find:
-    """Finds the files of a local model by name."""
+    """Return a function that looks up the files of a local model by name."""
     return lambda name: directory / name if (directory / name).is_file() else None
 
 
 def on_hub(repository: str, revision: str | None) -> Find:
-    """Finds the files of a model on the Hub by name: in the cache, or downloaded.
+    """Return a function that looks up the files of a Hub model by name, in the cache or by download.
 
-    A file that can neither be found nor downloaded is one that loading the model does not read either.
+    A file that is neither cached nor downloadable is treated as missing: loading the model could not read it either.
     """
 
     def find(name: str) -> Path | None:
@@ -52,7 +53,7 @@ def on_hub(repository: str, revision: str | None) -> Find:
 
 
 def target_files(find: Find) -> list[Path]:
-    """The files that loading a model and its tokenizer reads."""
+    """List the files that are read when a model and its tokenizer are loaded."""
     weights = next((file for name in WEIGHTS if (file := find(name))), None)
     files = [] if weights is None else [weights]
     if weights is not None and weights.name.endswith(".index.json"):
@@ -61,23 +62,23 @@ def target_files(find: Find) -> list[Path]:
 
 
 def tokenizer_files(find: Find) -> list[Path]:
-    """The files that loading a tokenizer reads."""
+    """List the files that are read when a tokenizer is loaded."""
     return _there(find, TOKENIZER if find("tokenizer.json") else TOKENIZER + VOCABULARY)
 
 
 def hashes(files: list[Path]) -> dict[str, str]:
-    """File name -> SHA-256 of its content; of a config, of its values."""
+    """Map file names to SHA-256 hashes: of the values for configs, of the content for other files."""
     return {file.name: _content(file) for file in files}
 
 
 def comparable(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """An earlier identity of a target, in which what it does not know is taken to be as it is now.
+    """Complete the earlier identity `then` for a comparison with `now`: unknown entries are taken from `now`.
 
-    Where both hold content, content alone counts: neither the name on the Hub nor the commit, which changes with any
-    file of the repository. An earlier version knew a target on the Hub by its name and commit, or by its name alone.
+    If both contain content hashes, only these are compared, not the Hub name or the commit, which changes with any
+    file of the repository. Earlier versions identified a Hub target by name and commit or by name alone.
     """
     found: dict[str, Any] = {}
-    for other in (False, True):  # the target, and a tokenizer that is not the target's
+    for other in (False, True):  # the target's entries, then those of a separate tokenizer
         parts = [{k: v for k, v in of.items() if (k.partition("/")[0] == "tokenizer") is other} for of in (then, now)]
         found |= _comparable(*parts)
     return found
@@ -94,12 +95,12 @@ def _comparable(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_other_hash(then: Any, now: Any) -> bool:
-    """Whether an earlier version has hashed the bytes of a config, and this one its values."""
+    """Check whether `then` is a hash over a config's bytes (earlier versions) and `now` one over its values."""
     return str(now).startswith(JSON) and not str(then).startswith(JSON)
 
 
 def short(value: Any) -> str:
-    """A value of an identity as text, hashes cut to 12 digits."""
+    """Format an identity value as text, with hashes truncated to 12 digits."""
     digits = value.removeprefix(JSON) if isinstance(value, str) else ""
     return digits[:12] if len(digits) == 64 else str(value)
 
@@ -109,7 +110,7 @@ def _there(find: Find, names: tuple[str, ...] | list[str]) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which file holds which tensor; nothing where the index is damaged: the model will not load."""
+    """Read the tensor-to-file map of a weight index. Empty if the index is damaged; loading the model will fail."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError):
@@ -118,7 +119,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _content(file: Path) -> str:
-    """Of a large file: its size, and a piece out of every 16 MiB. Training a model further changes all of them."""
+    """Hash a file: configs and weight indexes by value, other files by content.
+
+    For files of `WHOLE` bytes or more, the size, the first 1 MiB of every 16 MiB and the last 1 MiB are hashed. This
+    detects further training, which changes all weights.
+    """
     if file.name in (*MODEL, *CONFIGS) and file.suffix == ".json" or file.name.endswith(".index.json"):
         return _values(file)
     length = file.stat().st_size
@@ -133,11 +138,11 @@ def _content(file: Path) -> str:
 
 
 def _values(file: Path) -> str:
-    """Of a JSON file: its values in any order, without those that say who saved it."""
+    """Hash the values of a JSON file, independent of key order and without the keys in `SAVED_BY`."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        return file_sha256(file)  # damaged; loading it will say so
+        return file_sha256(file)  # damaged; loading it will report the error
     if file.name.endswith(".index.json"):
         found = _weight_map(file)
     text = json.dumps(_without_origin(found), sort_keys=True)
