@@ -2,9 +2,12 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from rich.console import Console
+
+from data.errors import INTERRUPTED, UserError, interrupted
 
 LOG_WIDTH = 120  # columns; logs have no terminal width
 
@@ -28,3 +31,21 @@ def terminal() -> Console:
 def say(text: str) -> None:
     """Print a message without wrapping long lines, so that paths and commands can be copied."""
     terminal().print(text, soft_wrap=True)
+
+
+def run_command(work: Callable[[], None], stopped: str) -> None:
+    """Run a command; report user errors and Ctrl-C in one line, without a traceback.
+
+    Args:
+        work: the command.
+        stopped: message after Ctrl-C.
+    """
+    try:
+        work()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BaseException as error:
+        if not interrupted(error):
+            raise
+        print(stopped, file=sys.stderr)
+        sys.exit(INTERRUPTED)

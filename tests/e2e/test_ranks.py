@@ -9,7 +9,7 @@ import torch
 from helpers.shared import SHORT, command, command_stopped_at_checkpoint
 from safetensors.torch import load_file
 
-from train.checkpoint.checkpoints import CheckpointFiles
+from train.checkpoint.files import CheckpointFiles
 from train.evaluate.plots import read_metrics
 
 STAGES = ("attention_tuning", "bonus_calibration")

@@ -8,7 +8,8 @@ from helpers.shared import random_target
 from helpers.training import data, module, trainer
 
 from train.checkpoint import checkpoints
-from train.checkpoint.checkpoints import CheckpointFiles, Checkpoints, usable_checkpoint
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.endings import preemption
 from train.endings.finite import SkippedSteps
 from train.loop.modules import AttentionTuning

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from data.errors import UserError
-from train.checkpoint import checkpoints
-from train.checkpoint.checkpoints import CheckpointFiles, usable_checkpoint
+from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.checkpoint.rng_state import random_state, set_random_state
 from train.loop.modules import AttentionTuning
 from train.run_dir.checkpoint_names import checkpoints_in, step_of
@@ -53,7 +52,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
         path.write_bytes(b"half a checkpoint")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoints.torch, "save", half)
+    monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 20)
     assert step_of(usable_checkpoint(tmp_path)) == 10 and len(list(tmp_path.glob("step-*"))) == 1

@@ -6,7 +6,7 @@ from helpers.runs import STEPS, run
 from helpers.shared import SHORT, command
 from lightning.pytorch.callbacks import Callback, Timer
 
-from train.checkpoint.checkpoints import usable_checkpoint
+from train.checkpoint.files import usable_checkpoint
 from train.endings.agreed import AgreedEnd, Diverged, NotFinished
 from train.run_dir.checkpoint_names import step_of
 

@@ -11,7 +11,8 @@ from helpers.shared import random_target
 from helpers.training import module
 from lightning.pytorch.callbacks import Callback
 
-from train.checkpoint.checkpoints import CheckpointFiles, check_handed_on, usable_checkpoint
+from train.checkpoint.checkpoints import check_handed_on
+from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.endings.agreed import Diverged
 from train.endings.finite import LARGEST_NORM, judged, not_finite
 from train.loop.modules import AttentionTuning, BonusCalibration

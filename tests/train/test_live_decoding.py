@@ -21,7 +21,8 @@ from models.decoding.selection import OFF
 from models.draft import DraftModel
 from models.export.artifact_io import export_draft, load_draft
 from train.checkpoint import checkpoints
-from train.checkpoint.checkpoints import CheckpointFiles, Checkpoints, usable_checkpoint
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.checkpoint.rng_state import random_state
 from train.endings import preemption
 from train.loop.modules import AttentionTuning, BonusCalibration

@@ -9,7 +9,8 @@ import pytest
 from helpers.shared import ROOT
 from huggingface_hub import ModelCard
 
-from train.publish.model_card import is_outdated, named, without_paths, write_card
+from train.publish.model_card import is_outdated, named, write_card
+from train.publish.redact import without_paths
 
 
 @pytest.fixture

@@ -27,13 +27,13 @@ from tqdm import tqdm
 import data.threads  # before torch  # noqa: F401
 from data.config.compose import check_choices, command_line, plain
 from data.config.unused import Unused, check_unused
-from data.errors import INTERRUPTED, BadRecord, UserError, interrupted
+from data.errors import BadRecord, UserError
 from data.regenerate.conversation import KEPT, Exchange, Sampling
 from data.regenerate.sample_log import Journal
 from data.sources.readers import Found, Part, fingerprint, open_parts, read_all
 from data.sources.records import Messages, questions
 from data.sources.rejects import printable, refuse_bad, reject
-from data.terminal import say
+from data.terminal import run_command, say
 
 UNUSED = (
     Unused(("regenerate.server",), lambda c: c.regenerate.backend != "server", "regenerate.backend=local"),
@@ -45,19 +45,15 @@ SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_wo
 
 
 def main() -> None:
-    """Run the command; report user errors and Ctrl-C without a traceback."""
-    try:
-        config = command_line(__doc__)
-        check_regeneration(config)
-        check_unused(config, sys.argv[1:], UNUSED)
-        regenerate(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except BaseException as error:
-        if not interrupted(error):
-            raise
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    """Run the command line."""
+    run_command(_command, "stopped; the same command goes on from here")
+
+
+def _command() -> None:
+    config = command_line(__doc__)
+    check_regeneration(config)
+    check_unused(config, sys.argv[1:], UNUSED)
+    regenerate(config)
 
 
 def check_regeneration(config: DictConfig) -> None:

@@ -22,14 +22,13 @@ from rich.text import Text
 from tqdm import tqdm
 
 from data.config.compose import command_line, plain
-from data.errors import INTERRUPTED, UserError, interrupted
 from data.preprocess.chat_template import ChatEncoder, load_encoder
 from data.preprocess.prepare import Prepared, prepare
 from data.preprocess.tokenized import BAD, OUTCOMES
 from data.report import statistics
 from data.sources.readers import Part, open_parts, read_strictly
 from data.sources.records import prompt
-from data.terminal import say, terminal
+from data.terminal import run_command, say, terminal
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,16 +47,9 @@ class Section:
 
 
 def main() -> None:
-    """Run the command; report user errors and Ctrl-C without a traceback."""
-    try:
-        write_report(command_line(__doc__))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except BaseException as error:
-        if not interrupted(error):
-            raise
-        print("stopped; nothing is lost, what is tokenised is in the cache", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    """Run the command line."""
+    stopped = "stopped; nothing is lost, what is tokenised is in the cache"
+    run_command(lambda: write_report(command_line(__doc__)), stopped)
 
 
 def write_report(config: DictConfig) -> None:

@@ -1,82 +1,28 @@
-"""Checkpoints: written atomically, verified before use; the latest few and the best weights are kept."""
+"""The checkpoint callback: saves at step boundaries and keeps the latest few and the best weights."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, Timer
-from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.errors import UserError
+from train.checkpoint.files import bytes_of, is_intact, publish_named
 from train.checkpoint.rng_state import random_state, set_random_state
 from train.endings.agreed import AgreedEnd, Diverged, NotFinished
 from train.endings.finite import COUNTED, check_state, way_out
 from train.endings.preemption import agreed_signal, set_training, stop
-from train.run_dir.checkpoint_names import DIGEST, NAMED, checkpoints_in, step_of
-from train.run_dir.state import file_sha256, publish
+from train.run_dir.checkpoint_names import NAMED, checkpoints_in, step_of
 from train.terminal import say
-
-
-class CheckpointFiles(CheckpointIO):
-    """Checkpoint I/O with one file per checkpoint, `step-00000050-<sha256>.ckpt`; the digest verifies its content."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
-        """Save a checkpoint. `path` is the file name without the digest."""
-        needed = _bytes_of(checkpoint)
-        _publish(Path(path), lambda temporary: torch.save(checkpoint, temporary), needed)
-
-    def load_checkpoint(self, path: Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load tensors and plain values only, on the CPU: an untrusted file cannot execute code."""
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-    def remove_checkpoint(self, path: Path) -> None:
-        Path(path).unlink(missing_ok=True)
 
 
 def keeper(trainer: lightning.Trainer) -> "Checkpoints":
     """Return the trainer's `Checkpoints` callback."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
-
-
-def usable_checkpoint(directory: Path, say: Callable[[str], None] = print, run: str | None = None) -> Path | None:
-    """Return the newest intact checkpoint whose best weights are intact as well; None if no checkpoint is intact.
-
-    Resuming from an older checkpoint recreates damaged files. If no intact checkpoint refers to intact best weights,
-    the newest intact one is returned, and the best weights are chosen among future validations. The result is the
-    same on every rank.
-
-    Args:
-        say: called with one line per skipped file.
-        run: id of the stage's run (`run_dir.state.run_id`). Checkpoints of other runs are skipped; checkpoints of
-            earlier versions have no id and are accepted.
-    """
-    found = checkpoints_in(directory)
-    whole = []
-    for path in found:
-        if not whole_file(path):
-            say(f"{path}: damaged, its content is not what its name says.")
-            continue
-        callbacks = torch.load(path, mmap=True, map_location="cpu", weights_only=True).get("callbacks", {})
-        state = callbacks.get("Checkpoints", {})
-        if run and state.get("run") not in (None, run):
-            say(f"{path}: of another run of this stage ({state['run']}, this one is {run}); not used.")
-            continue
-        whole.append(path)
-        best = state.get("best", {})
-        if not best or whole_file(directory / best["file"]):
-            return path
-        say(f"{directory / best['file']}: damaged or gone, though {path.name} refers to it.")
-    if whole:
-        say(f"{directory}: no best weights are left; those of the validations to come will count.")
-    elif found:
-        say(f"{directory}: no checkpoint can be used; beginning anew.")
-    return whole[0] if whole else None
 
 
 class Checkpoints(Checkpoint):
@@ -126,7 +72,7 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.last, self.best_of = (state_dict[key] for key in ("best", "last", "best_of"))
         self.waited = state_dict.get("waited", 0)  # missing in checkpoints of earlier versions
-        if self.best and not whole_file(self.directory / self.best["file"]):
+        if self.best and not is_intact(self.directory / self.best["file"]):
             self.best, self.waited = {}, 0  # `usable_checkpoint` has reported the damage
         self._random = state_dict["random"]
 
@@ -290,7 +236,7 @@ class Checkpoints(Checkpoint):
             return None
         weights = {name: tensor.cpu() for name, tensor in state.items()}
         name = self.directory / f"best-{trainer.global_step:08d}.safetensors"
-        return _publish(name, lambda temporary: save_file(weights, temporary), _bytes_of(weights)).name
+        return publish_named(name, lambda temporary: save_file(weights, temporary), bytes_of(weights)).name
 
     def _forget_old(self, step: int) -> None:
         """Delete files that no kept checkpoint needs, and leftovers of interrupted runs. Keep later checkpoints."""
@@ -342,22 +288,3 @@ def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
     return AgreedEnd(
         f"{text}No step was made since the start, so the same command would end here again. {way}. {early}"
     )
-
-
-def _publish(path: Path, write: Callable[[Path], Any], needed: int) -> Path:
-    """Write to `path` with the content's digest added to the file name; return the final path."""
-    named = lambda written: path.with_stem(f"{path.stem}-{file_sha256(written)[:DIGEST]}")  # noqa: E731
-    return publish(path, write, named, needed=needed)
-
-
-def _bytes_of(value: Any) -> int:
-    """Return the total size in bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_bytes_of, parts))
-
-
-def whole_file(path: Path) -> bool:
-    """Return whether a file exists and matches the digest in its name."""
-    return path.exists() and file_sha256(path).startswith(path.stem.rpartition("-")[2])

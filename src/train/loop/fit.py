@@ -16,7 +16,8 @@ from data.errors import UserError
 from data.preprocess.packing import PackedRows
 from models.cost.flops import step_flops
 from models.cost.sizes import Sizes
-from train.checkpoint.checkpoints import CheckpointFiles, Checkpoints, keeper, not_finished, usable_checkpoint
+from train.checkpoint.checkpoints import Checkpoints, keeper, not_finished
+from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.endings.finite import SkippedSteps
 from train.endings.labels import LabelledBlocks
 from train.evaluate.plots import read_metrics

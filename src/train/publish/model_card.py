@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from models.artifact import CARD, RECOMMENDATION, extras, read_config
 from models.export.fingerprint import KEY as FINGERPRINT
 from models.export.recommendation import read_recommendation
 from train.names import TRAINED, VARIANTS
+from train.publish.redact import without_paths
 from train.run_dir.state import file_sha256, publish, read_json, read_record
 
 TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
@@ -150,26 +150,6 @@ def _publish_if_other(file: Path, content: bytes) -> None:
 def named(card: str, repository: str) -> str:
     """Return the card with examples that load the drafter from a repository."""
     return card.replace(NOWHERE, repository)
-
-
-def without_paths(text: str) -> str:
-    """Anonymise a setting or its value: reduce local paths and URLs to their last part.
-
-    Keep `owner/name` unless it is an existing local path.
-    """
-    key, equals, value = text.partition("=") if re.match(r"[+~]*[\w.@]+=", text) else ("", "", text)
-    value = value.replace("${embedded:}", "")
-    parts = re.split(r"([,\[\]{}'\"]|: )", value)  # splits lists and dicts; paths may contain spaces
-    return key + equals + "".join(map(_last_part, parts))
-
-
-def _last_part(part: str) -> str:
-    path = part.lstrip()
-    outside = path.count("/") != 1 or path[0] in "/~." or Path(path).exists()
-    if not ("/" in path and outside or "\\" in path):
-        return part
-    blanks = part[: len(part) - len(path)]
-    return blanks + re.split(r"[/\\]", path.split("?")[0].rstrip("/\\"))[-1]
 
 
 def _is_of(evaluation: dict[str, Any], exported: Path, config: dict[str, Any]) -> bool:
