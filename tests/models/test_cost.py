@@ -357,3 +357,20 @@ def test_the_plan_never_takes_the_sizes_of_another_target(tmp_path):
     here = ("model=custom", f"model.target.name={TINY / 'target'}", "data.max_seq_len=320", "model.draft.num_layers=6")
     own = command("+experiment=qwen3_8b", "plan=true", "name=mine", *here, cwd=tmp_path)
     assert own.returncode == 0 and "Qwen3-8B" not in own.stdout, own.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "config.json: holds a JSON list"),
+        ("{", "config.json: no valid JSON"),
+        ('{"model_type": "qwen3", "hidden_size": "x"}', "the config did not load from config.json"),
+        ("{}", "model_type=None is not counted"),
+    ],
+)
+def test_the_plan_names_a_damaged_config_in_one_line(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    config = composed(["+experiment=qwen3_8b", "name=mine", "model=custom", f"model.target.name={tmp_path}"])
+    with pytest.raises(UserError, match=message) as raised:
+        target_sizes(config)
+    assert "\n" not in str(raised.value)

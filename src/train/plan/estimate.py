@@ -1,6 +1,5 @@
 """Estimate memory, FLOPs and time of a training stage on the machine given in the settings."""
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.config.compose import CONF
 from data.errors import UserError
+from models.artifact import read_object, why_no_object
 from models.cost.activation_memory import Setup
 from models.cost.flops import step_flops
 from models.cost.hardware import GIB, GPUS, peak_flops
 from models.cost.memory import FLOAT32, decoding_memory, peak, step_memory
 from models.cost.sizes import FAMILIES, Sizes
+from models.readable import CONFIG_FILES, reading
 from train.names import TRAINED
 from train.settings.checks import check_path, check_ranks, check_sizes
 from train.settings.derived import accelerator, arithmetic, device_count, micro_batches_per_step
@@ -77,7 +78,7 @@ def target_sizes(config: DictConfig) -> Sizes:
     """
     target, draft = config.model.target, config.model.draft
     try:
-        sizes = Sizes.from_config(_completed(_architecture(target)), **draft_shape(config))
+        sizes = Sizes.from_config(_completed(_architecture(target), target.name), **draft_shape(config))
     except ValueError as error:
         raise UserError(f"model.target: the plan cannot count this target: {error}") from error
     if sizes.draft_layers > sizes.layers:
@@ -127,7 +128,7 @@ def _architecture(target: DictConfig) -> dict[str, Any]:
     """Return the target's config.json if it is on this machine, otherwise `model.target.architecture`.
 
     Raises:
-        UserError: neither exists, they differ, or the architecture belongs to another target.
+        UserError: neither exists, config.json is damaged, they differ, or the architecture belongs to another target.
     """
     given: Any = OmegaConf.to_container(target.architecture, resolve=True) if target.architecture else None
     if target.name is None and given is None:
@@ -136,7 +137,9 @@ def _architecture(target: DictConfig) -> dict[str, Any]:
         return given
     check_path(target.name)
     if file := _config_file(target):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        if reason := why_no_object(file, "Copy or download it again."):
+            raise UserError(f"model.target.name={target.name}: {reason}")
+        found = read_object(file)
         check_sizes(given or {}, {key: found.get(key, value) for key, value in (given or {}).items()})
         return found
     if given is None:
@@ -168,13 +171,14 @@ def _preset_name() -> str | None:
     return OmegaConf.load(file).target.get("name") if file.exists() else None
 
 
-def _completed(architecture: dict[str, Any]) -> dict[str, Any]:
+def _completed(architecture: dict[str, Any], name: str | None) -> dict[str, Any]:
     """Fill in the defaults of the architecture's config, such as which layers use a sliding window."""
     if architecture.get("model_type") not in FAMILIES:
         return architecture  # `Sizes` reports the error
     from transformers import AutoConfig  # deferred: nothing else in the plan imports torch
 
-    return AutoConfig.for_model(**architecture).to_dict()
+    with reading(name or "model.target.architecture", "config", CONFIG_FILES):
+        return AutoConfig.for_model(**architecture).to_dict()
 
 
 def machine_of(config: DictConfig) -> Machine:
