@@ -190,6 +190,14 @@ def test_the_tree_of_the_architecture_is_the_tree():
         assert [path for path in here if path.resolve() not in listed] == []
 
 
+def test_the_tests_named_for_each_accident_exist():
+    lines = (ROOT / "docs/guide/robustness.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    names = [name for row in rows if len(row) == 3 and row[2] != "tests" for name in row[2].split(", ")]
+    assert len(names) > 40
+    assert [name for name in names if not list((ROOT / "tests").rglob(f"test_{name}.py"))] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
 
