@@ -190,6 +190,14 @@ def test_the_tree_of_the_architecture_is_the_tree():
         assert [path for path in here if path.resolve() not in listed] == []
 
 
+def test_files_and_functions_of_the_data_flow_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    found = re.findall(r"`((?:data|models|train)/[\w/]+\.py)`(?: \(`(\w+)`\))?", text)
+    assert len(found) > 20
+    assert [file for file, _ in found if not (ROOT / "src" / file).is_file()] == []
+    assert [f"{file}: {name}" for file, name in found if name not in (ROOT / "src" / file).read_text("utf-8")] == []
+
+
 def test_the_tests_named_for_each_accident_exist():
     lines = (ROOT / "docs/guide/robustness.md").read_text(encoding="utf-8").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
