@@ -37,13 +37,13 @@ def measure(file: str, num_proc: int) -> None:
     """Prepare a file and print the measurements as JSON. Runs in a separate process."""
     from data.preprocess.chat_template import ChatEncoder
     from data.preprocess.prepare import prepare
-    from data.sources.readers import open_parts
+    from data.sources.readers import open_sources
     from models.target import load_tokenizer
 
     encoder = ChatEncoder(load_tokenizer(str(TINY / "target")), {})
     start = time.perf_counter()
     prepared = prepare(
-        open_parts(file, split="train", max_records=None),
+        open_sources(file, split="train", max_records=None),
         encoder,
         max_seq_len=ROW_LENGTH,
         truncation="turn",

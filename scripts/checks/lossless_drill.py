@@ -43,7 +43,7 @@ def embedded(drafter: str | None, count: int):
     else:
         draft = DraftModel(target, num_layers=6, block_size=8, calibrator_rank=0)
     encoder = ChatEncoder(tokenizer, {})
-    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", most=count, setting="--prompts")
+    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", limit=count, setting="--prompts")
     return target, draft, [encoder.prompt(m) for m in messages]
 
 

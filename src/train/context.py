@@ -14,7 +14,7 @@ from data.preprocess.packing import PackedRows
 from data.preprocess.prepare import describe, prepare
 from data.sources.benchmarks import read_benchmark
 from data.sources.hub_commit import commit_of
-from data.sources.readers import Part, open_parts
+from data.sources.readers import Source, open_sources
 from data.sources.records import Messages
 from models.decoding.flex import check_untested
 from models.families import check_architecture, check_trainable, text_positions
@@ -153,17 +153,17 @@ class Resources:
             raise UserError(f"model.target: the target did not load. {error}") from error
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def sources(self) -> list[Source]:
         """Sources of the training conversations."""
         data = OmegaConf.to_container(self.config.data, resolve=True)
-        return open_parts(data["path"], split=data["split"], max_records=data["max_records"])
+        return open_sources(data["path"], split=data["split"], max_records=data["max_records"])
 
     @cached_property
     def rows(self) -> tuple[PackedRows, PackedRows]:
         """Packed rows for training and for validation."""
         data = self.config.data
         prepared = prepare(
-            self.parts,
+            self.sources,
             self.encoder,
             max_seq_len=data.max_seq_len,
             truncation=data.truncation,

@@ -9,8 +9,8 @@ from helpers.shared import command
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.prepare import prepare
-from data.sources import readers as sources
-from data.sources.readers import open_parts
+from data.sources import readers
+from data.sources.readers import open_sources
 
 U, A = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4. That is all there is."}
 GOOD = {"messages": [U, A]}
@@ -58,7 +58,7 @@ BAD = {
     "missing role": (messages({"content": "q"}, A), "turn 1: no `role`"),
     "missing content": (messages(U, {"role": "assistant"}), "turn 2: no `content`"),
     "null content": (messages(U, {**A, "content": None}), "turn 2: no `content`"),
-    "content of parts": (messages(user([{"type": "text"}]), A), "turn 1: the text must be a string, found a list"),
+    "content of sources": (messages(user([{"type": "text"}]), A), "turn 1: the text must be a string, found a list"),
     "empty turn": (messages(U, {**A, "content": ""}), "turn 2: the text is empty"),
     "blank turn": (messages(user(" \n"), A), "turn 1: the text is empty"),
     "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: calls tools"),
@@ -82,7 +82,7 @@ def write(path, *records):
 
 def prepared(path, tokenizer, policy, rejects):
     return prepare(
-        open_parts(str(path), split="train", max_records=None),
+        open_sources(str(path), split="train", max_records=None),
         ChatEncoder(tokenizer, {}),
         max_seq_len=64,
         truncation="turn",
@@ -101,7 +101,7 @@ def rejects(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("bad")
     path = write(folder / "data.jsonl", *(record for bad, _ in BAD.values() for record in (GOOD, bad)), GOOD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "MAX_LINE_BYTES", 1500)
+        patch.setattr(readers, "MAX_LINE_BYTES", 1500)
         done = prepared(path, tiny_tokenizer, "skip", folder / "rejects.jsonl")
     assert done.documents.outcomes()["kept"] == len(BAD) + 1 and done.documents.outcomes()["bad"] == len(BAD)
     return path, [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]

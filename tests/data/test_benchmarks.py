@@ -49,7 +49,7 @@ def written(tmp_path, *records) -> str:
 @pytest.mark.parametrize("name", PAPER)
 def test_each_preset_reads_records_of_its_data_set(name, tmp_path):
     settings = {key: value for key, value in PAPER[name].items() if key not in ("subset", "split")}
-    (messages,) = read_benchmark(name, settings | {"path": written(tmp_path, RECORDS[name])}, most=None)
+    (messages,) = read_benchmark(name, settings | {"path": written(tmp_path, RECORDS[name])}, limit=None)
     assert [message["role"] for message in messages] == ["user"] * (2 if name == "mt_bench" else 1)
     text = messages[0]["content"]
     for column in ("question", "problem", "instruction"):
@@ -62,9 +62,9 @@ def test_each_preset_reads_records_of_its_data_set(name, tmp_path):
 def test_without_a_template_the_users_turns_are_asked(tmp_path):
     turns = {"turns": ["One?", "Two?"]}
     talk = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "user")]}
-    both = read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, most=None)
+    both = read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, limit=None)
     assert [[message["role"] for message in one] for one in both] == [["user", "user"], ["system", "user", "user"]]
-    assert len(read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, most=1)) == 1
+    assert len(read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, limit=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_named(settings, words, tmp_path):
     if isinstance(settings, dict) and ("template" in settings or "turns" in settings):
         settings = {"path": written(tmp_path, {"question": "2 + 2?"})} | settings
     with pytest.raises(UserError, match=words):
-        read_benchmark("mine", settings, most=None)
+        read_benchmark("mine", settings, limit=None)
 
 
 def test_the_fingerprint_is_of_content_and_reading_not_of_place(tmp_path):

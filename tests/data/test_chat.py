@@ -38,7 +38,7 @@ def qwen3(messages, thinking):
     for i, m in enumerate(messages):
         yield f"<|im_start|>{m['role']}\n", False
         if m["role"] == "assistant" and i == len(messages) - 1:
-            yield "<think>\n\n</think>\n\n", thinking  # without thinking, it is part of the prompt
+            yield "<think>\n\n</think>\n\n", thinking  # without thinking, it is source of the prompt
             yield m["content"].lstrip("\n") + "<|im_end|>", True
         else:  # while it was written there was an empty reasoning before it, and now there is none
             yield m["content"] + "<|im_end|>", False
@@ -114,7 +114,7 @@ def test_a_conversation_begins_with_the_tokens_of_its_prompt(name, messages):
     encoder = ENCODERS[name][0]
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
     if last != len(messages) - 1 or any(m["content"][0].isspace() for m in messages[:last]):
-        return  # an earlier answer that melts into its prompt is tokenised with it once it is part of a longer one
+        return  # an earlier answer that melts into its prompt is tokenised with it once it is source of a longer one
     prompt, document = encoder.prompt(messages[:last]), encoder.conversation(messages)
     assert document.input_ids[: len(prompt)].tolist() == prompt
     assert not document.supervised[len(prompt) - 1] and document.supervised[len(prompt) :].any()

@@ -15,8 +15,8 @@ from data.preprocess.anchors import block_labels, valid_anchors
 from data.preprocess.chat_template import ChatEncoder, Document
 from data.preprocess.packing import best_fit, pack_documents
 from data.preprocess.prepare import prepare
-from data.preprocess.tokenized import Tokenising, tokenise
-from data.sources.readers import open_parts
+from data.preprocess.tokenized import TokenizeSettings, tokenize
+from data.sources.readers import open_sources
 
 
 def turns(count, words=8, name=""):
@@ -32,16 +32,16 @@ def write(path, *conversations):
 
 
 def read(path, tokenizer, *, num_proc=1, max_seq_len=256, truncation="turn", template_kwargs=None):
-    parts = open_parts(path, split="train", max_records=None)
+    sources = open_sources(path, split="train", max_records=None)
     encoder = ChatEncoder(tokenizer, template_kwargs or {})
-    return tokenise(
-        parts, encoder, Tokenising(max_seq_len=max_seq_len, truncation=truncation), num_proc=num_proc
+    return tokenize(
+        sources, encoder, TokenizeSettings(max_seq_len=max_seq_len, truncation=truncation), num_proc=num_proc
     ), encoder
 
 
 def rows_of(path, tokenizer, *, num_proc):
     return prepare(
-        open_parts(path, split="train", max_records=None), ChatEncoder(tokenizer, {}), max_seq_len=256,
+        open_sources(path, split="train", max_records=None), ChatEncoder(tokenizer, {}), max_seq_len=256,
         truncation="turn", bad_records="skip", num_proc=num_proc, validation_records=20, block_size=4, seed=3,
         rejects=Path(path).with_suffix(".rejects"),
     )  # fmt: skip

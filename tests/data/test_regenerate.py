@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 import data.regenerate.run
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.regenerate.conversation import Exchange, Sampling, repeats
+from data.regenerate.conversation import Conversation, Sampling, repeats
 from data.regenerate.local_backend import LocalBackend
-from data.regenerate.sample_log import Journal
+from data.regenerate.sample_log import SampleLog
 
 QUESTIONS = [
     {"id": "one", "question": "Tom has 3 apples and buys 4 more. How many?", "answer": "7"},
@@ -192,7 +192,7 @@ def test_a_question_that_breaks_the_server_every_time_does_not_hold_up_the_other
             Sampling(**how, repeat_words=9, repeat_times=3), {}, url=stub.url, model="m", in_flight=2, patience=60,
             timeout=10, key_file=None, extra={},
         )  # fmt: skip
-        exchanges = [Exchange(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
+        exchanges = [Conversation(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
         backend.run(exchanges, lambda e: found.update({e.id: e.outcome}), answered_before=False)
     assert found.pop("1").startswith("refused: no answer in 6 tries") and set(found.values()) == {"kept"}
 
@@ -342,7 +342,7 @@ def local(tokenizer, name=TINY / "target", **changes):
 
 def answers(backend, questions):
     found = {}
-    backend.run([Exchange(str(i), list(q)) for i, q in enumerate(questions)], lambda e: found.update({e.id: e}))
+    backend.run([Conversation(str(i), list(q)) for i, q in enumerate(questions)], lambda e: found.update({e.id: e}))
     return [found[str(i)] for i in range(len(questions))]
 
 
@@ -411,7 +411,7 @@ def test_repeats_equals_counting(words, run_length, times):
 
 
 def test_the_journal_drops_a_line_that_was_cut_short(tmp_path):
-    journal = Journal(tmp_path / "journal")
+    journal = SampleLog(tmp_path / "journal")
     journal.add("a", {"x": 1})
     journal.add("b", {"x": "é"})
     with pytest.raises(ValueError, match="finished before"):
@@ -419,7 +419,7 @@ def test_the_journal_drops_a_line_that_was_cut_short(tmp_path):
     whole = (tmp_path / "journal").read_bytes()
     for cut in range(len(whole)):
         (tmp_path / "cut").write_bytes(whole[:cut])
-        found = Journal(tmp_path / "cut")
+        found = SampleLog(tmp_path / "cut")
         assert len(found) == whole[:cut].count(b"\n")
         for sample_id in {"a", "b"} - set(found.offsets):
             found.add(sample_id, {"x": 3})
@@ -427,7 +427,7 @@ def test_the_journal_drops_a_line_that_was_cut_short(tmp_path):
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
-    journal = Journal(tmp_path / "journal")
+    journal = SampleLog(tmp_path / "journal")
     journal.add("a", {"x": 1})
     real = journal._file
 
@@ -438,4 +438,4 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "_file", Full())
     with pytest.raises(UserError, match="disk full"):
         journal.add("b", {"x": 2})
-    assert list(Journal(tmp_path / "journal").offsets) == ["a"]
+    assert list(SampleLog(tmp_path / "journal").offsets) == ["a"]

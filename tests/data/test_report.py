@@ -10,7 +10,7 @@ import pytest
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.prepare import prepare
 from data.report import statistics
-from data.sources.readers import open_parts
+from data.sources.readers import open_sources
 
 
 def chat(question, answer="It is four, and that is all there is to say about it."):
@@ -83,7 +83,7 @@ def test_terminal_files_and_rejects(report):
 
 def test_roles_are_told_apart_without_the_template(files, tiny_tokenizer):
     found = statistics.roles(
-        open_parts(str(files[0]), split="train", max_records=None), ChatEncoder(tiny_tokenizer, {})
+        open_sources(str(files[0]), split="train", max_records=None), ChatEncoder(tiny_tokenizer, {})
     )
     assert found.supervised["user"] == 0 and found.supervised["assistant"] == found.tokens["assistant"] > 0
     assert found.supervised["template"] == found.conversations == 35  # the end token of every answer
@@ -93,7 +93,7 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
     from data.preprocess.anchors import valid_anchors
 
     prepared = prepare(
-        open_parts(str(files[0]), split="train", max_records=None),
+        open_sources(str(files[0]), split="train", max_records=None),
         ChatEncoder(tiny_tokenizer, {}),
         max_seq_len=320,
         truncation="turn",

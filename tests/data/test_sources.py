@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError
-from data.sources import readers as sources
-from data.sources.readers import JsonLines, Part, fingerprint, mix, open_parts, read_all, read_strictly
+from data.sources import readers
+from data.sources.readers import JsonLines, Source, fingerprint, mix, open_sources, read_all, read_strictly
 from data.sources.records import conversation, prompt, questions
 
 LINE = st.sampled_from([b"", b"  ", b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"{broken", b"\xff", b"[1]", b'"x"' * 30])
@@ -22,8 +22,8 @@ def write(path, *records):
     return str(path)
 
 
-def numbers(parts):
-    return [found.record["n"] for _, found in read_all(parts)]
+def numbers(sources):
+    return [found.record["n"] for _, found in read_all(sources)]
 
 
 @given(lines=st.lists(LINE, max_size=40), newline=st.sampled_from([b"\n", b"\r\n"]), last=st.booleans())
@@ -34,9 +34,9 @@ def test_chunks_hold_every_line_once_with_its_number(tmp_path_factory, lines, ne
     if (lines or [b""])[next((i for i, line in enumerate(lines) if line.strip()), 0)].startswith(b"["):
         return  # taken for a JSON array
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK_RECORDS", 3)
-        patch.setattr(sources, "CHUNK_BYTES", 50)
-        patch.setattr(sources, "MAX_LINE_BYTES", 70)
+        patch.setattr(readers, "CHUNK_RECORDS", 3)
+        patch.setattr(readers, "CHUNK_BYTES", 50)
+        patch.setattr(readers, "MAX_LINE_BYTES", 70)
         source = JsonLines(file)
         found = [f for chunk in source.chunks() for f in source.read(chunk)]
     expected = [number for number, line in enumerate(lines, start=1) if line.strip()]
@@ -51,7 +51,7 @@ def test_chunks_hold_every_line_once_with_its_number(tmp_path_factory, lines, ne
 def test_a_byte_order_mark_is_no_error(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": MESSAGES}).encode())
-    assert read_strictly(str(file), conversation, split="train", most=None, setting="x") == [MESSAGES]
+    assert read_strictly(str(file), conversation, split="train", limit=None, setting="x") == [MESSAGES]
 
 
 def test_tables_and_folders(tmp_path):
@@ -59,29 +59,32 @@ def test_tables_and_folders(tmp_path):
     rows.to_parquet(str(tmp_path / "b.parquet"))
     rows.save_to_disk(str(tmp_path / "c"))
     write(tmp_path / "a.jsonl", *({"n": n, "messages": MESSAGES} for n in range(7, 9)))
-    parts = open_parts(str(tmp_path), split="train", max_records=None)
-    assert numbers(parts) == [7, 8, *range(5), *range(5)]
-    assert all(conversation(found.record) == MESSAGES for _, found in read_all(parts))
-    assert [p.source.where(0).rsplit("/", 1)[-1] for p in parts][1:] == ["b.parquet[0]", "data-00000-of-00001.arrow[0]"]
+    sources = open_sources(str(tmp_path), split="train", max_records=None)
+    assert numbers(sources) == [7, 8, *range(5), *range(5)]
+    assert all(conversation(found.record) == MESSAGES for _, found in read_all(sources))
+    assert [s.reader.where(0).rsplit("/", 1)[-1] for s in sources][1:] == [
+        "b.parquet[0]",
+        "data-00000-of-00001.arrow[0]",
+    ]
 
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path):
     a = write(tmp_path / "a.jsonl", {"n": 1}, {"n": 2})
     b = write(tmp_path / "b.jsonl", {"n": 1}, {"n": 2})
     c = write(tmp_path / "c.jsonl", {"n": 1}, {"n": 3})
-    prints = [fingerprint(open_parts(path, split="train", max_records=None)) for path in (a, b, c)]
+    prints = [fingerprint(open_sources(path, split="train", max_records=None)) for path in (a, b, c)]
     assert prints[0] == prints[1] != prints[2]
-    assert fingerprint(open_parts(a, split="train", max_records=1)) != prints[0]
+    assert fingerprint(open_sources(a, split="train", max_records=1)) != prints[0]
 
 
 def test_a_table_that_was_replaced_on_the_same_date_is_read_anew(tmp_path):
     file = tmp_path / "a.parquet"
     Dataset.from_list([{"n": 1}]).to_parquet(str(file))
     date = file.stat()
-    assert numbers(open_parts(str(file), split="train", max_records=None)) == [1]
+    assert numbers(open_sources(str(file), split="train", max_records=None)) == [1]
     Dataset.from_list([{"n": 2}]).to_parquet(str(file))
     os.utime(file, ns=(date.st_atime_ns, date.st_mtime_ns))
-    assert numbers(open_parts(str(file), split="train", max_records=None)) == [2]
+    assert numbers(open_sources(str(file), split="train", max_records=None)) == [2]
 
 
 def test_an_empty_shard_is_no_error(tmp_path):
@@ -89,7 +92,7 @@ def test_an_empty_shard_is_no_error(tmp_path):
     rows.to_parquet(str(tmp_path / "a.parquet"))
     rows.select([]).to_parquet(str(tmp_path / "b.parquet"))
     (tmp_path / "c.jsonl").write_text("\n")
-    assert numbers(open_parts(str(tmp_path), split="train", max_records=None)) == [1]
+    assert numbers(open_sources(str(tmp_path), split="train", max_records=None)) == [1]
 
 
 COUNTS = st.lists(st.integers(1, 500), min_size=1, max_size=5)
@@ -115,7 +118,7 @@ def test_a_mix_follows_its_weights_and_takes_nothing_twice(counts, data, most):
 def test_records_are_taken_evenly(count, share):
     take = round(count * share)
     source = type("Any", (), {"count": count})()
-    taken = [n for n in range(count) if Part(source, take).taken(n)]
+    taken = [n for n in range(count) if Source(source, take).taken(n)]
     assert len(taken) == take
     gaps = [b - a for a, b in zip(taken, taken[1:], strict=False)]
     assert not gaps or max(gaps) - min(gaps) <= 1
@@ -125,9 +128,9 @@ def test_mixed_sources(tmp_path):
     a = write(tmp_path / "a.jsonl", *({"n": n} for n in range(100)))
     b = write(tmp_path / "b.jsonl", *({"n": 1000 + n} for n in range(30)))
     spec = [{"path": a, "weight": 1}, {"path": b, "weight": 3}]
-    found = numbers(open_parts(spec, split="train", max_records=None))
+    found = numbers(open_sources(spec, split="train", max_records=None))
     assert len(found) == len(set(found)) == 40 and sum(n >= 1000 for n in found) == 30
-    assert len(numbers(open_parts([a, b], split="train", max_records=None))) == 130
+    assert len(numbers(open_sources([a, b], split="train", max_records=None))) == 130
 
 
 WRONG = {
@@ -148,7 +151,7 @@ def test_wrong_sources(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, words = WRONG[case]
     with pytest.raises(UserError, match=words):
-        open_parts(path, split="train", max_records=None)
+        open_sources(path, split="train", max_records=None)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_wrong_sources(case, tmp_path, monkeypatch):
 def test_files_that_are_no_data(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
-        open_parts(str(tmp_path / name), split="train", max_records=None)
+        open_sources(str(tmp_path / name), split="train", max_records=None)
 
 
 def test_shapes():

@@ -70,7 +70,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(tiny_tokenizer) -> list[list[int]]:
-    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", most=50, setting="data.prompts")
+    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", limit=50, setting="data.prompts")
     encoder = ChatEncoder(tiny_tokenizer, {})
     return [encoder.prompt(m) for m in messages]
 

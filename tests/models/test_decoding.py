@@ -32,7 +32,7 @@ random.Random(0).shuffle(COMBINATIONS)  # so that a part of them has something o
 
 @pytest.fixture(scope="module")
 def prompts(tiny_tokenizer) -> list[list[int]]:
-    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", most=500, setting="data.prompts")
+    messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", limit=500, setting="data.prompts")
     encoder = ChatEncoder(tiny_tokenizer, {})
     prompts = [encoder.prompt(m) for m in messages]
     assert len(set(map(tuple, prompts))) == 500

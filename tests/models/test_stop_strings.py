@@ -55,7 +55,7 @@ def words(directory):
 
 @pytest.fixture(scope="module")
 def prompts(words):
-    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=4, setting="x")
+    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=4, setting="x")
     return [ChatEncoder(words, {}).prompt(talk[:1]) for talk in talks]
 
 
@@ -107,7 +107,7 @@ def test_decoding_in_training_ends_texts_where_the_target_does(target, words, pr
 
 
 def test_the_evaluation_compares_texts_that_stop_strings_end(target, words):
-    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=3, setting="x")
+    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=3, setting="x")
     how = replace(HOW, max_new_tokens=NEW_TOKENS, tokenizer=words)
     variants = {"x": Variant(random_draft(target, num_layers=2), True)}
     speed = {"num_prompts": 1, "repeats": 1, "batch_sizes": [1], "thresholds": []}

@@ -181,7 +181,7 @@ def test_differences_are_placed_and_measured():
 def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny_tokenizer):
     target = load_target(str(TINY / "target"))
     target.generation_config.repetition_penalty = 1.3
-    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=2, setting="x")
+    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=2, setting="x")
     how = replace(HOW, max_new_tokens=12)
     variants = {"x": Variant(random_draft(target, num_layers=2), True)}
     found = evaluate_drafter(
@@ -209,7 +209,7 @@ def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny
 def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, trained_run, tiny_tokenizer):
     how = replace(HOW, sampling=Sampling(0.8, top_p=0.9))
     encoder = ChatEncoder(tiny_tokenizer, {})
-    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", most=6, setting="x")
+    talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=6, setting="x")
     prompts = own_answers(tiny_target, encoder, "x", talks, how)
     report = compare(tiny_target, Variant(load_draft(trained_run / "export", tiny_target), True), prompts, how, "x")
     assert report.identical == 6 and report.tau > 1

@@ -85,7 +85,7 @@ class ChatEncoder:
         Raises:
             BadRecord: the template rejects it, or a message contains one of the target's special tokens.
         """
-        return self.tokenise([self.render(messages)])[0]
+        return self.tokenize([self.render(messages)])[0]
 
     def render(self, messages: Messages) -> Rendered:
         """Render a conversation with the target's chat template and locate the assistant's spans.
@@ -110,7 +110,7 @@ class ChatEncoder:
         variables = {"variables": self.variables, "special": self.special_tokens}
         return {"tokenizer": tokens, "template": self.template, **variables, **dated}
 
-    def tokenise(self, rendered: list[Rendered]) -> list[Document]:
+    def tokenize(self, rendered: list[Rendered]) -> list[Document]:
         """Tokenize rendered conversations. Batching many conversations is faster."""
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
         return [self._document(r, encoding) for r, encoding in zip(rendered, encodings, strict=True)]
@@ -143,7 +143,7 @@ class ChatEncoder:
             Rendered(rendered.text[a:b], [(s - a, e - a) for s, e in rendered.spans if a <= s < b])
             for a, b in pairwise(edges)
         ]
-        documents = self.tokenise(pieces)
+        documents = self.tokenize(pieces)
         return Document(
             np.concatenate([d.input_ids for d in documents]), np.concatenate([d.supervised for d in documents])
         )

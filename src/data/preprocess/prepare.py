@@ -10,8 +10,8 @@ import numpy as np
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.packing import PackedRows
-from data.preprocess.tokenized import BAD, OUTCOMES, Documents, Tokenising, tokenise
-from data.sources.readers import Part
+from data.preprocess.tokenized import BAD, OUTCOMES, Documents, TokenizeSettings, tokenize
+from data.sources.readers import Source
 from data.sources.rejects import refuse_bad
 
 
@@ -39,7 +39,7 @@ class Subset:
 
 
 def prepare(
-    parts: list[Part],
+    sources: list[Source],
     encoder: ChatEncoder,
     *,
     max_seq_len: int,
@@ -58,8 +58,8 @@ def prepare(
     Raises:
         UserError: bad records with policy "stop", no training data, or no answer with at least `block_size` tokens.
     """
-    settings = Tokenising(max_seq_len=max_seq_len, truncation=truncation)
-    documents = tokenise(parts, encoder, settings, num_proc=processes(num_proc))
+    settings = TokenizeSettings(max_seq_len=max_seq_len, truncation=truncation)
+    documents = tokenize(sources, encoder, settings, num_proc=processes(num_proc))
     refuse_bad(documents.rejects(), documents.table.num_rows, bad_records, rejects)
     _check(documents, block_size, max_seq_len, validation_records)
     order = np.random.default_rng(seed).permutation(len(documents))

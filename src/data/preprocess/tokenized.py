@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder, Document
-from data.sources.readers import Chunk, Found, Part, fingerprint
+from data.sources.readers import Chunk, RawRecord, Source, fingerprint
 from data.sources.records import Messages, conversation
 from data.sources.rejects import RAW_CHARACTERS, printable, reject
 
@@ -41,7 +41,7 @@ CODE = ("batch", "preprocess/chat_template", "preprocess/tokenized", "sources/re
 
 
 @dataclass(frozen=True)
-class Tokenising:
+class TokenizeSettings:
     """Tokenization settings. With the records and the encoder, they determine the tokens."""
 
     max_seq_len: int
@@ -51,8 +51,8 @@ class Tokenising:
 class Documents(Sequence[Document]):
     """Memory-mapped tokenized conversations in record order, without rejected and dropped records."""
 
-    def __init__(self, table: Dataset, parts: list[Part]) -> None:
-        self.table, self.parts = table, parts
+    def __init__(self, table: Dataset, sources: list[Source]) -> None:
+        self.table, self.sources = table, sources
         self.indices = np.flatnonzero(np.isin(table.data.column("outcome").to_numpy(), (KEPT, CUT)))
         self._tokens = table.select_columns(["input_ids", "supervised"]).with_format("numpy")
 
@@ -93,18 +93,18 @@ class Documents(Sequence[Document]):
         """Yield an entry of the rejects file for each bad record: location, reason, start of the record."""
         for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():
             row = self.table[i]
-            found = Found(row["place"], None, None, row["raw"])
-            yield reject(self.parts[row["part"]], found, row["reason"])
+            found = RawRecord(row["place"], None, None, row["raw"])
+            yield reject(self.sources[row["part"]], found, row["reason"])
 
 
-def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, num_proc: int) -> Documents:
+def tokenize(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings, *, num_proc: int) -> Documents:
     """Tokenize all records, or load the result from the cache.
 
     The order of documents does not depend on the number of processes. A file lock lets one rank or run tokenize the
     data while the others wait. The cache entry is renamed into place once complete, so an interrupted run leaves no
     partial entry.
     """
-    key = _fingerprint(parts, encoder, settings)
+    key = _fingerprint(sources, encoder, settings)
     home = Path(datasets.config.HF_DATASETS_CACHE) / "flexdraft" / key
     home.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{home}.lock")
@@ -115,22 +115,24 @@ def tokenise(parts: list[Part], encoder: ChatEncoder, settings: Tokenising, *, n
         lock.acquire()
     try:
         if not (home / "files.json").exists():
-            _write(home, parts, encoder, settings, num_proc, key)
+            _write(home, sources, encoder, settings, num_proc, key)
     finally:
         lock.release()
     files = json.loads((home / "files.json").read_text(encoding="utf-8"))
-    return Documents(concatenate_datasets([Dataset.from_file(str(home / file)) for file in files]), parts)
+    return Documents(concatenate_datasets([Dataset.from_file(str(home / file)) for file in files]), sources)
 
 
-def _write(home: Path, parts: list[Part], encoder: ChatEncoder, settings: Tokenising, num_proc: int, key: str) -> None:
-    chunks = [{"part": n} | asdict(chunk) for n, part in enumerate(parts) for chunk in part.source.chunks()]
+def _write(
+    home: Path, sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings, num_proc: int, key: str
+) -> None:
+    chunks = [{"part": n} | asdict(chunk) for n, source in enumerate(sources) for chunk in source.reader.chunks()]
     index = Dataset.from_list(chunks)
     temporary = home.with_name(f"{key}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     table = index.map(
-        tokenise_chunk,
-        fn_kwargs={"parts": parts, "encoder": encoder, "settings": settings},
+        tokenize_chunk,
+        fn_kwargs={"sources": sources, "encoder": encoder, "settings": settings},
         batched=True,
         batch_size=1,
         remove_columns=index.column_names,
@@ -138,7 +140,7 @@ def _write(home: Path, parts: list[Part], encoder: ChatEncoder, settings: Tokeni
         num_proc=workers if (workers := min(num_proc, len(chunks))) > 1 else None,
         cache_file_name=str(temporary / "documents.arrow"),
         new_fingerprint=key,
-        desc=f"tokenise {sum(part.take for part in parts):,} conversations, in chunks",
+        desc=f"tokenise {sum(source.take for source in sources):,} conversations, in chunks",
     )
     files = [Path(file["filename"]).name for file in table.cache_files]
     (temporary / "files.json").write_text(json.dumps(files), encoding="utf-8")
@@ -146,14 +148,14 @@ def _write(home: Path, parts: list[Part], encoder: ChatEncoder, settings: Tokeni
     temporary.rename(home)
 
 
-def tokenise_chunk(
-    columns: dict[str, list[int]], *, parts: list[Part], encoder: ChatEncoder, settings: Tokenising
+def tokenize_chunk(
+    columns: dict[str, list[int]], *, sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings
 ) -> dict[str, list[Any]]:
     """Tokenize the records of one chunk. Return the columns of `FEATURES`."""
     (number,) = columns.pop("part")
-    part, chunk = parts[number], Chunk(**{name: value for name, (value,) in columns.items()})
+    source, chunk = sources[number], Chunk(**{name: value for name, (value,) in columns.items()})
     rows, whole = [], []
-    for found in part.read(chunk):
+    for found in source.read(chunk):
         row = {"part": number, "place": found.place, "reason": "", "raw": "", "digest": 0, "tokens": 0}
         rows.append(row)
         try:
@@ -165,7 +167,7 @@ def tokenise_chunk(
         else:
             row["digest"] = _digest(messages)
             whole.append((row, messages, rendered))
-    documents = encoder.tokenise([rendered for _, _, rendered in whole])
+    documents = encoder.tokenize([rendered for _, _, rendered in whole])
     for (row, messages, _), document in zip(whole, documents, strict=True):
         kept = fit_to_row(document, messages, encoder, settings)
         row |= {"outcome": _outcome(document, kept), "tokens": len(document.input_ids)}
@@ -173,7 +175,9 @@ def tokenise_chunk(
     return {name: [row[name] for row in rows] for name in FEATURES}
 
 
-def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, settings: Tokenising) -> Document | None:
+def fit_to_row(
+    document: Document, messages: Messages, encoder: ChatEncoder, settings: TokenizeSettings
+) -> Document | None:
     """Truncate a document to the row length. Return None if it must be dropped."""
     limit = settings.max_seq_len
     if len(document.input_ids) <= limit:
@@ -189,7 +193,7 @@ def fit_to_row(document: Document, messages: Messages, encoder: ChatEncoder, set
     return next((document for document in shorter if len(document.input_ids) <= limit), None)
 
 
-def _conversation(found: Found) -> Messages:
+def _conversation(found: RawRecord) -> Messages:
     if found.problem:
         raise BadRecord(found.problem)
     return conversation(found.record)
@@ -237,10 +241,10 @@ def _lengths(table: Dataset, name: str) -> np.ndarray:
     return np.concatenate(offsets) if offsets else np.zeros(0, np.int32)
 
 
-def _fingerprint(parts: list[Part], encoder: ChatEncoder, settings: Tokenising) -> str:
+def _fingerprint(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings) -> str:
     here = Path(__file__).parents[1]
     matters = {
-        "records": fingerprint(parts),
+        "records": fingerprint(sources),
         "encoder": encoder.fingerprint(),
         "settings": asdict(settings),
         "code": [(here / f"{name}.py").read_text(encoding="utf-8") for name in CODE],

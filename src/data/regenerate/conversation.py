@@ -42,7 +42,7 @@ def repeats(text: str, words: int, times: int) -> bool:
 
 
 @dataclass
-class Exchange:
+class Conversation:
     """A conversation that is answered turn by turn."""
 
     id: str
@@ -70,7 +70,7 @@ class Exchange:
             self.outcome = fault
 
 
-Finish = Callable[[Exchange], None]
+Finish = Callable[[Conversation], None]
 
 
 def seed_of(seed: int, name: str) -> int:

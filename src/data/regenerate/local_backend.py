@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.regenerate.conversation import REFUSED, Exchange, Finish, Sampling, seed_of
+from data.regenerate.conversation import REFUSED, Conversation, Finish, Sampling, seed_of
 
 # Sampling parameters of transformers for which the target's generation config is ignored.
 SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -62,7 +62,7 @@ class LocalBackend:
             **({} if greedy else sampled),
         }
 
-    def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool = False) -> None:
+    def run(self, exchanges: Iterable[Conversation], finish: Finish, *, answered_before: bool = False) -> None:
         """Answer all questions of all exchanges. `answered_before` is ignored."""
         exchanges = iter(exchanges)
         while active := list(islice(exchanges, self.batch_size * WINDOW)):
@@ -70,7 +70,7 @@ class LocalBackend:
                 self._round(active, finish)
                 active = [exchange for exchange in active if exchange.outcome is None]
 
-    def _round(self, active: list[Exchange], finish: Finish) -> None:
+    def _round(self, active: list[Conversation], finish: Finish) -> None:
         """Answer one question of each active exchange."""
         asked = []
         for exchange in active:

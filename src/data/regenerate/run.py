@@ -28,9 +28,9 @@ import data.threads  # before torch  # noqa: F401
 from data.config.compose import check_choices, command_line, plain
 from data.config.unused import Unused, check_unused
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import KEPT, Exchange, Sampling
-from data.regenerate.sample_log import Journal
-from data.sources.readers import Found, Part, fingerprint, open_parts, read_all
+from data.regenerate.conversation import KEPT, Conversation, Sampling
+from data.regenerate.sample_log import SampleLog
+from data.sources.readers import RawRecord, Source, fingerprint, open_sources, read_all
 from data.sources.records import Messages, questions
 from data.sources.rejects import printable, refuse_bad, reject
 from data.terminal import run_command, say
@@ -93,22 +93,22 @@ def regenerate(config: DictConfig) -> None:
 
 def _regenerate(config: DictConfig, output: Path) -> None:
     data = plain(config, "data")["data"]
-    parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
-    ids = sample_ids(parts, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
-    settings, record = _settings(config, parts), output.with_suffix(".settings.json")
+    sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"])
+    ids = sample_ids(sources, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
+    settings, record = _settings(config, sources), output.with_suffix(".settings.json")
     if not isinstance(config.overwrite, bool):
         raise UserError(f"overwrite={config.overwrite}: expected true or false; stages are for python -m train.")
     if _finished(record, settings, output, config.overwrite):
         say(f"finished before: {output}")
         return
-    journal = Journal(output.with_suffix(".unfinished.jsonl"))
+    journal = SampleLog(output.with_suffix(".unfinished.jsonl"))
     todo = sum(sample_id not in journal for sample_id in ids.values())
     backend = _backend(config) if todo else None  # before any file is written, since it may raise UserError
     _write_json(record, {"settings": settings, "written_with": _written_with(config)})
     counts = Counter()
     with tqdm(total=len(ids), initial=len(ids) - todo, desc="answers", unit="") as bar:
 
-        def finish(exchange: Exchange) -> None:
+        def finish(exchange: Conversation) -> None:
             outcome = str(exchange.outcome)
             journal.add(exchange.id, {"outcome": outcome, "tokens": exchange.tokens, "messages": exchange.messages})
             counts["tokens"] += exchange.tokens
@@ -118,7 +118,7 @@ def _regenerate(config: DictConfig, output: Path) -> None:
             bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
 
         if backend:
-            backend.run(_open_exchanges(parts, ids, journal), finish, answered_before=len(journal) > 0)
+            backend.run(_open_exchanges(sources, ids, journal), finish, answered_before=len(journal) > 0)
     outcomes = _put_together(journal, list(ids.values()), output)
     _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
     journal.remove()
@@ -128,8 +128,8 @@ def _regenerate(config: DictConfig, output: Path) -> None:
         raise UserError(f"No answer was kept; why is in {output.with_suffix('.dropped.jsonl')}.")
 
 
-def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
-    """Map (part index, place) of each sample to its id: the record's `id` field, otherwise file and line.
+def sample_ids(sources: list[Source], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
+    """Map (source index, place) of each sample to its id: the record's `id` field, otherwise file and line.
 
     Bad records are written to `rejects`: records without a question, and duplicate ids.
 
@@ -138,10 +138,10 @@ def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple
     """
     ids: dict[tuple[int, int], str] = {}
     owners: dict[str, str] = {}
-    labels = Counter(part.source.label for part in parts)
+    labels = Counter(source.reader.label for source in sources)
     bad = []
-    for number, part, found in _numbered(parts):
-        where, label = part.source.where(found.place), part.source.label
+    for number, source, found in _numbered(sources):
+        where, label = source.reader.where(found.place), source.reader.label
         label = label if labels[label] == 1 else f"{number}/{label}"
         try:
             _questions(found)
@@ -152,7 +152,7 @@ def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple
             if sample_id in owners:
                 raise BadRecord(f"id {sample_id!r} was used before, at {owners[sample_id]}")
         except BadRecord as error:
-            bad.append(reject(part, found, str(error)))
+            bad.append(reject(source, found, str(error)))
         else:
             ids[number, found.place] = sample_id
             owners[sample_id] = where
@@ -162,22 +162,24 @@ def sample_ids(parts: list[Part], bad_records: str, rejects: Path) -> dict[tuple
     return ids
 
 
-def _numbered(parts: list[Part]) -> Iterator[tuple[int, Part, Found]]:
-    return ((number, part, found) for number, part in enumerate(parts) for _, found in read_all([part]))
+def _numbered(sources: list[Source]) -> Iterator[tuple[int, Source, RawRecord]]:
+    return ((number, source, found) for number, source in enumerate(sources) for _, found in read_all([source]))
 
 
-def _questions(found: Found) -> Messages:
+def _questions(found: RawRecord) -> Messages:
     if found.problem:
         raise BadRecord(found.problem)
     return questions(found.record)
 
 
-def _open_exchanges(parts: list[Part], ids: dict[tuple[int, int], str], journal: Journal) -> Iterator[Exchange]:
+def _open_exchanges(
+    sources: list[Source], ids: dict[tuple[int, int], str], journal: SampleLog
+) -> Iterator[Conversation]:
     """Lazily yield the unfinished samples."""
-    for number, _, found in _numbered(parts):
+    for number, _, found in _numbered(sources):
         sample_id = ids.get((number, found.place))
         if sample_id is not None and sample_id not in journal:
-            yield Exchange(sample_id, questions(found.record))
+            yield Conversation(sample_id, questions(found.record))
 
 
 def _backend(config: DictConfig) -> Any:
@@ -198,12 +200,12 @@ def _backend(config: DictConfig) -> Any:
     return LocalBackend(target, tokenizer, encoder, sampling, **chosen["regenerate"]["local"])
 
 
-def _settings(config: DictConfig, parts: list[Part]) -> dict[str, Any]:
+def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
     """Return everything that affects the answers."""
     chosen, target = plain(config, "regenerate")["regenerate"], plain(config, "model")["model"]["target"]
     settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
     settings |= {"seed": config.seed, "template_kwargs": plain(config, "data")["data"]["template_kwargs"]}
-    settings["questions"] = fingerprint(parts)
+    settings["questions"] = fingerprint(sources)
     if chosen["backend"] == "server":
         return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
     from data.preprocess.chat_template import load_encoder
@@ -258,7 +260,7 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
     return output.exists() and not unfinished.exists()
 
 
-def _put_together(journal: Journal, ids: list[str], output: Path) -> dict[str, int]:
+def _put_together(journal: SampleLog, ids: list[str], output: Path) -> dict[str, int]:
     """Write kept and dropped conversations to their files in question order. Return counts by outcome."""
     outcomes: Counter[str] = Counter()
     files = [output, output.with_suffix(".dropped.jsonl")]

@@ -9,7 +9,7 @@ from typing import Any
 from data.errors import UserError
 
 
-class Journal:
+class SampleLog:
     """A JSONL log of finished samples in completion order, indexed by sample id."""
 
     def __init__(self, path: Path) -> None:

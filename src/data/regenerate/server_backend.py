@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import REFUSED, Exchange, Finish, Sampling, seed_of
+from data.regenerate.conversation import REFUSED, Conversation, Finish, Sampling, seed_of
 from data.sources.records import Messages
 
 FIRST_REFUSALS = 20  # rejections before the first answer after which the request settings are considered invalid
@@ -39,9 +39,9 @@ class ServerBackend:
         self.headers = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
         self.away_since: float | None = None
         self.answered = False
-        self.held: list[Exchange] = []
+        self.held: list[Conversation] = []
 
-    def run(self, exchanges: Iterable[Exchange], finish: Finish, *, answered_before: bool) -> None:
+    def run(self, exchanges: Iterable[Conversation], finish: Finish, *, answered_before: bool) -> None:
         """Answer all questions of all exchanges, with up to `in_flight` concurrent requests.
 
         Rejections are held back until the first successful answer, in this run or (`answered_before`) an earlier one:
@@ -58,7 +58,7 @@ class ServerBackend:
         if self.held:
             raise self._at_fault(str(self.held[0].outcome))
 
-    async def _all(self, exchanges: Iterator[Exchange], finish: Finish) -> None:
+    async def _all(self, exchanges: Iterator[Conversation], finish: Finish) -> None:
         limits = httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
         async with (
             httpx.AsyncClient(timeout=self.timeout, limits=limits, headers=self.headers) as client,
@@ -67,7 +67,7 @@ class ServerBackend:
             for _ in range(self.in_flight):
                 workers.create_task(self._worker(client, exchanges, finish))
 
-    async def _worker(self, client: httpx.AsyncClient, exchanges: Iterator[Exchange], finish: Finish) -> None:
+    async def _worker(self, client: httpx.AsyncClient, exchanges: Iterator[Conversation], finish: Finish) -> None:
         for exchange in exchanges:  # iterator shared by all workers
             while exchange.outcome is None:
                 seed = seed_of(self.sampling.seed, f"{exchange.id}/{len(exchange.messages)}")

@@ -26,7 +26,7 @@ from data.preprocess.chat_template import ChatEncoder, load_encoder
 from data.preprocess.prepare import Prepared, prepare
 from data.preprocess.tokenized import BAD, OUTCOMES
 from data.report import statistics
-from data.sources.readers import Part, open_parts, read_strictly
+from data.sources.readers import Source, open_sources, read_strictly
 from data.sources.records import prompt
 from data.terminal import run_command, say, terminal
 
@@ -62,10 +62,10 @@ def write_report(config: DictConfig) -> None:
     data, draft = settings["data"], settings["model"]["draft"]
     encoder, tokenizer = load_encoder(settings["model"]["target"], data["template_kwargs"])
     encoder.check_kwargs(data["template_kwargs"], sys.argv[1:], say)
-    parts = open_parts(data["path"], split=data["split"], max_records=data["max_records"])
+    sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"])
     folder = Path(config.run_dir) / "data_report"
     prepared = prepare(
-        parts,
+        sources,
         encoder,
         **{key: data[key] for key in ("max_seq_len", "truncation", "num_proc", "validation_records")},
         bad_records="skip",
@@ -73,14 +73,14 @@ def write_report(config: DictConfig) -> None:
         seed=config.seed,
         rejects=folder / "rejects.jsonl",
     )
-    prompts = read_strictly(data["prompts"], prompt, split="test", most=None, setting="data.prompts")
+    prompts = read_strictly(data["prompts"], prompt, split="test", limit=None, setting="data.prompts")
     sections = [
-        _records(prepared, parts),
+        _records(prepared, sources),
         *_rejects(prepared, folder),
         _lengths(prepared),
-        _supervision(parts, encoder),
+        _supervision(sources, encoder),
         _rows(prepared, settings["stage"]["attention_tuning"]),
-        _overlap(parts, prompts, data["prompts"]),
+        _overlap(sources, prompts, data["prompts"]),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     _plot(prepared, data["max_seq_len"], folder)
@@ -91,7 +91,7 @@ def write_report(config: DictConfig) -> None:
     say(f"\n{folder / 'report.md'}, with plots")
 
 
-def _records(prepared: Prepared, parts: list[Part]) -> Section:
+def _records(prepared: Prepared, sources: list[Source]) -> Section:
     documents = prepared.documents
     found = documents.outcomes()
     meaning = {
@@ -103,13 +103,13 @@ def _records(prepared: Prepared, parts: list[Part]) -> Section:
     }
     total = sum(found.values())
     rows = [[name, f"{count:,}", f"{count / total:.1%}", meaning[name]] for name, count in found.items()]
-    sources = [f"{part.source.name}: {part.take:,} of {part.source.count:,} records" for part in parts]
+    lines = [f"{source.reader.name}: {source.take:,} of {source.reader.count:,} records" for source in sources]
     same = statistics.duplicates(documents)
     return Section(
         f"{total:,} records",
         ["what became of them", "records", "share", ""],
         rows,
-        [*sources, f"{same:,} conversations equal an earlier one, word for word."],
+        [*lines, f"{same:,} conversations equal an earlier one, word for word."],
     )
 
 
@@ -137,8 +137,8 @@ def _lengths(prepared: Prepared) -> Section:
     return Section("Length in tokens", ["", "least", "10%", "median", "90%", "most"], rows, [note])
 
 
-def _supervision(parts: list[Part], encoder: ChatEncoder) -> Section:
-    found = statistics.roles(parts, encoder)
+def _supervision(sources: list[Source], encoder: ChatEncoder) -> Section:
+    found = statistics.roles(sources, encoder)
     total = sum(found.tokens.values())
     rows = [
         [role, f"{count:,}", f"{count / total:.1%}", f"{found.supervised[role] / count:.1%}"]
@@ -173,13 +173,13 @@ def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:
     return Section("Rows", ["", ""], table)
 
 
-def _overlap(parts: list[Part], prompts: list[Any], path: Any) -> Section:
-    total = sum(part.take for part in parts)
+def _overlap(sources: list[Source], prompts: list[Any], path: Any) -> Section:
+    total = sum(source.take for source in sources)
 
     def progress(records: Iterable[Any]) -> Iterable[Any]:
         return tqdm(records, total=total, desc="overlap with the evaluation", unit=" records", delay=2)
 
-    same, shared, where = statistics.overlap(parts, prompts, progress)
+    same, shared, where = statistics.overlap(sources, prompts, progress)
     rows = [
         ["the same question", f"{same:,}"],
         [f"{statistics.OVERLAP_WORDS} words in a row in common", f"{shared:,}"],

@@ -12,7 +12,7 @@ from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.packing import PackedRows
 from data.preprocess.tokenized import BAD, Documents
-from data.sources.readers import Part, read_all
+from data.sources.readers import Source, read_all
 from data.sources.records import Messages, conversation, questions
 
 OVERLAP_WORDS = 13  # length of the word n-grams that count as overlap, as in the GPT-3 paper
@@ -57,19 +57,19 @@ class Roles:
     conversations: int = 0
 
 
-def roles(parts: list[Part], encoder: ChatEncoder) -> Roles:
+def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
     """Count tokens by role in up to SAMPLED conversations, spread evenly over the data.
 
     Roles are assigned by searching for the message texts, independently of the supervision mask. Supervised user tokens
     therefore indicate a bug.
     """
     found = Roles()
-    for messages in _sampled(parts):
+    for messages in _sampled(sources):
         try:
             rendered = encoder.render(messages)
         except BadRecord:
             continue
-        document = encoder.tokenise([rendered])[0]
+        document = encoder.tokenize([rendered])[0]
         starts = [start for start, _ in encoder.backend.encode(rendered.text, add_special_tokens=False).offsets]
         if len(starts) != len(document.input_ids):
             continue  # prompt and answer were tokenized separately: the offsets do not match
@@ -87,9 +87,9 @@ def roles(parts: list[Part], encoder: ChatEncoder) -> Roles:
     return found
 
 
-def _sampled(parts: list[Part]) -> Iterator[Messages]:
-    total = sum(part.take for part in parts)
-    for number, (_, record) in enumerate(read_all(parts)):
+def _sampled(sources: list[Source]) -> Iterator[Messages]:
+    total = sum(source.take for source in sources)
+    for number, (_, record) in enumerate(read_all(sources)):
         if (number + 1) * SAMPLED // total > number * SAMPLED // total or total <= SAMPLED:
             try:
                 if not record.problem:
@@ -98,7 +98,9 @@ def _sampled(parts: list[Part]) -> Iterator[Messages]:
                 continue
 
 
-def overlap(parts: list[Part], prompts: list[Messages], progress: Callable[[Any], Any]) -> tuple[int, int, list[str]]:
+def overlap(
+    sources: list[Source], prompts: list[Messages], progress: Callable[[Any], Any]
+) -> tuple[int, int, list[str]]:
     """Detect overlap of training questions with evaluation prompts, ignoring case, punctuation and whitespace.
 
     Returns:
@@ -109,7 +111,7 @@ def overlap(parts: list[Part], prompts: list[Messages], progress: Callable[[Any]
     whole = {tuple(words) for words in asked}
     runs = {run for words in asked for run in _runs(words)}
     same, shared, where = 0, 0, []
-    for part, found in progress(read_all(parts)):
+    for source, found in progress(read_all(sources)):
         try:
             turns = [m["content"] for m in questions(found.record) if m["role"] == "user"] if not found.problem else []
         except BadRecord:
@@ -119,7 +121,7 @@ def overlap(parts: list[Part], prompts: list[Messages], progress: Callable[[Any]
         run = not equal and any(run in runs for words in texts for run in _runs(words))
         same, shared = same + equal, shared + run
         if (equal or run) and len(where) < 5:
-            where.append(part.source.where(found.place))
+            where.append(source.reader.where(found.place))
     return same, shared, where
 
 

@@ -3,15 +3,15 @@
 from typing import Any
 
 from data.errors import BadRecord, UserError
-from data.sources.readers import fingerprint, open_parts, read_strictly
+from data.sources.readers import fingerprint, open_sources, read_strictly
 from data.sources.records import Messages, questions
 
 ALL = "all"  # reserved name: all benchmarks combined
 KEYS = ("path", "subset", "split", "turns", "template")
 
 
-def read_benchmark(name: str, settings: Any, most: int | None) -> list[Messages]:
-    """Read the system and user turns of the first `most` conversations of a benchmark.
+def read_benchmark(name: str, settings: Any, limit: int | None) -> list[Messages]:
+    """Read the system and user turns of the first `limit` conversations of a benchmark.
 
     Args:
         settings: `path` of a file, a folder or a Hub data set; `subset` and `split` of a Hub data set. If records are
@@ -23,14 +23,14 @@ def read_benchmark(name: str, settings: Any, most: int | None) -> list[Messages]
     """
     _check(name, settings)
     parse = _parser(settings.get("turns"), settings.get("template"))
-    return read_strictly(_source(settings), parse, split="test", most=most, setting=f"benchmarks.{name}.path")
+    return read_strictly(_source(settings), parse, split="test", limit=limit, setting=f"benchmarks.{name}.path")
 
 
 def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
     """Return everything that affects the questions: file contents and parsing settings, not paths or dates."""
     _check(name, settings)
-    parts = open_parts(_source(settings), split="test", max_records=None, setting=f"benchmarks.{name}.path")
-    return [fingerprint(parts), settings.get("turns"), settings.get("template")]
+    sources = open_sources(_source(settings), split="test", max_records=None, setting=f"benchmarks.{name}.path")
+    return [fingerprint(sources), settings.get("turns"), settings.get("template")]
 
 
 def _check(name: str, settings: Any) -> None:

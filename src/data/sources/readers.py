@@ -38,7 +38,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Found:
+class RawRecord:
     """A raw record, or the reason why it could not be read."""
 
     place: int  # line or row number
@@ -51,7 +51,7 @@ class Found:
         return json.dumps(self.record, ensure_ascii=True, default=str) if self.line is None else self.line
 
 
-class Source(Protocol):
+class Reader(Protocol):
     """A file, table or data set."""
 
     name: str
@@ -60,7 +60,7 @@ class Source(Protocol):
     fingerprint: str  # hash of the content
 
     def chunks(self) -> list[Chunk]: ...
-    def read(self, chunk: Chunk) -> Iterator[Found]: ...
+    def read(self, chunk: Chunk) -> Iterator[RawRecord]: ...
     def where(self, place: int) -> str: ...
 
 
@@ -117,10 +117,10 @@ class JsonLines:
     def chunks(self) -> list[Chunk]:
         return self._chunks
 
-    def read(self, chunk: Chunk) -> Iterator[Found]:
+    def read(self, chunk: Chunk) -> Iterator[RawRecord]:
         if chunk.records == 1 and chunk.size > MAX_LINE_BYTES:
             problem = f"{chunk.size:,} bytes; a record may have at most {MAX_LINE_BYTES:,}"
-            yield Found(chunk.line, None, problem, "")
+            yield RawRecord(chunk.line, None, problem, "")
             return
         with open(self.name, "rb") as file:
             file.seek(chunk.start)
@@ -133,14 +133,14 @@ class JsonLines:
         return f"{self.name}:{place}"
 
 
-def _decoded(number: int, line: bytes) -> Found:
+def _decoded(number: int, line: bytes) -> RawRecord:
     try:
-        return Found(number, json.loads(line.decode("utf-8")))
+        return RawRecord(number, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}"
     except (ValueError, RecursionError) as error:
         problem = f"not JSON: {error}"
-    return Found(number, None, problem, line.decode("utf-8", errors="backslashreplace").strip())
+    return RawRecord(number, None, problem, line.decode("utf-8", errors="backslashreplace").strip())
 
 
 class Table:
@@ -154,43 +154,43 @@ class Table:
         starts = range(0, self.count, CHUNK_RECORDS)
         return [Chunk(s, n := min(CHUNK_RECORDS, self.count - s), s, s, n) for s in starts]
 
-    def read(self, chunk: Chunk) -> Iterator[Found]:
+    def read(self, chunk: Chunk) -> Iterator[RawRecord]:
         columns = self.dataset[chunk.start : chunk.start + chunk.size]
         for i in range(chunk.size):
             record = {name: values[i] for name, values in columns.items()}
-            yield Found(chunk.start + i, record)
+            yield RawRecord(chunk.start + i, record)
 
     def where(self, place: int) -> str:
         return f"{self.name}[{place}]"
 
 
 @dataclass(frozen=True)
-class Part:
+class Source:
     """A source and the number of records to take from it, spread evenly over the source."""
 
-    source: Source
+    reader: Reader
     take: int
 
     def taken(self, record: int) -> bool:
         """Return whether the record with this index (blank lines not counted) is selected."""
-        return (record + 1) * self.take // self.source.count > record * self.take // self.source.count
+        return (record + 1) * self.take // self.reader.count > record * self.take // self.reader.count
 
-    def read(self, chunk: Chunk) -> Iterator[Found]:
+    def read(self, chunk: Chunk) -> Iterator[RawRecord]:
         """Yield the selected records of a chunk."""
-        for number, found in enumerate(self.source.read(chunk), start=chunk.first):
+        for number, found in enumerate(self.reader.read(chunk), start=chunk.first):
             if self.taken(number):
                 yield found
 
 
-def read_all(parts: list[Part]) -> Iterator[tuple[Part, Found]]:
-    """Yield the selected records of all parts, in order."""
-    for part in parts:
-        for chunk in part.source.chunks():
-            for found in part.read(chunk):
-                yield part, found
+def read_all(sources: list[Source]) -> Iterator[tuple[Source, RawRecord]]:
+    """Yield the selected records of all sources, in order."""
+    for source in sources:
+        for chunk in source.reader.chunks():
+            for found in source.read(chunk):
+                yield source, found
 
 
-def open_parts(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Part]:
+def open_sources(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Source]:
     """Open the sources of a setting: a path, a Hub id, or a list of these or of `{path, weight, split, subset}`.
 
     With weights, take as many records as possible in these proportions without repeating any; without weights, take
@@ -206,14 +206,14 @@ def open_parts(path: Any, *, split: str, max_records: int | None, setting: str =
     if len({weight is None for weight in weights}) > 1:
         raise UserError(f"{setting}: some sources have a weight and some have none. Give all of them one, or none.")
     opened = [_open(str(item["path"]), item["split"], item["subset"]) for item in given]
-    empty = [item["path"] for item, sources in zip(given, opened, strict=True) if not sum(s.count for s in sources)]
+    empty = [item["path"] for item, readers in zip(given, opened, strict=True) if not sum(r.count for r in readers)]
     if empty:
         raise UserError(f"{setting}={empty[0]} holds no record. Expected one JSON object a line, or rows of a table.")
-    takes = mix([sum(s.count for s in sources) for sources in opened], weights, max_records)
+    takes = mix([sum(r.count for r in readers) for readers in opened], weights, max_records)
     return [
-        Part(source, share)
-        for sources, take in zip(opened, takes, strict=True)
-        for source, share in zip(sources, mix([s.count for s in sources], [None] * len(sources), take), strict=True)
+        Source(reader, share)
+        for readers, take in zip(opened, takes, strict=True)
+        for reader, share in zip(readers, mix([r.count for r in readers], [None] * len(readers), take), strict=True)
         if share
     ]
 
@@ -227,9 +227,9 @@ def mix(counts: list[int], weights: list[float | None], max_records: int | None)
     return [min(after - before, count) for before, after, count in zip(edges, edges[1:], counts, strict=False)]
 
 
-def fingerprint(parts: list[Part]) -> list[list[Any]]:
-    """Return everything that affects the records of the parts: file contents, not paths or dates."""
-    return [[part.source.fingerprint, part.take] for part in parts]
+def fingerprint(sources: list[Source]) -> list[list[Any]]:
+    """Return everything that affects the records of the sources: file contents, not paths or dates."""
+    return [[source.reader.fingerprint, source.take] for source in sources]
 
 
 def _settings(item: Any, split: str, setting: str) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _settings(item: Any, split: str, setting: str) -> dict[str, Any]:
     return {"path": item["path"], "weight": weight, "split": item.get("split") or split, "subset": subset}
 
 
-def _open(path: str, split: str, subset: str | None) -> list[Source]:
+def _open(path: str, split: str, subset: str | None) -> list[Reader]:
     place = Path(path)
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix in FILES and file.is_file())
@@ -265,7 +265,7 @@ def _open(path: str, split: str, subset: str | None) -> list[Source]:
     return [_open_hub(path, split, subset)]
 
 
-def _open_file(file: Path, label: str) -> Source:
+def _open_file(file: Path, label: str) -> Reader:
     if file.suffix not in (".parquet", ".arrow"):
         return JsonLines(file, label)
     with file.open("rb") as content:
@@ -284,7 +284,7 @@ def _open_file(file: Path, label: str) -> Source:
     return Table(str(file), dataset, sha256, label)
 
 
-def _open_hub(name: str, split: str, subset: str | None) -> Source:
+def _open_hub(name: str, split: str, subset: str | None) -> Reader:
     try:
         dataset = load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -296,19 +296,19 @@ def _open_hub(name: str, split: str, subset: str | None) -> Source:
     return Table(label, dataset, f"{label}/{dataset._fingerprint}")
 
 
-def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, most: int | None, setting: str) -> list[T]:
-    """Read and parse the first `most` records of a small set, such as evaluation prompts, allowing no bad records.
+def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, limit: int | None, setting: str) -> list[T]:
+    """Read and parse the first `limit` records of a small set, such as evaluation prompts, allowing no bad records.
 
     Raises:
         UserError: a record is bad; the message gives its file and line.
     """
     parsed = []
-    for part, found in islice(read_all(open_parts(path, split=split, max_records=None, setting=setting)), most):
+    for source, found in islice(read_all(open_sources(path, split=split, max_records=None, setting=setting)), limit):
         try:
             if found.problem:
                 raise BadRecord(found.problem)
             parsed.append(parse(found.record))
         except BadRecord as error:
-            where = part.source.where(found.place)
+            where = source.reader.where(found.place)
             raise UserError(f"{setting}: {where}: {error}. Mend or remove the record.") from None
     return parsed

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.sources.readers import Found, Part
+from data.sources.readers import RawRecord, Source
 
 RAW_CHARACTERS = 2000  # per bad record in the rejects file
 SHOWN = 5  # bad records in the error message; the file lists all
 
 
-def reject(part: Part, found: Found, reason: str) -> dict[str, Any]:
+def reject(source: Source, found: RawRecord, reason: str) -> dict[str, Any]:
     """Return one entry of the rejects file."""
-    where, raw = part.source.where(found.place), found.raw()[:RAW_CHARACTERS]
-    return {"file": part.source.name, "line": found.place, "where": where, "reason": printable(reason), "record": raw}
+    where, raw = source.reader.where(found.place), found.raw()[:RAW_CHARACTERS]
+    return {"file": source.reader.name, "line": found.place, "where": where, "reason": printable(reason), "record": raw}
 
 
 def printable(text: str) -> str:

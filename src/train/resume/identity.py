@@ -183,7 +183,7 @@ def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources)
     check_written(run_dir, inputs)
     inputs["target"] = resources.target_identity
     if stage in TRAINED:
-        inputs["data"] = fingerprint(resources.parts)
+        inputs["data"] = fingerprint(resources.sources)
     if stage == EVALUATE:
         inputs["export/config.json"] = read_config(run_dir / "export")
         given: Any = OmegaConf.to_container(config.benchmarks, resolve=True)
