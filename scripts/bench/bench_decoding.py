@@ -24,7 +24,7 @@ from bench_steps import Clock, matmul_rate
 
 from models.cost.flops import decoding_flops
 from models.cost.sizes import Sizes
-from models.decoding.forward_passes import Passes
+from models.decoding.forward_passes import ForwardPasses
 from models.decoding.kv_cache import KVCache
 from models.draft import DraftModel
 from models.target import load_target
@@ -108,7 +108,7 @@ def measure(draft: DraftModel, args: argparse.Namespace, rows: int, mode: str) -
     row_of = torch.arange(rows, device=device).repeat_interleave(args.context)
     places = torch.arange(args.context, device=device).repeat(rows)
     cache = KVCache(packed, row_of, places, rows, args.context + count, slots=count * size)
-    passes = Passes(target, draft, cache)
+    passes = ForwardPasses(target, draft, cache)
     del packed
     candidates = torch.randint(config.vocab_size, (rows, count), device=device)
     positions, reach = args.context + torch.arange(count, device=device).expand(rows, -1), args.context + count

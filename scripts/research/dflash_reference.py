@@ -27,9 +27,9 @@ from data.batch import Batch
 from data.config.compose import check_settings, composed
 from data.errors import UserError
 from models.acceptance import mean_acceptance_length, tau_interval
-from models.attention.layers import through_layers
+from models.attention.layers import run_layers
 from models.attention.packed import KeysValues, Mask, View, blocks_mask
-from models.decoding.generation_settings import followed_settings, stop_tokens
+from models.decoding.generation_settings import active_settings, stop_tokens
 from models.families import position_embeddings
 from models.hf_cache import crop, forward_cached
 from models.loss.block_loss import block_loss
@@ -96,7 +96,7 @@ class Reference(nn.Module):
         masks = self.mask_embedding.expand(*positions.shape[:2], self.block_size - 1, -1)
         hidden = torch.cat([embedded, masks], dim=2).flatten(1, 2)
         views = [View(mask, own) for own in context]
-        hidden = through_layers(self.target, self.layers, self.split_layer, hidden, positions.flatten(1), views)
+        hidden = run_layers(self.target, self.layers, self.split_layer, hidden, positions.flatten(1), views)
         return self.norm(hidden).view(*positions.shape, -1)
 
     def forward_batch(self, batch: Batch) -> Tensor:
@@ -216,7 +216,7 @@ def decode(draft: Reference, prompt: list[int], max_new_tokens: int) -> tuple[li
 def compare(config: DictConfig, resources: Resources, draft: Reference) -> dict[str, Any]:
     """τ on the first benchmark, and how many outputs are the target's own."""
     how = decoding_settings(config)
-    settings = followed_settings(resources.target)
+    settings = active_settings(resources.target)
     if settings:
         raise UserError(f"model.target: this drafter is compared by argmax, but the target's defaults are {settings}.")
     name, conversations = next(iter(resources.benchmarks.items()))

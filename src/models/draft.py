@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from data.batch import Batch
 from data.errors import out_of_memory
-from models.attention.layers import EAGER, Execution, through_layers
+from models.attention.layers import EAGER, Execution, run_layers
 from models.attention.masks import dense, own_block, per_window
 from models.attention.packed import Mask, View, blocks_mask
 from models.families import layer_windows
@@ -181,7 +181,7 @@ class DraftModel(nn.Module):
             masks = per_window(self.windows, lambda window: window and self._one_block(context, window))
         views = [View(*own[:2], window=own[2]) for own in zip(masks, context, self.windows, strict=True)]
         flat_positions = positions.reshape(rows, blocks * size)
-        hidden = through_layers(self.target, self.layers, self.split_layer, hidden, flat_positions, views, execution)
+        hidden = run_layers(self.target, self.layers, self.split_layer, hidden, flat_positions, views, execution)
         return self.target.model.norm(hidden).view(rows, blocks, size, -1)
 
     def forward_batch(

@@ -1,7 +1,7 @@
 """Differences between model architectures outside their decoder layers, and checks of supported targets.
 
 Decoder layers are reused unchanged, so norms, FFN or experts, projections, and partial or scaled RoPE need no special
-handling. This module covers the computation *between* layers, which `attention.layers.through_layers` takes over from
+handling. This module covers the computation *between* layers, which `attention.layers.run_layers` takes over from
 the model.
 """
 
@@ -13,10 +13,10 @@ from data.errors import out_of_memory
 
 # Compared with transformers' models in tests/models/test_families.py. `decoding.check_untested` checks other families.
 TESTED = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
-CHANGING = ("dynamic", "longrope")  # RoPE types whose angles depend on the sequence length
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # RoPE types whose angles depend on the sequence length
 
 # Config settings that change the model's computation in ways not implemented here.
-_UNKNOWN = {
+_UNSUPPORTED = {
     "attn_logit_softcapping": "capped attention scores",
     "final_logit_softcapping": "capped logits",
     "use_bidirectional_attention": "bidirectional attention",
@@ -50,7 +50,7 @@ def position_embeddings(
     return [embeddings[kind] for kind in kinds]
 
 
-def text_positions(config: PretrainedConfig, block_size: int) -> int:
+def max_text_length(config: PretrainedConfig, block_size: int) -> int:
     """Return the maximum number of tokens of prompt plus answer during decoding.
 
     Candidates and the block after them may extend past the end of the text. This is harmless unless RoPE's angles
@@ -64,7 +64,7 @@ def text_positions(config: PretrainedConfig, block_size: int) -> int:
         or getattr(config, "original_max_position_embeddings", None)
         or config.max_position_embeddings
         for part in kinds
-        if (part.get("rope_type") or part.get("type")) in CHANGING
+        if (part.get("rope_type") or part.get("type")) in LENGTH_DEPENDENT_ROPE
     ]
     constant = [int(limit) - 2 * block_size for limit in limits]
     return min([config.max_position_embeddings, *constant])
@@ -103,7 +103,7 @@ def _missing_settings(config: PretrainedConfig) -> list[str]:
     if getattr(config, "text_config", None) is not None:
         kind = getattr(config.text_config, "model_type", "language model")
         return [f"more than a language model (save its {kind} alone, and name that)"]
-    found = [what for name, what in _UNKNOWN.items() if getattr(config, name, None)]
+    found = [what for name, what in _UNSUPPORTED.items() if getattr(config, name, None)]
     kinds = set(layer_kinds(config)) - {"full_attention", "sliding_attention"}
     return found + [f"layers of kind {kind}" for kind in sorted(kinds)]
 

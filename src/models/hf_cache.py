@@ -14,22 +14,22 @@ NAMES = ("cache", "past_key_values")  # since 5.24, and earlier
 
 
 @functools.cache
-def arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+def forward_arguments(kind: type[nn.Module]) -> tuple[str, ...]:
     """Return the named parameters of a module's forward, in order, without `*args` and `**kwargs`."""
     parameters = inspect.signature(kind.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
 
-def require(kind: type[nn.Module], names: set[str]) -> None:
+def require_arguments(kind: type[nn.Module], names: set[str]) -> None:
     """Check that a module's forward takes these arguments by name instead of dropping them in `**kwargs`.
 
     Raises:
         ValueError: the forward lacks one of the names.
     """
-    if missing := sorted(names - set(arguments(kind))):
+    if missing := sorted(names - set(forward_arguments(kind))):
         raise ValueError(
             f"{kind.__name__}.forward of this transformers version takes no {', '.join(missing)}, but "
-            f"{', '.join(arguments(kind))}. Install a version that pyproject.toml names."
+            f"{', '.join(forward_arguments(kind))}. Install a version that pyproject.toml names."
         )
 
 
@@ -39,8 +39,8 @@ def forward_cached(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, 
     Raises:
         ValueError: the forward takes no cache argument, or the cache did not grow by T tokens.
     """
-    names = [name for name in NAMES if name in arguments(type(model))] or list(NAMES[:1])
-    require(type(model), set(names))
+    names = [name for name in NAMES if name in forward_arguments(type(model))] or list(NAMES[:1])
+    require_arguments(type(model), set(names))
     length = cache.get_seq_length() + tokens.shape[1]
     output = model(input_ids=tokens, use_cache=True, **{names[0]: cache}, **kwargs)
     for number in range(model.config.num_hidden_layers):

@@ -17,7 +17,7 @@ from transformers import (
 
 from data.batch import Batch
 from models.artifact import CONFIG, draft_settings, read_object
-from models.attention.layers import EAGER, Execution, through_layers
+from models.attention.layers import EAGER, Execution, run_layers
 from models.attention.masks import per_window
 from models.attention.packed import NAME, KeysValues, View, clean_mask
 from models.families import layer_windows
@@ -47,7 +47,7 @@ def load_target(
             drafter, weights are missing or do not match the config, or the device map spans several devices.
         OSError: the directory or Hub id does not exist or has no weights.
     """
-    torch_dtype = _floating(dtype)
+    torch_dtype = _resolve_dtype(dtype)
     if (name is None) == (architecture is None):
         raise ValueError(
             f"Give either the target's name or an architecture for random weights, not {name!r} and {architecture!r}."
@@ -60,7 +60,7 @@ def load_target(
         config = AutoConfig.for_model(**architecture)
         target = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=NAME)
         return target.requires_grad_(False).eval()
-    target = _loaded(str(name), revision=revision, dtype=torch_dtype, **options)
+    target = _load_pretrained(str(name), revision=revision, dtype=torch_dtype, **options)
     devices = {str(parameter.device) for parameter in target.parameters()}
     if len(devices) > 1:
         raise ValueError(
@@ -70,7 +70,7 @@ def load_target(
     return target.requires_grad_(False).eval()
 
 
-def _floating(dtype: Any) -> torch.dtype | str:
+def _resolve_dtype(dtype: Any) -> torch.dtype | str:
     """Resolve a dtype or dtype name to a floating-point `torch.dtype`; `auto` is returned as is.
 
     Raises:
@@ -84,7 +84,7 @@ def _floating(dtype: Any) -> torch.dtype | str:
     return found
 
 
-def _loaded(name: str, **settings: Any) -> PreTrainedModel:
+def _load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
     """Load a pretrained model and check that no weights are missing.
 
     Raises:
@@ -182,7 +182,7 @@ def target_pass(
     views[-1].stop = not with_hidden
     # Embed inside the call: a local variable would keep the embeddings alive until the function returns.
     embed = target.get_input_embeddings()
-    hidden = through_layers(target, layers, 0, embed(batch.input_ids), batch.position_ids, views, execution)
+    hidden = run_layers(target, layers, 0, embed(batch.input_ids), batch.position_ids, views, execution)
     return TargetOutput([view.kept for view in views[first_layer:]], target.model.norm(hidden) if with_hidden else None)
 
 

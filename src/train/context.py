@@ -17,7 +17,7 @@ from data.sources.hub_commit import commit_of
 from data.sources.readers import Source, open_sources
 from data.sources.records import Messages
 from models.decoding.flex import check_untested
-from models.families import check_architecture, check_trainable, text_positions
+from models.families import check_architecture, check_trainable, max_text_length
 from models.target import load_config, load_target
 from train.evaluate.run import decoding_settings
 from train.loop.validation_decoding import live_decoding
@@ -118,7 +118,7 @@ class Resources:
     @property
     def positions(self) -> int:
         """Maximum number of tokens of a text."""
-        return text_positions(self.target_config, self.config.model.draft.block_size)
+        return max_text_length(self.target_config, self.config.model.draft.block_size)
 
     @property
     def encoder(self) -> ChatEncoder:

@@ -44,9 +44,9 @@ def test_with_bonus_slot_and_chain_each_mode_takes_the_steps_of_its_oracle(sampl
     own = own_batch(target, batch, 13, sampling, seed=7)
     common, steps = {"selection": selection, "sampling": sampling}, {}
     for drafter, mode in itertools.product((draft, draft.without_extras()), ("sequential", "parallel")):
-        told = mode == "sequential"
+        bonus_known = mode == "sequential"
         expected = [
-            reference_generate(target, drafter, tokens, 13, seed=7 + row, told=told, **common)
+            reference_generate(target, drafter, tokens, 13, seed=7 + row, bonus_known=bonus_known, **common)
             for row, tokens in enumerate(batch)
         ]
         result = generate(target, drafter, batch, max_new_tokens=13, mode=mode, seed=7, **common)

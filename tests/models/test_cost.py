@@ -17,7 +17,7 @@ from models.cost.activation_memory import Setup
 from models.cost.flops import Twice, block_flops, step_flops
 from models.cost.hardware import GPUS, find_gpu, peak_flops
 from models.cost.memory import decoding_memory, peak, step_memory
-from models.decoding.forward_passes import Passes, prefill
+from models.decoding.forward_passes import ForwardPasses, prefill
 from models.draft import DraftModel
 from models.loss.objectives import Objective
 from models.target import load_target
@@ -341,7 +341,7 @@ def test_the_arithmetic_of_a_block_is_that_of_drafting_it():
     for beyond in ({}, BEYOND):
         draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, **beyond)
         _, cache = prefill(target, [list(range(3, 43))], 60, slots=6)
-        bonus, passes = torch.tensor([5]), Passes(target, draft, cache)
+        bonus, passes = torch.tensor([5]), ForwardPasses(target, draft, cache)
         with flop_counter() as counter, torch.no_grad():
             hidden = passes.draft_blocks(torch.tensor([[40]]), 40, bonus[None])[:, 0]
             draft.block_logits(hidden[:, 1:], bonus)

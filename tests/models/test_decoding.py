@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.readers import read_strictly
 from data.sources.records import prompt
-from models.decoding.batch_decoder import Flight
+from models.decoding.batch_decoder import BatchDecoder
 from models.decoding.flex import MODES, PHASES, Step, generate, stop_tokens
-from models.decoding.forward_passes import Passes
+from models.decoding.forward_passes import ForwardPasses
 from models.decoding.reference import autoregressive_generate, reference_generate
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import OFF, Selection
@@ -244,7 +244,7 @@ def test_impossible_requests_are_refused_by_value():
 def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens(mode, monkeypatch):
     target, batch, checked = endless(), random_prompts(random.Random(6), 4, 15), []
     free = own_batch(target, batch, 14)
-    step = Flight.step
+    step = BatchDecoder.step
 
     def checked_step(flight):
         step(flight)
@@ -257,7 +257,7 @@ def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens
                 assert torch.allclose(values[place, :, : len(tokens)], layer.values[0], atol=1e-4)
             checked.append(len(flight.rows))
 
-    monkeypatch.setattr(Flight, "step", checked_step)
+    monkeypatch.setattr(BatchDecoder, "step", checked_step)
     generate(target, guessing(target), batch, max_new_tokens=14, mode=mode, stop=staggering(free))
     assert len(checked) > 5 and len(set(checked) - {0}) > 2  # with all rows in flight, and with others gone
 
@@ -273,7 +273,9 @@ def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
         return call(passes, candidates, *rest)
 
     for name in ("verify", "verify_and_draft"):
-        monkeypatch.setattr(Passes, name, functools.partialmethod(functools.partial(counted, name, vars(Passes)[name])))
+        monkeypatch.setattr(
+            ForwardPasses, name, functools.partialmethod(functools.partial(counted, name, vars(ForwardPasses)[name]))
+        )
     generate(target, draft, batch, max_new_tokens=12, stop=stop, mode="sequential")
     in_flight = {rows for _, rows in calls}  # so many at a time, as rows end
     assert len(in_flight) > 2 and {name for name, _ in calls} == {"verify"}

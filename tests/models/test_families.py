@@ -16,7 +16,7 @@ from models.decoding.flex import check_untested, generate
 from models.decoding.reference import autoregressive_generate, reference_generate
 from models.decoding.selection import OFF
 from models.draft import DraftModel
-from models.families import TESTED, check_architecture, layer_windows, text_positions
+from models.families import TESTED, check_architecture, layer_windows, max_text_length
 from models.target import load_target
 from train.pipeline import run
 from train.run_dir.state import read_json
@@ -209,7 +209,7 @@ def test_a_block_must_fit_the_window():
 
 def test_blocks_stay_where_longrope_is_constant():
     target, draft = random_pair("phi 4 mini")
-    limit = text_positions(target.config, draft.block_size)
+    limit = max_text_length(target.config, draft.block_size)
     assert limit == 128 - 2 * draft.block_size
     prompt = torch.randint(3, 97, (limit - 20,)).tolist()
     own = autoregressive_generate(target, prompt, 20)
@@ -217,4 +217,4 @@ def test_blocks_stay_where_longrope_is_constant():
         assert generate(target, draft, [prompt], max_new_tokens=20, mode=mode, stop=set()).tokens[0][: len(own)] == own
     with pytest.raises(ValueError, match=f"the target has {limit} positions"):
         generate(target, draft, [prompt], max_new_tokens=21)
-    assert text_positions(random_target().config, 6) == 256
+    assert max_text_length(random_target().config, 6) == 256

@@ -11,12 +11,12 @@ from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenalt
 
 from models.decoding.flex import MODES, check_untested, generate, stop_tokens
 from models.decoding.generation_settings import (
-    FASTER,
-    FOLLOWED,
-    GIVEN,
-    WITHOUT_EFFECT,
-    check_followed,
-    followed_settings,
+    IGNORED,
+    OVERRIDDEN,
+    SPEEDUPS,
+    SUPPORTED,
+    active_settings,
+    check_generation_config,
 )
 from models.decoding.reference import autoregressive_generate, reference_generate
 from models.decoding.sampling import Sampling
@@ -167,7 +167,7 @@ def test_generation_settings_that_drafting_cannot_follow_are_refused_by_name(nam
         with pytest.raises(ValueError, match=f"generation_config has {name}="):
             call()
     setattr(target.generation_config, name, 1 if name.startswith("num") else None)
-    check_followed(target)
+    check_generation_config(target)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_generation_settings_that_drafting_cannot_follow_are_refused_by_name(nam
 def test_zero_and_one_turn_off_only_the_settings_whose_default_they_are(name, value):
     target, _ = settled(**{name: value})
     with pytest.raises(ValueError, match=f"generation_config has {name}="):
-        check_followed(target)
+        check_generation_config(target)
 
 
 def test_the_settings_that_are_reported_are_those_that_change_the_output():
@@ -190,16 +190,16 @@ def test_the_settings_that_are_reported_are_those_that_change_the_output():
         "max_time": 1,
         "suppress_tokens": [1],
     }
-    assert followed_settings(settled(**on)[0]) == on
+    assert active_settings(settled(**on)[0]) == on
     off = {"repetition_penalty": 1, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
     off |= {"min_length": 0, "remove_invalid_values": False, "suppress_tokens": None}
-    assert followed_settings(settled(**off)[0]) == {} == followed_settings(settled()[0])
-    assert followed_settings(settled(repetition_penalty=0)[0]) == {"repetition_penalty": 0}
+    assert active_settings(settled(**off)[0]) == {} == active_settings(settled()[0])
+    assert active_settings(settled(repetition_penalty=0)[0]) == {"repetition_penalty": 0}
 
 
 def test_every_setting_of_transformers_is_known_or_refused():
     """A new one is refused until it is known here."""
-    lists = (FOLLOWED, GIVEN, FASTER, WITHOUT_EFFECT)
+    lists = (SUPPORTED, OVERRIDDEN, SPEEDUPS, IGNORED)
     assert len(set().union(*lists)) == sum(map(len, lists))
     refused = set(GenerationConfig().to_dict()) - set().union(*lists)
     assert {"num_beams", "guidance_scale", "watermarking_config"} <= refused
@@ -207,10 +207,10 @@ def test_every_setting_of_transformers_is_known_or_refused():
     with pytest.MonkeyPatch.context() as patch:
         known = GenerationConfig().to_dict() | {"a_new_setting": None}
         patch.setattr(GenerationConfig, "to_dict", lambda self: known | vars(self))
-        check_followed(target)
+        check_generation_config(target)
         target.generation_config.a_new_setting = 0.7
         with pytest.raises(ValueError, match="a_new_setting=0.7"):
-            check_followed(target)
+            check_generation_config(target)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import torch
 from helpers.shared import random_draft, random_target
 from transformers import DynamicCache
 
-from models.attention.layers import through_layers
-from models.hf_cache import NAMES, arguments, crop, forward_cached, keys_values
+from models.attention.layers import run_layers
+from models.hf_cache import NAMES, crop, forward_arguments, forward_cached, keys_values
 from models.target import clean_views, load_target
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -17,9 +17,9 @@ IDS = torch.tensor([[3, 4, 5, 6, 7]])
 
 @pytest.fixture
 def target():
-    arguments.cache_clear()
+    forward_arguments.cache_clear()
     yield random_target()
-    arguments.cache_clear()
+    forward_arguments.cache_clear()
 
 
 def rename(monkeypatch, kind, old, new):
@@ -92,7 +92,7 @@ def test_a_layer_that_would_lose_what_it_is_passed_is_an_error(target, monkeypat
     hidden, positions = target.get_input_embeddings()(IDS), torch.arange(5)[None]
     views = clean_views(target, torch.zeros_like(IDS), "sdpa")
     with pytest.raises(ValueError, match=f"Qwen3DecoderLayer.forward .* takes no {name}"):
-        through_layers(target, target.model.layers, 0, hidden, positions, views)
+        run_layers(target, target.model.layers, 0, hidden, positions, views)
 
 
 @torch.no_grad()

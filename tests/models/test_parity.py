@@ -34,14 +34,14 @@ def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
     clean = target_pass(target, batch, draft.split_layer)
     bonus = bonus_tokens(target, clean.hidden, batch.anchors)
     known, logits = bonus[..., None].expand(-1, -1, draft.block_size), {}
-    for told in (False, True):
-        hidden = draft.forward_batch(clean.context, batch, bonus=bonus if told else None)
-        logits[told, False] = draft.logits(hidden)  # stage 1
+    for bonus_known in (False, True):
+        hidden = draft.forward_batch(clean.context, batch, bonus=bonus if bonus_known else None)
+        logits[bonus_known, False] = draft.logits(hidden)  # stage 1
         # Stage 2; slots know the tokens before them that decoding would draft.
         calibrated = draft.logits(hidden, known)
         drafted = draft.block_logits(hidden[..., 1:, :], bonus).argmax(-1)
         before = torch.cat([torch.full_like(known[..., :1], UNKNOWN), known[..., :1], drafted[..., :-1]], -1)
-        logits[told, True] = draft.logits(hidden, known, before) if beyond else calibrated
+        logits[bonus_known, True] = draft.logits(hidden, known, before) if beyond else calibrated
 
     states, worst = 0, 0.0
     for r, row in enumerate(rows):
@@ -52,8 +52,8 @@ def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
             cache = DynamicCache()
             prediction = forward_cached(target, prefix, cache).logits[0, -1:].argmax(-1)
             assert prediction == bonus[r, a]  # the bonus of training is the bonus of decoding
-            for (told, calibrate), trained in logits.items():
-                how = {"told": told, "calibrate": calibrate}
+            for (bonus_known, calibrate), trained in logits.items():
+                how = {"bonus_known": bonus_known, "calibrate": calibrate}
                 decoded = draft_logits(draft, cache, anchor - start, prediction, **how)
                 worst = max(worst, float((decoded - trained[r, a]).abs().max()))
                 states += 1

@@ -11,7 +11,7 @@ from transformers import BatchEncoding
 
 from models.decoding import flex as decoding
 from models.decoding.flex import PARALLEL_ROWS, generate
-from models.decoding.forward_passes import Passes
+from models.decoding.forward_passes import ForwardPasses
 from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
 
@@ -87,7 +87,7 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_a_wrong_argument_is_refused_before_anything_runs(message, pair, monkeypatch):
     target, draft = pair
-    monkeypatch.setattr(decoding, "Flight", None)
+    monkeypatch.setattr(decoding, "BatchDecoder", None)
     with pytest.raises(ValueError, match=message):
         generate(target, **{"draft": draft, "input_ids": PROMPTS, "max_new_tokens": 4} | WRONG[message])
 
@@ -176,8 +176,10 @@ def test_auto_drafts_sequentially_on_a_cpu_and_in_parallel_for_few_rows_on_a_gpu
     target, draft = pair
     calls = []
     for name in ("verify", "verify_and_draft"):
-        real = getattr(Passes, name)
-        monkeypatch.setattr(Passes, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k))
+        real = getattr(ForwardPasses, name)
+        monkeypatch.setattr(
+            ForwardPasses, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k)
+        )
     for rows in (1, 2, 5):
         generate(target, draft, PROMPTS[:1] * rows, max_new_tokens=5)
     assert set(calls) == {"verify"}

@@ -7,7 +7,7 @@ import torch
 from helpers.decoding import Guess, endless
 from helpers.shared import random_target
 
-from models.decoding import target_choice as choice
+from models.decoding import target_sampler
 from models.decoding.flex import generate
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import OFF, RELEASE, Selection, drafts_and_confidence
@@ -181,14 +181,14 @@ def test_draws_follow_the_targets_own_joint_distribution(mode, temperature):
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "broken"), [("parallel", "one too many"), ("sequential", "all")])
 def test_the_test_of_draws_fails_for_a_broken_acceptance_rule(mode, broken, monkeypatch):
-    rule = choice.accepted_drafts
+    rule = target_sampler.accepted_drafts
     rules = {
         "one too many": lambda drafted, predicted: (rule(drafted, predicted) + 1).clamp(max=drafted.shape[-1]),
         "all": lambda drafted, predicted: torch.full_like(rule(drafted, predicted), drafted.shape[-1]),
     }
     target, draft = pair_of_small_vocabulary()
     sampling = Sampling(1.0, top_p=0.9)
-    monkeypatch.setattr(choice, "accepted_drafts", rules[broken])
+    monkeypatch.setattr(target_sampler, "accepted_drafts", rules[broken])
     counts, _ = drawn(target, draft, mode, sampling, draws=4000)
     assert p_value(counts, exact_joint(target, sampling)) < 1e-6
 

@@ -18,8 +18,8 @@ from data.sources.records import questions
 from models.artifact import EARLIER_RECOMMENDATION, FLEXDRAFT_KEYS, RECOMMENDATION
 from models.cost.flops import decoding_flops
 from models.decoding.flex import generate
-from models.decoding.forward_passes import Passes, prefill
-from models.decoding.generation_settings import text
+from models.decoding.forward_passes import ForwardPasses, prefill
+from models.decoding.generation_settings import sequence_state
 from models.decoding.reference import autoregressive_generate
 from models.decoding.sampling import Sampling
 from models.decoding.selection import OFF, Selection
@@ -141,7 +141,7 @@ def test_a_changed_output_ends_the_stage(trained_run, tiny_target, tmp_path, mon
     config = short(f"run_dir={run_dir}", "stage.evaluate.num_prompts=2", "stage.evaluate.speed.num_prompts=0")
     config.stage.evaluate.variants = ["calibrated"]
     stages.evaluate(config, run_dir / "evaluate", Resources(config))
-    monkeypatch.setattr("models.decoding.target_choice.accepted_drafts", accept_everything)
+    monkeypatch.setattr("models.decoding.target_sampler.accepted_drafts", accept_everything)
     with pytest.raises(UserError, match=r"held_out: calibrated: prompt \d, token \d+, margin [\d.e-]+"):
         stages.evaluate(config, run_dir / "evaluate", Resources(config))
     found = read_json(run_dir / "evaluate" / "report.json")["benchmarks"]["held_out"]["variants"]["calibrated"]
@@ -197,7 +197,7 @@ def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny
     assert any("generation_config is followed" in line and "repetition_penalty=1.3" in line for line in _remarks(found))
     other = [*prompts.answers[0][:9], 5]  # a margin is one of scores, not of logits
     at = first_differences(target, prompts, [other, prompts.answers[1]])[0]
-    scores = text(target, prompts.tokens[0], 12)
+    scores = sequence_state(target, prompts.tokens[0], 12)
     for token in prompts.answers[0][:9]:
         scores.add(token)
     logits = target(input_ids=torch.tensor([prompts.tokens[0] + prompts.answers[0][:9]])).logits[0, -1]
@@ -225,7 +225,7 @@ def test_flops_of_a_step_are_those_of_the_passes(mode, blocks):
     target = random_target()
     draft, prompt = random_draft(target), list(range(3, 43))
     _, cache = prefill(target, [prompt], capacity=200, slots=5 * draft.block_size)
-    passes = Passes(target, draft, cache)
+    passes = ForwardPasses(target, draft, cache)
     candidates, positions = torch.tensor([[5, 6, 7, 8, 9]]), torch.arange(40, 45)[None]
     with flop_counter() as counter, torch.no_grad():
         if mode == "parallel":

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from models.attention.compiled import compiled
 from models.attention.packed import KINDS, LayerStopped, View
 from models.families import position_embeddings
-from models.hf_cache import require
+from models.hf_cache import require_arguments
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Execution:
 EAGER = Execution()
 
 
-def through_layers(
+def run_layers(
     target: PreTrainedModel,
     layers: Sequence[nn.Module],
     first_layer: int,
@@ -53,7 +53,7 @@ def through_layers(
         ValueError: the layers of this transformers version do not take the required arguments.
     """
     for layer in layers:  # layers silently drop unknown arguments, and with them the mask
-        require(type(layer), {"attention_mask", "position_ids", "position_embeddings"})
+        require_arguments(type(layer), {"attention_mask", "position_ids", "position_embeddings"})
     numbers = range(first_layer, first_layer + len(layers))
     embeddings = position_embeddings(target, hidden, position_ids, numbers)
     call = _compiled_layer() if execution.compile else _layer

@@ -32,8 +32,8 @@ class LayerStopped(Exception):
 
 
 @dataclass(frozen=True)
-class Places:
-    """Positions of one layer's keys and values in a preallocated cache, and the range that its queries read."""
+class LayerCache:
+    """One layer's preallocated cache, with the indices that a pass writes and the range that its queries read."""
 
     keys: Tensor  # [R, key/value heads, capacity, head size], written in place
     values: Tensor
@@ -42,15 +42,15 @@ class Places:
     stop: int  # entries before this index are read
     only_finite: bool = False  # replace non-finite values with 0
 
-    def exchange(self, key: Tensor, value: Tensor) -> KeysValues:
+    def update(self, key: Tensor, value: Tensor) -> KeysValues:
         """Write the layer's keys and values to the cache and return those its queries read.
 
         The target may overflow on a draft token. Its non-finite values would turn masked attention into NaN, so a
         rejected draft would corrupt earlier tokens.
         """
-        for places, own in ((self.keys, key), (self.values, value)):
-            own = own.transpose(1, 2).to(places.dtype)
-            places[self.rows, :, self.at] = own.nan_to_num(0.0, 0.0, 0.0) if self.only_finite else own
+        for entries, own in ((self.keys, key), (self.values, value)):
+            own = own.transpose(1, 2).to(entries.dtype)
+            entries[self.rows, :, self.at] = own.nan_to_num(0.0, 0.0, 0.0) if self.only_finite else own
         return self.keys[:, :, : self.stop], self.values[:, :, : self.stop]
 
 
@@ -60,7 +60,7 @@ class View:
 
     mask: Mask | None = None  # None: no masking
     context: KeysValues | None = None  # prepended to the layer's own
-    places: Places | None = None  # in a cache: the layer's own are written, all are read
+    cache: LayerCache | None = None  # in a cache: the layer's own are written, all are read
     keep: bool = False  # store the layer's own keys and values in `kept`
     stop: bool = False  # raise LayerStopped after keys and values are computed
     kept: KeysValues | None = None
@@ -70,7 +70,7 @@ class View:
 def clean_mask(document_ids: Tensor, kind: str, window: int | None = None) -> Mask:
     """Build the mask of `masks.document_causal` for an attention kernel. document_ids is [R, T]."""
     rows, length = document_ids.shape
-    kind = resolved(kind, document_ids.device)
+    kind = resolve_kernel(kind, document_ids.device)
     if kind == "sdpa":
         return clean_tiles(document_ids, window)
     form = block_sparse if kind == "flex" else dense
@@ -81,7 +81,7 @@ def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: st
     """Build the mask of `masks.own_block` for an attention kernel. document_ids is [R, T], anchors [R, A]."""
     rows, length = document_ids.shape
     queries = anchors.shape[1] * block_size
-    kind = resolved(kind, document_ids.device)
+    kind = resolve_kernel(kind, document_ids.device)
     if kind == "sdpa":
         return block_tiles(document_ids, anchors, block_size, window)
     form = block_sparse if kind == "flex" else dense
@@ -89,7 +89,7 @@ def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: st
     return form(rule, rows, queries, length + queries, document_ids.device)
 
 
-def resolved(kind: str, device: torch.device) -> str:
+def resolve_kernel(kind: str, device: torch.device) -> str:
     """Resolve `auto` to `flex` on GPUs and `sdpa` on CPUs, where FlexAttention has no backward.
 
     Raises:
@@ -137,8 +137,8 @@ def packed_attention(
     if view.context is not None:
         key = torch.cat([view.context[0], key.to(view.context[0].dtype)], dim=2)
         value = torch.cat([view.context[1], value.to(view.context[1].dtype)], dim=2)
-    if view.places is not None:
-        key, value = view.places.exchange(key, value)
+    if view.cache is not None:
+        key, value = view.cache.update(key, value)
     # Cast once here instead of through autocast in every tile. Query/key norms output their weights' dtype.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.acceptance import mean_acceptance_length
-from models.decoding.forward_passes import Passes, prefill, separate
-from models.decoding.generation_settings import Text
+from models.decoding.forward_passes import ForwardPasses, contiguous_copy, prefill
+from models.decoding.generation_settings import SequenceState
 from models.decoding.selection import Selection, drafts_and_confidence
-from models.decoding.target_choice import Choice
+from models.decoding.target_sampler import TargetSampler
 from models.draft import DraftModel
 
 # Maps a phase name to a context manager that wraps the phase, for timing.
@@ -82,7 +82,7 @@ class Streams:
             streamer.end()
 
 
-class Flight:
+class BatchDecoder:
     """Decoding state of the rows in flight.
 
     Tensors and the KV cache are indexed by position in `rows`. Finished rows are removed from all of them.
@@ -95,8 +95,8 @@ class Flight:
         result: GenerationResult,
         *,
         max_new_tokens: int,
-        choice: Choice,
-        texts: list[Text] | None,
+        sampler: TargetSampler,
+        states: list[SequenceState] | None,
         selection: Selection,
         stop: set[int],
         calibrate: bool,
@@ -106,12 +106,12 @@ class Flight:
     ) -> None:
         """
         Args:
-            choice: selects the target's tokens.
-            texts: one per row if `choice` depends on the text so far, otherwise None.
+            sampler: selects the target's tokens.
+            states: one per row if `sampler` depends on the text so far, otherwise None.
             parallel_rows: draft in parallel mode while at most this many rows are in flight.
         """
         self.target, self.draft, self.result = target, draft, result
-        self.max_new_tokens, self.choice, self.texts = max_new_tokens, choice, texts
+        self.max_new_tokens, self.sampler, self.states = max_new_tokens, sampler, states
         self.selection, self.stop, self.calibrate, self.parallel_rows = selection, stop, calibrate, parallel_rows
         self.streams, self.timer = streams, timer
 
@@ -120,44 +120,44 @@ class Flight:
         device = self.target.device
         size = self.draft.block_size if self.draft else 1
         self.rows = list(range(len(prompts)))  # row indices into the result
-        self.longest = max(map(len, prompts))  # maximum number of cached tokens over the rows
+        self.max_length = max(map(len, prompts))  # maximum number of cached tokens over the rows
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R] cached tokens
-        self.said = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus token
-        capacity = self.longest + self.max_new_tokens + size  # candidates may extend past the last committed token
+        self.generated = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus token
+        capacity = self.max_length + self.max_new_tokens + size  # candidates may extend past the last committed token
         with self.timer("prefill"):
             logits, self.cache = prefill(self.target, prompts, capacity, self._slots(len(prompts)))
-            self.passes = Passes(self.target, self.draft, self.cache)
-            none = self.said  # zeros: nothing is drafted yet
+            self.passes = ForwardPasses(self.target, self.draft, self.cache)
+            none = self.generated  # zeros: nothing is drafted yet
             drafts = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
-            self.bonus = self.choice.after(drafts, none, logits[:, None], none)[1]  # [R], at position `lengths`
-        self._propose(self._drafted(self.longest))
-        self._settle(drafts, kept=none, verified=none)  # commits nothing unless the row ends with its first token
+            self.bonus = self.sampler.accept(drafts, none, logits[:, None], none)[1]  # [R], at position `lengths`
+        self._propose(self._draft_blocks(self.max_length))
+        self._commit_step(drafts, kept=none, verified=none)  # commits nothing unless the row ends with its first token
 
     def step(self) -> None:
         """Verify the candidates of all rows, commit the accepted ones and draft the next blocks."""
-        candidates = torch.cat([self.bonus[:, None], self.drafts[:, : self.most]], dim=1)  # [R, C]
-        offsets = torch.arange(1 + self.most, device=candidates.device)
-        positions, reach = self.lengths[:, None] + offsets, self.longest + len(offsets)
+        candidates = torch.cat([self.bonus[:, None], self.drafts[:, : self.max_verified]], dim=1)  # [R, C]
+        offsets = torch.arange(1 + self.max_verified, device=candidates.device)
+        positions, kv_length = self.lengths[:, None] + offsets, self.max_length + len(offsets)
         parallel = self.draft is not None and len(self.rows) <= self.parallel_rows
         with self.timer("verify"):
             if parallel:
-                logits, blocks = self.passes.verify_and_draft(candidates, positions, reach)
+                logits, blocks = self.passes.verify_and_draft(candidates, positions, kv_length)
             else:
-                logits = self.passes.verify(candidates, positions, reach)
-            accepted, self.bonus = self.choice.after(candidates[:, 1:], self.verified, logits, self.said + 1)
+                logits = self.passes.verify(candidates, positions, kv_length)
+            accepted, self.bonus = self.sampler.accept(candidates[:, 1:], self.verified, logits, self.generated + 1)
             del logits  # free memory before the draft logits, which are as large
             self.lengths = self.lengths + accepted + 1
-            self.said = self.said + accepted + 1
+            self.generated = self.generated + accepted + 1
         verified = self.verified
-        self._propose(_each(blocks, accepted) if parallel else self._drafted(reach))
-        self._settle(candidates, accepted + 1, verified)
+        self._propose(_select_blocks(blocks, accepted) if parallel else self._draft_blocks(kv_length))
+        self._commit_step(candidates, accepted + 1, verified)
 
-    def _drafted(self, reach: int) -> Tensor | None:
+    def _draft_blocks(self, kv_length: int) -> Tensor | None:
         """Draft one block per row at the bonus token in a separate pass. Return hidden states [R, B, H]."""
         if self.draft is None:
             return None
         with self.timer("draft"):
-            return self.passes.draft_blocks(self.lengths[:, None], reach, self.bonus[:, None])[:, 0]
+            return self.passes.draft_blocks(self.lengths[:, None], kv_length, self.bonus[:, None])[:, 0]
 
     def _propose(self, block: Tensor | None) -> None:
         """Compute drafts [R, B-1] and the number to verify [R] from blocks [R, B, H] and the bonus tokens."""
@@ -166,31 +166,33 @@ class Flight:
             return
         with self.timer("calibrate"):
             bonus = self.bonus if self.calibrate else None
-            self.drafts, confidence = drafts_and_confidence(self.draft.block_logits(separate(block[:, 1:]), bonus))
-            room = self.max_new_tokens - 1 - self.said  # drafts beyond max_new_tokens would be discarded
+            self.drafts, confidence = drafts_and_confidence(
+                self.draft.block_logits(contiguous_copy(block[:, 1:]), bonus)
+            )
+            room = self.max_new_tokens - 1 - self.generated  # drafts beyond max_new_tokens would be discarded
             self.verified = self.selection.count(confidence).minimum(room).clamp(min=0)
 
-    def _settle(self, candidates: Tensor, kept: Tensor, verified: Tensor) -> None:
+    def _commit_step(self, candidates: Tensor, kept: Tensor, verified: Tensor) -> None:
         """Commit the first `kept` [R] candidates of [R, C] and remove finished rows.
 
         Copies the outcome of the step to the host: the only device synchronization of a step.
         """
         outcome = torch.stack([kept, verified, self.bonus, self.verified, self.lengths], dim=1)
-        going, most, longest = [], 0, 0
-        for place, row in enumerate(torch.cat([outcome, candidates], dim=1).tolist()):
+        unfinished, max_verified, max_length = [], 0, 0
+        for index, row in enumerate(torch.cat([outcome, candidates], dim=1).tolist()):
             count, scored, bonus, to_verify, length, *tokens = row
-            if self._commit(self.rows[place], tokens[:count], scored, bonus):
+            if self._commit(self.rows[index], tokens[:count], scored, bonus):
                 continue
-            going.append(place)
-            most, longest = max(most, to_verify), max(longest, length)
-        self.most, self.longest = most, longest
-        if len(going) < len(self.rows):
-            self._keep(going)
+            unfinished.append(index)
+            max_verified, max_length = max(max_verified, to_verify), max(max_length, length)
+        self.max_verified, self.max_length = max_verified, max_length
+        if len(unfinished) < len(self.rows):
+            self._keep(unfinished)
 
     def _commit(self, row: int, tokens: list[int], verified: int, bonus: int) -> bool:
         """Append the committed tokens of a step to the result of a row. Return whether the row has finished."""
         answer = self.result.tokens[row]
-        limit = self.texts[row].limit if self.texts else self.max_new_tokens
+        limit = self.states[row].limit if self.states else self.max_new_tokens
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop), len(tokens))
         if tokens:
             answer += tokens[:end]
@@ -202,16 +204,16 @@ class Flight:
         self.streams.show(row, answer if ended else [*answer, bonus], ended)
         return ended
 
-    def _keep(self, going: list[int]) -> None:
-        """Keep only the rows at positions `going` and drop the finished ones."""
-        self.rows = [self.rows[place] for place in going]
-        if not going:
+    def _keep(self, unfinished: list[int]) -> None:
+        """Keep only the rows at positions `unfinished` and drop the finished ones."""
+        self.rows = [self.rows[index] for index in unfinished]
+        if not unfinished:
             return
-        places = torch.tensor(going, device=self.bonus.device)
-        self.cache.keep(places, self._slots(len(going)))
-        for name in ("lengths", "said", "bonus", "drafts", "verified"):
-            setattr(self, name, getattr(self, name)[places])
-        self.choice.keep(places)
+        indices = torch.tensor(unfinished, device=self.bonus.device)
+        self.cache.keep(indices, self._slots(len(unfinished)))
+        for name in ("lengths", "generated", "bonus", "drafts", "verified"):
+            setattr(self, name, getattr(self, name)[indices])
+        self.sampler.keep(indices)
 
     def _slots(self, rows: int) -> int:
         """Return the cache slots per row for `rows` rows in flight: B * B if they draft in parallel, otherwise B."""
@@ -219,6 +221,6 @@ class Flight:
         return size * size if rows <= self.parallel_rows else size
 
 
-def _each(blocks: Tensor, number: Tensor) -> Tensor:
+def _select_blocks(blocks: Tensor, number: Tensor) -> Tensor:
     """Select one block per row: [R, g, B, H] and indices [R] -> [R, B, H]."""
     return blocks[torch.arange(len(blocks), device=blocks.device), number]

@@ -8,24 +8,30 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import out_of_memory
-from models.decoding.batch_decoder import PHASES, Flight, GenerationResult, Step, Streamer, Streams, Timer
+from models.decoding.batch_decoder import PHASES, BatchDecoder, GenerationResult, Step, Streamer, Streams, Timer
 from models.decoding.forward_passes import difference_from_forward
-from models.decoding.generation_settings import Criterion, Processor, check_followed, stop_tokens, texts
+from models.decoding.generation_settings import (
+    Criterion,
+    Processor,
+    check_generation_config,
+    sequence_states,
+    stop_tokens,
+)
 from models.decoding.requests import (
-    by_row,
     check_length,
     check_models,
     check_types,
-    integer,
-    prompts_of,
-    seeds_of,
-    stop_set,
-    streamers_of,
-    strings_of,
+    functions_by_row,
+    parse_integer,
+    parse_prompts,
+    parse_seeds,
+    parse_stop_tokens,
+    parse_streamers,
+    parse_strings,
 )
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import RELEASE, Selection
-from models.decoding.target_choice import Choice, ChoiceByText
+from models.decoding.target_sampler import SequentialTargetSampler, TargetSampler
 from models.draft import DraftModel
 from models.families import TESTED
 from models.target import vocabulary
@@ -101,26 +107,26 @@ def generate(
     check_models(target, draft)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
-    new_tokens = integer("max_new_tokens", max_new_tokens)
-    prompts = prompts_of(target, input_ids, attention_mask)
+    new_tokens = parse_integer("max_new_tokens", max_new_tokens)
+    prompts = parse_prompts(target, input_ids, attention_mask)
     check_length(target, draft, prompts, new_tokens)
-    rows, strings = len(prompts), strings_of(stop_strings)
-    seeds, streamers = seeds_of(seed, rows), streamers_of(streamer, rows)
+    rows, strings = len(prompts), parse_strings(stop_strings)
+    seeds, streamers = parse_seeds(seed, rows), parse_streamers(streamer, rows)
     check_types(
         selection=selection, sampling=sampling, calibrate=calibrate, timer=timer, streamers=streamers,
         tokenizer=tokenizer, strings=strings,
     )  # fmt: skip
-    stops = stop_tokens(target) if stop is None else stop_set(target, stop)
+    stops = stop_tokens(target) if stop is None else parse_stop_tokens(target, stop)
     if parallel_rows is None:
         parallel_rows = rows_in_parallel(target.device)
-    known = {"parallel": rows, "sequential": 0, "auto": integer("parallel_rows", parallel_rows)}
-    own = texts(
+    known = {"parallel": rows, "sequential": 0, "auto": parse_integer("parallel_rows", parallel_rows)}
+    states = sequence_states(
         target,
         prompts,
         new_tokens,
         stops,
-        processors=by_row("logits_processor", logits_processor, rows),
-        criteria=by_row("stopping_criteria", stopping_criteria, rows),
+        processors=functions_by_row("logits_processor", logits_processor, rows),
+        criteria=functions_by_row("stopping_criteria", stopping_criteria, rows),
         stop_strings=strings,
         tokenizer=tokenizer,
     )
@@ -130,13 +136,13 @@ def generate(
         streams.end()
         return result
     plain = (sampling, seeds, new_tokens, target.device)
-    flight = Flight(
+    decoder = BatchDecoder(
         target,
         draft,
         result,
         max_new_tokens=new_tokens,
-        choice=ChoiceByText(*plain, own, stops) if own else Choice(*plain),
-        texts=own,
+        sampler=SequentialTargetSampler(*plain, states, stops) if states else TargetSampler(*plain),
+        states=states,
         selection=selection,
         stop=stops,
         calibrate=calibrate,
@@ -144,9 +150,9 @@ def generate(
         streams=streams,
         timer=timer or (lambda name: nullcontext()),
     )
-    flight.start(prompts)
-    while flight.rows:
-        flight.step()
+    decoder.start(prompts)
+    while decoder.rows:
+        decoder.step()
     return result
 
 
@@ -171,7 +177,7 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         ValueError: the target cannot be decoded, its logits or tokens differ from those of its own forward, or its
             generation settings are unsupported.
     """
-    check_followed(target, tokenizer)
+    check_generation_config(target, tokenizer)
     kind, known = target.config.model_type, vocabulary(target)
     if kind in TESTED:
         return

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.attention.layers import through_layers
+from models.attention.layers import run_layers
 from models.attention.masks import Rule, cached_causal, dense, own_block, per_window, slots_first
-from models.attention.packed import KeysValues, Places, View
+from models.attention.packed import KeysValues, LayerCache, View
 from models.decoding.kv_cache import KVCache
 from models.draft import DraftModel
 from models.families import layer_windows
@@ -35,13 +35,13 @@ def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int, sl
     for view in views:
         view.keep = True
     hidden = target.get_input_embeddings()(input_ids[None])
-    hidden = through_layers(target, target.model.layers, 0, hidden, positions[None], views)
+    hidden = run_layers(target, target.model.layers, 0, hidden, positions[None], views)
     last = (lengths.cumsum(0) - 1).to(device)
-    cache = KVCache(_given_up(views), row_of, positions, len(prompts), capacity, slots)
+    cache = KVCache(_release_kv(views), row_of, positions, len(prompts), capacity, slots)
     return target_logits(target, hidden[0, last]), cache
 
 
-def _given_up(views: list[View]) -> Iterator[KeysValues]:
+def _release_kv(views: list[View]) -> Iterator[KeysValues]:
     """Yield the keys and values of each view in turn and drop the view's reference, so that memory is freed early."""
     for view in views:
         kept, view.kept = view.kept, None
@@ -67,15 +67,15 @@ def difference_from_forward(target: PreTrainedModel, tokens: list[int]) -> float
     return 0.0 if difference < (1e-3 if exact else 0.1) else difference
 
 
-def separate(part: Tensor) -> Tensor:
+def contiguous_copy(part: Tensor) -> Tensor:
     """Copy a slice into a contiguous tensor. On a strided slice, PyTorch runs one small matmul per row."""
     return part.clone(memory_format=torch.contiguous_format)
 
 
-class Passes:
+class ForwardPasses:
     """Forward passes of one batch over its KV cache.
 
-    `reach`: exclusive upper bound of the token positions that are read, over all rows.
+    `kv_length`: exclusive upper bound of the token positions that are read, over all rows.
     """
 
     def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:
@@ -83,23 +83,23 @@ class Passes:
         self.joint_layers = _joint_layers(target, draft) if draft else []
         self.windows = layer_windows(target.config)
 
-    def verify(self, candidates: Tensor, positions: Tensor, reach: int) -> Tensor:
+    def verify(self, candidates: Tensor, positions: Tensor, kv_length: int) -> Tensor:
         """Run the target over candidates [R, C] at positions [R, C]. Return its logits [R, C, V]."""
-        views = self._candidate_views(positions, reach)
+        views = self._candidate_views(positions, kv_length)
         hidden = self.target.get_input_embeddings()(candidates)
-        hidden = through_layers(self.target, self.target.model.layers, 0, hidden, positions, views)
+        hidden = run_layers(self.target, self.target.model.layers, 0, hidden, positions, views)
         return target_logits(self.target, hidden)
 
-    def draft_blocks(self, anchors: Tensor, reach: int, bonus: Tensor | None = None) -> Tensor:
+    def draft_blocks(self, anchors: Tensor, kv_length: int, bonus: Tensor | None = None) -> Tensor:
         """Run one block per anchor through the draft layers: [R, g] -> [R, g, B, H] after the final norm.
 
         `bonus` [R, g]: tokens at the anchors, for drafters with a bonus slot; None: unknown.
         """
-        hidden, positions, views = self._blocks(anchors, reach, bonus)
-        hidden = through_layers(self.target, self.draft.layers, self.draft.split_layer, hidden, positions, views)
+        hidden, positions, views = self._blocks(anchors, kv_length, bonus)
+        hidden = run_layers(self.target, self.draft.layers, self.draft.split_layer, hidden, positions, views)
         return self.target.model.norm(hidden).view(*anchors.shape, self.draft.block_size, -1)
 
-    def verify_and_draft(self, candidates: Tensor, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    def verify_and_draft(self, candidates: Tensor, positions: Tensor, kv_length: int) -> tuple[Tensor, Tensor]:
         """Verify and draft in one pass, with a block for every possible number of accepted drafts.
 
         Block k is anchored after candidate k and attends to the tokens before its anchor, including candidates 0 .. k.
@@ -108,47 +108,49 @@ class Passes:
             The target's logits [R, C, V] and the hidden states of the blocks [R, C, B, H].
         """
         split, count = self.draft.split_layer, candidates.shape[1]
-        clean = self._candidate_views(positions, reach)
+        clean = self._candidate_views(positions, kv_length)
         hidden = self.target.get_input_embeddings()(candidates)
-        hidden = through_layers(self.target, self.target.model.layers[:split], 0, hidden, positions, clean[:split])
+        hidden = run_layers(self.target, self.target.model.layers[:split], 0, hidden, positions, clean[:split])
 
-        slots, slot_positions, blocks = self._blocks(positions + 1, reach)
+        slots, slot_positions, blocks = self._blocks(positions + 1, kv_length)
         views = [_JointView(*pair, count) for pair in zip(clean[split:], blocks, strict=True)]
         hidden = torch.cat([hidden, slots], dim=1)
         both = torch.cat([positions, slot_positions], dim=1)
-        hidden = through_layers(self.target, self.joint_layers, split, hidden, both, views)
+        hidden = run_layers(self.target, self.joint_layers, split, hidden, both, views)
         drafted = self.target.model.norm(hidden[:, count:])
         blocks = drafted.view(*positions.shape, self.draft.block_size, -1)
-        return target_logits(self.target, separate(hidden[:, :count])), blocks
+        return target_logits(self.target, contiguous_copy(hidden[:, :count])), blocks
 
-    def _candidate_views(self, positions: Tensor, reach: int) -> list[View]:
+    def _candidate_views(self, positions: Tensor, kv_length: int) -> list[View]:
         rows, count = positions.shape
-        places = self.cache.token_places(positions, reach, drafts=self.draft is not None)
-        return _views(lambda window: cached_causal(positions, window), self.windows, (rows, count, reach), places)
+        caches = self.cache.token_entries(positions, kv_length, drafts=self.draft is not None)
+        return _views(lambda window: cached_causal(positions, window), self.windows, (rows, count, kv_length), caches)
 
-    def _blocks(self, anchors: Tensor, reach: int, bonus: Tensor | None = None) -> tuple[Tensor, Tensor, list[View]]:
+    def _blocks(
+        self, anchors: Tensor, kv_length: int, bonus: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[View]]:
         """Build the slots of blocks at anchors [R, g]: inputs [R, g*B, H], positions [R, g*B], and views per layer."""
         size, rows, device = self.draft.block_size, anchors.shape[0], anchors.device
         positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
         slots = positions.shape[1]
-        one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, reach)
+        one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, kv_length)
         own_layers = slice(self.draft.split_layer, None)
-        places = self.cache.slot_places(slots, reach, own_layers)
+        caches = self.cache.slot_entries(slots, kv_length, own_layers)
 
         def rule(window: int | None) -> Rule:
-            return slots_first(own_block(one_document, anchors, size, window), slots, reach)
+            return slots_first(own_block(one_document, anchors, size, window), slots, kv_length)
 
-        views = _views(rule, self.windows[own_layers], (rows, slots, slots + reach), places)
+        views = _views(rule, self.windows[own_layers], (rows, slots, slots + kv_length), caches)
         hidden = self.draft.slot_inputs(tuple(anchors.shape), bonus).flatten(1, 2)
         return hidden, positions, views
 
 
 def _views(
-    rule: Callable[[int | None], Rule], windows: list[int | None], shape: tuple[int, int, int], places: list[Places]
+    rule: Callable[[int | None], Rule], windows: list[int | None], shape: tuple[int, int, int], caches: list[LayerCache]
 ) -> list[View]:
-    """Build one view per layer from its dense mask [R, queries, keys] and its cache places."""
-    masks = per_window(windows, lambda window: dense(rule(window), *shape, places[0].rows.device))
-    return [View(mask, places=own, window=window) for mask, window, own in zip(masks, windows, places, strict=True)]
+    """Build one view per layer from its dense mask [R, queries, keys] and its cache."""
+    masks = per_window(windows, lambda window: dense(rule(window), *shape, caches[0].rows.device))
+    return [View(mask, cache=cache, window=window) for mask, window, cache in zip(masks, windows, caches, strict=True)]
 
 
 @dataclass
@@ -181,7 +183,7 @@ class _JointAttention(nn.Module):
         for attention, own_view, part in parts:  # candidates first: slots attend to the keys and values they write
             embeddings = tuple(table[:, part] for table in position_embeddings)
             own = attention(
-                separate(hidden_states[:, part]),
+                contiguous_copy(hidden_states[:, part]),
                 position_embeddings=embeddings,
                 attention_mask=own_view,
                 position_ids=position_ids[:, part],

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [1, tokens], scores [1, V]) -> scores [1, V]
-Criterion = Callable[[Tensor, None], Any]  # (ids [1, tokens], None) -> whether the text ends
+Criterion = Callable[[Tensor, None], Any]  # (ids [1, tokens], None) -> whether the sequence ends
 
 # Supported settings: each becomes a logits processor, a stopping criterion or a stop token.
-FOLLOWED = (
+SUPPORTED = (
     "bad_words_ids",
     "begin_suppress_tokens",
     "encoder_no_repeat_ngram_size",
@@ -46,7 +46,7 @@ FOLLOWED = (
     "suppress_tokens",
 )
 # Set by the decoder's own arguments, which override the target's defaults.
-GIVEN = (
+OVERRIDDEN = (
     "do_sample",
     "epsilon_cutoff",
     "eta_cutoff",
@@ -60,7 +60,7 @@ GIVEN = (
     "typical_p",
 )
 # Speed-up methods that do not change the tokens.
-FASTER = (
+SPEEDUPS = (
     "assistant_confidence_threshold",
     "assistant_early_exit",
     "assistant_ensemble_weight",
@@ -74,7 +74,7 @@ FASTER = (
     "target_lookbehind",
     "use_mtp",
 )
-WITHOUT_EFFECT = (
+IGNORED = (
     "_from_model_config",
     "bos_token_id",
     "cache_config",
@@ -101,7 +101,7 @@ WITHOUT_EFFECT = (
 )
 # Values that disable a setting, in addition to transformers' own defaults.
 OFF = {"guidance_scale": 1, "penalty_alpha": 0, "min_new_tokens": 0}
-ROUNDING = {"cache_implementation": ("quantized",)}  # values of settings in WITHOUT_EFFECT that do change the output
+LOSSY = {"cache_implementation": ("quantized",)}  # values of settings in IGNORED that do change the output
 
 
 def stop_tokens(target: PreTrainedModel) -> set[int]:
@@ -110,17 +110,17 @@ def stop_tokens(target: PreTrainedModel) -> set[int]:
     return set() if stop is None else set(torch.as_tensor(stop).flatten().tolist())
 
 
-def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def check_generation_config(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Check that decoding supports the target's `generation_config`.
 
     Raises:
         ValueError: a setting cannot be applied token by token, or stop strings are set and there is no tokenizer.
     """
     config = target.generation_config.to_dict()
-    followed = {*FOLLOWED, *GIVEN, *FASTER, *WITHOUT_EFFECT}
+    followed = {*SUPPORTED, *OVERRIDDEN, *SPEEDUPS, *IGNORED}
     # Settings unknown to transformers are skipped: its `generate` ignores them as well.
-    found = [name for name, off in _defaults().items() if name not in followed and _on(config.get(name), off)]
-    found += [name for name, values in ROUNDING.items() if config.get(name) in values]
+    found = [name for name, off in _defaults().items() if name not in followed and _has_effect(config.get(name), off)]
+    found += [name for name, values in LOSSY.items() if config.get(name) in values]
     if found:
         raise ValueError(
             f"The target's generation_config has {', '.join(f'{name}={config[name]!r}' for name in sorted(found))}, "
@@ -134,11 +134,11 @@ def check_followed(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         )
 
 
-def followed_settings(target: PreTrainedModel) -> dict[str, Any]:
+def active_settings(target: PreTrainedModel) -> dict[str, Any]:
     """Return the settings of the target's `generation_config` that change its output, except stop tokens."""
     config = target.generation_config.to_dict()
-    names = [name for name in FOLLOWED if name != "eos_token_id"]
-    return {name: config[name] for name in names if _on(config.get(name), _defaults().get(name))}
+    names = [name for name in SUPPORTED if name != "eos_token_id"]
+    return {name: config[name] for name in names if _has_effect(config.get(name), _defaults().get(name))}
 
 
 def _defaults() -> dict[str, Any]:
@@ -149,12 +149,12 @@ def _defaults() -> dict[str, Any]:
     return known | {name: value for name, value in filled_in.items() if name in known} | OFF
 
 
-def _on(value: Any, default: Any) -> bool:
+def _has_effect(value: Any, default: Any) -> bool:
     """Return whether a setting has an effect. None and False disable any setting; 0 and 1 are ordinary values."""
     return value is not None and value is not False and value != default
 
 
-class Text:
+class SequenceState:
     """Tokens of one row with its logits processors and stopping criteria.
 
     Both are called once per new token, in order, as in `generate` of transformers, so they may be stateful.
@@ -175,7 +175,7 @@ class Text:
         self.ids = torch.zeros(1, len(prompt) + max_new_tokens, dtype=torch.long, device=device)
         self.ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
         self.new_tokens = 0
-        self.limit = max_new_tokens  # maximum number of new tokens; lowered once a criterion ends the text
+        self.limit = max_new_tokens  # maximum number of new tokens; lowered once a criterion ends the sequence
         self._prompt_length, self._processors, self._criteria = len(prompt), processors, criteria
 
     @property
@@ -194,7 +194,7 @@ class Text:
         return scores[0]
 
     def add(self, token: int) -> bool:
-        """Append a token. Return whether the text ends with it, by length or by a stopping criterion."""
+        """Append a token. Return whether the sequence ends with it, by length or by a stopping criterion."""
         self.ids[0, self._prompt_length + self.new_tokens] = token
         self.new_tokens += 1
         if self._criteria and bool(torch.as_tensor(self._criteria(self._so_far, None)).all()):
@@ -202,7 +202,7 @@ class Text:
         return self.new_tokens == self.limit
 
 
-def texts(
+def sequence_states(
     target: PreTrainedModel,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -212,10 +212,10 @@ def texts(
     criteria: Sequence[Sequence[Criterion] | None] | None = None,
     stop_strings: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[Text] | None:
-    """Create the texts of a batch of prompts.
+) -> list[SequenceState] | None:
+    """Create the sequence state of each prompt in a batch of prompts.
 
-    Return None if there are no logits processors and only stop tokens and the length limit end a text.
+    Return None if there are no logits processors and only stop tokens and the length limit end a sequence.
 
     Args:
         stop: stop token ids, passed to transformers as `eos_token_id`.
@@ -232,14 +232,14 @@ def texts(
         prepared = _prepared(target, prompt, max_new_tokens, stop, extra[0], ends + extra[1])
         if row == 0 and not processors and not criteria and not any(prepared):
             return None  # all rows have the same settings
-        found.append(Text(prompt, max_new_tokens, *prepared, target.device))
+        found.append(SequenceState(prompt, max_new_tokens, *prepared, target.device))
     return found
 
 
-def text(
+def sequence_state(
     target: PreTrainedModel, prompt: list[int], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Text:
-    """Create the text of one prompt under the target's own settings.
+) -> SequenceState:
+    """Create the sequence state of one prompt under the target's own settings.
 
     Args:
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
@@ -249,7 +249,7 @@ def text(
     """
     ends = _stop_strings(target, tokenizer)
     prepared = _prepared(target, prompt, max_new_tokens, stop_tokens(target), [], ends)
-    return Text(prompt, max_new_tokens, *prepared, target.device)
+    return SequenceState(prompt, max_new_tokens, *prepared, target.device)
 
 
 def _stop_strings(
@@ -260,7 +260,7 @@ def _stop_strings(
     Raises:
         ValueError: unsupported settings.
     """
-    check_followed(target, tokenizer)
+    check_generation_config(target, tokenizer)
     own = target.generation_config.stop_strings or []
     strings = [*([own] if isinstance(own, str) else own), *others]
     return [StopStringCriteria(tokenizer, strings)] if strings else []
@@ -290,7 +290,7 @@ def _prepared(
 
     ids = torch.tensor([prompt], device=target.device)
     known = GenerationConfig().to_dict()
-    unset = dict.fromkeys([name for name in (*GIVEN, *FASTER, "stop_strings") if name in known])
+    unset = dict.fromkeys([name for name in (*OVERRIDDEN, *SPEEDUPS, "stop_strings") if name in known])
     settings = unset | {
         "do_sample": False,  # `sampling.Sampling` applies the warpers
         "max_new_tokens": max(1, max_new_tokens),

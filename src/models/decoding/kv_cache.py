@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from models.attention.packed import KeysValues, Places
+from models.attention.packed import KeysValues, LayerCache
 
 
 class KVCache:
@@ -60,18 +60,18 @@ class KVCache:
         """Token keys and values per layer, [R, key/value heads, capacity, head size] each; views, not copies."""
         return [tuple(tensor[:, :, self.slots :] for tensor in pair) for pair in self._layers]
 
-    def token_places(self, at: Tensor, stop: int, *, drafts: bool) -> list[Places]:
-        """Return the cache places of tokens at positions `at` [R, tokens], per layer.
+    def token_entries(self, at: Tensor, stop: int, *, drafts: bool) -> list[LayerCache]:
+        """Return each layer's cache entries of tokens at positions `at` [R, tokens].
 
         Args:
             stop: tokens at positions below `stop` are read.
             drafts: whether the tokens may include drafts, whose non-finite keys and values are written as finite ones.
         """
         rows = self._row_numbers(at.device)
-        return [Places(keys, values, rows, at, stop, only_finite=drafts) for keys, values in self.layers]
+        return [LayerCache(keys, values, rows, at, stop, only_finite=drafts) for keys, values in self.layers]
 
-    def slot_places(self, count: int, stop: int, layers: slice) -> list[Places]:
-        """Return the cache places of `count` slots, immediately in front of the tokens, for a slice of the layers.
+    def slot_entries(self, count: int, stop: int, layers: slice) -> list[LayerCache]:
+        """Return the cache entries of `count` slots, immediately in front of the tokens, for a slice of the layers.
 
         The slots and the tokens at positions below `stop` are read, in this order.
 
@@ -84,7 +84,7 @@ class KVCache:
         rows = self._row_numbers(self._layers[0][0].device)
         at = torch.arange(count, device=rows.device)[None]
         pairs = [tuple(tensor[:, :, first:] for tensor in pair) for pair in self._layers[layers]]
-        return [Places(keys, values, rows, at, count + stop) for keys, values in pairs]
+        return [LayerCache(keys, values, rows, at, count + stop) for keys, values in pairs]
 
     def _row_numbers(self, device: torch.device) -> Tensor:
         return torch.arange(self.rows, device=device)[:, None]

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.decoding.batch_decoder import GenerationResult, Step
-from models.decoding.generation_settings import stop_tokens, text
+from models.decoding.generation_settings import sequence_state, stop_tokens
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import RELEASE, Selection, drafts_and_confidence
-from models.decoding.target_choice import next_token, uniform_numbers
+from models.decoding.target_sampler import next_token, uniform_numbers
 from models.draft import DraftModel
 from models.hf_cache import crop, forward_cached
 from models.target import cached_context
@@ -34,7 +34,7 @@ def autoregressive_generate(
     Args:
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
     """
-    own = _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
+    own = _TargetTokens(target, prompt, max_new_tokens, sampling, seed, tokenizer)
     cache, tokens, step, ended = DynamicCache(), [], prompt, not max_new_tokens
     while not ended:
         token, ended = own.next(_target_logits(target, step, cache)[-1])
@@ -54,22 +54,24 @@ def reference_generate(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     calibrate: bool = True,
-    told: bool = True,
+    bonus_known: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> GenerationResult:
     """Draft, verify and commit one prompt. `decoding.generate` must return the same tokens and steps.
 
     Args:
-        told: for drafters with a bonus slot: True matches sequential mode, in which slot 0 holds the bonus token; False
-            matches parallel mode, in which only the first block, drafted after the prompt, knows it.
+        bonus_known: for drafters with a bonus slot. True matches sequential mode, where slot 0 holds the bonus token;
+            False matches parallel mode, where it does so only in the first block, drafted after the prompt.
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
     """
-    cache, own = DynamicCache(), _Own(target, prompt, max_new_tokens, sampling, seed, tokenizer)
+    cache, own = DynamicCache(), _TargetTokens(target, prompt, max_new_tokens, sampling, seed, tokenizer)
     tokens, steps = [], []
     bonus, ended = own.next(_target_logits(target, prompt, cache)[-1]) if max_new_tokens else (None, True)
     while not ended:
         anchor = cache.get_seq_length()
-        logits = draft_logits(draft, cache, anchor, torch.tensor([bonus]), calibrate=calibrate, told=told or not steps)
+        logits = draft_logits(
+            draft, cache, anchor, torch.tensor([bonus]), calibrate=calibrate, bonus_known=bonus_known or not steps
+        )
         drafts, confidence = drafts_and_confidence(logits[1:])
         room = max_new_tokens - len(tokens) - 1
         drafts = drafts[: int(selection.count(confidence))][:room].tolist()
@@ -89,8 +91,8 @@ def reference_generate(
     return GenerationResult([tokens + [bonus] * (bonus is not None)], [steps])
 
 
-class _Own:
-    """Selects the target's tokens of one text, one at a time."""
+class _TargetTokens:
+    """Selects the target's tokens of one sequence, one at a time."""
 
     def __init__(
         self,
@@ -102,13 +104,13 @@ class _Own:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.stop, self.sampling = stop_tokens(target), sampling
-        self.text = text(target, prompt, max_new_tokens, tokenizer)
+        self.state = sequence_state(target, prompt, max_new_tokens, tokenizer)
         self.uniforms = uniform_numbers(seed, max_new_tokens).to(target.device)
 
     def next(self, logits: Tensor) -> tuple[int, bool]:
-        """Choose the next token from logits [V]. Return it and whether it ends the text."""
-        token = next_token(self.text, logits, self.sampling, self.uniforms)
-        return token, self.text.add(token) or token in self.stop
+        """Choose the next token from logits [V]. Return it and whether it ends the sequence."""
+        token = next_token(self.state, logits, self.sampling, self.uniforms)
+        return token, self.state.add(token) or token in self.stop
 
 
 def draft_logits(
@@ -118,17 +120,17 @@ def draft_logits(
     bonus: Tensor | None,
     *,
     calibrate: bool = True,
-    told: bool = True,
+    bonus_known: bool = True,
 ) -> Tensor:
     """Return the logits [B, V] of the block at `anchor`. `cache` holds the positions before it.
 
     Args:
         bonus: [1] token at the anchor; None: unknown, and the logits are not corrected.
         calibrate: whether the calibrator, and the chain if there is one, correct the logits.
-        told: whether slot 0 holds the bonus token, as in sequential mode (drafters with a bonus slot).
+        bonus_known: whether slot 0 holds the bonus token, as in sequential mode (drafters with a bonus slot).
     """
     positions = torch.arange(anchor, anchor + draft.block_size, device=draft.mask_embedding.device)
-    known = bonus[None] if told and bonus is not None else None
+    known = bonus[None] if bonus_known and bonus is not None else None
     hidden = draft(cached_context(cache, draft.split_layer), positions[None, None], bonus=known)[0, 0]  # [B, H]
     if bonus is None or not calibrate:
         return draft.logits(hidden)

@@ -13,7 +13,7 @@ from models.decoding.generation_settings import stop_tokens
 from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
 from models.draft import DraftModel
-from models.families import text_positions
+from models.families import max_text_length
 from models.target import vocabulary
 
 SEEDS = range(-(2**63), 2**64)  # seeds that torch accepts
@@ -63,7 +63,7 @@ def check_types(
         raise ValueError(f"stop_strings={strings!r} need the target's tokenizer: give tokenizer=...")
 
 
-def integer(name: str, value: Any, least: int = 0) -> int:
+def parse_integer(name: str, value: Any, least: int = 0) -> int:
     """Convert to an integer of at least `least`.
 
     Raises:
@@ -83,7 +83,7 @@ def _index(value: Any) -> int | None:
         return None
 
 
-def prompts_of(target: PreTrainedModel, input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
+def parse_prompts(target: PreTrainedModel, input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
     """Convert the prompts to lists of token ids without padding.
 
     Args:
@@ -197,7 +197,7 @@ def check_length(target: PreTrainedModel, draft: DraftModel | None, prompts: lis
     Raises:
         ValueError: more tokens than the target has positions.
     """
-    limit = text_positions(target.config, draft.block_size if draft else 0)
+    limit = max_text_length(target.config, draft.block_size if draft else 0)
     for row, prompt in enumerate(prompts):
         if len(prompt) + new > limit:
             raise ValueError(
@@ -206,7 +206,7 @@ def check_length(target: PreTrainedModel, draft: DraftModel | None, prompts: lis
             )
 
 
-def stop_set(target: PreTrainedModel, stop: Any) -> set[int]:
+def parse_stop_tokens(target: PreTrainedModel, stop: Any) -> set[int]:
     """Convert `stop` to a set of token ids.
 
     Raises:
@@ -220,7 +220,7 @@ def stop_set(target: PreTrainedModel, stop: Any) -> set[int]:
     return set(tokens)
 
 
-def seeds_of(seed: Any, rows: int) -> list[int]:
+def parse_seeds(seed: Any, rows: int) -> list[int]:
     """Return one seed per row. A single seed gives row i the seed `seed + i`.
 
     Raises:
@@ -240,7 +240,7 @@ def seeds_of(seed: Any, rows: int) -> list[int]:
     return seeds
 
 
-def by_row(name: str, given: Any, rows: int) -> list[list[Callable]] | None:
+def functions_by_row(name: str, given: Any, rows: int) -> list[list[Callable]] | None:
     """Return the processors or criteria of each row, or None if there are none.
 
     Raises:
@@ -268,7 +268,7 @@ def by_row(name: str, given: Any, rows: int) -> list[list[Callable]] | None:
     return found if any(found) else None
 
 
-def streamers_of(streamer: Any, rows: int) -> list[Any]:
+def parse_streamers(streamer: Any, rows: int) -> list[Any]:
     """Return one streamer or None per row.
 
     Raises:
@@ -285,13 +285,13 @@ def streamers_of(streamer: Any, rows: int) -> list[Any]:
     return streamers
 
 
-def strings_of(strings: Any) -> list[str]:
+def parse_strings(strings: Any) -> list[str]:
     """Return the stop strings as a list.
 
     Raises:
         ValueError: neither a non-empty string nor a list of non-empty strings.
     """
     found = [strings] if isinstance(strings, str) else [] if strings is None else strings
-    if not isinstance(found, (list, tuple, set)) or not all(isinstance(text, str) and text for text in found):
+    if not isinstance(found, (list, tuple, set)) or not all(isinstance(string, str) and string for string in found):
         raise ValueError(f"stop_strings={strings!r}: expected a text or a list of texts.")
     return list(found)

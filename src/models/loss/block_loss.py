@@ -28,7 +28,7 @@ def block_loss(
     bonus: Tensor | None = None,
     previous: Tensor | None = None,
     target_hidden: Tensor | None = None,
-    head_trains: bool = False,
+    head_trainable: bool = False,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the objective over all blocks, materializing the logits of one chunk at a time in forward and backward.
@@ -42,7 +42,7 @@ def block_loss(
         bonus: [R, A] bonus tokens, or None.
         previous: [R, A, B] tokens of the previous slots, or None.
         target_hidden: [R, T, H] target hidden states, required if the objective uses the target's distribution.
-        head_trains: whether `logits_of` has trainable parameters.
+        head_trainable: whether `logits_of` has trainable parameters.
         compiled: whether to use the compiled loss.
 
     Returns:
@@ -56,7 +56,7 @@ def block_loss(
     head = _Head(logits_of, objective, compiled, *flat, size)
     if objective.needs_target:
         head.teacher, head.before = target_hidden.flatten(0, 1), slots_before(batch, size)
-    if hidden.requires_grad and not head_trains:
+    if hidden.requires_grad and not head_trainable:
         loss, weight, hits = _LossOfHidden.apply(hidden, pieces, head)
     else:
         flat = hidden.flatten(0, -2)

@@ -28,8 +28,8 @@ from transformers.utils import logging
 
 from models.artifact import CARD, CONFIG, decoder_faults, draft_settings, extras, file_warnings, read_json
 from models.decoding.flex import GenerationResult, check_untested, generate, stop_tokens
-from models.decoding.generation_settings import followed_settings
-from models.decoding.requests import integer
+from models.decoding.generation_settings import active_settings
+from models.decoding.requests import parse_integer
 from models.draft import DraftModel
 from models.export import weight_checks as weights
 from models.export.artifact_io import load_draft
@@ -84,7 +84,7 @@ def verify(
         ValueError: the artifact or target does not exist, the model is not supported as a target, the prompts cannot
             be decoded, or `max_new_tokens` is below 1.
     """
-    integer("max_new_tokens", max_new_tokens, 1)
+    parse_integer("max_new_tokens", max_new_tokens, 1)
     directory = artifact_directory(artifact, revision=revision)
     target_config = _target_config(str(target), target_revision)
     for check in _without_target_weights(directory, target_config):
@@ -224,7 +224,7 @@ def decoding_check(
     if not differences and not tau:
         return Check("decoding", summary, warnings=warnings)
     if not differences:
-        followed = ", ".join(f"{name}={value}" for name, value in followed_settings(target).items())
+        followed = ", ".join(f"{name}={value}" for name, value in active_settings(target).items())
         alone = f"the target alone under its generation_config ({followed})" if followed else "the target alone"
         return Check("decoding", f"{summary}; identical to {alone}", warnings=warnings)
     if target.dtype in EXACT:

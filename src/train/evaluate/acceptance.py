@@ -13,12 +13,12 @@ from data.sources.records import Messages
 from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import GenerationResult, generate
 from models.decoding.forward_passes import difference_from_forward
-from models.decoding.generation_settings import text
+from models.decoding.generation_settings import sequence_state
 from models.decoding.reference import autoregressive_generate
 from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
 from models.draft import DraftModel
-from models.families import text_positions
+from models.families import max_text_length
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def own_answers(
 
     Skip turns after which the target's positions have no room for an answer and a block of `block_size` drafts.
     """
-    limit = text_positions(target.config, block_size) - how.max_new_tokens
+    limit = max_text_length(target.config, block_size) - how.max_new_tokens
     prompts = Prompts([], [])
     talks: list[Messages] = [[] for _ in conversations]
     turns = [_turns(conversation) for conversation in conversations]
@@ -231,7 +231,7 @@ def first_differences(
         at = next((i for i, pair in enumerate(zip(own, got, strict=False)) if pair[0] != pair[1]), None)
         at = min(len(own), len(got)) if at is None else at
         before = torch.tensor([prompt + own[:at]], device=target.device)
-        so_far = text(target, prompt, len(own) + 1, tokenizer)
+        so_far = sequence_state(target, prompt, len(own) + 1, tokenizer)
         for token in own[:at]:
             so_far.add(token)
         with torch.inference_mode():

@@ -9,7 +9,7 @@ from data.preprocess.chat_template import ChatEncoder
 from data.sources.benchmarks import ALL
 from data.sources.records import Messages
 from models.cost.sizes import Sizes
-from models.decoding.generation_settings import followed_settings
+from models.decoding.generation_settings import active_settings
 from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
 from models.draft import DraftModel
@@ -75,7 +75,7 @@ def evaluate_drafter(
         few = {benchmark: tokens[: speed["num_prompts"]] for benchmark, tokens in prompts.items()}
         measured = measure_speed(contest, few, speed["batch_sizes"], speed["thresholds"])
     dtype = str(target.dtype).removeprefix("torch.")
-    return Evaluation(how, dtype, name, reports, measured, wrong, followed_settings(target))
+    return Evaluation(how, dtype, name, reports, measured, wrong, active_settings(target))
 
 
 def drafter_sizes(draft: DraftModel) -> Sizes | None:

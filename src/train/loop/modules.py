@@ -96,7 +96,7 @@ class DraftTraining(lightning.LightningModule, ABC):
             bonus=features.bonus,
             previous=features.previous,
             target_hidden=features.target_hidden,
-            head_trains=features.bonus is not None,
+            head_trainable=features.bonus is not None,
             compiled=self.execution.compile,
         )
         return *sums, features.labels

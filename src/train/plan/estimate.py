@@ -270,7 +270,7 @@ def _live_decoding(config: DictConfig, stage: str, sizes: Sizes, setup: Setup) -
 
 
 def _attention(config: DictConfig, machine: Machine) -> str:
-    """Return the attention kernel, as `models.attention.packed.resolved` does, but without importing torch."""
+    """Return the attention kernel, as `models.attention.packed.resolve_kernel` does, but without importing torch."""
     chosen: str = config.runtime.attention
     return chosen if chosen != "auto" else "flex" if machine.gpu else "sdpa"
 

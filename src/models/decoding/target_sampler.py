@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models.acceptance import accepted_drafts
-from models.decoding.generation_settings import Text
+from models.decoding.generation_settings import SequenceState
 from models.decoding.sampling import Sampling
 
 
@@ -13,7 +13,7 @@ def uniform_numbers(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-class Choice:
+class TargetSampler:
     """Chooses the tokens of all rows and candidates at once, from logits alone."""
 
     def __init__(self, sampling: Sampling, seeds: list[int], max_new_tokens: int, device: torch.device) -> None:
@@ -25,7 +25,7 @@ class Choice:
         if not sampling.greedy:
             self.uniforms = torch.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds]).to(device)
 
-    def after(self, drafts: Tensor, verified: Tensor, logits: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    def accept(self, drafts: Tensor, verified: Tensor, logits: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """Accept the leading drafts that equal the target's choices, and choose the next bonus token.
 
         Args:
@@ -46,13 +46,13 @@ class Choice:
         accepted = accepted_drafts(drafts, chosen[:, :-1]).minimum(verified)
         return accepted, chosen.gather(1, accepted[:, None])[:, 0]
 
-    def keep(self, places: Tensor) -> None:
+    def keep(self, indices: Tensor) -> None:
         """Keep only the rows at these indices."""
         if self.uniforms is not None:
-            self.uniforms = self.uniforms[places]
+            self.uniforms = self.uniforms[indices]
 
 
-class ChoiceByText(Choice):
+class SequentialTargetSampler(TargetSampler):
     """Chooses one token at a time, since each depends on the text before it. Every token synchronizes with the host."""
 
     def __init__(
@@ -61,18 +61,18 @@ class ChoiceByText(Choice):
         seeds: list[int],
         max_new_tokens: int,
         device: torch.device,
-        texts: list[Text],
+        states: list[SequenceState],
         stop: set[int],
     ) -> None:
         """
         Args:
-            texts: one per row in flight.
+            states: one per row in flight.
             stop: stop token ids.
         """
         super().__init__(sampling, seeds, max_new_tokens, device)
-        self.texts, self.stop = list(texts), stop
+        self.states, self.stop = list(states), stop
 
-    def after(self, drafts: Tensor, verified: Tensor, logits: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    def accept(self, drafts: Tensor, verified: Tensor, logits: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for row, (own, count) in enumerate(zip(drafts.tolist(), verified.tolist(), strict=True)):
             found.append(self._row(row, own[:count], logits[row]))
@@ -80,29 +80,29 @@ class ChoiceByText(Choice):
         return accepted, bonus
 
     def _row(self, row: int, drafts: list[int], logits: Tensor) -> tuple[int, int]:
-        text = self.texts[row]
+        state = self.states[row]
         uniforms = None if self.uniforms is None else self.uniforms[row]
         accepted = 0
         while True:
-            token = next_token(text, logits[accepted], self.sampling, uniforms)
-            ended = text.add(token) or token in self.stop
+            token = next_token(state, logits[accepted], self.sampling, uniforms)
+            ended = state.add(token) or token in self.stop
             if accepted == len(drafts) or token != drafts[accepted]:
                 return accepted, token
             accepted += 1
             if ended:
                 return accepted, token
 
-    def keep(self, places: Tensor) -> None:
-        super().keep(places)
-        self.texts = [self.texts[place] for place in places.tolist()]
+    def keep(self, indices: Tensor) -> None:
+        super().keep(indices)
+        self.states = [self.states[index] for index in indices.tolist()]
 
 
-def next_token(text: Text, logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> int:
+def next_token(state: SequenceState, logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> int:
     """Choose the target's next token.
 
     Args:
         logits: [V] logits of the target.
         uniforms: [max_new_tokens] uniform numbers of the row; unused if greedy.
     """
-    scores = text.scores(logits)
-    return int(sampling.choose(scores, None if uniforms is None else uniforms[text.new_tokens]))
+    scores = state.scores(logits)
+    return int(sampling.choose(scores, None if uniforms is None else uniforms[state.new_tokens]))
