@@ -31,7 +31,10 @@ for stage, (steps, validate_every) in STAGES.items():
 PAIR = ("trainer.accelerator=cpu", "trainer.devices=2")
 VARIANTS = {
     "one rank": (),
-    "one rank, 4 passes": ("stage.attention_tuning.micro_batch_size=1", "stage.bonus_calibration.micro_batch_size=1"),
+    "one rank, 4 micro-batches": (
+        "stage.attention_tuning.micro_batch_size=1",
+        "stage.bonus_calibration.micro_batch_size=1",
+    ),
     "two ranks, DDP": ("trainer.devices=2",),
     "two ranks, ZeRO 1": ("trainer=zero1", *PAIR),
     "two ranks, ZeRO 2": ("trainer=zero2", *PAIR),

@@ -39,7 +39,7 @@ from train.context import Resources
 from train.evaluate.acceptance import own_answers
 from train.evaluate.run import decoding_settings
 from train.loop.batches import TrainingBatches
-from train.loop.modules import lr_share
+from train.loop.modules import lr_factor
 from train.names import TRAINED
 from train.run_dir.state import write_json
 from train.settings.derived import device
@@ -133,7 +133,7 @@ def train(draft: Reference, batches: list[Batch] | Iterator[Batch], *, steps: in
     """
     parameters = list(draft.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=how["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps, how["warmup_ratio"]))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, how["warmup_ratio"]))
     losses = []
     with tqdm(total=steps, desc="training", unit="step") as bar:
         for batch in batches:

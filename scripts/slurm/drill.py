@@ -103,7 +103,7 @@ def left_alone(folder: Path, overrides: list[str]) -> Path:
 def report(job: Job, expected: Path, actual: Path, restarts: int) -> dict[str, bool]:
     """What a finished job has shown."""
     fields = job.fields()
-    going_on = re.findall(r"going on from step (\d+)", job.output())
+    going_on = re.findall(r"resuming from step (\d+)", job.output())
     say(f"job {job.number}: went on from step {', '.join(going_on)}")
     shown = {
         f"requeued {restarts} times or more: {fields['Restarts']}": int(fields["Restarts"]) >= restarts,

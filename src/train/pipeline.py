@@ -21,7 +21,7 @@ from train.names import STAGES, TRAINED
 from train.publish.model_card import is_outdated, write_card
 from train.publish.upload import check_access, destination, of_target, push
 from train.resume.identity import check_inputs, settings_of
-from train.resume.progress import ANEW, FINISHED, left_to_do
+from train.resume.progress import FINISHED, RESTART, next_action
 from train.run_dir.disk import DiskError, as_user_error, check_no_link, remove_tree
 from train.run_dir.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_export, finished_weights
 from train.run_dir.lock import RunLock
@@ -94,7 +94,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     check_inputs(stage, run_dir)
     drafter = _checked_drafter(config, stage, run_dir, resources)
     record = StageRecord(run_dir, stage, settings_of(config, stage, run_dir, resources))
-    todo = left_to_do(config, stage, record)
+    todo = next_action(config, stage, record)
     if todo == FINISHED:
         say(f"    finished before, see {directory}")
         if (
@@ -106,21 +106,21 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
         stages.checked_trainer(config, stage, directory)  # fail before the data is read
     if rank_zero_only.rank == 0:
         lock.acquire()
-        if left_to_do(config, stage, record, say=lambda text: None) != todo:
+        if next_action(config, stage, record, say=lambda text: None) != todo:
             raise UserError(f"{directory}: another process has worked on this stage meanwhile. Run the command again.")
         _remove_temporary(run_dir)
-        if todo == ANEW and config.overwrite is not False:  # later stages are rerun as well
+        if todo == RESTART and config.overwrite is not False:  # later stages are rerun as well
             check_no_link(*(run_dir / name for name in (stage, *later) if name != "export"))
         check_disk(config, resources, run_dir, [stage, *later])
     else:
         lock.refuse_other_jobs()
     resources.check(stage)
-    if stage in TRAINED and todo == ANEW:
+    if stage in TRAINED and todo == RESTART:
         stages.untrained(config, stage, resources)  # fail before anything is deleted
     if rank_zero_only.rank == 0:
-        if todo == ANEW:
+        if todo == RESTART:
             _clear(config, stage, record, later)
-        record.begin(anew=todo == ANEW)
+        record.begin(restart=todo == RESTART)
     if stage in TRAINED:
         _barrier()  # the other ranks have exited before export and evaluation
     seed_everything(config.seed, verbose=False)
@@ -189,7 +189,7 @@ def _drop_left_over(config: DictConfig, stage: str, record: StageRecord, lock: R
     except UserError as error:
         say(f"    {directory / 'checkpoints'} stays: {error}")
         return
-    if left_to_do(config, stage, record, say=lambda text: None) == FINISHED:
+    if next_action(config, stage, record, say=lambda text: None) == FINISHED:
         _drop_checkpoints(directory)
 
 

@@ -23,7 +23,7 @@ from models.draft import DraftModel, start_from_head
 from models.export.artifact_io import export_draft, load_draft, load_draft_weights
 from models.export.recommendation import recommend
 from models.lora import LoraDraft, save_adapter
-from train.checkpoint.checkpoints import check_handed_on, keeper
+from train.checkpoint.checkpoints import check_final_weights, checkpointer
 from train.context import Resources
 from train.disk_space import ADAPTER, check_shared_memory
 from train.endings.finite import check_finite_weights, read_finite, skipped_steps
@@ -192,11 +192,11 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory)
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: a collective operation under ZeRO 3
-    check_handed_on(trainer, trained)
+    check_final_weights(trainer, trained)
     if trainer.is_global_zero:
         own = read_finite(source) if calibrates else {}
         own |= {name: tensor.cpu() for name, tensor in trained.items()}
-        own |= keeper(trainer).best_weights()
+        own |= checkpointer(trainer).best_weights()
         if not calibrates:
             own = _merged(draft, own, directory.with_name(ADAPTER))
         save_drafter(directory / WEIGHTS, own, facts_of(config, resources.target_identity, calibrated=calibrates))
@@ -206,7 +206,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         resources.forget_target()
     parameters = sum(tensor.numel() for tensor in trained.values())
     steps = trainer.global_step  # fewer than configured after early stopping
-    weights_of_step = keeper(trainer).best.get("step", steps)
+    weights_of_step = checkpointer(trainer).best.get("step", steps)
     result = {"trained_parameters": parameters, "steps": steps, "weights_of_step": weights_of_step, **metrics}
     if skipped := skipped_steps(trainer):
         result["skipped_steps"] = skipped
@@ -281,10 +281,10 @@ def _execution(config: DictConfig, trainer: Trainer) -> Execution:
     """Return the execution settings of the decoder layers."""
     runtime = config.runtime
     # ZeRO 3 gathers the weights of each layer in a forward hook, which a compiled graph cannot contain.
-    in_pieces = getattr(trainer.strategy, "zero_stage_3", False)
+    sharded = getattr(trainer.strategy, "zero_stage_3", False)
     return Execution(
         attention=runtime.attention,
-        compile=runtime.compile and not in_pieces,
+        compile=runtime.compile and not sharded,
         activation_checkpointing=runtime.activation_checkpointing,
     )
 

@@ -117,7 +117,7 @@ def test_a_requeued_job_overwrites_once(tmp_path):
     stop = {"cwd": tmp_path, "stage": "attention_tuning", "number": signal.SIGUSR1}
     assert command_stopped_at_checkpoint(*call, **stop).returncode == 75
     done = command(*call, "name=short", cwd=tmp_path, SLURM_RESTART_COUNT="1")
-    assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming from step" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -55,7 +55,10 @@ CALLS = {
     "validation before training": (["+trainer.num_sanity_val_steps=2"], ["num_sanity_val_steps", "leave it out"]),
     "no skipped step allowed for": (["stage.attention_tuning.max_skipped_steps=0"], ["max_skipped_steps=0", "1 or"]),
     "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "leave it out"]),
-    "passes that do not go round": (["stage.attention_tuning.micro_batch_size=3"], ["micro_batch_size=3", "4 rows"]),
+    "micro-batches that do not divide a step": (
+        ["stage.attention_tuning.micro_batch_size=3"],
+        ["micro_batch_size=3", "4 rows"],
+    ),
     "no checkpoint kept": (["stage.attention_tuning.keep_checkpoints=0"], ["keep_checkpoints=0", "1 or more"]),
     "unknown figure": (["stage.attention_tuning.best_by=tau"], ["'tau'", "val/tau or val/tau_estimate or null"]),
     "a figure that is not measured": (["stage.attention_tuning.decode.prompts=0"], ["val/tau", "decode.prompts=0"]),
@@ -64,11 +67,11 @@ CALLS = {
         ["patience=2", "best_by"],
     ),
     "a chain of less than nothing": (["model.draft.chain_rank=-1"], ["chain_rank=-1", "0 or more"]),
-    "more than all told": (
+    "bonus_slot_fraction above 1": (
         ["stage.attention_tuning.module.bonus_slot_fraction=2"],
         ["bonus_slot_fraction=2", "0 to 1"],
     ),
-    "slot 0 told its label": (
+    "slot 0 given its label": (
         ["+recipe=beyond", "stage.attention_tuning.module.slot0_loss=true"],
         ["slot0_loss=true", "bonus_slot=true", "Choose one"],
     ),

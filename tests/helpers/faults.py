@@ -22,7 +22,7 @@ class BadLoss(Callback):
         def broken(batch):
             loss, *others = whole(batch)
             here = trainer.training and trainer.global_step in self.steps and trainer.global_rank == self.rank
-            if here and pl_module._pass == self.number:
+            if here and pl_module._micro_batch == self.number:
                 loss = loss + self.value if math.isinf(self.value) else loss * self.value
             return (loss, *others)
 
@@ -78,5 +78,5 @@ class StopAt(Callback):
         self.step, self.number = step, number
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step and pl_module._pass == self.number:
+        if trainer.global_step == self.step and pl_module._micro_batch == self.number:
             trainer.should_stop = True

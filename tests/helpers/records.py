@@ -29,6 +29,6 @@ def finished(run_dir, stage="attention_tuning", name="draft.safetensors"):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"result")
     made = record(run_dir, stage)
-    made.begin(anew=True)
+    made.begin(restart=True)
     made.finish({}, [file])
     return made, file

@@ -36,8 +36,8 @@ class History(Monitor):
 
 
 def run(
-    directory, *, stop_at: int | None = None, monkeypatch=None, passes: int = 1, keep: int = 2, validate_every: int = 2,
-    faults=(), most: int = 5, stage=AttentionTuning, **kept
+    directory, *, stop_at: int | None = None, monkeypatch=None, micro_batches: int = 1, keep: int = 2,
+    validate_every: int = 2, faults=(), most: int = 5, stage=AttentionTuning, **kept
 ):  # fmt: skip
     """Train the small target's drafter; stop as a signal would at a step, if one is given.
 
@@ -50,15 +50,15 @@ def run(
         generator(1)
     history = History()
     kept = {"best_by": "val/tau_estimate"} | kept
-    keeper = Checkpoints(directory, every=3, keep=keep, validate_every=validate_every, **kept)
+    checkpointer = Checkpoints(directory, every=3, keep=keep, validate_every=validate_every, **kept)
     fitted = trainer(
-        directory, STEPS, val_check_interval=validate_every * passes, check_val_every_n_epoch=None,
+        directory, STEPS, val_check_interval=validate_every * micro_batches, check_val_every_n_epoch=None,
         enable_checkpointing=True,
-        callbacks=[history, *faults, SkippedSteps(directory, most), keeper], plugins=[CheckpointFiles()],
+        callbacks=[history, *faults, SkippedSteps(directory, most), checkpointer], plugins=[CheckpointFiles()],
     )  # fmt: skip
-    fitted.accumulate_grad_batches = passes
+    fitted.accumulate_grad_batches = micro_batches
     training, rows = module(stage, random_target()), data(STEPS)
-    rows.micro_batch_size = 4 // passes
+    rows.micro_batch_size = 4 // micro_batches
     chosen = usable_checkpoint(directory)
     if stop_at:
         asked = lambda strategy: 10 if fitted.global_step >= stop_at else 0  # noqa: E731  SIGUSR1
@@ -68,4 +68,4 @@ def run(
     finally:
         monkeypatch.undo() if monkeypatch else None
         preemption.set_training(False)
-    return training, keeper, history
+    return training, checkpointer, history

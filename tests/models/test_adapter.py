@@ -173,12 +173,12 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         directory = tmp_path / f"stopped{step}"
         with pytest.raises(SystemExit):
             run(directory, stop_at=step, monkeypatch=pytest.MonkeyPatch())
-        training, keeper, after = run(directory)
+        training, checkpointer, after = run(directory)
         assert (
             after.losses == {s: loss for s, loss in history.losses.items() if s > step} and max(history.losses) == STEPS
         )
         assert all(torch.equal(p, training.trained()[name]) for name, p in straight.trained().items())
-        assert all(torch.equal(t, keeper.best_weights()[name]) for name, t in kept.best_weights().items())
+        assert all(torch.equal(t, checkpointer.best_weights()[name]) for name, t in kept.best_weights().items())
 
 
 @pytest.mark.parametrize(

@@ -104,5 +104,5 @@ def test_weights_of_a_validation_alone_end_the_run(start, end, tmp_path):
 
 @pytest.mark.slow
 def test_weights_that_stay_are_no_error(tmp_path):
-    training, keeper, _ = run(tmp_path, faults=[Swap("on_train_start"), Watcher(), SameWeights()])
-    assert keeper.best and all(torch.isfinite(p).all() for p in training.trained().values())
+    training, checkpointer, _ = run(tmp_path, faults=[Swap("on_train_start"), Watcher(), SameWeights()])
+    assert checkpointer.best and all(torch.isfinite(p).all() for p in training.trained().values())

@@ -65,21 +65,21 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, passes):
-    straight, kept, history = run(tmp_path / "straight", passes=passes)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, micro_batches):
+    straight, kept, history = run(tmp_path / "straight", micro_batches=micro_batches)
     assert list(history.losses) == list(range(1, STEPS + 1)) and history.validations == [2, 4, 6, 8]
     for step in range(1, STEPS + 1):
         directory = tmp_path / f"stopped{step}"
         with pytest.raises(SystemExit) as stopped:
-            run(directory, stop_at=step, monkeypatch=monkeypatch, passes=passes)
+            run(directory, stop_at=step, monkeypatch=monkeypatch, micro_batches=micro_batches)
         assert stopped.value.code == 75
-        training, keeper, after = run(directory, passes=passes)
+        training, checkpointer, after = run(directory, micro_batches=micro_batches)
         assert after.losses == {s: loss for s, loss in history.losses.items() if s > step}
         assert after.validations == [s for s in history.validations if s > step]
         assert after.drawn == {s: drawn for s, drawn in history.drawn.items() if s > step}  # generators go on, too
-        assert keeper.best == kept.best and keeper.figures() == kept.figures()
-        assert all(t.equal(keeper.best_weights()[n]) for n, t in kept.best_weights().items())
+        assert checkpointer.best == kept.best and checkpointer.figures() == kept.figures()
+        assert all(t.equal(checkpointer.best_weights()[n]) for n, t in kept.best_weights().items())
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
@@ -90,35 +90,35 @@ def test_the_last_step_is_validated_whatever_its_number(tmp_path, monkeypatch):
     for step in (7, 8):
         with pytest.raises(SystemExit):
             run(tmp_path / str(step), stop_at=step, monkeypatch=monkeypatch, validate_every=3)
-        training, keeper, rest = run(tmp_path / str(step), validate_every=3)
-        assert rest.validations == [s for s in (8,) if s > step] and keeper.best == kept.best
+        training, checkpointer, rest = run(tmp_path / str(step), validate_every=3)
+        assert rest.validations == [s for s in (8,) if s > step] and checkpointer.best == kept.best
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
 @pytest.mark.slow
 def test_the_last_few_and_the_best_are_kept(tmp_path):
-    training, keeper, _ = run(tmp_path)
+    training, checkpointer, _ = run(tmp_path)
     assert [step_of(f) for f in sorted(tmp_path.glob("step-*"))] == [6, 8]  # every third, and the last
-    best = keeper.best["step"]
+    best = checkpointer.best["step"]
     assert best in [step_of(f) for f in tmp_path.glob("best-*")]
-    known = [step for step in keeper.best_of.values() if step]
+    known = [step for step in checkpointer.best_of.values() if step]
     assert all(step_of(f) >= min(known, default=0) for f in tmp_path.glob("best-*"))
     if best == STEPS:
-        assert all(p.equal(keeper.best_weights()[n]) for n, p in training.trained().items())
+        assert all(p.equal(checkpointer.best_weights()[n]) for n, p in training.trained().items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4)])
 @pytest.mark.parametrize("step", [3, 4])
-def test_passes_may_change_on_the_way(tmp_path, monkeypatch, before, after, step):
+def test_micro_batches_may_change_on_the_way(tmp_path, monkeypatch, before, after, step):
     """With `micro_batch_size`, or with the ranks: validations, checkpoints and the end stay where they are."""
     straight, kept, history = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
-        run(tmp_path / "stopped", stop_at=step, monkeypatch=monkeypatch, passes=before)
-    training, keeper, rest = run(tmp_path / "stopped", passes=after)
+        run(tmp_path / "stopped", stop_at=step, monkeypatch=monkeypatch, micro_batches=before)
+    training, checkpointer, rest = run(tmp_path / "stopped", micro_batches=after)
     assert list(rest.losses) == list(range(step + 1, STEPS + 1))
     assert rest.validations == [s for s in history.validations if s > step]
-    assert keeper.best["step"] == kept.best["step"]
+    assert checkpointer.best["step"] == kept.best["step"]
     assert all(rest.losses[s] == pytest.approx(history.losses[s], rel=1e-4) for s in rest.losses)
     assert step_of(usable_checkpoint(tmp_path / "stopped")) == STEPS
 
@@ -130,8 +130,8 @@ def test_without_any_whole_best_weights_the_newest_checkpoint_has_to_do(tmp_path
         path.unlink()
     said = []
     assert step_of(usable_checkpoint(tmp_path, said.append)) == 7 and "no best weights are left" in said[-1]
-    _, keeper, history = run(tmp_path)
-    assert list(history.losses) == [8] and keeper.best["step"] == 8
+    _, checkpointer, history = run(tmp_path)
+    assert list(history.losses) == [8] and checkpointer.best["step"] == 8
     for path in tmp_path.glob("step-*"):
         path.write_bytes(b"")
     said.clear()
@@ -148,15 +148,15 @@ def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
     newest.write_bytes(newest.read_bytes()[:-1])
     said = []
     assert step_of(usable_checkpoint(tmp_path / "stopped", said.append)) == 3 and newest.name in said[0]
-    training, keeper, _ = run(tmp_path / "stopped")
-    assert keeper.best == kept.best
+    training, checkpointer, _ = run(tmp_path / "stopped")
+    assert checkpointer.best == kept.best
     assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
 @pytest.mark.slow
-def test_passes_of_a_step_weigh_their_tokens_not_their_number(tmp_path):
+def test_micro_batches_of_a_step_weigh_their_tokens_not_their_number(tmp_path):
     whole, _, one = run(tmp_path / "one")
-    parts, _, four = run(tmp_path / "four", passes=4)
+    parts, _, four = run(tmp_path / "four", micro_batches=4)
     for step, loss in one.losses.items():
         assert four.losses[step] == pytest.approx(loss, rel=1e-4)
     moved = max(

@@ -16,17 +16,17 @@ def same(left, right) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("passes", "number"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("micro_batches", "number"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_that_a_callback_ends_goes_on_as_if_it_had_not_been(step, passes, number, tmp_path):
+def test_a_run_that_a_callback_ends_goes_on_as_if_it_had_not_been(step, micro_batches, number, tmp_path):
     """Also in the middle of a step, and after a validation."""
-    straight, kept, history = run(tmp_path / "straight", passes=passes)
+    straight, kept, history = run(tmp_path / "straight", micro_batches=micro_batches)
     directory = tmp_path / "attention_tuning" / "checkpoints"
     with pytest.raises(NotFinished, match=f"attention_tuning ended at step {step} of {STEPS}, by a callback") as ended:
-        run(directory, passes=passes, faults=[StopAt(step, number)])
+        run(directory, micro_batches=micro_batches, faults=[StopAt(step, number)])
     assert ended.value.status == 75 and step_of(usable_checkpoint(directory)) == step
-    training, keeper, after = run(directory, passes=passes)
-    assert after.validations == [s for s in history.validations if s > step] and keeper.best == kept.best
+    training, checkpointer, after = run(directory, micro_batches=micro_batches)
+    assert after.validations == [s for s in history.validations if s > step] and checkpointer.best == kept.best
     assert same(straight, training)
 
 
@@ -36,8 +36,8 @@ def test_a_time_limit_holds_for_each_start(tmp_path):
     for step in range(1, STEPS):
         with pytest.raises(NotFinished, match=f"ended at step {step} of {STEPS}, by trainer.max_time"):
             run(tmp_path / "limited", faults=[Timer({"microseconds": 1})])
-    training, keeper, _ = run(tmp_path / "limited", faults=[Timer({"microseconds": 1})])
-    assert keeper.best == kept.best and same(straight, training)
+    training, checkpointer, _ = run(tmp_path / "limited", faults=[Timer({"microseconds": 1})])
+    assert checkpointer.best == kept.best and same(straight, training)
 
 
 class StopAfterValidation(Callback):
@@ -67,28 +67,28 @@ def test_a_run_that_makes_no_step_is_not_started_again(hook, tmp_path):
     """Status 75 would put a job back into the queue, for ever."""
     directory = tmp_path / "attention_tuning" / "checkpoints"
     with pytest.raises(NotFinished):
-        run(directory, passes=2, faults=[StopAt(3)])
+        run(directory, micro_batches=2, faults=[StopAt(3)])
     for _ in range(2):
         ended = end_of(directory, StopBefore(hook))
         assert ended.status == 1 and "No step was made since the start" in str(ended)
         assert "ended at step 3" in str(ended) and step_of(usable_checkpoint(directory)) == 3
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_time_limit_below_one_step_is_an_error_once_and_not_a_circle(passes, tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_time_limit_below_one_step_is_an_error_once_and_not_a_circle(micro_batches, tmp_path):
     """The limit is looked at after each pass: half a step is none."""
     directory = tmp_path / "attention_tuning" / "checkpoints"
-    ended = [end_of(directory, Timer({"microseconds": 1}), passes=passes) for _ in range(3)]
-    if passes == 1:
+    ended = [end_of(directory, Timer({"microseconds": 1}), micro_batches=micro_batches) for _ in range(3)]
+    if micro_batches == 1:
         assert [e.status for e in ended] == [75] * 3 and "step 3" in str(ended[-1])
     else:
         assert {e.status for e in ended} == {1}
         assert "step 0 of" in str(ended[-1]) and "more time than one step takes" in str(ended[-1])
 
 
-def end_of(directory, callback, passes=2) -> AgreedEnd:
+def end_of(directory, callback, micro_batches=2) -> AgreedEnd:
     with pytest.raises(AgreedEnd) as ended:
-        run(directory, passes=passes, faults=[callback])
+        run(directory, micro_batches=micro_batches, faults=[callback])
     return ended.value
 
 

@@ -11,10 +11,10 @@ from helpers.shared import random_target
 from helpers.training import module
 from lightning.pytorch.callbacks import Callback
 
-from train.checkpoint.checkpoints import check_handed_on
+from train.checkpoint.checkpoints import check_final_weights
 from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.endings.agreed import Diverged
-from train.endings.finite import LARGEST_NORM, judged, not_finite
+from train.endings.finite import LARGEST_NORM, not_finite, step_metrics
 from train.loop.modules import AttentionTuning, BonusCalibration
 from train.run_dir.checkpoint_names import step_of
 
@@ -62,23 +62,23 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_state_of_the_
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_one_bad_pass_skips_its_whole_step(number, tmp_path):
+def test_one_bad_micro_batch_skips_its_whole_step(number, tmp_path):
     snapshots = Snapshots()
-    run(tmp_path, faults=[BadLoss({2}, number=number), snapshots], passes=2)
+    run(tmp_path, faults=[BadLoss({2}, number=number), snapshots], micro_batches=2)
     assert same(snapshots.after[2], snapshots.after[3]) and not same(snapshots.after[3], snapshots.after[4])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_run_stopped_among_skipped_steps_goes_on_as_if_it_had_not_been(passes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_run_stopped_among_skipped_steps_goes_on_as_if_it_had_not_been(micro_batches, tmp_path, monkeypatch):
     faults = [BadLoss({0, 2, 3, 6})]
-    straight, kept, _ = run(tmp_path / "straight", faults=faults, passes=passes)
+    straight, kept, _ = run(tmp_path / "straight", faults=faults, micro_batches=micro_batches)
     for step in range(1, STEPS + 1):
         directory = tmp_path / str(step)
         with pytest.raises(SystemExit):
-            run(directory, stop_at=step, monkeypatch=monkeypatch, faults=faults, passes=passes)
-        training, keeper, _ = run(directory, faults=faults, passes=passes)
-        assert keeper.best == kept.best
+            run(directory, stop_at=step, monkeypatch=monkeypatch, faults=faults, micro_batches=micro_batches)
+        training, checkpointer, _ = run(directory, faults=faults, micro_batches=micro_batches)
+        assert checkpointer.best == kept.best
         assert same(list(training.trained().values()), list(straight.trained().values()))
         counted = [CheckpointFiles().load_checkpoint(usable_checkpoint(d)) for d in (directory, tmp_path / "straight")]
         assert [c["callbacks"]["SkippedSteps"] for c in counted] == [{"total": 4, "in_a_row": 0}] * 2
@@ -95,8 +95,8 @@ def test_too_many_in_a_row_end_the_run_and_the_state_before_survives(tmp_path, m
     for part in ("Step 7: 4 steps in a row", "the loss is not finite", "stage.attention_tuning.module.learning_rate"):
         assert part in str(ended.value)
     # What was wrong is gone: the run ends as if it had never been.
-    training, keeper, _ = run(directory)
-    assert keeper.best == kept.best
+    training, checkpointer, _ = run(directory)
+    assert checkpointer.best == kept.best
     assert same(list(training.trained().values()), list(straight.trained().values()))
 
 
@@ -127,7 +127,7 @@ def test_weights_whose_validation_is_not_finite_are_not_handed_on(best_by, tmp_p
     class End(Callback):
         def on_fit_end(self, trainer, pl_module):
             with pytest.raises(Diverged, match="val/loss of the weights to be handed on"):
-                check_handed_on(trainer, pl_module.state_dict())
+                check_final_weights(trainer, pl_module.state_dict())
 
     run(tmp_path, faults=[BadValidation({2, 4, 6, 8}), End()], best_by=best_by)
 
@@ -148,16 +148,16 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(step, value,
 
 def test_a_fault_names_what_it_is_and_on_which_rank():
     good = [1.0, 2.0, 9.0, 8.0, 3.0, 4.0]  # losses, weights, blocks, labelled blocks, gradient norms
-    for in_pieces in (False, True):
-        figures = judged([good, good], ["a", "b"], in_pieces=in_pieces)
+    for sharded in (False, True):
+        figures = step_metrics([good, good], ["a", "b"], sharded=sharded)
         assert figures.loss == 0.5 and figures.weight == 4 and not figures.fault
         assert figures.blocks == 18 and figures.labelled == 16
-        assert figures.gradient_norm == pytest.approx((math.sqrt(2) if in_pieces else 1) * 5 / 4)
+        assert figures.gradient_norm == pytest.approx((math.sqrt(2) if sharded else 1) * 5 / 4)
         for bad, said in (
             ([math.nan, *good[1:]], "the loss on rank 1"),
             ([*good[:5], math.inf], "the gradient of b on rank 1"),
             ([*good[:4], math.nan, math.nan], "the gradient of a and 1 more on rank 1"),
         ):
-            assert judged([good, bad], ["a", "b"], in_pieces=in_pieces).fault == f"{said} is not finite"
-    assert "gradient's norm" in judged([[1.0, 1.0, 1.0, 1.0, LARGEST_NORM]], ["a"], in_pieces=False).fault
+            assert step_metrics([good, bad], ["a", "b"], sharded=sharded).fault == f"{said} is not finite"
+    assert "gradient's norm" in step_metrics([[1.0, 1.0, 1.0, 1.0, LARGEST_NORM]], ["a"], sharded=False).fault
     assert torch.tensor(LARGEST_NORM * 1.001).square().isinf()

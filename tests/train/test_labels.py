@@ -35,11 +35,11 @@ def target_says(monkeypatch):
     return says
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_stage_whose_target_never_says_the_text_is_an_error_with_a_way_out(passes, target_says, tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_stage_whose_target_never_says_the_text_is_an_error_with_a_way_out(micro_batches, target_says, tmp_path):
     target_says(0.0)
     with pytest.raises(AgreedEnd, match=f"none of the [0-9,]+ blocks of {STEPS} steps.*data.regenerate") as ended:
-        run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks()], passes=passes)
+        run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks()], micro_batches=micro_batches)
     assert ended.value.status == 1 and not list(tmp_path.glob("best-*"))
 
 

@@ -63,11 +63,13 @@ def run(directory, stage=AttentionTuning, *, live=True, stop_at=None, monkeypatc
     """Train the small target's drafter, and stop as a signal would at a step, if one is given."""
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1)
-    keeper = Checkpoints(directory, **{"every": 2, "keep": 2, "validate_every": 2, "best_by": "val/tau"} | keeping)
+    checkpointer = Checkpoints(
+        directory, **{"every": 2, "keep": 2, "validate_every": 2, "best_by": "val/tau"} | keeping
+    )
     history, decoding = History(), [Recorded(PROMPTS, **LIVE)] if live else []
     fitted = trainer(
         directory, STEPS, val_check_interval=2, check_val_every_n_epoch=None, enable_checkpointing=True,
-        callbacks=[history, *decoding, keeper], plugins=[CheckpointFiles()],
+        callbacks=[history, *decoding, checkpointer], plugins=[CheckpointFiles()],
     )  # fmt: skip
     training = module(stage, random_target())
     if stop_at:
@@ -77,7 +79,7 @@ def run(directory, stage=AttentionTuning, *, live=True, stop_at=None, monkeypatc
     finally:
         monkeypatch.undo() if monkeypatch else None
         preemption.set_training(False)
-    return training, keeper, history, *decoding
+    return training, checkpointer, history, *decoding
 
 
 def by_hand(drafter: DraftModel) -> list[list[int]]:
@@ -166,10 +168,12 @@ def test_a_stopped_run_goes_on_with_the_same_figures_and_the_same_choice(step, t
     straight, kept, _, figures = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
         run(tmp_path / "stopped", stop_at=step, monkeypatch=monkeypatch)
-    training, keeper, history, rest = run(tmp_path / "stopped")
+    training, checkpointer, history, rest = run(tmp_path / "stopped")
     assert history.validations == [s for s in (2, 4, 6) if s > step]
     assert same(straight.trained(), training.trained())
-    assert keeper.best == kept.best and keeper.figures() == kept.figures() and keeper.best["value"] > 1
+    assert (
+        checkpointer.best == kept.best and checkpointer.figures() == kept.figures() and checkpointer.best["value"] > 1
+    )
     for at, (_, found) in rest.drafts.items():
         expected = figures.drafts[at][1]
         assert {k: v for k, v in found.items() if "seconds" not in k} == {
@@ -213,9 +217,9 @@ def each_step(monkeypatch):
 
 @pytest.mark.slow
 def test_patience_ends_the_stage(tmp_path, each_step):
-    training, keeper, history, _ = patient(tmp_path, FLAT)
+    training, checkpointer, history, _ = patient(tmp_path, FLAT)
     assert history.validations == [1, 2, 3, 4] and list(history.losses) == [1, 2, 3, 4]  # equal is not better
-    assert keeper.best["step"] == 2 and keeper.out_of_patience() and training.trainer.global_step == 4
+    assert checkpointer.best["step"] == 2 and checkpointer.out_of_patience() and training.trainer.global_step == 4
     whole, kept, long, _ = patient(tmp_path / "whole", FLAT, patience=None)
     assert long.validations == [1, 2, 3, 4, 5, 6] and kept.best["step"] == 5
     assert all(long.losses[step] == loss for step, loss in history.losses.items())
@@ -225,23 +229,23 @@ def test_patience_ends_the_stage(tmp_path, each_step):
 def test_patience_survives_a_stop_and_a_crash_at_the_end(tmp_path, each_step, monkeypatch):
     with pytest.raises(SystemExit):
         patient(tmp_path, FLAT, stop_at=3, monkeypatch=monkeypatch)  # one validation without a better figure
-    first, keeper, history, _ = patient(tmp_path, FLAT)
-    assert history.validations == [4] and keeper.out_of_patience()
-    again, keeper, history, _ = patient(tmp_path, FLAT)  # killed before the stage was on record
+    first, checkpointer, history, _ = patient(tmp_path, FLAT)
+    assert history.validations == [4] and checkpointer.out_of_patience()
+    again, checkpointer, history, _ = patient(tmp_path, FLAT)  # killed before the stage was on record
     assert not history.losses and not history.validations and again.trainer.global_step == 4
-    assert keeper.best["step"] == 2 and same(first.trained(), again.trained())
+    assert checkpointer.best["step"] == 2 and same(first.trained(), again.trained())
 
 
 def test_no_number_is_no_best(tmp_path, each_step):
     nan = float("nan")
-    _, keeper, history, _ = patient(tmp_path, {1: nan, 2: 2.0, 3: nan, 4: nan})
-    assert keeper.best["step"] == 2 and history.validations == [1, 2, 3, 4]
+    _, checkpointer, history, _ = patient(tmp_path, {1: nan, 2: 2.0, 3: nan, 4: nan})
+    assert checkpointer.best["step"] == 2 and history.validations == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_from_before_patience_is_read():
-    keeper = Checkpoints(None, every=1, keep=1, validate_every=1, best_by="val/tau")
-    keeper.load_state_dict({"best": {}, "last": {}, "best_of": {}, "random": None})
-    assert keeper.waited == 0
+    checkpointer = Checkpoints(None, every=1, keep=1, validate_every=1, best_by="val/tau")
+    checkpointer.load_state_dict({"best": {}, "last": {}, "best_of": {}, "random": None})
+    assert checkpointer.waited == 0
 
 
 def test_prompts_are_the_beginnings_of_the_first_documents_that_leave_room():

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from data.errors import UserError
 from train.disk_space import check_disk, check_shared_memory
-from train.endings.finite import way_out
-from train.resume.progress import ANEW, FINISHED, GO_ON, left_to_do
+from train.endings.finite import advice
+from train.resume.progress import FINISHED, RESTART, RESUME, next_action
 from train.run_dir.disk import DiskError, as_user_error, check_access, remove_tree
 from train.run_dir.drafter_file import check_fits, facts_in, facts_of, finished_weights, save_drafter
 from train.run_dir.state import check_written, file_sha256
@@ -26,7 +26,7 @@ from train.run_dir.target_files import hashes, in_directory, target_files
 
 def begun(run_dir):
     made = record(run_dir)
-    made.begin(anew=True)
+    made.begin(restart=True)
     (run_dir / "attention_tuning" / "checkpoints").mkdir(parents=True)
     (run_dir / "attention_tuning" / "checkpoints" / f"step-00000002-{'0' * 16}.ckpt").write_bytes(b"x")
     return made
@@ -39,45 +39,45 @@ def other(run_dir, stage="attention_tuning"):
 @pytest.mark.slow
 def test_true_keeps_training_with_unchanged_settings_and_a_named_stage_is_done_again(tmp_path):
     made, _ = finished(tmp_path)
-    assert left_to_do(config(), "attention_tuning", made) == FINISHED
-    assert left_to_do(config(overwrite=True), "attention_tuning", made) == FINISHED
-    assert left_to_do(config(overwrite="attention_tuning"), "attention_tuning", made) == ANEW
-    assert left_to_do(config(overwrite=True), "attention_tuning", other(tmp_path)) == ANEW
+    assert next_action(config(), "attention_tuning", made) == FINISHED
+    assert next_action(config(overwrite=True), "attention_tuning", made) == FINISHED
+    assert next_action(config(overwrite="attention_tuning"), "attention_tuning", made) == RESTART
+    assert next_action(config(overwrite=True), "attention_tuning", other(tmp_path)) == RESTART
     half = begun(tmp_path / "half")
-    assert left_to_do(config(overwrite=True), "attention_tuning", half) == GO_ON
+    assert next_action(config(overwrite=True), "attention_tuning", half) == RESUME
     evaluated, _ = finished(tmp_path, "evaluate", "report.json")
-    assert left_to_do(config(overwrite=["evaluate"]), "attention_tuning", made) == FINISHED
-    assert left_to_do(config(overwrite=True), "evaluate", evaluated) == ANEW
+    assert next_action(config(overwrite=["evaluate"]), "attention_tuning", made) == FINISHED
+    assert next_action(config(overwrite=True), "evaluate", evaluated) == RESTART
 
 
 def test_a_refusal_names_the_stages_that_have_to_be_done_again_and_no_more(tmp_path):
     finished(tmp_path, "evaluate", "report.json")
     finished(tmp_path, "bonus_calibration")
     with pytest.raises(UserError, match=r"stage.steps: 6 -> 7.*\n.*overwrite=evaluate, which costs no training"):
-        left_to_do(config(), "evaluate", other(tmp_path, "evaluate"))
+        next_action(config(), "evaluate", other(tmp_path, "evaluate"))
     with pytest.raises(UserError, match=r"overwrite=\[bonus_calibration,export,evaluate\]") as refused:
-        left_to_do(config(), "bonus_calibration", other(tmp_path, "bonus_calibration"))
+        next_action(config(), "bonus_calibration", other(tmp_path, "bonus_calibration"))
     assert "attention_tuning" not in str(refused.value)
 
 
 def test_a_requeued_job_does_not_overwrite_what_it_has_begun(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     made, asked = begun(tmp_path), config(overwrite="attention_tuning")
-    assert left_to_do(asked, "attention_tuning", made) == ANEW  # the command again, in the same job
+    assert next_action(asked, "attention_tuning", made) == RESTART  # the command again, in the same job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert left_to_do(asked, "attention_tuning", made) == GO_ON
+    assert next_action(asked, "attention_tuning", made) == RESUME
     monkeypatch.setenv("SLURM_JOB_ID", "43")
-    assert left_to_do(asked, "attention_tuning", made) == ANEW
+    assert next_action(asked, "attention_tuning", made) == RESTART
 
 
 def test_other_settings_are_no_matter_before_the_first_checkpoint(tmp_path):
     made = record(tmp_path)
-    made.begin(anew=True)
-    assert left_to_do(config(), "attention_tuning", made) == GO_ON
-    assert left_to_do(config(), "attention_tuning", other(tmp_path)) == ANEW
+    made.begin(restart=True)
+    assert next_action(config(), "attention_tuning", made) == RESUME
+    assert next_action(config(), "attention_tuning", other(tmp_path)) == RESTART
     begun(tmp_path)
     with pytest.raises(UserError, match="stage.steps: 6 -> 7"):
-        left_to_do(config(), "attention_tuning", other(tmp_path))
+        next_action(config(), "attention_tuning", other(tmp_path))
 
 
 @pytest.mark.slow
@@ -86,44 +86,44 @@ def test_a_damaged_record_is_named_or_its_stage_done_again(tmp_path, content):
     made, _ = finished(tmp_path)
     made.done.write_text(content)
     with pytest.raises(UserError, match="attention_tuning.done.json: empty or damaged.*overwrite=attention_tuning"):
-        left_to_do(config(), "attention_tuning", made)
+        next_action(config(), "attention_tuning", made)
     evaluated, _ = finished(tmp_path, "evaluate", "report.json")
     evaluated.done.write_text(content)
-    assert left_to_do(config(), "evaluate", evaluated) == ANEW
+    assert next_action(config(), "evaluate", evaluated) == RESTART
     half = begun(tmp_path / "half")
     half.begun.write_text(content)
     with pytest.raises(UserError, match="attention_tuning.begun.json: empty or damaged.*overwrite=attention_tuning"):
-        left_to_do(config(), "attention_tuning", half)
+        next_action(config(), "attention_tuning", half)
 
 
 def test_a_result_that_is_gone_or_replaced_does_not_count_as_finished(tmp_path):
     made, file = finished(tmp_path)
     file.write_bytes(b"other")
     with pytest.raises(UserError, match="draft.safetensors is not the file.*overwrite=attention_tuning"):
-        left_to_do(config(), "attention_tuning", made)
+        next_action(config(), "attention_tuning", made)
     with pytest.raises(UserError, match="damaged or replaced"):
         check_written(tmp_path, {"attention_tuning/draft.safetensors": file_sha256(file)})
     file.unlink()
     with pytest.raises(UserError, match="draft.safetensors is gone.*overwrite=attention_tuning"):
-        left_to_do(config(), "attention_tuning", made)
+        next_action(config(), "attention_tuning", made)
     evaluated, report = finished(tmp_path, "evaluate", "report.json")
     report.unlink()
-    assert left_to_do(config(), "evaluate", evaluated) == ANEW
+    assert next_action(config(), "evaluate", evaluated) == RESTART
 
 
 def test_a_kill_while_the_old_result_is_deleted_is_no_end(tmp_path):
     made, file = finished(tmp_path)
     made.drop()
-    assert left_to_do(config(), "attention_tuning", made) == ANEW
+    assert next_action(config(), "attention_tuning", made) == RESTART
     file.unlink()
-    assert left_to_do(config(), "attention_tuning", made) == ANEW
+    assert next_action(config(), "attention_tuning", made) == RESTART
 
 
 def test_weights_without_a_record_are_not_trained_over(tmp_path):
     (tmp_path / "attention_tuning").mkdir()
     (tmp_path / "attention_tuning" / "draft.safetensors").write_bytes(b"by hand")
     with pytest.raises(UserError, match="no record says what it is"):
-        left_to_do(config(), "attention_tuning", record(tmp_path))
+        next_action(config(), "attention_tuning", record(tmp_path))
 
 
 CHANGES = {
@@ -263,17 +263,17 @@ def test_an_error_that_hides_what_came_before_it_is_not_explained_by_it():
 def test_a_file_of_the_users_own_beside_the_checkpoints_is_no_checkpoint(tmp_path):
     """One definition of a checkpoint, here and where checkpoints are read."""
     made = record(tmp_path)
-    made.begin(anew=True)
+    made.begin(restart=True)
     place = tmp_path / "attention_tuning" / "checkpoints"
     place.mkdir(parents=True)
     for name in ("step-mine.ckpt", "step-00000009-.ckpt"):
         (place / name).write_bytes(b"x")
-    assert left_to_do(config(), "attention_tuning", other(tmp_path)) == ANEW
-    assert "good checkpoint" not in way_out(place)
+    assert next_action(config(), "attention_tuning", other(tmp_path)) == RESTART
+    assert "good checkpoint" not in advice(place)
     (place / f"step-00000002-{'0' * 16}.ckpt").write_bytes(b"x")
-    assert f"last good checkpoint is {place}/step-00000002" in way_out(place)
+    assert f"last good checkpoint is {place}/step-00000002" in advice(place)
     with pytest.raises(UserError, match="stage.steps: 6 -> 7"):
-        left_to_do(config(), "attention_tuning", other(tmp_path))
+        next_action(config(), "attention_tuning", other(tmp_path))
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):
@@ -313,16 +313,16 @@ def test_overwrite_true_does_not_train_over_weights_whose_record_is_gone(tmp_pat
     made, _ = finished(tmp_path)
     made.done.unlink()
     with pytest.raises(UserError, match="overwrite=attention_tuning"):
-        left_to_do(config(overwrite=True), "attention_tuning", made)
-    assert left_to_do(config(overwrite="attention_tuning"), "attention_tuning", made) == ANEW
+        next_action(config(overwrite=True), "attention_tuning", made)
+    assert next_action(config(overwrite="attention_tuning"), "attention_tuning", made) == RESTART
 
 
 def test_a_result_that_is_not_on_the_record_is_missed_too(tmp_path):
     """Records of earlier versions hold no hash of the exported config.json, which their evaluation changed."""
     made, weights = finished(tmp_path, "export", "model.safetensors")
-    assert left_to_do(config(), "export", made) == ANEW
+    assert next_action(config(), "export", made) == RESTART
     (weights.parent / "config.json").write_text("{}")
-    assert left_to_do(config(), "export", made) == FINISHED
+    assert next_action(config(), "export", made) == FINISHED
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_checkpoints_beside_a_finished_stage_are_another_writers(tmp_path, holde
     first.kill()
     first.wait()
     made.done.rename(tmp_path / "aside")  # it was begun again in the meantime
-    made.begin(anew=True)
+    made.begin(restart=True)
     (tmp_path / "attention_tuning" / "draft.safetensors").unlink()
     _drop_left_over(config(), "attention_tuning", made, lock)
     assert checkpoints.exists()

@@ -53,20 +53,22 @@ def test_every_projector_and_every_input_of_slots_gets_a_gradient(beyond):
     assert all(p.grad is None for p in target.parameters())
 
 
-@pytest.mark.parametrize(("stage", "passes"), [(AttentionTuning, 1), (AttentionTuning, 4), (BonusCalibration, 2)])
-def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, passes, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "micro_batches"), [(AttentionTuning, 1), (AttentionTuning, 4), (BonusCalibration, 2)]
+)
+def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, micro_batches, tmp_path):
     """By plain descent without clipping: AdamW would hide a factor, and so would a clipped norm. Stage 2 with all of
     the drafter in training: its loss is computed in pieces."""
     training, rows = module(stage, random_target(), beyond=stage is BonusCalibration), data(1)
     start_from_head(training.draft)
-    rows.micro_batch_size = 4 // passes
+    rows.micro_batch_size = 4 // micro_batches
     batches = TrainingBatches(rows.training, steps=1, global_batch_size=4, num_anchors=40, block_size=6, seed=0)
     total, weight, _, _ = training.loss(batches.batch(0))
     names, parameters = zip(*training.trained().items(), strict=True)
     gradients = torch.autograd.grad(total / weight, parameters)
     start = [p.detach().clone() for p in parameters]
     training.configure_optimizers = lambda: torch.optim.SGD(parameters, lr=1.0)
-    trainer(tmp_path, 1, accumulate_grad_batches=passes, gradient_clip_val=None).fit(training, rows)
+    trainer(tmp_path, 1, accumulate_grad_batches=micro_batches, gradient_clip_val=None).fit(training, rows)
     for name, before, after, gradient in zip(names, start, parameters, gradients, strict=True):
         assert torch.allclose(before - after, gradient, rtol=1e-3, atol=1e-6), name
 
@@ -85,7 +87,7 @@ def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decod
     assert said_otherwise.any() and (found.labels[said_otherwise] == IGNORE).all()
 
 
-def test_blocks_that_are_told_their_bonus_know_the_token_before_each_slot_and_no_other():
+def test_blocks_given_their_bonus_token_know_the_token_before_each_slot_and_no_other():
     torch.manual_seed(0)
     labels, bonus = torch.randint(3, 97, (2, 7, 6)), torch.randint(3, 97, (2, 7))
     for a in range(7):
@@ -97,11 +99,11 @@ def test_blocks_that_are_told_their_bonus_know_the_token_before_each_slot_and_no
         assert before[r, a, j] == ((bonus[r, a] if j == 1 else labels[r, a, j - 1]) if known else UNKNOWN)
 
 
-@pytest.mark.parametrize(("share", "told"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
-def test_the_share_of_blocks_that_are_told_their_bonus(share, told):
+@pytest.mark.parametrize(("fraction", "revealed"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_the_fraction_of_blocks_given_their_bonus_token(fraction, revealed):
     training = module(AttentionTuning, random_target(), beyond=True)
-    training.bonus_slot_fraction = share
-    assert (training.told(torch.zeros(3, 8, dtype=torch.long)) != UNKNOWN).sum(1).tolist() == [told] * 3
+    training.bonus_slot_fraction = fraction
+    assert (training.mask_bonus(torch.zeros(3, 8, dtype=torch.long)) != UNKNOWN).sum(1).tolist() == [revealed] * 3
 
 
 @pytest.mark.slow(but="AttentionTuning'>-True")

@@ -14,13 +14,13 @@ from data.errors import UserError
 from train.checkpoint.files import bytes_of, is_intact, publish_named
 from train.checkpoint.rng_state import random_state, set_random_state
 from train.endings.agreed import AgreedEnd, Diverged, NotFinished
-from train.endings.finite import COUNTED, check_state, way_out
+from train.endings.finite import COUNTED, advice, check_state
 from train.endings.preemption import agreed_signal, set_training, stop
 from train.run_dir.checkpoint_names import NAMED, checkpoints_in, step_of
 from train.terminal import say
 
 
-def keeper(trainer: lightning.Trainer) -> "Checkpoints":
+def checkpointer(trainer: lightning.Trainer) -> "Checkpoints":
     """Return the trainer's `Checkpoints` callback."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
 
@@ -89,9 +89,9 @@ class Checkpoints(Checkpoint):
             checkpoint["callbacks"].pop(timer.state_key, None)
         self._saved = self.started_at = checkpoint["global_step"]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        passes = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        micro_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
-            moved = passes - counts["ready"]
+            moved = micro_batches - counts["ready"]
             counts.update({key: value + moved for key, value in counts.items()})
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -250,7 +250,7 @@ class Checkpoints(Checkpoint):
                 path.unlink()
 
 
-def check_handed_on(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> None:
+def check_final_weights(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> None:
     """Check that the weights handed on by a stage and their validation metrics are finite.
 
     The best weights were checked when they were saved; here the last weights are checked if there are no best ones.
@@ -261,13 +261,13 @@ def check_handed_on(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> N
     Raises:
         Diverged: a weight or a validation metric is not finite.
     """
-    kept = keeper(trainer)
-    if not kept.best:
-        check_state(trainer, trained, kept.directory, "trained weights")
-    if faults := kept.faults():
+    checkpoints = checkpointer(trainer)
+    if not checkpoints.best:
+        check_state(trainer, trained, checkpoints.directory, "trained weights")
+    if faults := checkpoints.faults():
         raise Diverged(
             f"Step {trainer.global_step}: {', '.join(faults)} of the weights to be handed on are not finite. "
-            f"{way_out(kept.directory)}"
+            f"{advice(checkpoints.directory)}"
         )
 
 
@@ -282,7 +282,7 @@ def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
     limit = "trainer.max_time" if timed else "a callback"
     text = f"{stage} ended at step {trainer.global_step} of {trainer.max_steps}, by {limit}: it is not finished. "
     early = f"To end a stage early for good, use stage.{stage}.patience or fewer stage.{stage}.steps."
-    if trainer.global_step > keeper(trainer).started_at:
+    if trainer.global_step > checkpointer(trainer).started_at:
         return NotFinished(f"{text}The same command goes on from here, without overwrite if it has that. {early}")
     way = "Give it more time than one step takes" if timed else "Leave out the callback that sets trainer.should_stop"
     return AgreedEnd(

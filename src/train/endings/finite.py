@@ -25,7 +25,7 @@ COUNTED = ("val/loss", "val/tau_estimate", "val/tau")  # not the interval's boun
 
 
 @dataclass(frozen=True)
-class StepFigures:
+class StepMetrics:
     """Metrics of a step, known to all ranks before the optimizer step."""
 
     loss: float  # mean over the global batch, in nats per unit of slot weight
@@ -42,19 +42,19 @@ def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients))
 
 
-def judged(rows: list[list[float]], names: list[str], *, in_pieces: bool) -> StepFigures:
+def step_metrics(rows: list[list[float]], names: list[str], *, sharded: bool) -> StepMetrics:
     """Combine the values of all ranks into the metrics of a step.
 
     Args:
         rows: one row per rank: loss sum, weight sum, blocks, labelled blocks, and the norm of each parameter's
             gradient before division by the weight.
         names: parameter names.
-        in_pieces: each rank holds a shard of the gradients (ZeRO) instead of full gradients summed over the ranks.
+        sharded: each rank holds a shard of the gradients (ZeRO) instead of full gradients summed over the ranks.
     """
     loss, weight, blocks, labelled = (sum(row[i] for row in rows) for i in range(SUMS))
     weight = max(weight, 1e-6)
-    norm = math.hypot(*(value for row in (rows if in_pieces else rows[:1]) for value in row[SUMS:]))
-    return StepFigures(loss / weight, weight, norm / weight, _fault(rows, names, norm), blocks, labelled)
+    norm = math.hypot(*(value for row in (rows if sharded else rows[:1]) for value in row[SUMS:]))
+    return StepMetrics(loss / weight, weight, norm / weight, _fault(rows, names, norm), blocks, labelled)
 
 
 def _fault(rows: list[list[float]], names: list[str], norm: float) -> str:
@@ -127,10 +127,10 @@ def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], director
     if not trainer.strategy.reduce_boolean_decision(bool(names), all=False):
         return
     named = f" ({shortened(names)})" if names else ""
-    raise Diverged(f"Step {trainer.global_step}: the {what} are not finite{named}. {way_out(directory)}")
+    raise Diverged(f"Step {trainer.global_step}: the {what} are not finite{named}. {advice(directory)}")
 
 
-def way_out(directory: Path) -> str:
+def advice(directory: Path) -> str:
     """Return advice for a diverged training run: resume, lower the learning rate or check the hardware."""
     last = next(iter(checkpoints_in(directory)), None)
     stage = directory.parent.name
@@ -184,7 +184,7 @@ class SkippedSteps(Callback):
         say(f"    step {step}: skipped, {fault} ({self.in_a_row} in a row, the stage ends at {self.most})")
         if self.in_a_row >= self.most or (step == trainer.max_steps and self.total == step):
             raise Diverged(
-                f"Step {step}: {self.in_a_row} steps in a row were skipped, because {fault}. {way_out(self.directory)}"
+                f"Step {step}: {self.in_a_row} steps in a row were skipped, because {fault}. {advice(self.directory)}"
             )
 
 

@@ -20,7 +20,7 @@ _watching = False
 _starting = True
 _training = False
 _received = 0
-_said = False  # the message on how to resume has been printed
+_reported = False  # the message on how to resume has been printed
 _process = 0  # pid of the process that called `watch`; forked children inherit the handlers
 
 
@@ -74,13 +74,13 @@ def stop(number: int) -> None:
     Raises:
         SystemExit: with the signal's exit status on rank 0 and 0 on the others.
     """
-    global _said
+    global _reported
     if not first_rank():  # no imports in this function: the signal may have interrupted one
         status = 0
     else:
-        status, said, _said = STATUS[signal.Signals(number)], _said, True
+        status, reported, _reported = STATUS[signal.Signals(number)], _reported, True
         text = "the same command goes on from here, without overwrite=<stage> if it has that"
-        if not said:
+        if not reported:
             print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
     if _starting:
         os._exit(status)  # an exception raised during an import may be swallowed

@@ -91,10 +91,10 @@ Rows = list[list[str]]  # the first row is the header
 def tables(evaluation: Evaluation) -> dict[str, Rows]:
     """Return all results as title -> table."""
     how, sampling = evaluation.how, evaluation.how.sampling
-    said = "greedy" if sampling.greedy else f"temperature {sampling.temperature}, top_p {sampling.top_p}"
+    settings = "greedy" if sampling.greedy else f"temperature {sampling.temperature}, top_p {sampling.top_p}"
     if sampling.top_k and not sampling.greedy:
-        said += f", top_k {sampling.top_k}"
-    title = f"Acceptance: {said}, {evaluation.dtype}, up to {how.max_new_tokens} new tokens"
+        settings += f", top_k {sampling.top_k}"
+    title = f"Acceptance: {settings}, {evaluation.dtype}, up to {how.max_new_tokens} new tokens"
     found = {title: _acceptance(evaluation.benchmarks)}
     if speed := evaluation.speed:
         first = next(iter(evaluation.benchmarks))

@@ -15,7 +15,7 @@ from models.decoding.selection import Selection
 from models.draft import DraftModel
 from train.evaluate.acceptance import BenchmarkReport, Decoding, Variant, check_baseline, compare, own_answers, pooled
 from train.evaluate.report import Evaluation
-from train.evaluate.throughput import Contest, measure_speed
+from train.evaluate.throughput import DecoderComparison, measure_speed
 
 
 def decoding_settings(config: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Decoding:
@@ -71,9 +71,11 @@ def evaluate_drafter(
     measured = None
     if speed["num_prompts"]:
         last = list(variants.values())[-1]
-        contest = Contest(target, last.draft, last.calibrate, drafter_sizes(last.draft), how, speed["repeats"])
+        comparison = DecoderComparison(
+            target, last.draft, last.calibrate, drafter_sizes(last.draft), how, speed["repeats"]
+        )
         few = {benchmark: tokens[: speed["num_prompts"]] for benchmark, tokens in prompts.items()}
-        measured = measure_speed(contest, few, speed["batch_sizes"], speed["thresholds"])
+        measured = measure_speed(comparison, few, speed["batch_sizes"], speed["thresholds"])
     dtype = str(target.dtype).removeprefix("torch.")
     return Evaluation(how, dtype, name, reports, measured, wrong, active_settings(target))
 

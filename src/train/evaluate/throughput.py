@@ -76,7 +76,7 @@ def now(device: torch.device) -> float:
 
 
 @dataclass
-class Contest:
+class DecoderComparison:
     """Comparison of decoders on the same prompts in the same process."""
 
     target: PreTrainedModel
@@ -145,7 +145,10 @@ class Contest:
 
 
 def measure_speed(
-    contest: Contest, benchmarks: dict[str, list[list[int]]], batch_sizes: list[int], thresholds: list[float]
+    comparison: DecoderComparison,
+    benchmarks: dict[str, list[list[int]]],
+    batch_sizes: list[int],
+    thresholds: list[float],
 ) -> SpeedReport:
     """Measure speed by batch size, threshold and benchmark.
 
@@ -154,22 +157,22 @@ def measure_speed(
     """
     batch_sizes = sorted({1, *batch_sizes})
     first = next(iter(benchmarks.values()))
-    chosen = contest.how.selection
+    chosen = comparison.how.selection
     tries = sorted({chosen.threshold, *thresholds}) if chosen.rule != "off" else []
     total = len(batch_sizes) * (1 + len(DRAFTING)) + len(tries) + len(benchmarks) * 2
     with tqdm(total=total, desc="speed", unit="decoder") as bar:
 
         def measured(decoder: str, prompts: list[list[int]], rows: int, selection: Selection) -> Speed:
             bar.set_postfix_str(f"{decoder}, batch size {rows}")
-            speed = contest.measure(decoder, prompts, rows, selection)
+            speed = comparison.measure(decoder, prompts, rows, selection)
             bar.update()
             return speed
 
         by_rows = [measured(decoder, first, rows, chosen) for rows in batch_sizes for decoder in (ALONE, *DRAFTING)]
         mode = best_mode(by_rows, 1)
         by_threshold = [measured(mode, first, 1, Selection(chosen.rule, t) if t else OFF) for t in tries]
-        recommended = recommendation(by_rows, by_threshold, chosen, contest.target.device)
-        recommended["calibrate"] = contest.calibrate
+        recommended = recommendation(by_rows, by_threshold, chosen, comparison.target.device)
+        recommended["calibrate"] = comparison.calibrate
         selection = Selection(recommended["selection"], recommended["threshold"])
         by_benchmark = {
             name: [measured(decoder, prompts, 1, selection) for decoder in (ALONE, mode)]

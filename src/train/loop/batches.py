@@ -45,21 +45,21 @@ class TrainingBatches(Dataset[Batch]):
         Raises:
             ValueError: `global_batch_size` does not divide evenly into ranks and micro-batches.
         """
-        self.passes = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
+        self.micro_batches = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
         self.rows, self.steps, self.global_batch_size = rows, steps, global_batch_size
         self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return self.steps * self.passes
+        return self.steps * self.micro_batches
 
     def __getitem__(self, index: int) -> Batch:
-        return self.batch(*divmod(index, self.passes))
+        return self.batch(*divmod(index, self.micro_batches))
 
     def batch(self, step: int, number: int = 0) -> Batch:
         """Return micro-batch `number` of this rank in step `step`."""
-        size = self.global_batch_size // (self.world_size * self.passes)
-        first = (self.rank * self.passes + number) * size
+        size = self.global_batch_size // (self.world_size * self.micro_batches)
+        first = (self.rank * self.micro_batches + number) * size
         places = range(first, first + size)
         chosen = [self.rows[self._row_at(step * self.global_batch_size + place)] for place in places]
         seeds = [(self.seed, 0, step, place) for place in places]
@@ -86,7 +86,7 @@ class FromStep(Sampler[int]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.current_step() * self.batches.passes, len(self.batches)))
+        return iter(range(self.current_step() * self.batches.micro_batches, len(self.batches)))
 
 
 class ValidationBatches(Dataset[Batch]):

@@ -16,7 +16,7 @@ from data.errors import UserError
 from data.preprocess.packing import PackedRows
 from models.cost.flops import step_flops
 from models.cost.sizes import Sizes
-from train.checkpoint.checkpoints import Checkpoints, keeper, not_finished
+from train.checkpoint.checkpoints import Checkpoints, checkpointer, not_finished
 from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.endings.finite import SkippedSteps
 from train.endings.labels import LabelledBlocks
@@ -78,9 +78,9 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         plugins=[CheckpointFiles(), *cluster],
     )
     _check_time_limit(trainer)
-    passes = micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, trainer.world_size)
-    trainer.accumulate_grad_batches = passes
-    trainer.val_check_interval = validate_every * passes  # Lightning counts micro-batches
+    micro_batches = micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, trainer.world_size)
+    trainer.accumulate_grad_batches = micro_batches
+    trainer.val_check_interval = validate_every * micro_batches  # Lightning counts micro-batches
     return trainer
 
 
@@ -124,11 +124,11 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
         UserError: Lightning rejects the configuration of trainer, loggers or callbacks.
         AgreedEnd: training ended before the last step for a reason other than `patience`.
     """
-    chosen = usable_checkpoint(directory / "checkpoints", say, keeper(trainer).run)
-    keeper(trainer).resumed_from = chosen
+    checkpoints = checkpointer(trainer)
+    chosen = checkpoints.resumed_from = usable_checkpoint(directory / "checkpoints", say, checkpoints.run)
     if chosen:
         step = step_of(chosen)
-        say(f"    going on from step {step}")
+        say(f"    resuming from step {step}")
         rows = {at: row for at, row in read_metrics(directory).items() if at <= step}
         for logger in trainer.loggers:
             if isinstance(logger, StageWandbLogger):
@@ -141,11 +141,12 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
         raise UserError(f"trainer, logger or callbacks: {error}") from error
     finally:
         data.close()
-    if trainer.global_step < trainer.max_steps and not keeper(trainer).out_of_patience():
+    early = trainer.global_step < trainer.max_steps
+    if early and not checkpoints.out_of_patience():
         raise not_finished(trainer, directory / "checkpoints")  # ended before its first step, so no callback raised
-    if keeper(trainer).out_of_patience() and trainer.global_step < trainer.max_steps:
-        say(f"    stopped early at step {trainer.global_step}: {keeper(trainer).best_by} has not become better")
-    return keeper(trainer).figures()
+    if early:
+        say(f"    stopped early at step {trainer.global_step}: {checkpoints.best_by} has stopped improving")
+    return checkpoints.figures()
 
 
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:

@@ -17,7 +17,7 @@ from models.draft import UNKNOWN, DraftModel
 from models.loss.block_loss import block_loss
 from models.loss.objectives import Objective
 from models.target import bonus_tokens, target_pass
-from train.endings.finite import StepFigures, gradient_norms, judged
+from train.endings.finite import StepMetrics, gradient_norms, step_metrics
 
 
 @dataclass
@@ -63,7 +63,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         """
         super().__init__()
         self.target, self.draft = target, draft
-        self.step = StepFigures(math.nan, 0.0, math.nan, "")  # metrics of the latest step
+        self.step = StepMetrics(math.nan, 0.0, math.nan, "")  # metrics of the latest step
         self.objective, self.execution = objective, execution
         self.slot0_loss, self.chunk, self.bonus_slot_fraction = slot0_loss, chunk, bonus_slot_fraction
         self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
@@ -101,14 +101,14 @@ class DraftTraining(lightning.LightningModule, ABC):
         )
         return *sums, features.labels
 
-    def told(self, bonus: Tensor) -> Tensor:
+    def mask_bonus(self, bonus: Tensor) -> Tensor:
         """Replace the bonus tokens [R, A] by UNKNOWN in all but a fraction `bonus_slot_fraction` of the blocks.
 
         The blocks are evenly spaced instead of random, so the choice depends on neither step nor rank.
         """
         number = torch.arange(bonus.shape[1], device=bonus.device)
-        told = ((number + 1) * self.bonus_slot_fraction).floor() > (number * self.bonus_slot_fraction).floor()
-        return bonus.masked_fill(~told, UNKNOWN)
+        revealed = ((number + 1) * self.bonus_slot_fraction).floor() > (number * self.bonus_slot_fraction).floor()
+        return bonus.masked_fill(~revealed, UNKNOWN)
 
     def train(self, mode: bool = True) -> "DraftTraining":
         """Stay in eval mode: dropout in target or draft would make training differ from decoding."""
@@ -117,22 +117,24 @@ class DraftTraining(lightning.LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss sum of this micro-batch. `on_before_optimizer_step` divides by the total slot weight, which
         is known only after all micro-batches on all ranks."""
-        passes = self.trainer.accumulate_grad_batches
-        self._pass = batch_idx % passes
-        if self._pass == 0:  # free memory now: Lightning clears the previous step's gradients only before backward
+        micro_batches = self.trainer.accumulate_grad_batches
+        self._micro_batch = batch_idx % micro_batches
+        if (
+            self._micro_batch == 0
+        ):  # free memory now: Lightning clears the previous step's gradients only before backward
             for parameter in self.trained().values():
                 parameter.grad = None
         loss_sum, weight_sum, _, labels = self.loss(batch)
         blocks = [(of[..., 1:] != IGNORE).any(-1).sum() for of in (batch.labels, labels)]
         here = torch.stack([loss_sum.detach(), weight_sum, *(count.to(loss_sum.dtype) for count in blocks)])
-        self._sums = here if self._pass == 0 else self._sums + here
+        self._sums = here if self._micro_batch == 0 else self._sums + here
         # Undo Lightning's division by the accumulation steps and the averaging of gradients over ranks.
-        return loss_sum * (passes * self.trainer.world_size)
+        return loss_sum * (micro_batches * self.trainer.world_size)
 
     @property
     def ends_step(self) -> bool:
         """Whether the current micro-batch is the last of its step."""
-        return self._pass + 1 == self.trainer.accumulate_grad_batches
+        return self._micro_batch + 1 == self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Divide the gradients by the slot weight of the global batch. Gradient clipping follows.
@@ -143,13 +145,13 @@ class DraftTraining(lightning.LightningModule, ABC):
         if not self.ends_step:
             return  # Lightning calls DeepSpeed's step after every micro-batch; it takes effect only after the last
         trained, strategy = self.trained(), self.trainer.strategy
-        in_pieces = hasattr(strategy, "gradient_norms")  # ZeRO
-        norms = strategy.gradient_norms() if in_pieces else gradient_norms(trained.values())
+        sharded = hasattr(strategy, "gradient_norms")  # ZeRO
+        norms = strategy.gradient_norms() if sharded else gradient_norms(trained.values())
         rows = self._of_all_ranks(torch.cat([self._sums, norms]))
-        self.step = judged(rows, list(trained), in_pieces=in_pieces)
+        self.step = step_metrics(rows, list(trained), sharded=sharded)
         if self.step.fault:
             self._skip()
-        elif in_pieces:
+        elif sharded:
             strategy.divide_gradients(self.step.weight)
         else:
             torch._foreach_div_([p.grad for p in trained.values()], self.step.weight)
@@ -189,7 +191,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         parameters = list(self.trained().values())
         optimizer = torch.optim.AdamW(parameters, **self.adamw)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_share(step, self.steps, self.warmup_ratio, self.min_lr_ratio)
+            optimizer, lambda step: lr_factor(step, self.steps, self.warmup_ratio, self.min_lr_ratio)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -227,11 +229,11 @@ class DraftTraining(lightning.LightningModule, ABC):
                 parameter.copy_(state_dict[name])
 
 
-def lr_share(step: int, steps: int, warmup_ratio: float, final_share: float = 0.0) -> float:
-    """Learning rate factor: linear warm-up to 1, then cosine decay to `final_share`."""
+def lr_factor(step: int, steps: int, warmup_ratio: float, min_lr_ratio: float = 0.0) -> float:
+    """Learning rate factor: linear warm-up to 1, then cosine decay to `min_lr_ratio`."""
     warmup = max(1, round(warmup_ratio * steps))
     progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    cosine = final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
     return min((step + 1) / warmup, cosine)
 
 
@@ -245,7 +247,7 @@ class AttentionTuning(DraftTraining):
         wanted = self.objective.needs_target
         clean = target_pass(self.target, batch, self.draft.split_layer, with_hidden=wanted, execution=self.execution)
         # Use the token of the text, not the target's prediction: the labels continue the text.
-        known = self.told(batch.input_ids.gather(1, batch.anchors))
+        known = self.mask_bonus(batch.input_ids.gather(1, batch.anchors))
         hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
         return Features(hidden, batch.labels, target_hidden=clean.hidden)
 
@@ -272,7 +274,7 @@ class BonusCalibration(DraftTraining):
         # bonus token.
         at_anchor = batch.input_ids.gather(1, batch.anchors)
         labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
-        known = self.told(bonus)
+        known = self.mask_bonus(bonus)
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
         previous = previous_tokens(labels, known) if self.draft.chain_rank else None

@@ -21,7 +21,7 @@ from models.decoding.flex import generate
 from models.decoding.selection import OFF
 from models.draft import DraftModel
 from models.lora import LoraDraft
-from train.names import FIGURE
+from train.names import TAU
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -57,8 +57,8 @@ class LiveDecoding(Callback):
         by_prompt = self._accepted(trainer, pl_module.draft)
         accepted = [count for prompt in by_prompt for count in prompt]
         low, high = tau_interval(by_prompt)
-        tau = {FIGURE: mean_acceptance_length(accepted)}
-        interval = {f"{FIGURE}_low": low, f"{FIGURE}_high": high}
+        tau = {TAU: mean_acceptance_length(accepted)}
+        interval = {f"{TAU}_low": low, f"{TAU}_high": high}
         # Log on every rank, because all ranks must agree on the best weights. The decoding time is not logged here:
         # it differs between repeated runs.
         pl_module.log_dict(tau, prog_bar=True, logger=False)
@@ -112,7 +112,7 @@ def as_exported(draft: DraftModel) -> DraftModel:
     if isinstance(draft, LoraDraft):
         return draft.merged(draft.target.dtype)
     own = list(draft.own_parameters().values())
-    with _whole(own):
+    with _gathered(own):
         copies = {id(p): nn.Parameter(p.to(draft.target.dtype, copy=True), requires_grad=False) for p in own}
     return _with_parameters(draft, copies)
 
@@ -133,7 +133,7 @@ def _with_parameters(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.M
     return twin
 
 
-def _whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     """Context in which the parameters are gathered; a no-op unless ZeRO 3 shards them. Enter on every rank."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()

@@ -126,11 +126,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        with self._whole():
+        with self._gathered():
             return {name: tensor.to("cpu", copy=True) for name, tensor in self.lightning_module.state_dict().items()}
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        with self._whole(write=True):
+        with self._gathered(write=True):
             self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
         self.optimizers[0].refresh_fp32_params()
 
@@ -161,7 +161,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             for name in MOMENTS:
                 self._set_moment(parameter, name, saved["state"][i][name])
 
-    def _whole(self, *, write: bool = False) -> AbstractContextManager:
+    def _gathered(self, *, write: bool = False) -> AbstractContextManager:
         """Context in which the trained parameters are gathered; a no-op unless ZeRO 3 shards them.
 
         Must be entered on every rank.

@@ -14,7 +14,7 @@ from train.run_dir.drafter_file import WEIGHTS
 from train.run_dir.state import StageRecord, file_sha256, is_requeue_of, read_record
 from train.terminal import say
 
-FINISHED, GO_ON, ANEW = "finished", "go on", "anew"
+FINISHED, RESUME, RESTART = "finished", "resume", "restart"
 # Result files of each stage, for records of earlier versions, which do not list them.
 RESULTS = {stage: [f"{stage}/{WEIGHTS}"] for stage in TRAINED}
 RESULTS |= {"export": ["export/config.json"], "evaluate": ["evaluate/report.json"]}
@@ -26,8 +26,8 @@ def named(config: DictConfig) -> list[str]:
     return [] if isinstance(given, bool) else [given] if isinstance(given, str) else list(given)
 
 
-def left_to_do(config: DictConfig, stage: str, record: StageRecord, say: Callable[[str], None] = say) -> str:
-    """Return FINISHED, GO_ON or ANEW. Read-only, so that all ranks reach the same decision.
+def next_action(config: DictConfig, stage: str, record: StageRecord, say: Callable[[str], None] = say) -> str:
+    """Return FINISHED, RESUME or RESTART. Read-only, so that all ranks reach the same decision.
 
     `overwrite=true` repeats stages whose settings have changed, and always export and evaluation; trained stages with
     unchanged settings are kept. Stages named by `overwrite` are repeated, except in a requeue of the same SLURM job.
@@ -37,12 +37,12 @@ def left_to_do(config: DictConfig, stage: str, record: StageRecord, say: Callabl
     """
     begun, done = read_record(record.begun), read_record(record.done)
     if stage in named(config) and not is_requeue_of((begun or {}).get("job")):
-        return ANEW
+        return RESTART
     if begun and begun.get("dropped"):
-        return ANEW
+        return RESTART
     if done is not None:
         return _finished(config, stage, record, done, say)
-    return _begun(config, stage, record, begun) if stage in TRAINED else ANEW
+    return _begun(config, stage, record, begun) if stage in TRAINED else RESTART
 
 
 def _finished(
@@ -52,27 +52,27 @@ def _finished(
     if "settings" not in done:
         if not trained:
             say(f"    {record.done} is empty or damaged; the stage is done again")
-            return ANEW
+            return RESTART
         raise UserError(
             f"{record.done}: empty or damaged, so nobody knows with which settings {stage} was finished. Put it back, "
             f"or train the stage again with overwrite={stage}."
         )
     if changes := differences(done["settings"], record.settings, stage):
         if again:
-            return ANEW
+            return RESTART
         raise _other_settings(config, stage, record, record.done, changes)
     files = dict.fromkeys(RESULTS[stage]) | (done.get("files") or {})
     gone = [name for name in files if not (record.run_dir / name).exists()]
     if gone and (again or not trained):
         say(f"    {record.run_dir / gone[0]} is gone; the stage is done again")
-        return ANEW
+        return RESTART
     if gone:
         raise UserError(
             f"{record.run_dir / gone[0]} is gone, although {stage} was finished. Put it back, or train the stage again "
             f"with overwrite={stage}."
         )
     if again and not trained:
-        return ANEW
+        return RESTART
     for name, sha in files.items():
         if sha and file_sha256(record.run_dir / name) != sha:
             raise UserError(
@@ -83,12 +83,12 @@ def _finished(
 
 
 def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str, Any] | None) -> str:
-    """Decide for a training stage that is not finished: GO_ON or ANEW. Errors as in `left_to_do`."""
+    """Decide for a training stage that is not finished: RESUME or RESTART. Errors as in `next_action`."""
     directory, again = record.run_dir / stage, config.overwrite is True
     checkpoints = checkpoints_in(directory / "checkpoints")
     if checkpoints and "settings" not in (begun or {}):
         if again:
-            return ANEW
+            return RESTART
         raise UserError(
             f"{record.begun}: {'gone' if begun is None else 'empty or damaged'}, so nobody knows with which settings "
             f"the {len(checkpoints)} checkpoints in {directory / 'checkpoints'} were trained. Put it back, or begin "
@@ -98,13 +98,13 @@ def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str,
     if checkpoints and changes and not again:
         raise _other_settings(config, stage, record, record.begun, changes)
     if checkpoints:
-        return ANEW if changes else GO_ON
+        return RESTART if changes else RESUME
     if (directory / WEIGHTS).exists() and not (again and changes):
         raise UserError(
             f"{directory / WEIGHTS} is there, but no record says what it is. Training would replace it: move it away, "
             f"or use overwrite={stage}."
         )
-    return ANEW if changes or not begun else GO_ON  # no checkpoint yet, so changed settings lose no work
+    return RESTART if changes or not begun else RESUME  # no checkpoint yet, so changed settings lose no work
 
 
 def _other_settings(config: DictConfig, stage: str, record: StageRecord, file: Path, changes: list[str]) -> UserError:

@@ -41,9 +41,9 @@ def disk_error(error: OSError, path: Path | None = None, needed: int | None = No
     """
     named = error.filename if isinstance(error.filename, str) else None
     place = Path(path or named or tempfile.gettempdir())
-    reason, said = REASONS.get(error.errno or 0), error.strerror or error
+    reason, detail = REASONS.get(error.errno or 0), error.strerror or error
     text = f"{place}: " if path or named else f"A file of which the system gives no name ({', '.join(UNNAMED)}?): "
-    text += f"{reason} ({said})." if reason else f"{said}."
+    text += f"{reason} ({detail})." if reason else f"{detail}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or needed:
         free = free_bytes(place)
         text += f" {size(needed)} are needed there" if needed else ""

@@ -121,13 +121,13 @@ class StageRecord:
         self.done = run_dir / "records" / f"{stage}.done.json"
         self.settings = json.loads(json.dumps(settings))  # normalized to the values that reading the record returns
 
-    def begin(self, anew: bool) -> None:
+    def begin(self, restart: bool) -> None:
         """Record the settings before the first step.
 
         Args:
-            anew: start a new run of the stage. Otherwise the run ID and SLURM job of an earlier start are kept.
+            restart: start a new run of the stage. Otherwise the run ID and SLURM job of an earlier start are kept.
         """
-        before = {} if anew else read_record(self.begun) or {}
+        before = {} if restart else read_record(self.begun) or {}
         identity = {"id": before.get("id") or uuid.uuid4().hex[:12], "job": before.get("job") if before else job()}
         write_json(self.begun, {"settings": self.settings, "environment": environment(), **identity})
 

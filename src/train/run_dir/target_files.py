@@ -24,7 +24,7 @@ VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vo
 # dtype is set by model.target.dtype.
 SAVED_BY = {"transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "is_local", "backend"}
 JSON = "json:"  # prefix of hashes over a config's values; earlier versions hashed its bytes
-WHOLE = 2**30  # bytes; files of this size or larger are hashed in pieces
+SAMPLED_FROM = 2**30  # bytes; files of this size or larger are hashed in pieces
 PIECE, STRIDE = 2**20, 2**24  # bytes
 # Identity keys that give a location on the Hub; all others are content hashes.
 PLACES = {"repository", "commit", "tokenizer"}
@@ -121,13 +121,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _content(file: Path) -> str:
     """Hash a file: configs and weight indexes by value, other files by content.
 
-    For files of `WHOLE` bytes or more, the size, the first 1 MiB of every 16 MiB and the last 1 MiB are hashed. This
-    detects further training, which changes all weights.
+    For files of `SAMPLED_FROM` bytes or more, the size, the first 1 MiB of every 16 MiB and the last 1 MiB are hashed.
+    This detects further training, which changes all weights.
     """
     if file.name in (*MODEL, *CONFIGS) and file.suffix == ".json" or file.name.endswith(".index.json"):
         return _values(file)
     length = file.stat().st_size
-    if length < WHOLE:
+    if length < SAMPLED_FROM:
         return file_sha256(file)
     sha256 = hashlib.sha256(str(length).encode())
     with file.open("rb") as content:

@@ -11,10 +11,10 @@ from data.config.compose import check_at_least, check_choices, check_settings, u
 from data.config.unused import check_unused
 from data.errors import UserError
 from models.cost.hardware import GPUS
-from train.names import FIGURE, SELECTIONS, STAGES, TRAINED, VARIANTS
+from train.names import SELECTIONS, STAGES, TAU, TRAINED, VARIANTS
 from train.settings.derived import precision
+from train.settings.no_effect import TABLE
 from train.settings.trainer import check_trainer
-from train.settings.unused import TABLE
 
 
 def check_config(config: DictConfig) -> None:
@@ -165,9 +165,9 @@ def _check_stage(config: DictConfig, stage: str) -> None:
     settings, here = config.stage[stage], f"stage.{stage}"
     at_least = {"decode.prompts": 0, "decode.max_new_tokens": 2, "decode.batch_size": 1, "patience": 1}
     check_at_least(config, {f"{here}.{key}": least for key, least in at_least.items()})
-    if settings.best_by == FIGURE and not settings.decode.prompts:
+    if settings.best_by == TAU and not settings.decode.prompts:
         raise UserError(
-            f"{here}.best_by={FIGURE}, but {here}.decode.prompts=0: nothing measures it. "
+            f"{here}.best_by={TAU}, but {here}.decode.prompts=0: nothing measures it. "
             "Choose val/tau_estimate or null, or prompts."
         )
     if settings.patience and not config.data.validation_records:

@@ -42,10 +42,6 @@ def _of_stage(stage: str) -> Unused:
     )
 
 
-def _told(stage: str) -> tuple[str, ...]:
-    return (f"stage.{stage}.module.bonus_slot_fraction",)
-
-
 EVALUATE = "stage.evaluate"
 TABLE = (
     Unused(("regenerate",), lambda c: True, "only python -m data.regenerate reads it"),
@@ -57,9 +53,15 @@ TABLE = (
         lambda c: not c.objective.kl and not c.objective.tv,
         "objective.kl and objective.tv are 0, so no distributions are compared",
     ),
-    Unused(_told("attention_tuning"), lambda c: not c.model.draft.bonus_slot, "model.draft.bonus_slot=false"),
     Unused(
-        _told("bonus_calibration"),
+        ("stage.attention_tuning.module.bonus_slot_fraction",),
+        lambda c: not c.model.draft.bonus_slot,
+        "model.draft.bonus_slot=false",
+        lambda c: not c.model.draft.bonus_slot,
+        "model.draft.bonus_slot=false",
+    ),
+    Unused(
+        ("stage.bonus_calibration.module.bonus_slot_fraction",),
         lambda c: not c.model.draft.bonus_slot and not c.model.draft.chain_rank,
         "model.draft.bonus_slot=false and model.draft.chain_rank=0",
     ),
