@@ -57,8 +57,6 @@ TABLE = (
         ("stage.attention_tuning.module.bonus_slot_fraction",),
         lambda c: not c.model.draft.bonus_slot,
         "model.draft.bonus_slot=false",
-        lambda c: not c.model.draft.bonus_slot,
-        "model.draft.bonus_slot=false",
     ),
     Unused(
         ("stage.bonus_calibration.module.bonus_slot_fraction",),
