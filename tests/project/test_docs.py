@@ -64,10 +64,20 @@ def check_arguments(arguments: list[str], monkeypatch) -> None:
             runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
 
+def sections(page) -> set[str]:
+    """Anchors of a page's headings, as GitHub forms them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def check_links(page) -> list[str]:
-    """Links to files that are not there."""
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    return [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    """Links to missing files and headings."""
+    broken = []
+    for path, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        file = page.parent / path if path else page
+        if "://" not in path and not (file.exists() and (not heading or heading in sections(file))):
+            broken.append(f"{path}#{heading}" if heading else path)
+    return broken
 
 
 def test_every_command_has_a_rule_and_every_rule_a_command():
@@ -267,5 +277,6 @@ def test_wrong_commands_are_found(tmp_path, monkeypatch):
     assert absent(broken("GLIBC=1 python scripts/bench.py --steps 2")) == ["scripts/bench.py"]
     with pytest.raises(SystemExit):
         check_arguments(["scripts/checks/check_families.py", "--promts", "2"], monkeypatch)
-    (tmp_path / "x.md").write_text("[a](nowhere.md) [b](https://example.org) [c](x.md#there)", encoding="utf-8")
-    assert check_links(tmp_path / "x.md") == ["nowhere.md"]
+    links = "[a](nowhere.md) [b](https://example.org/#x) [c](x.md#is-it-there) [d](#not-there)\n## Is it *there*?"
+    (tmp_path / "x.md").write_text(links, encoding="utf-8")
+    assert check_links(tmp_path / "x.md") == ["nowhere.md", "#not-there"]
