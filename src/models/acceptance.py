@@ -62,7 +62,7 @@ def tau_interval(
         ValueError: level or resamples is out of range.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected a share between 0 and 1.")
+        raise ValueError(f"level={level}: expected a fraction between 0 and 1.")
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1.")
     counted = [accepted for accepted in accepted_by_prompt if accepted]

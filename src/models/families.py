@@ -17,8 +17,8 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # RoPE types whose angles depen
 
 # Config settings that change the model's computation in ways not implemented here.
 _UNSUPPORTED = {
-    "attn_logit_softcapping": "capped attention scores",
-    "final_logit_softcapping": "capped logits",
+    "attn_logit_softcapping": "attention logit softcapping",
+    "final_logit_softcapping": "final logit softcapping",
     "use_bidirectional_attention": "bidirectional attention",
 }
 
@@ -78,8 +78,8 @@ def check_trainable(config: PretrainedConfig) -> None:
     """
     if getattr(config, "quantization_config", None):
         raise ValueError(
-            "The target is quantized; training starts from its projectors, and needs them unquantized. Name the model "
-            "that it was made from: the drafter fits the quantized one too."
+            "The target is quantized, but training initializes the drafter from unquantized projections. Train with "
+            "the original, unquantized model; its drafter also works with the quantized one."
         )
 
 
@@ -92,20 +92,20 @@ def check_architecture(config: PretrainedConfig) -> None:
     missing = _missing_settings(config) or _missing_parts(config)
     if missing:
         raise ValueError(
-            f"{config.model_type} cannot be a target: it has {', '.join(missing)}. Tested families: "
-            f"{', '.join(TESTED)}; docs/guide/families.md says what a family needs."
+            f"{config.model_type} is not supported as a target: it has {', '.join(missing)}. Tested families: "
+            f"{', '.join(TESTED)}. docs/guide/families.md lists the requirements."
         )
 
 
 def _missing_settings(config: PretrainedConfig) -> list[str]:
     if getattr(config, "is_encoder_decoder", False):
-        return ["an encoder beside its decoder"]
+        return ["an encoder in addition to its decoder"]
     if getattr(config, "text_config", None) is not None:
         kind = getattr(config.text_config, "model_type", "language model")
-        return [f"more than a language model (save its {kind} alone, and name that)"]
+        return [f"other modalities (save its {kind} as a separate model and use that)"]
     found = [what for name, what in _UNSUPPORTED.items() if getattr(config, name, None)]
     kinds = set(layer_kinds(config)) - {"full_attention", "sliding_attention"}
-    return found + [f"layers of kind {kind}" for kind in sorted(kinds)]
+    return found + [f"layers of type {kind}" for kind in sorted(kinds)]
 
 
 def _missing_parts(config: PretrainedConfig) -> list[str]:
@@ -117,7 +117,7 @@ def _missing_parts(config: PretrainedConfig) -> list[str]:
         if out_of_memory(error):
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return [f"no causal language model that transformers can build ({text})"]
+        return [f"no causal language model in transformers ({text})"]
     inner = getattr(model, "model", None)
     found = [f"no model.{name}" for name in ("layers", "norm", "rotary_emb") if not hasattr(inner, name)]
     if found:

@@ -7,6 +7,7 @@ silently swallows an unknown name in its `**kwargs`.
 import functools
 import inspect
 
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -28,8 +29,8 @@ def require_arguments(kind: type[nn.Module], names: set[str]) -> None:
     """
     if missing := sorted(names - set(forward_arguments(kind))):
         raise ValueError(
-            f"{kind.__name__}.forward of this transformers version takes no {', '.join(missing)}, but "
-            f"{', '.join(forward_arguments(kind))}. Install a version that pyproject.toml names."
+            f"{kind.__name__}.forward in transformers {transformers.__version__} does not accept {', '.join(missing)}, "
+            f"only {', '.join(forward_arguments(kind))}. Install a version allowed by pyproject.toml."
         )
 
 
@@ -61,8 +62,8 @@ def keys_values(cache: DynamicCache, layer: int, length: int | None = None) -> t
     length = cache.get_seq_length() if length is None else length
     if sizes != [length, length]:
         raise ValueError(
-            f"Layer {layer} of {type(cache).__name__} holds keys and values of {sizes} tokens, expected {length} each. "
-            "Install a transformers version that pyproject.toml names."
+            f"Layer {layer} of {type(cache).__name__} holds keys and values of {sizes} tokens; expected {length} each. "
+            f"Install a version allowed by pyproject.toml instead of transformers {transformers.__version__}."
         )
     return pair[0], pair[1]
 

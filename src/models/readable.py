@@ -13,7 +13,7 @@ CONFIG_FILES = (CONFIG,)
 MODEL_FILES = (CONFIG, "generation_config.json", INDEX, "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja")
-WAY_OUT = "Copy or download it again."
+REMEDY = "Copy or download it again."
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
     """
     faults = damaged(Path(name), files) if Path(name).is_dir() else []
     if faults:
-        raise UserError(f"{name}: the {what} did not load. {' '.join(faults)}")
+        raise UserError(f"{name}: failed to load the {what}. {' '.join(faults)}")
     try:
         yield
     except (OSError, UserError):
@@ -41,7 +41,8 @@ def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
             raise
         found = ", ".join(file for file in files if (Path(name) / file).exists())
         raise UserError(
-            f"{name}: the {what} did not load{f' from {found}' if found else ''} ({one_line(error)}). Is it whole?"
+            f"{name}: failed to load the {what}{f' from {found}' if found else ''} ({one_line(error)}). Check that its "
+            "files are complete."
         ) from error
 
 
@@ -68,7 +69,7 @@ def one_line(error: Exception) -> str:
 
 def _fault(path: Path) -> str | None:
     if path.suffix == ".json":
-        return why_no_object(path, WAY_OUT)
+        return why_no_object(path, REMEDY)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -76,7 +77,7 @@ def _fault(path: Path) -> str | None:
         if path.suffix in (".txt", ".jinja"):
             path.read_text(encoding="utf-8")
         elif not path.stat().st_size:
-            return f"{path.name}: empty. {WAY_OUT}"
+            return f"{path.name}: empty file. {REMEDY}"
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
-        return f"{path.name}: not readable ({one_line(error)}). {WAY_OUT}"
+        return f"{path.name}: unreadable ({one_line(error)}). {REMEDY}"
     return None

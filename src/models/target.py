@@ -50,12 +50,15 @@ def load_target(
     torch_dtype = _resolve_dtype(dtype)
     if (name is None) == (architecture is None):
         raise ValueError(
-            f"Give either the target's name or an architecture for random weights, not {name!r} and {architecture!r}."
+            f"name={name!r}, architecture={architecture!r}: expected exactly one, the name of a pretrained model or an "
+            "architecture for random weights."
         )
     if name is None:
         if options or torch_dtype == "auto":
+            refused = [*options, *(["dtype='auto'"] if torch_dtype == "auto" else [])]
             raise ValueError(
-                f"Random weights take a dtype alone: no dtype='auto', and not {', '.join(options) or 'that'}."
+                f"{', '.join(refused)}: not supported for random weights, which have no checkpoint. Give only an "
+                "explicit dtype, or the name of a pretrained model."
             )
         config = AutoConfig.for_model(**architecture)
         target = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=NAME)
@@ -64,8 +67,8 @@ def load_target(
     devices = {str(parameter.device) for parameter in target.parameters()}
     if len(devices) > 1:
         raise ValueError(
-            f"device_map={options.get('device_map')!r} spreads the target over {', '.join(sorted(devices))}; drafting "
-            "needs all of it on one. Name that, such as device_map='cuda:0', or quantise the target so that it fits."
+            f"device_map={options.get('device_map')!r} splits the target across {', '.join(sorted(devices))}; drafting "
+            "requires a single device. Set one, such as device_map='cuda:0', or quantize the target so that it fits."
         )
     return target.requires_grad_(False).eval()
 
@@ -80,7 +83,9 @@ def _resolve_dtype(dtype: Any) -> torch.dtype | str:
         return dtype
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is no floating dtype of torch; expected float32, bfloat16, float16 or auto.")
+        raise ValueError(
+            f"dtype={dtype!r}: expected a floating-point dtype such as float32, bfloat16 or float16, or auto."
+        )
     return found
 
 
@@ -92,7 +97,9 @@ def _load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
         OSError: the directory or Hub id does not exist or has no weights.
     """
     if draft_settings(read_object(Path(name) / CONFIG)) is not None:
-        raise ValueError(f"{name}: an exported drafter, no target. Load its target, and this beside it by load_draft.")
+        raise ValueError(
+            f"{name}: an exported drafter, not a target. Load its target here, and the drafter with load_draft."
+        )
     with reading(name, "target", (*MODEL_FILES, *weight_files(Path(name)))):
         target, found = AutoModelForCausalLM.from_pretrained(
             name, attn_implementation=NAME, output_loading_info=True, **settings
@@ -101,7 +108,9 @@ def _load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
     missing = sorted(found["missing_keys"])
     if missing and getattr(target.config, "quantization_config", None) is None:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise ValueError(f"{name}: tensors are missing from the target's weights: {', '.join(missing[:4])}{more}.")
+        raise ValueError(
+            f"{name}: the target's weights lack {', '.join(missing[:4])}{more}. Download the target again."
+        )
     return target
 
 

@@ -26,7 +26,7 @@ CALLS = {
     "no value": (["stage.attention_tuning.steps=null"], ["steps=None", "expected int"]),
     "unknown variant": (["stage.evaluate.variants=[calibratd]"], ["calibratd", "calibrated_parallel, calibrated."]),
     "an unknown kind of attention": (["runtime.attention=eager"], ["'eager'", "auto or flex or sdpa or dense"]),
-    "an objective without terms": (["objective.ce=0"], ["ce=0", "one of them more"]),
+    "an objective without terms": (["objective.ce=0"], ["ce=0", "one of them positive"]),
     "trainer setting of the stage": (
         ["+trainer.accumulate_grad_batches=2"],
         ["accumulate_grad_batches", "leave it out"],

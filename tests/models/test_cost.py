@@ -364,7 +364,7 @@ def test_the_plan_never_takes_the_sizes_of_another_target(tmp_path):
     [
         ("[1]", "config.json: holds a JSON list"),
         ("{", "config.json: no valid JSON"),
-        ('{"model_type": "qwen3", "hidden_size": "x"}', "the config did not load from config.json"),
+        ('{"model_type": "qwen3", "hidden_size": "x"}', "failed to load the config from config.json"),
         ("{}", "model_type=None is not counted"),
     ],
 )

@@ -70,13 +70,13 @@ def test_a_damaged_chat_template_is_named(how, healthy, tmp_path):
     target = shutil.copytree(healthy / "target", tmp_path / "target")
     HOW[how](target / "chat_template.jinja")
     kind, text = outcome(healthy / "export", target)
-    assert kind == "error" and "chat_template.jinja: not readable" in text
+    assert kind == "error" and "chat_template.jinja: unreadable" in text
 
 
 MISSING = {
     "config.json": "config.json",
     "model.safetensors": "model.safetensors",
-    "tokenizer.json": "the tokenizer did not load from tokenizer_config.json",
+    "tokenizer.json": "failed to load the tokenizer from tokenizer_config.json",
 }
 
 
@@ -145,7 +145,7 @@ LOADERS = {"config.json": load_config, "model.safetensors": load_target, "tokeni
 def test_each_loader_names_the_damaged_file(name, healthy, tmp_path):
     target = shutil.copytree(healthy / "target", tmp_path / "target")
     (target / name).write_bytes(b"\xff" * 300)
-    with pytest.raises(UserError, match=rf"target: the .* did not load. {name}: "):
+    with pytest.raises(UserError, match=rf"target: failed to load the .*\. {name}: "):
         LOADERS[name](str(target))
 
 

@@ -218,11 +218,11 @@ def test_impossible_requests_are_refused_by_value():
     draft, full = random_draft(target), [5] * 250
     refused = {
         "row 1 is empty": {"input_ids": [[5], []]},
-        "There is no prompt": {"input_ids": []},
-        "row 0 has token 97; expected 0 to 96": {"input_ids": [[5, 97]]},
-        "row 1 has token -1": {"input_ids": [[5], [-1]]},
+        "input_ids is empty; expected at least one prompt": {"input_ids": []},
+        "row 0 has token id 97; expected 0 to 96": {"input_ids": [[5, 97]]},
+        "row 1 has token id -1": {"input_ids": [[5], [-1]]},
         "max_new_tokens=-1": {"input_ids": [[5]], "max_new_tokens": -1},
-        "250 tokens, which with max_new_tokens=7 makes 257; the target has 256": {
+        "250 tokens, which with max_new_tokens=7 makes 257; expected at most 256": {
             "input_ids": [full],
             "max_new_tokens": 7,
         },
@@ -231,7 +231,7 @@ def test_impossible_requests_are_refused_by_value():
         r"shape \(2, 2\)": {"input_ids": ids, "attention_mask": ids[:, :2]},
         r"shape \(3,\)": {"input_ids": ids[0]},
         "row 1 is empty;": {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
-        "belongs to a padded tensor": {"input_ids": [[5]], "attention_mask": ids},
+        "applies only to a padded tensor": {"input_ids": [[5]], "attention_mask": ids},
         "another target": {"input_ids": [[5]], "draft": random_draft(random_target())},
     }
     for message, arguments in refused.items():

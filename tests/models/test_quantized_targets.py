@@ -99,5 +99,5 @@ def test_training_refuses_a_quantized_target(exported):
     config = exported[0].config
     check_trainable(config)
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match="The target is quantized; .* Name the model that it was made from"):
+    with pytest.raises(ValueError, match="The target is quantized, .* Train with the original, unquantized model"):
         check_trainable(config)

@@ -50,14 +50,14 @@ WRONG = {
     r"shape \(2,\)": {"input_ids": torch.tensor([5, 6])},
     "dtype torch.float32": {"input_ids": IDS.float()},
     "attention_mask is a list": {"input_ids": IDS, "attention_mask": [[1, 1]]},
-    "other values than 0": {"input_ids": IDS, "attention_mask": MASK * 2},
+    "values other than 0": {"input_ids": IDS, "attention_mask": MASK * 2},
     "expected one of auto, parallel": {"mode": None},
     "selection='off'": {"selection": "off"},
     "sampling=0.7": {"sampling": 0.7},
     "seed=0.5": {"seed": 0.5},
     "seed=None": {"seed": None},
     r"seed=18446744073709551616": {"seed": 2**64},
-    "There are 1 seeds for 2": {"seed": [1]},
+    "seed: got 1 for 2 prompts": {"seed": [1]},
     r"seed=\['a', 'b'\]": {"seed": ["a", "b"]},
     "stop=270": {"stop": 270},
     "stop='</s>'": {"stop": "</s>"},
@@ -72,14 +72,14 @@ WRONG = {
     "logits_processor: expected a list of functions .*, not a function": {
         "logits_processor": lambda ids, scores: scores
     },
-    r"\[logits_processor\] \* 2 will do": {"logits_processor": [lambda ids, scores: scores]},
-    "there are 1 for 2 prompts": {"logits_processor": [[lambda ids, scores: scores]]},
-    "there are 3 for 2 prompts": {"stopping_criteria": [[], None, []]},
-    "5 is no function": {"stopping_criteria": [[5], []]},
-    r"stop_strings=\['a'\] need the target's tokenizer": {"stop_strings": ["a"]},
+    r"pass \[logits_processor\] \* 2": {"logits_processor": [lambda ids, scores: scores]},
+    "one per prompt, not 1 for 2 prompts": {"logits_processor": [[lambda ids, scores: scores]]},
+    "one per prompt, not 3 for 2 prompts": {"stopping_criteria": [[], None, []]},
+    "5 is not callable": {"stopping_criteria": [[5], []]},
+    r"stop_strings=\['a'\] require the target's tokenizer": {"stop_strings": ["a"]},
     r"stop_strings=\[5\]": {"stop_strings": [5]},
     r"stop_strings=\[''\]": {"stop_strings": [""]},
-    "streamer: 1 for 2 prompts": {"streamer": Nothing()},
+    "streamer: got 1 for 2 prompts": {"streamer": Nothing()},
     r"expected an object with put\(ids\) and end\(\)": {"streamer": [Nothing(), None]},
 }
 
@@ -94,7 +94,7 @@ def test_a_wrong_argument_is_refused_before_anything_runs(message, pair, monkeyp
 
 @pytest.mark.parametrize("target", ["src/data/tiny/target", None, Nothing()])
 def test_a_target_that_is_no_model_is_refused(target):
-    with pytest.raises(ValueError, match="load it with load_target"):
+    with pytest.raises(ValueError, match="Load it with load_target"):
         generate(target, None, PROMPTS, max_new_tokens=4)
 
 
@@ -152,7 +152,7 @@ def test_padding_that_may_also_be_text_needs_a_mask():
     target = random_target()
     target.generation_config.pad_token_id = 2  # which ends texts
     ids, mask = padded(PROMPTS, left=True, filler=2)
-    with pytest.raises(ValueError, match="stop token, one of .2., which may be padding: give attention_mask"):
+    with pytest.raises(ValueError, match="stop token, one of .2., which may be padding. Pass attention_mask"):
         generate(target, None, ids, max_new_tokens=4)
     own = generate(target, None, PROMPTS, max_new_tokens=4).tokens
     assert generate(target, None, ids, mask, max_new_tokens=4).tokens == own

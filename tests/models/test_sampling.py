@@ -239,10 +239,10 @@ def test_the_default_rule_is_the_release():
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (Sampling, {"temperature": -0.5}, "temperature=-0.5: expected 0"),
+        (Sampling, {"temperature": -0.5}, "temperature=-0.5: expected a finite number, 0 .greedy. or more"),
         (Sampling, {"temperature": float("inf")}, "temperature=inf"),
         (Sampling, {"temperature": float("nan")}, "temperature=nan"),
-        (Sampling, {"top_k": -1}, "top_k=-1: expected 0"),
+        (Sampling, {"top_k": -1}, "top_k=-1: expected an integer, 0"),
         (Sampling, {"top_p": 0.0}, "top_p=0.0: expected more than 0"),
         (Sampling, {"top_p": 1.5}, "top_p=1.5"),
         (Selection, {"rule": "most"}, "selection='most': expected one of off, cumulative_product, min_confidence"),

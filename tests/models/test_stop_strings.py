@@ -87,7 +87,7 @@ def test_a_target_without_its_tokenizer_is_refused_with_the_way_out(target, prom
         lambda: autoregressive_generate(target, prompts[0], 4),
         lambda: generate(target, None, prompts, max_new_tokens=4),
     ):
-        with pytest.raises(ValueError, match="stop_strings=.* give tokenizer="):
+        with pytest.raises(ValueError, match="stop_strings=.* Pass tokenizer="):
             call()
 
 

@@ -125,10 +125,11 @@ def packed_attention(
         )
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise ValueError(f"{type(module).__name__} uses {unknown[0]}, which is not supported.")
+        raise ValueError(f"{type(module).__name__} uses {unknown[0]}, which packed attention does not support.")
     if kwargs.get("sliding_window") != view.window:
         raise ValueError(
-            f"{type(module).__name__} has a window of {kwargs.get('sliding_window')}, its mask one of {view.window}."
+            f"{type(module).__name__} has sliding_window={kwargs.get('sliding_window')}, but its mask was built for "
+            f"sliding_window={view.window}."
         )
     if view.keep:
         view.kept = (key, value)

@@ -191,13 +191,12 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         if out_of_memory(error):  # not a fault of the target
             raise
         raise ValueError(
-            f"{kind} cannot be a target: its layers do not run in the passes of drafting "
-            f"({type(error).__name__}: {error})."
+            f"{kind} is not supported as a target: drafting with its layers failed ({type(error).__name__}: {error})."
         ) from error
     if difference:
         raise ValueError(
-            f"{kind} cannot be a target: run layer by layer, its logits differ by {difference:.1%} of the greatest "
-            "from its own, so its forward does more than its layers do."
+            f"{kind} is not supported as a target: its logits differ by {difference:.1%} of the largest when run layer "
+            "by layer, so its forward computes more than its layers do."
         )
     ids = torch.tensor([prompt], device=target.device)
     mask = torch.ones_like(ids)
@@ -205,4 +204,6 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     own = target.generate(ids, **how)[0, len(prompt) :].tolist()
     wrong = [mode for mode, tokens in decoded.items() if tokens != own]
     if wrong and target.dtype in (torch.float32, torch.float64):  # lower precision may produce ties
-        raise ValueError(f"{kind} cannot be a target: {' and '.join(wrong)} decoding gives other tokens than its own.")
+        raise ValueError(
+            f"{kind} is not supported as a target: {' and '.join(wrong)} decoding differs from its own output."
+        )

@@ -124,13 +124,13 @@ def check_generation_config(target: PreTrainedModel, tokenizer: PreTrainedTokeni
     if found:
         raise ValueError(
             f"The target's generation_config has {', '.join(f'{name}={config[name]!r}' for name in sorted(found))}, "
-            f"which drafting does not follow. Set {'it' if len(found) == 1 else 'them'} to None in "
-            "target.generation_config, or in the target's generation_config.json."
+            f"which drafting does not support. Set {'it' if len(found) == 1 else 'them'} to None in "
+            "target.generation_config or in the target's generation_config.json."
         )
     if config.get("stop_strings") and tokenizer is None:
         raise ValueError(
-            f"The target's generation_config has stop_strings={config['stop_strings']!r}, which need a tokenizer: give "
-            "tokenizer=..., or set them to None in target.generation_config."
+            f"The target's generation_config has stop_strings={config['stop_strings']!r}, which require a tokenizer. "
+            "Pass tokenizer=..., or set stop_strings to None in target.generation_config."
         )
 
 
@@ -190,7 +190,9 @@ class SequenceState:
         """
         scores = self._processors(self._so_far, logits[None].to(torch.float32, copy=True))
         if scores.shape != (1, len(logits)):
-            raise ValueError(f"A logits processor gave scores {tuple(scores.shape)}; expected {(1, len(logits))}.")
+            raise ValueError(
+                f"A logits processor returned scores of shape {tuple(scores.shape)}; expected {(1, len(logits))}."
+            )
         return scores[0]
 
     def add(self, token: int) -> bool:
@@ -309,5 +311,5 @@ def _prepared(
             **settings,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"transformers refuses these generation settings: {error}") from error
+        raise ValueError(f"transformers rejects these generation settings: {error}") from error
     return prepared[0], prepared[1]

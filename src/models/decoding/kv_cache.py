@@ -79,7 +79,7 @@ class KVCache:
             ValueError: the cache has fewer than `count` slots per row.
         """
         if count > self.slots:
-            raise ValueError(f"{count} slots in a cache with room for {self.slots} a row.")
+            raise ValueError(f"count={count}: expected at most {self.slots}, the slots that the cache holds per row.")
         first = self.slots - count
         rows = self._row_numbers(self._layers[0][0].device)
         at = torch.arange(count, device=rows.device)[None]

@@ -27,17 +27,23 @@ def check_models(target: PreTrainedModel, draft: DraftModel | None) -> None:
             another target or is on another device.
     """
     if not isinstance(target, nn.Module):
-        raise ValueError(f"target is a {type(target).__name__}; expected a model: load it with load_target.")
+        raise ValueError(f"target is a {type(target).__name__}; expected a model. Load it with load_target.")
     if target.config._attn_implementation != NAME:
-        raise ValueError(f"The target's attention is {target.config._attn_implementation!r}; load it with load_target.")
+        raise ValueError(
+            f"The target has attn_implementation={target.config._attn_implementation!r}; expected {NAME!r}. "
+            "Load it with load_target."
+        )
     if draft is None:
         return
     if not isinstance(draft, DraftModel):
-        raise ValueError(f"draft is a {type(draft).__name__}; expected a drafter (load it with load_draft) or None.")
+        raise ValueError(f"draft is a {type(draft).__name__}; expected a DraftModel or None. Load it with load_draft.")
     if draft.target is not target:
-        raise ValueError("The drafter belongs to another target: it runs that one's layers.")
+        raise ValueError("The drafter was loaded for another target object. Load it with load_draft for this target.")
     if draft.mask_embedding.device != target.device:
-        raise ValueError(f"The drafter is on {draft.mask_embedding.device}, its target on {target.device}.")
+        raise ValueError(
+            f"The drafter is on {draft.mask_embedding.device}, but its target on {target.device}. Move both to one "
+            "device."
+        )
 
 
 def check_types(
@@ -55,12 +61,12 @@ def check_types(
     if not isinstance(calibrate, bool):
         raise ValueError(f"calibrate={calibrate!r}: expected True or False.")
     if timer is not None and not callable(timer):
-        raise ValueError(f"timer={timer!r}: expected a function of a phase's name.")
+        raise ValueError(f"timer={timer!r}: expected a callable that takes a phase name.")
     for streamer in streamers:
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(f"streamer={streamer!r}: expected an object with put(ids) and end().")
     if strings and tokenizer is None:
-        raise ValueError(f"stop_strings={strings!r} need the target's tokenizer: give tokenizer=...")
+        raise ValueError(f"stop_strings={strings!r} require the target's tokenizer. Pass tokenizer=...")
 
 
 def parse_integer(name: str, value: Any, least: int = 0) -> int:
@@ -71,7 +77,7 @@ def parse_integer(name: str, value: Any, least: int = 0) -> int:
     """
     number = _index(value)
     if number is None or number < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number, {least} or more.")
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}.")
     return number
 
 
@@ -96,18 +102,20 @@ def parse_prompts(target: PreTrainedModel, input_ids: Any, attention_mask: Tenso
     if isinstance(input_ids, Tensor):
         prompts = _without_padding(target, input_ids, attention_mask)
     elif attention_mask is not None:
-        raise ValueError("attention_mask belongs to a padded tensor; prompts in lists have no padding.")
+        raise ValueError(
+            "attention_mask applies only to a padded tensor; prompts given as lists have no padding. Leave it out."
+        )
     else:
         prompts = _lists(input_ids)
     if not prompts:
-        raise ValueError("There is no prompt; decoding needs at least one.")
+        raise ValueError("input_ids is empty; expected at least one prompt.")
     known = vocabulary(target)
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"The prompt of row {row} is empty; decoding needs at least one token to continue.")
+            raise ValueError(f"The prompt of row {row} is empty; expected at least one token.")
         if not 0 <= min(prompt) <= max(prompt) < known:
             raise ValueError(
-                f"The prompt of row {row} has token {min(prompt) if min(prompt) < 0 else max(prompt)}; "
+                f"The prompt of row {row} has token id {min(prompt) if min(prompt) < 0 else max(prompt)}; "
                 f"expected 0 to {known - 1}."
             )
     return prompts
@@ -120,17 +128,19 @@ def _lists(prompts: Any) -> list[list[int]]:
         ValueError: not an iterable of iterables of token ids.
     """
     if isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys") or not hasattr(prompts, "__iter__"):
-        raise ValueError(f"input_ids is a {type(prompts).__name__}; expected a list of prompts, each of token ids.")
+        raise ValueError(
+            f"input_ids is a {type(prompts).__name__}; expected a list of prompts, each a list of token ids."
+        )
     found = []
     for row, prompt in enumerate(prompts):
         if _index(prompt) is not None:
-            raise ValueError("input_ids is one prompt; expected a list of prompts, such as [input_ids].")
+            raise ValueError("input_ids is a single prompt; expected a list of prompts, such as [input_ids].")
         if isinstance(prompt, (str, bytes)) or hasattr(prompt, "keys") or not hasattr(prompt, "__iter__"):
             raise ValueError(f"The prompt of row {row} is a {type(prompt).__name__}; expected a list of token ids.")
         tokens = [_index(token) for token in prompt]
         if None in tokens:
             wrong = list(prompt)[tokens.index(None)]
-            raise ValueError(f"The prompt of row {row} has {wrong!r}; expected token ids, which are whole numbers.")
+            raise ValueError(f"The prompt of row {row} has {wrong!r}; expected integer token ids.")
         found.append(tokens)
     return found
 
@@ -144,8 +154,8 @@ def _without_padding(target: PreTrainedModel, input_ids: Tensor, attention_mask:
     """
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected token ids, "
-            "[rows, tokens]."
+            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected integer "
+            "token ids, [rows, tokens]."
         )
     if attention_mask is None:
         attention_mask = _inferred_mask(target, input_ids)
@@ -156,12 +166,12 @@ def _without_padding(target: PreTrainedModel, input_ids: Tensor, attention_mask:
             f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}."
         )
     if not ((attention_mask == 0) | (attention_mask == 1)).all():
-        raise ValueError("attention_mask has other values than 0 (padding) and 1.")
+        raise ValueError("attention_mask has values other than 0 (padding) and 1.")
     mask = attention_mask.to(input_ids.device).bool()
     if (mask.int().diff(dim=1).abs().sum(1) > 1).any():
         raise ValueError(
-            "attention_mask, given or inferred from the padding token, has padding within a prompt; expected it on one "
-            "side only."
+            "attention_mask, given or inferred from the padding token, has padding within a prompt; expected padding "
+            "on one side only."
         )
     return [row[kept].tolist() for row, kept in zip(input_ids, mask, strict=True)]
 
@@ -182,7 +192,7 @@ def _inferred_mask(target: PreTrainedModel, input_ids: Tensor) -> Tensor:
     edges = input_ids[:, [0, -1]] if length else input_ids
     if rows > 1 and any(token in stop for token in edges.flatten().tolist()):
         raise ValueError(
-            f"Rows of input_ids begin or end with a stop token, one of {sorted(stop)}, which may be padding: give "
+            f"Rows of input_ids begin or end with a stop token, one of {sorted(stop)}, which may be padding. Pass "
             "attention_mask, or the prompts as lists."
         )
     return torch.ones_like(input_ids)
@@ -202,7 +212,8 @@ def check_length(target: PreTrainedModel, draft: DraftModel | None, prompts: lis
         if len(prompt) + new > limit:
             raise ValueError(
                 f"The prompt of row {row} has {len(prompt)} tokens, which with max_new_tokens={new} makes "
-                f"{len(prompt) + new}; the target has {limit} positions for them."
+                f"{len(prompt) + new}; expected at most {limit}, the target's positions. Shorten the prompt or reduce "
+                "max_new_tokens."
             )
 
 
@@ -216,7 +227,7 @@ def parse_stop_tokens(target: PreTrainedModel, stop: Any) -> set[int]:
     iterable = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes)) and not hasattr(stop, "keys")
     tokens = [_index(token) for token in stop] if iterable else [None]
     if any(token is None or not 0 <= token < known for token in tokens):
-        raise ValueError(f"stop={stop!r}: expected a set of token ids, 0 to {known - 1}, such as {{2}}.")
+        raise ValueError(f"stop={stop!r}: expected a set of token ids from 0 to {known - 1}, such as {{2}}.")
     return set(tokens)
 
 
@@ -229,14 +240,14 @@ def parse_seeds(seed: Any, rows: int) -> list[int]:
     if isinstance(seed, (list, tuple)):
         seeds = [_index(one) for one in seed]
         if len(seeds) != rows:
-            raise ValueError(f"There are {len(seeds)} seeds for {rows} prompts.")
+            raise ValueError(
+                f"seed: got {len(seeds)} for {rows} prompts; expected one per prompt, or a single integer."
+            )
     else:
         first = _index(seed)
         seeds = [None if first is None else first + row for row in range(rows)]
     if any(one is None or one not in SEEDS for one in seeds):
-        raise ValueError(
-            f"seed={seed!r}: expected a whole number, -2^63 to 2^64 - 1, or a list of one for each prompt."
-        )
+        raise ValueError(f"seed={seed!r}: expected an integer from -2^63 to 2^64 - 1, or a list of one per prompt.")
     return seeds
 
 
@@ -248,23 +259,23 @@ def functions_by_row(name: str, given: Any, rows: int) -> list[list[Callable]] |
     """
     if given is None or (isinstance(given, (list, tuple)) and not given):
         return None
-    one = f"{name}: expected a list of functions for one prompt, or a list of such lists, one for each prompt"
+    expected = f"{name}: expected a list of functions for a single prompt, or a list of such lists, one per prompt"
     if not isinstance(given, (list, tuple)):
-        raise ValueError(f"{one}, not a {type(given).__name__}.")
+        raise ValueError(f"{expected}, not a {type(given).__name__}.")
     lists = [part is None or isinstance(part, (list, tuple)) for part in given]
     if not any(lists):
         if rows > 1:
             raise ValueError(
-                f"{one}. Rows are decoded each by itself, so functions that know their row or keep state need a list "
-                f"for each; of others, [{name}] * {rows} will do."
+                f"{expected}. Rows are decoded independently: functions that keep state or depend on their row need "
+                f"one list per prompt; for others, pass [{name}] * {rows}."
             )
         given, lists = [given], [True]
     if not all(lists) or len(given) != rows:
-        raise ValueError(f"{one}; there are {len(given)} for {rows} prompts.")
+        raise ValueError(f"{expected}, not {len(given)} for {rows} prompts.")
     found = [list(part or []) for part in given]
     wrong = [function for part in found for function in part if not callable(function)]
     if wrong:
-        raise ValueError(f"{one}; {wrong[0]!r} is no function.")
+        raise ValueError(f"{expected}; {wrong[0]!r} is not callable.")
     return found if any(found) else None
 
 
@@ -279,8 +290,8 @@ def parse_streamers(streamer: Any, rows: int) -> list[Any]:
     streamers = list(streamer) if isinstance(streamer, (list, tuple)) else [streamer]
     if len(streamers) != rows:
         raise ValueError(
-            f"streamer: {len(streamers)} for {rows} prompts; rows go on at their own pace, so give a list of one for "
-            "each prompt (or None)."
+            f"streamer: got {len(streamers)} for {rows} prompts. Rows advance at different speeds; pass a list with "
+            "one streamer or None per prompt."
         )
     return streamers
 
@@ -293,5 +304,5 @@ def parse_strings(strings: Any) -> list[str]:
     """
     found = [strings] if isinstance(strings, str) else [] if strings is None else strings
     if not isinstance(found, (list, tuple, set)) or not all(isinstance(string, str) and string for string in found):
-        raise ValueError(f"stop_strings={strings!r}: expected a text or a list of texts.")
+        raise ValueError(f"stop_strings={strings!r}: expected a non-empty string or a list of them.")
     return list(found)

@@ -28,11 +28,11 @@ class Sampling:
             ValueError: a field is out of range.
         """
         if not 0 <= _number(self.temperature) < inf:
-            raise ValueError(f"temperature={self.temperature!r}: expected 0 (greedy) or more.")
+            raise ValueError(f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more.")
         if not _number(self.top_k).is_integer() or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r}: expected 0 (all tokens) or more, a whole number.")
+            raise ValueError(f"top_k={self.top_k!r}: expected an integer, 0 (all tokens) or more.")
         if not 0 < _number(self.top_p) <= 1:
-            raise ValueError(f"top_p={self.top_p!r}: expected more than 0, at most 1 (all tokens).")
+            raise ValueError(f"top_p={self.top_p!r}: expected more than 0 and at most 1 (all tokens).")
 
     @property
     def greedy(self) -> bool:

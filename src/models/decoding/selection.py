@@ -28,7 +28,7 @@ class Selection:
             raise ValueError(f"selection={self.rule!r}: expected one of {', '.join(RULES)}.")
         number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
         if not number or not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold!r}: expected a probability, 0 to 1.")
+            raise ValueError(f"threshold={self.threshold!r}: expected a probability from 0 to 1.")
 
     def count(self, confidence: Tensor) -> Tensor:
         """Return the number of leading drafts to verify [...], at least 1, from their confidence [..., B-1]."""

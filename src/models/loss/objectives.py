@@ -40,13 +40,15 @@ class Objective:
             ValueError: a field is out of range.
         """
         if min(self.ce, self.kl, self.tv) < 0 or not self.ce + self.kl + self.tv > 0:
-            raise ValueError(f"ce={self.ce}, kl={self.kl}, tv={self.tv}: expected 0 or more, and one of them more.")
+            raise ValueError(
+                f"ce={self.ce}, kl={self.kl}, tv={self.tv}: expected values of at least 0, one of them positive."
+            )
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r}: expected one of {', '.join(WEIGHTS)}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha}: expected 0 to 1.")
         if not (self.gamma > 0 and self.temperature > 0):
-            raise ValueError(f"gamma={self.gamma}, temperature={self.temperature}: expected more than 0.")
+            raise ValueError(f"gamma={self.gamma}, temperature={self.temperature}: expected positive values.")
 
     @property
     def needs_target(self) -> bool:
