@@ -1,8 +1,8 @@
-"""Decode prompts in batches, with the drafter and by the target alone; compare the outputs and the rates.
+"""Decode prompts in batches, with the drafter and with the target alone; compare outputs and speed.
 
     python examples/decode_in_batches.py TARGET DRAFTER [--prompts FILE] [--count 8] [--batch-size 4]
 
-The prompts are the first turns of records `{"turns": [...]}`, by default of those that come with the project.
+The prompts are the first turns of records `{"turns": [...]}`; the default is the project's embedded prompts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ EMBEDDED = Path(data.__file__).parent / "tiny"
 def decode(
     target: PreTrainedModel, draft: DraftModel | None, prompts: list[list[int]], batch_size: int, **settings
 ) -> tuple[list[list[int]], str]:
-    """New tokens of all prompts, and one line with the rate; without a drafter, by the target alone."""
+    """Return the new tokens of all prompts and one line with the speed. Without a drafter, the target decodes alone."""
     tokens, accepted = [], []
     begun = time.perf_counter()
     for start in range(0, len(prompts), batch_size):
@@ -38,20 +38,20 @@ def decode(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", help="directory or Hub id of the model that the drafter was trained for")
+    parser.add_argument("target", help="directory or Hub id of the drafter's target")
     parser.add_argument("drafter", help="directory or Hub id of the exported drafter")
     parser.add_argument("--prompts", type=Path, default=EMBEDDED / "prompts.jsonl")
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--dtype", default="float32", help="of the target; bfloat16 for large ones")
+    parser.add_argument("--dtype", default="float32", help="dtype of the target; bfloat16 for large models")
     arguments = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_target(arguments.target, dtype=arguments.dtype).to(device)
     tokenizer = load_tokenizer(arguments.target)
     draft = load_draft(arguments.drafter, target)
-    settings = recommended(arguments.drafter)  # mode and selection that the evaluation found fastest on its device
+    settings = recommended(arguments.drafter)  # the fastest mode and selection in the evaluation, on its device
 
     prompts = []
     for line in arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.count]:

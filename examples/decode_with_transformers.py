@@ -1,4 +1,4 @@
-"""Decode with an exported drafter in plain transformers (4.57 or newer); nothing of this project is imported.
+"""Decode with an exported drafter in plain transformers (4.57 or newer), without this project.
 
     python examples/decode_with_transformers.py TARGET DRAFTER [PROMPT]
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", help="directory or Hub id of the model that the drafter was trained for")
+    parser.add_argument("target", help="directory or Hub id of the drafter's target")
     parser.add_argument("drafter", help="directory or Hub id of the exported drafter")
     parser.add_argument("prompt", nargs="?", default="Tom has 3 apples and buys 4 more. How many apples does he have?")
     parser.add_argument("--max-new-tokens", type=int, default=100)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One run for each choice of block size and learning rate; ends with a table of all runs.
+# Run every combination of block size and learning rate; print a table of all runs at the end.
 #
 #   examples/sweep.sh +experiment=tiny [override ...]
 #
-# Each run has a directory of its own, checkpoints/sweep_<block size>_<learning rate>. On a cluster, add
-# hydra/launcher=submitit_slurm (docs/guide/cluster.md): each run becomes a job.
+# Each run has a separate directory, checkpoints/sweep_<block size>_<learning rate>. On a cluster, add
+# hydra/launcher=submitit_slurm (docs/guide/cluster.md) to submit each run as a job.
 set -euo pipefail
 (($# >= 1)) || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
 
