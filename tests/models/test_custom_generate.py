@@ -301,18 +301,18 @@ def test_what_it_cannot_do_is_refused(tmp_path, artifact):
     forward_cached(twin, ids[:, :1], filled)
     dictionary = {"return_dict_in_generate": True}
     refused = {
-        "does not follow num_beams": {"num_beams": 2},
-        "does not follow guidance_scale, output_scores": {"guidance_scale": 2.0, "output_scores": True, **dictionary},
-        "does not follow negative_prompt_ids, position_ids": {"position_ids": ids, "negative_prompt_ids": ids},
+        "does not support num_beams": {"num_beams": 2},
+        "does not support guidance_scale, output_scores": {"guidance_scale": 2.0, "output_scores": True, **dictionary},
+        "does not support negative_prompt_ids, position_ids": {"position_ids": ids, "negative_prompt_ids": ids},
         "stop strings, you must pass the model's tokenizer": {"stop_strings": ["x"]},
         "expected one of off, cumulative_product, min_confidence": {"selection": "best"},
         "A prompt is empty": {"attention_mask": torch.zeros_like(ids)},
-        "no filled cache": {"past_key_values": filled},
-        "give the whole prompt": {"cache": filled},
+        "only an empty cache": {"past_key_values": filled},
+        "pass the full prompt": {"cache": filled},
         "no_such_argument": {"no_such_argument": 1},
         "num_target_layers=8, but this one has 5": {"drafter": str(artifact[1])},
-        "no drafter there": {"drafter": str(tmp_path / "target")},
-        "Where is the drafter": {"drafter": None},
+        "not a drafter; expected a config.json": {"drafter": str(tmp_path / "target")},
+        "drafter=None: expected the drafter": {"drafter": None},
     }
     for message, arguments in refused.items():
         call = {"input_ids": ids, "drafter": str(tmp_path / "drafter"), "max_new_tokens": 4} | arguments
@@ -324,7 +324,7 @@ def test_a_target_on_two_devices_is_refused(tmp_path):
     target, draft = random_pair("qwen3")
     twin = plain(target, tmp_path)
     twin.model.layers[0].to("meta")
-    with pytest.raises(ValueError, match="spread over devices"):
+    with pytest.raises(ValueError, match="split across devices"):
         here(twin, draft, tmp_path / "drafter", torch.tensor([[3, 4, 5]]), max_new_tokens=4)
 
 
@@ -343,7 +343,7 @@ def test_blocks_do_not_take_longrope_beyond_its_change(tmp_path):
     target, draft = random_pair("phi 4 mini")  # changes behind 128 positions
     twin, ids = plain(target, tmp_path), torch.full((1, 100), 5)
     here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=16)
-    with pytest.raises(ValueError, match="100 tokens and 17 new ones, .* pass position 128"):
+    with pytest.raises(ValueError, match="100 prompt tokens, 17 new ones .* exceed 128 positions"):
         here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=17)
 
 

@@ -120,7 +120,7 @@ def test_no_setting_that_is_not_known_to_be_followed_passes():
         settings.num_beams = 1
         setattr(settings, name, 7)
         if name[0] != "_":
-            with pytest.raises(ValueError, match=f"does not follow .*({name}|beam|assisted|contrastive|dola)"):
+            with pytest.raises(ValueError, match=f"does not support .*({name}|beam|assisted|contrastive|dola)"):
                 shipped._kept(settings, IDS, {})
     settings = Later(num_beams=1, guidance_scale=1.0, encoder_repetition_penalty=1.0, output_scores=False)
     assert shipped._kept(settings, IDS, {}).all()
@@ -141,18 +141,18 @@ PREPARED = {
 
 @pytest.mark.parametrize("name", PREPARED)
 def test_what_is_prepared_beside_tokens_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"does not follow {name}"):
+    with pytest.raises(ValueError, match=f"does not support {name}"):
         shipped._kept(GenerationConfig(num_beams=1), IDS, {name: PREPARED[name]})
 
 
 def test_masks_and_positions_are_those_of_the_tokens(twin, drafter):
-    with pytest.raises(ValueError, match=r"attention_mask is \[3, 12\], input_ids \[3, 9\]"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 12\], but input_ids \[3, 9\]"):
         drafted(twin, drafter, attention_mask=torch.tensor(3 * [[0] * 3 + [1] * 9]))
-    with pytest.raises(ValueError, match="does not follow position_ids"):
+    with pytest.raises(ValueError, match="does not support position_ids"):
         drafted(twin, drafter, position_ids=torch.arange(9)[None].expand(3, -1) + 4)
-    with pytest.raises(ValueError, match="does not follow inputs_embeds"):
+    with pytest.raises(ValueError, match="does not support inputs_embeds"):
         drafted(twin, drafter, inputs_embeds=twin.get_input_embeddings()(IDS))
-    with pytest.raises(ValueError, match="does not follow synced_gpus"):
+    with pytest.raises(ValueError, match="does not support synced_gpus"):
         drafted(twin, drafter, synced_gpus=True)
 
 
@@ -201,7 +201,7 @@ def test_targets_whose_projectors_are_no_plain_ones_are_drafted_for(twin, drafte
 @pytest.mark.filterwarnings("ignore")
 def test_a_target_whose_logits_depend_on_what_shares_a_pass_is_refused(twin, drafter):
     """Dynamic int8 scales what enters a layer by all tokens of the pass: no draft-then-verify can keep its output."""
-    with pytest.raises(ValueError, match="This target's logits depend on what shares a pass"):
+    with pytest.raises(ValueError, match="The target's logits depend on the other tokens in a pass"):
         drafted(dynamic(twin), drafter)
 
 
@@ -275,34 +275,36 @@ def index(text):
 
 MLP, QUERIES = "anchor_bias_mlp.2.bias", "layers.1.self_attn.q_proj.weight"
 DAMAGES = {
-    "config.json: not a whole drafter .*JSONDecodeError": file_of("config.json", lambda b: b[: len(b) // 2]),
-    "config.json: not a whole drafter .*UnicodeDecodeError": file_of("config.json", lambda b: b"\xff\xfe" + b),
-    "config.json: not a whole drafter .*'list'": file_of("config.json", lambda b: b"[]"),
-    "no drafter there": lambda directory: (directory / "config.json").unlink(),
-    "not a whole drafter .*'block_size'": config_of(lambda c: c.pop("block_size", None)),
-    "not a whole drafter .*'<' not supported": config_of(lambda c: c.update(block_size="8")),
+    "config.json: damaged, or not a drafter .*JSONDecodeError": file_of("config.json", lambda b: b[: len(b) // 2]),
+    "config.json: damaged, or not a drafter .*UnicodeDecodeError": file_of("config.json", lambda b: b"\xff\xfe" + b),
+    "config.json: damaged, or not a drafter .*'list'": file_of("config.json", lambda b: b"[]"),
+    "not a drafter; expected a config.json": lambda directory: (directory / "config.json").unlink(),
+    "damaged, or not a drafter .*'block_size'": config_of(lambda c: c.pop("block_size", None)),
+    "damaged, or not a drafter .*'<' not supported": config_of(lambda c: c.update(block_size="8")),
     "block_size=1": config_of(lambda c: c.update(block_size=1)),
-    "not a whole drafter .*'target_layer_ids'": config_of(lambda c: c.pop("target_layer_ids", None)),
+    "damaged, or not a drafter .*'target_layer_ids'": config_of(lambda c: c.pop("target_layer_ids", None)),
     r"target_layer_ids=\[0, 1\]": config_of(lambda c: c.update(target_layer_ids=[0, 1])),
     "'enable_anchor_bias_logits'": config_of(lambda c: c.pop("enable_anchor_bias_logits", None)),
     "vocab_size=98, but this one has 97": config_of(lambda c: c.update(vocab_size=98)),
     "num_key_value_heads=4, but this one has 2": config_of(lambda c: c.update(num_key_value_heads=4)),
-    "model.safetensors: not a whole drafter .*SafetensorError": file_of(
+    "model.safetensors: damaged, or not a drafter .*SafetensorError": file_of(
         "model.safetensors", lambda b: b[: len(b) // 2]
     ),
-    "model.safetensors: not a whole drafter .*FileNotFound": lambda d: (d / "model.safetensors").unlink(),
-    "model.safetensors: not a whole drafter .*Safetensor": file_of("model.safetensors", lambda b: b""),
-    "index.json: not a whole drafter .*'weight_map'": index("{}"),
-    "index.json: not a whole drafter .*JSONDecodeError": index("{"),
-    "model-1.safetensors: not a whole drafter .*FileNotFound": index('{"weight_map": {"a": "model-1.safetensors"}}'),
-    "not a whole drafter .*'mask_embedding'": tensors_of(lambda t: t.pop("mask_embedding")),
-    f"not a whole drafter .*'{MLP}'": tensors_of(lambda t: t.pop(MLP)),
-    "not a whole drafter .*'bonus_slot.weight'": tensors_of(lambda t: t.pop("bonus_slot.weight")),
-    "not a whole drafter .*'chain_mlp.0.bias'": tensors_of(lambda t: t.pop("chain_mlp.0.bias")),
-    "not a whole drafter .*q_proj.weight": tensors_of(lambda t: t.pop(QUERIES)),
-    "not a whole drafter .*size mismatch": tensors_of(lambda t: t.update({QUERIES: t[QUERIES][:, :-8].clone()})),
-    "not a whole drafter .*must match": tensors_of(lambda t: t.update({MLP: torch.zeros(96)})),
-    "not a whole drafter .*q_proj.bias": tensors_of(
+    "model.safetensors: damaged, or not a drafter .*FileNotFound": lambda d: (d / "model.safetensors").unlink(),
+    "model.safetensors: damaged, or not a drafter .*Safetensor": file_of("model.safetensors", lambda b: b""),
+    "index.json: damaged, or not a drafter .*'weight_map'": index("{}"),
+    "index.json: damaged, or not a drafter .*JSONDecodeError": index("{"),
+    "model-1.safetensors: damaged, or not a drafter .*FileNotFound": index(
+        '{"weight_map": {"a": "model-1.safetensors"}}'
+    ),
+    "damaged, or not a drafter .*'mask_embedding'": tensors_of(lambda t: t.pop("mask_embedding")),
+    f"damaged, or not a drafter .*'{MLP}'": tensors_of(lambda t: t.pop(MLP)),
+    "damaged, or not a drafter .*'bonus_slot.weight'": tensors_of(lambda t: t.pop("bonus_slot.weight")),
+    "damaged, or not a drafter .*'chain_mlp.0.bias'": tensors_of(lambda t: t.pop("chain_mlp.0.bias")),
+    "damaged, or not a drafter .*q_proj.weight": tensors_of(lambda t: t.pop(QUERIES)),
+    "damaged, or not a drafter .*size mismatch": tensors_of(lambda t: t.update({QUERIES: t[QUERIES][:, :-8].clone()})),
+    "damaged, or not a drafter .*must match": tensors_of(lambda t: t.update({MLP: torch.zeros(96)})),
+    "damaged, or not a drafter .*q_proj.bias": tensors_of(
         lambda t: t.update({QUERIES.replace("weight", "bias"): t[MLP].clone()})
     ),
 }
@@ -330,7 +332,7 @@ def test_another_target_is_warned_of_and_a_quantized_one_is_not(twin, drafter):
     other = copy.deepcopy(twin)
     with torch.no_grad():
         other.model.layers[2].mlp.up_proj.weight.mul_(1.05)
-    with pytest.warns(UserWarning, match="layers.2.mlp.up_proj first, differ from those of the drafter's target"):
+    with pytest.warns(UserWarning, match="such as layers.2.mlp.up_proj, differ from those of the drafter's target"):
         assert torch.equal(drafted(other, drafter), own(other))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -71,7 +71,7 @@ def test_a_cache_is_passed_by_the_name_that_the_signature_gives(pair, monkeypatc
 def test_a_cache_that_no_signature_names_is_an_error(pair, monkeypatch, where):
     twin, drafter, _ = pair
     call_it(monkeypatch, type(twin) if where == "model" else type(twin.model.layers[0]), "memory")
-    with pytest.raises(ValueError, match="none of them a cache: transformers .* tested"):
+    with pytest.raises(ValueError, match=r"has no cache argument .*Tested with transformers"):
         drafted(twin, drafter)
 
 
@@ -178,7 +178,7 @@ class Counting(OtherCache):
 def test_a_cache_that_works_another_way_is_an_error(pair, monkeypatch, kind):
     twin, drafter, _ = pair
     monkeypatch.setattr(shipped, "DynamicCache", kind)
-    with pytest.raises(ValueError, match=r"transformers .* are tested"):
+    with pytest.raises(ValueError, match="Tested with transformers"):
         drafted(twin, drafter)
 
 
@@ -195,7 +195,7 @@ def test_a_model_that_does_not_read_its_cache_is_found_out(pair, monkeypatch):
             return (query if isinstance(query, int) else len(query)), 0
 
     monkeypatch.setattr(shipped, "DynamicCache", Unread)
-    with pytest.raises(ValueError, match="This target's logits depend on what shares a pass"):
+    with pytest.raises(ValueError, match="The target's logits depend on the other tokens in a pass"):
         drafted(twin, drafter)
 
 
@@ -213,5 +213,5 @@ def test_a_cache_that_the_caller_gives_is_refused_by_its_name(pair):
     cache = DynamicCache()
     forward_cached(twin, IDS, cache)
     for name in shipped.CACHES:
-        with pytest.raises(ValueError, match=f"does not follow {name} .no filled cache"):
+        with pytest.raises(ValueError, match=f"does not support {name} .only an empty cache"):
             shipped.generate(twin, inputs=IDS, drafter=drafter, **{name: cache}, **CALL)

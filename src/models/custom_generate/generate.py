@@ -2,15 +2,15 @@
 
     target.generate(**inputs, max_new_tokens=256, custom_generate="<this repository>", trust_remote_code=True)
 
-A draft is kept only if it is the token that the target itself chooses there, so the output is the target's own, greedy
-or, under the same seed, sampled; rounding may decide near ties another way. Method: FlexDraft, arXiv 2605.20022. The
-rows of a batch take their passes one after the other, so a batch is no faster than its rows alone.
+A draft is kept only if it equals the target's own choice, so the output is the target's own, greedy or, with the same
+seed, sampled; rounding may resolve near ties differently. Method: FlexDraft, arXiv 2605.20022. Rows of a batch run one
+after another, so a batch is no faster than its rows decoded separately.
 
-Arguments beside those of `generate`; None takes what the drafter's evaluation recommends:
-    drafter: directory or Hub id of the drafter; None: that of `custom_generate`. revision, token: of a Hub id.
-    calibrate: False leaves out what corrects the drafter's logits.
-    selection, threshold: which drafts to verify (off | cumulative_product | min_confidence, from which probability on).
-With `return_dict_in_generate` the result has `acceptance_lengths`: for each row the tokens gained by each verify step.
+Arguments in addition to those of `generate`; None selects what the drafter's evaluation recommends:
+    drafter: directory or Hub id of the drafter; None: that of `custom_generate`. revision, token: for a Hub id.
+    calibrate: False disables the corrections of the drafter's logits.
+    selection, threshold: which drafts to verify (off | cumulative_product | min_confidence), and its threshold.
+With `return_dict_in_generate` the output has `acceptance_lengths`: per row, the tokens gained by each verify step.
 """
 
 import copy
@@ -29,10 +29,10 @@ from transformers import Cache, DynamicCache, StaticCache, StoppingCriteriaList,
 from transformers.generation import GenerateDecoderOnlyOutput
 
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "recommended_decoding.json"]
-CACHES = ("cache", "past_key_values")  # what transformers calls a cache, from 5.24 on and before
-TOKENS = torch.arange(3, 91, 11)  # rows of embeddings and head in the fingerprint
-# What is followed of the arguments of `generate`, of its settings, and of what it prepares for the model. All else is
-# refused by name unless it has its default: it may need other passes of the target than those made here.
+CACHES = ("cache", "past_key_values")  # names of the cache argument in transformers: since 5.24, and earlier
+TOKENS = torch.arange(3, 91, 11)  # rows of embedding and LM head in the fingerprint
+# Supported arguments of `generate`, generation settings, and model inputs prepared by `generate`. Anything else is
+# rejected by name unless it has its default value: it may require forward passes that this decoder does not run.
 ARGUMENTS = """inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer
     use_model_defaults"""
 SETTINGS = """max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample use_cache
@@ -43,21 +43,21 @@ SETTINGS = """max_length max_new_tokens min_length min_new_tokens max_time stop_
     compile_config disable_compile prefill_chunk_size early_stopping length_penalty low_memory transformers_version
     num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
     target_lookbehind max_matching_ngram_size assistant_ensemble_weight is_assistant"""
-NEUTRAL = {"guidance_scale": 1, "penalty_alpha": 0}  # beside transformers' own defaults
-EXACT = (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")  # caches, not rounding
+NEUTRAL = {"guidance_scale": 1, "penalty_alpha": 0}  # in addition to transformers' defaults
+EXACT = (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")  # unquantized caches
 PREPARED = ("attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep")
-UNKNOWN = f": transformers 4.57.3 and 5.24.0 are tested, this is {transformers.__version__}. Use one of those."
-RECOMMENDED = {"calibrate": True, "selection": "cumulative_product", "threshold": 0.01}  # where nothing else is
-OWN_LOOP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")  # not run here
+UNKNOWN = f". Tested with transformers 4.57.3 and 5.24.0, not {transformers.__version__}; install one of those."
+RECOMMENDED = {"calibrate": True, "selection": "cumulative_product", "threshold": 0.01}  # without a recommendation
+OWN_LOOP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")  # not called here
 
 
 class Refused(ValueError):
-    """A damaged drafter, one that does not fit, or a request that drafting does not follow; the message says which."""
+    """Damaged drafter, mismatch between drafter and target, or unsupported request."""
 
 
 @torch.no_grad()
 def generate(model, *, drafter=None, revision=None, token=None, **arguments):
-    """See the top of this file. Raises Refused, a ValueError."""
+    """Decode with drafting; arguments as in the docstring of this file. Raises Refused, a ValueError."""
     given = {name: value for name in RECOMMENDED if (value := arguments.pop(name, None)) is not None}
     arguments = _arguments(model, arguments)
     draft, streamer = _drafter(model, drafter, revision, token), arguments.get("streamer")
@@ -68,7 +68,7 @@ def generate(model, *, drafter=None, revision=None, token=None, **arguments):
         end, sampled, pad = (getattr(generation_config, n) for n in ("max_length", "do_sample", "_pad_token_tensor"))
         kept = _kept(generation_config, input_ids, prepared)
         rows = [Row(draft, row[mask].tolist(), end - len(row), how) for row, mask in zip(input_ids, kept, strict=True)]
-        # From here on as `generate` does it: where there are stop tokens, rows that have ended are padded.
+        # As in `generate` from here on: with stop tokens, finished rows are padded.
         padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         ids, going = input_ids, torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
         while going.any():
@@ -89,22 +89,22 @@ def generate(model, *, drafter=None, revision=None, token=None, **arguments):
         output["acceptance_lengths"] = [row.gained for row in rows]
         return output if generation_config.return_dict_in_generate else ids
 
-    # The class's own: the instance may have another in its place.
+    # Call the class's method: the instance may override it.
     return type(model).generate(model, custom_generate=decode, **arguments)
 
 
 class Row:
-    """One text: the target's logits [V] for its next token, several of which come from one pass."""
+    """Decoding state of one row: yields the target's logits [V] for its next token, several of them from one pass."""
 
     def __init__(self, draft, prompt, room, how):
         draft.check_rope(len(prompt), room)
         self.draft, (self.calibrate, self.selection, self.threshold) = draft, how
-        # Without a config: with one, layers with a sliding window forget what a rejected draft has pushed out.
+        # No config: with one, sliding-window layers would lose the tokens that a rejected draft pushed out.
         self.cache, self.drafts, self.gained = DynamicCache(), [], []
         self.ahead, self.length = [*draft.target(self.cache, 0, prompt, 1)], len(prompt)  # tokens in the cache
 
     def advance(self, room):
-        """Sets `logits`; drafts and verifies if none are left and the text may take `room` tokens. None: it ended."""
+        """Set `logits`; draft and verify if none are left, given room for new tokens (None: the row has ended)."""
         if not self.ahead and room is not None:
             drafts, confidence = self.draft.block(self.cache, self.length, self.bonus, self.calibrate)
             likely = confidence.cumprod(-1) if self.selection == "cumulative_product" else confidence
@@ -112,7 +112,7 @@ class Row:
             self.drafts = drafts[: max(0, min(room, len(drafts) if self.selection == "off" else count))]
             tokens = [self.bonus, *self.drafts]
             self.ahead = [*self.draft.target(self.cache, self.length, tokens, len(tokens))]
-            if self.drafts and torch.stack(self.ahead).isnan().any():  # the target overflows on a draft: without drafts
+            if self.drafts and torch.stack(self.ahead).isnan().any():  # the target overflowed on a draft: rerun without
                 self.draft.crop(self.cache, self.length, *2 * [self.length + len(tokens)])
                 self.drafts, self.ahead = [], [*self.draft.target(self.cache, self.length, tokens[:1], 1)]
             self.length += 1 + len(self.drafts)
@@ -120,7 +120,7 @@ class Row:
         self.logits = self.ahead[0] if self.ahead else self.logits
 
     def take(self, token):
-        """The text goes on with a token: with the next draft, or the drafts that are left are rejected."""
+        """Append a token: it accepts the next draft, or rejects the remaining drafts."""
         if self.drafts and token == self.drafts[0]:
             self.gained[-1] += 1
             self.drafts, self.ahead = self.drafts[1:], self.ahead[1:]
@@ -131,17 +131,17 @@ class Row:
 
 def _refuse(given):
     if names := sorted(name for name, value in given.items() if value is not None and value is not False):
-        raise Refused(f"Drafting does not follow {', '.join(names)}; leave it out, or decode without the drafter.")
+        raise Refused(f"Drafting does not support {', '.join(names)}. Remove it, or decode without the drafter.")
 
 
 def _arguments(model, arguments):
-    """Arguments of `generate` as it takes them for a decoding function, from which it keeps the tokenizer."""
+    """Convert arguments for `generate`, which does not pass its tokenizer on to a decoding function."""
     others = {*inspect.signature(type(model).generate).parameters, "position_ids", "cache_position"}
     caches = {name: cache for name in CACHES if (cache := arguments.pop(name, None)) is not None}
     empty = [n for n, c in caches.items() if type(c) in (DynamicCache, StaticCache) and not c.get_seq_length()]
-    refused = {f"{name} (no filled cache: give the whole prompt)": name not in empty for name in caches}
+    refused = {f"{name} (only an empty cache; pass the full prompt)": name not in empty for name in caches}
     refused |= {name: arguments.get(name) for name in others - set(ARGUMENTS.split())}
-    # By hooks PEFT gives each pass the adapter of each row, or where Activated LoRA acts; drafting has other passes.
+    # PEFT uses hooks to select adapters by row, or by position in Activated LoRA; drafting runs other passes.
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     hooks = [hook for hook in hooks if str(getattr(hook, "func", hook).__module__).startswith("peft.")]
     refused |= {f"{name} (of PEFT)": True for hook in hooks for name in getattr(hook, "keywords", ())}
@@ -154,7 +154,7 @@ def _arguments(model, arguments):
     tokenizer, strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
     for config in (arguments.get("generation_config"), model.generation_config):
         strings = getattr(config, "stop_strings", None) if strings is None else strings
-    if strings is None or tokenizer is None:  # without it transformers refuses them, and says so
+    if strings is None or tokenizer is None:  # transformers rejects stop strings without a tokenizer
         return arguments | {"stop_strings": strings}
     own = StopStringCriteria(tokenizer, strings)
     criteria = StoppingCriteriaList([own, *(arguments.get("stopping_criteria") or [])])
@@ -162,57 +162,57 @@ def _arguments(model, arguments):
 
 
 def _kept(settings, input_ids, prepared):
-    """[rows, tokens] which tokens are no padding, of prompts that are tokens alone, with settings that are followed."""
+    """Return the mask of non-padding tokens [rows, tokens], after checking the settings and prepared inputs."""
     usual = vars(type(settings)()) | NEUTRAL | getattr(settings, "_get_default_generation_params", dict)()
-    rest = [name for name in usual.keys() - SETTINGS.split() if name[0] != "_"]  # others mean nothing to `generate`
+    rest = [name for name in usual.keys() - SETTINGS.split() if name[0] != "_"]  # `generate` ignores others
     found = {name: value for name in rest if (value := getattr(settings, name, None)) != usual[name]}
     found[f"cache_implementation={settings.cache_implementation}"] = settings.cache_implementation not in EXACT
     _refuse(found | {n: v for n, v in prepared.items() if n not in PREPARED and not isinstance(v, Cache) and v != {}})
     mask = prepared.get("attention_mask")  # None: no padding
     kept = torch.ones_like(input_ids).bool() if mask is None else mask.to(input_ids.device).bool()
     if kept.ndim != 2 or kept.shape != input_ids.shape:
-        raise Refused(f"attention_mask is {list(kept.shape)}, input_ids {list(input_ids.shape)}: not the same.")
+        raise Refused(f"attention_mask has shape {list(kept.shape)}, but input_ids {list(input_ids.shape)}.")
     if not kept.any(-1).all():
-        raise Refused("A prompt is empty; decoding needs at least one token to continue.")
+        raise Refused("A prompt is empty; expected at least one token.")
     return kept
 
 
 def _drafter(model, source, revision, token):
-    """The drafter, kept beside the model. Its default is what `generate` was given, as that function's frame shows."""
+    """Load the drafter, cached on the model. Its default, `custom_generate`, is read from the frame of `generate`."""
     calls = [] if source else [call.frame.f_locals for call in inspect.stack(0) if call.function == "generate"]
     source = next((given for call in calls if isinstance(given := call.get("custom_generate"), str)), source)
     if not source:
-        raise Refused('Where is the drafter? Give drafter="directory or Hub id".')
+        raise Refused('drafter=None: expected the drafter. Pass drafter="<directory or Hub id>".')
     hub = {"revision": revision, "token": token, "allow_patterns": FILES}
     directory = Path(source if Path(source).is_dir() else snapshot_download(source, **hub))
     files = sorted(file.resolve() for pattern in FILES for file in directory.glob(pattern))
     key = [model.device, model.dtype, model.config.vocab_size, *((str(f), f.stat().st_mtime_ns) for f in files)]
     if getattr(model, "_flexdraft", [None])[0] != key:
         new = key, _checked(directory, Drafter, model, directory)
-        object.__setattr__(model, "_flexdraft", new)  # no part of the model: neither moved nor saved with it
+        object.__setattr__(model, "_flexdraft", new)  # not a submodule: neither moved nor saved with the model
     return model._flexdraft[1]
 
 
 def _checked(where, make, *arguments):
-    """What is made from a file or directory; all that can be wrong with it is one kind of error."""
+    """Call `make`, with any failure turned into one error that names the file or directory."""
     try:
         return make(*arguments)
     except Exception as error:
         if isinstance(error, (Refused, MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise  # torch says the last on a CPU
-        found = f"{where}: not a whole drafter for this target ({type(error).__name__}: {error})"
-        raise Refused(f"{found}. Download or export it again, and use the target that it was made for.") from error
+            raise  # the last is torch's message on a CPU
+        found = f"{where}: damaged, or not a drafter for this target ({type(error).__name__}: {error})"
+        raise Refused(f"{found}. Download or export it again, and use the target it was trained for.") from error
 
 
 class Drafter:
-    """The target's last layers with attention of their own, and what corrects their logits."""
+    """The target's last layers with separate attention projections, and the modules that correct their logits."""
 
     def __init__(self, model, directory):
         config, settings = _settings(directory, model.config)
         self.model, self.inner, self.device, self.size = model, model.model, model.device, config["block_size"]
         if {parameter.device for parameter in model.parameters()} != {model.device} or model.device.type == "meta":
-            raise Refused("This target is spread over devices or offloaded; drafting needs all of it on one.")
-        self.dtype = self._embedded(0).dtype  # the model computes in it, whatever its weights are kept in
+            raise Refused("The target is split across devices or offloaded; load it on a single device.")
+        self.dtype = self._embedded(0).dtype  # compute dtype, which may differ from that of the weights
         self.tensors = {name: t.to(self.device, self.dtype) for name, t in _tensors(directory).items()}
         self.settings, self.split, self.vocabulary = settings, settings["target_layer_ids"][0], config["vocab_size"]
         self.layers = [self._layer(number) for number in range(self.split, len(self.inner.layers))]
@@ -221,26 +221,26 @@ class Drafter:
         everywhere = ["sliding_attention" if self.window else "full_attention"] * len(self.inner.layers)
         self.kinds = (getattr(model.config, "layer_types", None) or everywhere)[self.split :]
         (self.names, self.cache_name), (self.layer_names, self.layer_cache) = _names(model), _names(self.layers[0])
-        # A trial: all tensors are there, the cache is read, and rounding explains what a text in two passes changes.
+        # Trial run: all tensors exist, the cache is read, and splitting a text into two passes changes only rounding.
         cache, whole = DynamicCache(), self.target(DynamicCache(), 0, [1, 2, 3, 4], 1)
         self.target(cache, 0, [1, 2, 3], 1)
         self.block(cache, 3, 4, True)
         apart, rounding = (self.target(cache, 3, [4], 1) - whole).abs().max(), 0.01 if self.dtype.itemsize > 2 else 0.25
         if not apart <= rounding * whole.abs().max():
-            raise Refused("This target's logits depend on what shares a pass; quantize its weights alone.")
+            raise Refused("The target's logits depend on the other tokens in a pass; quantize only its weights.")
 
     def check_rope(self, length, room):
-        """Slots and drafts behind a text must not take RoPE beyond where it changes; `dynamic` does with each token."""
+        """Check that drafts and slots after the text do not reach the length at which RoPE's angles change."""
         config, name = self.model.config, "original_max_position_embeddings"
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         kind = rope.get("rope_type") or rope.get("type")
         limit = rope.get(name) or getattr(config, name, None) or config.max_position_embeddings
         if (kind == "dynamic" or (kind == "longrope" and length <= limit)) and length + room + 2 * self.size > limit:
-            behind = f"{length} tokens and {room} new ones, with two blocks of {self.size} behind them, pass position"
-            raise Refused(f"{behind} {limit}, where this model's RoPE changes. Choose fewer new tokens.")
+            total = f"{length} prompt tokens, {room} new ones and two blocks of {self.size} exceed {limit} positions"
+            raise Refused(f"{total}, where the target's RoPE changes. Reduce max_new_tokens.")
 
     def target(self, cache, before, tokens, wanted):
-        """[wanted, V] the target's logits of the last of some tokens, behind `before` others in the cache."""
+        """Run the target on tokens that follow `before` cached ones. Return the logits [wanted, V] of the last."""
         after = before + len(tokens)
         positions = torch.arange(before, after, device=self.device)[None]
         given = {"position_ids": positions, "use_cache": True, "logits_to_keep": wanted}
@@ -248,29 +248,29 @@ class Drafter:
         logits = self.model(input_ids=torch.tensor([tokens], device=self.device), **given).logits
         self.crop(cache, after, after, after)
         if logits.shape[1] < wanted:
-            raise Refused(f"A pass gave logits of {logits.shape[1]} tokens, expected {wanted}{UNKNOWN}")
+            raise Refused(f"A forward pass returned logits of {logits.shape[1]} tokens; expected {wanted}{UNKNOWN}")
         return logits[0, -wanted:]
 
     def crop(self, cache, length, early, late):
-        """Forget all behind the first tokens, of `early` in layers that do not draft, of `late` in those that do."""
+        """Truncate the cache to `length` tokens, from `early` in non-draft layers and `late` in draft layers."""
         layers = [vars(layer) for layer in getattr(cache, "layers", ())]
         held = [{name: t for name, t in layer.items() if isinstance(t, Tensor) and t.ndim == 4} for layer in layers]
         found = [[t.shape[2] for t in pair.values()] for pair in held]
         expected = [early] * self.split + [late] * (len(self.inner.layers) - self.split)
         if found != [[tokens, tokens] for tokens in expected]:
-            raise Refused(f"After a pass the layers of the cache hold {found} tokens; expected {expected}{UNKNOWN}")
+            raise Refused(f"After a pass, the layers of the cache hold {found} tokens; expected {expected}{UNKNOWN}")
         for layer, pair in zip(cache.layers, held, strict=True):
             vars(layer).update({name: t[..., :length, :] for name, t in pair.items()})
         if cache.get_seq_length() != length:
-            raise Refused(f"A cache cut to {length} tokens counts others{UNKNOWN}")
+            raise Refused(f"A cache truncated to {length} tokens reports {cache.get_seq_length()}{UNKNOWN}")
 
     def block(self, cache, anchor, bonus, calibrate):
-        """Drafts of slots 1 .. B-1 of the block at an anchor, and their probabilities [B-1]. The cache stays as is."""
+        """Return the drafts of slots 1 .. B-1 at an anchor and their probabilities [B-1]. The cache stays unchanged."""
         hidden = self.tensors["mask_embedding"].repeat(1, self.size, 1)
         if self.settings.get("bonus_slot"):
             hidden[:, 0] += nn.functional.linear(self._embedded(bonus), self.tensors["bonus_slot.weight"])
         positions = torch.arange(anchor, anchor + self.size, device=self.device)[None]
-        # Added to scores: a slot sees its block, and the tokens that a window shows it. None: it sees all there is.
+        # Additive mask: a slot attends to its block and the tokens in its window. None: to everything.
         unseen = torch.arange(anchor + self.size, device=self.device) <= positions[0, :, None] - (self.window or 0)
         masks = {"sliding_attention": (torch.finfo(self.dtype).min * unseen.to(self.dtype))[None, None]}
         for layer, kind in zip(self.layers, self.kinds, strict=True):
@@ -290,7 +290,7 @@ class Drafter:
         return drafts.tolist(), (best.float() - logits.float().logsumexp(-1)).exp()
 
     def _correction(self, name, embedded, hidden):
-        """[slots, V] `W2 SiLU(W1 [embedded ; h] + b1) + b2` for embeddings [1, H] and states h [slots, H]."""
+        """Compute `W2 SiLU(W1 [embedded ; h] + b1) + b2` [slots, V] from embeddings [1, H] and states h [slots, H]."""
         (w1, b1), (w2, b2) = ((self.tensors[f"{name}.{i}.weight"], self.tensors[f"{name}.{i}.bias"]) for i in (0, 2))
         inner = nn.functional.linear(torch.cat([embedded.expand_as(hidden), hidden], dim=-1), w1, b1)
         return nn.functional.linear(nn.functional.silu(inner), w2, b2)
@@ -299,21 +299,21 @@ class Drafter:
         return self.model.get_input_embeddings()(torch.tensor([token], device=self.device))
 
     def _layer(self, number):
-        """A layer of the target with an attention made anew: the target's may be quantized, or carry adapters."""
+        """Copy a layer of the target with a newly built attention: the target's may be quantized or have adapters."""
         layer, prefix = copy.copy(self.inner.layers[number]), f"layers.{number - self.split}.self_attn."
         base, config = layer.self_attn, copy.deepcopy(layer.self_attn.config)
-        config._attn_implementation = {"eager": "eager"}.get(config._attn_implementation, "sdpa")  # both take a mask
+        config._attn_implementation = {"eager": "eager"}.get(config._attn_implementation, "sdpa")  # both accept a mask
         with torch.device("meta"):
             attention = type(base)(config, base.layer_idx).eval()
         own = {n.removeprefix(prefix): tensor for n, tensor in self.tensors.items() if n.startswith(prefix)}
         attention.load_state_dict(own, assign=True)
-        attention.is_causal = False  # slots of a block see each other in both directions
-        vars(layer).pop("forward", None)  # a hook's, that calls the layer which this is a copy of
+        attention.is_causal = False  # slots of a block attend to each other in both directions
+        vars(layer).pop("forward", None)  # a hook's forward would call the original layer
         layer._modules = layer._modules | {"self_attn": attention}
         return layer
 
     def _rope(self, hidden, positions, kind):
-        """What the architecture's layers take for RoPE. Gemma 3 has another base where it has a window."""
+        """Return the layers' RoPE arguments. Gemma 3 uses a different base in sliding-window layers."""
         parts = (getattr(self.model.config, "rope_parameters", None) or {}).values()
         by_kind = (kind,) if any(isinstance(part, dict) for part in parts) else ()
         every = {name: self.inner.rotary_emb for name in self.layer_names if name.startswith("position_embeddings")}
@@ -323,7 +323,7 @@ class Drafter:
 
 
 def _how(chosen, where=""):
-    """calibrate, selection and threshold of some settings."""
+    """Check and return calibrate, selection and threshold."""
     calibrate, selection, threshold = (chosen[name] for name in RECOMMENDED)
     if not isinstance(calibrate, bool):
         raise Refused(f"{where}calibrate={calibrate!r}: expected True or False.")
@@ -335,7 +335,7 @@ def _how(chosen, where=""):
 
 
 def _compare(model, fingerprint):
-    """Warns of other weights than the drafter was trained for, by samples of plain floats and of what is looked up."""
+    """Warn if samples of unquantized weights and embeddings differ from those of the drafter's target."""
     modules, changed = dict(model.model.named_modules()) | {"lm_head": model.get_output_embeddings()}, []
     for name, values in fingerprint.items():
         weight = getattr(modules.get(name), "weight", None)
@@ -347,39 +347,39 @@ def _compare(model, fingerprint):
         found = modules[name](rows.to(weight.device)) if name == "embed_tokens" else weight[rows]
         found = found[:, torch.arange(4) * (found.shape[1] - 1) // 3] if found.ndim == 2 else found
         distance = (found.float().cpu().flatten() - expected).norm()
-        changed += [] if distance <= 0.005 * expected.norm() else [name]  # NaN has changed too
+        changed += [] if distance <= 0.005 * expected.norm() else [name]  # NaN counts as changed
     if changed:
-        found = f"{len(changed)} weights of this model, {changed[0]} first, differ from those of the drafter's target"
-        warnings.warn(f"{found}: expect fewer accepted drafts. The output stays the model's own.", stacklevel=2)
+        found = f"{len(changed)} weights of this model, such as {changed[0]}, differ from those of the drafter's target"
+        warnings.warn(f"{found}: expect fewer accepted drafts. The output remains the model's own.", stacklevel=2)
 
 
 def _names(module):
-    """Parameters of a module's forward, without those that take any name; and which of them is the cache."""
+    """Return the named parameters of a module's forward, with annotations, and the name of its cache argument."""
     every = inspect.signature(type(module).forward).parameters.items()
     names = {name: str(p.annotation) for name, p in every if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     caches = [name for name in CACHES if name in names] or [name for name, kind in names.items() if "Cache" in kind]
     if not caches:
-        raise Refused(f"{type(module).__name__}.forward takes {', '.join(names)}, none of them a cache{UNKNOWN}")
+        raise Refused(f"{type(module).__name__}.forward has no cache argument ({', '.join(names)}){UNKNOWN}")
     return names, caches[0]
 
 
 def _settings(directory, target):
-    """The drafter's config, and what of it is its own, once it is known to fit a target's config."""
+    """Read the drafter's config.json and its FlexDraft settings, and check them against the target's config."""
     file = directory / "config.json"
     config = _checked(file, lambda: json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     settings = _checked(file, lambda: config.get("flexdraft_config") or config.get("dflash_config"))
     if not settings:
-        raise Refused(f"{directory}: no drafter there (config.json with flexdraft_config expected).")
+        raise Refused(f"{directory}: not a drafter; expected a config.json with flexdraft_config.")
     expected = {"model_type": target.model_type, "num_target_layers": target.num_hidden_layers}
     expected |= {name: getattr(target, name, None) for name in ("hidden_size", "num_key_value_heads")}
-    expected["vocab_size"] = min(config["vocab_size"], target.vocab_size)  # rows may have been added to the target
+    expected["vocab_size"] = min(config["vocab_size"], target.vocab_size)  # the target may have added rows
     for name, value in expected.items():
         if config.get(name) != value:
             raise Refused(f"{file}: drafter for a target with {name}={config.get(name)}, but this one has {value}.")
     size, layers = config["block_size"], settings["target_layer_ids"]
     if not layers or layers != [*range(target.num_hidden_layers)][-len(layers) :] or size < 2:
-        raise Refused(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, 2 or more.")
-    found = settings.get("recommended_decoding") or {}  # earlier versions wrote it into the config
+        raise Refused(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, at least 2.")
+    found = settings.get("recommended_decoding") or {}  # written into the config by earlier versions
     if (own := directory / "recommended_decoding.json").exists():
         file, found = own, _checked(own, lambda: json.loads(own.read_text(encoding="utf-8")))
     if not isinstance(found, dict):
@@ -390,7 +390,7 @@ def _settings(directory, target):
 
 
 def _tensors(directory):
-    """What the drafter owns. An export may hold tensors of the target's beside it, which the target has already."""
+    """Load the drafter's own tensors, without copies of the target's tensors that an export may contain."""
     index, names, found = directory / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.is_file():
         names = _checked(index, lambda: json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
