@@ -1,9 +1,9 @@
-"""Upload an exported drafter to the Hugging Face Hub, as one commit; an interrupted upload goes on where it was.
+"""Upload an exported drafter to the Hugging Face Hub in one commit. The same command resumes an interrupted upload.
 
     python scripts/push_to_hub.py checkpoints/tiny/export owner/name              # private
     python scripts/push_to_hub.py checkpoints/tiny/export owner/name --public --tag v1
 
-The token is that of HF_TOKEN or `hf auth login`. A run does the same at its end with export.push_to_hub=owner/name.
+Uses the token of HF_TOKEN or `hf auth login`. A run with export.push_to_hub=owner/name uploads its export at the end.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from train.publish.upload import Destination, push
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="an exported drafter, such as checkpoints/tiny/export")
-    parser.add_argument("repository", help="owner/name; made if it is not there")
-    parser.add_argument("--public", action="store_true", help="everybody may see it")
-    parser.add_argument("--tag", help="names the uploaded revision, such as v1")
+    parser.add_argument("directory", type=Path, help="exported drafter, such as checkpoints/tiny/export")
+    parser.add_argument("repository", help="owner/name; created if missing")
+    parser.add_argument("--public", action="store_true", help="make the repository public; the default is private")
+    parser.add_argument("--tag", help="tag of the uploaded revision, such as v1")
     arguments = parser.parse_args()
     to = Destination(arguments.repository, private=not arguments.public, tag=arguments.tag)
     try:
@@ -27,7 +27,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with the upload", file=sys.stderr)
+        print("stopped; the same command resumes the upload", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -1,11 +1,11 @@
-"""Plain transformers with an exported drafter: are the outputs those of the target alone?
+"""Compare plain transformers with an exported drafter against the target alone.
 
     python scripts/checks/check_custom_generate.py checkpoints/tiny/export --also /path/to/other/python
 
-One row for each kind of target that the installed packages allow, over GSM8K prompts: how many outputs are identical,
-and tokens per verify step. Those with a star round by what shares a pass, so that near ties may fall another way.
-`--also` adds the rows of other environments (transformers 4.57.3, bitsandbytes, torchao, peft), which need nothing of
-this project. Not 0 if an output without a star differs.
+Prints one row for each kind of target that the installed packages support, over GSM8K prompts: identical outputs and
+tokens per verify step. In rows with a star, rounding depends on the other tokens in a pass, so near ties may be decided
+differently. `--also` adds rows of other environments (transformers 4.57.3, bitsandbytes, torchao, peft), which need not
+have this project. The exit status is not 0 if an output without a star differs.
 """
 
 import argparse
@@ -24,17 +24,17 @@ TINY = Path(__file__).resolve().parents[2] / "src" / "data" / "tiny"
 
 
 def plain(target: Path) -> PreTrainedModel:
-    """The target as it is, in float32."""
+    """Load the unchanged target in float32."""
     return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
 
 
 def bfloat16(target: Path) -> PreTrainedModel:
-    """In bfloat16, where rounding decides near ties."""
+    """Load the target in bfloat16, where rounding decides near ties."""
     return AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
 
 
 def without_old_name(target: Path) -> PreTrainedModel:
-    """As announced for transformers 5.40: `past_key_values` is no name of any forward, and `**kwargs` swallows it."""
+    """Load a target as announced for transformers 5.40: no forward names `past_key_values`; `**kwargs` swallows it."""
     model = plain(target)
     for kind in {type(module) for module in model.modules() if type(module).__module__ == type(model).__module__}:
         kind.forward = _without_deprecation(kind.forward)
@@ -42,7 +42,7 @@ def without_old_name(target: Path) -> PreTrainedModel:
 
 
 def _without_deprecation(forward: Callable) -> Callable:
-    """A function without the decorator that translates names of old; others around it stay."""
+    """Return a function without the decorator that translates old names; other decorators remain."""
     inner = getattr(forward, "__wrapped__", None)
     if inner is None:
         return forward
@@ -56,7 +56,7 @@ def _without_deprecation(forward: Callable) -> Callable:
 
 
 def bits(**how: object) -> Callable[[Path], PreTrainedModel]:
-    """bitsandbytes, computing in float32: in bfloat16 near ties fall another way, quantized or not."""
+    """Return a loader with bitsandbytes that computes in float32, since bfloat16 alone changes near ties."""
 
     def load(target: Path) -> PreTrainedModel:
         config = transformers.BitsAndBytesConfig(**how)
@@ -68,7 +68,7 @@ def bits(**how: object) -> Callable[[Path], PreTrainedModel]:
 
 
 def torchao(target: Path) -> PreTrainedModel:
-    """torchao's int8 weights, computing in float32."""
+    """Load the target with torchao's int8 weights, computing in float32."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
@@ -78,7 +78,7 @@ def torchao(target: Path) -> PreTrainedModel:
 
 
 def lora(*modules: str, merge: bool = False) -> Callable[[Path], PreTrainedModel]:
-    """PEFT's LoRA with small random updates."""
+    """Return a loader with small random LoRA updates (PEFT)."""
 
     def load(target: Path) -> PreTrainedModel:
         from peft import LoraConfig, get_peft_model
@@ -91,7 +91,7 @@ def lora(*modules: str, merge: bool = False) -> Callable[[Path], PreTrainedModel
     return load
 
 
-TARGETS = {  # name: packages needed, how to load it
+TARGETS = {  # name: required packages, loader
     "float32": ([], plain),
     "8 bit, llm_int8_threshold=0 *": (["bitsandbytes"], bits(load_in_8bit=True, llm_int8_threshold=0.0)),
     "4 bit (bitsandbytes)": (["bitsandbytes"], bits(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)),
@@ -101,7 +101,7 @@ TARGETS = {  # name: packages needed, how to load it
     "LoRA merged": (["peft"], lora("q_proj", "gate_proj", merge=True)),
     "bfloat16 *": ([], bfloat16),
     "8 bit (bitsandbytes) *": (["bitsandbytes"], bits(load_in_8bit=True)),
-    "float32, old name of the cache removed": ([], without_old_name),  # last: it changes classes
+    "float32, old name of the cache removed": ([], without_old_name),  # last, because it patches classes
 }
 
 
@@ -113,7 +113,7 @@ def installed(name: str) -> bool:
 
 
 def compared(model: PreTrainedModel, prompts: list[torch.Tensor], drafter: Path, new_tokens: int) -> tuple[int, float]:
-    """How many outputs are the same with the drafter, and tokens per verify step."""
+    """Return the number of identical outputs with the drafter, and the tokens per verify step."""
     same, gained = 0, []
     for ids in prompts:
         arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False}
@@ -126,7 +126,7 @@ def compared(model: PreTrainedModel, prompts: list[torch.Tensor], drafter: Path,
 
 
 def rows(arguments: argparse.Namespace) -> list[dict]:
-    """What was found in this environment."""
+    """Return the rows of this environment."""
     tokenizer, lines = AutoTokenizer.from_pretrained(arguments.target), (TINY / "prompts.jsonl").read_text("utf-8")
     prompts = []
     for line in lines.splitlines()[: arguments.prompts]:
@@ -152,9 +152,9 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=TINY / "target")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--also", action="append", default=[], help="another Python, whose rows are added")
-    parser.add_argument("--only", nargs="+", help="targets whose names have one of these words")
-    parser.add_argument("--json", action="store_true", help="print rows alone, as JSON")
+    parser.add_argument("--also", action="append", default=[], help="another Python interpreter whose rows are added")
+    parser.add_argument("--only", nargs="+", help="only targets whose names contain one of these words")
+    parser.add_argument("--json", action="store_true", help="print only the rows, as JSON")
     arguments = parser.parse_args()
     found = rows(arguments)
     here = [__file__, arguments.drafter, "--target", arguments.target, "--prompts", arguments.prompts, "--json"]
@@ -168,7 +168,7 @@ def main() -> None:
     print(f"{'transformers':<14}{'target':<42}{'identical':>10}{'tokens per step':>17}")
     for row in found:
         print(f"{row['transformers']:<14}{row['target']:<42}{row['same']:>6}/{row['prompts']}{row['tau']:>17.2f}")
-    print("* what shares a pass changes roundings, so that near ties fall another way")
+    print("* rounding depends on the other tokens in a pass, so near ties may be decided differently")
     exact = [row for row in found if not row["target"].endswith("*")]
     sys.exit(0 if all(row["same"] == row["prompts"] for row in exact) else "outputs differ")
 

@@ -1,8 +1,8 @@
-"""Every tested family, with random weights: the same logits in training and decoding, lossless, the same after export.
+"""Check every tested family with random weights: parity of training and decoding, losslessness, export round trip.
 
     python scripts/checks/check_families.py
 
-One table; not 0 if a family fails. Small windows, so that texts are longer than they are.
+Prints one table; the exit status is not 0 if a family fails. Windows are shorter than the texts.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.2], "long_factor": [2.0, 4.0]}
 LONG |= {"original_max_position_embeddings": 128, "factor": 2.0, "partial_rotary_factor": 0.5}
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
-FAMILIES = {  # what each has beyond the common sizes
+FAMILIES = {  # settings in addition to the common sizes
     "qwen3": {"model_type": "qwen3"},
     "qwen2.5": {"model_type": "qwen2"},
     "llama 3": {"model_type": "llama", "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}},
@@ -59,7 +59,7 @@ FAMILIES = {  # what each has beyond the common sizes
 
 
 def random_pair(family: str, dtype: str = "float32") -> tuple[PreTrainedModel, DraftModel]:
-    """A target of random weights, and a drafter that is far from it: nothing agrees because the two are alike."""
+    """Return a target with random weights and a drafter far from it, so that no check passes by similarity."""
     torch.manual_seed(0)
     target = load_target(None, architecture=SIZES | FAMILIES[family], dtype=dtype)
     draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8)
@@ -70,7 +70,7 @@ def random_pair(family: str, dtype: str = "float32") -> tuple[PreTrainedModel, D
 
 
 def packed_batch(block_size: int) -> tuple[list, Batch]:
-    """Rows of several documents, and all their anchors."""
+    """Return rows of several documents, and a batch with all their anchors."""
     random = np.random.default_rng(0)
     documents = [
         Document(random.integers(3, VOCABULARY, n).astype(np.int32), np.arange(n) > 0) for n in (40, 31, 22, 12)
@@ -82,7 +82,7 @@ def packed_batch(block_size: int) -> tuple[list, Batch]:
 
 @torch.no_grad()
 def parity(target: PreTrainedModel, draft: DraftModel) -> tuple[int, float]:
-    """States compared, and by how much logits of training and of decoding differ at most, in both stages."""
+    """Return the number of compared states and the largest logit difference of training and decoding in both stages."""
     rows, batch = packed_batch(draft.block_size)
     clean = target_pass(target, batch, draft.split_layer)
     bonus = bonus_tokens(target, clean.hidden, batch.anchors)
@@ -93,8 +93,8 @@ def parity(target: PreTrainedModel, draft: DraftModel) -> tuple[int, float]:
         for a, anchor in enumerate(batch.anchors[r, : len(valid_anchors(row))].tolist()):
             start = int((row.document_ids == row.document_ids[anchor]).argmax())
             prefix, cache = torch.from_numpy(row.input_ids[start:anchor])[None].long(), DynamicCache()
-            said = forward_cached(target, prefix, cache).logits[0, -1:].argmax(-1)
-            for logits, known in ((tuned, None), (calibrated, said)):
+            predicted = forward_cached(target, prefix, cache).logits[0, -1:].argmax(-1)
+            for logits, known in ((tuned, None), (calibrated, predicted)):
                 decoded = draft_logits(draft, cache, anchor - start, known)
                 worst = max(worst, float((decoded - logits[r, a]).abs().max()))
                 states += 1
@@ -102,7 +102,7 @@ def parity(target: PreTrainedModel, draft: DraftModel) -> tuple[int, float]:
 
 
 def lossless(target: PreTrainedModel, draft: DraftModel, prompts: int, new_tokens: int) -> int:
-    """How many prompts, in batches of unequal ones, both modes decode as transformers' own `generate` does."""
+    """Count the prompts, in batches of unequal lengths, that both modes decode like `generate` of transformers."""
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(3, VOCABULARY, (1 + 7 * i % 40,), generator=generator).tolist() for i in range(prompts)]
     own = []
@@ -125,7 +125,7 @@ def lossless(target: PreTrainedModel, draft: DraftModel, prompts: int, new_token
 
 @torch.no_grad()
 def unchanged_by_export(target: PreTrainedModel, draft: DraftModel) -> bool:
-    """Whether the drafter gives the same logits, bit for bit, once written and read back."""
+    """Return whether the drafter's logits are bit-identical after export and loading."""
     with tempfile.TemporaryDirectory() as directory:
         export_draft(draft, Path(directory), torch.float32)
         again = load_draft(Path(directory), target)
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--new-tokens", type=int, default=24)
     arguments = parser.parse_args()
-    table = Table(title="Targets of random weights, 5 layers, 3 of them drafting, float32")
+    table = Table(title="Targets with random weights, 5 layers, 3 of them drafting, float32")
     for title in ("family", "model_type", "states", "parity", "lossless", "export"):
         table.add_column(title, justify="left" if title in ("family", "model_type") else "right")
     failed = []

@@ -1,7 +1,7 @@
-"""The commands that README.md and docs/*.md hold: found, joined, without prompts and comments.
+"""Extract the commands of README.md and docs/**/*.md: joined lines, without prompts and comments.
 
-A command is a line of a shell block, a line of settings in a block of its own, a Python block as a whole, or code
-inside a sentence that begins with a program. What programs print is none.
+A command is a line of a shell block, a line of settings in a separate block, an entire Python block, or inline code
+that starts with a program. Program output is skipped.
 """
 
 import re
@@ -10,14 +10,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = re.compile(r"(python|sbatch|scancel|scontrol|make|pip|hf|wandb|vllm|scripts/\S+) ")
-VARIABLES = re.compile(r"([A-Z_]+=\S+ )*")  # in front of a program
+VARIABLES = re.compile(r"([A-Z_]+=\S+ )*")  # before a program
 SETTINGS = re.compile(r"[+~]?[a-z]\w*([./]\w+)*=\S+( [+~]?[a-z]\w*([./]\w+)*=\S+)*")
 SHELL, PYTHON, SETTING = "shell", "python", "settings"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, the number of its first line, and its lines."""
+    """A fenced block: language, number of the first line, and lines."""
 
     language: str
     first: int
@@ -26,7 +26,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One command and where it stands."""
+    """A command and its location."""
 
     page: str  # relative to the root
     line: int
@@ -39,12 +39,12 @@ class Command:
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """README.md and what is in docs/."""
+    """List README.md and all pages in docs/."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def commands_of(file: Path, root: Path = ROOT) -> list[Command]:
-    """All commands of a page, in its order."""
+    """Return all commands of a page, in order."""
     page, text = str(file.relative_to(root)), file.read_text(encoding="utf-8")
     found = [(*where, kind, command) for where, kind, command in _fenced(text)]
     found += [(line, column, SHELL, span) for line, column, span in spans(text) if _is_command(span)]
@@ -52,7 +52,7 @@ def commands_of(file: Path, root: Path = ROOT) -> list[Command]:
 
 
 def blocks_of(text: str) -> list[Block]:
-    """Fenced blocks, in order."""
+    """Return the fenced blocks, in order."""
     blocks: list[Block] = []
     opened: tuple[str, int] | None = None
     lines: list[str] = []
@@ -68,7 +68,7 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def spans(text: str) -> list[tuple[int, int, str]]:
-    """Code inside sentences: line, column and text, of which a line break is a space."""
+    """Return inline code as line, column and text, with line breaks replaced by spaces."""
     lines = text.splitlines()
     for block in blocks_of(text):
         lines[block.first - 2 : block.first + len(block.lines)] = [""] * (len(block.lines) + 2)
@@ -80,7 +80,7 @@ def spans(text: str) -> list[tuple[int, int, str]]:
 
 
 def is_settings(text: str) -> bool:
-    """Whether this is nothing but overrides, `key=value key=value`."""
+    """Return whether a text consists only of overrides, `key=value key=value`."""
     return bool(SETTINGS.fullmatch(text))
 
 
@@ -91,14 +91,14 @@ def _fenced(text: str) -> list[tuple[tuple[int, int], str, str]]:
             found.append(((block.first, 0), PYTHON, "\n".join(block.lines) + "\n"))
         elif block.language in ("", "sh", "bash"):
             lines = _joined(block)
-            # Without a language it may be what a program printed: the first line tells.
+            # A block without a language may be program output; the first line decides.
             if block.language or (lines and (_is_command(lines[0][1]) or is_settings(lines[0][1]))):
                 found += [((line, 0), SETTING if is_settings(one) else SHELL, one) for line, one in lines]
     return found
 
 
 def _joined(block: Block) -> list[tuple[int, str]]:
-    """Lines without comments and prompts, continued ones as one, each with the number at which it begins."""
+    """Return the lines without comments and prompts, joining continued lines, each with its first line number."""
     joined: list[tuple[int, str]] = []
     continued = False
     for number, line in enumerate(block.lines, block.first):

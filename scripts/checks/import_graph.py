@@ -1,9 +1,9 @@
-"""Draw which folder of src/ imports which, from the code, into docs/architecture.md.
+"""Draw the import graph between the folders of src/ into docs/architecture.md.
 
-    python scripts/checks/import_graph.py            # rewrite the picture
-    python scripts/checks/import_graph.py --check    # status 1 if the picture is out of date
+    python scripts/checks/import_graph.py            # update the graph
+    python scripts/checks/import_graph.py --check    # status 1 if the graph is out of date
 
-A room is a folder of a package or a module beside the folders. Imports inside functions count.
+A room is a folder of a package, or a module next to the folders. Imports inside functions count.
 """
 
 import argparse
@@ -19,7 +19,7 @@ PACKAGES = ("train", "models", "data")
 
 
 def imports(file: Path) -> set[str]:
-    """Full names that a file imports: of `from a import b`, both `a` and `a.b`."""
+    """Return the full names of a file's imports; for `from a import b`, both `a` and `a.b`."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -30,18 +30,18 @@ def imports(file: Path) -> set[str]:
 
 
 def modules(source: Path = ROOT / "src") -> dict[str, Path]:
-    """Files of the three packages by module name; `__init__` files, which only re-export, are left out."""
+    """Return the files of the three packages by module name, without `__init__` files, which only re-export."""
     files = [file for package in PACKAGES for file in (source / package).rglob("*.py") if file.name != "__init__.py"]
     return {".".join(file.relative_to(source).with_suffix("").parts): file for file in files}
 
 
 def room(module: str) -> str:
-    """`models.loss.objectives` -> `models.loss`; `models.draft` stays."""
+    """Return the room of a module: `models.loss.objectives` -> `models.loss`, `models.draft` -> `models.draft`."""
     return ".".join(module.split(".")[:2])
 
 
 def arrows(source: Path = ROOT / "src") -> dict[str, set[str]]:
-    """Which rooms each room imports."""
+    """Return the rooms that each room imports."""
     files = modules(source)
     rooms = {room(name): set() for name in files}
     for name, file in files.items():
@@ -51,16 +51,16 @@ def arrows(source: Path = ROOT / "src") -> dict[str, set[str]]:
 
 
 def order(graph: dict[str, set[str]]) -> list[str]:
-    """The rooms from the bottom up.
+    """Return the rooms in topological order, imported rooms first.
 
     Raises:
-        graphlib.CycleError: rooms import one another in a circle.
+        graphlib.CycleError: the rooms have an import cycle.
     """
     return list(TopologicalSorter(graph).static_order())
 
 
 def direct(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph without arrows that follow from others, so that the picture stays readable."""
+    """Return the transitive reduction of the graph, for a readable diagram."""
     below: dict[str, set[str]] = {}
     for name in order(graph):
         below[name] = graph[name].union(*(below[other] for other in graph[name]))
@@ -68,7 +68,7 @@ def direct(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def picture(graph: dict[str, set[str]]) -> str:
-    """A Mermaid diagram: a box for each room, an arrow for each import that follows from no other."""
+    """Format the graph as a Mermaid diagram, with a box per room and an arrow per non-transitive import."""
     lines = ["```mermaid", "flowchart TD"]
     for package in PACKAGES:
         names = sorted(name for name in graph if name.startswith(f"{package}."))
@@ -79,14 +79,14 @@ def picture(graph: dict[str, set[str]]) -> str:
 
 
 def with_picture(text: str) -> str:
-    """The page with the picture between its two marks made anew."""
+    """Return the page with the diagram between its two markers replaced by the current one."""
     before, rest = text.split(START)
     return before + START + picture(arrows()) + END + rest.split(END)[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if the picture is out of date")
+    parser.add_argument("--check", action="store_true", help="only check; status 1 if the graph is out of date")
     check = parser.parse_args().check
     text = PAGE.read_text(encoding="utf-8")
     if check and with_picture(text) != text:

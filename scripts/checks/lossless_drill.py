@@ -1,12 +1,12 @@
-"""Every way of decoding against the target's own greedy output, in float32: the complete matrix.
+"""Compare all decoding modes, selection rules and batch sizes with the target's own greedy output, in float32.
 
     python scripts/checks/lossless_drill.py --draft checkpoints/tiny/export    # the embedded target, 500 prompts
-    python scripts/checks/lossless_drill.py --prompts 100 --new-tokens 16      # an untrained drafter, quicker
+    python scripts/checks/lossless_drill.py --prompts 100 --new-tokens 16      # an untrained drafter, faster
     python scripts/checks/lossless_drill.py --families                         # random targets of several architectures
 
-Modes x selection rules x batch sizes, the same prompts in each. What they are held against comes from `generate` of
-transformers, one prompt at a time. Prints how many prompts came out identical; any other is an error, which is shown
-with the margin by which the target preferred its own token: rounding can only turn a margin of about 1e-5.
+Each combination decodes the same prompts. The reference is `generate` of transformers, one prompt at a time. Prints the
+number of identical outputs. Any difference is an error, reported with the margin by which the target preferred its own
+token: rounding can only reverse a margin of about 1e-5.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BATCH_SIZES = range(1, 9)
 
 
 def embedded(drafter: str | None, count: int):
-    """The embedded target, its drafter, and held-out prompts."""
+    """Return the embedded target, a drafter for it, and held-out prompts."""
     target, tokenizer = load_target(str(TINY / "target")), load_tokenizer(str(TINY / "target"))
     if drafter:
         draft = load_draft(drafter, target)
@@ -48,7 +48,7 @@ def embedded(drafter: str | None, count: int):
 
 
 def random_family(kind: str, count: int):
-    """A target of random weights, a drafter that is its copy, and prompts of random tokens, 1 to 40 each."""
+    """Return a target with random weights, a drafter copied from it, and prompts of 1 to 40 random tokens."""
     torch.manual_seed(0)
     target = load_target(None, architecture=SIZES | FAMILIES[kind])
     draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=0)
@@ -69,7 +69,7 @@ def own_answers(name: str, target, prompts: list[list[int]], new_tokens: int) ->
 
 @torch.no_grad()
 def difference(target, tokens: list[int], own: list[int], other: list[int]) -> str:
-    """Where two answers part, and by how much the target preferred its own."""
+    """Describe the first difference of two answers, with the target's margin for its own token."""
     pairs = itertools.zip_longest(own, other)
     at = next(i for i, (a, b) in enumerate(pairs) if a != b)
     best = target(torch.tensor([tokens + own[:at]])).logits[0, -1].topk(2).values.tolist()
@@ -80,7 +80,7 @@ started = {}
 
 
 def progress(name: str, done: int, total: int) -> None:
-    """A line that overwrites itself: rate since the first call and time left."""
+    """Print a line that overwrites itself: rate since the first call, and remaining time."""
     seconds = time.monotonic() - started.setdefault(name, time.monotonic())
     if done % 50 and done != total or not seconds:
         return
@@ -89,7 +89,7 @@ def progress(name: str, done: int, total: int) -> None:
 
 
 def drill(name: str, target, draft, prompts: list[list[int]], new_tokens: int, modes: list[str], table: Table) -> int:
-    """One target through the matrix, a table row for each mode and selection. Returns how many answers differ."""
+    """Run one target through all combinations, one table row per mode and rule. Return the number of differences."""
     own = own_answers(name, target, prompts, new_tokens)
     combinations = list(itertools.product(modes, SELECTIONS, BATCH_SIZES))
     total, done, wrong = len(combinations) * len(prompts), 0, 0
@@ -120,12 +120,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--draft", help="directory or Hub id of a drafter of the embedded target; untrained without it")
+    parser.add_argument("--draft", help="directory or Hub id of a drafter for the embedded target; default: untrained")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--families", action="store_true", help="random targets of several architectures instead")
     arguments = parser.parse_args()
     titles = ("target", "mode", "selection", *(f"batch {size}" for size in BATCH_SIZES), "τ")
-    table = Table(title=f"Identical of {arguments.prompts} prompts, {arguments.new_tokens} new tokens each at most")
+    table = Table(
+        title=f"Identical outputs of {arguments.prompts} prompts, at most {arguments.new_tokens} new tokens each"
+    )
     for number, title in enumerate(titles):
         table.add_column(title, justify="left" if number < 3 else "right", no_wrap=True)
     kinds = FAMILIES if arguments.families else ("embedded",)

@@ -1,13 +1,13 @@
-"""Every command of README.md and docs/ is run, cut short to fit 2 CPU cores without a network.
+"""Run every command in README.md and docs/, shortened for 2 CPU cores without a network.
 
-    python scripts/checks/run_docs.py                 # all of them: about 30 minutes
-    python scripts/checks/run_docs.py --only data.md  # those whose place or text contains this
-    python scripts/checks/run_docs.py --list          # what would be done
+    python scripts/checks/run_docs.py                 # all commands: about 30 minutes
+    python scripts/checks/run_docs.py --only data.md  # commands whose location or text contains this
+    python scripts/checks/run_docs.py --list          # dry run
 
-Ends with a table, and with status 1 if a command failed. RULES says what is appended to a command, or why it is not
-run; a command that none of them matches is an error. Every page has a directory of its own, in which its commands run
-in order, as in the root of a checkout: conf/, scripts/, src/ and files under the names that the pages use are there.
-SLURM, the Hub and a chat server are stand-ins on this machine.
+Prints a table and exits with status 1 if a command failed. RULES defines the arguments appended to a command, or the
+reason why it is not run; a command without a matching rule is an error. The commands of a page run in order, in a
+separate directory that resembles the root of a checkout, with conf/, scripts/, src/ and the files that the pages name.
+SLURM, the Hub and a chat server are replaced by local stand-ins.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from helpers.hub_server import hub_server  # noqa: E402
 from helpers.stub_server import StubServer  # noqa: E402
 
 TINY = ROOT / "src" / "data" / "tiny"
-SECONDS = 900  # for one command
+SECONDS = 900  # per command
 
-# The names that the pages use for what only a reader has. The workspace has the files: see `workspace`.
+# Placeholders of the pages and their replacements. `workspace` creates the files.
 REPLACED = {
     "/path/or/hub-id": "src/data/tiny/target",
     "DRAFTER TARGET": "checkpoints/tiny/export src/data/tiny/target",
     "mlabonne/open-perfectblend": "conversations.jsonl",
-    " user/": " owner/",  # whom the stand-in for the Hub knows
+    " user/": " owner/",  # the account of the stand-in for the Hub
 }
 
 STAGES = ("attention_tuning", "bonus_calibration")
@@ -50,17 +50,17 @@ SHORT = " ".join(f"stage.{stage}.{setting}" for stage in STAGES for setting in S
 SHORT += " stage.evaluate.num_prompts=2 stage.evaluate.max_new_tokens=16 stage.evaluate.speed.num_prompts=0"
 SHORT += " data.max_records=60 data.validation_records=4 data.num_proc=1 overwrite=true"
 SHORT += " regenerate.max_new_tokens=16 regenerate.drop_cut_off=false"
-SHORT += " runtime.compile=false runtime.workers=0"  # minutes, for a few steps
-STAND_IN = f"model=stand_in data=tiny trainer=cpu {SHORT}"  # a small target in place of 8B
+SHORT += " runtime.compile=false runtime.workers=0"  # would take minutes for a few steps
+STAND_IN = f"model=stand_in data=tiny trainer=cpu {SHORT}"  # a small target instead of 8B
 RANKS = f"model=stand_in data=tiny trainer.accelerator=cpu trainer.devices=2 trainer.precision=32-true {SHORT}"
-# What fits the embedded target, and a CPU.
+# Settings that fit the embedded target and a CPU.
 MINE = f"trainer=cpu model.target.dtype=float32 model.draft.num_layers=6 data.max_seq_len=320 {SHORT}"
 EMBEDDED = f"data=tiny model=custom model.target.name=src/data/tiny/target {MINE}"
 BENCH = "--preset tiny --device cpu --dtype float32 --steps 1"
 
 STOOD_IN = f"python -m train +experiment=qwen3_8b {STAND_IN}"
 
-# Drafters that commands read: made first, unless an earlier command of the page has made them.
+# Drafters that commands read. They are trained first, unless an earlier command of the page has created them.
 TRAINED = {
     "checkpoints/tiny/export": f"python -m train +experiment=tiny {SHORT}",
     "checkpoints/lora/adapter": f"python -m train +experiment=tiny adapter=lora name=lora {SHORT}",
@@ -68,7 +68,7 @@ TRAINED = {
     "checkpoints/mine/export": "python -m train +experiment=qwen3_8b name=mine model.target.name=src/data/tiny/target "
     f"model=custom data.path=conversations.jsonl data.prompts=prompts.jsonl {MINE}",
 }
-# What the text around a Python block has spoken of.
+# Variables that the text around a Python block refers to.
 TARGET = """
 from pathlib import Path
 from models.draft import DraftModel
@@ -81,40 +81,40 @@ PAIR = TARGET + 'draft, prompts = load_draft("checkpoints/tiny/export", target),
 
 @dataclass(frozen=True)
 class Rule:
-    """How commands in which a pattern is found are run."""
+    """How to run the commands that contain a pattern."""
 
     pattern: str
-    how: str  # in the table; of commands that are not run, why
+    how: str  # shown in the table; for commands that are not run, the reason
     run: bool = True
-    before: str = ""  # put in front
+    before: str = ""  # prepended
     add: str = ""  # appended
-    server: str = ""  # "hub" or "chat": a stand-in that runs meanwhile
+    server: str = ""  # "hub" or "chat": stand-in that runs during the command
 
 
 def not_run(pattern: str, why: str) -> Rule:
     return Rule(pattern, f"not run: {why}", run=False)
 
 
-# The first whose pattern is found decides. tests/project/test_docs.py composes the settings of all commands and parses
-# their options, run or not.
+# The first matching rule applies. tests/project/test_docs.py composes the settings and parses the options of all
+# commands, including those that are not run.
 RULES = (
     # Not run.
     not_run(r"^make ", "installs packages; by CI"),
-    not_run(r"^source ", "changes the shell alone"),
+    not_run(r"^source ", "only changes the shell"),
     not_run(r"^(pip|hf|wandb) ", "needs the network"),
     not_run(r"^(scancel|scontrol|sbatch --signal)", "a fragment; scripts/slurm/drill.py on a real SLURM"),
     not_run(r"scripts/slurm/(drill\.py|local_cluster)|CLUSTER_NODES", "starts a real SLURM, as root"),
-    not_run(r"hydra/launcher=submitit", "needs a SLURM; scripts/slurm/drill.py sweep"),
+    not_run(r"hydra/launcher=submitit", "needs SLURM; scripts/slurm/drill.py sweep"),
     not_run(r"^vllm ", "needs vLLM and a GPU"),
     not_run(r"benchmarks=paper", "downloads six data sets"),
-    not_run(r"\.\.\.|<\w+>", "abbreviated; whole in a block"),
-    not_run(r"^python -m [\w.]+$", "the command's name alone"),
-    not_run(r"scripts/\w+/compare_strategies", "8 minutes and nothing to shorten"),
+    not_run(r"\.\.\.|<\w+>", "abbreviated; a block has the full command"),
+    not_run(r"^python -m [\w.]+$", "only the command's name"),
+    not_run(r"scripts/\w+/compare_strategies", "takes 8 minutes, cannot be shortened"),
     not_run(r"scripts/\w+/regeneration_drill", "needs transformers[serving]"),
-    not_run(r"scripts/\w+/bench_threads", "3 minutes on idle cores and nothing to shorten"),
+    not_run(r"scripts/\w+/bench_threads", "takes 3 minutes on idle cores, cannot be shortened"),
     not_run(r"scripts/\w+/run_docs", "this script"),
-    not_run(r"scripts/\w+/import_graph", "rewrites a page; the tests compare it"),
-    # The plan loads nothing: as written.
+    not_run(r"scripts/\w+/import_graph", "rewrites a page; checked by the tests"),
+    # The plan loads nothing, so it runs as written.
     Rule(
         r"hub-id.* plan=true",
         "embedded target",
@@ -122,14 +122,14 @@ RULES = (
     ),
     Rule(r" plan=true", "as written"),
     Rule(r" name=dry_run ", "as written"),
-    # The reader's own target and data.
+    # The user's own target and data.
     Rule(r"^python -m (train|data\.(report|regenerate)) .*hub-id", "short, embedded target and data", add=MINE),
     Rule(r"^python -m models\.verify ", "as written"),
     Rule(r"scripts/push_to_hub", "to a stand-in for the Hub", server="hub"),
     # Experiments.
     Rule(r"^sbatch .*trainer=", "stand-ins for SLURM, stand-in target", add=RANKS),
     Rule(r"^sbatch ", "stand-ins for SLURM, stand-in target", add=STAND_IN),
-    Rule(r"stages=\[evaluate\]", "short, after a training", before=f"{STOOD_IN} && ", add=STAND_IN),
+    Rule(r"stages=\[evaluate\]", "short, after training", before=f"{STOOD_IN} && ", add=STAND_IN),
     Rule(r"^python -m train .*push_to_hub", "short, to a stand-in for the Hub", add=STAND_IN, server="hub"),
     Rule(r"^python -m data\.regenerate .*backend=server", "short, stub server", add=EMBEDDED, server="chat"),
     Rule(r"^python -m data\.regenerate .*qwen3_8b", "short, embedded target", add=EMBEDDED),
@@ -156,7 +156,7 @@ RULES = (
 )
 
 SBATCH = """#!/bin/bash
-# In place of SLURM's: the job runs here and now, and learns from the variables what it was given.
+# Replaces SLURM's sbatch: runs the job immediately, with the allocation in SLURM's variables.
 export SLURM_JOB_ID=1 SLURM_JOB_NUM_NODES=1
 while [[ $1 == --* ]]; do
   case $1 in
@@ -165,14 +165,14 @@ while [[ $1 == --* ]]; do
     --ntasks-per-node=*) export SLURM_NTASKS_PER_NODE=${1#*=} ;;
     --cpus-per-task=*) export SLURM_CPUS_PER_TASK=${1#*=} ;;
     --time=*) ;;
-    *) echo "sbatch: $1 is not known to this stand-in" >&2; exit 1 ;;
+    *) echo "sbatch: this stand-in does not support $1" >&2; exit 1 ;;
   esac
   shift
 done
 exec bash "$@"
 """
 SRUN = """#!/bin/bash
-# In place of SLURM's: one task, on one device.
+# Replaces SLURM's srun: runs one task on one device.
 while [[ $1 == --* ]]; do shift; done
 exec "$@" trainer.devices=1 trainer.num_nodes=1
 """
@@ -180,7 +180,7 @@ exec "$@" trainer.devices=1 trainer.num_nodes=1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a command."""
+    """Result of a command."""
 
     command: Command
     how: str
@@ -193,7 +193,8 @@ class Outcome:
 
 
 def rule_of(command: Command) -> Rule:
-    """
+    """Return the first rule that matches a command.
+
     Raises:
         LookupError: no rule matches.
     """
@@ -204,7 +205,7 @@ def rule_of(command: Command) -> Rule:
 
 
 def prepared(command: Command, rule: Rule) -> str:
-    """The command as it is run."""
+    """Return the command as it is run."""
     text = f"{rule.before}{command.text}{' ' + rule.add if rule.add else ''}"
     for placeholder, own in REPLACED.items():
         text = text.replace(placeholder, own)
@@ -212,7 +213,7 @@ def prepared(command: Command, rule: Rule) -> str:
 
 
 def workspace(folder: Path) -> Path:
-    """What a page's commands find in the directory that they run in."""
+    """Create the directory in which a page's commands run."""
     folder.mkdir(parents=True)
     for name in ("conf", "scripts", "src"):
         (folder / name).symlink_to(ROOT / name)
@@ -226,7 +227,7 @@ def workspace(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of all commands: this Python, stand-ins for SLURM's commands, caches of their own, no network, no GPU."""
+    """Return the environment of all commands: this Python, stand-ins for SLURM, separate cache, no network, no GPU."""
     stand_ins = folder / "bin"
     stand_ins.mkdir()
     for name, text in {"sbatch": SBATCH, "srun": SRUN}.items():
@@ -240,7 +241,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def served(rule: Rule, text: str, variables: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The command and its environment, with the stand-in that it needs running."""
+    """Yield the command and its environment while the required stand-in server runs."""
     if rule.server == "hub":
         with hub_server() as hub:
             yield text, variables | hub.environment(Path(variables["HF_HOME"]))
@@ -252,7 +253,7 @@ def served(rule: Rule, text: str, variables: dict[str, str]) -> Iterator[tuple[s
 
 
 def run(text: str, kind: str, cwd: Path, variables: dict[str, str], log: Path) -> int:
-    """The status of a command; what it prints goes to `log`."""
+    """Run a command with its output in `log`, and return its exit status."""
     call = [sys.executable, "-c", text] if kind == PYTHON else ["bash", "-c", text]
     with log.open("ab") as out:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
@@ -267,7 +268,7 @@ def run(text: str, kind: str, cwd: Path, variables: dict[str, str], log: Path) -
 
 
 def outcome(command: Command, folder: Path, variables: dict[str, str], log: Path) -> Outcome:
-    """Run one command, after what it needs."""
+    """Run one command, after training the drafters that it reads."""
     rule = rule_of(command)
     if not rule.run:
         return Outcome(command, rule.how, None)
@@ -283,7 +284,7 @@ def outcome(command: Command, folder: Path, variables: dict[str, str], log: Path
 
 
 def run_all(commands: list[Command], folder: Path) -> list[Outcome]:
-    """All commands in order; what a failed one printed last is shown at once."""
+    """Run all commands in order, and print the end of a failed command's output."""
     logs = folder / "output"
     logs.mkdir(parents=True)
     variables = environment(folder)
@@ -298,14 +299,14 @@ def run_all(commands: list[Command], folder: Path) -> list[Outcome]:
 
 
 def short(command: Command) -> str:
-    """One line of it that tells it from others."""
+    """Return the first line of a command, to identify it."""
     first = command.text.strip().splitlines()[0]
     return f"Python: {first}" if command.kind == PYTHON else first
 
 
 def table(outcomes: list[Outcome]) -> Table:
     result = Table(title="Commands of the documentation", title_justify="left")
-    for name in ("place", "command", "how", "seconds", "outcome"):
+    for name in ("location", "command", "rule", "seconds", "result"):
         result.add_column(name, no_wrap=name == "command", justify="right" if name == "seconds" else "left")
     for one in outcomes:
         seconds = f"{one.seconds:.0f}" if one.ran else "-"
@@ -315,7 +316,7 @@ def table(outcomes: list[Outcome]) -> Table:
 
 
 def list_only(commands: list[Command]) -> None:
-    """What would be done."""
+    """Print the commands and their rules without running anything."""
     for command in commands:
         rule = rule_of(command)
         print(f"{command.place}  {short(command)}\n    {rule.how}{': + ' if rule.add else ''}{rule.add}")
@@ -323,9 +324,9 @@ def list_only(commands: list[Command]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="commands whose place or text contains this")
-    parser.add_argument("--list", action="store_true", help="say what would be done, and do nothing")
-    parser.add_argument("--folder", type=Path, help="keep runs and logs there; must be new")
+    parser.add_argument("--only", default="", help="run the commands whose location or text contains this")
+    parser.add_argument("--list", action="store_true", help="print the commands and their rules without running them")
+    parser.add_argument("--folder", type=Path, help="directory in which runs and logs are kept; must not exist")
     arguments = parser.parse_args()
     found = [command for page in pages() for command in commands_of(page)]
     chosen = [command for command in found if arguments.only in f"{command.place} {command.text}"]
@@ -337,7 +338,7 @@ def main() -> None:
     if arguments.list:
         return list_only(chosen)
     if arguments.folder and arguments.folder.exists():
-        sys.exit(f"error: --folder {arguments.folder} exists; expected a new one.")
+        sys.exit(f"error: --folder {arguments.folder} exists. Choose a new directory.")
     with tempfile.TemporaryDirectory(prefix="run-docs-") as temporary:
         outcomes = run_all(chosen, arguments.folder.resolve() if arguments.folder else Path(temporary))
     print()

@@ -63,7 +63,7 @@ def main() -> None:
             problems = differences(outcome(cwd), alone[name])
             good += not problems
             print(f"run {number + 1:2} ({name}): killed {', '.join(kills)}: {problems or 'identical'}", flush=True)
-    print(f"{good}/{arguments.runs} runs ended with the weights and the history of a run left alone")
+    print(f"{good}/{arguments.runs} runs have the weights and the history of an uninterrupted run")
     sys.exit(good != arguments.runs)
 
 
@@ -74,9 +74,9 @@ def reference(name: str, folder: Path) -> dict:
     started = time.monotonic()
     code, log = start(name, cwd).wait(), cwd / "log.txt"
     if code:
-        sys.exit(f"the run left alone failed ({name}):\n{log.read_text()[-3000:]}")
+        sys.exit(f"the uninterrupted run failed ({name}):\n{log.read_text()[-3000:]}")
     result = {"seconds": time.monotonic() - started, **outcome(cwd)}
-    print(f"left alone ({name}): {result['seconds']:.0f} s", flush=True)
+    print(f"uninterrupted ({name}): {result['seconds']:.0f} s", flush=True)
     return result
 
 
@@ -109,7 +109,7 @@ def killed_run(name: str, cwd: Path, generator: random.Random, most: int, second
     code = start(name, cwd).wait()
     if code:
         kills.append(f"then it failed with status {code}:\n{(cwd / 'log.txt').read_text()[-2000:]}")
-    return kills or ["not at all"]
+    return kills or ["never"]
 
 
 def being_written(cwd: Path) -> set[Path]:

@@ -129,7 +129,7 @@ def two_writers(drill: Drill) -> str:
     time.sleep(wait)
     second = drill.start()
     statuses = sorted([first.wait(), second.wait()])
-    expect(statuses[0] == 0, "neither of two ended", drill)
+    expect(statuses[0] == 0, "neither of the two runs succeeded", drill)
     if statuses[1]:
         expect(
             str(first.pid) in "".join(drill.logs) or str(second.pid) in "".join(drill.logs), "no process named", drill
@@ -145,11 +145,11 @@ def deleted_result(drill: Drill) -> str:
     subprocess.run(["rm", "-r", victim], check=True)
     kept = drill.weights()
     status = drill.run()
-    expect(kept.items() <= drill.weights().items(), "weights that were healthy are gone", drill)
+    expect(kept.items() <= drill.weights().items(), "intact weights are missing", drill)
     expect(status == 0 or victim.name in drill.logs[-1] or victim.parent.name in drill.logs[-1], "no file named", drill)
     if status == 0:
         expect(victim.exists(), f"{victim.name} is still missing", drill)
-        expect(drill.weights() == drill.alone, "other weights than those of a run left alone", drill)
+        expect(drill.weights() == drill.alone, "weights differ from those of an uninterrupted run", drill)
     return str(victim.relative_to(drill.run_dir))
 
 
@@ -217,9 +217,9 @@ def damaged_record(drill: Drill) -> str:
     kept = drill.weights()
     if drill.run():
         expect(victim.name in drill.logs[-1], "the message does not name the record", drill)
-        expect(drill.weights() == kept, "weights that were healthy are gone", drill)
+        expect(drill.weights() == kept, "intact weights are missing", drill)
     else:
-        expect(drill.weights() == drill.alone, "other weights than those of a run left alone", drill)
+        expect(drill.weights() == drill.alone, "weights differ from those of an uninterrupted run", drill)
     return f"{victim.name} {way}"
 
 
@@ -281,14 +281,14 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = [name for name in FAULTS if arguments.only in name]
     if os.geteuid():
-        print(f"left out, they need root: {', '.join(set(kinds) & set(MOUNTS))}")
+        print(f"skipped, because they need root: {', '.join(set(kinds) & set(MOUNTS))}")
         kinds = [name for name in kinds if name not in MOUNTS]
     wrong: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="fault-drill-") as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         alone = Drill(fresh(Path(folder), "alone"), random.Random(0))
         if alone.run():
-            sys.exit(f"the run left alone failed:\n{alone.logs[-1][-3000:]}")
+            sys.exit(f"the uninterrupted run failed:\n{alone.logs[-1][-3000:]}")
         for number in range(arguments.faults):
             name = kinds[number % len(kinds)]
             generator = random.Random(f"{arguments.seed}/{number}")
@@ -300,7 +300,7 @@ def main() -> None:
                 what, verdict = "", f"WRONG: {problem}"
                 wrong[name] += 1
             print(f"{number + 1:3} {name:27} {time.monotonic() - begun:4.0f} s  {what}: {verdict}", flush=True)
-    print(f"{arguments.faults - wrong.total()}/{arguments.faults} faults ended right or with one clear message")
+    print(f"{arguments.faults - wrong.total()}/{arguments.faults} faults handled correctly")
     sys.exit(bool(wrong))
 
 

@@ -58,8 +58,8 @@ class Drill:
 
     def finish(self, *overrides: str) -> None:
         """Rerun the command without the fault and check that its weights equal those of an uninterrupted run."""
-        expect(self.run(*overrides) == 0, "the command failed once the fault was gone", self)
-        expect(self.weights() == self.alone, "other weights than those of a run left alone", self)
+        expect(self.run(*overrides) == 0, "the command failed after the fault was removed", self)
+        expect(self.weights() == self.alone, "weights differ from those of an uninterrupted run", self)
 
     def weights(self) -> dict[str, str]:
         return {name: file_sha256(self.run_dir / name) for name in WEIGHTS if (self.run_dir / name).exists()}

@@ -88,7 +88,7 @@ def main() -> None:
                 time.sleep(3 * draw.random())
             process.send_signal(signal.SIGKILL)
             process.wait()
-            torn = "a torn line" if not journal.read_bytes().endswith(b"\n") else "whole lines"
+            torn = "a truncated line" if not journal.read_bytes().endswith(b"\n") else "complete lines"
             finished = len(journal.read_bytes().splitlines())
             print(f"kill {number + 1}: {finished} of {args.questions} finished, {torn}", flush=True)
         subprocess.run(client(folder, "served", *at_server), check=True, cwd=folder)
@@ -97,7 +97,7 @@ def main() -> None:
 
     ids = [sample["id"] for sample in found]
     same = sum(a["messages"] == b["messages"] for a, b in zip(found, expected, strict=True))
-    print(f"ids: {len(ids)}, different: {len(set(ids))}, in order: {ids == [s['id'] for s in expected]}")
+    print(f"ids: {len(ids)}, distinct: {len(set(ids))}, in order: {ids == [s['id'] for s in expected]}")
     print(f"greedy answers equal to the in-process backend's: {same} of {len(expected)}")
     if len(set(ids)) != args.questions or ids != [s["id"] for s in expected] or same != args.questions:
         sys.exit("the drill failed")

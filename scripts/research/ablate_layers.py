@@ -1,9 +1,9 @@
-"""The paper's ablation: whole draft layers are trained, FFN and norms included, in place of their attention alone.
+"""Run the paper's ablation: train full draft layers, including FFN and norms, instead of only their attention.
 
     python scripts/research/ablate_layers.py +experiment=tiny name=whole_0 seed=0
 
-A run like any other, with all stages and settings; only the drafter differs. Its decoding is sequential: parallel mode
-runs the FFN of candidates and slots together, which here are two. The artifact can be read by this script alone.
+A regular run with all stages and settings, but another drafter. Decoding is sequential, because parallel mode runs one
+FFN over candidates and slots, and this drafter has a separate FFN. Only this script can read the artifact.
 """
 
 import copy
@@ -22,17 +22,17 @@ from train.__main__ import check_overrides, main, quiet, watch
 
 
 class WholeLayers(DraftModel):
-    """A drafter whose layers are copies of the target's, and trained as a whole."""
+    """A drafter with copies of the target's layers, all parameters of which are trained."""
 
     def __init__(self, target, **settings) -> None:
         super().__init__(target, **settings)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in target.model.layers[self.split_layer :])
         self.layers.to(self.mask_embedding.dtype).requires_grad_(True)
         for layer in self.layers:
-            layer.self_attn.is_causal = False  # slots of a block see each other in both directions
+            layer.self_attn.is_causal = False  # slots of a block attend to each other in both directions
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
-        """What stage 1 trains: here, all of the layers."""
+        """Return the parameters trained in stage 1: here, the full layers."""
         return {"mask_embedding": self.mask_embedding, **dict(self.layers.named_parameters(prefix="layers"))}
 
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":
         module.DraftModel = WholeLayers
     for module in (train.evaluate.acceptance, train.loop.validation_decoding):
         module.generate = partial(generate, mode="sequential")
-    sys.argv.append("stage.evaluate.speed.num_prompts=0")  # it would be measured in parallel mode, too
+    sys.argv.append("stage.evaluate.speed.num_prompts=0")  # the speed test would also use parallel mode
     watch()
     quiet()
     check_overrides(sys.argv[1:])

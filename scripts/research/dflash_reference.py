@@ -1,11 +1,11 @@
-"""A DFlash-like reference drafter: trained on the batches of an experiment, decoded on its prompts, to compare τ with.
+"""Train a DFlash-like reference drafter on the batches of an experiment and decode its prompts, to compare τ.
 
     python scripts/research/dflash_reference.py --learning-rate 2e-3 +experiment=tiny name=dflash_0 seed=0
 
-After z-lab's DFlash (arXiv 2602.06036): decoder layers of its own, with attention, FFN and norms; hidden states of
-several of the target's layers, fused into one, are what its attention sees of the context; slot 0 holds the bonus.
-Embedding and head are the target's, frozen. It sees the very batches that both stages of the experiment draw, in one
-schedule over all their steps. For targets of Qwen3's kind.
+After z-lab's DFlash (arXiv 2602.06036): separate decoder layers with attention, FFN and norms. Their attention sees the
+context as the fused hidden states of several target layers. Slot 0 holds the bonus token. Embedding and head are the
+target's, frozen. Training uses the same batches as both stages of the experiment, in one schedule over all their steps.
+Supports Qwen3 targets.
 """
 
 import argparse
@@ -48,17 +48,17 @@ FEATURES = 3  # layers of the target whose outputs are fused
 
 
 class Reference(nn.Module):
-    """The drafter. Shapes as in `data.batch`; F = `FEATURES`."""
+    """DFlash-like drafter. Shapes as in `data.batch`; F = `FEATURES`."""
 
     def __init__(self, target: PreTrainedModel, *, num_layers: int, block_size: int, from_target: bool = False) -> None:
         """
         Args:
-            from_target: whether its layers start as the target's last ones, and not at random.
+            from_target: initialize the layers from the target's last layers instead of randomly.
         """
         super().__init__()
         object.__setattr__(self, "target", target)  # not registered: neither owned nor trained
         self.block_size, self.split_layer = block_size, target.config.num_hidden_layers - num_layers
-        # Spread evenly from the second layer to the last but two, as DFlash has them.
+        # Evenly spaced from the second layer to the last but two, as in DFlash.
         self.feature_layers = torch.linspace(1, target.config.num_hidden_layers - 3, FEATURES).round().long().tolist()
         hidden = target.config.hidden_size
         self.fc = nn.Linear(FEATURES * hidden, hidden, bias=False, dtype=target.dtype)
@@ -70,11 +70,11 @@ class Reference(nn.Module):
             nn.init.normal_(parameter, std=target.config.initializer_range) if matrix else nn.init.ones_(parameter)
         self.mask_embedding = nn.Parameter(target.get_input_embeddings().weight.detach().mean(0))
         for layer in self.layers:
-            layer.self_attn.is_causal = False  # slots of a block see each other in both directions
+            layer.self_attn.is_causal = False  # slots of a block attend to each other in both directions
         self.requires_grad_(True)
 
     def context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
-        """Keys and values of clean tokens for each of its layers.
+        """Compute the keys and values of clean tokens for each draft layer.
 
         Args:
             features: [R, T, F*H] outputs of the target's layers. positions: [R, T].
@@ -91,7 +91,7 @@ class Reference(nn.Module):
         return pairs
 
     def forward(self, context: list[KeysValues], bonus: Tensor, positions: Tensor, mask: Mask | None = None) -> Tensor:
-        """[R, A, B, H] of blocks at slot positions [R, A, B], with bonus tokens [R, A]; without a mask, all is seen."""
+        """Return hidden states [R, A, B, H] for slot positions [R, A, B] and bonus tokens [R, A]; no mask: see all."""
         embedded = self.target.get_input_embeddings()(bonus)[..., None, :]  # [R, A, 1, H]
         masks = self.mask_embedding.expand(*positions.shape[:2], self.block_size - 1, -1)
         hidden = torch.cat([embedded, masks], dim=2).flatten(1, 2)
@@ -100,7 +100,7 @@ class Reference(nn.Module):
         return self.norm(hidden).view(*positions.shape, -1)
 
     def forward_batch(self, batch: Batch) -> Tensor:
-        """[R, A, B, H] of all blocks of a training batch; the bonus is the text's."""
+        """Return the hidden states [R, A, B, H] of a training batch; the bonus token is the token of the text."""
         with outputs(self.target, self.feature_layers) as kept:
             target_pass(self.target, batch, self.split_layer, with_hidden=False)
         context = self.context(torch.cat(kept, dim=-1), batch.position_ids)
@@ -108,13 +108,13 @@ class Reference(nn.Module):
         return self(context, batch.input_ids.gather(1, batch.anchors), batch.slot_positions(), mask)
 
     def logits(self, hidden: Tensor, *_: Tensor | None) -> Tensor:
-        """[..., V] by the target's head."""
+        """Compute logits [..., V] with the target's head."""
         return self.target.get_output_embeddings()(hidden)
 
 
 @contextmanager
 def outputs(target: PreTrainedModel, layers: list[int]) -> Iterator[list[Tensor]]:
-    """What some of the target's layers give while it runs inside, in their order."""
+    """Collect the outputs of the given target layers, in order, while the context is active."""
     kept: list[Tensor] = []
     hooks = [target.model.layers[i].register_forward_hook(lambda *call: kept.append(call[-1])) for i in layers]
     try:
@@ -125,10 +125,10 @@ def outputs(target: PreTrainedModel, layers: list[int]) -> Iterator[list[Tensor]
 
 
 def train(draft: Reference, batches: list[Batch] | Iterator[Batch], *, steps: int, **how: Any) -> list[float]:
-    """Train it; returns the loss of each step.
+    """Train the drafter. Return the loss of each step.
 
     Args:
-        batches: `steps` of them.
+        batches: one per step.
         how: objective, chunk, learning_rate, warmup_ratio, clip, and autocast, the context of forward passes.
     """
     parameters = list(draft.parameters())
@@ -154,7 +154,7 @@ def train(draft: Reference, batches: list[Batch] | Iterator[Batch], *, steps: in
 
 
 def training_batches(config: DictConfig, resources: Resources) -> Iterator[Batch]:
-    """Those of both stages, one after the other."""
+    """Yield the batches of both stages, in order."""
     for settings in (config.stage[stage] for stage in TRAINED):
         sizes = {key: settings[key] for key in ("steps", "global_batch_size", "num_anchors")}
         drawn = TrainingBatches(resources.rows[0], **sizes, block_size=config.model.draft.block_size, seed=config.seed)
@@ -162,14 +162,14 @@ def training_batches(config: DictConfig, resources: Resources) -> Iterator[Batch
 
 
 class Decoder:
-    """One prompt: the target's cache, and the drafter's keys and values of the same tokens."""
+    """Decoding state of one prompt: the target's cache, and the drafter's keys and values of the same tokens."""
 
     def __init__(self, draft: Reference) -> None:
         self.draft, self.target = draft, draft.target
         self.cache, self.pairs = DynamicCache(), None
 
     def verify(self, tokens: list[int]) -> list[int]:
-        """The target's greedy choice after each of these tokens, which follow those in the caches."""
+        """Append tokens to the caches. Return the target's greedy choice after each of them."""
         before = self.cache.get_seq_length()
         ids = torch.tensor([tokens], device=self.target.device)
         with outputs(self.target, self.draft.feature_layers) as kept:
@@ -183,12 +183,12 @@ class Decoder:
         return logits.argmax(-1).tolist()
 
     def forget(self, length: int) -> None:
-        """All but the first tokens."""
+        """Crop the caches to the first `length` tokens."""
         crop(self.cache, length)
         self.pairs = [tuple(part[:, :, :length] for part in pair) for pair in self.pairs]
 
     def drafts(self, bonus: int) -> list[int]:
-        """[B-1] greedy drafts after a bonus token."""
+        """Return the B-1 greedy drafts after a bonus token."""
         at = self.cache.get_seq_length() + torch.arange(self.draft.block_size, device=self.target.device)
         hidden = self.draft(self.pairs, torch.tensor([[bonus]], device=at.device), at[None, None])
         return self.draft.logits(hidden[0, 0, 1:]).argmax(-1).tolist()
@@ -196,7 +196,7 @@ class Decoder:
 
 @torch.inference_mode()
 def decode(draft: Reference, prompt: list[int], max_new_tokens: int) -> tuple[list[int], list[int]]:
-    """The target's greedy answer by draft and verify, all drafts verified; and the accepted drafts of each step."""
+    """Draft and verify greedily, with all drafts verified. Return the answer and the accepted drafts of each step."""
     stop, decoder, tokens, accepted = stop_tokens(draft.target), Decoder(draft), [], []
     bonus = decoder.verify(prompt)[-1]
     while len(tokens) + 1 < max_new_tokens and bonus not in stop:
@@ -214,11 +214,14 @@ def decode(draft: Reference, prompt: list[int], max_new_tokens: int) -> tuple[li
 
 
 def compare(config: DictConfig, resources: Resources, draft: Reference) -> dict[str, Any]:
-    """τ on the first benchmark, and how many outputs are the target's own."""
+    """Measure τ on the first benchmark, and count the outputs that equal the target's own."""
     how = decoding_settings(config)
     settings = active_settings(resources.target)
     if settings:
-        raise UserError(f"model.target: this drafter is compared by argmax, but the target's defaults are {settings}.")
+        raise UserError(
+            f"model.target: its generation_config sets {settings}; expected no such defaults, because this script "
+            "supports only plain greedy decoding. Choose another target."
+        )
     name, conversations = next(iter(resources.benchmarks.items()))
     prompts = own_answers(resources.target, resources.encoder, name, conversations, how, draft.block_size)
     found = [decode(draft, tokens, how.max_new_tokens) for tokens in tqdm(prompts.tokens, desc=name, unit="prompt")]
@@ -237,9 +240,11 @@ def compare(config: DictConfig, resources: Resources, draft: Reference) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--layers", type=int, default=3, help="of its own")
-    parser.add_argument("--from-target", action="store_true", help="its layers start as the target's last ones")
-    parser.add_argument("overrides", nargs="*", help="settings, as of `python -m train`")
+    parser.add_argument("--layers", type=int, default=3, help="number of draft layers")
+    parser.add_argument(
+        "--from-target", action="store_true", help="initialize the layers from the target's last layers"
+    )
+    parser.add_argument("overrides", nargs="*", help="settings, as for `python -m train`")
     options = parser.parse_args()
     config = composed(options.overrides)
     check_settings(config, options.overrides)

@@ -1,15 +1,15 @@
-"""Preemption, requeueing and sweeps on a real SLURM: the weights in the end are those of a run that was left alone.
+"""Test preemption, requeueing and sweeps on a real SLURM: the weights must equal those of an uninterrupted run.
 
     pip install -e ".[slurm]"
-    export CLUSTER_NODES=2                        # or one, without the drill over two nodes
+    export CLUSTER_NODES=2                        # or 1, which skips two_nodes
     eval "$(scripts/slurm/local_cluster.sh start)"
-    python scripts/slurm/drill.py                 # or some of: time_limit zero2 two_nodes sweep
+    python scripts/slurm/drill.py                 # or a subset of: time_limit zero2 two_nodes sweep
     scripts/slurm/local_cluster.sh stop
 
-time_limit   one task; SLURM signals it before its time limit, as often as it takes to get to the end
-zero2        two tasks with ZeRO 2, signalled once in each training stage
-two_nodes    the same with a task on each of two nodes
-sweep        two learning rates by submitit, with the table at the end
+time_limit   one task; SLURM signals it before each time limit until it finishes
+zero2        two tasks with ZeRO 2, signaled once in each training stage
+two_nodes    the same with one task on each of two nodes
+sweep        two learning rates with submitit, and the table at the end
 
 About 12 minutes on 2 cores.
 """
@@ -31,19 +31,19 @@ RESULTS = [f"{stage}/draft.safetensors" for stage in ("attention_tuning", "bonus
 RESULTS += ["export/model.safetensors"]
 COMMON = ("+experiment=tiny", "data.max_records=400", "data.validation_records=16")
 COMMON += ("stage.evaluate.num_prompts=4", "stage.evaluate.max_new_tokens=30")
-# 32-true: the same arithmetic on every machine; the experiment takes bf16-mixed where the CPU has it.
+# 32-true: the same arithmetic on every machine. The experiment uses bf16-mixed on CPUs that support it.
 ZERO2 = ("trainer=zero2", "trainer.accelerator=cpu", "trainer.precision=32-true")
 
 STARTED = time.monotonic()
 
 
 def say(text: str) -> None:
-    """A line of the log, with the seconds since the start."""
+    """Print a log line with the seconds since the start."""
     print(f"{time.monotonic() - STARTED:6.0f} s  {text}", flush=True)
 
 
 def steps(tuning: int, calibration: int) -> list[str]:
-    """Both training stages that long, with a checkpoint now and then."""
+    """Return overrides for the lengths of both training stages, with a checkpoint every 10 steps."""
     lengths = {"attention_tuning": tuning, "bonus_calibration": calibration}
     overrides = [f"stage.{stage}.steps={count}" for stage, count in lengths.items()]
     return overrides + [f"stage.{stage}.checkpoint_every=10" for stage in lengths]
@@ -60,12 +60,12 @@ class Job:
         say(f"job {self.number}: sbatch {' '.join(flags)} train.sbatch ...")
 
     def fields(self) -> dict[str, str]:
-        """What `scontrol show job` tells."""
+        """Return the fields of `scontrol show job`."""
         text = subprocess.check_output(["scontrol", "show", "job", "--oneliner", self.number], text=True)
         return dict(re.findall(r"\b(\w+)=(\S+)", text))
 
     def wait(self, until: Callable[[], bool], seconds: float) -> None:
-        """Until that holds or the job is over; says when its state changes."""
+        """Wait until the condition holds or the job has ended; print changes of its state."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             fields = self.fields()
@@ -79,35 +79,35 @@ class Job:
         raise TimeoutError(f"job {self.number} after {seconds} s: {self.last}\n{self.output()[-3000:]}")
 
     def signal(self) -> None:
-        """What --signal=USR1@... would send, now: SLURM's own timing is up to a minute early."""
+        """Send the signal of --signal=USR1@... now, because SLURM itself may send it up to a minute early."""
         subprocess.run(["scancel", "--signal=USR1", self.number], check=True)
         say(f"job {self.number}: SIGUSR1 sent")
 
     def output(self) -> str:
-        """What all incarnations wrote so far."""
+        """Return the output of all restarts so far."""
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
 def left_alone(folder: Path, overrides: list[str]) -> Path:
-    """Run directory of the same training outside SLURM, never interrupted."""
+    """Train without interruption outside SLURM. Return the run directory."""
     folder.mkdir()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     call = [sys.executable, "-m", "train", *overrides]
     done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(call)}\n{done.stderr[-3000:]}")
-    say("the run that is left alone: finished")
+    say("the uninterrupted run: finished")
     return folder / "checkpoints" / "tiny"
 
 
 def report(job: Job, expected: Path, actual: Path, restarts: int) -> dict[str, bool]:
-    """What a finished job has shown."""
+    """Return the checks of a finished job and whether each passed."""
     fields = job.fields()
-    going_on = re.findall(r"resuming from step (\d+)", job.output())
-    say(f"job {job.number}: went on from step {', '.join(going_on)}")
+    resumed = re.findall(r"resuming from step (\d+)", job.output())
+    say(f"job {job.number}: resumed from step {', '.join(resumed)}")
     shown = {
         f"requeued {restarts} times or more: {fields['Restarts']}": int(fields["Restarts"]) >= restarts,
-        "went on from the checkpoint of each stop": len(going_on) >= restarts,
+        "resumed from the checkpoint of each stop": len(resumed) >= restarts,
         "ended COMPLETED with status 0:0": (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"),
     }
     for name in RESULTS:
@@ -116,12 +116,12 @@ def report(job: Job, expected: Path, actual: Path, restarts: int) -> dict[str, b
 
 
 def digest(file: Path) -> str:
-    """Hash of a file; empty if there is none."""
+    """Return the SHA-256 of a file; empty if the file is missing."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
 def time_limit(folder: Path) -> dict[str, bool]:
-    """SLURM's own signal, one minute before a limit of two."""
+    """SLURM sends its signal one minute before a time limit of two minutes."""
     overrides = [*COMMON, *steps(240, 20), "stage.attention_tuning.global_batch_size=2"]
     expected = left_alone(folder / "alone", overrides)
     job = Job(folder, ["--time=2", "--signal=USR1@60"], overrides)
@@ -130,7 +130,7 @@ def time_limit(folder: Path) -> dict[str, bool]:
 
 
 def two_ranks(folder: Path, flags: list[str]) -> dict[str, bool]:
-    """ZeRO 2 on two ranks, signalled once in each training stage."""
+    """Run ZeRO 2 on two ranks, and signal the job once in each training stage."""
     overrides = [*COMMON, *ZERO2, *steps(30, 20)]
     expected = left_alone(folder / "alone", [*overrides, "trainer.devices=2"])
     job = Job(folder, ["--time=30", *flags], overrides)
@@ -145,17 +145,17 @@ def two_ranks(folder: Path, flags: list[str]) -> dict[str, bool]:
 
 
 def zero2(folder: Path) -> dict[str, bool]:
-    """Both ranks on one node."""
+    """Run both ranks on one node."""
     return two_ranks(folder, ["--ntasks-per-node=2"])
 
 
 def two_nodes(folder: Path) -> dict[str, bool]:
-    """A rank on each of two nodes."""
+    """Run one rank on each of two nodes."""
     return two_ranks(folder, ["--nodes=2", "--ntasks-per-node=1"])
 
 
 def sweep(folder: Path) -> dict[str, bool]:
-    """A job array by submitit."""
+    """Run a sweep as a job array with submitit."""
     rate = "stage.attention_tuning.module.learning_rate"
     call = [sys.executable, "-m", "train", "-m", *COMMON, *steps(20, 10), "hydra/launcher=submitit_slurm"]
     call += ["hydra.launcher.timeout_min=10", f"{rate}=2e-3,5e-3", f"name=lr_${{{rate}}}"]
@@ -172,14 +172,14 @@ def sweep(folder: Path) -> dict[str, bool]:
 
 
 def prepare_environment() -> list[str]:
-    """What jobs inherit; returns the names of the cluster's nodes."""
+    """Set the environment that jobs inherit. Return the names of the cluster's nodes."""
     if not shutil.which("sbatch") or "SLURM_CONF" not in os.environ:
         sys.exit('no SLURM: eval "$(scripts/slurm/local_cluster.sh start)" first')
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    # One thread: results must not depend on how many cores a job sees.
+    # One thread, so that results do not depend on the number of visible cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     nodes = subprocess.check_output(["sinfo", "--noheader", "--Node", "--format=%N"], text=True).split()
-    if len(nodes) > 1:  # emulated ones, whose names do not resolve
+    if len(nodes) > 1:  # emulated nodes, whose names do not resolve
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     return nodes
 
@@ -187,8 +187,8 @@ def prepare_environment() -> list[str]:
 def main() -> None:
     scenarios = {f.__name__: f for f in (time_limit, zero2, two_nodes, sweep)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenarios", nargs="*", metavar="scenario", help=f"of {', '.join(scenarios)}; all by default")
-    parser.add_argument("--folder", type=Path, help="keep runs and logs there")
+    parser.add_argument("scenarios", nargs="*", metavar="scenario", help=f"one of {', '.join(scenarios)}; default: all")
+    parser.add_argument("--folder", type=Path, help="directory in which runs and logs are kept")
     arguments = parser.parse_args()
     if unknown := set(arguments.scenarios) - scenarios.keys():
         parser.error(f"unknown: {', '.join(unknown)}")
@@ -204,12 +204,12 @@ def main() -> None:
             shown += [(name, what, held) for what, held in scenarios[name](folder).items()]
         except (RuntimeError, TimeoutError) as error:
             print(error)
-            shown.append((name, "came to its end", False))
+            shown.append((name, "finished", False))
     print()
     for name, what, held in shown:
         print(f"{name:<12} {what:<56} {'yes' if held else 'NO'}")
     if not all(held for *_, held in shown):
-        sys.exit(f"not all held; runs and logs: {root}")
+        sys.exit(f"some checks failed; runs and logs: {root}")
     if not arguments.folder:
         shutil.rmtree(root)
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A real SLURM on this machine alone, for tests and drills: Debian or Ubuntu, as root, no systemd, no cgroups.
+# A real SLURM on a single machine, for tests and drills: Debian or Ubuntu, as root, without systemd and cgroups.
 #
-#   eval "$(scripts/slurm/local_cluster.sh start)"   installs slurm-wlm and munge if need be, exports SLURM_CONF
-#   scripts/slurm/local_cluster.sh stop              cancels all jobs and stops the daemons that `start` left
-#   scripts/slurm/local_cluster.sh clean             the same, and deletes the cluster's directory
+#   eval "$(scripts/slurm/local_cluster.sh start)"   installs slurm-wlm and munge if missing, exports SLURM_CONF
+#   scripts/slurm/local_cluster.sh stop              cancels all jobs and stops the daemons of `start`
+#   scripts/slurm/local_cluster.sh clean             also deletes the cluster's directory
 #
-# CLUSTER_HOME   its directory: configuration, keys, state, logs    ($TMPDIR/flexdraft-slurm)
-# CLUSTER_NODES  nodes; more than one are emulated, named n1, n2    (1)
-# CLUSTER_CPUS   CPUs of a node, may be more than there are         (4)
-# CLUSTER_PORT   first of the ports on 127.0.0.1                    (16900)
+# CLUSTER_HOME   directory of configuration, keys, state and logs   ($TMPDIR/flexdraft-slurm)
+# CLUSTER_NODES  number of nodes; several are emulated as n1, n2    (1)
+# CLUSTER_CPUS   CPUs per node, possibly more than the machine has  (4)
+# CLUSTER_PORT   first port on 127.0.0.1                            (16900)
 #
-# The emulated names do not resolve: jobs over n1, n2 need MASTER_ADDR=127.0.0.1 and GLOO_SOCKET_IFNAME=lo. Without
-# cgroups nothing enforces a job's memory or cores. There is no accounting: sacct does not work.
+# The emulated names do not resolve: jobs on n1 and n2 need MASTER_ADDR=127.0.0.1 and GLOO_SOCKET_IFNAME=lo. Without
+# cgroups, memory and core limits are not enforced. Without accounting, sacct does not work.
 set -euo pipefail
 
 home=${CLUSTER_HOME:-${TMPDIR:-/tmp}/flexdraft-slurm} nodes=${CLUSTER_NODES:-1} cpus=${CLUSTER_CPUS:-4} port=${CLUSTER_PORT:-16900}

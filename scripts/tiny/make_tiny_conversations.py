@@ -1,9 +1,9 @@
-"""Let the embedded target answer GSM8K's questions: training conversations in its own words, and held-out prompts.
+"""Generate the embedded conversations: GSM8K's training questions with the target's answers, and held-out prompts.
 
     python scripts/tiny/make_tiny_conversations.py --train gsm8k_train.jsonl --test gsm8k_test.jsonl --out src/data/tiny
 
 Writes `conversations.jsonl` (the first questions of the training set, answered greedily by `python -m data.regenerate`)
-and `prompts.jsonl` (the first questions of the test set, no answers). About 8 minutes on 2 cores.
+and `prompts.jsonl` (the first questions of the test set, without answers). Takes about 8 minutes on 2 cores.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from pathlib import Path
 
 
 def questions(file: Path, count: int) -> list[str]:
-    """The first questions of a GSM8K file."""
+    """Return the first questions of a GSM8K file."""
     return [json.loads(line)["question"] for line in file.read_text(encoding="utf-8").splitlines()[:count]]
 
 
 def write(file: Path, name: str, texts: list[str]) -> None:
-    """Questions as records that have an id and no answer."""
+    """Write questions as records with an id and without an answer."""
     records = ({"id": f"{name}-{i}", "turns": [text]} for i, text in enumerate(texts))
     file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 

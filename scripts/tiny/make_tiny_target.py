@@ -1,10 +1,10 @@
-"""Train the embedded target: a small Qwen3 language model on GSM8K, with its own tokenizer.
+"""Train the embedded target and its tokenizer: a small Qwen3 language model on GSM8K.
 
     python scripts/tiny/make_tiny_target.py --train gsm8k_train.jsonl --out src/data/tiny/target
 
-`--train` is GSM8K's `train.jsonl` (openai/grade-school-math, MIT): one `question` and one `answer` a line.
-8 layers, hidden 192, vocabulary 2048: 3.6M parameters, 7.3 MB in bfloat16. About 20 minutes on 2 cores.
-Tokenizer and template of the embedded target are this script's output byte for byte; for its weights see
+`--train` is GSM8K's `train.jsonl` (openai/grade-school-math, MIT license): one `question` and one `answer` per line.
+8 layers, hidden size 192, vocabulary 2048: 3.6M parameters, 7.3 MB in bfloat16. Takes about 20 minutes on 2 cores.
+Tokenizer and template of the embedded target are byte-identical to this script's output; for its weights, see
 `src/data/tiny/README.md`.
 """
 
@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-# `{% generation %}` marks what the assistant writes, so supervision needs no guessing.
+# `{% generation %}` marks the assistant's text, which defines the supervision exactly.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
@@ -30,7 +30,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with every digit a token of its own, so that numbers are spelt, not memorised."""
+    """Train byte-level BPE with a separate token per digit, so that numbers are composed instead of memorized."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -51,7 +51,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def pack_rows(documents: list[list[int]], max_seq_len: int) -> list[tuple[list[int], list[int]]]:
-    """First-fit in the given order; rows of (token ids, positions restarting per document), unpadded."""
+    """Pack documents first-fit in the given order. Return unpadded rows of token ids and per-document positions."""
     rows: list[tuple[list[int], list[int]]] = []
     open_rows: list[int] = []
     for document in documents:
@@ -66,7 +66,7 @@ def pack_rows(documents: list[list[int]], max_seq_len: int) -> list[tuple[list[i
 
 
 def collate(rows: list[tuple[list[int], list[int]]], max_seq_len: int, pad_id: int) -> tuple[torch.Tensor, ...]:
-    """-> input_ids, position_ids, labels, each [rows, max_seq_len]; padding and document starts carry no label."""
+    """Return input_ids, position_ids, labels, each [rows, max_seq_len]; padding and document starts have no label."""
     ids = torch.full((len(rows), max_seq_len), pad_id)
     positions = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
@@ -137,7 +137,7 @@ def main() -> None:
             random.shuffle(rows)
         batch = [rows.pop() for _ in range(args.batch_rows)]
         ids, positions, labels = collate(batch, args.max_seq_len, tokenizer.pad_token_id)
-        # Without an attention mask, transformers reads the documents off the restarting positions.
+        # Without an attention mask, transformers infers the documents from the restarting positions.
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
         loss.backward()
@@ -156,11 +156,11 @@ def main() -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    # The name that both transformers 4.57 and 5 know this class by.
+    # The name of this class in both transformers 4.57 and 5.
     config_file = args.out / "tokenizer_config.json"
     settings = json.loads(config_file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.pop("backend", None)
-    settings["model_input_names"] = ["input_ids", "attention_mask"]  # 4.57 gives token_type_ids too by default
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # 4.57 also returns token_type_ids by default
     config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(f"written to {args.out}")
 
