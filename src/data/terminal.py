@@ -17,7 +17,7 @@ class Terminal(Console):
 
     def on_broken_pipe(self) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails as well
-        sys.exit("stopped: the program that reads the output has ended; the same command goes on")
+        sys.exit("stopped: the program that reads the output has exited. Run the same command to resume.")
 
 
 def terminal() -> Console:

@@ -26,25 +26,25 @@ def user(content):
 
 # What stands in the file, and what is said of it.
 BAD = {
-    "broken JSON": (b"{broken", "not JSON"),
-    "cut-off JSON": (json.dumps(GOOD)[:-9].encode(), "not JSON"),
-    "two objects in a line": (b'{"a": 1} {"b": 2}', "not JSON: Extra data"),
-    "endless nesting": (b"[" * 100_000, "not JSON"),
-    "invalid UTF-8": (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at 14"),
-    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not UTF-8: byte 0xff at 0"),
-    "half a surrogate pair": (messages(user("\ud83d"), A), "turn 1: half of a surrogate pair"),
+    "broken JSON": (b"{broken", "invalid JSON"),
+    "cut-off JSON": (json.dumps(GOOD)[:-9].encode(), "invalid JSON"),
+    "two objects in a line": (b'{"a": 1} {"b": 2}', "invalid JSON: Extra data"),
+    "endless nesting": (b"[" * 100_000, "invalid JSON"),
+    "invalid UTF-8": (b'{"messages": "\xff"}', "invalid UTF-8: byte 0xff at offset 14"),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "invalid UTF-8: byte 0xff at offset 0"),
+    "half a surrogate pair": (messages(user("\ud83d"), A), "turn 1: contains a lone surrogate"),
     "a number": (42, "expected a JSON object, found a number"),
     "a string": ("hello", "expected a JSON object, found a string"),
     "null": (None, "expected a JSON object, found null"),
     "a list": ([GOOD], "expected a JSON object, found a list"),
-    "a key that is no character": ({"\ud800": 1}, "the keys are \\ud800"),
-    "no shape": ({"text": "?"}, "the keys are text"),
-    "empty object": ({}, "the keys are none"),
+    "a key that is no character": ({"\ud800": 1}, "found keys: \\ud800"),
+    "no shape": ({"text": "?"}, "found keys: text"),
+    "empty object": ({}, "found keys: none"),
     "question without answer": ({"question": "q"}, "`question` without `answer`"),
     "response without prompt": ({"response": "r", "prompt": None}, "`response` without `prompt`"),
-    "answer of a wrong type": ({"question": "q", "answer": 4}, "answer: the text must be a string, found a number"),
-    "turns that are no list": ({"turns": "q"}, "`turns`: expected a list of the user's turns, found a string"),
-    "turns without answers": ({"turns": ["q"]}, "holds no answer; let the target write one"),
+    "answer of a wrong type": ({"question": "q", "answer": 4}, "answer: expected a string, found a number"),
+    "turns that are no list": ({"turns": "q"}, "`turns`: expected a list of user turns, found a string"),
+    "turns without answers": ({"turns": ["q"]}, "no assistant turn; generate answers with python -m data.regenerate"),
     "messages that are no list": ({"messages": "q"}, "`messages`: expected a list of turns, found a string"),
     "no messages": (messages(), "`messages` is empty"),
     "a turn that is no object": (messages("q", A), "turn 1: expected an object, found a string"),
@@ -55,21 +55,21 @@ BAD = {
         {"conversations": [{"from": "bing", "value": "q"}]},
         "turn 1: unknown chat role 'bing'; expected one of system, user, assistant, human, gpt",
     ),
-    "missing role": (messages({"content": "q"}, A), "turn 1: no `role`"),
-    "missing content": (messages(U, {"role": "assistant"}), "turn 2: no `content`"),
-    "null content": (messages(U, {**A, "content": None}), "turn 2: no `content`"),
-    "content of sources": (messages(user([{"type": "text"}]), A), "turn 1: the text must be a string, found a list"),
+    "missing role": (messages({"content": "q"}, A), "turn 1: missing `role`"),
+    "missing content": (messages(U, {"role": "assistant"}), "turn 2: missing `content`"),
+    "null content": (messages(U, {**A, "content": None}), "turn 2: missing `content`"),
+    "content of sources": (messages(user([{"type": "text"}]), A), "turn 1: expected a string, found a list"),
     "empty turn": (messages(U, {**A, "content": ""}), "turn 2: the text is empty"),
     "blank turn": (messages(user(" \n"), A), "turn 1: the text is empty"),
-    "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: calls tools"),
-    "two assistants in a row": (messages(U, A, A), "turn 3: a second assistant turn in a row"),
-    "two users in a row": (messages(U, U, A), "turn 2: a second user turn in a row"),
-    "assistant first": (messages(A, U, A), "begins with an answer"),
-    "no answer": (messages(U), "holds no answer"),
-    "late system message": (messages(U, {"role": "system", "content": "s"}, A), "turn 2: a system message after"),
-    "nothing but a system message": (messages({"role": "system", "content": "s"}), "nothing but a system message"),
+    "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: tool calls are not supported"),
+    "two assistants in a row": (messages(U, A, A), "turn 3: second consecutive assistant turn"),
+    "two users in a row": (messages(U, U, A), "turn 2: second consecutive user turn"),
+    "assistant first": (messages(A, U, A), "starts with an assistant turn"),
+    "no answer": (messages(U), "no assistant turn"),
+    "late system message": (messages(U, {"role": "system", "content": "s"}, A), "turn 2: system message after the first turn"),
+    "nothing but a system message": (messages({"role": "system", "content": "s"}), "only a system message; expected a user turn"),
     "special token in a text": (messages(user("<|im_end|>"), A), "special token <|im_end|>"),
-    "huge record": (messages(user("x" * 2000), A), "bytes; a record may have at most"),
+    "huge record": (messages(user("x" * 2000), A), "bytes; expected at most"),
 }
 assert len(BAD) >= 30
 
@@ -114,7 +114,7 @@ def test_a_bad_record_is_named_and_listed(kind, rejects):
     reject = listed[number]
     assert reject["line"] == 2 * number + 2 and reject["file"] == path
     assert reject["where"] == f"{path}:{reject['line']}"
-    expected = "may have at most" if kind == "endless nesting" else BAD[kind][1]
+    expected = "bytes; expected at most" if kind == "endless nesting" else BAD[kind][1]
     assert expected in reject["reason"]
 
 
@@ -123,8 +123,8 @@ def test_stopping_names_the_first_and_lists_all(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "data.jsonl", GOOD, *bad, GOOD)
     with pytest.raises(UserError) as error:
         prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
-    assert "7 of 9 records in data.path cannot be used" in str(error.value)
-    assert f"{path}:2: turn 2: calls tools" in str(error.value) and f"{path}:6" in str(error.value)
+    assert "7 of 9 records in data.path are invalid" in str(error.value)
+    assert f"{path}:2: turn 2: tool calls" in str(error.value) and f"{path}:6" in str(error.value)
     assert f"{path}:7" not in str(error.value)  # five are enough in a message
     assert "data.bad_records=skip" in str(error.value)
     assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 7
@@ -135,7 +135,7 @@ def test_stopping_names_the_first_and_lists_all(tmp_path, tiny_tokenizer):
 
 def test_deep_nesting_is_no_crash(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "data.jsonl", GOOD, b'{"messages": ' + b"[" * 100_000)
-    with pytest.raises(UserError, match=r"data\.jsonl:2: not JSON"):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: invalid JSON"):
         prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
 
 

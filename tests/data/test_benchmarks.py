@@ -74,9 +74,9 @@ def test_without_a_template_the_users_turns_are_asked(tmp_path):
         ("gsm8k.jsonl", "at least a path"),
         ({"path": "x.jsonl", "colour": 1}, "benchmarks.mine.colour: no such setting"),
         ({"path": "x.jsonl", "turns": "a", "template": "b"}, "turns or template, not both"),
-        ({"template": "{problem}"}, "'problem'.*the keys are question"),
+        ({"template": "{problem}"}, "'problem'.*found keys: question"),
         ({"template": "{question"}, "turns or template"),
-        ({"turns": "question"}, "expected a list of the user's turns"),
+        ({"turns": "question"}, "expected a list of user turns"),
     ],
 )
 def test_what_cannot_be_read_is_named(settings, words, tmp_path):

@@ -187,7 +187,7 @@ def test_a_special_token_in_a_text_is_refused():
 
 def test_what_the_template_refuses_is_a_bad_record():
     encoder = ENCODERS["mistral"][0]
-    with pytest.raises(BadRecord, match="template refuses it: .*must alternate"):
+    with pytest.raises(BadRecord, match="rejected by the target's chat template: .*must alternate"):
         encoder.prompt([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
 
 

@@ -115,14 +115,14 @@ def test_what_becomes_of_long_conversations(tmp_path, tiny_tokenizer):
     assert 1 <= fits < 6
     cut, _ = read(path, tiny_tokenizer, max_seq_len=100)
     assert [d.input_ids.tolist() for d in cut] == [encoder.conversation(turns(n)).input_ids.tolist() for n in (1, fits)]
-    assert cut.outcomes() == {"kept": 1, "cut": 1, "too long": 1, "no block fits": 0, "bad": 0}
+    assert cut.outcomes() == {"kept": 1, "truncated": 1, "too long": 1, "no anchor": 0, "bad": 0}
     assert cut.column("tokens").tolist() == [len(whole[0]), len(whole[1])]  # what was there before
     anywhere, _ = read(path, tiny_tokenizer, max_seq_len=100, truncation="token")
     # The third one's first row of tokens is all question: no block fits there.
     assert [d.input_ids.tolist() for d in anywhere] == [w[:100].tolist() for w in whole[:2]]
-    assert anywhere.outcomes() == {"kept": 1, "cut": 1, "too long": 0, "no block fits": 1, "bad": 0}
+    assert anywhere.outcomes() == {"kept": 1, "truncated": 1, "too long": 0, "no anchor": 1, "bad": 0}
     dropped, _ = read(path, tiny_tokenizer, max_seq_len=100, truncation="drop")
-    assert dropped.outcomes() == {"kept": 1, "cut": 0, "too long": 2, "no block fits": 0, "bad": 0}
+    assert dropped.outcomes() == {"kept": 1, "truncated": 0, "too long": 2, "no anchor": 0, "bad": 0}
 
 
 def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_tokens(
@@ -146,7 +146,7 @@ def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_token
 
 def test_nothing_left_to_train_on_is_said(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "data.jsonl", turns(1, words=300))
-    with pytest.raises(UserError, match="no conversation to train on .*1 too long.*data.truncation"):
+    with pytest.raises(UserError, match="no conversations to train on .*1 too long.*data.truncation"):
         rows_of(path, tiny_tokenizer, num_proc=1)
 
 
@@ -198,7 +198,7 @@ def test_no_block_crosses_a_document_or_an_unsupervised_token(masks, max_seq_len
 def test_anchors_and_longest_answer_of_a_document_are_those_of_its_row(mask):
     document = Document(np.ones(len(mask), np.int32), np.array(mask))
     (row,) = pack_documents([document], len(mask), pad_id=0)
-    assert documents._anchors(document.supervised) == len(valid_anchors(row))
+    assert documents._num_anchors(document) == len(valid_anchors(row))
     runs = "".join("x" if m else " " for m in mask).split()
     assert documents.longest_answer(document.supervised) == max(map(len, runs), default=0)
 

@@ -139,7 +139,7 @@ def test_clients_killed_at_any_moment_ask_every_sample_until_it_is_finished(tmp_
     assert [s["id"] for s in read(tmp_path)] == [f"questions.jsonl:{i}" for i in range(1, 121)]
     again = sum(stub.asked.values()) - 120
     assert again <= 3 * 4  # only what was in flight when the client was killed was asked again
-    assert not journal.exists() and "finished before" in run(tmp_path, *call)
+    assert not journal.exists() and "already finished" in run(tmp_path, *call)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_server_that_stays_away_ends_the_run_and_loses_nothing(tmp_path):
         # One at a time, so that ten answers come before the faults.
         call = ("regenerate.backend=server", f"regenerate.server.url={stub.url}", "regenerate.server.in_flight=1")
         said = run(tmp_path, *call, "regenerate.server.patience=2", status=1)
-        assert "No answer from" in said and "for 2 seconds (status 503" in said and "the same command goes on" in said
+        assert "No answer from" in said and "for 2 seconds (status 503" in said and "run the same command to resume" in said
         stub.faults.clear()
         run(tmp_path, *call, "regenerate.server.patience=2")
     assert len(read(tmp_path)) == 30 and sum(n for q, n in stub.asked.items() if q in ("q0", "q5", "q9")) == 3
@@ -167,7 +167,7 @@ def test_a_server_that_refuses_everything_is_not_taken_for_bad_samples(status, c
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(count)])
     with StubServer(faults=[status] * 1000) as stub:
         said = run(tmp_path, *server(stub), status=1)
-        assert "refuses the requests" in said and f"status {status}" in said and "regenerate.server.url" in said
+        assert "rejects the requests" in said and f"status {status}" in said and "regenerate.server.url" in said
         stub.faults.clear()  # mended
         assert f"{count} conversations: {count} kept" in run(tmp_path, *server(stub))
 
@@ -194,7 +194,7 @@ def test_a_question_that_breaks_the_server_every_time_does_not_hold_up_the_other
         )  # fmt: skip
         exchanges = [Conversation(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
         backend.run(exchanges, lambda e: found.update({e.id: e.outcome}), answered_before=False)
-    assert found.pop("1").startswith("refused: no answer in 6 tries") and set(found.values()) == {"kept"}
+    assert found.pop("1").startswith("refused: no answer after 6 attempts") and set(found.values()) == {"kept"}
 
 
 def test_ids_tell_files_of_one_name_apart(tmp_path):
@@ -232,9 +232,9 @@ def test_what_is_no_character_is_refused(tmp_path):
     write(tmp_path, [{"id": "\ud800", "question": "q", "answer": "a"}, {"\ud800": 1}, {"question": "q", "answer": "a"}])
     with StubServer(says=lambda _: "\ud83d") as stub:
         said = run(tmp_path, *server(stub), "data.bad_records=skip", status=1)
-    assert "1 conversations: 1 refused" in said and "No answer was kept" in said
+    assert "1 conversations: 1 refused" in said and "No answers were kept" in said
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").open()]
-    assert reasons[0].startswith("id: half of a surrogate pair") and "the keys are \\ud800" in reasons[1]
+    assert reasons[0].startswith("id: contains a lone surrogate") and "found keys: \\ud800" in reasons[1]
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_what_is_no_character_is_refused(tmp_path):
         ("regenerate.server.url=localhost:8000", "expected http://"),
         ("regenerate.server.key_file=nowhere.txt", "no such file"),
         ("regenerate.server.in_flight=many", "in_flight"),
-        ("regenerate.repeat_times=1", "expected 0, or 2 or more"),
+        ("regenerate.repeat_times=1", "expected 0 (disabled) or at least 2"),
         ("regenerate.backend=vllm", "expected local or server"),
         ("data.max_records=all", "expected a whole number"),
         ("data.num_proc=2.5", "expected a whole number"),
@@ -320,7 +320,7 @@ def test_bad_questions_and_ids_that_come_twice(tmp_path):
     write(tmp_path, [*QUESTIONS, {"id": "one", "question": "again", "answer": "a"}, {"turns": []}])
     with StubServer() as stub:
         said = run(tmp_path, *server(stub), status=1)
-        assert "2 of 6 records" in said and "id 'one' was used before, at questions.jsonl:1" in said and not stub.bodies
+        assert "2 of 6 records" in said and "duplicate id 'one', first used at questions.jsonl:1" in said and not stub.bodies
         run(tmp_path, *server(stub), "data.bad_records=skip")
     assert [s["id"] for s in read(tmp_path)] == IDS
     assert len((tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").read_text().splitlines()) == 2
@@ -342,7 +342,7 @@ def local(tokenizer, name=TINY / "target", **changes):
 
 def answers(backend, questions):
     found = {}
-    backend.run([Conversation(str(i), list(q)) for i, q in enumerate(questions)], lambda e: found.update({e.id: e}))
+    backend.run([Conversation(str(i), list(q)) for i, q in enumerate(questions)], lambda c: found.update({c.id: c}), answered_before=False)
     return [found[str(i)] for i in range(len(questions))]
 
 
@@ -414,7 +414,7 @@ def test_the_journal_drops_a_line_that_was_cut_short(tmp_path):
     journal = SampleLog(tmp_path / "journal")
     journal.add("a", {"x": 1})
     journal.add("b", {"x": "é"})
-    with pytest.raises(ValueError, match="finished before"):
+    with pytest.raises(ValueError, match="already in the log"):
         journal.add("a", {"x": 2})
     whole = (tmp_path / "journal").read_bytes()
     for cut in range(len(whole)):

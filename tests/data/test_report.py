@@ -57,14 +57,14 @@ def report(files, tmp_path_factory):
     "line",
     [
         "## 38 records",
-        "| kept | 34 | 89.5% | whole |",
+        "| kept | 34 | 89.5% | complete |",
         "| too long | 1 | 2.6% |",
         "| bad | 3 | 7.9% | rejected |",
-        "* 2 conversations equal an earlier one, word for word.",
+        "* 2 conversations are exact duplicates of earlier ones.",
         "| the text is empty | 2 |",
         "| user | ",
-        "| the same question | 1 |",
-        "| 13 words in a row in common | 1 |",
+        "| an identical question | 1 |",
+        "| 13 consecutive words in common | 1 |",
         "+ It is four, and that is all there is to say about it.<|im_end|>",
         "  <|im_start|>user",
     ],
@@ -105,7 +105,7 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
         rejects=tmp_path / "rejects.jsonl",
     )
     rows = prepared.training
-    counted = statistics.anchors_per_row(prepared.documents, rows, rows.documents.indices)
+    counted = statistics.anchors_per_row(prepared.documents, rows, prepared.training_indices)
     assert counted.tolist() == [len(valid_anchors(row)) for row in rows] and np.all(counted > 0)
 
 

@@ -23,7 +23,7 @@ def write(path, *records):
 
 
 def numbers(sources):
-    return [found.record["n"] for _, found in read_all(sources)]
+    return [raw.value["n"] for _, raw in read_all(sources)]
 
 
 @given(lines=st.lists(LINE, max_size=40), newline=st.sampled_from([b"\n", b"\r\n"]), last=st.booleans())
@@ -40,12 +40,12 @@ def test_chunks_hold_every_line_once_with_its_number(tmp_path_factory, lines, ne
         source = JsonLines(file)
         found = [f for chunk in source.chunks() for f in source.read(chunk)]
     expected = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    assert [f.place for f in found] == expected and source.count == len(expected)
+    assert [f.position for f in found] == expected and source.count == len(expected)
     for f in found:
-        line = lines[f.place - 1]
-        assert (f.problem is None) == (line in (b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"[1]"))
-        assert f.problem or f.record == json.loads(line)
-        assert ("may have at most" in (f.problem or "")) == (len(line) > 70)
+        line = lines[f.position - 1]
+        assert (f.error is None) == (line in (b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"[1]"))
+        assert f.error or f.value == json.loads(line)
+        assert ("expected at most" in (f.error or "")) == (len(line) > 70)
 
 
 def test_a_byte_order_mark_is_no_error(tmp_path):
@@ -61,8 +61,8 @@ def test_tables_and_folders(tmp_path):
     write(tmp_path / "a.jsonl", *({"n": n, "messages": MESSAGES} for n in range(7, 9)))
     sources = open_sources(str(tmp_path), split="train", max_records=None)
     assert numbers(sources) == [7, 8, *range(5), *range(5)]
-    assert all(conversation(found.record) == MESSAGES for _, found in read_all(sources))
-    assert [s.reader.where(0).rsplit("/", 1)[-1] for s in sources][1:] == [
+    assert all(conversation(raw.value) == MESSAGES for _, raw in read_all(sources))
+    assert [s.reader.location(0).rsplit("/", 1)[-1] for s in sources][1:] == [
         "b.parquet[0]",
         "data-00000-of-00001.arrow[0]",
     ]
@@ -118,7 +118,7 @@ def test_a_mix_follows_its_weights_and_takes_nothing_twice(counts, data, most):
 def test_records_are_taken_evenly(count, share):
     take = round(count * share)
     source = type("Any", (), {"count": count})()
-    taken = [n for n in range(count) if Source(source, take).taken(n)]
+    taken = [n for n in range(count) if Source(source, take).selects(n)]
     assert len(taken) == take
     gaps = [b - a for a, b in zip(taken, taken[1:], strict=False)]
     assert not gaps or max(gaps) - min(gaps) <= 1
@@ -137,12 +137,12 @@ WRONG = {
     "no such file": ("nowhere.jsonl", "No file at"),
     "no such folder": ("./nowhere", "No file at"),
     "empty list": ([], "empty list"),
-    "no path": ([{"weight": 1}], "is no source"),
-    "unknown key": ([{"path": "a", "wait": 1}], "is no source"),
+    "no path": ([{"weight": 1}], "invalid source"),
+    "unknown key": ([{"path": "a", "wait": 1}], "invalid source"),
     "negative weight": ([{"path": "a", "weight": -1}], "above 0"),
     "a split of local files": ([{"path": ".", "split": "test"}], "split=test of . has no effect"),
     "a subset of local files": ([{"path": ".", "subset": "main"}], "subset=main of . has no effect"),
-    "some weights": ([{"path": "a", "weight": 1}, "b"], "Give all of them one, or none"),
+    "some weights": ([{"path": "a", "weight": 1}, "b"], "Set a weight for every source or for none"),
 }
 
 
@@ -157,11 +157,11 @@ def test_wrong_sources(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", b"", "holds no record"),
+        ("a.jsonl", b"", "contains no records"),
         ("a.json", b' [{"messages": []}]', "JSON array.*jq"),
         ("a.jsonl", b"\x1f\x8b\x08", "compressed"),
-        ("a.parquet", b"PAR1 and no more", "does not read as a parquet table"),
-        ("a.arrow", b"no table", "does not read as a arrow table"),
+        ("a.parquet", b"PAR1 and no more", "invalid Parquet file"),
+        ("a.arrow", b"no table", "invalid Arrow file"),
     ],
 )
 def test_files_that_are_no_data(name, content, words, tmp_path):

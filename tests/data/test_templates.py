@@ -28,7 +28,7 @@ def test_what_changes_a_conversation_is_read_and_nothing_else(name):
         texts = set()
         for value in (True, False, "some text"):
             own = ChatEncoder(tokenizer, {variable: value})
-            texts |= {own._text(messages), own._text(messages[:2], answer=True) + "prompt"}
+            texts |= {own._text(messages), own._text(messages[:2], generation_prompt=True) + "prompt"}
         assert len(texts) == 2 or variable in read
 
 
@@ -45,13 +45,13 @@ def test_an_argument_for_another_target_is_a_warning_unless_the_command_gives_it
     assert said.startswith("warning: data.template_kwargs.enable_thinking has no effect")
     typed = ["+data.template_kwargs.enable_thinking=false", "++data.template_kwargs={enable_thinking: false}"]
     for override in typed:
-        with pytest.raises(UserError, match="enable_thinking has no effect.*Leave it out"):
+        with pytest.raises(UserError, match="enable_thinking has no effect.*Remove it"):
             check(plain, {"enable_thinking": False}, override)
 
 
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "chat_template", "return_assistant_tokens_mask"])
 def test_what_is_set_for_every_conversation_is_not_for_the_user(name):
-    with pytest.raises(UserError, match=f"data.template_kwargs.{name}: set for every conversation"):
+    with pytest.raises(UserError, match=f"data.template_kwargs.{name} is reserved: the pipeline sets it"):
         check(QWEN, {name: True})
 
 

@@ -34,12 +34,12 @@ def test_wrong_setting(case, tmp_path):
 
 
 DATA = {
-    "empty file": ((), ["holds no record"]),
+    "empty file": ((), ["contains no records"]),
     "unknown role": (
         (chat("Because.", role="wizard"),),
         ["data.jsonl:1: turn 1", "'wizard'", "system, user, assistant"],
     ),
-    "no messages": (({"text": "?"},), ["data.jsonl:1", "`messages`", "the keys are text"]),
+    "no messages": (({"text": "?"},), ["data.jsonl:1", "`messages`", "found keys: text"]),
     "content of a wrong type": (
         ({"messages": [{"role": "user", "content": 3}]},),
         ["turn 1", "must be a string", "a number"],
@@ -62,7 +62,7 @@ def test_broken_json_is_named_by_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(chat("Because.")) + "\n{broken\n", encoding="utf-8")
     done = command("+experiment=tiny", f"data.path={path}", cwd=tmp_path)
-    assert_refused(done, ["data.jsonl:2", "not JSON"], tmp_path)
+    assert_refused(done, ["data.jsonl:2", "invalid JSON"], tmp_path)
 
 
 @pytest.mark.slow

@@ -253,9 +253,9 @@ def test_prompts_are_the_beginnings_of_the_first_documents_that_leave_room():
     silent_at_first = Document(np.arange(3, 13, dtype=np.int32), np.ones(10, bool))
     packed = pack_documents([silent_at_first, *documents], 64, pad_id=0)
     expected = [d.input_ids[: list(d.supervised).index(True)].tolist() for d in documents]
-    assert packed.beginnings(7, 100) == expected[:7]
-    assert packed.beginnings(100, 3) == [p for p in expected if len(p) <= 3]
-    assert packed.beginnings(100, 100) == expected
+    assert packed.prompts(7, 100) == expected[:7]
+    assert packed.prompts(100, 3) == [p for p in expected if len(p) <= 3]
+    assert packed.prompts(100, 100) == expected
 
 
 def settings(stage="attention_tuning", **changes):
@@ -265,7 +265,7 @@ def settings(stage="attention_tuning", **changes):
 def test_settings_choose_prompts_once_and_for_all():
     config, validation = settings(**{"decode.prompts": 4}), rows(10)
     twice = [live_decoding(config, "attention_tuning", validation, 256)[0].prompts for _ in range(2)]
-    assert twice[0] == twice[1] == validation.beginnings(4, 256) and len(twice[0]) == 4
+    assert twice[0] == twice[1] == validation.prompts(4, 256) and len(twice[0]) == 4
     assert live_decoding(settings(**{"decode.prompts": 0}), "attention_tuning", validation, 256) == []
     assert live_decoding(config, "attention_tuning", pack_documents([], 64, pad_id=0), 256) == []
     with pytest.raises(UserError, match="max_new_tokens=32.* 40 positions"):

@@ -8,16 +8,23 @@ from data.preprocess.packing import Row
 
 
 def valid_anchors(row: Row) -> np.ndarray:
-    """Return the row indices at which a block may start.
+    """Return the row indices of the anchors: where a block may start."""
+    return anchor_indices(row.supervised, row.position_ids)
+
+
+def anchor_indices(supervised: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+    """Return the indices of the anchors in a row or a single document.
 
     The anchor and the next token must both be supervised and belong to the same document: the prediction of slot 0 is
     discarded for the bonus token, so a block without a label at slot 1 contributes no training signal. A block may
     extend past the end of its answer, as the last blocks do in decoding; those slots have no label. The first token of
     a document is never an anchor, because the block would have no context.
+
+    Args:
+        supervised: [tokens] bool.
+        position_ids: [tokens], restarting at 0 for each document. The token after an anchor is at position 2 or later.
     """
-    supervised, documents = row.supervised, row.document_ids
-    next_is_same = np.append(supervised[1:] & (documents[1:] == documents[:-1]), False)
-    return np.flatnonzero(supervised & next_is_same & (row.position_ids > 0))
+    return np.flatnonzero(supervised[:-1] & supervised[1:] & (position_ids[1:] > 1))
 
 
 def block_labels(row: Row, anchors: np.ndarray, block_size: int) -> np.ndarray:

@@ -46,10 +46,13 @@ class ChatEncoder:
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. Use the instruction-tuned target, "
-                "or save a chat template with its tokenizer."
+                "or add a chat template to the tokenizer."
             )
         if not tokenizer.is_fast:
-            raise UserError(f"The tokenizer of {tokenizer.name_or_path!r} is a slow one; a fast one is needed.")
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path!r} is slow (pure Python). Set model.target.tokenizer to a "
+                "fast one, backed by the `tokenizers` library."
+            )
         self.template = tokenizer.get_chat_template()
         self.variables = {**tokenizer.special_tokens_map, **template_kwargs}
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -62,13 +65,13 @@ class ChatEncoder:
         self.backend.no_truncation()
         self.backend.no_padding()
 
-    def check_kwargs(self, given: dict[str, Any], overrides: list[str], say: Callable[[str], None]) -> None:
+    def check_kwargs(self, given: dict[str, Any], overrides: list[str], warn: Callable[[str], None]) -> None:
         """Check that the chat template reads every argument in `given`.
 
         Raises:
             UserError: as for `check_template_kwargs`.
         """
-        check_template_kwargs(self.template, given, overrides, say, also=self.variables.keys() - given.keys())
+        check_template_kwargs(self.template, given, overrides, warn, also=self.variables.keys() - given.keys())
 
     def prompt(self, messages: Messages) -> list[int]:
         """Return the prompt tokens: the conversation followed by the generation prompt.
@@ -77,7 +80,7 @@ class ChatEncoder:
             BadRecord: as for `conversation`.
         """
         self._refuse_special_tokens(messages)
-        return self.backend.encode(self._text(messages, answer=True), add_special_tokens=False).ids
+        return self.backend.encode(self._text(messages, generation_prompt=True), add_special_tokens=False).ids
 
     def conversation(self, messages: Messages) -> Document:
         """Render and tokenize a conversation.
@@ -98,7 +101,7 @@ class ChatEncoder:
         """
         self._refuse_special_tokens(messages)
         if self.marked:
-            return Rendered(*self._marked(messages))
+            return self._marked(messages)
         text = self._text(messages)
         spans = [self._span(messages, turn, text) for turn, m in enumerate(messages) if m["role"] == "assistant"]
         return Rendered(text, [span for span in spans if span])
@@ -118,22 +121,20 @@ class ChatEncoder:
     def _refuse_special_tokens(self, messages: Messages) -> None:
         for number, message in enumerate(messages, start=1):
             text = message["content"] + message.get("reasoning_content", "")
-            found = next((token for token in self.special_tokens if token in text), None)
-            if found:  # would be tokenized as a control token, such as end of turn
-                raise BadRecord(f"turn {number}: the text holds the target's special token {found}")
+            special = next((token for token in self.special_tokens if token in text), None)
+            if special:  # would be tokenized as a control token, such as end of turn
+                raise BadRecord(f"turn {number}: the text contains the target's special token {special}")
 
     def _document(self, rendered: Rendered, encoding: Encoding) -> Document:
-        straddled = [
-            start for start, _ in rendered.spans if encoding.token_to_chars(_token(encoding, start))[0] < start
-        ]
+        straddled = [start for start, _ in rendered.spans if _chars(encoding, _token(encoding, start))[0] < start]
         if straddled:
-            return self._in_pieces(rendered, straddled)
+            return self._tokenize_split(rendered, straddled)
         supervised = np.zeros(len(encoding), bool)
         for start, end in rendered.spans:
             supervised[_token(encoding, start) : _token(encoding, end)] = True
         return Document(np.array(encoding.ids, np.int32), supervised)
 
-    def _in_pieces(self, rendered: Rendered, cuts: list[int]) -> Document:
+    def _tokenize_split(self, rendered: Rendered, cuts: list[int]) -> Document:
         """Tokenize the text in pieces, split at `cuts`.
 
         Decoding tokenizes the prompt before the answer exists, so a token must not straddle the boundary between them.
@@ -148,18 +149,20 @@ class ChatEncoder:
             np.concatenate([d.input_ids for d in documents]), np.concatenate([d.supervised for d in documents])
         )
 
-    def _text(self, messages: Messages, *, answer: bool = False) -> str:
-        return self._rendered(messages, add_generation_prompt=answer)[0][0]
+    def _text(self, messages: Messages, *, generation_prompt: bool = False) -> str:
+        return self._apply_template(messages, add_generation_prompt=generation_prompt)[0][0]
 
-    def _marked(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        (text,), (spans,) = self._rendered(messages, return_assistant_tokens_mask=True)
-        return text, [(start, end) for start, end in spans if start < end]
+    def _marked(self, messages: Messages) -> Rendered:
+        """Render a conversation with a template that marks the assistant's spans."""
+        (text,), (spans,) = self._apply_template(messages, return_assistant_tokens_mask=True)
+        return Rendered(text, [(start, end) for start, end in spans if start < end])
 
-    def _rendered(self, messages: Messages, **how: bool) -> tuple[Any, Any]:
+    def _apply_template(self, messages: Messages, **options: Any) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        render: Callable[..., Any] = render_jinja_template  # annotated to return str, but returns texts and spans
         try:
-            return render_jinja_template([messages], chat_template=self.template, **how, **self.variables)
+            return render([messages], chat_template=self.template, **options, **self.variables)
         except TemplateError as error:
-            raise BadRecord(f"the target's chat template refuses it: {error}") from error
+            raise BadRecord(f"rejected by the target's chat template: {error}") from error
 
     def _span(self, messages: Messages, turn: int, text: str) -> tuple[int, int] | None:
         """Return the character range of assistant turn `turn` in `text`, or None if decoding cannot produce it.
@@ -167,7 +170,7 @@ class ChatEncoder:
         Some templates render earlier turns differently from the last one (Qwen3 drops their reasoning). Such a turn
         differs from what the target would have generated, so it is not supervised.
         """
-        before = self._text(messages[:turn], answer=True)
+        before = self._text(messages[:turn], generation_prompt=True)
         answered = self._text(messages[: turn + 1]) if turn + 1 < len(messages) else text
         if not text.startswith(answered) or not answered.startswith(before) or len(answered) <= len(before):
             return None
@@ -186,18 +189,25 @@ def load_encoder(target: dict[str, Any], template_kwargs: dict[str, Any]) -> tup
     """
     name = target["tokenizer"] or target["name"]
     if name is None:
-        raise UserError("model.target.tokenizer is not set, and random weights bring none. Name a tokenizer.")
+        raise UserError("model.target.tokenizer=null: random weights have no tokenizer. Set it to a path or Hub ID.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=target["revision"] if name == target["name"] else None)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.target.tokenizer={name!r}: the tokenizer did not load. {error}") from error
+        raise UserError(f"model.target.tokenizer={name!r}: loading the tokenizer failed. {error}") from error
     return ChatEncoder(tokenizer, template_kwargs), tokenizer
 
 
 def _token(encoding: Encoding, char: int) -> int:
     """Return the index of the first token at or after a character, or the token count if there is none."""
-    last = encoding.token_to_chars(len(encoding) - 1)[1] if len(encoding) else 0
-    for place in range(char, last):
-        if (token := encoding.char_to_token(place)) is not None:
+    end = _chars(encoding, len(encoding) - 1)[1] if len(encoding) else 0
+    for position in range(char, end):
+        if (token := encoding.char_to_token(position)) is not None:
             return token
     return len(encoding)
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """Return the character range of a token."""
+    span = encoding.token_to_chars(token)
+    assert span is not None  # None only for special tokens added by a post-processor, and there is none
+    return span

@@ -70,7 +70,7 @@ class PackedRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._edges) - 1
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  no slices
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices: rows are assembled one at a time
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -81,21 +81,21 @@ class PackedRows(Sequence[Row]):
         """Sum per-document values over each row. Return [rows]."""
         return np.add.reduceat(values[self._members], self._edges[:-1]) if len(self) else np.zeros(0, np.int64)
 
-    def beginnings(self, most: int, longest: int) -> list[list[int]]:
-        """Return up to `most` prompts: the tokens before the first supervised token of a document.
+    def prompts(self, limit: int, max_tokens: int) -> list[list[int]]:
+        """Return up to `limit` prompts: the tokens before the first supervised token of a document.
 
-        Only prompts of 1 to `longest` tokens are used. Documents are visited in their shuffled order rather than in row
+        Only prompts of 1 to `max_tokens` tokens are used. Documents are visited in their shuffled order, not in row
         order, because the first rows hold the longest documents.
         """
-        found: list[list[int]] = []
+        prompts: list[list[int]] = []
         for i in range(len(self.documents)):
-            if len(found) == most:
+            if len(prompts) == limit:
                 break
             document = self.documents[i]
             tokens = document.input_ids[: int(np.argmax(document.supervised))]
-            if 0 < len(tokens) <= longest:
-                found.append(tokens.tolist())
-        return found
+            if 0 < len(tokens) <= max_tokens:
+                prompts.append(tokens.tolist())
+        return prompts
 
     def efficiency(self) -> float:
         """Packing efficiency: fraction of non-padding tokens."""

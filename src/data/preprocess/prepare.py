@@ -1,18 +1,18 @@
 """Data preparation: tokenize conversations, split off validation data, pack rows."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.errors import UserError
-from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.chat_template import ChatEncoder, Document
 from data.preprocess.packing import PackedRows
 from data.preprocess.tokenized import BAD, OUTCOMES, Documents, TokenizeSettings, tokenize
 from data.sources.readers import Source
-from data.sources.rejects import refuse_bad
+from data.sources.rejects import handle_rejects
 
 
 @dataclass
@@ -22,10 +22,11 @@ class Prepared:
     documents: Documents
     training: PackedRows
     validation: PackedRows
+    training_indices: np.ndarray  # indices into `documents`, in the order of `training.documents`
     rejects: Path
 
 
-class Subset:
+class Subset(Sequence[Document]):
     """View of selected documents, in the order of `indices`."""
 
     def __init__(self, documents: Documents, indices: np.ndarray) -> None:
@@ -34,7 +35,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  # no slices, as `Documents`
         return self.documents[self.indices[index]]
 
 
@@ -59,18 +60,19 @@ def prepare(
         UserError: bad records with policy "stop", no training data, or no answer with at least `block_size` tokens.
     """
     settings = TokenizeSettings(max_seq_len=max_seq_len, truncation=truncation)
-    documents = tokenize(sources, encoder, settings, num_proc=processes(num_proc))
-    refuse_bad(documents.rejects(), documents.table.num_rows, bad_records, rejects)
+    documents = tokenize(sources, encoder, settings, num_proc=num_processes(num_proc))
+    handle_rejects(documents.rejects(), documents.table.num_rows, bad_records, rejects)
     _check(documents, block_size, max_seq_len, validation_records)
     order = np.random.default_rng(seed).permutation(len(documents))
-    validation, training = (
-        PackedRows(Subset(documents, chosen), documents.lengths[chosen], max_seq_len, encoder.pad_id)
-        for chosen in (order[:validation_records], order[validation_records:])
-    )
-    return Prepared(documents, training, validation, rejects)
+    validation, training = order[:validation_records], order[validation_records:]
+
+    def pack(indices: np.ndarray) -> PackedRows:
+        return PackedRows(Subset(documents, indices), documents.lengths[indices], max_seq_len, encoder.pad_id)
+
+    return Prepared(documents, pack(training), pack(validation), training, rejects)
 
 
-def processes(num_proc: int | None) -> int:
+def num_processes(num_proc: int | None) -> int:
     """Return the number of worker processes. None selects one per CPU core available to this process."""
     if num_proc is not None:
         return num_proc
@@ -80,31 +82,31 @@ def processes(num_proc: int | None) -> int:
 def describe(prepared: Prepared) -> str:
     """One-line dataset summary: records by outcome, tokens kept and lost, training rows, packing efficiency."""
     documents, rows = prepared.documents, prepared.training
-    found = documents.outcomes()
-    listed = f", listed in {prepared.rejects}" if found[OUTCOMES[BAD]] else ""
-    read = ", ".join(f"{count:,} {outcome}" for outcome, count in found.items() if count)
-    kept, lost = int(documents.lengths.sum()), sum(documents.lost())
+    outcomes = documents.outcomes()
+    listed = f", listed in {prepared.rejects}" if outcomes[OUTCOMES[BAD]] else ""
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items() if count)
+    kept, lost = int(documents.lengths.sum()), sum(documents.lost_tokens())
     return (
-        f"data: {sum(found.values()):,} records ({read}{listed}), {kept:,} tokens ({lost:,} lost to their length); "
-        f"{len(rows):,} training rows, {rows.efficiency():.1%} full"
+        f"data: {sum(outcomes.values()):,} records ({counts}{listed}), {kept:,} tokens kept ({lost:,} truncated or "
+        f"dropped), {len(rows):,} training rows with a packing efficiency of {rows.efficiency():.1%}"
     )
 
 
 def _check(documents: Documents, block_size: int, max_seq_len: int, validation_records: int) -> None:
     longest = int(documents.column("longest").max(initial=0))
-    found = ", ".join(f"{count:,} {outcome}" for outcome, count in documents.outcomes().items())
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in documents.outcomes().items())
     if not len(documents):
         raise UserError(
-            f"data.path holds no conversation to train on ({found}). Rows hold data.max_seq_len={max_seq_len} tokens; "
-            "data.truncation says what becomes of longer conversations."
+            f"data.path contains no conversations to train on ({counts}). If they are too long, increase "
+            f"data.max_seq_len={max_seq_len} or set data.truncation=token."
         )
     if longest < block_size:
         raise UserError(
-            f"model.draft.block_size={block_size}, but the longest answer in data.path has {longest} tokens "
-            f"(rows of {max_seq_len}). Choose a block size of at most {longest}, or data with longer answers."
+            f"model.draft.block_size={block_size}: expected at most {longest}, the length of the longest answer in "
+            f"data.path (data.max_seq_len={max_seq_len}). Reduce the block size, or use data with longer answers."
         )
     if validation_records >= len(documents):
         raise UserError(
-            f"data.validation_records={validation_records} leaves nothing to train on: data.path holds "
-            f"{len(documents):,} conversations ({found}). Choose fewer."
+            f"data.validation_records={validation_records} leaves no training data: data.path contains "
+            f"{len(documents):,} usable conversations ({counts}). Reduce it."
         )

@@ -13,9 +13,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import UserError
 
-FOR_USERS = {"tools", "documents"}  # rendering arguments of transformers that users may set
+USER_ARGUMENTS = {"tools", "documents"}  # rendering arguments of transformers that users may set
 # Rendering arguments that this project sets for every conversation.
-SET_HERE = {"messages", *signature(render_jinja_template).parameters} - FOR_USERS - {"kwargs"}
+RESERVED = {"messages", *signature(render_jinja_template).parameters} - USER_ARGUMENTS - {"kwargs"}
 FUNCTIONS = ("raise_exception", "strftime_now")  # provided to templates by transformers
 
 
@@ -40,7 +40,7 @@ def variables_read(template: str) -> set[str] | None:
 
 
 def check_template_kwargs(
-    template: str, given: dict[str, Any], overrides: list[str], say: Callable[[str], None], also: Collection[str] = ()
+    template: str, given: dict[str, Any], overrides: list[str], warn: Callable[[str], None], also: Collection[str] = ()
 ) -> None:
     """Check that the chat template reads every argument.
 
@@ -49,25 +49,25 @@ def check_template_kwargs(
         given: `data.template_kwargs`.
         overrides: command-line overrides. An unread argument given here is an error. One from a conf/ file may be meant
             for another target and causes a warning, unless it looks like a typo.
-        say: prints a warning.
+        warn: prints a warning.
         also: variables that are always set, such as special tokens; excluded from the suggestions.
 
     Raises:
         UserError: an argument is reserved, looks like a typo, or has no effect but was given on the command line.
     """
-    if taken := sorted(given.keys() & SET_HERE):
-        raise UserError(f"data.template_kwargs.{taken[0]}: set for every conversation; leave it out.")
+    if reserved := sorted(given.keys() & RESERVED):
+        raise UserError(f"data.template_kwargs.{reserved[0]} is reserved: the pipeline sets it. Remove it.")
     read = variables_read(template)
     if read is None:
         return
-    offered = sorted(read - SET_HERE - set(also))
+    offered = sorted(read - RESERVED - set(also))
     typed = [override.partition("=") for override in overrides if "data.template_kwargs" in override.partition("=")[0]]
     for name in sorted(given.keys() - read):
         close = get_close_matches(name, offered, n=1)
-        text = f"data.template_kwargs.{name} has no effect: the target's chat template does not read it"
-        text += f", but {', '.join(offered)}." if offered else ", nor any other argument."
+        text = f"data.template_kwargs.{name} has no effect: the target's chat template does not read it. "
+        text += f"It reads {', '.join(offered)}." if offered else "It reads no arguments."
         if close:
             raise UserError(f"{text} Did you mean {close[0]}?")
         if any(name in key or key.endswith("template_kwargs") and name in value for key, _, value in typed):
-            raise UserError(f"{text} Leave it out.")
-        say(f"warning: {text}")
+            raise UserError(f"{text} Remove it.")
+        warn(f"warning: {text}")

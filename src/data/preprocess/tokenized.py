@@ -17,19 +17,20 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from filelock import FileLock, Timeout
 
 from data.errors import BadRecord
-from data.preprocess.chat_template import ChatEncoder, Document
-from data.sources.readers import Chunk, RawRecord, Source, fingerprint
+from data.preprocess.anchors import anchor_indices
+from data.preprocess.chat_template import ChatEncoder, Document, Rendered
+from data.sources.readers import Chunk, Source, fingerprint
 from data.sources.records import Messages, conversation
-from data.sources.rejects import RAW_CHARACTERS, printable, reject
+from data.sources.rejects import TEXT_CHARACTERS, Reject, printable, reject
 
-OUTCOMES = ("kept", "cut", "too long", "no block fits", "bad")  # outcome of a record
-KEPT, CUT, TOO_LONG, SILENT, BAD = range(len(OUTCOMES))
+OUTCOMES = ("kept", "truncated", "too long", "no anchor", "bad")  # outcome of a record
+KEPT, TRUNCATED, TOO_LONG, NO_ANCHOR, BAD = range(len(OUTCOMES))
 FEATURES = Features(
-    part=Value("int32"),
-    place=Value("int64"),  # line or row number in its source
+    part=Value("int32"),  # index of the source
+    place=Value("int64"),  # line number or row index in its source
     outcome=Value("int8"),  # index into OUTCOMES
     reason=Value("string"),  # error message of a bad record
-    raw=Value("string"),  # start of a bad record, up to RAW_CHARACTERS
+    raw=Value("string"),  # start of a bad record, up to TEXT_CHARACTERS
     tokens=Value("int32"),  # length of the conversation before truncation
     anchors=Value("int32"),  # number of valid anchors
     longest=Value("int32"),  # length of the longest answer in tokens
@@ -37,12 +38,13 @@ FEATURES = Features(
     input_ids=List(Value("int32")),
     supervised=List(Value("bool")),
 )
-CODE = ("batch", "preprocess/chat_template", "preprocess/tokenized", "sources/records", "sources/readers")
+# Modules that determine the table. Their text is part of the cache key.
+CODE = ("preprocess/anchors", "preprocess/chat_template", "preprocess/tokenized", "sources/records", "sources/readers")
 
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """Tokenization settings. With the records and the encoder, they determine the tokens."""
+    """Settings that, with the records and the encoder, determine the tokens."""
 
     max_seq_len: int
     truncation: str  # turn: keep the leading turns that fit; token: cut at max_seq_len; drop: skip the conversation
@@ -53,15 +55,15 @@ class Documents(Sequence[Document]):
 
     def __init__(self, table: Dataset, sources: list[Source]) -> None:
         self.table, self.sources = table, sources
-        self.indices = np.flatnonzero(np.isin(table.data.column("outcome").to_numpy(), (KEPT, CUT)))
+        self.indices = np.flatnonzero(np.isin(table.data.column("outcome").to_numpy(), (KEPT, TRUNCATED)))
         self._tokens = table.select_columns(["input_ids", "supervised"]).with_format("numpy")
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  no slices
-        found = self._tokens[int(self.indices[index])]
-        return Document(found["input_ids"], found["supervised"])
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  # no slices: documents are read one by one
+        row = self._tokens[int(self.indices[index])]
+        return Document(row["input_ids"], row["supervised"])
 
     def column(self, name: str, *, all_records: bool = False) -> np.ndarray:
         """Return a numeric column, [documents] or with `all_records` [records]."""
@@ -83,18 +85,17 @@ class Documents(Sequence[Document]):
         counts = np.bincount(self.column("outcome", all_records=True), minlength=len(OUTCOMES))
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
-    def lost(self) -> tuple[int, int]:
+    def lost_tokens(self) -> tuple[int, int]:
         """Return the tokens lost to truncation and those of dropped conversations (too long, or without an anchor)."""
         tokens, outcome = (self.column(name, all_records=True) for name in ("tokens", "outcome"))
-        left_out = np.isin(outcome, (TOO_LONG, SILENT))
-        return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[left_out].sum())
+        dropped = np.isin(outcome, (TOO_LONG, NO_ANCHOR))
+        return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[dropped].sum())
 
-    def rejects(self) -> Iterator[dict[str, Any]]:
-        """Yield an entry of the rejects file for each bad record: location, reason, start of the record."""
+    def rejects(self) -> Iterator[Reject]:
+        """Yield an entry of the rejects file for each bad record."""
         for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():
             row = self.table[i]
-            found = RawRecord(row["place"], None, None, row["raw"])
-            yield reject(self.sources[row["part"]], found, row["reason"])
+            yield reject(self.sources[row["part"]], row["place"], row["reason"], row["raw"])
 
 
 def tokenize(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings, *, num_proc: int) -> Documents:
@@ -111,7 +112,7 @@ def tokenize(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSett
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        print("waiting for another process that tokenises the same data", flush=True)
+        print("waiting for another process that is tokenizing the same data", flush=True)
         lock.acquire()
     try:
         if not (home / "files.json").exists():
@@ -140,7 +141,7 @@ def _write(
         num_proc=workers if (workers := min(num_proc, len(chunks))) > 1 else None,
         cache_file_name=str(temporary / "documents.arrow"),
         new_fingerprint=key,
-        desc=f"tokenise {sum(source.take for source in sources):,} conversations, in chunks",
+        desc=f"tokenizing {sum(source.take for source in sources):,} records, in chunks",
     )
     files = [Path(file["filename"]).name for file in table.cache_files]
     (temporary / "files.json").write_text(json.dumps(files), encoding="utf-8")
@@ -154,24 +155,25 @@ def tokenize_chunk(
     """Tokenize the records of one chunk. Return the columns of `FEATURES`."""
     (number,) = columns.pop("part")
     source, chunk = sources[number], Chunk(**{name: value for name, (value,) in columns.items()})
-    rows, whole = [], []
-    for found in source.read(chunk):
-        row = {"part": number, "place": found.place, "reason": "", "raw": "", "digest": 0, "tokens": 0}
+    rows: list[dict[str, Any]] = []
+    valid: list[tuple[dict[str, Any], Messages, Rendered]] = []
+    for raw in source.read(chunk):
+        row = {"part": number, "place": raw.position, "reason": "", "raw": "", "digest": 0, "tokens": 0}
         rows.append(row)
         try:
-            messages = _conversation(found)
+            messages = raw.parse(conversation)
             rendered = encoder.render(messages)
         except BadRecord as error:
-            reason, raw = printable(str(error)), found.raw()[:RAW_CHARACTERS]
-            row |= {"outcome": BAD, "reason": reason, "raw": raw} | _content(None)
+            reason, text = printable(str(error)), raw.as_text()[:TEXT_CHARACTERS]
+            row |= {"outcome": BAD, "reason": reason, "raw": text} | _content(None)
         else:
             row["digest"] = _digest(messages)
-            whole.append((row, messages, rendered))
-    documents = encoder.tokenize([rendered for _, _, rendered in whole])
-    for (row, messages, _), document in zip(whole, documents, strict=True):
-        kept = fit_to_row(document, messages, encoder, settings)
-        row |= {"outcome": _outcome(document, kept), "tokens": len(document.input_ids)}
-        row |= _content(kept if row["outcome"] in (KEPT, CUT) else None)
+            valid.append((row, messages, rendered))
+    documents = encoder.tokenize([rendered for _, _, rendered in valid])
+    for (row, messages, _), document in zip(valid, documents, strict=True):
+        fitted = fit_to_row(document, messages, encoder, settings)
+        row |= {"outcome": _outcome(document, fitted), "tokens": len(document.input_ids)}
+        row |= _content(fitted if row["outcome"] in (KEPT, TRUNCATED) else None)
     return {name: [row[name] for row in rows] for name in FEATURES}
 
 
@@ -193,18 +195,12 @@ def fit_to_row(
     return next((document for document in shorter if len(document.input_ids) <= limit), None)
 
 
-def _conversation(found: RawRecord) -> Messages:
-    if found.problem:
-        raise BadRecord(found.problem)
-    return conversation(found.record)
-
-
-def _outcome(document: Document, kept: Document | None) -> int:
-    if kept is None:
+def _outcome(document: Document, fitted: Document | None) -> int:
+    if fitted is None:
         return TOO_LONG
-    if not _anchors(kept.supervised):
-        return SILENT
-    return KEPT if len(kept.input_ids) == len(document.input_ids) else CUT
+    if not _num_anchors(fitted):
+        return NO_ANCHOR
+    return KEPT if len(fitted.input_ids) == len(document.input_ids) else TRUNCATED
 
 
 def _content(document: Document | None) -> dict[str, Any]:
@@ -212,16 +208,15 @@ def _content(document: Document | None) -> dict[str, Any]:
         empty = np.zeros(0, np.int32)
         return {"anchors": 0, "longest": 0, "input_ids": empty, "supervised": empty.astype(bool)}
     return {
-        "anchors": _anchors(document.supervised),
+        "anchors": _num_anchors(document),
         "longest": longest_answer(document.supervised),
         "input_ids": document.input_ids,
         "supervised": document.supervised,
     }
 
 
-def _anchors(supervised: np.ndarray) -> int:
-    """Count the valid anchors of a document, consistent with `data.preprocess.anchors.valid_anchors`."""
-    return int((supervised[1:-1] & supervised[2:]).sum())
+def _num_anchors(document: Document) -> int:
+    return len(anchor_indices(document.supervised, np.arange(len(document.supervised))))
 
 
 def longest_answer(supervised: np.ndarray) -> int:
@@ -243,11 +238,11 @@ def _lengths(table: Dataset, name: str) -> np.ndarray:
 
 def _fingerprint(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings) -> str:
     here = Path(__file__).parents[1]
-    matters = {
+    inputs = {
         "records": fingerprint(sources),
         "encoder": encoder.fingerprint(),
         "settings": asdict(settings),
         "code": [(here / f"{name}.py").read_text(encoding="utf-8") for name in CODE],
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
     }
-    return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,8 +1,10 @@
 """State of a conversation during regeneration, and filters for bad answers."""
 
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from data.sources.records import Messages
 
@@ -21,7 +23,7 @@ class Sampling:
     repeat_words: int
     repeat_times: int  # 0 disables the filter
 
-    def fault(self, text: str, complete: bool) -> str:
+    def outcome(self, text: str, complete: bool) -> str:
         """Return the reason to drop an answer, or KEPT."""
         if self.drop_cut_off and not complete:
             return CUT_OFF
@@ -32,11 +34,12 @@ class Sampling:
 
 def repeats(text: str, words: int, times: int) -> bool:
     """Return whether any n-gram of `words` words occurs at least `times` times, a sign of a repetition loop."""
-    found, counts = text.split(), {}
-    for i in range(len(found) - words + 1):
-        run = tuple(found[i : i + words])
-        counts[run] = counts.get(run, 0) + 1
-        if counts[run] >= times:
+    split = text.split()
+    counts: Counter[tuple[str, ...]] = Counter()
+    for i in range(len(split) - words + 1):
+        ngram = tuple(split[i : i + words])
+        counts[ngram] += 1
+        if counts[ngram] >= times:
             return True
     return False
 
@@ -54,8 +57,8 @@ class Conversation:
     def ask(self) -> Messages:
         """Append the next question and return the messages so far."""
         asked = sum(message["role"] != "assistant" for message in self.messages)
-        upto = next(i for i in range(asked, len(self.questions)) if self.questions[i]["role"] == "user")
-        self.messages += self.questions[asked : upto + 1]
+        user = next(i for i in range(asked, len(self.questions)) if self.questions[i]["role"] == "user")
+        self.messages += self.questions[asked : user + 1]
         return self.messages
 
     def answer(self, message: dict[str, str], complete: bool, tokens: int, sampling: Sampling) -> None:
@@ -64,15 +67,27 @@ class Conversation:
             message = {**message, "content": message["content"].rstrip()}
         self.messages.append({"role": "assistant", **message})
         self.tokens += tokens
-        fault = sampling.fault(message["content"], complete)
+        outcome = sampling.outcome(message["content"], complete)
         asked = sum(message["role"] != "assistant" for message in self.messages)
-        if fault != KEPT or asked == len(self.questions):
-            self.outcome = fault
+        if outcome != KEPT or asked == len(self.questions):
+            self.outcome = outcome
 
 
-Finish = Callable[[Conversation], None]
+OnFinish = Callable[[Conversation], None]
 
 
-def seed_of(seed: int, name: str) -> int:
+class Backend(Protocol):
+    """Answers questions: `LocalBackend` or `ServerBackend`."""
+
+    def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
+        """Answer all questions of all conversations.
+
+        Args:
+            on_finish: called with each finished conversation.
+            answered_before: an earlier run with these settings has finished conversations.
+        """
+
+
+def derive_seed(seed: int, name: str) -> int:
     """Derive a 31-bit seed from `seed` and `name` alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big") >> 1

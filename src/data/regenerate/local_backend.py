@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.regenerate.conversation import REFUSED, Conversation, Finish, Sampling, seed_of
+from data.regenerate.conversation import REFUSED, Conversation, OnFinish, Sampling, derive_seed
 
 # Sampling parameters of transformers for which the target's generation config is ignored.
 SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -36,16 +36,16 @@ class LocalBackend:
                 dtype=getattr(torch, target["dtype"]),
                 attn_implementation="sdpa",
             )
-            self.model.to(self.device).eval()
+            self.model.to(self.device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without binding it
         except (OSError, ValueError, RuntimeError, AssertionError) as error:
-            raise UserError(f"model.target: the target did not load. {error}") from error
+            raise UserError(f"model.target: loading the target failed. {error}") from error
         self.tokenizer, self.encoder, self.sampling, self.batch_size = tokenizer, encoder, sampling, batch_size
         positions = self.model.config.max_position_embeddings
         self.limit = positions - sampling.max_new_tokens  # maximum prompt length in tokens
         if self.limit < 1:
             raise UserError(
-                f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a question in the target's "
-                f"{positions} positions. Choose fewer."
+                f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the target has "
+                f"{positions} positions. Reduce it."
             )
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
@@ -62,35 +62,36 @@ class LocalBackend:
             **({} if greedy else sampled),
         }
 
-    def run(self, exchanges: Iterable[Conversation], finish: Finish, *, answered_before: bool = False) -> None:
-        """Answer all questions of all exchanges. `answered_before` is ignored."""
-        exchanges = iter(exchanges)
-        while active := list(islice(exchanges, self.batch_size * WINDOW)):
+    def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
+        """Answer all questions of all conversations. `answered_before` is ignored."""
+        conversations = iter(conversations)
+        while active := list(islice(conversations, self.batch_size * WINDOW)):
             while active:
-                self._round(active, finish)
-                active = [exchange for exchange in active if exchange.outcome is None]
+                self._round(active, on_finish)
+                active = [conversation for conversation in active if conversation.outcome is None]
 
-    def _round(self, active: list[Conversation], finish: Finish) -> None:
-        """Answer one question of each active exchange."""
+    def _round(self, active: list[Conversation], on_finish: OnFinish) -> None:
+        """Answer one question of each active conversation."""
         asked = []
-        for exchange in active:
+        for conversation in active:
             try:
-                prompt = self.encoder.prompt(exchange.ask())
+                prompt = self.encoder.prompt(conversation.ask())
                 if len(prompt) > self.limit:
-                    raise BadRecord(f"{len(prompt)} tokens leave no room for an answer")
-                asked.append((prompt, exchange))
+                    raise BadRecord(f"a prompt of {len(prompt)} tokens leaves no room for an answer")
+                asked.append((prompt, conversation))
             except BadRecord as error:
-                exchange.outcome = f"{REFUSED}: {error}"
-                finish(exchange)
+                conversation.outcome = f"{REFUSED}: {error}"
+                on_finish(conversation)
         asked.sort(key=lambda pair: -len(pair[0]))
         for start in range(0, len(asked), self.batch_size):
             batch = asked[start : start + self.batch_size]
-            for (_, exchange), tokens in zip(batch, self._generate([prompt for prompt, _ in batch]), strict=True):
+            for (_, conversation), tokens in zip(batch, self._generate([prompt for prompt, _ in batch]), strict=True):
                 complete = bool(tokens) and tokens[-1] in self.ends
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                exchange.answer({"content": text}, complete, len(tokens), self.sampling)
-                if exchange.outcome:
-                    finish(exchange)
+                # `str`: annotated as str or list, a list only for a batch.
+                text = str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+                conversation.answer({"content": text}, complete, len(tokens), self.sampling)
+                if conversation.outcome:
+                    on_finish(conversation)
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -99,7 +100,7 @@ class LocalBackend:
         padded = [[self.encoder.pad_id] * (longest - len(p)) + p for p in prompts]
         seen = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         if self.generation["do_sample"]:
-            torch.manual_seed(seed_of(self.sampling.seed, str(prompts)))
+            torch.manual_seed(derive_seed(self.sampling.seed, str(prompts)))
         output = self.model.generate(
             torch.tensor(padded, device=self.device),
             attention_mask=torch.tensor(seen, device=self.device),

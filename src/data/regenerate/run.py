@@ -28,11 +28,11 @@ import data.threads  # before torch  # noqa: F401
 from data.config.compose import check_choices, command_line, plain
 from data.config.unused import Unused, check_unused
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import KEPT, Conversation, Sampling
+from data.regenerate.conversation import KEPT, Backend, Conversation, Sampling
 from data.regenerate.sample_log import SampleLog
 from data.sources.readers import RawRecord, Source, fingerprint, open_sources, read_all
-from data.sources.records import Messages, questions
-from data.sources.rejects import printable, refuse_bad, reject
+from data.sources.records import questions
+from data.sources.rejects import Reject, handle_rejects, printable, reject
 from data.terminal import run_command, say
 
 UNUSED = (
@@ -46,7 +46,7 @@ SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_wo
 
 def main() -> None:
     """Run the command line."""
-    run_command(_command, "stopped; the same command goes on from here")
+    run_command(_command, "stopped; run the same command to resume")
 
 
 def _command() -> None:
@@ -65,12 +65,14 @@ def check_regeneration(config: DictConfig) -> None:
     check_choices(config, {"regenerate.backend": ("local", "server")})
     check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
     if config.regenerate.repeat_times < 2 and config.regenerate.repeat_times != 0:
-        raise UserError(f"regenerate.repeat_times={config.regenerate.repeat_times}: expected 0, or 2 or more.")
+        raise UserError(
+            f"regenerate.repeat_times={config.regenerate.repeat_times}: expected 0 (disabled) or at least 2."
+        )
     server = config.regenerate.server
     if config.regenerate.backend == "server" and not str(server.url).startswith(("http://", "https://")):
         raise UserError(f"regenerate.server.url={server.url!r}: expected http://... or https://...")
     if config.regenerate.backend == "server" and server.model is None:
-        raise UserError("regenerate.server.model=null: name the model as the server calls it.")
+        raise UserError("regenerate.server.model=null: expected the model name that the server uses.")
     if server.key_file is not None and not Path(server.key_file).is_file():
         raise UserError(f"regenerate.server.key_file={server.key_file!r}: no such file.")
 
@@ -88,7 +90,9 @@ def regenerate(config: DictConfig) -> None:
         with FileLock(f"{output}.lock", blocking=False):
             _regenerate(config, output)
     except Timeout:
-        raise UserError(f"{output}: another process is writing it.") from None
+        raise UserError(
+            f"{output}: another process is writing this file. Wait for it, or choose another regenerate.output."
+        ) from None
 
 
 def _regenerate(config: DictConfig, output: Path) -> None:
@@ -97,39 +101,42 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     ids = sample_ids(sources, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
     settings, record = _settings(config, sources), output.with_suffix(".settings.json")
     if not isinstance(config.overwrite, bool):
-        raise UserError(f"overwrite={config.overwrite}: expected true or false; stages are for python -m train.")
+        raise UserError(
+            f"overwrite={config.overwrite}: expected true or false; stage names work only with python -m train."
+        )
     if _finished(record, settings, output, config.overwrite):
-        say(f"finished before: {output}")
+        say(f"already finished: {output}")
         return
-    journal = SampleLog(output.with_suffix(".unfinished.jsonl"))
-    todo = sum(sample_id not in journal for sample_id in ids.values())
-    backend = _backend(config) if todo else None  # before any file is written, since it may raise UserError
+    log = SampleLog(output.with_suffix(".unfinished.jsonl"))
+    remaining = sum(sample_id not in log for sample_id in ids.values())
+    backend = _backend(config) if remaining else None  # before any file is written, since it may raise UserError
     _write_json(record, {"settings": settings, "written_with": _written_with(config)})
-    counts = Counter()
-    with tqdm(total=len(ids), initial=len(ids) - todo, desc="answers", unit="") as bar:
+    counts: Counter[str] = Counter()
+    with tqdm(total=len(ids), initial=len(ids) - remaining, desc="regenerating", unit=" conversations") as bar:
 
-        def finish(exchange: Conversation) -> None:
-            outcome = str(exchange.outcome)
-            journal.add(exchange.id, {"outcome": outcome, "tokens": exchange.tokens, "messages": exchange.messages})
-            counts["tokens"] += exchange.tokens
+        def on_finish(conversation: Conversation) -> None:
+            outcome = str(conversation.outcome)
+            entry = {"outcome": outcome, "tokens": conversation.tokens, "messages": conversation.messages}
+            log.add(conversation.id, entry)
+            counts["tokens"] += conversation.tokens
             counts["dropped"] += outcome != KEPT
             bar.update()
             speed = counts["tokens"] / max(1e-9, bar.format_dict["elapsed"])
             bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
 
         if backend:
-            backend.run(_open_exchanges(sources, ids, journal), finish, answered_before=len(journal) > 0)
-    outcomes = _put_together(journal, list(ids.values()), output)
+            backend.run(_unfinished(sources, ids, log), on_finish, answered_before=len(log) > 0)
+    outcomes = _write_output(log, list(ids.values()), output)
     _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
-    journal.remove()
-    found = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
-    say(f"{len(ids):,} conversations: {found}\n{output}")
+    log.remove()
+    summary = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
+    say(f"{len(ids):,} conversations: {summary}\n{output}")
     if not outcomes.get(KEPT):
-        raise UserError(f"No answer was kept; why is in {output.with_suffix('.dropped.jsonl')}.")
+        raise UserError(f"No answers were kept. The reasons are in {output.with_suffix('.dropped.jsonl')}.")
 
 
 def sample_ids(sources: list[Source], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
-    """Map (source index, place) of each sample to its id: the record's `id` field, otherwise file and line.
+    """Map (source index, position) of each sample to its id: the record's `id` field, otherwise file and line.
 
     Bad records are written to `rejects`: records without a question, and duplicate ids.
 
@@ -137,52 +144,44 @@ def sample_ids(sources: list[Source], bad_records: str, rejects: Path) -> dict[t
         UserError: there are bad records and `bad_records` is "stop", or no record is usable.
     """
     ids: dict[tuple[int, int], str] = {}
-    owners: dict[str, str] = {}
+    first_use: dict[str, str] = {}  # id -> file and line
     labels = Counter(source.reader.label for source in sources)
-    bad = []
-    for number, source, found in _numbered(sources):
-        where, label = source.reader.where(found.place), source.reader.label
+    bad: list[Reject] = []
+    for number, source, raw in _numbered(sources):
+        label = source.reader.label
         label = label if labels[label] == 1 else f"{number}/{label}"
         try:
-            _questions(found)
-            own = found.record.get("id")
-            sample_id = f"{label}:{found.place}" if own is None else str(own)
+            raw.parse(questions)
+            record_id = raw.value.get("id")
+            sample_id = f"{label}:{raw.position}" if record_id is None else str(record_id)
             if printable(sample_id) != sample_id:
-                raise BadRecord("id: half of a surrogate pair, which is no character")
-            if sample_id in owners:
-                raise BadRecord(f"id {sample_id!r} was used before, at {owners[sample_id]}")
+                raise BadRecord("id: contains a lone surrogate, not a valid character")
+            if sample_id in first_use:
+                raise BadRecord(f"duplicate id {sample_id!r}, first used at {first_use[sample_id]}")
         except BadRecord as error:
-            bad.append(reject(source, found, str(error)))
+            bad.append(reject(source, raw.position, str(error), raw.as_text()))
         else:
-            ids[number, found.place] = sample_id
-            owners[sample_id] = where
-    refuse_bad(bad, len(ids) + len(bad), bad_records, rejects)
+            ids[number, raw.position] = sample_id
+            first_use[sample_id] = source.reader.location(raw.position)
+    handle_rejects(bad, len(ids) + len(bad), bad_records, rejects)
     if not ids:
-        raise UserError("data.path holds no question to answer.")
+        raise UserError(f"data.path contains no questions to answer. The rejected records are listed in {rejects}.")
     return ids
 
 
 def _numbered(sources: list[Source]) -> Iterator[tuple[int, Source, RawRecord]]:
-    return ((number, source, found) for number, source in enumerate(sources) for _, found in read_all([source]))
+    return ((number, source, raw) for number, source in enumerate(sources) for _, raw in read_all([source]))
 
 
-def _questions(found: RawRecord) -> Messages:
-    if found.problem:
-        raise BadRecord(found.problem)
-    return questions(found.record)
-
-
-def _open_exchanges(
-    sources: list[Source], ids: dict[tuple[int, int], str], journal: SampleLog
-) -> Iterator[Conversation]:
+def _unfinished(sources: list[Source], ids: dict[tuple[int, int], str], log: SampleLog) -> Iterator[Conversation]:
     """Lazily yield the unfinished samples."""
-    for number, _, found in _numbered(sources):
-        sample_id = ids.get((number, found.place))
-        if sample_id is not None and sample_id not in journal:
-            yield Conversation(sample_id, questions(found.record))
+    for number, _, raw in _numbered(sources):
+        sample_id = ids.get((number, raw.position))
+        if sample_id is not None and sample_id not in log:
+            yield Conversation(sample_id, raw.parse(questions))
 
 
-def _backend(config: DictConfig) -> Any:
+def _backend(config: DictConfig) -> Backend:
     chosen = plain(config, "data", "model", "regenerate")
     sampling = Sampling(seed=config.seed, **{key: chosen["regenerate"][key] for key in SAMPLING})
     template_kwargs = chosen["data"]["template_kwargs"]
@@ -212,11 +211,11 @@ def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
     from data.sources.hub_commit import commit_of
 
     if target["name"] is None:
-        raise UserError("model.target.name is not set, and random weights have nothing to say. Name a target.")
+        raise UserError("model.target.name=null: random weights cannot answer questions. Set it to a path or Hub ID.")
     try:
         commit = None if Path(target["name"]).is_dir() else commit_of(target["name"], target["revision"])
     except (OSError, ValueError) as error:
-        raise UserError(f"model.target.name={target['name']!r}: the target's config did not load. {error}") from error
+        raise UserError(f"model.target.name={target['name']!r}: loading the target's config failed. {error}") from error
     settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
     encoder, _ = load_encoder(target, settings["template_kwargs"])
     settings["encoder"] = hashlib.sha256(json.dumps(encoder.fingerprint(), default=str).encode()).hexdigest()
@@ -243,7 +242,10 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
         if overwrite:
             return False
         if output.exists():
-            raise UserError(f"{output} exists, without a record of its settings. Choose another regenerate.output.")
+            raise UserError(
+                f"{output} exists without a record of its settings ({record.name}). Choose another regenerate.output, "
+                "or set overwrite=true to replace the file."
+            )
         return False
     settings = json.loads(json.dumps(settings))  # JSON round trip, to compare with the stored settings
     before = json.loads(record.read_text(encoding="utf-8"))
@@ -254,19 +256,19 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
     if changed:
         changes = "; ".join(f"{key}: {before['settings'].get(key)} -> {settings.get(key)}" for key in changed)
         raise UserError(
-            f"{output} was begun with other settings: {changes}.\n"
-            "Choose another regenerate.output, or overwrite=true to begin anew."
+            f"{output} was started with different settings: {changes}.\n"
+            "Choose another regenerate.output, or set overwrite=true to start over."
         )
     return output.exists() and not unfinished.exists()
 
 
-def _put_together(journal: SampleLog, ids: list[str], output: Path) -> dict[str, int]:
+def _write_output(log: SampleLog, ids: list[str], output: Path) -> dict[str, int]:
     """Write kept and dropped conversations to their files in question order. Return counts by outcome."""
     outcomes: Counter[str] = Counter()
     files = [output, output.with_suffix(".dropped.jsonl")]
     temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]
     with temporary[0].open("w", encoding="utf-8") as kept, temporary[1].open("w", encoding="utf-8") as dropped:
-        for entry in journal.read(ids):
+        for entry in log.read(ids):
             outcome = entry.pop("outcome")
             del entry["tokens"]
             outcomes[outcome.partition(":")[0]] += 1

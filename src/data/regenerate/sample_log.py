@@ -13,22 +13,22 @@ class SampleLog:
     """A JSONL log of finished samples in completion order, indexed by sample id."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. Truncate an incomplete last line, left by a kill: its sample was not finished."""
+        """Open or create the file. Truncate an incomplete last line, left by a kill: its sample is not finished."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.offsets: dict[str, tuple[int, int]] = {}  # id -> (byte offset, length) of its line
-        whole = 0
+        end = 0
         if path.exists():
             with path.open("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):
                         break
-                    self.offsets[json.loads(line)["id"]] = (whole, len(line))
-                    whole += len(line)
-            os.truncate(path, whole)
+                    self.offsets[json.loads(line)["id"]] = (end, len(line))
+                    end += len(line)
+            os.truncate(path, end)
         # Unbuffered: every finished sample reaches the operating system immediately.
         self._file = path.open("ab", buffering=0)
-        self._end = whole
+        self._end = end
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.offsets
@@ -44,7 +44,7 @@ class SampleLog:
             UserError: the write failed, for example because the disk is full.
         """
         if sample_id in self:
-            raise ValueError(f"sample {sample_id!r} was finished before")
+            raise ValueError(f"sample {sample_id!r} is already in the log")
         line = json.dumps({"id": sample_id, **entry}, ensure_ascii=False).encode() + b"\n"
         try:
             written = self._file.write(line)
@@ -52,7 +52,10 @@ class SampleLog:
             written = 0
         if written != len(line):
             os.truncate(self.path, self._end)
-            raise UserError(f"{self.path}: could not be written, is the disk full? What stands in it is whole.")
+            raise UserError(
+                f"{self.path}: writing failed; is the disk full? All samples written so far are intact. Free space "
+                "and run the same command to resume."
+            )
         self.offsets[sample_id] = (self._end, len(line))
         self._end += len(line)
 

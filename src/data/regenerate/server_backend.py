@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import REFUSED, Conversation, Finish, Sampling, seed_of
+from data.regenerate.conversation import REFUSED, Conversation, OnFinish, Sampling, derive_seed
 from data.sources.records import Messages
 
-FIRST_REFUSALS = 20  # rejections before the first answer after which the request settings are considered invalid
-FAILURES = 6  # failed tries (HTTP 500, broken connection, unusable reply) before a request is dropped
+FIRST_REJECTIONS = 20  # rejections before the first answer after which the request settings are considered invalid
+MAX_FAILURES = 6  # failed attempts (HTTP 500, broken connection, unusable reply) before a request is dropped
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between retries, exponential backoff
 
 
@@ -37,12 +37,12 @@ class ServerBackend:
             **extra,
         }
         self.headers = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
-        self.away_since: float | None = None
+        self.unavailable_since: float | None = None
         self.answered = False
-        self.held: list[Conversation] = []
+        self.rejected: list[Conversation] = []
 
-    def run(self, exchanges: Iterable[Conversation], finish: Finish, *, answered_before: bool) -> None:
-        """Answer all questions of all exchanges, with up to `in_flight` concurrent requests.
+    def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
+        """Answer all questions of all conversations, with up to `in_flight` concurrent requests.
 
         Rejections are held back until the first successful answer, in this run or (`answered_before`) an earlier one:
         before that, a rejection may mean that the settings of all requests are invalid.
@@ -50,39 +50,41 @@ class ServerBackend:
         Raises:
             UserError: the server is unreachable, or rejects every request.
         """
-        self.answered, self.held = answered_before, []
+        self.answered, self.rejected = answered_before, []
         try:
-            asyncio.run(self._all(iter(exchanges), finish))
+            asyncio.run(self._all(iter(conversations), on_finish))
         except* UserError as errors:
             raise errors.exceptions[0] from None
-        if self.held:
-            raise self._at_fault(str(self.held[0].outcome))
+        if self.rejected:
+            raise self._rejection_error(str(self.rejected[0].outcome))
 
-    async def _all(self, exchanges: Iterator[Conversation], finish: Finish) -> None:
+    async def _all(self, conversations: Iterator[Conversation], on_finish: OnFinish) -> None:
         limits = httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
         async with (
             httpx.AsyncClient(timeout=self.timeout, limits=limits, headers=self.headers) as client,
             asyncio.TaskGroup() as workers,
         ):
             for _ in range(self.in_flight):
-                workers.create_task(self._worker(client, exchanges, finish))
+                workers.create_task(self._worker(client, conversations, on_finish))
 
-    async def _worker(self, client: httpx.AsyncClient, exchanges: Iterator[Conversation], finish: Finish) -> None:
-        for exchange in exchanges:  # iterator shared by all workers
-            while exchange.outcome is None:
-                seed = seed_of(self.sampling.seed, f"{exchange.id}/{len(exchange.messages)}")
+    async def _worker(
+        self, client: httpx.AsyncClient, conversations: Iterator[Conversation], on_finish: OnFinish
+    ) -> None:
+        for conversation in conversations:  # iterator shared by all workers
+            while conversation.outcome is None:
+                seed = derive_seed(self.sampling.seed, f"{conversation.id}/{len(conversation.messages)}")
                 try:
-                    exchange.answer(*await self._ask(client, exchange.ask(), seed), self.sampling)
+                    conversation.answer(*await self._ask(client, conversation.ask(), seed), self.sampling)
                 except BadRecord as error:
-                    exchange.outcome = f"{REFUSED}: {error}"
+                    conversation.outcome = f"{REFUSED}: {error}"
             if self.answered:
-                for waiting in (*self.held, exchange):
-                    finish(waiting)
-                self.held = []
+                for finished in (*self.rejected, conversation):
+                    on_finish(finished)
+                self.rejected = []
             else:
-                self.held.append(exchange)
-                if len(self.held) >= FIRST_REFUSALS:
-                    raise self._at_fault(str(exchange.outcome))
+                self.rejected.append(conversation)
+                if len(self.rejected) >= FIRST_REJECTIONS:
+                    raise self._rejection_error(str(conversation.outcome))
 
     async def _ask(self, client: httpx.AsyncClient, messages: Messages, seed: int) -> tuple[dict[str, str], bool, int]:
         """Request an answer and parse it with `_read`. Retry with backoff while the server is unavailable.
@@ -98,7 +100,7 @@ class ServerBackend:
                 response = await client.post(f"{self.url}/chat/completions", json=body)
                 if response.status_code == 200:
                     answer = _read(_json(response))
-                    self.away_since, self.answered = None, True
+                    self.unavailable_since, self.answered = None, True
                     if isinstance(answer, BadRecord):
                         raise answer
                     return answer
@@ -107,18 +109,18 @@ class ServerBackend:
                 failures += response.status_code == 500
             except httpx.ConnectError as error:
                 problem = f"{type(error).__name__}: {error}"
-            except (httpx.TransportError, NoAnswer) as error:  # the server accepted the connection, then failed
+            except (httpx.TransportError, IncompleteReply) as error:  # the server accepted the connection, then failed
                 problem = f"{type(error).__name__}: {error}"
                 failures += 1
             # If a request fails repeatedly while the server is alive, the request itself is the cause.
-            if failures >= FAILURES and await self._alive(client):
-                raise BadRecord(f"no answer in {failures} tries ({problem})")
+            if failures >= MAX_FAILURES and await self._alive(client):
+                raise BadRecord(f"no answer after {failures} attempts ({problem})")
             now = time.monotonic()
-            self.away_since = self.away_since or now
-            if now - self.away_since > self.patience:
+            self.unavailable_since = self.unavailable_since or now
+            if now - self.unavailable_since > self.patience:
                 raise UserError(
-                    f"No answer from {self.url} for {self.patience:g} seconds ({problem}). What was answered is kept: "
-                    "start the server, and the same command goes on. regenerate.server.patience is how long to wait."
+                    f"No answer from {self.url} for {self.patience:g} seconds ({problem}). Finished answers are saved. "
+                    "Restart the server and run the same command to resume, or increase regenerate.server.patience."
                 )
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -131,17 +133,17 @@ class ServerBackend:
 
     def _raise_if_final(self, status: int, problem: str) -> None:
         if status in (401, 403, 404, 405):
-            raise self._at_fault(problem)
+            raise self._rejection_error(problem)
         if status < 500 and status not in (408, 425, 429):
             raise BadRecord(problem)
 
-    def _at_fault(self, problem: str) -> UserError:
+    def _rejection_error(self, problem: str) -> UserError:
         return UserError(
-            f"{self.url} refuses the requests ({problem}). Check regenerate.server.url, .model, .key_file, .extra."
+            f"{self.url} rejects the requests ({problem}). Check regenerate.server.url, .model, .key_file and .extra."
         )
 
 
-class NoAnswer(Exception):
+class IncompleteReply(Exception):
     """Incomplete or malformed reply, for example from a server that was stopped during generation. Retried."""
 
 
@@ -149,25 +151,25 @@ def _read(reply: Any) -> tuple[dict[str, str], bool, int] | BadRecord:
     """Parse a reply into message, completeness and token count, or return the BadRecord if a retry cannot help.
 
     Raises:
-        NoAnswer: the reply is incomplete; the request should be retried.
+        IncompleteReply: the reply is incomplete; the request should be retried.
     """
     try:
         choice = reply["choices"][0]
-        found, ending = choice["message"], choice.get("finish_reason")
-        message = {"content": found.get("content") or ""}
+        answer, ending = choice["message"], choice.get("finish_reason")
+        message = {"content": answer.get("content") or ""}
         # Some servers return the reasoning in a separate field; chat templates expect it under this name.
-        if reasoning := found.get("reasoning_content") or found.get("reasoning"):
+        if reasoning := answer.get("reasoning_content") or answer.get("reasoning"):
             message["reasoning_content"] = reasoning
         tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
         "".join(message.values()).encode("utf-8")
     except UnicodeEncodeError:
-        return BadRecord("the answer holds half of a surrogate pair, which is no character")
+        return BadRecord("the answer contains a lone surrogate, not a valid character")
     except (LookupError, TypeError, AttributeError) as error:
-        raise NoAnswer(f"a reply without an answer ({type(error).__name__}: {error})") from error
+        raise IncompleteReply(f"no answer in the reply ({type(error).__name__}: {error})") from error
     if ending in ("tool_calls", "function_call", "content_filter"):
-        return BadRecord(f"the server ended the answer with {ending!r}")
+        return BadRecord(f"the server ended the answer with finish_reason={ending!r}")
     if ending not in ("stop", "length"):  # e.g. "abort": generation was interrupted
-        raise NoAnswer(f"the answer ended with {ending!r}")
+        raise IncompleteReply(f"finish_reason={ending!r}")
     return message, ending == "stop", tokens
 
 
@@ -175,4 +177,4 @@ def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError as error:
-        raise NoAnswer(f"a torn reply ({error})") from error
+        raise IncompleteReply(f"invalid JSON ({error})") from error

@@ -48,8 +48,7 @@ class Section:
 
 def main() -> None:
     """Run the command line."""
-    stopped = "stopped; nothing is lost, what is tokenised is in the cache"
-    run_command(lambda: write_report(command_line(__doc__)), stopped)
+    run_command(lambda: write_report(command_line(__doc__)), "stopped; completed tokenization remains in the cache")
 
 
 def write_report(config: DictConfig) -> None:
@@ -85,31 +84,31 @@ def write_report(config: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _plot(prepared, data["max_seq_len"], folder)
     example = _example(prepared, tokenizer)
-    title = f"Data of {config.name}: {data['path']}"
+    title = f"Data report of {config.name}: {data['path']}"
     _print(title, sections, example)
     (folder / "report.md").write_text(_markdown(title, sections, example), encoding="utf-8")
-    say(f"\n{folder / 'report.md'}, with plots")
+    say(f"\nreport and plots: {folder / 'report.md'}")
 
 
 def _records(prepared: Prepared, sources: list[Source]) -> Section:
     documents = prepared.documents
-    found = documents.outcomes()
+    outcomes = documents.outcomes()
     meaning = {
-        "kept": "whole",
-        "cut": "behind the last turn that fits a row (data.truncation=turn), or at its end (token)",
-        "too long": "left out: not even the first exchange fits a row, or data.truncation=drop",
-        "no block fits": "left out: no two supervised tokens in a row",
+        "kept": "complete",
+        "truncated": "after the last turn that fits (data.truncation=turn), or at data.max_seq_len (token)",
+        "too long": "dropped: the first exchange exceeds data.max_seq_len, or data.truncation=drop",
+        "no anchor": "dropped: no two consecutive supervised tokens",
         "bad": "rejected",
     }
-    total = sum(found.values())
-    rows = [[name, f"{count:,}", f"{count / total:.1%}", meaning[name]] for name, count in found.items()]
+    total = sum(outcomes.values())
+    rows = [[name, f"{count:,}", f"{count / total:.1%}", meaning[name]] for name, count in outcomes.items()]
     lines = [f"{source.reader.name}: {source.take:,} of {source.reader.count:,} records" for source in sources]
-    same = statistics.duplicates(documents)
+    duplicates = statistics.duplicates(documents)
     return Section(
         f"{total:,} records",
-        ["what became of them", "records", "share", ""],
+        ["outcome", "records", "fraction", ""],
         rows,
-        [*lines, f"{same:,} conversations equal an earlier one, word for word."],
+        [*lines, f"{duplicates:,} conversations are exact duplicates of earlier ones."],
     )
 
 
@@ -117,57 +116,57 @@ def _rejects(prepared: Prepared, folder: Path) -> list[Section]:
     if not prepared.documents.outcomes()[OUTCOMES[BAD]]:
         return []
     rows = [[reason, f"{count:,}", where] for reason, count, where in statistics.reasons(prepared.documents, 10)]
-    return [Section("Rejected", ["why", "records", "first"], rows, [f"All of them: {folder / 'rejects.jsonl'}"])]
+    return [Section("Rejected", ["reason", "records", "first"], rows, [f"Full list: {folder / 'rejects.jsonl'}"])]
 
 
 def _lengths(prepared: Prepared) -> Section:
     documents = prepared.documents
     before, after = documents.column("tokens"), documents.lengths
-    cut, left_out = documents.lost()
-    whole = max(1, int(before.sum()) + left_out)
+    truncated, dropped = documents.lost_tokens()
+    total = max(1, int(before.sum()) + dropped)
     rows = [
         ["conversation", *(f"{x:,}" for x in statistics.percentiles(before))],
-        ["after cutting", *(f"{x:,}" for x in statistics.percentiles(after))],
-        ["longest answer in it", *(f"{x:,}" for x in statistics.percentiles(documents.column("longest")))],
+        ["after truncation", *(f"{x:,}" for x in statistics.percentiles(after))],
+        ["longest answer", *(f"{x:,}" for x in statistics.percentiles(documents.column("longest")))],
     ]
     note = (
-        f"{int(after.sum()):,} tokens to train on; lost: {cut:,} to cutting ({cut / whole:.2%}), "
-        f"{left_out:,} in conversations that were left out ({left_out / whole:.2%})."
+        f"{int(after.sum()):,} tokens kept; lost: {truncated:,} to truncation ({truncated / total:.2%}), "
+        f"{dropped:,} in dropped conversations ({dropped / total:.2%})."
     )
-    return Section("Length in tokens", ["", "least", "10%", "median", "90%", "most"], rows, [note])
+    return Section("Length in tokens", ["", "min", "10%", "median", "90%", "max"], rows, [note])
 
 
 def _supervision(sources: list[Source], encoder: ChatEncoder) -> Section:
-    found = statistics.roles(sources, encoder)
-    total = sum(found.tokens.values())
+    roles = statistics.roles(sources, encoder)
+    total = sum(roles.tokens.values())
     rows = [
-        [role, f"{count:,}", f"{count / total:.1%}", f"{found.supervised[role] / count:.1%}"]
-        for role, count in sorted(found.tokens.items())
+        [role, f"{count:,}", f"{count / total:.1%}", f"{roles.supervised[role] / count:.1%}"]
+        for role, count in sorted(roles.tokens.items())
     ]
     notes = [
-        f"Of {found.conversations:,} conversations, spread over the data. `template` is what the chat template adds: "
-        "headers, and end tokens, of which those of the assistant are supervised."
+        f"Counted in {roles.conversations:,} conversations, spread over the data. `template` tokens are those that the "
+        "chat template adds: headers and end-of-turn tokens. End-of-turn tokens of the assistant are supervised."
     ]
-    share = found.supervised["assistant"] / max(1, found.tokens["assistant"])
-    if share < 0.9:
+    fraction = roles.supervised["assistant"] / max(1, roles.tokens["assistant"])
+    if fraction < 0.9:
         notes.append(
-            f"Only {share:.0%} of the assistant's tokens are supervised: the template renders earlier answers "
-            "differently from the last one (Qwen3 does), so that decoding would never have seen them so."
+            f"Only {fraction:.0%} of the assistant's tokens are supervised: the template renders earlier answers "
+            "differently from the last one (Qwen3's does). Decoding never produces the earlier ones in this form."
         )
-    return Section("Supervised tokens by role", ["role", "tokens", "share", "supervised"], rows, notes)
+    return Section("Supervised tokens by role", ["role", "tokens", "fraction", "supervised"], rows, notes)
 
 
 def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:
     rows = prepared.training
-    anchors = statistics.anchors_per_row(prepared.documents, rows, rows.documents.indices)
-    wanted, epochs = stage["num_anchors"], stage["steps"] * stage["global_batch_size"] / len(rows)
+    anchors = statistics.anchors_per_row(prepared.documents, rows, prepared.training_indices)
+    num_anchors, epochs = stage["num_anchors"], stage["steps"] * stage["global_batch_size"] / len(rows)
     least, tenth, median, ninetieth, most = statistics.percentiles(anchors)
     table = [
         ["training rows", f"{len(rows):,} of {rows.max_seq_len:,} tokens"],
         ["validation rows", f"{len(prepared.validation):,}"],
-        ["full", f"{rows.efficiency():.1%}"],
-        ["anchors per row", f"{median:,} (from {least:,} to {most:,}; 80% between {tenth:,} and {ninetieth:,})"],
-        ["rows with fewer anchors than blocks drawn", f"{(anchors < wanted).mean():.1%} (num_anchors={wanted})"],
+        ["packing efficiency", f"{rows.efficiency():.1%}"],
+        ["anchors per row", f"median {median:,}, {least:,} to {most:,}; 80% between {tenth:,} and {ninetieth:,}"],
+        [f"rows with fewer than num_anchors={num_anchors}", f"{(anchors < num_anchors).mean():.1%}"],
         ["epochs of attention tuning", f"{epochs:.2f} ({stage['steps']:,} steps of {stage['global_batch_size']} rows)"],
     ]
     return Section("Rows", ["", ""], table)
@@ -177,15 +176,15 @@ def _overlap(sources: list[Source], prompts: list[Any], path: Any) -> Section:
     total = sum(source.take for source in sources)
 
     def progress(records: Iterable[Any]) -> Iterable[Any]:
-        return tqdm(records, total=total, desc="overlap with the evaluation", unit=" records", delay=2)
+        return tqdm(records, total=total, desc="checking overlap with the prompts", unit=" records", delay=2)
 
-    same, shared, where = statistics.overlap(sources, prompts, progress)
+    identical, partial, locations = statistics.overlap(sources, prompts, progress)
     rows = [
-        ["the same question", f"{same:,}"],
-        [f"{statistics.OVERLAP_WORDS} words in a row in common", f"{shared:,}"],
+        ["an identical question", f"{identical:,}"],
+        [f"{statistics.OVERLAP_WORDS} consecutive words in common", f"{partial:,}"],
     ]
     title = f"Overlap with the {len(prompts):,} evaluation prompts"
-    return Section(title, ["training records with", ""], rows, [f"data.prompts: {path}", *where])
+    return Section(title, ["training records with", ""], rows, [f"data.prompts: {path}", *locations])
 
 
 def _example(prepared: Prepared, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -210,7 +209,7 @@ def _print(title: str, sections: list[Section], example: list[tuple[str, bool]])
             say(note)
         console.print()
     green = Text("supervised tokens in green", "bold green")
-    console.print(Text.assemble("A conversation as the target reads it; ", green, ":"))
+    console.print(Text.assemble("Example conversation in the target's chat template; ", green, ":"))
     console.print(Text.assemble(*((text, "bold green" if supervised else "dim") for text, supervised in example)))
 
 
@@ -219,7 +218,8 @@ def _markdown(title: str, sections: list[Section], example: list[tuple[str, bool
     for section in sections:
         lines += [f"## {section.title}", "", _table_line(section.header), "|---" * len(section.header) + "|"]
         lines += [*map(_table_line, section.rows), "", *(f"* {note}" for note in section.notes), ""]
-    lines += ["## A conversation", "", "As the target reads it; lines with a plus are supervised.", "", "```diff"]
+    lines += ["## Example conversation", "", "In the target's chat template. Supervised lines start with a plus sign."]
+    lines += ["", "```diff"]
     lines += [("+ " if supervised else "  ") + line for text, supervised in example for line in text.split("\n")]
     return "\n".join([*lines, "```", ""])
 
@@ -233,12 +233,12 @@ def _plot(prepared: Prepared, max_seq_len: int, folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.hist(documents.column("tokens"), bins=60, color="#2878b5", label="conversations")
     axes.axvline(max_seq_len, color="#c8443c", linestyle="--", label=f"row of {max_seq_len:,} tokens")
-    axes.set(xlabel="tokens", ylabel="conversations", title="Length before cutting")
+    axes.set(xlabel="tokens", ylabel="conversations", title="Length before truncation")
     _save(figure, axes, folder / "lengths.png")
     figure, axes = plt.subplots(figsize=(6, 4))
-    anchors = statistics.anchors_per_row(documents, rows, rows.documents.indices)
+    anchors = statistics.anchors_per_row(documents, rows, prepared.training_indices)
     axes.hist(anchors, bins=60, color="#2878b5", label="rows")
-    axes.set(xlabel="places where a block can start", ylabel="rows", title="Anchors per row")
+    axes.set(xlabel="anchors", ylabel="rows", title="Anchors per row")
     _save(figure, axes, folder / "anchors.png")
 
 

@@ -63,7 +63,7 @@ def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
     Roles are assigned by searching for the message texts, independently of the supervision mask. Supervised user tokens
     therefore indicate a bug.
     """
-    found = Roles()
+    counts = Roles()
     for messages in _sampled(sources):
         try:
             rendered = encoder.render(messages)
@@ -73,7 +73,7 @@ def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
         starts = [start for start, _ in encoder.backend.encode(rendered.text, add_special_tokens=False).offsets]
         if len(starts) != len(document.input_ids):
             continue  # prompt and answer were tokenized separately: the offsets do not match
-        found.conversations += 1
+        counts.conversations += 1
         owner, cursor = np.full(len(rendered.text) + 1, "template", dtype=object), 0
         for message in messages:
             text = message["content"].strip()
@@ -82,18 +82,17 @@ def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
                 owner[at : at + len(text)] = message["role"]
                 cursor = at + len(text)
         for role, supervised in zip(owner[starts], document.supervised, strict=True):
-            found.tokens[role] += 1
-            found.supervised[role] += bool(supervised)
-    return found
+            counts.tokens[role] += 1
+            counts.supervised[role] += bool(supervised)
+    return counts
 
 
 def _sampled(sources: list[Source]) -> Iterator[Messages]:
     total = sum(source.take for source in sources)
-    for number, (_, record) in enumerate(read_all(sources)):
-        if (number + 1) * SAMPLED // total > number * SAMPLED // total or total <= SAMPLED:
+    for index, (_, raw) in enumerate(read_all(sources)):
+        if (index + 1) * SAMPLED // total > index * SAMPLED // total or total <= SAMPLED:
             try:
-                if not record.problem:
-                    yield conversation(record.record)
+                yield raw.parse(conversation)
             except BadRecord:
                 continue
 
@@ -107,27 +106,31 @@ def overlap(
         Number of records with an identical question, number of other records that share an OVERLAP_WORDS-gram with a
         prompt, and the locations of the first five of either kind.
     """
-    asked = [_words(message["content"]) for messages in prompts for message in messages if message["role"] == "user"]
-    whole = {tuple(words) for words in asked}
-    runs = {run for words in asked for run in _runs(words)}
-    same, shared, where = 0, 0, []
-    for source, found in progress(read_all(sources)):
+    evaluated = [_words(turn) for messages in prompts for turn in _user_turns(messages)]
+    prompt_texts = {tuple(words) for words in evaluated}
+    prompt_ngrams = {ngram for words in evaluated for ngram in _ngrams(words)}
+    identical, partial = 0, 0
+    locations: list[str] = []
+    for source, raw in progress(read_all(sources)):
         try:
-            turns = [m["content"] for m in questions(found.record) if m["role"] == "user"] if not found.problem else []
+            texts = [_words(turn) for turn in _user_turns(raw.parse(questions))]
         except BadRecord:
             continue
-        texts = [_words(turn) for turn in turns]
-        equal = any(tuple(words) in whole for words in texts)
-        run = not equal and any(run in runs for words in texts for run in _runs(words))
-        same, shared = same + equal, shared + run
-        if (equal or run) and len(where) < 5:
-            where.append(source.reader.where(found.place))
-    return same, shared, where
+        is_identical = any(tuple(words) in prompt_texts for words in texts)
+        is_partial = not is_identical and any(n in prompt_ngrams for words in texts for n in _ngrams(words))
+        identical, partial = identical + is_identical, partial + is_partial
+        if (is_identical or is_partial) and len(locations) < 5:
+            locations.append(source.reader.location(raw.position))
+    return identical, partial, locations
+
+
+def _user_turns(messages: Messages) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
 def _words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def _runs(words: list[str]) -> Iterator[tuple[str, ...]]:
+def _ngrams(words: list[str]) -> Iterator[tuple[str, ...]]:
     return (tuple(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1))

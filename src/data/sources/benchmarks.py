@@ -1,5 +1,6 @@
 """Single- and multi-turn benchmark prompts from files or Hub data sets."""
 
+from collections.abc import Callable
 from typing import Any
 
 from data.errors import BadRecord, UserError
@@ -35,30 +36,31 @@ def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
 
 def _check(name: str, settings: Any) -> None:
     if name == ALL:
-        raise UserError(f"benchmarks.{ALL}: that is what all of them together are called. Choose another name.")
+        raise UserError(f"benchmarks.{ALL}: the name is reserved for all benchmarks combined. Choose another name.")
     if not isinstance(settings, dict) or not isinstance(settings.get("path"), str):
         raise UserError(f"benchmarks.{name}={settings!r}: expected at least a path; see conf/benchmarks/.")
     if unknown := sorted(settings.keys() - set(KEYS)):
-        raise UserError(f"benchmarks.{name}.{unknown[0]}: no such setting. A benchmark has {', '.join(KEYS)}.")
+        raise UserError(f"benchmarks.{name}.{unknown[0]}: no such setting; expected one of {', '.join(KEYS)}.")
     if settings.get("turns") and settings.get("template"):
-        raise UserError(f"benchmarks.{name}: give turns or template, not both.")
+        raise UserError(f"benchmarks.{name}: set turns or template, not both.")
 
 
 def _source(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: settings[key] for key in ("path", "subset", "split") if settings.get(key)}]
 
 
-def _parser(turns: str | None, template: str | None):
+def _parser(turns: str | None, template: str | None) -> Callable[[Any], Messages]:
+    if not turns and not template:
+        return questions
+
     def parse(record: Any) -> Messages:
-        if not turns and not template:
-            return questions(record)
         if not isinstance(record, dict):
             raise BadRecord("expected a JSON object")
         try:
-            given = record[turns] if turns else [template.format_map(_columns(record)).strip()]
+            user_turns = [template.format_map(_columns(record)).strip()] if template else record[turns]
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise BadRecord(f"{error!r} of turns or template; the keys are {', '.join(map(str, record))}") from None
-        return questions({"turns": given})
+            raise BadRecord(f"turns or template: {error!r}; found keys: {', '.join(map(str, record))}") from None
+        return questions({"turns": user_turns})
 
     return parse
 

@@ -1,6 +1,6 @@
-"""Readers for JSONL files, Parquet and Arrow tables, Hub data sets, and mixtures of them.
+"""Readers for JSONL files, Parquet and Arrow tables and Hub data sets; mixtures of sources.
 
-Sources are read in chunks, so that processes can work in parallel and memory use stays constant. A chunk stores its
+Readers work in chunks, so that processes can work in parallel and memory use stays constant. A chunk stores its
 offset and line numbers; its records are read on demand.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from datasets import Dataset, config, load_dataset
 from datasets.exceptions import DatasetsError
@@ -21,14 +21,24 @@ from data.errors import BadRecord, UserError
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 2**23
 MAX_LINE_BYTES = 2**24  # longer lines are rejected: parsing would hold several copies in memory
-FILES = (".jsonl", ".parquet", ".arrow")
+FORMATS = {".jsonl": "JSONL", ".parquet": "Parquet", ".arrow": "Arrow"}
+FILES = ".jsonl, .parquet or .arrow"
 T = TypeVar("T")
 SETTINGS = ("path", "weight", "split", "subset")
 
 
+class SourceSettings(TypedDict):
+    """Settings of one source in `data.path`, with defaults filled in."""
+
+    path: Any
+    weight: float | None
+    split: str
+    subset: str | None
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """A range of consecutive records in a source."""
+    """A range of consecutive records of a reader."""
 
     start: int  # file: byte offset; table: row index
     size: int  # file: bytes; table: rows
@@ -39,16 +49,26 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RawRecord:
-    """A raw record, or the reason why it could not be read."""
+    """A record as stored in a file or table, or the reason why it could not be read."""
 
-    place: int  # line or row number
-    record: Any
-    problem: str | None = None
-    line: str | None = None  # raw text of the line if it is not valid JSON
+    position: int  # line number from 1, or row index from 0
+    value: Any
+    error: str | None = None
+    text: str | None = None  # the line, if it is not valid JSON
 
-    def raw(self) -> str:
+    def parse(self, parser: Callable[[Any], T]) -> T:
+        """Apply a parser, such as `data.sources.records.conversation`.
+
+        Raises:
+            BadRecord: the record could not be read, or the parser rejects it.
+        """
+        if self.error is not None:
+            raise BadRecord(self.error)
+        return parser(self.value)
+
+    def as_text(self) -> str:
         """Return the record as text for the rejects file."""
-        return json.dumps(self.record, ensure_ascii=True, default=str) if self.line is None else self.line
+        return json.dumps(self.value, ensure_ascii=True, default=str) if self.text is None else self.text
 
 
 class Reader(Protocol):
@@ -61,7 +81,7 @@ class Reader(Protocol):
 
     def chunks(self) -> list[Chunk]: ...
     def read(self, chunk: Chunk) -> Iterator[RawRecord]: ...
-    def where(self, place: int) -> str: ...
+    def location(self, position: int) -> str: ...
 
 
 class JsonLines:
@@ -73,11 +93,11 @@ class JsonLines:
         Raises:
             UserError: the file is a JSON array, or compressed.
         """
-        self.name, self.label = str(file), label or file.name
+        self.name, self.label, self.count = str(file), label or file.name, 0
         self._chunks: list[Chunk] = []
         sha256 = hashlib.sha256()
         with file.open("rb") as lines:
-            start = size = records = number = self.count = 0
+            start = size = records = number = 0
             line = 1
             while piece := lines.readline(MAX_LINE_BYTES + 1):
                 if number == 0:
@@ -107,10 +127,10 @@ class JsonLines:
 
     def _check_beginning(self, piece: bytes) -> None:
         if piece.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
-            raise UserError(f"{self.name} is compressed. Unpack it first.")
+            raise UserError(f"{self.name} is compressed. Decompress it first.")
         if piece.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             raise UserError(
-                f"{self.name} begins with a JSON array; expected one object a line. "
+                f"{self.name} starts with a JSON array; expected one JSON object per line. "
                 f"Convert it with: jq -c '.[]' {self.name} > conversations.jsonl"
             )
 
@@ -119,8 +139,7 @@ class JsonLines:
 
     def read(self, chunk: Chunk) -> Iterator[RawRecord]:
         if chunk.records == 1 and chunk.size > MAX_LINE_BYTES:
-            problem = f"{chunk.size:,} bytes; a record may have at most {MAX_LINE_BYTES:,}"
-            yield RawRecord(chunk.line, None, problem, "")
+            yield RawRecord(chunk.line, None, f"{chunk.size:,} bytes; expected at most {MAX_LINE_BYTES:,}", "")
             return
         with open(self.name, "rb") as file:
             file.seek(chunk.start)
@@ -129,18 +148,18 @@ class JsonLines:
             if line.strip():
                 yield _decoded(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
 
-    def where(self, place: int) -> str:
-        return f"{self.name}:{place}"
+    def location(self, position: int) -> str:
+        return f"{self.name}:{position}"
 
 
 def _decoded(number: int, line: bytes) -> RawRecord:
     try:
         return RawRecord(number, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
-        problem = f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}"
+        reason = f"invalid UTF-8: byte 0x{line[error.start]:02x} at offset {error.start}"
     except (ValueError, RecursionError) as error:
-        problem = f"not JSON: {error}"
-    return RawRecord(number, None, problem, line.decode("utf-8", errors="backslashreplace").strip())
+        reason = f"invalid JSON: {error}"
+    return RawRecord(number, None, reason, line.decode("utf-8", errors="backslashreplace").strip())
 
 
 class Table:
@@ -160,34 +179,34 @@ class Table:
             record = {name: values[i] for name, values in columns.items()}
             yield RawRecord(chunk.start + i, record)
 
-    def where(self, place: int) -> str:
-        return f"{self.name}[{place}]"
+    def location(self, position: int) -> str:
+        return f"{self.name}[{position}]"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source and the number of records to take from it, spread evenly over the source."""
+    """A reader and the number of records to take from it, spread evenly over its records."""
 
     reader: Reader
     take: int
 
-    def taken(self, record: int) -> bool:
+    def selects(self, index: int) -> bool:
         """Return whether the record with this index (blank lines not counted) is selected."""
-        return (record + 1) * self.take // self.reader.count > record * self.take // self.reader.count
+        return (index + 1) * self.take // self.reader.count > index * self.take // self.reader.count
 
     def read(self, chunk: Chunk) -> Iterator[RawRecord]:
         """Yield the selected records of a chunk."""
-        for number, found in enumerate(self.reader.read(chunk), start=chunk.first):
-            if self.taken(number):
-                yield found
+        for index, raw in enumerate(self.reader.read(chunk), start=chunk.first):
+            if self.selects(index):
+                yield raw
 
 
 def read_all(sources: list[Source]) -> Iterator[tuple[Source, RawRecord]]:
     """Yield the selected records of all sources, in order."""
     for source in sources:
         for chunk in source.reader.chunks():
-            for found in source.read(chunk):
-                yield source, found
+            for raw in source.read(chunk):
+                yield source, raw
 
 
 def open_sources(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Source]:
@@ -201,29 +220,31 @@ def open_sources(path: Any, *, split: str, max_records: int | None, setting: str
     """
     given = [_settings(item, split, setting) for item in (path if isinstance(path, list) else [path])]
     if not given:
-        raise UserError(f"{setting} is an empty list. Name a file, a folder or a data set on the Hub.")
+        raise UserError(f"{setting} is an empty list. Specify a file, a folder or a Hub data set.")
     weights = [item["weight"] for item in given]
     if len({weight is None for weight in weights}) > 1:
-        raise UserError(f"{setting}: some sources have a weight and some have none. Give all of them one, or none.")
+        raise UserError(f"{setting}: only some sources have a weight. Set a weight for every source or for none.")
     opened = [_open(str(item["path"]), item["split"], item["subset"]) for item in given]
     empty = [item["path"] for item, readers in zip(given, opened, strict=True) if not sum(r.count for r in readers)]
     if empty:
-        raise UserError(f"{setting}={empty[0]} holds no record. Expected one JSON object a line, or rows of a table.")
+        raise UserError(
+            f"{setting}={empty[0]} contains no records. Expected one JSON object per line, or a table with rows."
+        )
     takes = mix([sum(r.count for r in readers) for readers in opened], weights, max_records)
     return [
-        Source(reader, share)
+        Source(reader, count)
         for readers, take in zip(opened, takes, strict=True)
-        for reader, share in zip(readers, mix([r.count for r in readers], [None] * len(readers), take), strict=True)
-        if share
+        for reader, count in zip(readers, mix([r.count for r in readers], [None] * len(readers), take), strict=True)
+        if count
     ]
 
 
 def mix(counts: list[int], weights: list[float | None], max_records: int | None) -> list[int]:
     """Return the number of records to take from each source: proportional to the weights, without repetition."""
-    shares = [count if weight is None else weight for count, weight in zip(counts, weights, strict=True)]
-    total = min(count * sum(shares) / share for count, share in zip(counts, shares, strict=True) if share)
-    total = min(round(total), sum(counts), max_records if max_records is not None else sum(counts))
-    edges = [round(total * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
+    ratios = [count if weight is None else weight for count, weight in zip(counts, weights, strict=True)]
+    most = min(count * sum(ratios) / ratio for count, ratio in zip(counts, ratios, strict=True) if ratio)
+    total = min(round(most), sum(counts), max_records if max_records is not None else sum(counts))
+    edges = [round(total * sum(ratios[:i]) / sum(ratios)) for i in range(len(ratios) + 1)]
     return [min(after - before, count) for before, after, count in zip(edges, edges[1:], counts, strict=False)]
 
 
@@ -232,36 +253,36 @@ def fingerprint(sources: list[Source]) -> list[list[Any]]:
     return [[source.reader.fingerprint, source.take] for source in sources]
 
 
-def _settings(item: Any, split: str, setting: str) -> dict[str, Any]:
+def _settings(item: Any, split: str, setting: str) -> SourceSettings:
     if isinstance(item, str):
         return {"path": item, "weight": None, "split": split, "subset": None}
     if not isinstance(item, dict) or "path" not in item or item.keys() - set(SETTINGS):
-        raise UserError(f"{setting}: {item!r} is no source. Expected a path, or an object with {', '.join(SETTINGS)}.")
+        raise UserError(
+            f"{setting}: invalid source {item!r}; expected a path, or an object with the keys {', '.join(SETTINGS)}."
+        )
     weight = item.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
-        raise UserError(f"{setting}: weight {weight!r} of {item['path']}; expected a number above 0.")
+        raise UserError(f"{setting}: weight={weight!r} of {item['path']}: expected a number above 0.")
     subset = item.get("subset")
-    named = next((key for key in ("split", "subset") if item.get(key)), None)
-    if named and setting == "data.path" and Path(str(item["path"])).exists():
+    unused = next((key for key in ("split", "subset") if item.get(key)), None)
+    if unused and setting == "data.path" and Path(str(item["path"])).exists():
         raise UserError(
-            f"{setting}: {named}={item[named]} of {item['path']} has no effect on local files. Leave it out."
+            f"{setting}: {unused}={item[unused]} of {item['path']} has no effect on local files. Remove it."
         )
     return {"path": item["path"], "weight": weight, "split": item.get("split") or split, "subset": subset}
 
 
 def _open(path: str, split: str, subset: str | None) -> list[Reader]:
-    place = Path(path)
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.suffix in FILES and file.is_file())
+    local = Path(path)
+    if local.is_dir():
+        files = sorted(file for file in local.rglob("*") if file.suffix in FORMATS and file.is_file())
         if not files:
-            raise UserError(f"{path}: no {', '.join(FILES)} file in this folder.")
-        return [_open_file(file, str(file.relative_to(place))) for file in files]
-    if place.is_file():
-        return [_open_file(place, place.name)]
-    if place.suffix in (*FILES, ".json") or place.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise UserError(
-            f"No file at {path}. Give a file ({', '.join(FILES)}), a folder of them, or a Hub id (owner/name)."
-        )
+            raise UserError(f"{path}: the folder contains no {FILES} files.")
+        return [_open_file(file, str(file.relative_to(local))) for file in files]
+    if local.is_file():
+        return [_open_file(local, local.name)]
+    if local.suffix in (*FORMATS, ".json") or local.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise UserError(f"No file at {path}. Specify a file ({FILES}), a folder of files, or a Hub ID (owner/name).")
     return [_open_hub(path, split, subset)]
 
 
@@ -280,7 +301,7 @@ def _open_file(file: Path, label: str) -> Reader:
         else:
             dataset = Dataset.from_dict({})  # `datasets` cannot read an empty shard
     except (OSError, ValueError, DatasetsError) as error:  # pyarrow errors are ValueErrors
-        raise UserError(f"{file}: does not read as a {file.suffix[1:]} table ({error}).") from error
+        raise UserError(f"{file}: invalid {FORMATS[file.suffix]} file ({error}). Replace or remove it.") from error
     return Table(str(file), dataset, sha256, label)
 
 
@@ -289,7 +310,7 @@ def _open_hub(name: str, split: str, subset: str | None) -> Reader:
         dataset = load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
-            f"{name}: no file or folder of that name here, and the Hub did not give split {split!r} of it "
+            f"{name}: no such file or folder, and loading split {split!r} from the Hub failed "
             f"({type(error).__name__}: {error}). Check the name, the network and `hf auth login`."
         ) from error
     label = "/".join(filter(None, (name, subset, split)))
@@ -297,18 +318,16 @@ def _open_hub(name: str, split: str, subset: str | None) -> Reader:
 
 
 def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, limit: int | None, setting: str) -> list[T]:
-    """Read and parse the first `limit` records of a small set, such as evaluation prompts, allowing no bad records.
+    """Read and parse the first `limit` records of a small data set, such as evaluation prompts.
 
     Raises:
         UserError: a record is bad; the message gives its file and line.
     """
-    parsed = []
-    for source, found in islice(read_all(open_sources(path, split=split, max_records=None, setting=setting)), limit):
+    parsed: list[T] = []
+    for source, raw in islice(read_all(open_sources(path, split=split, max_records=None, setting=setting)), limit):
         try:
-            if found.problem:
-                raise BadRecord(found.problem)
-            parsed.append(parse(found.record))
+            parsed.append(raw.parse(parse))
         except BadRecord as error:
-            where = source.reader.where(found.place)
-            raise UserError(f"{setting}: {where}: {error}. Mend or remove the record.") from None
+            location = source.reader.location(raw.position)
+            raise UserError(f"{setting}: {location}: {error}. Fix or remove the record.") from None
     return parsed

@@ -1,5 +1,6 @@
 """Conversation schema: supported record formats, and the error message for each invalid record."""
 
+from itertools import pairwise
 from typing import Any
 
 from data.errors import BadRecord
@@ -9,7 +10,7 @@ Messages = list[dict[str, str]]
 ROLES = {role: role for role in ("system", "user", "assistant")}
 SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
 PAIRS = (("prompt", "response"), ("question", "answer"))
-SHAPES = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
+FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
 
 
 def conversation(record: Any) -> Messages:
@@ -20,7 +21,7 @@ def conversation(record: Any) -> Messages:
     """
     messages = _messages(record)
     if all(message["role"] != "assistant" for message in messages):
-        raise BadRecord("holds no answer; let the target write one (python -m data.regenerate)")
+        raise BadRecord("no assistant turn; generate answers with python -m data.regenerate")
     while messages[-1]["role"] != "assistant":
         messages.pop()  # an unanswered turn has no supervision, and templates render the last answer differently
     return messages
@@ -57,16 +58,16 @@ def _messages(record: Any) -> Messages:
     roles = [message["role"] for message in messages]
     for number, role in enumerate(roles, start=1):
         if role == "system" and number > 1:
-            raise BadRecord(f"turn {number}: a system message after the beginning")
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken:
-        raise BadRecord("nothing but a system message")
-    if spoken[0] == "assistant":
-        raise BadRecord("begins with an answer; expected a user's turn")
-    if "assistant" in spoken:
-        for number, (before, after) in enumerate(zip(roles, roles[1:], strict=False), start=2):
-            if before == after:
-                raise BadRecord(f"turn {number}: a second {after} turn in a row")
+            raise BadRecord(f"turn {number}: system message after the first turn")
+    dialogue = roles[1:] if roles[0] == "system" else roles
+    if not dialogue:
+        raise BadRecord("only a system message; expected a user turn")
+    if dialogue[0] == "assistant":
+        raise BadRecord("starts with an assistant turn; expected a user turn")
+    if "assistant" in dialogue:
+        for number, (previous, current) in enumerate(pairwise(roles), start=2):
+            if previous == current:
+                raise BadRecord(f"turn {number}: second consecutive {current} turn")
     return messages
 
 
@@ -82,13 +83,13 @@ def _parse(record: dict[str, Any]) -> Messages:
     elif "turns" in given:
         turns = record["turns"]
         if not isinstance(turns, list) or not turns:
-            raise BadRecord(f"`turns`: expected a list of the user's turns, found {_kind(turns)}")
+            raise BadRecord(f"`turns`: expected a list of user turns, found {_kind(turns)}")
         messages = [_message("user", turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
-    elif lonely := next((pair for pair in PAIRS if given & set(pair)), None):
-        here = next(key for key in lonely if key in given)
-        raise BadRecord(f"`{here}` without `{next(key for key in lonely if key != here)}`")
+    elif incomplete := next((pair for pair in PAIRS if given & set(pair)), None):
+        present, missing = sorted(incomplete, key=lambda key: key not in given)
+        raise BadRecord(f"`{present}` without `{missing}`")
     else:
-        raise BadRecord(f"expected {SHAPES}; the keys are {', '.join(sorted(map(str, record))) or 'none'}")
+        raise BadRecord(f"expected {FORMATS}; found keys: {', '.join(sorted(map(str, record))) or 'none'}")
     if record.get("system") and messages[0]["role"] != "system":  # ShareGPT files may store it outside the turns
         messages.insert(0, _message("system", record["system"], "system"))
     return messages
@@ -99,16 +100,16 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str, roles: dict[str, 
         raise BadRecord(f"`{key}`: expected a list of turns, found {_kind(turns)}")
     if not turns:
         raise BadRecord(f"`{key}` is empty")
-    messages = []
+    messages: Messages = []
     for number, turn in enumerate(turns, start=1):
         where = f"turn {number}"
         if not isinstance(turn, dict):
             raise BadRecord(f"{where}: expected an object, found {_kind(turn)}")
-        for needed in (role_key, text_key):
-            if turn.get(needed) is None:
-                raise BadRecord(f"{where}: no `{needed}`")
+        for required in (role_key, text_key):
+            if turn.get(required) is None:
+                raise BadRecord(f"{where}: missing `{required}`")
         if turn.get("tool_calls"):
-            raise BadRecord(f"{where}: calls tools, which is not supported")
+            raise BadRecord(f"{where}: tool calls are not supported")
         role = turn[role_key]
         if not isinstance(role, str) or role not in roles:
             raise BadRecord(f"{where}: unknown chat role {role!r:.40}; expected one of {', '.join(roles)}")
@@ -120,13 +121,13 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str, roles: dict[str, 
 
 def _message(role: str, content: Any, where: str) -> dict[str, str]:
     if not isinstance(content, str):
-        raise BadRecord(f"{where}: the text must be a string, found {_kind(content)}")
+        raise BadRecord(f"{where}: expected a string, found {_kind(content)}")
     if not content.strip():
         raise BadRecord(f"{where}: the text is empty")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{where}: half of a surrogate pair, which is no character") from None
+        raise BadRecord(f"{where}: contains a lone surrogate, not a valid character") from None
     return {"role": role, "content": content}
 
 

@@ -162,7 +162,7 @@ def live_decoding(
     if not settings.prompts or not len(validation):
         return []
     longest = positions - settings.max_new_tokens - config.model.draft.block_size
-    prompts = validation.beginnings(settings.prompts, longest)
+    prompts = validation.prompts(settings.prompts, longest)
     if not prompts:
         raise UserError(
             f"stage.{stage}.decode.max_new_tokens={settings.max_new_tokens}: the beginning of no validation "
