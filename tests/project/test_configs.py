@@ -11,7 +11,8 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 import train.__main__  # noqa: F401  registers the `root` resolver
-from data.config.compose import check_finite
+from data.config import compose
+from data.config.compose import GROUPS, check_finite
 from data.errors import UserError
 from train.loop.fit import build_trainer
 
@@ -26,6 +27,37 @@ def test_experiments_compose_and_name_classes_that_exist(experiment):
     for stage in ("attention_tuning", "bonus_calibration"):
         get_class(config.stage[stage].module._target_)
         assert config.stage[stage].module.steps == config.stage[stage].steps
+
+
+def settings(*overrides):
+    return OmegaConf.to_container(composed(*overrides), resolve=True)
+
+
+def test_the_defaults_are_the_recipe_of_the_paper_for_any_target():
+    target = "model.target.name=owner/mine"
+    assert settings("name=mine", target, "logger=wandb") == settings(
+        "+experiment=qwen3_8b", "name=mine", "model=custom", target
+    )
+    assert OmegaConf.is_missing(composed("name=mine").model.target, "name")
+
+
+def test_tiny_sets_only_what_differs_from_the_defaults():
+    tiny = OmegaConf.load(CONF / "experiment" / "tiny.yaml")
+    defaults = composed("name=any", "data=tiny", "model=tiny", "trainer=cpu")
+    paths = {".".join(key for key in keys if isinstance(key, str)) for keys, _ in leaves(OmegaConf.to_container(tiny))}
+    depends_on_the_machine = "trainer.precision"
+    for path in sorted(path for path in paths - {depends_on_the_machine} if not path.startswith("defaults.")):
+        assert OmegaConf.select(tiny, path) != OmegaConf.select(defaults, path), path
+
+
+def test_a_group_is_a_folder_and_base_files_are_no_choice():
+    assert set(GROUPS) == {file.parent.name for file in CONF.glob("*/*.yaml")}
+    bases = list(CONF.glob("*/_*.yaml"))
+    assert bases
+    for base in bases:
+        with pytest.raises(UserError, match=f"^{base.parent.name}=nowhere: expected one of [a-z]") as raised:
+            compose.composed(["+experiment=tiny", f"{base.parent.name}=nowhere"])
+        assert base.stem not in str(raised.value) and "\n" not in str(raised.value)
 
 
 def leaves(tree, path=()):

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,20 +26,9 @@ PACKAGE = Path(data.__file__).resolve().parent
 # A wheel contains conf/ inside this package (setup.py); a checkout has it next to src/.
 CONF = next((place for place in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if place.is_dir()), PACKAGE / "conf")
 EMBEDDED = PACKAGE / "tiny"  # target, conversations and prompts shipped with the project
-GROUPS = (
-    "experiment",
-    "data",
-    "model",
-    "adapter",
-    "stage",
-    "regenerate",
-    "objective",
-    "benchmarks",
-    "export",
-    "trainer",
-    "logger",
-    "callbacks",
-)
+GROUPS = tuple(sorted(folder.name for folder in CONF.glob("*/")))
+# Values for the settings without a default, to compose the defaults alone.
+REQUIRED = ("name=any", "model.target.name=any")
 # Settings that may be null (documented in conf/), with the type of non-null values.
 NULLABLE: dict[str, type] = {
     "model.target.name": str,
@@ -85,6 +74,8 @@ def composed(overrides: list[str]) -> DictConfig:
     """
     try:
         return _compose(overrides)
+    except MissingConfigException as error:
+        raise UserError(_unknown_choice(error)) from error
     except HydraException as error:
         key = getattr(error.__cause__, "full_key", None)
         raise UserError(unknown_key(str(key), _known(overrides)) if key else str(error).strip()) from error
@@ -122,7 +113,10 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
         UserError: a setting is invalid; the message gives its name and, where known, the expected value and the fix.
     """
     if OmegaConf.is_missing(config, "name"):
-        raise UserError("No experiment chosen. Try: +experiment=tiny   (all: conf/experiment/)")
+        raise UserError(
+            "No experiment chosen. Choose one of conf/experiment/, such as +experiment=tiny, or set name=... and "
+            "model.target.name=..."
+        )
     known_config = _known_config(overrides)
     known: Any = OmegaConf.to_container(known_config, resolve=False)
     given: Any = OmegaConf.to_container(config, resolve=False)
@@ -132,7 +126,7 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
         raise UserError(
             f"Settings without a value: {', '.join(missing)}. Give them on the command line or in an experiment."
         )
-    types = (_composed_once(("name=any",)), known_config)  # defaults first: an experiment may itself have a wrong type
+    types = (_composed_once(REQUIRED), known_config)  # defaults first: an experiment may itself have a wrong type
     defaults = dict(_leaves(OmegaConf.to_container(types[0], resolve=False), ""))
     for path, value in sorted(_leaves(given, ""), key=lambda leaf: leaf[0] not in ("name", "run_dir")):
         default = defaults.get(path)
@@ -196,6 +190,20 @@ def check_at_least(config: DictConfig, bounds: dict[str, float]) -> None:
         check_number(key, OmegaConf.select(config, key), Range(least))
 
 
+def preset(group: str, name: str) -> DictConfig:
+    """Return the settings of one file of conf/, such as ("trainer", "zero2"), with those of its base files."""
+    return _composed_once((f"{group}={name}",))[group]
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    """Error message for a file of conf/ that does not exist: its group has these. Base files start with `_`."""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    choices = [choice for choice in error.options or () if not choice.startswith("_")]
+    if not choices:
+        return f"{error.missing_cfg_file}: no such file in conf/."
+    return f"{group}={name}: expected one of {', '.join(choices)} (conf/{group}/)."
+
+
 def _known_config(overrides: list[str]) -> DictConfig:
     """Compose the reference configuration: only the overrides that choose config files are applied."""
     # Only overrides with a value: `~group` would delete required settings. So would `stage=...`, which keeps one stage.
@@ -220,14 +228,14 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 
 def _compare(given: Any, known: Any, root: dict[str, Any], path: str) -> None:
+    if isinstance(known, dict) and not isinstance(given, dict) and (path not in FREE_FORM or "." not in path):
+        raise UserError(f"{path}={given!r}: expected settings, not a value. {path} has: {', '.join(known)}.")
     if path in FREE_FORM:
         return
     if isinstance(known, dict):
-        if not isinstance(given, dict):
-            raise UserError(f"{path}={given!r}: a group of settings, not a value. It holds: {', '.join(known)}.")
-        if gone := [key for key in known if key not in given]:
-            here = f"{path}.{gone[0]}" if path else str(gone[0])
-            raise UserError(f"{here}: every setting is needed; give it a value in place of deleting it.")
+        if missing := [key for key in known if key not in given]:
+            here = f"{path}.{missing[0]}" if path else str(missing[0])
+            raise UserError(f"{here}: every setting is required; change its value instead of deleting it.")
         for key, value in given.items():
             here = f"{path}.{key}" if path else str(key)
             if key not in known:

@@ -7,7 +7,7 @@
 
 Multi-turn conversations are answered turn by turn. To resume a killed run, repeat the command: every sample has an id,
 and finished samples are skipped. Two files are written next to the output: `.settings.json` (settings and counts by
-outcome) and `.dropped.jsonl` (dropped conversations with the reason). Settings: conf/regenerate/default.yaml.
+outcome) and `.dropped.jsonl` (dropped conversations with the reason). Settings: `regenerate` in conf/config.yaml.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from data.config.compose import CONF
+from data.config.compose import preset
 from data.errors import UserError
 from models.artifact import read_object, why_no_object
 from models.cost.activation_memory import Setup
@@ -167,8 +167,7 @@ def _config_file(target: DictConfig) -> Path | None:
 def _preset_name() -> str | None:
     """Return the name of the target that the chosen file of conf/model/ describes."""
     chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
-    file = CONF / "model" / f"{chosen}.yaml"
-    return OmegaConf.load(file).target.get("name") if file.exists() else None
+    return preset("model", chosen).target.get("name") if chosen else None
 
 
 def _completed(architecture: dict[str, Any], name: str | None) -> dict[str, Any]:

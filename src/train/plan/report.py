@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from data.config.compose import CONF
+from data.config.compose import preset
 from data.errors import UserError
 from data.terminal import terminal
 from models.cost.hardware import GIB, GPUS
@@ -161,7 +161,7 @@ def apply(config: DictConfig, change: dict[str, Any]) -> DictConfig:
     OmegaConf.set_struct(changed, False)
     for key, value in change.items():
         if key == "trainer":
-            changed.trainer = OmegaConf.load(CONF / "trainer" / f"{value}.yaml")
+            changed.trainer = preset("trainer", value)
         else:
             OmegaConf.update(changed, key, value)
     return changed
