@@ -1,7 +1,7 @@
-# make quickstart: the whole pipeline on the embedded target.   make test: the test suite.   make test-fast: its fast lane.
-# Both install the locked versions into .venv. PYTHON picks the interpreter (3.11 to 3.13).
-# make test-newest, make test-lowest: the suite against the newest releases and against the lowest bounds of
-# pyproject.toml, each in its own environment.   make lock: resolve requirements/ anew.
+# make quickstart: all stages on the embedded target.   make test: the test suite.   make test-fast: its fast tests.
+# All three install the locked versions into .venv. PYTHON selects the interpreter (3.11 to 3.13).
+# make test-newest, make test-lowest: the test suite with the newest releases and with the lowest versions allowed by
+# pyproject.toml, each in a separate environment.   make lock: update requirements/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 
-# torch comes before deepspeed, whose build imports it. Without build isolation, the build tools are locked, too.
+# torch comes before deepspeed, whose build imports it. Without build isolation, the build tools are locked as well.
 define install
 	$(PYTHON) -c "import sys; sys.exit(f'Python 3.11 to 3.13 is needed, found {sys.version}') if not (3, 11) <= sys.version_info < (3, 14) else None"
 	$(PYTHON) -m venv $(1)
@@ -46,7 +46,7 @@ $(VENV)/.ready: pyproject.toml $(LOCKED)
 test-lowest: .venv-lowest/.ready
 	.venv-lowest/bin/python -m pytest
 
-# Upgraded at every call: what is newest changes without a change here.
+# Upgraded at every call, because the newest versions change over time.
 test-newest:
 	$(call install,.venv-newest,--upgrade --upgrade-strategy eager)
 	.venv-newest/bin/python -m pip list

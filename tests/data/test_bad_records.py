@@ -66,8 +66,14 @@ BAD = {
     "two users in a row": (messages(U, U, A), "turn 2: second consecutive user turn"),
     "assistant first": (messages(A, U, A), "starts with an assistant turn"),
     "no answer": (messages(U), "no assistant turn"),
-    "late system message": (messages(U, {"role": "system", "content": "s"}, A), "turn 2: system message after the first turn"),
-    "nothing but a system message": (messages({"role": "system", "content": "s"}), "only a system message; expected a user turn"),
+    "late system message": (
+        messages(U, {"role": "system", "content": "s"}, A),
+        "turn 2: system message after the first turn",
+    ),
+    "nothing but a system message": (
+        messages({"role": "system", "content": "s"}),
+        "only a system message; expected a user turn",
+    ),
     "special token in a text": (messages(user("<|im_end|>"), A), "special token <|im_end|>"),
     "huge record": (messages(user("x" * 2000), A), "bytes; expected at most"),
 }

@@ -149,7 +149,11 @@ def test_a_server_that_stays_away_ends_the_run_and_loses_nothing(tmp_path):
         # One at a time, so that ten answers come before the faults.
         call = ("regenerate.backend=server", f"regenerate.server.url={stub.url}", "regenerate.server.in_flight=1")
         said = run(tmp_path, *call, "regenerate.server.patience=2", status=1)
-        assert "No answer from" in said and "for 2 seconds (status 503" in said and "run the same command to resume" in said
+        assert (
+            "No answer from" in said
+            and "for 2 seconds (status 503" in said
+            and "run the same command to resume" in said
+        )
         stub.faults.clear()
         run(tmp_path, *call, "regenerate.server.patience=2")
     assert len(read(tmp_path)) == 30 and sum(n for q, n in stub.asked.items() if q in ("q0", "q5", "q9")) == 3
@@ -320,7 +324,11 @@ def test_bad_questions_and_ids_that_come_twice(tmp_path):
     write(tmp_path, [*QUESTIONS, {"id": "one", "question": "again", "answer": "a"}, {"turns": []}])
     with StubServer() as stub:
         said = run(tmp_path, *server(stub), status=1)
-        assert "2 of 6 records" in said and "duplicate id 'one', first used at questions.jsonl:1" in said and not stub.bodies
+        assert (
+            "2 of 6 records" in said
+            and "duplicate id 'one', first used at questions.jsonl:1" in said
+            and not stub.bodies
+        )
         run(tmp_path, *server(stub), "data.bad_records=skip")
     assert [s["id"] for s in read(tmp_path)] == IDS
     assert len((tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").read_text().splitlines()) == 2
@@ -342,7 +350,11 @@ def local(tokenizer, name=TINY / "target", **changes):
 
 def answers(backend, questions):
     found = {}
-    backend.run([Conversation(str(i), list(q)) for i, q in enumerate(questions)], lambda c: found.update({c.id: c}), answered_before=False)
+    backend.run(
+        [Conversation(str(i), list(q)) for i, q in enumerate(questions)],
+        lambda c: found.update({c.id: c}),
+        answered_before=False,
+    )
     return [found[str(i)] for i in range(len(questions))]
 
 

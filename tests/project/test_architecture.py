@@ -1,4 +1,4 @@
-"""The source tree: imports point one way, rooms import one another in no circle, files stay short."""
+"""Source tree: imports point one way, rooms have no import cycles, files stay short."""
 
 from graphlib import CycleError
 from pathlib import Path
@@ -10,14 +10,14 @@ from import_graph import arrows, imports, modules, order, room, with_picture
 
 ALLOWED = {"data": {"data"}, "models": {"models", "data"}, "train": {"train", "models", "data"}}
 HEAVY = {"lightning", "hydra", "omegaconf", "wandb", "deepspeed", "peft"}
-# Exceptions: what reads conf/ needs Hydra, and LoRA imports PEFT when it is used.
+# Exceptions: modules that read conf/ need Hydra, and LoRA imports PEFT on use.
 MAY_IMPORT = {
     "data.config": {"hydra", "omegaconf"},
     "data.regenerate": {"hydra", "omegaconf"},
     "data.report": {"hydra", "omegaconf"},
     "models.lora": {"peft"},
 }
-COMMANDS = {"data.config", "data.regenerate", "data.report"}  # nothing else in `data` imports them
+COMMANDS = {"data.config", "data.regenerate", "data.report"}  # entry points, which no other module in `data` imports
 
 
 def test_imports_point_one_way():
@@ -58,7 +58,7 @@ def test_the_picture_in_the_docs_is_the_code():
 
 def test_folders_say_what_they_hold():
     folders = {file.parent for package in ALLOWED for file in (ROOT / "src" / package).rglob("*.py")}
-    for folder in folders - {ROOT / "src/models/custom_generate"}:  # its one file is shipped, not imported
+    for folder in folders - {ROOT / "src/models/custom_generate"}:  # its only file is copied into exports, not imported
         assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), folder
 
 

@@ -1,4 +1,4 @@
-"""Every experiment and preset composes, is valid, and builds what it names."""
+"""Every experiment and preset composes, is valid, and can be instantiated."""
 
 import copy
 import functools
@@ -61,7 +61,7 @@ def test_a_group_is_a_folder_and_base_files_are_no_choice():
 
 
 def leaves(tree, path=()):
-    """(keys, value) of every setting that is no group and no list."""
+    """Yield (keys, value) of every scalar setting."""
     if not isinstance(tree, dict | list):
         return [(path, tree)]
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)

@@ -1,4 +1,4 @@
-"""examples/: every command composes and every script runs on the embedded target."""
+"""examples/: every command composes, and every script runs on the embedded target."""
 
 import os
 import re
@@ -22,14 +22,14 @@ NO_TRAINING = [f"stage.{s}.steps=2" for s in ("attention_tuning", "bonus_calibra
 
 
 def shell(name: str, *arguments: str, cwd: Path, path: str = "") -> subprocess.CompletedProcess:
-    """A shell script of examples/, with this Python unless `path` has another."""
+    """Run a shell script of examples/ with this Python, unless `path` has another."""
     first = os.pathsep.join([path or str(Path(sys.executable).parent), os.environ["PATH"]])
     call = ["bash", str(EXAMPLES / name), *arguments]
     return subprocess.run(call, cwd=cwd, env=os.environ | {"PATH": first}, capture_output=True, text=True)
 
 
 def calls(name: str, *arguments: str, cwd: Path) -> list[list[str]]:
-    """The arguments of every call of `python` in a shell script, without running them."""
+    """Return the arguments of every `python` call in a shell script, without running them."""
     stand_in = cwd / "bin" / "python"
     stand_in.parent.mkdir()
     stand_in.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >> calls\nprintf "\\n" >> calls\n', encoding="utf-8")
@@ -77,7 +77,7 @@ def test_a_recipe_without_its_arguments_shows_them(name, tmp_path):
 
 @pytest.fixture
 def drafter(tiny_target, tmp_path) -> str:
-    """An exported drafter for the embedded target, as it is before training."""
+    """An exported untrained drafter for the embedded target."""
     draft = DraftModel(tiny_target, num_layers=3, block_size=4, calibrator_rank=8)
     export_draft(draft, tmp_path / "export", torch.float32)
     return str(tmp_path / "export")

@@ -1,4 +1,4 @@
-"""What a wheel carries: the code, conf/, the embedded target and the shipped decoder, found without a checkout."""
+"""Contents of a wheel: code, conf/, embedded target and exported decoder, all found without a checkout."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from data.config.compose import CONF, EMBEDDED
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A wheel of the checkout, unpacked: what site-packages would hold."""
+    """An unpacked wheel of the checkout, as in site-packages."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     leave = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -35,7 +35,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def files_of(place: Path) -> set[str]:
-    """All below a directory, without what setuptools writes there."""
+    """Return all files in a directory, without those of setuptools."""
     files = {file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()}
     return {name for name in files if not name.split("/")[0].endswith((".egg-info", ".dist-info"))}
 
@@ -49,7 +49,7 @@ def test_a_wheel_holds_every_module_and_file_of_data_and_nothing_else(installed)
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """A Python that finds the unpacked wheel and not the checkout."""
+    """Run Python with the unpacked wheel on its path instead of the checkout."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120

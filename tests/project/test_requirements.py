@@ -1,4 +1,4 @@
-"""The locked versions: complete, within the bounds of pyproject.toml, installable on every supported Python."""
+"""Locked versions: complete, within the bounds of pyproject.toml, installable on every supported Python."""
 
 import tomllib
 
@@ -20,7 +20,7 @@ PYTHONS = [f"3.{minor}" for minor in range(20) if f"3.{minor}" in SpecifierSet(P
 
 
 def pinned(name: str, python: str) -> dict[str, Version]:
-    """The versions that requirements/<name>.txt gives on Linux under a version of Python."""
+    """Return the versions in requirements/<name>.txt for Linux and a Python version."""
     environment = default_environment() | {
         "python_version": python,
         "python_full_version": f"{python}.0",

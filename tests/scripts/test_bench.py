@@ -1,4 +1,4 @@
-"""The benchmark of a training step: that its ways to take a step agree, and what it says of them."""
+"""Benchmark of a training step: its implementations of a step agree, and its reports are correct."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def training(objective: str = "ce", dtype: str = "float32", **execution) -> Trai
 
 
 def called(monkeypatch, *options: str) -> None:
-    """The script in this process."""
+    """Run the script in this process."""
     monkeypatch.setattr(sys, "argv", ["bench_train_step.py", *options])
     bench_train_step.main()
 
@@ -119,7 +119,7 @@ def test_fits_and_slopes():
 
 @pytest.mark.slow
 def test_step_phases_and_baselines_without_the_rest_of_the_project(tmp_path):
-    """In a process of its own, without an install."""
+    """Runs in a separate process, without an install."""
     script = ROOT / "scripts" / "bench" / "bench_train_step.py"
     call = ["bench_train_step.py", *SMALL, "--anchors=6", "--naive-anchors=2", "--baseline=naive", f"--out={tmp_path}"]
     code = f"import runpy, sys; sys.argv = {call!r}; runpy.run_path({str(script)!r}, run_name='__main__')"

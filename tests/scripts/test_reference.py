@@ -1,4 +1,4 @@
-"""The DFlash-like reference drafter: the same in training and decoding, blind to what it must not know, lossless."""
+"""DFlash-like reference drafter: parity of training and decoding, no access to future tokens, lossless."""
 
 import random
 from contextlib import nullcontext, suppress
@@ -83,12 +83,12 @@ def test_output_is_the_targets_own():
 
 @pytest.mark.slow
 def test_drafts_that_are_right_are_kept_and_counted(monkeypatch):
-    """No random drafter is ever right: here drafts are the target's own answer, up to a place that is drawn."""
+    """A random drafter is never correct, so the drafts are the target's own answer up to a random position."""
     target, generator, counted = random_target(), random.Random(4), []
     draft, limit = reference(target), 16
     for _ in range(20):
         prompt = [generator.randrange(3, 97) for _ in range(generator.randint(1, 20))]
-        monkeypatch.setattr(target.generation_config, "eos_token_id", -1)  # not to stop: drafts go on behind the end
+        monkeypatch.setattr(target.generation_config, "eos_token_id", -1)  # never stop: drafts continue past the end
         beyond, expected = autoregressive_generate(target, prompt, limit + SIZE), []
         stop = generator.choice([-1, beyond[generator.randrange(limit)]])
         end = beyond.index(stop) if stop in beyond[:limit] else limit - 1
