@@ -1,8 +1,12 @@
 """Acceptance length, τ and its confidence interval, shared by training, decoding and reports."""
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
+
+Count = TypeVar("Count", int, Tensor)
 
 
 def accepted_drafts(drafted: Tensor, predicted: Tensor) -> Tensor:
@@ -25,7 +29,7 @@ def running_product(values: Tensor) -> Tensor:
     return torch.where(before, values[..., None, :], 1.0).prod(-1)
 
 
-def acceptance_length(accepted: int | Tensor) -> int | Tensor:
+def acceptance_length(accepted: Count) -> Count:
     """Acceptance length of a verify step: accepted drafts plus the bonus token."""
     return accepted + 1
 

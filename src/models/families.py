@@ -120,7 +120,7 @@ def _missing_parts(config: PretrainedConfig) -> list[str]:
         return [f"no causal language model in transformers ({text})"]
     inner = getattr(model, "model", None)
     found = [f"no model.{name}" for name in ("layers", "norm", "rotary_emb") if not hasattr(inner, name)]
-    if found:
+    if found or inner is None:
         return found
     attention = [getattr(layer, "self_attn", None) for layer in inner.layers]
     if None in attention:

@@ -6,6 +6,8 @@ silently swallows an unknown name in its `**kwargs`.
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any, cast
 
 import transformers
 from torch import Tensor, nn
@@ -15,9 +17,9 @@ NAMES = ("cache", "past_key_values")  # since 5.24, and earlier
 
 
 @functools.cache
-def forward_arguments(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Return the named parameters of a module's forward, in order, without `*args` and `**kwargs`."""
-    parameters = inspect.signature(kind.forward).parameters.values()
+def forward_arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the named parameters of a module class's forward, in order, without `*args` and `**kwargs`."""
+    parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
 
@@ -27,10 +29,10 @@ def require_arguments(kind: type[nn.Module], names: set[str]) -> None:
     Raises:
         ValueError: the forward lacks one of the names.
     """
-    if missing := sorted(names - set(forward_arguments(kind))):
+    if missing := sorted(names - set(forward_arguments(kind.forward))):
         raise ValueError(
             f"{kind.__name__}.forward in transformers {transformers.__version__} does not accept {', '.join(missing)}, "
-            f"only {', '.join(forward_arguments(kind))}. Install a version allowed by pyproject.toml."
+            f"only {', '.join(forward_arguments(kind.forward))}. Install a version allowed by pyproject.toml."
         )
 
 
@@ -40,7 +42,7 @@ def forward_cached(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, 
     Raises:
         ValueError: the forward takes no cache argument, or the cache did not grow by T tokens.
     """
-    names = [name for name in NAMES if name in forward_arguments(type(model))] or list(NAMES[:1])
+    names = [name for name in NAMES if name in forward_arguments(type(model).forward)] or list(NAMES[:1])
     require_arguments(type(model), set(names))
     length = cache.get_seq_length() + tokens.shape[1]
     output = model(input_ids=tokens, use_cache=True, **{names[0]: cache}, **kwargs)
@@ -56,8 +58,8 @@ def keys_values(cache: DynamicCache, layer: int, length: int | None = None) -> t
         ValueError: the cache does not hold such tensors, or not `length` tokens.
     """
     layers = getattr(cache, "layers", ())
-    pair = [getattr(layers[layer], name, None) for name in ("keys", "values")] if layer < len(layers) else []
-    pair = [tensor for tensor in pair if isinstance(tensor, Tensor) and tensor.ndim == 4]
+    found = [getattr(layers[layer], name, None) for name in ("keys", "values")] if layer < len(layers) else []
+    pair = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.ndim == 4]
     sizes = [tensor.shape[2] for tensor in pair]
     length = cache.get_seq_length() if length is None else length
     if sizes != [length, length]:
@@ -71,5 +73,5 @@ def keys_values(cache: DynamicCache, layer: int, length: int | None = None) -> t
 def crop(cache: DynamicCache, length: int) -> None:
     """Truncate the cache to the first `length` tokens. Not `cache.crop`: its meaning differs between versions."""
     held = cache.get_seq_length()
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cast(list[Any], cache.layers)):  # `keys_values` rejects layers without attention
         layer.keys, layer.values = (tensor[:, :, :length] for tensor in keys_values(cache, number, held))

@@ -11,8 +11,10 @@ from models.artifact import CONFIG, INDEX, WEIGHTS, read_object, why_no_object
 
 CONFIG_FILES = (CONFIG,)
 MODEL_FILES = (CONFIG, "generation_config.json", INDEX, "adapter_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES += ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
 REMEDY = "Copy or download it again."
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def load_target(
             f"name={name!r}, architecture={architecture!r}: expected exactly one, the name of a pretrained model or an "
             "architecture for random weights."
         )
-    if name is None:
+    if architecture is not None:
         if options or torch_dtype == "auto":
             refused = [*options, *(["dtype='auto'"] if torch_dtype == "auto" else [])]
             raise ValueError(
@@ -101,9 +101,10 @@ def _load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
             f"{name}: an exported drafter, not a target. Load its target here, and the drafter with load_draft."
         )
     with reading(name, "target", (*MODEL_FILES, *weight_files(Path(name)))):
-        target, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, attn_implementation=NAME, output_loading_info=True, **settings
         )
+    target, found = loaded  # a pair with `output_loading_info`, which its type omits
     # transformers initializes missing tensors randomly. Quantized models store theirs under other names.
     missing = sorted(found["missing_keys"])
     if missing and getattr(target.config, "quantization_config", None) is None:
@@ -142,9 +143,9 @@ def vocabulary(target: PreTrainedModel) -> int:
     """Vocabulary size: number of input embeddings of the target, including quantized and adapted ones."""
     embeddings = target.get_input_embeddings()
     for module in embeddings.modules():  # an adapter contains the layer it wraps
-        if isinstance(getattr(module, "num_embeddings", None), int):
-            return module.num_embeddings
-    return embeddings.weight.shape[0]
+        if isinstance(size := getattr(module, "num_embeddings", None), int):
+            return size
+    return cast(Tensor, embeddings.weight).shape[0]
 
 
 Context = list[KeysValues]  # K/V of the clean tokens, one pair per draft layer
@@ -192,7 +193,8 @@ def target_pass(
     # Embed inside the call: a local variable would keep the embeddings alive until the function returns.
     embed = target.get_input_embeddings()
     hidden = run_layers(target, layers, 0, embed(batch.input_ids), batch.position_ids, views, execution)
-    return TargetOutput([view.kept for view in views[first_layer:]], target.model.norm(hidden) if with_hidden else None)
+    context = [cast(KeysValues, view.kept) for view in views[first_layer:]]  # set by layers with `keep`
+    return TargetOutput(context, target.model.norm(hidden) if with_hidden else None)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from models.attention.compiled import compiled
-from models.attention.packed import KINDS, LayerStopped, View
+from models.attention.packed import KINDS, LayerStopped
 from models.families import position_embeddings
 from models.hf_cache import require_arguments
 
@@ -31,13 +32,19 @@ class Execution:
 EAGER = Execution()
 
 
+class LayerView(Protocol):
+    """Attention mask of one layer, such as `packed.View`; the layer passes it on to its attention."""
+
+    stop: bool  # the attention raises LayerStopped, since the layer's output is not needed
+
+
 def run_layers(
     target: PreTrainedModel,
-    layers: Sequence[nn.Module],
+    layers: nn.ModuleList | Sequence[nn.Module],
     first_layer: int,
     hidden: Tensor,
     position_ids: Tensor,
-    views: Iterable[View],
+    views: Iterable[LayerView],
     execution: Execution = EAGER,
 ) -> Tensor:
     """Run decoder layers of the target's architecture in sequence, each with its view.
@@ -70,7 +77,7 @@ def run_layers(
     return hidden
 
 
-def _layer(layer: nn.Module, hidden: Tensor, view: View, position_ids: Tensor, rope: tuple) -> Tensor:
+def _layer(layer: nn.Module, hidden: Tensor, view: LayerView, position_ids: Tensor, rope: tuple) -> Tensor:
     return layer(hidden, attention_mask=view, position_ids=position_ids, position_embeddings=rope)
 
 

@@ -120,9 +120,7 @@ def packed_attention(
     """
     view = attention_mask
     if not isinstance(view, View):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, view, dropout=dropout, scaling=scaling, **kwargs)
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"{type(module).__name__} uses {unknown[0]}, which packed attention does not support.")
@@ -145,7 +143,8 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if isinstance(view.mask, BlockMask):
-        attend = flex_attention if kind == "cpu" or torch.compiler.is_compiling() else _compiled_flex_attention()
+        uncompiled = kind == "cpu" or torch.compiler.is_compiling()
+        attend: Any = flex_attention if uncompiled else _compiled_flex_attention()
         output = attend(query, key, value, block_mask=view.mask, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
     if isinstance(view.mask, list):

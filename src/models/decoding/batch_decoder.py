@@ -161,7 +161,7 @@ class BatchDecoder:
 
     def _propose(self, block: Tensor | None) -> None:
         """Compute drafts [R, B-1] and the number to verify [R] from blocks [R, B, H] and the bonus tokens."""
-        if block is None:
+        if block is None or self.draft is None:
             self.drafts, self.verified = self.bonus.new_empty(len(self.bonus), 0), torch.zeros_like(self.bonus)
             return
         with self.timer("calibrate"):

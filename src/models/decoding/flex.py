@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -185,7 +186,7 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     try:
         difference = difference_from_forward(target, prompt)
         draft = DraftModel(target, num_layers=1, block_size=4, calibrator_rank=0)
-        how = {"max_new_tokens": 8, "tokenizer": tokenizer}
+        how: dict[str, Any] = {"max_new_tokens": 8, "tokenizer": tokenizer}
         decoded = {m: generate(target, draft, [prompt], mode=m, **how).tokens[0] for m in MODES[1:]}
     except Exception as error:
         if out_of_memory(error):  # not a fault of the target
@@ -201,7 +202,7 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     ids = torch.tensor([prompt], device=target.device)
     mask = torch.ones_like(ids)
     how |= {"attention_mask": mask, "do_sample": False, "return_dict_in_generate": False}
-    own = target.generate(ids, **how)[0, len(prompt) :].tolist()
+    own = cast(Any, target).generate(ids, **how)[0, len(prompt) :].tolist()
     wrong = [mode for mode, tokens in decoded.items() if tokens != own]
     if wrong and target.dtype in (torch.float32, torch.float64):  # lower precision may produce ties
         raise ValueError(

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def _release_kv(views: list[View]) -> Iterator[KeysValues]:
     """Yield the keys and values of each view in turn and drop the view's reference, so that memory is freed early."""
     for view in views:
         kept, view.kept = view.kept, None
-        yield kept
+        yield cast(KeysValues, kept)  # set by layers with `keep`
 
 
 def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -83,6 +84,12 @@ class ForwardPasses:
         self.joint_layers = _joint_layers(target, draft) if draft else []
         self.windows = layer_windows(target.config)
 
+    @property
+    def _drafter(self) -> DraftModel:
+        """The drafter, in passes that draft."""
+        assert self.draft is not None
+        return self.draft
+
     def verify(self, candidates: Tensor, positions: Tensor, kv_length: int) -> Tensor:
         """Run the target over candidates [R, C] at positions [R, C]. Return its logits [R, C, V]."""
         views = self._candidate_views(positions, kv_length)
@@ -95,9 +102,10 @@ class ForwardPasses:
 
         `bonus` [R, g]: tokens at the anchors, for drafters with a bonus slot; None: unknown.
         """
+        draft = self._drafter
         hidden, positions, views = self._blocks(anchors, kv_length, bonus)
-        hidden = run_layers(self.target, self.draft.layers, self.draft.split_layer, hidden, positions, views)
-        return self.target.model.norm(hidden).view(*anchors.shape, self.draft.block_size, -1)
+        hidden = run_layers(self.target, draft.layers, draft.split_layer, hidden, positions, views)
+        return self.target.model.norm(hidden).view(*anchors.shape, draft.block_size, -1)
 
     def verify_and_draft(self, candidates: Tensor, positions: Tensor, kv_length: int) -> tuple[Tensor, Tensor]:
         """Verify and draft in one pass, with a block for every possible number of accepted drafts.
@@ -107,7 +115,7 @@ class ForwardPasses:
         Returns:
             The target's logits [R, C, V] and the hidden states of the blocks [R, C, B, H].
         """
-        split, count = self.draft.split_layer, candidates.shape[1]
+        split, count = self._drafter.split_layer, candidates.shape[1]
         clean = self._candidate_views(positions, kv_length)
         hidden = self.target.get_input_embeddings()(candidates)
         hidden = run_layers(self.target, self.target.model.layers[:split], 0, hidden, positions, clean[:split])
@@ -118,7 +126,7 @@ class ForwardPasses:
         both = torch.cat([positions, slot_positions], dim=1)
         hidden = run_layers(self.target, self.joint_layers, split, hidden, both, views)
         drafted = self.target.model.norm(hidden[:, count:])
-        blocks = drafted.view(*positions.shape, self.draft.block_size, -1)
+        blocks = drafted.view(*positions.shape, self._drafter.block_size, -1)
         return target_logits(self.target, contiguous_copy(hidden[:, :count])), blocks
 
     def _candidate_views(self, positions: Tensor, kv_length: int) -> list[View]:
@@ -130,18 +138,18 @@ class ForwardPasses:
         self, anchors: Tensor, kv_length: int, bonus: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[View]]:
         """Build the slots of blocks at anchors [R, g]: inputs [R, g*B, H], positions [R, g*B], and views per layer."""
-        size, rows, device = self.draft.block_size, anchors.shape[0], anchors.device
-        positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
+        draft, (rows, count), device = self._drafter, anchors.shape, anchors.device
+        positions = (anchors[..., None] + torch.arange(draft.block_size, device=device)).flatten(1)
         slots = positions.shape[1]
         one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, kv_length)
-        own_layers = slice(self.draft.split_layer, None)
+        own_layers = slice(draft.split_layer, None)
         caches = self.cache.slot_entries(slots, kv_length, own_layers)
 
         def rule(window: int | None) -> Rule:
-            return slots_first(own_block(one_document, anchors, size, window), slots, kv_length)
+            return slots_first(own_block(one_document, anchors, draft.block_size, window), slots, kv_length)
 
         views = _views(rule, self.windows[own_layers], (rows, slots, slots + kv_length), caches)
-        hidden = self.draft.slot_inputs(tuple(anchors.shape), bonus).flatten(1, 2)
+        hidden = draft.slot_inputs((rows, count), bonus).flatten(1, 2)
         return hidden, positions, views
 
 
@@ -197,6 +205,8 @@ def _joint_layers(target: PreTrainedModel, draft: DraftModel) -> list[nn.Module]
     layers = []
     for clean, drafting in zip(target.model.layers[draft.split_layer :], draft.layers, strict=True):
         layer = copy.copy(clean)
-        layer._modules = clean._modules | {"self_attn": _JointAttention(clean.self_attn, drafting.self_attn)}
+        layer._modules = clean._modules | {
+            "self_attn": _JointAttention(clean.self_attn, cast(nn.Module, drafting.self_attn))
+        }
         layers.append(layer)
     return layers

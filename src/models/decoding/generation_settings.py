@@ -6,7 +6,7 @@ by transformers itself, so their semantics are identical.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def active_settings(target: PreTrainedModel) -> dict[str, Any]:
 def _defaults() -> dict[str, Any]:
     """Return the settings known to transformers, each with the value that has no effect."""
     # Since transformers 5 a new config holds None, and `generate` fills in the defaults.
-    filled_in = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    filled_in: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     known = GenerationConfig().to_dict()
     return known | {name: value for name, value in filled_in.items() if name in known} | OFF
 
@@ -176,7 +176,8 @@ class SequenceState:
         self.ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
         self.new_tokens = 0
         self.limit = max_new_tokens  # maximum number of new tokens; lowered once a criterion ends the sequence
-        self._prompt_length, self._processors, self._criteria = len(prompt), processors, criteria
+        self._prompt_length, self._criteria = len(prompt), criteria
+        self._processors = cast(Processor, processors)  # annotated for LongTensor and FloatTensor, which are no types
 
     @property
     def _so_far(self) -> Tensor:
@@ -230,8 +231,9 @@ def sequence_states(
     ends = _stop_strings(target, tokenizer, stop_strings)
     found = []
     for row, prompt in enumerate(prompts):
-        extra = [list(given[row] or []) if given else [] for given in (processors, criteria)]
-        prepared = _prepared(target, prompt, max_new_tokens, stop, extra[0], ends + extra[1])
+        row_processors = list(processors[row] or []) if processors else []
+        row_criteria = ends + (list(criteria[row] or []) if criteria else [])
+        prepared = _prepared(target, prompt, max_new_tokens, stop, row_processors, row_criteria)
         if row == 0 and not processors and not criteria and not any(prepared):
             return None  # all rows have the same settings
         found.append(SequenceState(prompt, max_new_tokens, *prepared, target.device))
@@ -265,7 +267,10 @@ def _stop_strings(
     check_generation_config(target, tokenizer)
     own = target.generation_config.stop_strings or []
     strings = [*([own] if isinstance(own, str) else own), *others]
-    return [StopStringCriteria(tokenizer, strings)] if strings else []
+    if not strings:
+        return []
+    assert tokenizer is not None  # `check_generation_config` and `requests.check_types` require it with stop strings
+    return [StopStringCriteria(tokenizer, strings)]
 
 
 def _prepared(
@@ -301,7 +306,7 @@ def _prepared(
     }
     try:
         # Call the class's method: the instance may override it.
-        type(target).generate(
+        cast(Any, type(target)).generate(  # PreTrainedModel's type lacks GenerationMixin
             target,
             inputs=ids,
             attention_mask=torch.ones_like(ids),

@@ -35,16 +35,15 @@ class KVCache:
             slots: maximum number of slots per row that one pass may write.
         """
         self.slots = slots
-        self._layers = [
-            tuple(self._allocated(packed, row_of, positions, rows, capacity) for packed in pair) for pair in layers
-        ]
 
-    def _allocated(self, packed: Tensor, row_of: Tensor, positions: Tensor, rows: int, capacity: int) -> Tensor:
-        _, heads, _, size = packed.shape
-        # Zeros: uninitialized memory may hold NaN.
-        places = packed.new_zeros(rows, heads, self.slots + capacity, size)
-        places[row_of, :, self.slots + positions] = packed[0].transpose(0, 1)
-        return places
+        def allocated(packed: Tensor) -> Tensor:
+            _, heads, _, size = packed.shape
+            # Zeros: uninitialized memory may hold NaN.
+            entries = packed.new_zeros(rows, heads, slots + capacity, size)
+            entries[row_of, :, slots + positions] = packed[0].transpose(0, 1)
+            return entries
+
+        self._layers: list[KeysValues] = [(allocated(keys), allocated(values)) for keys, values in layers]
 
     @property
     def rows(self) -> int:
@@ -58,7 +57,7 @@ class KVCache:
     @property
     def layers(self) -> list[KeysValues]:
         """Token keys and values per layer, [R, key/value heads, capacity, head size] each; views, not copies."""
-        return [tuple(tensor[:, :, self.slots :] for tensor in pair) for pair in self._layers]
+        return [(keys[:, :, self.slots :], values[:, :, self.slots :]) for keys, values in self._layers]
 
     def token_entries(self, at: Tensor, stop: int, *, drafts: bool) -> list[LayerCache]:
         """Return each layer's cache entries of tokens at positions `at` [R, tokens].
@@ -83,8 +82,10 @@ class KVCache:
         first = self.slots - count
         rows = self._row_numbers(self._layers[0][0].device)
         at = torch.arange(count, device=rows.device)[None]
-        pairs = [tuple(tensor[:, :, first:] for tensor in pair) for pair in self._layers[layers]]
-        return [LayerCache(keys, values, rows, at, count + stop) for keys, values in pairs]
+        return [
+            LayerCache(keys[:, :, first:], values[:, :, first:], rows, at, count + stop)
+            for keys, values in self._layers[layers]
+        ]
 
     def _row_numbers(self, device: torch.device) -> Tensor:
         return torch.arange(self.rows, device=device)[:, None]
@@ -93,6 +94,8 @@ class KVCache:
         """Keep only `rows`, indices [R] in ascending order, and grow the cache to at least `slots` slots per row."""
         more = max(0, slots - self.slots)
         for number, pair in enumerate(self._layers):  # layer by layer, without a second full copy of the cache
-            kept = [tensor[rows] for tensor in pair]
-            self._layers[number] = tuple(pad(tensor, (0, 0, more, 0)) for tensor in kept) if more else tuple(kept)
+            keys, values = (tensor[rows] for tensor in pair)
+            if more:
+                keys, values = (pad(tensor, (0, 0, more, 0)) for tensor in (keys, values))
+            self._layers[number] = keys, values
         self.slots += more

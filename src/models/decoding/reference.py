@@ -65,16 +65,19 @@ def reference_generate(
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
     """
     cache, own = DynamicCache(), _TargetTokens(target, prompt, max_new_tokens, sampling, seed, tokenizer)
-    tokens, steps = [], []
-    bonus, ended = own.next(_target_logits(target, prompt, cache)[-1]) if max_new_tokens else (None, True)
+    tokens: list[int] = []
+    steps: list[Step] = []
+    if not max_new_tokens:
+        return GenerationResult([tokens], [steps])
+    bonus, ended = own.next(_target_logits(target, prompt, cache)[-1])
     while not ended:
         anchor = cache.get_seq_length()
         logits = draft_logits(
             draft, cache, anchor, torch.tensor([bonus]), calibrate=calibrate, bonus_known=bonus_known or not steps
         )
-        drafts, confidence = drafts_and_confidence(logits[1:])
+        best, confidence = drafts_and_confidence(logits[1:])
         room = max_new_tokens - len(tokens) - 1
-        drafts = drafts[: int(selection.count(confidence))][:room].tolist()
+        drafts = best[: int(selection.count(confidence))][:room].tolist()
 
         after = _target_logits(target, [bonus, *drafts], cache)  # [1 + drafts, V]
         tokens.append(bonus)
@@ -88,7 +91,7 @@ def reference_generate(
             bonus, ended = own.next(after[accepted])
         steps.append(Step(len(drafts), accepted))
         crop(cache, anchor + 1 + accepted)  # discard the rejected drafts
-    return GenerationResult([tokens + [bonus] * (bonus is not None)], [steps])
+    return GenerationResult([[*tokens, bonus]], [steps])
 
 
 class _TargetTokens:

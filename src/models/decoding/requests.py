@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +137,12 @@ def _lists(prompts: Any) -> list[list[int]]:
             raise ValueError("input_ids is a single prompt; expected a list of prompts, such as [input_ids].")
         if isinstance(prompt, (str, bytes)) or hasattr(prompt, "keys") or not hasattr(prompt, "__iter__"):
             raise ValueError(f"The prompt of row {row} is a {type(prompt).__name__}; expected a list of token ids.")
-        tokens = [_index(token) for token in prompt]
+        values = list(prompt)
+        tokens = [_index(value) for value in values]
         if None in tokens:
-            wrong = list(prompt)[tokens.index(None)]
+            wrong = values[tokens.index(None)]
             raise ValueError(f"The prompt of row {row} has {wrong!r}; expected integer token ids.")
-        found.append(tokens)
+        found.append(cast(list[int], tokens))  # without None, as checked
     return found
 
 
@@ -228,7 +229,7 @@ def parse_stop_tokens(target: PreTrainedModel, stop: Any) -> set[int]:
     tokens = [_index(token) for token in stop] if iterable else [None]
     if any(token is None or not 0 <= token < known for token in tokens):
         raise ValueError(f"stop={stop!r}: expected a set of token ids from 0 to {known - 1}, such as {{2}}.")
-    return set(tokens)
+    return cast(set[int], set(tokens))  # without None, as checked
 
 
 def parse_seeds(seed: Any, rows: int) -> list[int]:
@@ -248,7 +249,7 @@ def parse_seeds(seed: Any, rows: int) -> list[int]:
         seeds = [None if first is None else first + row for row in range(rows)]
     if any(one is None or one not in SEEDS for one in seeds):
         raise ValueError(f"seed={seed!r}: expected an integer from -2^63 to 2^64 - 1, or a list of one per prompt.")
-    return seeds
+    return cast(list[int], seeds)  # without None, as checked
 
 
 def functions_by_row(name: str, given: Any, rows: int) -> list[list[Callable]] | None:

@@ -58,6 +58,7 @@ class Sampling:
         """
         if self.greedy:
             return logits.argmax(-1)
+        assert uniforms is not None
         cumulative = _cumulative(self.probabilities(logits))
         total = cumulative[..., -1]
         # Clamp below the total, so that rounding cannot select a token of probability 0 at the end.

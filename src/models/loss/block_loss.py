@@ -52,15 +52,15 @@ def block_loss(
     labels = batch.labels if labels is None else labels
     size, first = labels.shape[-1], 0 if slot0_loss else 1
     pieces = cut(batch, labels, first=first, chunk=chunk)
-    flat = [None if tokens is None else tokens.flatten() for tokens in (bonus, previous)]
-    head = _Head(logits_of, objective, compiled, *flat, size)
+    head = _Head(logits_of, objective, compiled, _flat(bonus), _flat(previous), size)
     if objective.needs_target:
+        assert target_hidden is not None
         head.teacher, head.before = target_hidden.flatten(0, 1), slots_before(batch, size)
     if hidden.requires_grad and not head_trainable:
         loss, weight, hits = _LossOfHidden.apply(hidden, pieces, head)
     else:
-        flat = hidden.flatten(0, -2)
-        results = [_loss_of_head(head, flat[piece.slots], piece, len(pieces) > 1) for piece in pieces]
+        states = hidden.flatten(0, -2)
+        results = [_loss_of_head(head, states[piece.slots], piece, len(pieces) > 1) for piece in pieces]
         loss, weight = (torch.stack([result[i] for result in results]).sum() for i in (0, 1))
         hits = torch.cat([result[2] for result in results])
     correct = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
@@ -96,6 +96,10 @@ def slots_before(batch: Batch, block_size: int) -> Tensor:
     return (at + rows[:, None, None]).flatten()
 
 
+def _flat(tokens: Tensor | None) -> Tensor | None:
+    return None if tokens is None else tokens.flatten()
+
+
 @dataclass
 class _Head:
     """Compute logits and loss of a piece from its hidden states."""
@@ -118,16 +122,18 @@ class _Head:
     def loss(self, logits: Tensor, piece: Piece, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Run `piece_loss`; return the gradient in the dtype of the logits. May overwrite `logits`."""
         teacher, wide = None, torch.promote_types(logits.dtype, torch.float32)
-        if self.before is not None:
+        if self.before is not None and self.teacher is not None:
             teacher = self.logits_of(self.teacher[self.before[piece.slots]], None, None)
         with torch.autocast(logits.device.type, enabled=False):
             if self.compiled:
                 return _compiled_piece_loss()(logits.detach(), teacher, piece, self.objective, with_gradient)
             teacher = None if teacher is None else teacher.to(wide)
-            *sums, gradient = piece_loss(logits.detach().to(wide), teacher, piece, self.objective, with_gradient)
+            wide_logits = logits.detach().to(wide)
+            loss, weight, correct, gradient = piece_loss(wide_logits, teacher, piece, self.objective, with_gradient)
+            del wide_logits
         if gradient is not None and gradient.dtype != logits.dtype:
             gradient = logits.detach().copy_(gradient)
-        return *sums, gradient
+        return loss, weight, correct, gradient
 
 
 class _LossOfHidden(torch.autograd.Function):
@@ -161,9 +167,9 @@ def _with_gradient(head: _Head, flat: Tensor, piece: Piece, gradient: Tensor) ->
     with torch.enable_grad():
         part = flat[piece.slots].requires_grad_()
         logits = head.logits(part, piece)
-    *sums, of_logits = head.loss(logits, piece, with_gradient=True)
+    loss, weight, correct, of_logits = head.loss(logits, piece, with_gradient=True)
     gradient[piece.slots] = torch.autograd.grad(logits, part, of_logits)[0]
-    return tuple(sums)
+    return loss, weight, correct
 
 
 def _loss_of_head(head: _Head, part: Tensor, piece: Piece, again: bool) -> Sums:
@@ -184,11 +190,11 @@ class _LossOfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, piece: Piece, head: _Head) -> Sums:
-        *sums, gradient = head.loss(logits, piece, ctx.needs_input_grad[0])
+        loss, weight, correct, gradient = head.loss(logits, piece, ctx.needs_input_grad[0])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(*sums[1:])
-        return tuple(sums)
+        ctx.mark_non_differentiable(weight, correct)
+        return loss, weight, correct
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor, None, None]:
@@ -200,9 +206,10 @@ def _loss_from_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Variant of `piece_loss` for torch.compile: copies the inputs here, so they are not held twice."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    copies = [None if given is None else given.to(wide, copy=True) for given in (logits, teacher)]
-    *sums, gradient = piece_loss(*copies, piece, objective, with_gradient)
-    return *sums, None if gradient is None else gradient.to(logits.dtype)
+    wide_logits = logits.to(wide, copy=True)
+    teacher = None if teacher is None else teacher.to(wide, copy=True)
+    loss, weight, correct, gradient = piece_loss(wide_logits, teacher, piece, objective, with_gradient)
+    return loss, weight, correct, None if gradient is None else gradient.to(logits.dtype)
 
 
 @functools.cache

@@ -119,6 +119,7 @@ def piece_loss(
     at_label = logits.gather(1, labels)
     logits -= top
     if objective.needs_target:
+        assert teacher is not None
         target = _softmax(teacher, objective.temperature)  # p
         # KL = sum p log p - sum p z + log sum exp z; xlogy is 0 at p = 0.
         divergence = torch.special.xlogy(target, target).sum(-1) - (target * logits).sum(-1)
