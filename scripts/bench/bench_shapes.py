@@ -94,7 +94,7 @@ class Shape:
 
     @property
     def drafted(self) -> int:
-        """Number of slots with a loss: all slots except slot 0, since every slot is labelled."""
+        """Number of slots with a loss: all slots except slot 0, since every slot is labeled."""
         return self.rows * self.anchors * (self.block_size - 1)
 
     def misfit(self) -> str | None:

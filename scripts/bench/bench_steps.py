@@ -146,7 +146,7 @@ class Training:
         return total[0] / total[1]
 
     def plain_loss(self, hidden: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the differentiable sum of weighted losses and the sum of weights, for fully labelled blocks.
+        """Return the differentiable sum of weighted losses and the sum of weights, for fully labeled blocks.
 
         Args:
             hidden: [R, A, B, H] hidden states of the drafter.
@@ -174,7 +174,7 @@ class Training:
 
 
 class Clock:
-    """Stopwatch with named intervals. On a GPU, marks are CUDA events, which synchronise only if `wait` is set."""
+    """Stopwatch with named intervals. On a GPU, marks are CUDA events, which synchronize only if `wait` is set."""
 
     def __init__(self, device: torch.device, wait: bool = False) -> None:
         self.cuda, self.wait = device.type == "cuda", wait
@@ -215,7 +215,7 @@ def warm_up(training: Training, batches: list[Batch]) -> float:
 
 
 def by_phase(step: Step, batches: list[Batch], count: int, device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds of each phase in each of `count` steps, synchronising the device between phases."""
+    """Return the seconds of each phase in each of `count` steps, synchronizing the device between phases."""
     found: dict[str, list[float]] = {}
     for number in range(count):
         clock = Clock(device, wait=True)
@@ -270,7 +270,7 @@ def compiled_graphs() -> int:
 
 
 def first_wait(step: Step, batch: Batch) -> str | None:
-    """Return the first source line at which a step synchronises with the GPU; None if it never does."""
+    """Return the first source line at which a step synchronizes with the GPU; None if it never does."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(batch, unmarked)

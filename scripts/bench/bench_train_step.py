@@ -9,11 +9,11 @@
 The floor is the FLOPs of `models.cost.flops.step_flops`, counting the query-key pairs that the masks of these batches
 allow, at the rate of large matrix products. The rate is measured before and after the steps; the higher value is used.
 The step is that of `train` without Lightning: forward pass of the target, forward pass of the mask tokens, chunked
-loss, backward, clipping, AdamW. Weights and tokens are random; all slots are labelled. Steps cycle through several
+loss, backward, clipping, AdamW. Weights and tokens are random; all slots are labeled. Steps cycle through several
 batches, which are moved to the device beforehand. Full steps, phases and memory are measured separately, because phases
-require device synchronisation. Memory is the peak of all allocations of PyTorch's allocator.
+require device synchronization. Memory is the peak of all allocations of PyTorch's allocator.
 
-Baselines: `dense` materialises the masks and the logits of all slots and leaves the rest to autograd; `naive` also
+Baselines: `dense` materializes the masks and the logits of all slots and leaves the rest to autograd; `naive` also
 reruns the target for every anchor, measured on a few anchors and extrapolated to all.
 
 Needs torch and transformers, and matplotlib for the plot. Works without an install, with PYTHONPATH=src.

@@ -6,7 +6,7 @@
 Each measurement is a fresh process that trains a few steps through Lightning. Tensor memory is computed from all
 allocations and releases of PyTorch's CPU allocator reported by the profiler, plus the weights, which are allocated
 earlier. The kernel's peak resident size, less its value before training, is a cross-check: it also includes allocations
-of other libraries and memory that the C library retains. All slots are labelled, as the estimate assumes.
+of other libraries and memory that the C library retains. All slots are labeled, as the estimate assumes.
 """
 
 import json
@@ -88,7 +88,7 @@ class Repeated:
 
 
 def full_batch(sizes: Sizes, rows: int, max_seq_len: int, num_anchors: int):
-    """Build a batch of random tokens in which every slot of every block is labelled."""
+    """Build a batch of random tokens in which every slot of every block is labeled."""
     import torch
 
     from data.batch import Batch

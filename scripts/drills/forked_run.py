@@ -33,7 +33,7 @@ WEIGHTS = ("attention_tuning/draft.safetensors", "bonus_calibration/draft.safete
 
 
 class Wrong(Exception):
-    """Incorrect behaviour after a fault."""
+    """Incorrect behavior after a fault."""
 
 
 @dataclass

@@ -27,8 +27,8 @@ class Batch:
     position_ids: Tensor  # [R, T] int64, restarting at 0 for each document
     document_ids: Tensor  # [R, T] int64, index of the document within the row; PADDING_DOCUMENT for padding
     anchors: Tensor  # [R, A] int64, row index of each block's anchor, ascending; unused blocks at 0
-    labels: Tensor  # [R, A, B] int64, the token at anchor + slot, or IGNORE from the first unlabelled slot on
-    # R*A labelled-slot counts, one per block. Kept on the host because they determine shapes: reading them from the
+    labels: Tensor  # [R, A, B] int64, the token at anchor + slot, or IGNORE from the first unlabeled slot on
+    # R*A labeled-slot counts, one per block. Kept on the host because they determine shapes: reading them from the
     # device would force a synchronization. Computed from the labels if not given.
     lengths: tuple[int, ...] = ()
 
@@ -50,7 +50,7 @@ class Batch:
         return replace(self, **changes)
 
     def labelled_slots(self, first: int) -> tuple[Tensor, list[int]]:
-        """Select the labelled slots of each block, starting at slot `first`.
+        """Select the labeled slots of each block, starting at slot `first`.
 
         Returns:
             [n] flat indices into the R*A*B slots, ascending; and R*A + 1 cumulative counts of selected slots per block.

@@ -205,7 +205,7 @@ def _remove_temporary(run_dir: Path) -> None:
 
 
 def _overrides() -> list[str]:
-    """Return Hydra's command-line overrides; empty if Hydra is not initialised."""
+    """Return Hydra's command-line overrides; empty if Hydra is not initialized."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
@@ -215,6 +215,6 @@ def _hardware(config: DictConfig) -> str:
 
 
 def _barrier() -> None:
-    """Synchronise all ranks if an earlier stage has initialised the process group."""
+    """Synchronize all ranks if an earlier stage has initialized the process group."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -72,7 +72,7 @@ def test_without_a_template_the_users_turns_are_asked(tmp_path):
     [
         ({}, "at least a path"),
         ("gsm8k.jsonl", "at least a path"),
-        ({"path": "x.jsonl", "colour": 1}, "benchmarks.mine.colour: no such setting"),
+        ({"path": "x.jsonl", "color": 1}, "benchmarks.mine.color: no such setting"),
         ({"path": "x.jsonl", "turns": "a", "template": "b"}, "turns or template, not both"),
         ({"template": "{problem}"}, "'problem'.*found keys: question"),
         ({"template": "{question"}, "turns or template"),

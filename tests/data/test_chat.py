@@ -114,7 +114,7 @@ def test_a_conversation_begins_with_the_tokens_of_its_prompt(name, messages):
     encoder = ENCODERS[name][0]
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
     if last != len(messages) - 1 or any(m["content"][0].isspace() for m in messages[:last]):
-        return  # an earlier answer that melts into its prompt is tokenised with it once it is source of a longer one
+        return  # an earlier answer that melts into its prompt is tokenized with it once it is source of a longer one
     prompt, document = encoder.prompt(messages[:last]), encoder.conversation(messages)
     assert document.input_ids[: len(prompt)].tolist() == prompt
     assert not document.supervised[len(prompt) - 1] and document.supervised[len(prompt) :].any()
@@ -143,8 +143,8 @@ MELTING = (
 )
 
 
-def test_an_answer_that_melts_into_its_prompt_is_tokenised_apart():
-    """Decoding has tokenised the prompt before the answer exists: no token may reach from one into the other."""
+def test_an_answer_that_melts_into_its_prompt_is_tokenized_apart():
+    """Decoding has tokenized the prompt before the answer exists: no token may reach from one into the other."""
     tokenizer = load_tokenizer(TARGET)
     tokenizer.chat_template = MELTING
     messages = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "e 4"}] * 2

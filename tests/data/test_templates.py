@@ -32,7 +32,7 @@ def test_what_changes_a_conversation_is_read_and_nothing_else(name):
         assert len(texts) == 2 or variable in read
 
 
-def test_a_misspelt_argument_is_refused_with_the_right_one():
+def test_a_misspelled_argument_is_refused_with_the_right_one():
     assert check(QWEN, {"enable_thinking": False}) == []
     for wrong in ("enable_thinkng", "thinking", "enable-thinking"):
         with pytest.raises(UserError, match=f"data.template_kwargs.{wrong} has no effect.*mean enable_thinking"):

@@ -159,7 +159,7 @@ def test_the_table_shows_both_modes_where_they_differ():
 WRONG = {
     "one name for all": (["seed=1,2"], ["share the run directory checkpoints/tiny", "'name=${seed}'"]),
     "the same job twice": (["seed=1,1"], ["checkpoints/tiny", "the same job"]),
-    "misspelt key": (["stage.evaluate.num_prompt=1,2"], ["num_prompt", "Did you mean stage.evaluate.num_prompts?"]),
+    "misspelled key": (["stage.evaluate.num_prompt=1,2"], ["num_prompt", "Did you mean stage.evaluate.num_prompts?"]),
     "wrong type in one job": (["seed=1,two", "name=s${seed}"], ["seed='two'", "expected int"]),
     "unreadable": (["seed=1,,2"], ["seed=1,,2"]),
 }

@@ -3,15 +3,15 @@
 CALLS = {
     "no experiment": ([], ["+experiment=tiny"]),
     "unknown experiment": (["+experiment=tyni"], ["tyni", "tiny"]),
-    "misspelt key in a group": (
+    "misspelled key in a group": (
         ["stage.lerning_rate=1"],
         ["stage.lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate or"],
     ),
-    "misspelt key": (
+    "misspelled key": (
         ["stage.attention_tuning.module.lerning_rate=1"],
         ["lerning_rate", "Did you mean stage.attention_tuning.module.learning_rate?"],
     ),
-    "misspelt key, forced": (
+    "misspelled key, forced": (
         ["+stage.attention_tuning.stepz=1"],
         ["stepz", "Did you mean stage.attention_tuning.steps?"],
     ),

@@ -44,7 +44,7 @@ def random_target(dtype: str = "float32", seed: int = 0, **changes):
 def random_draft(
     target, *, num_layers: int = 3, block_size: int = 6, rank: int = 8, seed: int = 1, **beyond
 ) -> DraftModel:
-    """A drafter far from its initialisation, so that no test passes because draft and target are alike."""
+    """A drafter far from its initialization, so that no test passes because draft and target are alike."""
     torch.manual_seed(seed)
     draft = DraftModel(target, num_layers=num_layers, block_size=block_size, calibrator_rank=rank, **beyond)
     with torch.no_grad():

@@ -96,7 +96,7 @@ def test_nothing_is_compiled_again_from_step_to_step(fresh_compiler):
         loss_and_gradients(stage, batch)
         graphs.append(fresh_compiler["unique_graphs"])
     # One for the layers of the target, one that keeps its K/V, one for those of the draft, one for the loss; and the
-    # loss once more as soon as it is seen that the number of labelled slots changes.
+    # loss once more as soon as it is seen that the number of labeled slots changes.
     assert len(set(graphs[1:])) == 1 and graphs[-1] <= 5, graphs
 
 

@@ -15,7 +15,7 @@ from models.target import load_target
 
 
 class Rounded(nn.Module):
-    """The shape of a quantised linear layer: integers and scales, no `weight`. Bits as asked for."""
+    """The shape of a quantized linear layer: integers and scales, no `weight`. Bits as asked for."""
 
     def __init__(self, module: nn.Linear, bits: int) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ def test_a_norm_that_differs_is_noticed():
 
 def test_other_weights_are_told_from_relatives():
     assert "other weights" in compare(fingerprint(random_target()), random_target(seed=9)).warning()
-    quantised = replaced(random_target(seed=9), lambda module: Rounded(module, 4))
-    assert "other weights" in compare(fingerprint(random_target()), quantised).warning()
+    quantized = replaced(random_target(seed=9), lambda module: Rounded(module, 4))
+    assert "other weights" in compare(fingerprint(random_target()), quantized).warning()
 
 
 def test_it_is_small_and_cheap_for_many_layers():

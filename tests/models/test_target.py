@@ -150,7 +150,7 @@ def test_a_target_with_fewer_rows_of_embeddings_is_refused_in_the_same_words(tmp
 
 
 @pytest.mark.slow
-def test_training_beside_a_quantised_target_is_refused_before_it_loads(tmp_path):
+def test_training_beside_a_quantized_target_is_refused_before_it_loads(tmp_path):
     shutil.copytree(TINY / "target", tmp_path / "target")
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(step, value,
 
 
 def test_a_fault_names_what_it_is_and_on_which_rank():
-    good = [1.0, 2.0, 9.0, 8.0, 3.0, 4.0]  # losses, weights, blocks, labelled blocks, gradient norms
+    good = [1.0, 2.0, 9.0, 8.0, 3.0, 4.0]  # losses, weights, blocks, labeled blocks, gradient norms
     for sharded in (False, True):
         figures = step_metrics([good, good], ["a", "b"], sharded=sharded)
         assert figures.loss == 0.5 and figures.weight == 4 and not figures.fault

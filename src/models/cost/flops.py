@@ -30,7 +30,7 @@ def step_flops(
         stage: `attention_tuning` or `bonus_calibration`.
         rows: rows per step on this rank.
         teacher: whether the objective uses the target's distribution.
-        supervised: labelled slots over all rows; None: all trainable slots.
+        supervised: labeled slots over all rows; None: all trainable slots.
         clean_pairs, mask_pairs: query-key pairs computed by attention in a layer without a window, over all rows;
             None: the pairs allowed by the masks if each row is a single document with evenly spread anchors.
         twice: parts recomputed to save memory; None: no recomputation, as for the lower bound.

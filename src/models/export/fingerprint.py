@@ -1,8 +1,8 @@
 """Target fingerprint: sampled weights, stored in the artifact, that distinguish the target from related models.
 
-It stores a few values of a few tensors instead of a hash, so that the same model is recognised in another dtype,
-sharded, with padded embeddings or quantised, and so that the distance to a fine-tuned variant can be measured. Values
-are read through the forward of modules, so the internals of quantised or adapted modules do not matter.
+It stores a few values of a few tensors instead of a hash, so that the same model is recognized in another dtype,
+sharded, with padded embeddings or quantized, and so that the distance to a fine-tuned variant can be measured. Values
+are read through the forward of modules, so the internals of quantized or adapted modules do not matter.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LAYERS = 8  # number of sampled layers, evenly spaced
 TOKENS = tuple(range(3, 91, 11))  # rows of embeddings and head, below any padding; taken modulo the vocabulary size
 POINTS = 4  # sampled rows and columns per matrix
 SAME = 0.005  # maximum relative distance of an unchanged tensor; dtype casts stay below 0.004
-QUANTISED = 0.4  # likewise for the median over quantised tensors; 4-bit weights give about 0.1
+QUANTIZED = 0.4  # likewise for the median over quantized tensors; 4-bit weights give about 0.1
 UNRELATED = 0.7  # independent tensors of the same scale have distance 1.4
 # Relative distance -> lost fraction of the gain in tokens per step, measured (docs/guide/families.md).
 LOSS = ((0.1, 0.12), (0.25, 0.3), (0.5, 0.6), (UNRELATED, 0.9))
@@ -72,7 +72,7 @@ def compare(stored: Any, target: PreTrainedModel) -> Comparison:
         distance = _distance(torch.tensor(expected), torch.tensor(_sample(target, name)))
         (fine if _is_plain(module) else coarse)[name] = distance
     changed = [name for name, distance in fine.items() if not distance <= SAME]
-    if coarse and not median(coarse.values()) <= QUANTISED:
+    if coarse and not median(coarse.values()) <= QUANTIZED:
         changed += list(coarse)
     squares = [(fine | coarse)[name] ** 2 for name in changed]
     distance = (sum(squares) / len(squares)) ** 0.5 if squares else 0.0
@@ -140,7 +140,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether all tensors of a module are plain floats, that is, not quantised."""
+    """Return whether all tensors of a module are plain floats, that is, not quantized."""
     tensors = [*module.parameters(), *module.buffers()]
     plain = (Tensor, nn.Parameter)
     return bool(tensors) and all(type(t) in plain and t.is_floating_point() and t.element_size() > 1 for t in tensors)

@@ -69,7 +69,7 @@ def block_loss(
 
 
 def cut(batch: Batch, labels: Tensor, *, first: int, chunk: int) -> list[Piece]:
-    """Split the labelled slots `first` onwards into pieces of at most `chunk` slots, but at least one block.
+    """Split the labeled slots `first` onwards into pieces of at most `chunk` slots, but at least one block.
 
     The number of pieces does not depend on the labels: under ZeRO 3 each call of the head is a collective gather, so
     ranks with different numbers of calls would deadlock or gather the wrong layer's weights.
@@ -216,6 +216,6 @@ def _loss_from_head(
 def _compiled_piece_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Return the compiled loss, which makes a few passes over the logits instead of a dozen.
 
-    Shapes are dynamic, since the number of labelled slots varies.
+    Shapes are dynamic, since the number of labeled slots varies.
     """
     return compile_function(_loss_from_head, dynamic=True)

@@ -91,7 +91,7 @@ def slot_weights(objective: Objective, confidence: Tensor, supervised: Tensor) -
 
 @dataclass(frozen=True)
 class Piece:
-    """Labelled slots of consecutive complete blocks, processed as one chunk."""
+    """Labeled slots of consecutive complete blocks, processed as one chunk."""
 
     slots: Tensor  # [n] indices among all R*A*B slots
     labels: Tensor  # [n]; IGNORE for labels removed later

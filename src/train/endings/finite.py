@@ -46,7 +46,7 @@ def step_metrics(rows: list[list[float]], names: list[str], *, sharded: bool) ->
     """Combine the values of all ranks into the metrics of a step.
 
     Args:
-        rows: one row per rank: loss sum, weight sum, blocks, labelled blocks, and the norm of each parameter's
+        rows: one row per rank: loss sum, weight sum, blocks, labeled blocks, and the norm of each parameter's
             gradient before division by the weight.
         names: parameter names.
         sharded: each rank holds a shard of the gradients (ZeRO) instead of full gradients summed over the ranks.

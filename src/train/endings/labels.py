@@ -13,7 +13,7 @@ from train.endings.agreed import AgreedEnd
 from train.terminal import say
 
 LOOK = 20  # steps after which the fraction is checked; shorter stages are checked at their end
-LOW = 0.25  # fraction of labelled blocks below which a warning is printed
+LOW = 0.25  # fraction of labeled blocks below which a warning is printed
 WAY_OUT = (
     "Let the target write the answers (python -m data.regenerate, with the same experiment) and train on them, with "
     "data.path=<its output> under another name=... (docs/guide/data.md)."
@@ -21,7 +21,7 @@ WAY_OUT = (
 
 
 class LabelledBlocks(Callback):
-    """Count blocks and labelled blocks over all ranks since the stage's first step; warn if few are labelled."""
+    """Count blocks and labeled blocks over all ranks since the stage's first step; warn if few are labeled."""
 
     def __init__(self, *, needed: bool = True) -> None:
         """
@@ -42,7 +42,7 @@ class LabelledBlocks(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the counts and check the fraction of labelled blocks when due.
+        """Update the counts and check the fraction of labeled blocks when due.
 
         Raises:
             AgreedEnd: no block of any step had a label.

@@ -14,7 +14,7 @@ from train.evaluate.plots import finish, plt
 from train.evaluate.throughput import ALONE, SpeedReport
 from train.terminal import say
 
-COLOURS = {
+COLORS = {
     "untuned": "#9aa5b1",
     "attention_tuned": "#2878b5",
     "calibrated_parallel": "#e39a2d",
@@ -22,7 +22,7 @@ COLOURS = {
 }
 TIE = 1e-4  # logit margin below which float32 rounding may swap two tokens
 STEPS = "Milliseconds of a verify step, its arithmetic, and the rate of that"
-DECODER_COLOURS = {ALONE: "#9aa5b1", "sequential": "#2878b5", "parallel": "#c8443c"}
+DECODER_COLORS = {ALONE: "#9aa5b1", "sequential": "#2878b5", "parallel": "#c8443c"}
 
 
 @dataclass
@@ -145,11 +145,11 @@ def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
     for number, (name, variant) in enumerate(together.variants.items()):
         label = f"{name.replace('_', ' ')}, τ = {variant.tau:.2f}"
         slots = range(1, len(variant.acceptance_by_slot) + 1)
-        by_slot.plot(slots, variant.acceptance_by_slot, marker="o", label=label, color=COLOURS.get(name))
+        by_slot.plot(slots, variant.acceptance_by_slot, marker="o", label=label, color=COLORS.get(name))
         counts = histogram(variant.accepted)
         places = [length + (number - (len(together.variants) - 1) / 2) * width for length in counts]
         shares = [count / variant.verify_steps for count in counts.values()]
-        lengths.bar(places, shares, width, label=label, color=COLOURS.get(name))
+        lengths.bar(places, shares, width, label=label, color=COLORS.get(name))
     by_slot.set(xlabel="slot of the block", ylabel="share of verify steps that accepted it", ylim=(0, 1))
     by_slot.set_title(f"Acceptance by slot, {together.prompts} prompts")
     lengths.set(xlabel="acceptance length, bonus included", ylabel="share of verify steps")
@@ -161,11 +161,11 @@ def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
 def plot_speed(speed: SpeedReport, path: Path) -> None:
     """Plot tokens/s over batch size, and the breakdown of step time by phase."""
     figure, (rates, phases) = plt.subplots(1, 2, figsize=(12, 4))
-    for decoder, colour in DECODER_COLOURS.items():
+    for decoder, color in DECODER_COLORS.items():
         points = [s for s in speed.by_rows if s.decoder == decoder]
         rows, middle = [s.rows for s in points], [s.tokens_per_second for s in points]
-        rates.plot(rows, middle, marker="o", label=decoder, color=colour)
-        rates.fill_between(rows, [s.spread[0] for s in points], [s.spread[1] for s in points], color=colour, alpha=0.15)
+        rates.plot(rows, middle, marker="o", label=decoder, color=color)
+        rates.fill_between(rows, [s.spread[0] for s in points], [s.spread[1] for s in points], color=color, alpha=0.15)
     rates.set(xlabel="batch size", ylabel="tokens/s", title=f"Speed, {speed.device}", xscale="log")
     rates.set_xticks([s.rows for s in speed.by_rows], [str(s.rows) for s in speed.by_rows])
     labels = [f"{s.decoder}\n{s.rows}" for s in speed.by_rows]

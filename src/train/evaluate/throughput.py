@@ -56,7 +56,7 @@ class SpeedReport:
 
 
 class Stopwatch:
-    """Accumulates seconds by phase, synchronising the device at the start and end of each."""
+    """Accumulates seconds by phase, synchronizing the device at the start and end of each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
@@ -69,7 +69,7 @@ class Stopwatch:
 
 
 def now(device: torch.device) -> float:
-    """Return the current time in seconds after synchronising the device."""
+    """Return the current time in seconds after synchronizing the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -174,7 +174,7 @@ def _is_ours(path: str) -> bool:
 
 
 def _check_owner(name: str, login: dict[str, Any]) -> None:
-    owners = [login["name"], *(organisation["name"] for organisation in login.get("orgs", []))]
+    owners = [login["name"], *(organization["name"] for organization in login.get("orgs", []))]
     if name.split("/")[0] not in owners:
         raise UserError(
             f"push to {name}: this login may write as {' or '.join(owners)}; name one of them as its owner."
