@@ -1,4 +1,4 @@
-"""Every kind of bad record is named by file and line, lands in the rejects file, and stops the run or is counted."""
+"""Bad records: each kind is reported with file and line, listed in a file, and stops the run or is skipped."""
 
 import json
 
@@ -24,7 +24,7 @@ def user(content):
     return {"role": "user", "content": content}
 
 
-# What stands in the file, and what is said of it.
+# Kind: a record or a raw line, and the expected reason.
 BAD = {
     "broken JSON": (b"{broken", "invalid JSON"),
     "cut-off JSON": (json.dumps(GOOD)[:-9].encode(), "invalid JSON"),
@@ -32,22 +32,22 @@ BAD = {
     "endless nesting": (b"[" * 100_000, "invalid JSON"),
     "invalid UTF-8": (b'{"messages": "\xff"}', "invalid UTF-8: byte 0xff at offset 14"),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "invalid UTF-8: byte 0xff at offset 0"),
-    "half a surrogate pair": (messages(user("\ud83d"), A), "turn 1: contains a lone surrogate"),
-    "a number": (42, "expected a JSON object, found a number"),
-    "a string": ("hello", "expected a JSON object, found a string"),
+    "lone surrogate": (messages(user("\ud83d"), A), "turn 1: contains a lone surrogate"),
+    "number": (42, "expected a JSON object, found a number"),
+    "string": ("hello", "expected a JSON object, found a string"),
     "null": (None, "expected a JSON object, found null"),
-    "a list": ([GOOD], "expected a JSON object, found a list"),
-    "a key that is no character": ({"\ud800": 1}, "found keys: \\ud800"),
-    "no shape": ({"text": "?"}, "found keys: text"),
+    "list": ([GOOD], "expected a JSON object, found a list"),
+    "key with a lone surrogate": ({"\ud800": 1}, "found keys: \\ud800"),
+    "unknown format": ({"text": "?"}, "found keys: text"),
     "empty object": ({}, "found keys: none"),
     "question without answer": ({"question": "q"}, "`question` without `answer`"),
     "response without prompt": ({"response": "r", "prompt": None}, "`response` without `prompt`"),
     "answer of a wrong type": ({"question": "q", "answer": 4}, "answer: expected a string, found a number"),
-    "turns that are no list": ({"turns": "q"}, "`turns`: expected a list of user turns, found a string"),
+    "turns not a list": ({"turns": "q"}, "`turns`: expected a list of user turns, found a string"),
     "turns without answers": ({"turns": ["q"]}, "no assistant turn; generate answers with python -m data.regenerate"),
-    "messages that are no list": ({"messages": "q"}, "`messages`: expected a list of turns, found a string"),
+    "messages not a list": ({"messages": "q"}, "`messages`: expected a list of turns, found a string"),
     "no messages": (messages(), "`messages` is empty"),
-    "a turn that is no object": (messages("q", A), "turn 1: expected an object, found a string"),
+    "turn not an object": (messages("q", A), "turn 1: expected an object, found a string"),
     "unknown role": (messages(U, {**A, "role": "wizard"}), "turn 2: unknown chat role 'wizard'"),
     "role of a wrong type": (messages({**U, "role": ["user"]}, A), "turn 1: unknown chat role ['user']"),
     "ShareGPT role in messages": (messages({**U, "role": "human"}, A), "turn 1: unknown chat role 'human'"),
@@ -58,7 +58,7 @@ BAD = {
     "missing role": (messages({"content": "q"}, A), "turn 1: missing `role`"),
     "missing content": (messages(U, {"role": "assistant"}), "turn 2: missing `content`"),
     "null content": (messages(U, {**A, "content": None}), "turn 2: missing `content`"),
-    "content of sources": (messages(user([{"type": "text"}]), A), "turn 1: expected a string, found a list"),
+    "list of content parts": (messages(user([{"type": "text"}]), A), "turn 1: expected a string, found a list"),
     "empty turn": (messages(U, {**A, "content": ""}), "turn 2: the text is empty"),
     "blank turn": (messages(user(" \n"), A), "turn 1: the text is empty"),
     "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: tool calls are not supported"),
@@ -70,11 +70,11 @@ BAD = {
         messages(U, {"role": "system", "content": "s"}, A),
         "turn 2: system message after the first turn",
     ),
-    "nothing but a system message": (
+    "only a system message": (
         messages({"role": "system", "content": "s"}),
         "only a system message; expected a user turn",
     ),
-    "special token in a text": (messages(user("<|im_end|>"), A), "special token <|im_end|>"),
+    "special token in the text": (messages(user("<|im_end|>"), A), "special token <|im_end|>"),
     "huge record": (messages(user("x" * 2000), A), "bytes; expected at most"),
 }
 assert len(BAD) >= 30
@@ -103,7 +103,7 @@ def prepared(path, tokenizer, policy, rejects):
 
 @pytest.fixture(scope="module")
 def rejects(tmp_path_factory, tiny_tokenizer):
-    """The rejects file of a data set with a good record before and after each bad one, skipped."""
+    """Skip the bad records of a file with a good record before and after each. Return its path and the rejects."""
     folder = tmp_path_factory.mktemp("bad")
     path = write(folder / "data.jsonl", *(record for bad, _ in BAD.values() for record in (GOOD, bad)), GOOD)
     with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +114,7 @@ def rejects(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_record_is_named_and_listed(kind, rejects):
+def test_a_bad_record_is_reported_and_listed(kind, rejects):
     path, listed = rejects
     number = list(BAD).index(kind)
     reject = listed[number]
@@ -124,28 +124,28 @@ def test_a_bad_record_is_named_and_listed(kind, rejects):
     assert expected in reject["reason"]
 
 
-def test_stopping_names_the_first_and_lists_all(tmp_path, tiny_tokenizer):
+def test_stopping_reports_the_first_bad_records_and_lists_all(tmp_path, tiny_tokenizer):
     bad = [record for record, _ in list(BAD.values())[-9:-2]]
     path = write(tmp_path / "data.jsonl", GOOD, *bad, GOOD)
     with pytest.raises(UserError) as error:
         prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
     assert "7 of 9 records in data.path are invalid" in str(error.value)
     assert f"{path}:2: turn 2: tool calls" in str(error.value) and f"{path}:6" in str(error.value)
-    assert f"{path}:7" not in str(error.value)  # five are enough in a message
+    assert f"{path}:7" not in str(error.value)  # the message shows five
     assert "data.bad_records=skip" in str(error.value)
     assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 7
     write(tmp_path / "data.jsonl", GOOD)
     prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
-    assert not (tmp_path / "rejects.jsonl").exists()  # it spoke of records that are gone
+    assert not (tmp_path / "rejects.jsonl").exists()  # stale
 
 
-def test_deep_nesting_is_no_crash(tmp_path, tiny_tokenizer):
+def test_deep_nesting_does_not_crash(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "data.jsonl", GOOD, b'{"messages": ' + b"[" * 100_000)
     with pytest.raises(UserError, match=r"data\.jsonl:2: invalid JSON"):
         prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
 
 
-def test_rows_of_a_table_are_named_too(tmp_path, tiny_tokenizer):
+def test_bad_rows_of_a_table_are_reported_by_index(tmp_path, tiny_tokenizer):
     rows = [GOOD | {"question": None}, {"messages": None, "question": "q"}, GOOD | {"question": None}]
     Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
     with pytest.raises(UserError, match=r"data\.parquet\[1\]: `question` without `answer`"):
@@ -154,7 +154,7 @@ def test_rows_of_a_table_are_named_too(tmp_path, tiny_tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_from_the_command_line(policy, tmp_path):
+def test_the_policy_applies_on_the_command_line(policy, tmp_path):
     path = write(tmp_path / "data.jsonl", GOOD, BAD["empty turn"][0], *[GOOD] * 20)
     call = ["+experiment=tiny", f"data.path={path}", f"data.bad_records={policy}", "data.validation_records=2"]
     steps = [

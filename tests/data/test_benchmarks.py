@@ -1,4 +1,4 @@
-"""Benchmarks: which questions come out of files of all the shapes that the presets name."""
+"""Benchmarks: prompts from records of every data set in the presets."""
 
 import json
 
@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from data.errors import UserError
 from data.sources.benchmarks import benchmark_fingerprint, read_benchmark
 
-# A record of each data set, with its columns as the Hub describes them.
+# One record per data set, with the columns that its Hub page documents.
 RECORDS = {
     "gsm8k": {"question": "2 + 2?", "answer": "#### 4"},
     "math500": {
@@ -59,16 +59,16 @@ def test_each_preset_reads_records_of_its_data_set(name, tmp_path):
     assert name != "alpaca" or text == "Translate."
 
 
-def test_without_a_template_the_users_turns_are_asked(tmp_path):
+def test_without_a_template_the_user_turns_are_the_prompts(tmp_path):
     turns = {"turns": ["One?", "Two?"]}
-    talk = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "user")]}
-    both = read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, limit=None)
+    chat = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "user")]}
+    both = read_benchmark("mine", {"path": written(tmp_path, turns, chat)}, limit=None)
     assert [[message["role"] for message in one] for one in both] == [["user", "user"], ["system", "user", "user"]]
-    assert len(read_benchmark("mine", {"path": written(tmp_path, turns, talk)}, limit=1)) == 1
+    assert len(read_benchmark("mine", {"path": written(tmp_path, turns, chat)}, limit=1)) == 1
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, message",
     [
         ({}, "at least a path"),
         ("gsm8k.jsonl", "at least a path"),
@@ -79,14 +79,14 @@ def test_without_a_template_the_users_turns_are_asked(tmp_path):
         ({"turns": "question"}, "expected a list of user turns"),
     ],
 )
-def test_what_cannot_be_read_is_named(settings, words, tmp_path):
+def test_unusable_settings_and_records_are_reported(settings, message, tmp_path):
     if isinstance(settings, dict) and ("template" in settings or "turns" in settings):
         settings = {"path": written(tmp_path, {"question": "2 + 2?"})} | settings
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_benchmark("mine", settings, limit=None)
 
 
-def test_the_fingerprint_is_of_content_and_reading_not_of_place(tmp_path):
+def test_the_fingerprint_depends_on_content_and_parsing_but_not_on_the_path(tmp_path):
     file = written(tmp_path, RECORDS["gsm8k"])
     (tmp_path / "copy.jsonl").write_bytes((tmp_path / "records.jsonl").read_bytes())
     here = benchmark_fingerprint("a", {"path": file, "template": "{question}"})

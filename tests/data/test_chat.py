@@ -1,4 +1,4 @@
-"""Supervision: under every template, the supervised tokens are what the assistant would write, and nothing else."""
+"""Supervision: under every template, exactly the tokens that the assistant generates are supervised."""
 
 import copy
 
@@ -25,7 +25,7 @@ def conversations(draw):
     return messages[:-1] if len(messages) > 3 and draw(st.booleans()) else messages
 
 
-# References: a conversation as pieces of text, each with whether the assistant writes it.
+# Reference renderings: yield pieces of text, each with whether it is supervised.
 
 
 def tiny(messages):
@@ -38,9 +38,9 @@ def qwen3(messages, thinking):
     for i, m in enumerate(messages):
         yield f"<|im_start|>{m['role']}\n", False
         if m["role"] == "assistant" and i == len(messages) - 1:
-            yield "<think>\n\n</think>\n\n", thinking  # without thinking, it is source of the prompt
+            yield "<think>\n\n</think>\n\n", thinking  # without thinking, part of the prompt
             yield m["content"].lstrip("\n") + "<|im_end|>", True
-        else:  # while it was written there was an empty reasoning before it, and now there is none
+        else:  # generated after an empty reasoning block, which the template drops
             yield m["content"] + "<|im_end|>", False
         yield "\n", False
 
@@ -77,7 +77,7 @@ ENCODERS = {name: (*encoder_for(*how[:2]), how[2]) for name, how in TEMPLATES.it
 
 
 def bytes_of_token(tokenizer):
-    """Token id -> its bytes, from the alphabet of byte-level BPE (GPT-2's): printable bytes stand for themselves."""
+    """Return a function from token to bytes, by GPT-2's byte-level alphabet: printable bytes map to themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet, extra = {chr(b): b for b in printable}, 0
     for byte in range(256):
@@ -92,7 +92,7 @@ def bytes_of_token(tokenizer):
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations())
 @settings(max_examples=150, deadline=None)
-def test_masks_equal_a_reference_that_counts_characters(name, messages):
+def test_supervision_equals_a_reference_per_byte(name, messages):
     encoder, tokenizer, reference = ENCODERS[name]
     document = encoder.conversation(messages)
     expected = [(byte, answer) for text, answer in reference(messages) for byte in text.encode()]
@@ -109,19 +109,19 @@ def test_masks_equal_a_reference_that_counts_characters(name, messages):
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations())
 @settings(max_examples=100, deadline=None)
-def test_a_conversation_begins_with_the_tokens_of_its_prompt(name, messages):
-    """What decoding starts from is what training saw before the answer, though the answer may begin with a space."""
+def test_a_conversation_starts_with_the_tokens_of_its_prompt(name, messages):
+    """Training sees the same tokens before the answer as decoding, even if the answer starts with a space."""
     encoder = ENCODERS[name][0]
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
     if last != len(messages) - 1 or any(m["content"][0].isspace() for m in messages[:last]):
-        return  # an earlier answer that melts into its prompt is tokenized with it once it is source of a longer one
+        return  # inside a longer conversation, an answer that starts with a space merges with its prompt
     prompt, document = encoder.prompt(messages[:last]), encoder.conversation(messages)
     assert document.input_ids[: len(prompt)].tolist() == prompt
     assert not document.supervised[len(prompt) - 1] and document.supervised[len(prompt) :].any()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_tokens_are_those_of_the_tokenizer(name):
+def test_tokens_equal_those_of_the_tokenizer(name):
     encoder, tokenizer, reference = ENCODERS[name]
     messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4.\n\n#### 4"}]
     text = "".join(piece for piece, _ in reference(messages))
@@ -129,7 +129,7 @@ def test_tokens_are_those_of_the_tokenizer(name):
 
 
 def test_transformers_marks_the_same_tokens(tiny_tokenizer):
-    """Our reading of the generation markers against the library's own."""
+    """Compare the spans of the generation markers with those of transformers."""
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}] * 2
     theirs = tiny_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ours = ChatEncoder(tiny_tokenizer, {}).conversation(messages)
@@ -137,28 +137,28 @@ def test_transformers_marks_the_same_tokens(tiny_tokenizer):
     assert ours.supervised.tolist() == [bool(x) for x in theirs["assistant_masks"]]
 
 
-MELTING = (
+MERGING = (
     "{% for m in messages %}{{ m['role'] + ' says th' + m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant says th{% endif %}"
 )
 
 
-def test_an_answer_that_melts_into_its_prompt_is_tokenized_apart():
-    """Decoding has tokenized the prompt before the answer exists: no token may reach from one into the other."""
+def test_an_answer_that_merges_with_its_prompt_is_tokenized_separately():
+    """Decoding tokenizes the prompt before the answer exists: no token may span both."""
     tokenizer = load_tokenizer(TARGET)
-    tokenizer.chat_template = MELTING
+    tokenizer.chat_template = MERGING
     messages = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "e 4"}] * 2
     encoder = ChatEncoder(tokenizer, {})
     prompt, document = encoder.prompt(messages[:1]), encoder.conversation(messages)
-    whole = tokenizer(encoder.render(messages).text, add_special_tokens=False)["input_ids"]
-    assert whole[: len(prompt)] != prompt  # "the" is one token
+    joint = tokenizer(encoder.render(messages).text, add_special_tokens=False)["input_ids"]
+    assert joint[: len(prompt)] != prompt  # "the" is one token
     assert document.input_ids[: len(prompt)].tolist() == prompt
     assert tokenizer.decode(document.input_ids) == encoder.render(messages).text
     assert tokenizer.decode(document.input_ids[document.supervised]) == "e 4<|im_end|>" * 2
 
 
-def test_white_space_at_the_start_of_an_answer_is_supervised_too():
-    """Byte-level post-processors (Llama 3's, say) trim white space off the offsets that say where a token stands."""
+def test_whitespace_at_the_start_of_an_answer_is_supervised():
+    """Byte-level post-processors, such as Llama 3's, trim whitespace from the token offsets."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "  \nb \n c"}]
     documents = []
     for trims in (False, True):
@@ -177,21 +177,21 @@ def test_reasoning_is_supervised_in_the_last_answer_only():
     assert tokenizer.decode(document.input_ids[document.supervised]) == answers[1] + "<|im_end|>"
 
 
-def test_a_special_token_in_a_text_is_refused():
-    """It would be read as a real end of turn."""
+def test_a_special_token_in_the_text_is_rejected():
+    """It would be tokenized as an end of turn."""
     encoder = ENCODERS["markers"][0]
     messages = [{"role": "user", "content": "What does <|im_end|> mean?"}, {"role": "assistant", "content": "An end."}]
     with pytest.raises(BadRecord, match=r"turn 1: .* special token <\|im_end\|>"):
         encoder.render(messages)
 
 
-def test_what_the_template_refuses_is_a_bad_record():
+def test_a_conversation_that_the_template_rejects_is_a_bad_record():
     encoder = ENCODERS["mistral"][0]
     with pytest.raises(BadRecord, match="rejected by the target's chat template: .*must alternate"):
         encoder.prompt([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tiny_tokenizer):
+def test_a_tokenizer_without_a_chat_template_is_rejected(tiny_tokenizer):
     bare = copy.deepcopy(tiny_tokenizer)
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):

@@ -1,4 +1,4 @@
-"""Records to packed rows: nothing lost, nothing invented, the same rows whatever the number of processes."""
+"""Records to packed rows: no token is lost or added, and rows are independent of the number of processes."""
 
 import json
 from pathlib import Path
@@ -59,43 +59,43 @@ def test_rows_do_not_depend_on_the_number_of_processes(tmp_path, tiny_tokenizer,
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache{num_proc}")
         prepared = rows_of(path, tiny_tokenizer, num_proc=num_proc)
         files = list((tmp_path / f"cache{num_proc}").rglob("documents*.arrow"))
-        assert len(files) == num_proc  # each process wrote one
+        assert len(files) == num_proc  # one per process
         found.append((as_bytes(prepared.training), as_bytes(prepared.validation), list(prepared.documents.rejects())))
     assert found[0] == found[1]
     assert len(found[0][0]) > 50 and len(found[0][2]) == 1
 
 
-def test_the_cache_is_used_and_knows_what_matters(tmp_path, tiny_tokenizer, monkeypatch):
+def test_the_cache_is_reused_unless_an_input_changes(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     path = write(tmp_path / "data.jsonl", *(turns(1, name=str(i)) for i in range(5)))
-    made = []
+    writes = []
     original = documents._write
-    monkeypatch.setattr(documents, "_write", lambda *args: made.append(1) or original(*args))
+    monkeypatch.setattr(documents, "_write", lambda *args: writes.append(1) or original(*args))
     first, encoder = read(path, tiny_tokenizer)
     moved = write(tmp_path / "moved.jsonl", *(turns(1, name=str(i)) for i in range(5)))
-    before = len(made)
+    before = len(writes)
     for again in (read(path, tiny_tokenizer, num_proc=2)[0], read(moved, tiny_tokenizer)[0]):
         assert [d.input_ids.tolist() for d in again] == [d.input_ids.tolist() for d in first]
-    assert len(made) == before == 1
+    assert len(writes) == before == 1
     for change in (
         {"max_seq_len": 255},
         {"truncation": "drop"},
         {"template_kwargs": {"x": False}},
-        {"template_kwargs": {"x": "False"}},  # true, for a template
+        {"template_kwargs": {"x": "False"}},  # truthy in a template
     ):
-        before = len(made)
+        before = len(writes)
         read(path, tiny_tokenizer, **change)
-        assert len(made) > before, change
-    before = len(made)
+        assert len(writes) > before, change
+    before = len(writes)
     read(write(tmp_path / "data.jsonl", turns(1, name="other")), tiny_tokenizer)
-    assert len(made) > before
+    assert len(writes) > before
     monkeypatch.setattr(tiny_tokenizer, "chat_template", tiny_tokenizer.chat_template + " ")
-    before = len(made)
+    before = len(writes)
     read(path, tiny_tokenizer)
-    assert len(made) > before
+    assert len(writes) > before
 
 
-def test_interrupted_work_is_not_taken_for_finished(tmp_path, tiny_tokenizer, monkeypatch):
+def test_an_interrupted_tokenization_is_not_taken_for_complete(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("data.sources.readers.CHUNK_RECORDS", 2)
     path = write(tmp_path / "data.jsonl", *(turns(1, name=str(i)) for i in range(5)))
@@ -106,29 +106,29 @@ def test_interrupted_work_is_not_taken_for_finished(tmp_path, tiny_tokenizer, mo
     assert len(read(path, tiny_tokenizer)[0]) == 5
 
 
-def test_what_becomes_of_long_conversations(tmp_path, tiny_tokenizer):
-    short, long, hopeless = turns(1), turns(6), turns(1, words=300)
-    path = write(tmp_path / "data.jsonl", short, long, hopeless)
+def test_long_conversations_are_truncated_or_dropped(tmp_path, tiny_tokenizer):
+    short, long, oversized = turns(1), turns(6), turns(1, words=300)
+    path = write(tmp_path / "data.jsonl", short, long, oversized)
     encoder = ChatEncoder(tiny_tokenizer, {})
-    whole = [encoder.conversation(c).input_ids for c in (short, long, hopeless)]
+    full = [encoder.conversation(c).input_ids for c in (short, long, oversized)]
     fits = max(n for n in range(1, 6) if len(encoder.conversation(turns(n)).input_ids) <= 100)
     assert 1 <= fits < 6
     cut, _ = read(path, tiny_tokenizer, max_seq_len=100)
     assert [d.input_ids.tolist() for d in cut] == [encoder.conversation(turns(n)).input_ids.tolist() for n in (1, fits)]
     assert cut.outcomes() == {"kept": 1, "truncated": 1, "too long": 1, "no anchor": 0, "bad": 0}
-    assert cut.column("tokens").tolist() == [len(whole[0]), len(whole[1])]  # what was there before
+    assert cut.column("tokens").tolist() == [len(full[0]), len(full[1])]  # before truncation
     anywhere, _ = read(path, tiny_tokenizer, max_seq_len=100, truncation="token")
-    # The third one's first row of tokens is all question: no block fits there.
-    assert [d.input_ids.tolist() for d in anywhere] == [w[:100].tolist() for w in whole[:2]]
+    # The first 100 tokens of the third conversation are all question: no anchor.
+    assert [d.input_ids.tolist() for d in anywhere] == [tokens[:100].tolist() for tokens in full[:2]]
     assert anywhere.outcomes() == {"kept": 1, "truncated": 1, "too long": 0, "no anchor": 1, "bad": 0}
     dropped, _ = read(path, tiny_tokenizer, max_seq_len=100, truncation="drop")
     assert dropped.outcomes() == {"kept": 1, "truncated": 0, "too long": 2, "no anchor": 0, "bad": 0}
 
 
-def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_tokens(
+def test_the_longest_prefix_that_fits_is_kept_even_if_a_shorter_one_has_more_tokens(
     tmp_path, tiny_tokenizer, monkeypatch
 ):
-    """Qwen3's template drops the reasoning of an answer as soon as another turn follows."""
+    """Qwen3's template drops the reasoning of an answer if another turn follows."""
     template = (Path(__file__).parents[1] / "templates" / "qwen3.jinja").read_text()
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     answers = [
@@ -144,7 +144,7 @@ def test_the_longest_prefix_that_fits_is_kept_where_a_shorter_one_has_more_token
     assert [len(d.input_ids) for d in cut] == [lengths[2]]
 
 
-def test_nothing_left_to_train_on_is_said(tmp_path, tiny_tokenizer):
+def test_data_without_a_usable_conversation_is_an_error(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "data.jsonl", turns(1, words=300))
     with pytest.raises(UserError, match="no conversations to train on .*1 too long.*data.truncation"):
         rows_of(path, tiny_tokenizer, num_proc=1)
@@ -155,47 +155,47 @@ DOCUMENTS = st.lists(st.lists(st.booleans(), min_size=3, max_size=20).filter(lam
 
 @given(masks=DOCUMENTS, max_seq_len=st.integers(20, 50))
 @settings(max_examples=150, deadline=None)
-def test_tokens_in_are_tokens_out(masks, max_seq_len):
-    """Every document stands in the rows once, whole, with its supervision, its own positions and its own number."""
+def test_packing_preserves_all_documents(masks, max_seq_len):
+    """The rows contain every document once, intact, with its supervision, position ids and document id."""
     token = iter(range(1, 10_000))
-    given_in = [Document(np.array([next(token) for _ in m], np.int32), np.array(m)) for m in masks]
-    rows, out = pack_documents(given_in, max_seq_len, pad_id=0), []
+    originals = [Document(np.array([next(token) for _ in m], np.int32), np.array(m)) for m in masks]
+    rows, unpacked = pack_documents(originals, max_seq_len, pad_id=0), []
     for row in rows:
         real = row.document_ids >= 0
         assert (row.input_ids[~real] == 0).all() and not row.supervised[~real].any()
         for number in range(row.document_ids.max() + 1):
             here = np.flatnonzero(row.document_ids == number)
             assert (np.diff(here) == 1).all() and (row.position_ids[here] == np.arange(len(here))).all()
-            out.append((row.input_ids[here].tolist(), row.supervised[here].tolist()))
-    assert sorted(out) == sorted((d.input_ids.tolist(), d.supervised.tolist()) for d in given_in)
+            unpacked.append((row.input_ids[here].tolist(), row.supervised[here].tolist()))
+    assert sorted(unpacked) == sorted((d.input_ids.tolist(), d.supervised.tolist()) for d in originals)
     assert rows.efficiency() == sum(map(len, masks)) / (len(rows) * max_seq_len)
 
 
 @given(masks=DOCUMENTS, max_seq_len=st.integers(20, 50), block_size=st.integers(2, 8))
 @settings(max_examples=100, deadline=None)
 def test_no_block_crosses_a_document_or_an_unsupervised_token(masks, max_seq_len, block_size):
-    given_in = [Document(np.arange(len(m), dtype=np.int32) + 1, np.array(m)) for m in masks]
-    for row in pack_documents(given_in, max_seq_len, pad_id=0):
+    originals = [Document(np.arange(len(m), dtype=np.int32) + 1, np.array(m)) for m in masks]
+    for row in pack_documents(originals, max_seq_len, pad_id=0):
         anchors = valid_anchors(row)
         for anchor, labels in zip(anchors, block_labels(row, anchors, block_size), strict=True):
             stopped = False
             for slot, label in enumerate(labels.tolist()):
                 at = anchor + slot
                 inside = at < max_seq_len and row.document_ids[at] == row.document_ids[anchor] and row.supervised[at]
-                stopped = stopped or not inside  # the first such token ends the block, whatever comes after it
+                stopped = stopped or not inside  # the first such token ends the block
                 assert label == (IGNORE if stopped else row.input_ids[at])
-        places = [  # in words: supervised, and the next one too, in one document, not its first token
+        expected = [  # supervised, followed by a supervised token of the same document, not the document's first token
             i
             for i in range(max_seq_len - 1)
             if row.supervised[i] and row.supervised[i + 1] and row.document_ids[i] == row.document_ids[i + 1]
             if row.position_ids[i] > 0
         ]
-        assert anchors.tolist() == places
+        assert anchors.tolist() == expected
 
 
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=30))
 @settings(deadline=None)
-def test_anchors_and_longest_answer_of_a_document_are_those_of_its_row(mask):
+def test_anchors_and_longest_answer_of_a_document_equal_those_of_its_row(mask):
     document = Document(np.ones(len(mask), np.int32), np.array(mask))
     (row,) = pack_documents([document], len(mask), pad_id=0)
     assert documents._num_anchors(document) == len(valid_anchors(row))
@@ -205,8 +205,8 @@ def test_anchors_and_longest_answer_of_a_document_are_those_of_its_row(mask):
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80))
 @settings(deadline=None)
-def test_best_fit_equals_the_slow_way(lengths):
-    """Longest first, each to the fullest row that has room for it, searched one by one; ties change no total."""
+def test_best_fit_equals_a_linear_search(lengths):
+    """Place documents longest first, each into the fullest row with enough room. Ties do not affect the row totals."""
     room = []
     for length in sorted(lengths, reverse=True):
         fitting = [row for row, left in enumerate(room) if left >= length]

@@ -1,4 +1,4 @@
-"""Regeneration: every sample once, whatever is killed; the target's own words; filters that count."""
+"""Regeneration: each sample exactly once despite kills; answers equal the target's; filters count what they drop."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def start(folder, *overrides):
 
 
 def run(folder, *overrides, status=0):
-    """The command within this process, which starts in no time; what it printed, stdout first."""
+    """Run the command in this process, which avoids the startup time. Return its output, stdout first."""
     out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
     call = ["regenerate", "+experiment=tiny", "data.path=questions.jsonl", *overrides]
     os.chdir(folder)
@@ -64,9 +64,9 @@ def run(folder, *overrides, status=0):
         failed = str(exit.code)
     finally:
         os.chdir(before)
-    said = out.getvalue() + err.getvalue() + (failed or "")
-    assert (failed is None) == (status == 0), said
-    return said
+    printed = out.getvalue() + err.getvalue() + (failed or "")
+    assert (failed is None) == (status == 0), printed
+    return printed
 
 
 def users(*turns):
@@ -90,11 +90,11 @@ def expected(record_questions):
     return messages
 
 
-def test_every_turn_is_answered_in_its_place(tmp_path):
+def test_every_turn_is_answered_in_order(tmp_path):
     write(tmp_path, QUESTIONS)
     with StubServer() as stub:
-        said = run(tmp_path, *server(stub), "+regenerate.server.extra.top_k=5", "+data.template_kwargs.x=1")
-    assert "4 conversations: 4 kept" in said
+        printed = run(tmp_path, *server(stub), "+regenerate.server.extra.top_k=5", "+data.template_kwargs.x=1")
+    assert "4 conversations: 4 kept" in printed
     found = read(tmp_path)
     assert [sample["id"] for sample in found] == IDS
     user = [
@@ -111,7 +111,7 @@ def test_every_turn_is_answered_in_its_place(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_with_faults_loses_and_repeats_nothing(tmp_path):
+def test_server_faults_neither_lose_nor_repeat_samples(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(40)])
     with StubServer(faults=[500, "hang up", 429, "half", 503] * 3, delay=0.02) as stub:
         run(tmp_path, *server(stub), "regenerate.server.in_flight=8")
@@ -120,46 +120,46 @@ def test_a_server_with_faults_loses_and_repeats_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_clients_killed_at_any_moment_ask_every_sample_until_it_is_finished(tmp_path):
+def test_a_client_killed_at_any_time_finishes_every_sample_once(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(120)])
-    journal = tmp_path / "checkpoints" / "tiny" / "regenerated.unfinished.jsonl"
+    log = tmp_path / "checkpoints" / "tiny" / "regenerated.unfinished.jsonl"
     with StubServer(delay=0.05) as stub:
         call = (*server(stub), "regenerate.server.in_flight=4")
         for kill_after in (15, 50, 90):
             process = start(tmp_path, *call)
-            while not journal.exists() or len(journal.read_bytes().splitlines()) < kill_after:
+            while not log.exists() or len(log.read_bytes().splitlines()) < kill_after:
                 assert process.poll() is None
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             process.communicate()
-        with journal.open("ab") as file:
-            file.write(b'{"id": "questions.jsonl:9')  # as a machine that loses power may leave it
-        said = run(tmp_path, *call)
-    assert "120 conversations: 120 kept" in said
+        with log.open("ab") as file:
+            file.write(b'{"id": "questions.jsonl:9')  # incomplete line, as after a power failure
+        printed = run(tmp_path, *call)
+    assert "120 conversations: 120 kept" in printed
     assert [s["id"] for s in read(tmp_path)] == [f"questions.jsonl:{i}" for i in range(1, 121)]
-    again = sum(stub.asked.values()) - 120
-    assert again <= 3 * 4  # only what was in flight when the client was killed was asked again
-    assert not journal.exists() and "already finished" in run(tmp_path, *call)
+    repeated = sum(stub.asked.values()) - 120
+    assert repeated <= 3 * 4  # only requests in flight at a kill are repeated
+    assert not log.exists() and "already finished" in run(tmp_path, *call)
 
 
 @pytest.mark.slow
-def test_a_server_that_stays_away_ends_the_run_and_loses_nothing(tmp_path):
+def test_an_unavailable_server_stops_the_run_without_losing_answers(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(30)])
     with StubServer(faults=[None] * 10 + [503] * 10_000) as stub:
-        # One at a time, so that ten answers come before the faults.
+        # One request at a time: ten answers before the faults.
         call = ("regenerate.backend=server", f"regenerate.server.url={stub.url}", "regenerate.server.in_flight=1")
-        said = run(tmp_path, *call, "regenerate.server.patience=2", status=1)
+        printed = run(tmp_path, *call, "regenerate.server.patience=2", status=1)
         assert (
-            "No answer from" in said
-            and "for 2 seconds (status 503" in said
-            and "run the same command to resume" in said
+            "No answer from" in printed
+            and "for 2 seconds (status 503" in printed
+            and "run the same command to resume" in printed
         )
         stub.faults.clear()
         run(tmp_path, *call, "regenerate.server.patience=2")
     assert len(read(tmp_path)) == 30 and sum(n for q, n in stub.asked.items() if q in ("q0", "q5", "q9")) == 3
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path):
+def test_an_unreachable_server_is_reported_with_its_url(tmp_path):
     write(tmp_path, QUESTIONS)
     call = ("regenerate.backend=server", "regenerate.server.url=http://127.0.0.1:9/v1", "regenerate.server.patience=1")
     assert "No answer from http://127.0.0.1:9/v1 for 1 seconds (ConnectError" in run(tmp_path, *call, status=1)
@@ -167,25 +167,27 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("status", "count"), [(404, 5), (401, 5), (422, 30), (400, 5)])
-def test_a_server_that_refuses_everything_is_not_taken_for_bad_samples(status, count, tmp_path):
+def test_a_server_that_rejects_every_request_is_an_error(status, count, tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(count)])
     with StubServer(faults=[status] * 1000) as stub:
-        said = run(tmp_path, *server(stub), status=1)
-        assert "rejects the requests" in said and f"status {status}" in said and "regenerate.server.url" in said
-        stub.faults.clear()  # mended
+        printed = run(tmp_path, *server(stub), status=1)
+        assert (
+            "rejects the requests" in printed and f"status {status}" in printed and "regenerate.server.url" in printed
+        )
+        stub.faults.clear()  # fixed
         assert f"{count} conversations: {count} kept" in run(tmp_path, *server(stub))
 
 
-def test_an_answer_that_the_server_aborted_is_asked_again(tmp_path):
+def test_an_answer_aborted_by_the_server_is_requested_again(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(5)])
     endings = iter(["stop", "abort", None, "stop", "content_filter"] + ["stop"] * 10)
     with StubServer(finish=lambda _: next(endings)) as stub:
-        said = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
-    assert "4 kept, 1 refused" in said and sum(stub.asked.values()) == 7
+        printed = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
+    assert "4 kept, 1 refused" in printed and sum(stub.asked.values()) == 7
     assert "content_filter" in read(tmp_path, "regenerated.dropped.jsonl")[0]["reason"]
 
 
-def test_a_question_that_breaks_the_server_every_time_does_not_hold_up_the_others(tmp_path, monkeypatch):
+def test_a_question_that_always_breaks_the_server_does_not_block_the_others(tmp_path, monkeypatch):
     from data.regenerate import server_backend as module
 
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
@@ -196,12 +198,12 @@ def test_a_question_that_breaks_the_server_every_time_does_not_hold_up_the_other
             Sampling(**how, repeat_words=9, repeat_times=3), {}, url=stub.url, model="m", in_flight=2, patience=60,
             timeout=10, key_file=None, extra={},
         )  # fmt: skip
-        exchanges = [Conversation(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
-        backend.run(exchanges, lambda e: found.update({e.id: e.outcome}), answered_before=False)
+        conversations = [Conversation(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
+        backend.run(conversations, lambda e: found.update({e.id: e.outcome}), answered_before=False)
     assert found.pop("1").startswith("refused: no answer after 6 attempts") and set(found.values()) == {"kept"}
 
 
-def test_ids_tell_files_of_one_name_apart(tmp_path):
+def test_ids_distinguish_files_with_the_same_name(tmp_path):
     for year in ("2024", "2025"):
         (tmp_path / "logs" / year).mkdir(parents=True)
         write(tmp_path / "logs" / year, [{"question": f"{year}-{i}", "answer": "a"} for i in range(3)])
@@ -218,7 +220,7 @@ def test_ids_tell_files_of_one_name_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_overwriting_begins_anew_once(tmp_path):
+def test_overwriting_starts_over_once(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(12)])
     with StubServer() as stub:
         run(tmp_path, *server(stub))
@@ -226,24 +228,24 @@ def test_overwriting_begins_anew_once(tmp_path):
         call = (*server(stub), "regenerate.temperature=0.5", "overwrite=true", "regenerate.server.in_flight=1")
         run(tmp_path, *call, status=1)
         stub.faults.clear()
-        run(tmp_path, *call)  # the same command goes on
+        run(tmp_path, *call)  # resumes
         assert sum(stub.asked.values()) == 12 + 6 + 7
-        run(tmp_path, *call)  # finished: begins anew
+        run(tmp_path, *call)  # finished: starts over
     assert sum(stub.asked.values()) == 12 + 13 + 12 and len(read(tmp_path)) == 12
 
 
-def test_what_is_no_character_is_refused(tmp_path):
+def test_lone_surrogates_are_rejected(tmp_path):
     write(tmp_path, [{"id": "\ud800", "question": "q", "answer": "a"}, {"\ud800": 1}, {"question": "q", "answer": "a"}])
     with StubServer(says=lambda _: "\ud83d") as stub:
-        said = run(tmp_path, *server(stub), "data.bad_records=skip", status=1)
-    assert "1 conversations: 1 refused" in said and "No answers were kept" in said
+        printed = run(tmp_path, *server(stub), "data.bad_records=skip", status=1)
+    assert "1 conversations: 1 refused" in printed and "No answers were kept" in printed
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").open()]
     assert reasons[0].startswith("id: contains a lone surrogate") and "found keys: \\ud800" in reasons[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "message"),
     [
         ("regenerate.server.url=localhost:8000", "expected http://"),
         ("regenerate.server.key_file=nowhere.txt", "no such file"),
@@ -256,25 +258,25 @@ def test_what_is_no_character_is_refused(tmp_path):
         ("model.target.dtype=float99", "float32 or bfloat16"),
     ],
 )
-def test_wrong_settings(setting, words, tmp_path):
+def test_invalid_settings_are_rejected(setting, message, tmp_path):
     write(tmp_path, QUESTIONS)
-    said = run(tmp_path, "regenerate.backend=server", setting, status=1)
-    assert words in said and not (tmp_path / "checkpoints").exists()
+    printed = run(tmp_path, "regenerate.backend=server", setting, status=1)
+    assert message in printed and not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_no_room_for_an_answer(tmp_path):
+def test_max_new_tokens_without_room_for_a_prompt_is_rejected(tmp_path):
     write(tmp_path, QUESTIONS)
-    said = run(tmp_path, "regenerate.max_new_tokens=1024", status=1)
-    assert "regenerate.max_new_tokens=1024 leaves no room" in said and "1024 positions" in said
-    run(tmp_path)  # nothing was begun with the settings that were refused
+    printed = run(tmp_path, "regenerate.max_new_tokens=1024", status=1)
+    assert "regenerate.max_new_tokens=1024 leaves no room" in printed and "1024 positions" in printed
+    run(tmp_path)  # the rejected settings were not recorded
 
 
-def test_one_refusal_is_a_dropped_sample(tmp_path):
+def test_a_rejected_request_is_a_dropped_sample(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(5)])
     with StubServer(faults=[None, 400]) as stub:
-        said = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
-    assert "4 kept, 1 refused" in said
+        printed = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
+    assert "4 kept, 1 refused" in printed
     (dropped,) = read(tmp_path, "regenerated.dropped.jsonl")
     assert dropped["reason"].startswith("refused: status 400") and dropped["id"] == "questions.jsonl:2"
 
@@ -283,50 +285,50 @@ def test_answers_are_filtered_and_counted(tmp_path):
     write(tmp_path, [{"question": q, "answer": "a"} for q in ("fine", "loop", "empty", "blank")])
     says = {"fine": "a b c d e f", "loop": "a b c a b c a b c", "empty": "", "blank": " \n"}
     with StubServer(says=lambda messages: says[messages[-1]["content"]]) as stub:
-        said = run(tmp_path, *server(stub), "regenerate.repeat_words=3", "regenerate.repeat_times=3")
-    assert "1 kept" in said and "1 repeats itself" in said and "2 empty" in said
+        printed = run(tmp_path, *server(stub), "regenerate.repeat_words=3", "regenerate.repeat_times=3")
+    assert "1 kept" in printed and "1 repeats itself" in printed and "2 empty" in printed
     assert [s["messages"][0]["content"] for s in read(tmp_path)] == ["fine"]
     assert [s["reason"] for s in read(tmp_path, "regenerated.dropped.jsonl")] == ["repeats itself", "empty", "empty"]
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_cut_off_answers(keep, tmp_path):
+def test_cut_off_answers_are_dropped_or_kept(keep, tmp_path):
     write(tmp_path, QUESTIONS)
     with StubServer(finish="length") as stub:
         run(tmp_path, *server(stub), f"regenerate.drop_cut_off={not keep}", status=int(not keep))
     assert len(read(tmp_path)) == (4 if keep else 0)
-    assert stub.asked["And 3+4?"] == int(keep)  # no use in asking on
+    assert stub.asked["And 3+4?"] == int(keep)  # later turns of a dropped conversation are not requested
 
 
 @pytest.mark.slow
-def test_other_settings_are_refused(tmp_path):
+def test_different_settings_are_rejected(tmp_path):
     write(tmp_path, QUESTIONS)
     with StubServer() as stub:
         run(tmp_path, *server(stub))
-        said = run(tmp_path, *server(stub), "regenerate.temperature=0.5", status=1)
-        assert "temperature: 0.0 -> 0.5" in said and "overwrite=true" in said
-        run(tmp_path, *server(stub), "regenerate.server.in_flight=2")  # does not change the answers
+        printed = run(tmp_path, *server(stub), "regenerate.temperature=0.5", status=1)
+        assert "temperature: 0.0 -> 0.5" in printed and "overwrite=true" in printed
+        run(tmp_path, *server(stub), "regenerate.server.in_flight=2")  # does not affect the answers
         run(tmp_path, *server(stub), "regenerate.temperature=0.5", "overwrite=true")
     assert stub.bodies[-1]["temperature"] == 0.5
 
 
-def test_the_api_key_is_sent_and_written_nowhere(tmp_path):
+def test_the_api_key_is_sent_but_never_written(tmp_path):
     write(tmp_path, QUESTIONS)
     (tmp_path / "key.txt").write_text("secret-123\n")
     with StubServer() as stub:
-        said = run(tmp_path, *server(stub), "regenerate.server.key_file=key.txt")
-    assert stub.bodies[0]["key"] == "Bearer secret-123" and "secret-123" not in said
+        printed = run(tmp_path, *server(stub), "regenerate.server.key_file=key.txt")
+    assert stub.bodies[0]["key"] == "Bearer secret-123" and "secret-123" not in printed
     for file in (tmp_path / "checkpoints").rglob("*"):
         assert file.is_dir() or b"secret-123" not in file.read_bytes()
 
 
-def test_bad_questions_and_ids_that_come_twice(tmp_path):
+def test_bad_questions_and_duplicate_ids_are_rejected(tmp_path):
     write(tmp_path, [*QUESTIONS, {"id": "one", "question": "again", "answer": "a"}, {"turns": []}])
     with StubServer() as stub:
-        said = run(tmp_path, *server(stub), status=1)
+        printed = run(tmp_path, *server(stub), status=1)
         assert (
-            "2 of 6 records" in said
-            and "duplicate id 'one', first used at questions.jsonl:1" in said
+            "2 of 6 records" in printed
+            and "duplicate id 'one', first used at questions.jsonl:1" in printed
             and not stub.bodies
         )
         run(tmp_path, *server(stub), "data.bad_records=skip")
@@ -334,7 +336,7 @@ def test_bad_questions_and_ids_that_come_twice(tmp_path):
     assert len((tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_foreign_file_is_not_overwritten(tmp_path):
+def test_a_file_without_a_settings_record_is_not_overwritten(tmp_path):
     write(tmp_path, QUESTIONS)
     (tmp_path / "mine.jsonl").write_text("precious")
     assert "without a record of its settings" in run(tmp_path, "regenerate.output=mine.jsonl", status=1)
@@ -359,26 +361,26 @@ def answers(backend, questions):
 
 
 @pytest.mark.slow
-def test_the_target_answers_in_batches_as_it_does_alone(tiny_tokenizer, tiny_target):
+def test_batched_answers_equal_single_ones(tiny_tokenizer, tiny_target):
     import torch
 
     questions = [users("Tom has 3 apples. How many?"), users("Ann has 2 dogs and 5 cats. How many pets?", "And fish?")]
     questions += [users("What is 2+2?"), users("A train drives 60 miles an hour for 3 hours. How far?")]
-    for exchange in answers(local(tiny_tokenizer), questions):
-        for turn, message in enumerate(exchange.messages):
+    for conversation in answers(local(tiny_tokenizer), questions):
+        for turn, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
             prompt = tiny_tokenizer.apply_chat_template(
-                exchange.messages[:turn], add_generation_prompt=True, return_tensors="pt", return_dict=True
+                conversation.messages[:turn], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
             with torch.no_grad():
                 output = tiny_target.generate(prompt, do_sample=False, max_new_tokens=24)
             alone = tiny_tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
             assert message["content"] == alone
-        assert exchange.outcome == "kept"
+        assert conversation.outcome == "kept"
 
 
-def test_local_answers_follow_the_targets_generation_settings(tiny_tokenizer, tmp_path):
+def test_local_answers_follow_the_targets_generation_config(tiny_tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(TINY / "target", tmp_path / "target")
@@ -398,7 +400,7 @@ def test_local_answers_follow_the_targets_generation_settings(tiny_tokenizer, tm
         assert (own == found) == (penalty == 1.4)
 
 
-def test_sampling_is_seeded_and_long_prompts_are_refused(tiny_tokenizer):
+def test_sampling_is_seeded_and_long_prompts_are_rejected(tiny_tokenizer):
     questions = [users("Tom has 3 apples. How many?"), users("word " * 1100)]
     first, again = (answers(local(tiny_tokenizer, temperature=1.0), questions) for _ in range(2))
     other = answers(local(tiny_tokenizer, temperature=1.0, seed=1), questions)
@@ -406,7 +408,7 @@ def test_sampling_is_seeded_and_long_prompts_are_refused(tiny_tokenizer):
     assert first[1].outcome.startswith("refused: ") and "no room" in first[1].outcome
 
 
-def test_local_from_the_command_line(tmp_path):
+def test_the_local_backend_runs_from_the_command_line(tmp_path):
     write(tmp_path, QUESTIONS[:2])
     run(tmp_path, "regenerate.max_new_tokens=16", "regenerate.drop_cut_off=false")
     found = read(tmp_path)
@@ -417,37 +419,37 @@ def test_local_from_the_command_line(tmp_path):
 
 @given(words=st.lists(st.sampled_from("abc"), max_size=14), run_length=st.integers(1, 4), times=st.integers(2, 4))
 @settings(max_examples=300, deadline=None)
-def test_repeats_equals_counting(words, run_length, times):
+def test_repeats_equals_counting_ngrams(words, run_length, times):
     runs = [words[i : i + run_length] for i in range(len(words) - run_length + 1)]
     assert repeats(" ".join(words), run_length, times) == any(runs.count(run) >= times for run in runs)
 
 
-def test_the_journal_drops_a_line_that_was_cut_short(tmp_path):
-    journal = SampleLog(tmp_path / "journal")
-    journal.add("a", {"x": 1})
-    journal.add("b", {"x": "é"})
+def test_the_log_drops_an_incomplete_line(tmp_path):
+    log = SampleLog(tmp_path / "log")
+    log.add("a", {"x": 1})
+    log.add("b", {"x": "é"})
     with pytest.raises(ValueError, match="already in the log"):
-        journal.add("a", {"x": 2})
-    whole = (tmp_path / "journal").read_bytes()
-    for cut in range(len(whole)):
-        (tmp_path / "cut").write_bytes(whole[:cut])
+        log.add("a", {"x": 2})
+    content = (tmp_path / "log").read_bytes()
+    for cut in range(len(content)):
+        (tmp_path / "cut").write_bytes(content[:cut])
         found = SampleLog(tmp_path / "cut")
-        assert len(found) == whole[:cut].count(b"\n")
+        assert len(found) == content[:cut].count(b"\n")
         for sample_id in {"a", "b"} - set(found.offsets):
             found.add(sample_id, {"x": 3})
         assert [entry["id"] for entry in found.read(["b", "a"])] == ["b", "a"]
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
-    journal = SampleLog(tmp_path / "journal")
-    journal.add("a", {"x": 1})
-    real = journal._file
+def test_a_full_disk_leaves_no_incomplete_line(tmp_path, monkeypatch):
+    log = SampleLog(tmp_path / "log")
+    log.add("a", {"x": 1})
+    real = log._file
 
     class Full:
         def write(self, line):
             return real.write(line[:5])
 
-    monkeypatch.setattr(journal, "_file", Full())
+    monkeypatch.setattr(log, "_file", Full())
     with pytest.raises(UserError, match="disk full"):
-        journal.add("b", {"x": 2})
-    assert list(SampleLog(tmp_path / "journal").offsets) == ["a"]
+        log.add("b", {"x": 2})
+    assert list(SampleLog(tmp_path / "log").offsets) == ["a"]

@@ -1,4 +1,4 @@
-"""The report's numbers against what was put into the data."""
+"""The report's numbers against data with known properties."""
 
 import json
 import subprocess
@@ -20,10 +20,10 @@ def chat(question, answer="It is four, and that is all there is to say about it.
 LONG = "A farmer has twelve sheep and buys seven more each year for three years in a row, how many then?"
 RECORDS = [
     *(chat(f"What is {i} plus two?") for i in range(30)),
-    chat("What is 3 plus two?"),  # a duplicate
-    chat("What is 4 plus two?"),  # and another
-    chat("  what IS held-out?? "),  # the first evaluation prompt, but for case and punctuation
-    chat("Tell me: " + LONG),  # a long run of the second one's words
+    chat("What is 3 plus two?"),  # duplicate
+    chat("What is 4 plus two?"),  # second duplicate
+    chat("  what IS held-out?? "),  # the first evaluation prompt, except for case and punctuation
+    chat("Tell me: " + LONG),  # shares a long n-gram with the second prompt
     chat("Too long. " * 200),
     {"messages": []},
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]},
@@ -69,7 +69,7 @@ def report(files, tmp_path_factory):
         "  <|im_start|>user",
     ],
 )
-def test_the_report_says(line, report):
+def test_the_report_contains(line, report):
     assert line in (report[0] / "report.md").read_text()
 
 
@@ -81,15 +81,15 @@ def test_terminal_files_and_rejects(report):
     assert len((folder / "rejects.jsonl").read_text().splitlines()) == 3
 
 
-def test_roles_are_told_apart_without_the_template(files, tiny_tokenizer):
-    found = statistics.roles(
+def test_roles_are_identified_without_the_template(files, tiny_tokenizer):
+    roles = statistics.roles(
         open_sources(str(files[0]), split="train", max_records=None), ChatEncoder(tiny_tokenizer, {})
     )
-    assert found.supervised["user"] == 0 and found.supervised["assistant"] == found.tokens["assistant"] > 0
-    assert found.supervised["template"] == found.conversations == 35  # the end token of every answer
+    assert roles.supervised["user"] == 0 and roles.supervised["assistant"] == roles.tokens["assistant"] > 0
+    assert roles.supervised["template"] == roles.conversations == 35  # the end-of-turn token of every answer
 
 
-def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
+def test_anchors_per_row_equal_those_of_the_rows(files, tiny_tokenizer, tmp_path):
     from data.preprocess.anchors import valid_anchors
 
     prepared = prepare(
@@ -111,7 +111,7 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         ([], "No experiment chosen"),
         (["+experiment=tiny", "data.maxseqlen=3"], "Did you mean data.max_seq_len?"),
@@ -120,7 +120,7 @@ def test_anchors_per_row_are_those_of_the_rows(files, tiny_tokenizer, tmp_path):
         (["+experiment=tiny", "data.prompts=nowhere.jsonl"], "No file at nowhere.jsonl"),
     ],
 )
-def test_wrong_calls(call, words, tmp_path):
+def test_invalid_calls_are_rejected(call, message, tmp_path):
     done = subprocess.run([sys.executable, "-m", "data.report", *call], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("report.md"))

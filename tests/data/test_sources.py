@@ -1,4 +1,4 @@
-"""Files, tables and mixes: every record once, with its place, whatever the chunks."""
+"""Files, tables and mixtures: each record is read once, with its position, for any chunk size."""
 
 import json
 import os
@@ -28,33 +28,33 @@ def numbers(sources):
 
 @given(lines=st.lists(LINE, max_size=40), newline=st.sampled_from([b"\n", b"\r\n"]), last=st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_chunks_hold_every_line_once_with_its_number(tmp_path_factory, lines, newline, last):
+def test_chunks_contain_every_line_once_with_its_number(tmp_path_factory, lines, newline, last):
     file = tmp_path_factory.mktemp("lines") / "data.jsonl"
     file.write_bytes(newline.join(lines) + (newline if last else b""))
     if (lines or [b""])[next((i for i, line in enumerate(lines) if line.strip()), 0)].startswith(b"["):
-        return  # taken for a JSON array
+        return  # rejected as a JSON array
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "CHUNK_RECORDS", 3)
         patch.setattr(readers, "CHUNK_BYTES", 50)
         patch.setattr(readers, "MAX_LINE_BYTES", 70)
-        source = JsonLines(file)
-        found = [f for chunk in source.chunks() for f in source.read(chunk)]
+        reader = JsonLines(file)
+        records = [record for chunk in reader.chunks() for record in reader.read(chunk)]
     expected = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    assert [f.position for f in found] == expected and source.count == len(expected)
-    for f in found:
-        line = lines[f.position - 1]
-        assert (f.error is None) == (line in (b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"[1]"))
-        assert f.error or f.value == json.loads(line)
-        assert ("expected at most" in (f.error or "")) == (len(line) > 70)
+    assert [record.position for record in records] == expected and reader.count == len(expected)
+    for record in records:
+        line = lines[record.position - 1]
+        assert (record.error is None) == (line in (b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"[1]"))
+        assert record.error or record.value == json.loads(line)
+        assert ("expected at most" in (record.error or "")) == (len(line) > 70)
 
 
-def test_a_byte_order_mark_is_no_error(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": MESSAGES}).encode())
     assert read_strictly(str(file), conversation, split="train", limit=None, setting="x") == [MESSAGES]
 
 
-def test_tables_and_folders(tmp_path):
+def test_tables_and_folders_are_read(tmp_path):
     rows = Dataset.from_list([{"n": n, "messages": MESSAGES} for n in range(5)])
     rows.to_parquet(str(tmp_path / "b.parquet"))
     rows.save_to_disk(str(tmp_path / "c"))
@@ -68,26 +68,26 @@ def test_tables_and_folders(tmp_path):
     ]
 
 
-def test_the_fingerprint_is_that_of_the_content(tmp_path):
+def test_the_fingerprint_depends_on_the_content_only(tmp_path):
     a = write(tmp_path / "a.jsonl", {"n": 1}, {"n": 2})
     b = write(tmp_path / "b.jsonl", {"n": 1}, {"n": 2})
     c = write(tmp_path / "c.jsonl", {"n": 1}, {"n": 3})
-    prints = [fingerprint(open_sources(path, split="train", max_records=None)) for path in (a, b, c)]
-    assert prints[0] == prints[1] != prints[2]
-    assert fingerprint(open_sources(a, split="train", max_records=1)) != prints[0]
+    fingerprints = [fingerprint(open_sources(path, split="train", max_records=None)) for path in (a, b, c)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert fingerprint(open_sources(a, split="train", max_records=1)) != fingerprints[0]
 
 
-def test_a_table_that_was_replaced_on_the_same_date_is_read_anew(tmp_path):
+def test_a_table_replaced_with_the_same_modification_time_is_read_again(tmp_path):
     file = tmp_path / "a.parquet"
     Dataset.from_list([{"n": 1}]).to_parquet(str(file))
-    date = file.stat()
+    stat = file.stat()
     assert numbers(open_sources(str(file), split="train", max_records=None)) == [1]
     Dataset.from_list([{"n": 2}]).to_parquet(str(file))
-    os.utime(file, ns=(date.st_atime_ns, date.st_mtime_ns))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert numbers(open_sources(str(file), split="train", max_records=None)) == [2]
 
 
-def test_an_empty_shard_is_no_error(tmp_path):
+def test_an_empty_shard_is_accepted(tmp_path):
     rows = Dataset.from_list([{"n": 1}])
     rows.to_parquet(str(tmp_path / "a.parquet"))
     rows.select([]).to_parquet(str(tmp_path / "b.parquet"))
@@ -98,42 +98,42 @@ def test_an_empty_shard_is_no_error(tmp_path):
 COUNTS = st.lists(st.integers(1, 500), min_size=1, max_size=5)
 
 
-@given(counts=COUNTS, data=st.data(), most=st.none() | st.integers(1, 600))
+@given(counts=COUNTS, data=st.data(), limit=st.none() | st.integers(1, 600))
 @settings(deadline=None)
-def test_a_mix_follows_its_weights_and_takes_nothing_twice(counts, data, most):
+def test_a_mixture_follows_its_weights_without_repetition(counts, data, limit):
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(counts), max_size=len(counts)))
-    takes = mix(counts, weights, most)
+    takes = mix(counts, weights, limit)
     assert all(take <= count for take, count in zip(takes, counts, strict=True))
-    assert sum(takes) <= (most or sum(counts))
+    assert sum(takes) <= (limit or sum(counts))
     for take, weight in zip(takes, weights, strict=True):
         assert abs(take - sum(takes) * weight / sum(weights)) <= 1.5  # rounding
-    full = any(take >= count - 1 for take, count in zip(takes, counts, strict=True))
-    assert full or sum(takes) >= (most or 0) - len(counts)  # no more could have been taken
+    exhausted = any(take >= count - 1 for take, count in zip(takes, counts, strict=True))
+    assert exhausted or sum(takes) >= (limit or 0) - len(counts)  # no larger mixture exists
     plain = mix(counts, [None] * len(counts), None)
     assert plain == counts
 
 
-@given(count=st.integers(1, 300), share=st.floats(0, 1))
+@given(count=st.integers(1, 300), fraction=st.floats(0, 1))
 @settings(deadline=None)
-def test_records_are_taken_evenly(count, share):
-    take = round(count * share)
-    source = type("Any", (), {"count": count})()
-    taken = [n for n in range(count) if Source(source, take).selects(n)]
-    assert len(taken) == take
-    gaps = [b - a for a, b in zip(taken, taken[1:], strict=False)]
+def test_records_are_selected_evenly(count, fraction):
+    take = round(count * fraction)
+    reader = type("Any", (), {"count": count})()
+    selected = [n for n in range(count) if Source(reader, take).selects(n)]
+    assert len(selected) == take
+    gaps = [b - a for a, b in zip(selected, selected[1:], strict=False)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_mixed_sources(tmp_path):
+def test_weighted_sources_are_mixed(tmp_path):
     a = write(tmp_path / "a.jsonl", *({"n": n} for n in range(100)))
     b = write(tmp_path / "b.jsonl", *({"n": 1000 + n} for n in range(30)))
     spec = [{"path": a, "weight": 1}, {"path": b, "weight": 3}]
-    found = numbers(open_sources(spec, split="train", max_records=None))
-    assert len(found) == len(set(found)) == 40 and sum(n >= 1000 for n in found) == 30
+    mixture = numbers(open_sources(spec, split="train", max_records=None))
+    assert len(mixture) == len(set(mixture)) == 40 and sum(n >= 1000 for n in mixture) == 30
     assert len(numbers(open_sources([a, b], split="train", max_records=None))) == 130
 
 
-WRONG = {
+INVALID = {
     "no such file": ("nowhere.jsonl", "No file at"),
     "no such folder": ("./nowhere", "No file at"),
     "empty list": ([], "empty list"),
@@ -146,16 +146,16 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_sources(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_sources_are_rejected(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, words = WRONG[case]
-    with pytest.raises(UserError, match=words):
+    path, message = INVALID[case]
+    with pytest.raises(UserError, match=message):
         open_sources(path, split="train", max_records=None)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b"", "contains no records"),
         ("a.json", b' [{"messages": []}]', "JSON array.*jq"),
@@ -164,13 +164,13 @@ def test_wrong_sources(case, tmp_path, monkeypatch):
         ("a.arrow", b"no table", "invalid Arrow file"),
     ],
 )
-def test_files_that_are_no_data(name, content, words, tmp_path):
+def test_unreadable_files_are_rejected(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         open_sources(str(tmp_path / name), split="train", max_records=None)
 
 
-def test_shapes():
+def test_all_record_formats_are_parsed():
     sharegpt = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     full = [{"role": "system", "content": "s"}, *MESSAGES]
     assert conversation({"conversations": sharegpt}) == full
