@@ -27,6 +27,7 @@ from models.cost.sizes import Sizes
 from models.decoding.forward_passes import ForwardPasses
 from models.decoding.kv_cache import KVCache
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.target import load_target
 
 ALONE, MODES = "target alone", ("sequential", "parallel")
@@ -135,7 +136,9 @@ def main() -> None:
     print_facts("Machine", machine(device))
     with torch.device(device):
         target = load_target(None, architecture=preset.architecture(preset.vocabulary), dtype=args.dtype)
-    draft = DraftModel(target, num_layers=preset.draft_layers, block_size=preset.block_size, calibrator_rank=0)
+    draft = DraftModel(
+        target, DraftConfig(num_layers=preset.draft_layers, block_size=preset.block_size, calibrator_rank=0)
+    )
     sizes = preset.sizes(preset.vocabulary, preset.draft_layers)
     rates = (matmul_rate(device, args.dtype, 2048, 8), read_rate(device, dtype))
     print_facts("Rates", {"products": f"{rates[0] / 1e9:,.0f} GFLOP/s", "reading": f"{rates[1] / 1e9:,.1f} GB/s"})

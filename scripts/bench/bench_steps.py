@@ -22,6 +22,7 @@ from data.batch import Batch
 from models.attention.layers import Execution
 from models.attention.masks import dense, document_causal
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.hf_cache import forward_cached
 from models.loss.block_loss import block_loss
 from models.loss.objectives import Objective, slot_weights
@@ -56,7 +57,7 @@ class Training:
         with torch.device(device):
             self.target = load_target(None, architecture=architecture, dtype=dtype)
             shape = {"num_layers": draft_layers, "block_size": block_size, "calibrator_rank": 0}
-            self.draft = DraftModel(self.target, **shape, dtype=torch.float32)
+            self.draft = DraftModel(self.target, DraftConfig(**shape), dtype=torch.float32)
         self.draft.requires_grad_(False)
         self.trained = [p.requires_grad_(True) for p in self.draft.attention_parameters().values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-4, weight_decay=0.0, betas=(0.9, 0.95))

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from data.config.compose import composed
 from models.cost.sizes import Sizes
+from models.draft_config import DraftConfig
 from train.names import TRAINED
 from train.plan.estimate import estimate, machine_of, target_sizes
 
@@ -112,12 +113,12 @@ def prepared(config, stage: str):
     from models.draft import DraftModel
     from train.context import Resources
 
-    settings, shape = config.stage[stage], config.model.draft
+    settings = config.stage[stage]
     target = Resources(config).target
-    absent = {} if stage == "bonus_calibration" else {"calibrator_rank": 0, "chain_rank": 0}
     import torch
 
-    draft = DraftModel(target, **{**shape, **absent}, dtype=torch.float32)
+    sizes = DraftConfig(**config.model.draft)
+    draft = DraftModel(target, sizes if stage == "bonus_calibration" else sizes.uncalibrated(), dtype=torch.float32)
     rows = settings.micro_batch_size or settings.global_batch_size
     batch = full_batch(target_sizes(config), rows, config.data.max_seq_len, settings.num_anchors)
     execution = Execution(**{key: config.runtime[key] for key in ("attention", "compile", "activation_checkpointing")})

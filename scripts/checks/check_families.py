@@ -23,6 +23,7 @@ from data.preprocess.packing import pack_documents
 from models.decoding.flex import generate
 from models.decoding.reference import draft_logits
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft, load_draft
 from models.hf_cache import forward_cached
 from models.target import bonus_tokens, load_target, target_pass
@@ -62,7 +63,7 @@ def random_pair(family: str, dtype: str = "float32") -> tuple[PreTrainedModel, D
     """Return a target with random weights and a drafter far from it, so that no check passes by similarity."""
     torch.manual_seed(0)
     target = load_target(None, architecture=SIZES | FAMILIES[family], dtype=dtype)
-    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8)
+    draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=8))
     with torch.no_grad():
         for parameter in draft.own_parameters().values():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -26,6 +26,7 @@ from data.sources.records import prompt
 from models.decoding.flex import generate
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export.artifact_io import load_draft
 from models.target import load_target, load_tokenizer
 
@@ -41,7 +42,7 @@ def embedded(drafter: str | None, count: int):
     if drafter:
         draft = load_draft(drafter, target)
     else:
-        draft = DraftModel(target, num_layers=6, block_size=8, calibrator_rank=0)
+        draft = DraftModel(target, DraftConfig(num_layers=6, block_size=8, calibrator_rank=0))
     encoder = ChatEncoder(tokenizer, {})
     messages = read_strictly(str(TINY / "prompts.jsonl"), prompt, split="test", limit=count, setting="--prompts")
     return target, draft, [encoder.prompt(m) for m in messages]
@@ -51,7 +52,7 @@ def random_family(kind: str, count: int):
     """Return a target with random weights, a drafter copied from it, and prompts of 1 to 40 random tokens."""
     torch.manual_seed(0)
     target = load_target(None, architecture=SIZES | FAMILIES[kind])
-    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=0)
+    draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=0))
     return target, draft, [torch.randint(3, VOCABULARY, (1 + i % 40,)).tolist() for i in range(count)]
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from models.draft_config import FLEXDRAFT_KEYS, draft_settings
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 CARD = "README.md"
 DECODER = Path("custom_generate", "generate.py")  # path expected by transformers
 OWN_DECODER = Path(__file__).parent / DECODER  # source file copied into exports
-# Both keys hold the same settings: the public code reads the first, the published checkpoint uses the second.
-FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
 RECOMMENDATION = "recommended_decoding.json"  # written by the evaluation, which never changes exported files
 EARLIER_RECOMMENDATION = "recommended_decoding"  # key within both settings, written by earlier versions
 DECODER_SHA256 = "custom_generate_sha256"  # hash of the exported decoder, stored in config.json
@@ -79,16 +78,6 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def draft_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the drafter settings under either of their keys; None if neither holds an object."""
-    return next((config[key] for key in FLEXDRAFT_KEYS if isinstance(config.get(key), dict)), None)
-
-
-def extras(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of extensions beyond the paper from `config.json`, as keyword arguments of `DraftModel`."""
-    return {key: settings.get(key, absent) for key, absent in (("bonus_slot", False), ("chain_rank", 0))}
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The drafter: the target's last layers with separate attention projections, and the bonus-conditioned calibrator."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from data.errors import out_of_memory
 from models.attention.layers import EAGER, Execution, run_layers
 from models.attention.masks import dense, own_block, per_window
 from models.attention.packed import Mask, View, blocks_mask
+from models.draft_config import ATTENTION_TUNING, BONUS_CALIBRATION, DraftConfig
 from models.families import layer_windows
 from models.target import Context
 
@@ -30,30 +32,15 @@ class DraftModel(nn.Module):
     logits on the previously drafted token (docs/results/recipe.md).
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        *,
-        num_layers: int,
-        block_size: int,
-        calibrator_rank: int,
-        bonus_slot: bool = False,
-        chain_rank: int = 0,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, target: PreTrainedModel, config: DraftConfig, *, dtype: torch.dtype | None = None) -> None:
         """Build a drafter on top of a target and initialize it from the target's weights.
 
         Args:
-            num_layers: L, number of draft layers (the target's last layers).
-            block_size: B, mask tokens per block.
-            calibrator_rank: r, hidden size of the calibrator; 0 disables it.
-            bonus_slot: whether slot 0's input can encode a known bonus token.
-            chain_rank: hidden size of the MLP conditioned on the previously drafted token; 0 disables it.
             dtype: dtype of the drafter's own parameters; defaults to the target's.
 
         Raises:
-            ValueError: L, B or a rank is out of range, the block exceeds a sliding window, or the target is wrapped
-                (e.g. by PEFT).
+            ValueError: the target has fewer layers, the block exceeds a sliding window, or the target is wrapped (e.g.
+                by PEFT).
         """
         super().__init__()
         if not isinstance(target, PreTrainedModel):
@@ -61,23 +48,17 @@ class DraftModel(nn.Module):
                 f"The target is a {type(target).__name__}, expected a model of transformers. Of PEFT's, give "
                 "`merge_and_unload()`, or `get_base_model()`, in which LoRA stays active, but Activated LoRA does not."
             )
-        config = target.config
-        if not 1 <= num_layers <= config.num_hidden_layers:
-            raise ValueError(f"num_layers={num_layers}: expected 1 to {config.num_hidden_layers}, the target's layers.")
-        if block_size < 2:
-            raise ValueError(f"block_size={block_size}: expected at least 2, since slot 0 is never drafted.")
-        for name, rank in (("calibrator_rank", calibrator_rank), ("chain_rank", chain_rank)):
-            if rank < 0:
-                raise ValueError(f"{name}={rank}: expected 0 (none) or more.")
+        layers, block_size = target.config.num_hidden_layers, config.block_size
+        if config.num_layers > layers:
+            raise ValueError(f"num_layers={config.num_layers}: expected at most {layers}, the target's layers.")
         # Plain reference, not a registered submodule: the drafter neither owns nor saves the target.
         object.__setattr__(self, "target", target)
-        self.block_size = block_size
-        self.calibrator_rank, self.chain_rank = calibrator_rank, chain_rank
-        self.split_layer = config.num_hidden_layers - num_layers
+        self.config, self.block_size = config, block_size
+        self.split_layer = layers - config.num_layers
         dtype = dtype or target.dtype
         embedding = target.get_input_embeddings().weight
 
-        self.windows = layer_windows(config)[self.split_layer :]
+        self.windows = layer_windows(target.config)[self.split_layer :]
         narrow = [window for window in self.windows if window is not None and window < block_size]
         if narrow:
             raise ValueError(f"block_size={block_size}: expected at most {min(narrow)}, the target's sliding window.")
@@ -91,10 +72,10 @@ class DraftModel(nn.Module):
         )
         vocabulary, hidden = embedding.shape
         place = {"dtype": dtype, "device": embedding.device}
-        self.anchor_bias_mlp = _correction(hidden, calibrator_rank, vocabulary, **place) if calibrator_rank else None
-        self.chain_mlp = _correction(hidden, chain_rank, vocabulary, **place) if chain_rank else None
+        self.anchor_bias_mlp = _correction(hidden, config.calibrator_rank, vocabulary, **place)
+        self.chain_mlp = _correction(hidden, config.chain_rank, vocabulary, **place)
         self.bonus_slot = None
-        if bonus_slot:
+        if config.bonus_slot:
             self.bonus_slot = nn.Linear(hidden, hidden, bias=False, **place)
             nn.init.zeros_(self.bonus_slot.weight)  # no initial effect: training starts from the paper's drafter
 
@@ -110,16 +91,15 @@ class DraftModel(nn.Module):
             for i, layer in enumerate(self.layers)
             for name, p in layer.self_attn.named_parameters()
         }
-        return {"mask_embedding": self.mask_embedding, **self._named("bonus_slot"), **own}
+        return self.parts(ATTENTION_TUNING) | own
 
     def calibrator_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters trained in Bonus-guided Calibration by exported name: calibrator and chain MLP."""
-        return {**self._named("anchor_bias_mlp"), **self._named("chain_mlp")}
+        return self.parts(BONUS_CALIBRATION)
 
-    def _named(self, child: str) -> dict[str, nn.Parameter]:
-        """Return the parameters of a child module by exported name; empty if the drafter does not have it."""
-        module = getattr(self, child)
-        return {} if module is None else {f"{child}.{name}": p for name, p in module.named_parameters()}
+    def parts(self, stage: str) -> dict[str, nn.Parameter]:
+        """Return the parameters besides the attention copies that a stage trains, by exported name."""
+        return {name: self.get_parameter(name) for name in self.config.names(stage)}
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the target's parameters in the draft layers and the final norm, by their public-release names."""
@@ -138,7 +118,9 @@ class DraftModel(nn.Module):
     def without_extras(self) -> "DraftModel":
         """Return the drafter without bonus slot and chain, as in the public format; parameters are shared."""
         plain = shallow_copy(self)
-        plain.bonus_slot, plain.chain_mlp, plain.chain_rank = None, None, 0
+        plain.config = self.config.without_extras()
+        for part in set(self.config.parts()) - set(plain.config.parts()):
+            setattr(plain, part.module, None)
         return plain
 
     def slot_inputs(self, anchors: tuple[int, int], bonus: Tensor | None = None) -> Tensor:
@@ -294,8 +276,13 @@ def _draft_layer(target_layer: nn.Module, attention: nn.Module) -> nn.Module:
     return layer
 
 
-def _correction(hidden: int, rank: int, vocabulary: int, **kwargs) -> nn.Sequential:
-    """Build `W2 SiLU(W1 x + b1) + b2` with W2 = b2 = 0: training starts from the attention-tuned drafter."""
+def _correction(hidden: int, rank: int, vocabulary: int, **kwargs: Any) -> nn.Sequential | None:
+    """Build `W2 SiLU(W1 x + b1) + b2` with W2 = b2 = 0: training starts from the attention-tuned drafter.
+
+    None for rank 0.
+    """
+    if not rank:
+        return None
     first, second = nn.Linear(2 * hidden, rank, **kwargs), nn.Linear(rank, vocabulary, **kwargs)
     nn.init.zeros_(second.weight)
     nn.init.zeros_(second.bias)

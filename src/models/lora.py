@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.artifact import CONFIG, FLEXDRAFT_KEYS, extras
+from models.artifact import CONFIG, write_object
 from models.draft import DraftModel, shallow_copy
+from models.draft_config import ATTENTION_TUNING, DraftConfig, other_target, target_identity
 from models.export.artifact_io import artifact_config, load_draft_weights
 
 WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
@@ -66,19 +67,12 @@ class LoraDraft(DraftModel):
     """
 
     def __init__(
-        self,
-        target: PreTrainedModel,
-        lora: Lora,
-        *,
-        num_layers: int,
-        block_size: int,
-        bonus_slot: bool = False,
-        dtype: torch.dtype | None = None,
+        self, target: PreTrainedModel, lora: Lora, config: DraftConfig, *, dtype: torch.dtype | None = None
     ) -> None:
         """Build a LoRA drafter on top of a target.
 
         Args:
-            num_layers, block_size, bonus_slot: as in `DraftModel`.
+            config: as in `DraftModel`; the parts of stage 2 are left out.
             dtype: dtype of the trained parameters and of merging updates into weights; defaults to the target's.
 
         Raises:
@@ -86,8 +80,7 @@ class LoraDraft(DraftModel):
         """
         from peft import LoraConfig, inject_adapter_in_model  # imported lazily: takes seconds
 
-        sizes = {"num_layers": num_layers, "block_size": block_size, "calibrator_rank": 0, "bonus_slot": bonus_slot}
-        super().__init__(target, **sizes, dtype=dtype)
+        super().__init__(target, config.uncalibrated(), dtype=dtype)
         self.lora_config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
@@ -114,7 +107,7 @@ class LoraDraft(DraftModel):
 
     def own_parameters(self) -> dict[str, Tensor]:
         """Return all exported tensors by name, with updates merged into the projections; merged tensors are copies."""
-        own: dict[str, Tensor] = {"mask_embedding": self.mask_embedding, **self._named("bonus_slot")}
+        own: dict[str, Tensor] = dict(self.parts(ATTENTION_TUNING))
         for i, layer in enumerate(self.layers):
             for name, module in layer.self_attn.named_children():
                 base = getattr(module, "base_layer", module)
@@ -128,9 +121,7 @@ class LoraDraft(DraftModel):
     @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> DraftModel:
         """Return an equivalent `DraftModel` with merged projections. dtype: the trained parameters' if None."""
-        sizes = {"num_layers": len(self.layers), "block_size": self.block_size, "calibrator_rank": 0}
-        sizes |= {"bonus_slot": self.bonus_slot is not None}
-        draft = DraftModel(self.target, **sizes, dtype=dtype or self.mask_embedding.dtype)
+        draft = DraftModel(self.target, self.config, dtype=dtype or self.mask_embedding.dtype)
         load_draft_weights(draft.own_parameters(), self.own_parameters(), source="adapter")
         return draft.requires_grad_(False).eval()
 
@@ -144,7 +135,7 @@ def save_adapter(draft: LoraDraft, directory: Path) -> None:
     config = copy.copy(draft.lora_config)
     config.target_modules = sorted(config.target_modules)  # PEFT stores a set, whose order varies between processes
     config.save_pretrained(str(directory))
-    (directory / CONFIG).write_text(json.dumps(artifact_config(draft), indent=2, sort_keys=True) + "\n", "utf-8")
+    write_object(directory / CONFIG, artifact_config(draft.target.config, draft.config, draft.mask_embedding.dtype))
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in sorted(draft.attention_parameters().items())}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
@@ -161,14 +152,10 @@ def load_adapter(directory: Path, target: PreTrainedModel, *, dtype: torch.dtype
         tensors = load_file(directory / WEIGHTS)
     except OSError as error:
         raise ValueError(f"{directory}: no drafter's adapter there ({LORA_CONFIG}, {WEIGHTS}, {CONFIG}).") from error
-    settings = config[FLEXDRAFT_KEYS[0]]
+    if different := other_target(config, target_identity(target.config)):
+        raise ValueError(f"{directory}: adapter for a target with {different}.")
     lora = Lora(written["r"], written["lora_alpha"], tuple(written["target_modules"]))
-    sizes = {"num_layers": len(settings["target_layer_ids"]), "block_size": config["block_size"]}
-    draft = LoraDraft(target, lora, **sizes, bonus_slot=extras(settings)["bonus_slot"], dtype=dtype)
-    here = artifact_config(draft)
-    for key in ("model_type", "num_target_layers", "hidden_size", "vocab_size"):
-        if config[key] != here[key]:
-            raise ValueError(f"{directory}: for a target with {key}={config[key]}, but this one has {here[key]}.")
+    draft = LoraDraft(target, lora, DraftConfig.from_artifact(config), dtype=dtype)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     load_draft_weights(draft.attention_parameters(), tensors, source=str(directory))
     return draft.requires_grad_(False).eval()

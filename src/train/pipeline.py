@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from data.errors import UserError
+from models.draft_config import target_identity
 from train import stages
 from train.context import Resources
 from train.disk_space import ADAPTER, check_disk
@@ -19,7 +20,7 @@ from train.evaluate.throughput import device_name
 from train.loop.loggers import check_loggers
 from train.names import STAGES, TRAINED
 from train.publish.model_card import is_outdated, write_card
-from train.publish.upload import check_access, destination, of_target, push
+from train.publish.upload import check_access, destination, push
 from train.resume.identity import check_inputs, settings_of
 from train.resume.progress import FINISHED, RESTART, next_action
 from train.run_dir.disk import DiskError, as_user_error, check_no_link, remove_tree
@@ -55,7 +56,7 @@ def run(config: DictConfig) -> None:
 def _run(config: DictConfig, run_dir: Path, lock: RunLock) -> None:
     resources = Resources(config)
     if config.export.push_to_hub and rank_zero_only.rank == 0:
-        check_access(destination(config), of_target(resources.target_config))  # fail before training, not after
+        check_access(destination(config), target_identity(resources.target_config))  # fail before training, not after
     chosen = [stage for stage in STAGES if stage in config.stages]
     for number, stage in enumerate(chosen, start=1):
         if rank_zero_only.rank and stage not in TRAINED:

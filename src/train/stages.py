@@ -20,6 +20,7 @@ from models.artifact import CONFIG, DECODER, RECOMMENDATION
 from models.attention.layers import Execution
 from models.cost.flops import block_flops
 from models.draft import DraftModel, start_from_head
+from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft, load_draft, load_draft_weights
 from models.export.recommendation import recommend
 from models.lora import LoraDraft, save_adapter
@@ -66,7 +67,7 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
     sizes = drafter_sizes(draft)
     result = {
         "parameters": sum(p.numel() for p in draft.own_parameters().values()),
-        "calibrated": draft.calibrator_rank > 0,
+        "calibrated": draft.config.calibrator_rank > 0,
         "block_flops": sizes and block_flops(sizes, context=CONTEXT),
     }
     for logger in wandb_loggers(config, "export", directory):
@@ -123,11 +124,11 @@ def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
     Raises:
         UserError: the exported drafter has none of the chosen variants.
     """
-    untuned = DraftModel(draft.target, num_layers=len(draft.layers), block_size=draft.block_size, calibrator_rank=0)
+    untuned = DraftModel(draft.target, draft.config.without_extras().uncalibrated())
     # With a bonus slot, the two modes predict different drafts. Without one, a row may switch between them.
     mode = "sequential" if draft.bonus_slot else "auto"
     known = {"untuned": Variant(untuned, calibrate=False), "attention_tuned": Variant(draft, False, mode)}
-    if draft.calibrator_rank:
+    if draft.config.calibrator_rank:
         if draft.bonus_slot:
             known["calibrated_parallel"] = Variant(draft, True, "parallel")
         known["calibrated"] = Variant(draft, True, mode)
@@ -310,13 +311,11 @@ def _new_draft(
     Raises:
         UserError: the adapter does not fit this architecture.
     """
-    settings, target = config.model.draft, resources.target
-    sizes = {key: settings[key] for key in ("num_layers", "block_size", "bonus_slot")}
-    sizes["dtype"] = torch.promote_types(torch.float32, target.dtype)
+    target, draft = resources.target, DraftConfig(**config.model.draft)
+    dtype = torch.promote_types(torch.float32, target.dtype)
     if adapted and config.adapter:
         try:
-            return LoraDraft(target, instantiate(config.adapter), **sizes)
+            return LoraDraft(target, instantiate(config.adapter), draft, dtype=dtype)
         except ValueError as error:
             raise UserError(f"adapter.{error}") from error
-    ranks = {key: settings[key] if calibrated else 0 for key in ("calibrator_rank", "chain_rank")}
-    return DraftModel(target, **ranks, **sizes)
+    return DraftModel(target, draft if calibrated else draft.uncalibrated(), dtype=dtype)

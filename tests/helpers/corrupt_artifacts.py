@@ -181,12 +181,12 @@ DAMAGES = {
     "no FlexDraft settings": (
         "whole",
         change_config(flexdraft_config=None, dflash_config=None),
-        "config: config.json: neither flexdraft_config nor dflash_config is an object there",
+        "config: config.json: expected flexdraft_config or dflash_config to be an object",
     ),
     "one of the settings missing": (
         "whole",
         change_config(flexdraft_config=None),
-        "config: config.json: flexdraft_config is missing or no object",
+        "config: config.json: flexdraft_config is missing or not an object",
     ),
     "settings differ": (
         "whole",
@@ -196,12 +196,12 @@ DAMAGES = {
     "layers not the last": (
         "whole",
         change_settings(target_layer_ids=[1, 2, 3]),
-        "config: config.json: target_layer_ids is [1, 2, 3]; expected the last of the target's layers, which end at 4",
+        "config: config.json: target_layer_ids is [1, 2, 3]; expected [2, 3, 4], the target's last layers",
     ),
     "layers not consecutive": (
         "whole",
         change_settings(target_layer_ids=[1, 3, 4]),
-        "config: config.json: target_layer_ids is [1, 3, 4]; expected consecutive numbers",
+        "config: config.json: target_layer_ids is [1, 3, 4]; expected [2, 3, 4], the target's last layers",
     ),
     "layers no numbers": (
         "whole",
@@ -246,7 +246,7 @@ DAMAGES = {
     "chain of no rank": (
         "beyond",
         change_settings(chain_rank=-1),
-        "config: config.json: chain_rank is -1; expected a number of 0 or more",
+        "config: config.json: chain_rank is -1; expected an integer of 0 or more",
     ),
     "biases that the target has not": (
         "whole",
@@ -310,7 +310,7 @@ DAMAGES = {
     "bonus slot that nothing reads": (
         "whole",
         change_tensors(lambda tensors: tensors.update({"bonus_slot.weight": torch.ones(32, 32)})),
-        f"tensors: bonus_slot.weight: unexpected tensor in {WEIGHTS}; config.json has no bonus_slot",
+        f"tensors: bonus_slot.weight: unexpected tensor in {WEIGHTS}; config.json has no bonus slot (bonus_slot)",
     ),
     "shape": (
         "whole",

@@ -9,6 +9,7 @@ from models.decoding.reference import autoregressive_generate
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 
 SELECTIONS = (OFF, Selection("cumulative_product", 0.01), Selection("min_confidence", 0.3))
 
@@ -63,7 +64,7 @@ class Guess(DraftModel):
 
 def guessing(target, *, num_layers: int = 3, block_size: int = 6) -> Guess:
     torch.manual_seed(2)
-    return Guess(target, num_layers=num_layers, block_size=block_size, calibrator_rank=8)
+    return Guess(target, DraftConfig(num_layers=num_layers, block_size=block_size, calibrator_rank=8))
 
 
 def random_prompts(generator: random.Random, count: int, longest: int, vocabulary: int = 97) -> list[list[int]]:

@@ -11,6 +11,7 @@ import torch
 
 from data.preprocess.chat_template import Document
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.target import load_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,9 @@ def random_draft(
 ) -> DraftModel:
     """A drafter far from its initialization, so that no test passes because draft and target are alike."""
     torch.manual_seed(seed)
-    draft = DraftModel(target, num_layers=num_layers, block_size=block_size, calibrator_rank=rank, **beyond)
+    draft = DraftModel(
+        target, DraftConfig(num_layers=num_layers, block_size=block_size, calibrator_rank=rank, **beyond)
+    )
     with torch.no_grad():
         for parameter in draft.own_parameters().values():
             parameter.add_(0.3 * torch.randn_like(parameter))

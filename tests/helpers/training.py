@@ -8,6 +8,7 @@ from helpers.shared import random_documents
 
 from data.preprocess.packing import pack_documents
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.loss.objectives import Objective
 from train.loop.datamodule import DraftData
 from train.loop.modules import AttentionTuning, BonusCalibration
@@ -62,5 +63,5 @@ def module(stage, target, beyond: bool = False) -> AttentionTuning | BonusCalibr
     torch.manual_seed(0)
     calibrates = stage is BonusCalibration
     ranks = {"calibrator_rank": 8 * calibrates, "chain_rank": 4 * (calibrates and beyond)}
-    draft = DraftModel(target, num_layers=3, block_size=6, bonus_slot=beyond, **ranks)
+    draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, bonus_slot=beyond, **ranks))
     return stage(target, draft, **SETTINGS, **({"joint": beyond} if calibrates else {}))

@@ -1,6 +1,7 @@
 """LoRA adapters: what is trained, merged and unmerged alike, in PEFT's format and out of it, from end to end."""
 
 import json
+from dataclasses import asdict, replace
 
 import helpers.runs
 import pytest
@@ -23,6 +24,7 @@ from models.cost.flops import Twice, step_flops
 from models.cost.sizes import Sizes
 from models.decoding.flex import generate
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft, load_draft
 from models.lora import Lora, LoraDraft, load_adapter, save_adapter
 from models.target import target_pass
@@ -30,7 +32,7 @@ from train.loop.modules import AttentionTuning
 from train.loop.validation_decoding import as_exported
 from train.settings.checks import check_adapter
 
-SIZES = {"num_layers": 3, "block_size": 6}
+CONFIG = DraftConfig(num_layers=3, block_size=6, calibrator_rank=0)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -38,7 +40,7 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 def lora_draft(target, *, trained: bool = True, rank: int = 4, **kwargs) -> LoraDraft:
     """`trained`: far from its start, where merged and unmerged are the same without any update."""
     torch.manual_seed(2)
-    draft = LoraDraft(target, Lora(rank, 2 * rank), **SIZES, **kwargs)
+    draft = LoraDraft(target, Lora(rank, 2 * rank), CONFIG, **kwargs)
     if trained:
         with torch.no_grad():
             for parameter in draft.attention_parameters().values():
@@ -63,7 +65,7 @@ def difference(one, other) -> float:
 def test_it_starts_as_the_target_and_copies_no_projector(family):
     target, _ = random_pair(family)
     draft = lora_draft(target, trained=False)
-    plain = DraftModel(target, **SIZES, calibrator_rank=0)
+    plain = DraftModel(target, CONFIG)
     assert torch.equal(logits(draft), logits(plain))
     shared = {p.data_ptr() for p in target.parameters()}
     own = [p for p in draft.parameters() if p.data_ptr() not in shared]
@@ -77,7 +79,7 @@ def test_merged_and_unmerged_are_the_same_drafter(family, tmp_path):
     before, draft = hashes(target), lora_draft(target)
     merged = draft.merged()
     assert difference(draft, merged) < 1e-5 < difference(draft, lora_draft(target, trained=False))
-    assert merged.own_parameters().keys() == DraftModel(target, **SIZES, calibrator_rank=0).own_parameters().keys()
+    assert merged.own_parameters().keys() == DraftModel(target, CONFIG).own_parameters().keys()
     export_draft(draft, tmp_path, torch.float32)  # under the contract's names, merged
     assert torch.equal(logits(load_draft(tmp_path, target)), logits(merged))
     assert hashes(target) == before
@@ -90,7 +92,7 @@ def test_a_saved_adapter_is_loaded_here_and_by_peft(family, tmp_path):
     save_adapter(draft, tmp_path)
     loaded = load_adapter(tmp_path, target)
     assert torch.equal(logits(loaded), logits(draft))
-    fresh = DraftModel(target, **SIZES, calibrator_rank=0)
+    fresh = DraftModel(target, CONFIG)
     by_peft = PeftModel.from_pretrained(fresh, str(tmp_path)).merge_and_unload()
     assert by_peft is fresh  # mask embedding and norms came with it
     assert difference(by_peft, draft.merged()) < 1e-6
@@ -107,7 +109,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_target_layers=5, but this one has 6"):
         load_adapter(tmp_path, random_target(num_hidden_layers=6))
     with pytest.raises(ValueError, match=r"(?s)q_prj.*expected one or more of q_proj, k_proj, v_proj, o_proj"):
-        LoraDraft(target, Lora(4, 8, ("q_prj",)), **SIZES)
+        LoraDraft(target, Lora(4, 8, ("q_prj",)), CONFIG)
     for rank, alpha in ((0, 8), (4, 0)):
         with pytest.raises(ValueError, match="=0: expected"):
             Lora(rank, alpha)
@@ -115,7 +117,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 def test_some_projectors_alone(tmp_path):
     target = random_target()
-    draft = LoraDraft(target, Lora(4, 8, ("v_proj", "q_proj")), **SIZES)
+    draft = LoraDraft(target, Lora(4, 8, ("v_proj", "q_proj")), CONFIG)
     updated = {name.split(".")[3] for name in draft.attention_parameters() if "lora_" in name}
     assert updated == {"q_proj", "v_proj"}
     save_adapter(draft, tmp_path)
@@ -140,7 +142,7 @@ def test_updates_are_added_in_float32_to_bfloat16_weights():
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_decoding_takes_the_same_steps_merged_and_unmerged(mode):
     target = random_target()
-    draft = LoraDraft(target, Lora(4, 8), **SIZES)  # a copy of the target drafts: some drafts are right
+    draft = LoraDraft(target, Lora(4, 8), CONFIG)  # a copy of the target drafts: some drafts are right
     with torch.no_grad():
         for name, parameter in draft.attention_parameters().items():
             if "lora_B" in name:
@@ -204,7 +206,7 @@ def test_other_settings_are_not():
 @EVERY
 def test_the_plan_counts_what_is_trained(family):
     target, _ = random_pair(family)
-    sizes = Sizes.from_config(target.config.to_dict(), calibrator_rank=8, **SIZES).with_lora(4, None)
+    sizes = Sizes.from_config(target.config.to_dict(), **asdict(replace(CONFIG, calibrator_rank=8))).with_lora(4, None)
     assert sizes.trained_parameters("attention_tuning") == sizes.held_parameters("attention_tuning")
     adapter = lora_draft(target)
     assert sizes.trained_parameters("attention_tuning") == count(adapter.attention_parameters())
@@ -215,7 +217,7 @@ def test_the_plan_counts_what_is_trained(family):
 
 def test_the_plan_counts_the_arithmetic_of_updates(monkeypatch):
     target = random_target()
-    sizes = Sizes.from_config(target.config.to_dict(), calibrator_rank=8, **SIZES).with_lora(16, None)
+    sizes = Sizes.from_config(target.config.to_dict(), **asdict(replace(CONFIG, calibrator_rank=8))).with_lora(16, None)
     batch = full_batch(sizes, 2, 64, 5)
     with flop_counter() as counter:
         loss, weight, _, _ = AttentionTuning(target, lora_draft(target, rank=16), **SETTINGS).loss(batch)

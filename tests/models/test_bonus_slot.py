@@ -12,6 +12,7 @@ from models.decoding.reference import reference_generate
 from models.decoding.sampling import GREEDY
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 
 
 class ChainGuess(DraftModel):
@@ -28,7 +29,7 @@ class ChainGuess(DraftModel):
 def chained(target) -> ChainGuess:
     torch.manual_seed(3)
     ranks = {"calibrator_rank": 8, "chain_rank": 4}
-    draft = ChainGuess(target, num_layers=3, block_size=6, bonus_slot=True, **ranks)
+    draft = ChainGuess(target, DraftConfig(num_layers=3, block_size=6, bonus_slot=True, **ranks))
     with torch.no_grad():
         for name, parameter in draft.own_parameters().items():
             parameter.add_((3.0 if name.startswith("bonus_slot") else 0.1) * torch.randn_like(parameter))

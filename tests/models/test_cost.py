@@ -19,6 +19,7 @@ from models.cost.hardware import GPUS, find_gpu, peak_flops
 from models.cost.memory import decoding_memory, peak, step_memory
 from models.decoding.forward_passes import ForwardPasses, prefill
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.loss.objectives import Objective
 from models.target import load_target
 from train.loop.modules import AttentionTuning, BonusCalibration
@@ -56,7 +57,7 @@ def test_flops_are_those_of_the_training_step(
     stage, objective, shape, rows, length, anchors, chunk, recompute, beyond, joint, monkeypatch
 ):
     target = random_target(**shape)
-    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, **beyond)
+    draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=8, **beyond))
     settings = SETTINGS | {
         "chunk": chunk,
         "objective": objective,
@@ -94,7 +95,7 @@ def test_parameters_are_those_of_the_real_modules(model, recipe):
     config = composed(["+experiment=tiny", f"model={model}", *recipe])
     settings = config.model.target
     target = load_target(settings.name, architecture=settings.architecture and dict(settings.architecture))
-    draft = DraftModel(target, **config.model.draft)
+    draft = DraftModel(target, DraftConfig(**config.model.draft))
     sizes = target_sizes(config)
 
     def count(parameters) -> int:
@@ -339,7 +340,7 @@ def test_the_arithmetic_of_a_block_is_that_of_drafting_it():
     """As the flop counter counts it, with 40 tokens before the block."""
     target = random_target()
     for beyond in ({}, BEYOND):
-        draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, **beyond)
+        draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=8, **beyond))
         _, cache = prefill(target, [list(range(3, 43))], 60, slots=6)
         bonus, passes = torch.tensor([5]), ForwardPasses(target, draft, cache)
         with flop_counter() as counter, torch.no_grad():

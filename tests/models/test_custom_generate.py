@@ -21,6 +21,7 @@ from models.decoding.flex import generate
 from models.decoding.reference import draft_logits
 from models.decoding.selection import OFF, RELEASE, Selection, drafts_and_confidence
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export import artifact_io as export
 from models.export.artifact_io import export_draft
 from models.export.recommendation import recommend
@@ -82,7 +83,7 @@ def artifact(request, tiny_target, tmp_path_factory):
     torch.manual_seed(0)
     beyond = getattr(request, "param", "plain") == "beyond"
     extras = {"bonus_slot": beyond, "chain_rank": 4 * beyond}
-    draft = DraftModel(tiny_target, num_layers=6, block_size=8, calibrator_rank=8, **extras)
+    draft = DraftModel(tiny_target, DraftConfig(num_layers=6, block_size=8, calibrator_rank=8, **extras))
     with torch.no_grad():
         for name, parameter in draft.own_parameters().items():
             if name.startswith(("anchor_bias_mlp", "chain_mlp", "bonus_slot")):

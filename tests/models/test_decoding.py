@@ -22,6 +22,7 @@ from models.decoding.reference import autoregressive_generate, reference_generat
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export.artifact_io import load_draft
 from models.hf_cache import forward_cached
 
@@ -66,7 +67,9 @@ def staggering(answers: list[list[int]]) -> set[int]:
 
 
 def untrained(target) -> DraftModel:
-    return DraftModel(target, num_layers=target.config.num_hidden_layers - 2, block_size=8, calibrator_rank=8)
+    return DraftModel(
+        target, DraftConfig(num_layers=target.config.num_hidden_layers - 2, block_size=8, calibrator_rank=8)
+    )
 
 
 def adversarial(target) -> DraftModel:
@@ -174,7 +177,7 @@ class Echo(DraftModel):
 def test_a_drafter_that_echoes_the_target_is_accepted_in_full(mode, limit, last):
     target, batch = endless(), random_prompts(random.Random(4), 3, 9)
     own = own_batch(target, batch, limit)
-    echo = Echo(target, num_layers=2, block_size=6, calibrator_rank=0)
+    echo = Echo(target, DraftConfig(num_layers=2, block_size=6, calibrator_rank=0))
     vars(echo).update(answers=own, told=0)
     result = generate(target, echo, batch, max_new_tokens=limit, mode=mode, selection=OFF)
     assert result.tokens == own

@@ -153,10 +153,10 @@ def test_a_damaged_directory_is_refused_by_name(exported):
     tensors = load_file(directory / "model.safetensors")
     embedding = tensors.pop("mask_embedding")
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(ValueError, match="missing: .'mask_embedding'."):
+    with pytest.raises(ValueError, match="mask_embedding: missing from the weights"):
         load_draft(directory, target)
     save_file(tensors | {"mask_embedding": embedding[:-1].clone()}, directory / "model.safetensors")
-    with pytest.raises(ValueError, match=r"mask_embedding has shape \(31,\), expected \(32,\)"):
+    with pytest.raises(ValueError, match=r"mask_embedding: has shape \(31,\) in model.safetensors; expected \(32,\)"):
         load_draft(directory, target)
 
 
@@ -199,7 +199,7 @@ def test_what_is_beyond_the_contract_is_added_to_it_and_read_back(exported, beyo
     assert torch.equal(one, again)
     del tensors["chain_mlp.0.bias"]
     save_file(tensors, other / "model.safetensors")
-    with pytest.raises(ValueError, match="missing: .'chain_mlp.0.bias'."):
+    with pytest.raises(ValueError, match="chain_mlp.0.bias: missing from the weights"):
         load_draft(other, target)
 
 

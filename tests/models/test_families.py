@@ -16,6 +16,7 @@ from models.decoding.flex import check_untested, generate
 from models.decoding.reference import autoregressive_generate, reference_generate
 from models.decoding.selection import OFF
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.families import TESTED, check_architecture, layer_windows, max_text_length
 from models.target import load_target
 from train.pipeline import run
@@ -43,7 +44,7 @@ def test_training_and_decoding_agree_and_the_output_is_the_targets_own(family):
 def test_decoding_takes_the_oracles_steps(family):
     """A copy of the target drafts: some drafts are right."""
     target, _ = random_pair(family)
-    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=0)
+    draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=0))
     prompts = [torch.randint(3, 97, (n,)).tolist() for n in (2, 13, 30)]
     expected = [reference_generate(target, draft, prompt, 20, selection=OFF) for prompt in prompts]
     for mode in ("parallel", "sequential"):
@@ -99,7 +100,7 @@ def test_all_stages(family, tmp_path, monkeypatch):
     before = digest(target)
     run(config)
     assert digest(target) == before
-    untrained = DraftModel(target, num_layers=2, block_size=6, calibrator_rank=0).own_parameters()
+    untrained = DraftModel(target, DraftConfig(num_layers=2, block_size=6, calibrator_rank=0)).own_parameters()
     trained = load_file(tmp_path / "export" / "model.safetensors")
     assert untrained.keys() < trained.keys()
     assert not any(torch.equal(trained[name], parameter) for name, parameter in untrained.items())
@@ -207,7 +208,7 @@ def test_a_mask_made_for_another_window_is_refused():
 def test_a_block_must_fit_the_window():
     target, _ = random_pair("mistral")
     with pytest.raises(ValueError, match="block_size=10: expected at most 9, the target's sliding window"):
-        DraftModel(target, num_layers=2, block_size=10, calibrator_rank=0)
+        DraftModel(target, DraftConfig(num_layers=2, block_size=10, calibrator_rank=0))
 
 
 def test_blocks_stay_where_longrope_is_constant():

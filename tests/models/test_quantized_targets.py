@@ -7,6 +7,7 @@ from helpers.wrapped_targets import adapted, packed
 
 from models.decoding.flex import generate
 from models.draft import DraftModel, is_plain
+from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft, load_draft
 from models.families import check_trainable
 from models.target import vocabulary
@@ -47,7 +48,7 @@ def test_a_drafter_decodes_with_a_target_that_is_quantized_or_adapted(exported, 
 def test_weights_that_were_never_loaded_are_not_mistaken_for_trained_ones(exported):
     target, _, directory = exported
     assert is_plain(target.model.layers[-1].self_attn)
-    draft = DraftModel(packed(target), num_layers=2, block_size=4, calibrator_rank=0)
+    draft = DraftModel(packed(target), DraftConfig(num_layers=2, block_size=4, calibrator_rank=0))
     assert not is_plain(target.model.layers[-1].self_attn) and is_plain(draft.layers[0].self_attn)
     with pytest.raises(ValueError, match="not finite"):
         export_draft(draft, directory, torch.float32)
@@ -76,7 +77,7 @@ def embeddings_changed(target, kind):
 @pytest.mark.parametrize("kind", ["plain", "LoRA on queries and values", "LoRA on the FFN"])
 def test_an_untrained_drafter_is_known_beside_an_adapted_target_too(kind):
     target = random_target()
-    draft = DraftModel(target, num_layers=2, block_size=4, calibrator_rank=0)
+    draft = DraftModel(target, DraftConfig(num_layers=2, block_size=4, calibrator_rank=0))
     assert is_untrained(draft)
     if kind != "plain":
         TARGETS[kind](target)  # in place

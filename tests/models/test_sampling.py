@@ -11,6 +11,7 @@ from models.decoding import target_sampler
 from models.decoding.flex import generate
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import OFF, RELEASE, Selection, drafts_and_confidence
+from models.draft_config import DraftConfig
 
 VOCABULARY, PROMPT, DRAWS = 8, [3, 1], 20_000
 SETTINGS = [
@@ -159,7 +160,7 @@ def pair_of_small_vocabulary():
     with torch.no_grad():
         target.get_output_embeddings().weight.mul_(0.5)  # less sure, so that many continuations are likely enough
     torch.manual_seed(3)
-    return target, Guess(target, num_layers=1, block_size=4, calibrator_rank=0)
+    return target, Guess(target, DraftConfig(num_layers=1, block_size=4, calibrator_rank=0))
 
 
 CASES = list(itertools.product(["parallel", "sequential"], [0.7, 1.0]))

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.cost.sizes import FAMILIES, Sizes
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.families import TESTED, layer_windows
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "head_dim": 8}
@@ -57,7 +58,7 @@ def test_parameters_and_windows_are_those_of_the_real_modules(family, special):
 def test_parameters_are_those_of_the_real_drafter(calibrator_rank, chain_rank, bonus_slot):
     config = AutoConfig.for_model("qwen3", **SMALL)
     shape = DRAFT | {"calibrator_rank": calibrator_rank, "chain_rank": chain_rank, "bonus_slot": bonus_slot}
-    draft = DraftModel(AutoModelForCausalLM.from_config(config), **shape)
+    draft = DraftModel(AutoModelForCausalLM.from_config(config), DraftConfig(**shape))
     frozen, joint = (Sizes.from_config(config.to_dict(), **shape, joint=joint) for joint in (False, True))
     tuned, calibrator, own = (
         sum(p.numel() for p in group().values())

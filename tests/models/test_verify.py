@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from models.decoding.flex import generate
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export import artifact_io as export
 from models.export.artifact_io import export_draft
 from models.export.weight_checks import foreign_tensors
@@ -122,7 +123,9 @@ UNTRAINED = {
 
 @pytest.mark.parametrize("zeros", UNTRAINED)
 def test_an_untrained_drafter_is_valid_but_noticed(zeros, healthy, tmp_path):
-    draft = DraftModel(load_target(str(healthy / "target")), num_layers=3, block_size=6, **UNTRAINED[zeros])
+    draft = DraftModel(
+        load_target(str(healthy / "target")), DraftConfig(num_layers=3, block_size=6, **UNTRAINED[zeros])
+    )
     export_draft(draft, tmp_path, torch.float32)
     warnings = warnings_of(tmp_path, healthy / "target")
     assert f"values: all zeros, so perhaps untrained: {zeros}" in warnings
@@ -141,7 +144,7 @@ def test_drafts_that_are_accepted_and_identical_give_no_warning():
     target = random_target(eos_token_id=None)
     with torch.no_grad():
         target.model.norm.weight.zero_()
-    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=0)
+    draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=0))
     check = decoding_check(draft, [[5, 6], [7]], 13)
     assert "τ 2.00 parallel, τ 2.00 sequential; identical" in check.summary and not check.warnings + check.faults
 
@@ -195,7 +198,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_command_says_what_was_checked_and_ends_with_0(tmp_path, tiny_target):
-    draft = DraftModel(tiny_target, num_layers=2, block_size=4, calibrator_rank=0)
+    draft = DraftModel(tiny_target, DraftConfig(num_layers=2, block_size=4, calibrator_rank=0))
     export_draft(draft, tmp_path / "artifact", torch.bfloat16)
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["How many?", "And now?"]}\n')
     arguments = (tmp_path / "artifact", TINY / "target", "--prompts", tmp_path / "prompts.jsonl")

@@ -13,6 +13,7 @@ from helpers.shared import ROOT, SHORT, TINY
 
 from data.config.compose import check_settings, composed
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft
 from train.sweep import jobs
 
@@ -78,7 +79,7 @@ def test_a_recipe_without_its_arguments_shows_them(name, tmp_path):
 @pytest.fixture
 def drafter(tiny_target, tmp_path) -> str:
     """An exported untrained drafter for the embedded target."""
-    draft = DraftModel(tiny_target, num_layers=3, block_size=4, calibrator_rank=8)
+    draft = DraftModel(tiny_target, DraftConfig(num_layers=3, block_size=4, calibrator_rank=8))
     export_draft(draft, tmp_path / "export", torch.float32)
     return str(tmp_path / "export")
 

@@ -24,6 +24,7 @@ from models.decoding.reference import autoregressive_generate
 from models.decoding.sampling import Sampling
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export.artifact_io import load_draft
 from models.export.recommendation import recommended
 from models.target import load_target
@@ -125,7 +126,7 @@ def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, t
         assert answer == autoregressive_generate(tiny_target, prompt, HOW.max_new_tokens)
     sampled = replace(HOW, sampling=Sampling(1.0), batch_size=2)  # turns fall into other batches when compared
     prompts = own_answers(tiny_target, encoder, "talks", talks, sampled)
-    untuned = DraftModel(tiny_target, num_layers=6, block_size=8, calibrator_rank=0)
+    untuned = DraftModel(tiny_target, DraftConfig(num_layers=6, block_size=8, calibrator_rank=0))
     assert compare(tiny_target, Variant(untuned, False), prompts, sampled, "talks").identical == 3
 
 

@@ -236,10 +236,13 @@ def test_a_tag_that_is_there(hub, here, artifact, sharded):
 @pytest.mark.parametrize(
     "files, text",
     [
-        ({"config.json": b'{"model_type": "qwen3"}', "model.safetensors": b"x"}, "something else than a FlexDraft"),
-        ({"pytorch_model.bin": b"x"}, "something else than a FlexDraft drafter"),
-        ({"config.json": b"{"}, "something else than a FlexDraft drafter"),
-        ({"config.json": b'{"flexdraft_config": {}, "model_type": "llama"}'}, "another target (model_type=llama, here"),
+        ({"config.json": b'{"model_type": "qwen3"}', "model.safetensors": b"x"}, "something other than a FlexDraft"),
+        ({"pytorch_model.bin": b"x"}, "something other than a FlexDraft drafter"),
+        ({"config.json": b"{"}, "something other than a FlexDraft drafter"),
+        (
+            {"config.json": b'{"flexdraft_config": {}, "model_type": "llama"}'},
+            "a target with model_type=llama, but this one has qwen3",
+        ),
     ],
 )
 def test_what_a_repository_holds_stays(hub, here, artifact, files, text):

@@ -19,6 +19,7 @@ from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_in
 from models.decoding.flex import generate
 from models.decoding.selection import OFF
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft, load_draft
 from train.checkpoint import checkpoints
 from train.checkpoint.checkpoints import Checkpoints
@@ -111,7 +112,7 @@ def test_it_is_done_with_the_weights_of_the_moment(tmp_path):
     """Each figure is what a drafter with those weights gives by itself."""
     _, _, _, decoding = run(tmp_path)
     assert list(decoding.drafts) == [2, 4, 6]
-    drafter, taus = DraftModel(random_target(), num_layers=3, block_size=6, calibrator_rank=0), set()
+    drafter, taus = DraftModel(random_target(), DraftConfig(num_layers=3, block_size=6, calibrator_rank=0)), set()
     for weights, figures in decoding.drafts.values():
         with torch.no_grad():
             for name, parameter in drafter.own_parameters().items():
@@ -143,7 +144,7 @@ def test_it_decodes_as_after_export(dtype, tmp_path):
     """Master weights in float32, target in either: the copy is what `load_draft` gives, and the masters stay."""
     target = random_target(dtype)
     torch.manual_seed(1)
-    draft = DraftModel(target, num_layers=3, block_size=6, calibrator_rank=8, dtype=torch.float32)
+    draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=8), dtype=torch.float32)
     with torch.no_grad():
         for parameter in draft.own_parameters().values():
             parameter.add_(0.3 * torch.randn_like(parameter))

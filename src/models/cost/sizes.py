@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-ATTENTION_TUNING, BONUS_CALIBRATION = "attention_tuning", "bonus_calibration"
+from models.draft_config import ATTENTION_TUNING, BONUS_CALIBRATION, DraftConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Sizes:
     vocabulary: int  # V
     tied: bool  # embedding and head share one matrix
     positions: int  # maximum sequence length
+    draft: DraftConfig
     draft_layers: int  # L
     block_size: int  # B
     rank: int  # r, of the calibrator; 0: none
@@ -66,19 +67,15 @@ class Sizes:
         cls,
         config: Mapping[str, Any],
         *,
-        num_layers: int,
-        block_size: int,
-        calibrator_rank: int,
-        bonus_slot: bool = False,
-        chain_rank: int = 0,
         joint: bool = False,
+        **draft: Any,
     ) -> "Sizes":
         """Build the sizes from a target's config and the drafter's settings.
 
         Args:
             config: a transformers model config as a dict, e.g. the content of config.json.
-            num_layers, block_size, calibrator_rank, bonus_slot, chain_rank: drafter settings, as in conf/model/.
             joint: as in conf/stage/bonus_calibration.yaml.
+            draft: arguments of `DraftConfig`.
 
         Raises:
             ValueError: the config lacks a size, or its family is not supported.
@@ -94,11 +91,12 @@ class Sizes:
                 vocabulary=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", kind == "gemma3_text")),
                 positions=config["max_position_embeddings"],
-                draft_layers=num_layers,
-                block_size=block_size,
-                rank=calibrator_rank,
-                bonus_slot=bonus_slot,
-                chain_rank=chain_rank,
+                draft=(parts := DraftConfig(**draft)),
+                draft_layers=parts.num_layers,
+                block_size=parts.block_size,
+                rank=parts.calibrator_rank,
+                bonus_slot=parts.bonus_slot,
+                chain_rank=parts.chain_rank,
                 joint=joint,
                 family=FAMILIES[kind],
             )
@@ -197,7 +195,7 @@ class Sizes:
     @property
     def slot_parameters(self) -> int:
         """Parameters of the slot inputs: mask embedding, bonus slot."""
-        return self.hidden + (self.hidden**2 if self.bonus_slot else 0)
+        return self.draft.parameters(self.hidden, self.vocabulary, ATTENTION_TUNING)
 
     @property
     def corrections(self) -> list[int]:
@@ -207,7 +205,7 @@ class Sizes:
     @property
     def calibrator_parameters(self) -> int:
         """Parameters of the logit corrections (calibrator and chain): W1, b1, W2, b2 of each."""
-        return sum((2 * self.hidden + 1) * rank + (rank + 1) * self.vocabulary for rank in self.corrections)
+        return self.draft.parameters(self.hidden, self.vocabulary, BONUS_CALIBRATION)
 
     def trains_layers(self, stage: str) -> bool:
         """Return whether a stage trains the draft layers and slot inputs."""

@@ -34,6 +34,7 @@ from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import RELEASE, Selection
 from models.decoding.target_sampler import SequentialTargetSampler, TargetSampler
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.families import TESTED
 from models.target import vocabulary
 
@@ -185,7 +186,7 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     prompt = [(7 * i + 1) % known for i in range(40)]
     try:
         difference = difference_from_forward(target, prompt)
-        draft = DraftModel(target, num_layers=1, block_size=4, calibrator_rank=0)
+        draft = DraftModel(target, DraftConfig(num_layers=1, block_size=4, calibrator_rank=0))
         how: dict[str, Any] = {"max_new_tokens": 8, "tokenizer": tokenizer}
         decoded = {m: generate(target, draft, [prompt], mode=m, **how).tokens[0] for m in MODES[1:]}
     except Exception as error:

@@ -139,7 +139,7 @@ def draft_logits(
         return draft.logits(hidden)
     logits = draft.logits(hidden, bonus.expand(draft.block_size))
     before = bonus[0]
-    for slot in range(1, draft.block_size if draft.chain_rank else 0):
+    for slot in range(1, draft.block_size if draft.config.chain_rank else 0):
         logits[slot] = draft.logits(hidden[slot], bonus[0], before)
         before = logits[slot].argmax()
     return logits

@@ -18,72 +18,23 @@ from models.artifact import (
     CONFIG,
     DECODER,
     DECODER_SHA256,
-    FLEXDRAFT_KEYS,
     INDEX,
     OWN_DECODER,
     WEIGHTS,
-    draft_settings,
-    extras,
     read_config,
     sha256,
     write_object,
 )
 from models.draft import DraftModel
-from models.export.config_checks import calibrator_rank, known_tokens, loading_faults
+from models.draft_config import DraftConfig, other_target, target_identity
+from models.export.config import artifact_config, config_faults, known_tokens
 from models.export.download import artifact_directory
 from models.export.fingerprint import KEY as FINGERPRINT
 from models.export.fingerprint import OtherTarget, compare, fingerprint
-from models.export.weight_checks import headers, read_tensors, some, unfit_faults
+from models.export.weight_checks import headers, read_tensors, shape_faults, some, unfit_faults
 from models.export.weight_checks import loading_faults as file_loading_faults
-from models.families import layer_kinds
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-def artifact_config(draft: DraftModel) -> dict[str, Any]:
-    """Build `config.json`: the target's architecture with L layers, and the keys that drafter inference needs."""
-    config = draft.target.config.to_dict()
-    last = slice(draft.split_layer, None)
-    config["num_target_layers"] = config["num_hidden_layers"]
-    config["num_hidden_layers"] = len(draft.layers)
-    config["layer_types"] = layer_kinds(draft.target.config)[last]
-    config["block_size"] = draft.block_size
-    config["dtype"] = str(draft.mask_embedding.dtype).removeprefix("torch.")
-    settings = {
-        "target_layer_ids": list(range(draft.split_layer, config["num_target_layers"])),
-        "enable_anchor_bias_logits": draft.anchor_bias_mlp is not None,
-        "anchor_bias_rank": draft.calibrator_rank,
-    }
-    # Beyond the public contract: other readers ignore these keys and their tensors.
-    if draft.bonus_slot is not None:
-        settings["bonus_slot"] = True
-    if draft.chain_rank:
-        settings["chain_rank"] = draft.chain_rank
-    config.update({key: settings for key in FLEXDRAFT_KEYS})
-    config |= _rope_of_4_57(config.get("rope_parameters") or {})
-    if "num_local_experts" in config:
-        config["num_experts"] = config["num_local_experts"]  # name in transformers 4.57
-    for key in ("_name_or_path", "architectures", "transformers_version", "quantization_config"):
-        config.pop(key, None)
-    return config
-
-
-def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
-    """Convert the `rope_parameters` of transformers 5 to the keys of transformers 4.57."""
-    local = {}
-    if "sliding_attention" in rope:  # per layer type: Gemma 3
-        local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
-        rope = rope["full_attention"]
-    if "rope_theta" not in rope:
-        return local
-    kind = rope.get("rope_type", "default")
-    if kind == "longrope":  # 4.57 accepts no other keys
-        scaling = {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
-    else:
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if kind != "default":
-        local["rope_scaling"] = scaling
-    return {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope} | local
 
 
 def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, complete: bool = False) -> None:
@@ -101,7 +52,7 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{some(broken)}: not finite in {dtype}. Training diverged; lower the learning rate.")
-    config = artifact_config(draft) | {"dtype": str(dtype).removeprefix("torch.")}
+    config = artifact_config(draft.target.config, draft.config, dtype)
     config |= {FINGERPRINT: fingerprint(draft.target), DECODER_SHA256: sha256(OWN_DECODER)}
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as new:
@@ -155,20 +106,14 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
             "Activated LoRA and adapter_names do not: by PEFT they act in its own generate alone."
         )
     directory = artifact_directory(source, revision=revision)
-    config, settings = _checked(directory, target)
-    draft = DraftModel(
-        target,
-        num_layers=len(settings["target_layer_ids"]),
-        block_size=config["block_size"],
-        calibrator_rank=calibrator_rank(settings),
-        **extras(settings),
-    )
+    config = _checked(directory, target)
+    draft = DraftModel(target, DraftConfig.from_artifact(config))
     own = draft.own_parameters()
     shared = draft.shared_parameters().keys() - own.keys()
     tensors = {name: tensor for name, tensor in read_tensors(directory).items() if name not in shared}
     if faults := unfit_faults(tensors):
         raise UserError(f"{directory}: {' '.join(faults)}")
-    load_draft_weights(own, _with_added_rows(tensors, own), source=str(directory))
+    load_draft_weights(own, _with_added_rows(tensors, own, draft.config.names()), source=str(directory))
     if FINGERPRINT in config:
         try:
             warning = compare(config[FINGERPRINT], target).warning()
@@ -179,18 +124,18 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     return draft.requires_grad_(False).eval()
 
 
-def _with_added_rows(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pad the output layers of calibrator and chain with zero rows for tokens that were added to the target."""
+def _with_added_rows(tensors: dict[str, Tensor], own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Pad tensors of the given names with zero rows for tokens that were added to the target."""
     added = {}
-    for name in [f"{part}.2.{kind}" for part in ("anchor_bias_mlp", "chain_mlp") for kind in ("weight", "bias")]:
-        if name in tensors and name in own and len(tensors[name]) < len(own[name]):
+    for name in names:
+        if name in tensors and tensors[name].shape[1:] == own[name].shape[1:] and len(tensors[name]) < len(own[name]):
             more = tensors[name].new_zeros(len(own[name]) - len(tensors[name]), *tensors[name].shape[1:])
             added[name] = torch.cat([tensors[name], more])
     return tensors | added
 
 
-def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Check files and config of an artifact against the target. Return the config and the drafter settings in it.
+def _checked(directory: Path, target: PreTrainedModel) -> dict[str, Any]:
+    """Check files and config of an artifact against the target. Return the config.
 
     Raises:
         UserError: the files or the config are damaged or do not fit the target.
@@ -198,30 +143,16 @@ def _checked(directory: Path, target: PreTrainedModel) -> tuple[dict[str, Any], 
     config = read_config(directory)
     if faults := file_loading_faults(directory):
         raise UserError(f"{directory}: no whole drafter. {' '.join(faults)}")
-    expected = {
-        "model_type": target.config.model_type,
-        "num_target_layers": target.config.num_hidden_layers,
-        "hidden_size": target.config.hidden_size,
-        "vocab_size": known_tokens(config, target.config),
-    }
-    for key, value in expected.items():
-        if config.get(key) != value:
-            raise UserError(
-                f"{directory}: drafter for a target with {key}={config.get(key)}, but this one has {value}."
-            )
-    if faults := loading_faults(config, target.config):
+    identity = target_identity(target.config) | {"vocab_size": known_tokens(config, target.config)}
+    if different := other_target(config, identity):
+        raise UserError(f"{directory}: drafter for a target with {different}.")
+    if faults := config_faults(config, target.config, complete=False):
         raise UserError(f"{directory}: not for this target, or damaged. {' '.join(faults)}")
-    settings = draft_settings(config)
     # Check before allocation: a wrong rank may be huge.
-    found, ranks = headers(directory), {"anchor_bias_mlp": calibrator_rank(settings)}
-    ranks["chain_mlp"] = extras(settings)["chain_rank"]
-    for name, rank in ranks.items():
-        bias = found.get(f"{name}.0.bias")
-        if rank and bias is None:
-            raise UserError(f"{directory}: tensors missing: ['{name}.0.bias'], of {CONFIG}'s rank {rank}.")
-        if rank and bias.shape != (rank,):
-            raise UserError(f"{directory}: {name}.0.bias has shape {bias.shape}, expected {(rank,)} by {CONFIG}.")
-    return config, settings
+    expected = DraftConfig.from_artifact(config).tensors(config["hidden_size"], config["vocab_size"])
+    if faults := shape_faults(headers(directory), expected, None):
+        raise UserError(f"{directory}: the weights do not match {CONFIG}. {' '.join(faults)}")
+    return config
 
 
 @torch.no_grad()

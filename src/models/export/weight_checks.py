@@ -18,13 +18,11 @@ from torch import Tensor
 
 from data.errors import UserError
 from models.artifact import CONFIG, INDEX, WEIGHTS, decoder_faults, read_json, why_no_object
+from models.draft_config import OPTIONAL
 
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # safetensors name -> config name
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-CALIBRATOR = "anchor_bias_mlp."
-EXTRAS = {"bonus_slot.": "bonus_slot", "chain_mlp.": "chain_rank"}  # prefix beyond the public contract -> config key
-PARTS = {CALIBRATOR: "calibrator", "chain_mlp.": "chain", "bonus_slot.": "bonus slot"}  # no effect at initialization
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,23 @@ def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def shape_faults(
-    found: dict[str, Header], expected: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]]
+    found: dict[str, Header], expected: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]] | None
 ) -> list[str]:
     """Check names and shapes of the tensors.
 
     Args:
         expected: shapes of the required tensors.
-        optional: shapes of the tensors that an artifact may hold in addition.
+        optional: shapes of the tensors that an artifact may hold in addition; None: other tensors are not checked.
     """
     faults = [
         f"{name}: missing from the weights; expected shape {shape}. Export the drafter again."
         for name, shape in sorted(expected.items())
         if name not in found
     ]
-    known = expected | optional
+    known = expected | (optional or {})
     for name, header in sorted(found.items()):
+        if name not in known and optional is None:
+            continue
         if name not in known:
             faults.append(f"{name}: unexpected tensor in {header.file}{_hint(name)}.")
         elif header.shape != known[name]:
@@ -157,8 +157,8 @@ def value_faults(directory: Path) -> tuple[list[str], list[str]]:
             )
         if not name.endswith(".bias") and not tensor.any():
             zeros.append(name)
-    idle = [part for prefix, part in PARTS.items() if any(name.startswith(prefix) for name in zeros)]
-    effect = f" ({', '.join(f'the {part} changes nothing' for part in idle)})" if idle else ""
+    idle = [part.name for part, _ in OPTIONAL if any(part.owns(name) for name in zeros)]
+    effect = f" ({', '.join(f'the {name} changes nothing' for name in idle)})" if idle else ""
     return faults, [f"all zeros, so perhaps untrained: {some(zeros)}{effect}."] if zeros else []
 
 
@@ -240,11 +240,9 @@ def _promised_bytes(path: Path) -> int | None:
 
 
 def _hint(name: str) -> str:
-    if name.startswith(CALIBRATOR):
-        return f"; {CONFIG} says enable_anchor_bias_logits false, so there is no calibrator"
-    if key := next((key for prefix, key in EXTRAS.items() if name.startswith(prefix)), None):
-        return f"; {CONFIG} has no {key}, so nothing reads it"
-    return "; an artifact holds only what the drafter owns"
+    if part := next((part for part, _ in OPTIONAL if part.owns(name)), None):
+        return f"; {CONFIG} has no {part.name} ({part.setting})"
+    return "; an artifact holds only the drafter's own tensors"
 
 
 def some(names: list[str], most: int = 4) -> str:

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from models.artifact import CARD, CONFIG, decoder_faults, draft_settings, extras, file_warnings, read_json
+from models.artifact import CARD, CONFIG, decoder_faults, file_warnings, read_json
 from models.decoding.flex import GenerationResult, check_untested, generate, stop_tokens
 from models.decoding.generation_settings import active_settings
 from models.decoding.requests import parse_integer
 from models.draft import DraftModel
+from models.draft_config import DraftConfig
 from models.export import weight_checks as weights
 from models.export.artifact_io import load_draft
-from models.export.config_checks import calibrator_rank, config_faults
+from models.export.config import config_faults
 from models.export.download import artifact_directory, is_repository_name
 from models.export.fingerprint import KEY as FINGERPRINT
 from models.export.fingerprint import OtherTarget, compare
@@ -124,17 +125,10 @@ def tensor_check(directory: Path, config: dict[str, Any], target: PretrainedConf
 
 def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, Shapes]:
     """Return the shapes of the required and of the optional tensors, derived from the architecture alone."""
-    settings = draft_settings(config)
     target = copy.deepcopy(target)
     target.vocab_size = config["vocab_size"]  # the target may have been resized
     with torch.device("meta"):  # allocates no weights
-        draft = DraftModel(
-            AutoModelForCausalLM.from_config(target),
-            num_layers=len(settings["target_layer_ids"]),
-            block_size=config["block_size"],
-            calibrator_rank=calibrator_rank(settings),
-            **extras(settings),
-        )
+        draft = DraftModel(AutoModelForCausalLM.from_config(target), DraftConfig.from_artifact(config))
     return _shapes(draft.own_parameters()), _shapes(draft.shared_parameters())
 
 
@@ -279,14 +273,9 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
 
 
 def _described(config: dict[str, Any]) -> str:
-    settings = draft_settings(config)
-    rank = calibrator_rank(settings)
-    layers = f"the last {len(settings['target_layer_ids'])} of {config['num_target_layers']} layers"
-    calibrator = f"calibrator of rank {rank}" if rank else "no calibrator"
-    more = extras(settings)
-    beyond = ", bonus slot" if more["bonus_slot"] else ""
-    beyond += f", chain of rank {more['chain_rank']}" if more["chain_rank"] else ""
-    return f"{config['model_type']}, {layers}, blocks of {config['block_size']}, {calibrator}{beyond}"
+    draft = DraftConfig.from_artifact(config)
+    layers = f"the last {draft.num_layers} of {config['num_target_layers']} layers"
+    return f"{config['model_type']}, {layers}, blocks of {draft.block_size}, {draft.described()}"
 
 
 def _shapes(tensors: dict[str, Tensor]) -> Shapes:

@@ -1,5 +1,6 @@
 """End-to-end evaluation: acceptance of every drafter on every benchmark, then speed."""
 
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig
@@ -82,9 +83,7 @@ def evaluate_drafter(
 
 def drafter_sizes(draft: DraftModel) -> Sizes | None:
     """Return the sizes of target and drafter; None if the architecture has no size formulas."""
-    shape = {"num_layers": len(draft.layers), "block_size": draft.block_size, "calibrator_rank": draft.calibrator_rank}
-    shape |= {"bonus_slot": draft.bonus_slot is not None, "chain_rank": draft.chain_rank}
     try:
-        return Sizes.from_config(draft.target.config.to_dict(), **shape)
+        return Sizes.from_config(draft.target.config.to_dict(), **asdict(draft.config))
     except ValueError:
         return None

@@ -277,7 +277,7 @@ class BonusCalibration(DraftTraining):
         known = self.mask_bonus(bonus)
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
-        previous = previous_tokens(labels, known) if self.draft.chain_rank else None
+        previous = previous_tokens(labels, known) if self.draft.config.chain_rank else None
         return Features(hidden, labels, bonus, previous, clean.hidden if self.objective.needs_target else None)
 
 

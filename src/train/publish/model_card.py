@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from data.config.compose import EMBEDDED
 from data.errors import UserError
-from models.artifact import CARD, RECOMMENDATION, extras, read_config
+from models.artifact import CARD, RECOMMENDATION, read_config
+from models.draft_config import DraftConfig
 from models.export.fingerprint import KEY as FINGERPRINT
 from models.export.recommendation import read_recommendation
 from train.names import TRAINED, VARIANTS
@@ -93,6 +94,7 @@ Paths are cut to their last part.
 {versions}
 """
 
+CALIBRATED = ",\nand a small MLP corrects the drafts once the bonus token is known"
 LEGEND = """τ is the mean number of tokens that one verify step gains, the target's own (bonus) token included, with an
 interval by bootstrap over prompts. Identical: prompts whose output is, token for token, the target's own without a
 drafter. `untuned` drafts with the target's own attention; `attention_tuned` leaves out the MLP, where there is one."""
@@ -119,7 +121,7 @@ def write_card(run_dir: Path) -> None:
         if done := read_record(run_dir / "records" / f"{stage}.done.json"):
             records[stage] = done
     config = read_config(exported)
-    if not config["flexdraft_config"]["enable_anchor_bias_logits"]:
+    if not DraftConfig.from_artifact(config).calibrator_rank:
         records.pop("bonus_calibration", None)  # the calibrator was not exported
     report = run_dir / "evaluate" / "report.json"
     if "evaluate" in records and not (report.exists() and _is_of(records["evaluate"], exported, config)):
@@ -201,7 +203,7 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
     target = records["export"]["settings"]["model"]["target"]
     name = without_paths(target["name"] or "random weights")
     revision = f', revision="{target["revision"]}"' if target["revision"] else ""
-    calibrated = config["flexdraft_config"]["enable_anchor_bias_logits"]
+    draft = DraftConfig.from_artifact(config)
     columns = {stage: record for stage, record in records.items() if stage in TRAINED}
     rows = [_training(record, target) for record in columns.values()]
     return TEXT.format(
@@ -209,11 +211,13 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
         architecture="{model_type}, {num_target_layers} layers, hidden size {hidden_size}".format(**config),
         block_size=config["block_size"],
         layers=config["num_hidden_layers"],
-        calibrator=",\nand a small MLP corrects the drafts once the bonus token is known" if calibrated else "",
+        calibrator=",\nand a small MLP corrects the drafts once the bonus token is known"
+        if draft.calibrator_rank
+        else "",
         fingerprint=_fingerprint(config),
         minimum=MINIMUM,
         transformers=_transformers(list(columns.values())[-1]),
-        beyond=_beyond(extras(config["flexdraft_config"])),
+        beyond=_beyond(draft),
         figures=figures,
         load_target=f'"{_place(name)}"{revision}, dtype="{target["dtype"]}"',
         load_tokenizer=f'"{_place(without_paths(target["tokenizer"] or name))}"',
@@ -242,10 +246,9 @@ def _transformers(record: dict[str, Any]) -> str:
     return f"made and evaluated with {version}" if version else "the version is not on record"
 
 
-def _beyond(extra: dict[str, Any]) -> str:
+def _beyond(draft: DraftConfig) -> str:
     """Describe the drafter's extensions that some decoders do not support."""
-    parts = ["its slot 0 holds the bonus token where that is known before drafting"] if extra["bonus_slot"] else []
-    parts += ["each slot's logits depend on the draft before it"] if extra["chain_rank"] else []
+    parts = [part.beyond for part in draft.parts() if part.beyond]
     if not parts:
         return ""
     names = " and ".join(parts)

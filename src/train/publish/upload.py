@@ -16,26 +16,17 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from omegaconf import DictConfig
-from transformers import PretrainedConfig
 
 from data.errors import UserError
-from models.artifact import CARD, CONFIG, FLEXDRAFT_KEYS, PARTS, draft_settings, extras, read_json
-from models.export.config_checks import IDS, calibrator_rank, own_faults
+from models.artifact import CARD, CONFIG, PARTS, read_config
+from models.draft_config import FLEXDRAFT_KEYS, IDENTITY, DraftConfig, other_target
+from models.export.config import own_faults
 from models.export.download import is_repository_name
 from models.export.recommendation import recommendation_faults
 from models.export.weight_checks import file_faults, headers, value_faults
 from train.publish.model_card import named
 
 HARMLESS = {".gitattributes", CARD, "LICENSE"}  # files that a repository may hold before the first upload
-
-
-# Keys that identify a target: name in the drafter's config -> name in the target's config.
-TARGET = {
-    "model_type": "model_type",
-    "num_target_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "vocab_size": "vocab_size",
-}
 
 
 @dataclass(frozen=True)
@@ -50,11 +41,6 @@ class Destination:
 def destination(config: DictConfig) -> Destination:
     """Return the upload destination from a run's settings."""
     return Destination(config.export.push_to_hub, config.export.private, config.export.tag)
-
-
-def of_target(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the target's entries in the config of a drafter for this target."""
-    return {key: getattr(config, name) for key, name in TARGET.items()}
 
 
 def check_destination(to: Destination) -> None:
@@ -77,7 +63,7 @@ def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
     """Check on the Hub that the drafter can be uploaded: token, owner, contents of the repository, tag.
 
     Args:
-        target: sizes of the drafter's target under the drafter config's names, from `of_target`.
+        target: `target_identity` of the drafter's target.
 
     Returns:
         The repository's files; empty if it does not exist yet.
@@ -117,7 +103,7 @@ def push(directory: Path, to: Destination) -> str:
     """
     check_destination(to)
     config = check_artifact(directory)
-    there = check_access(to, {key: config.get(key) for key in TARGET})
+    there = check_access(to, {key: config.get(key) for key in IDENTITY})
     api, name = HfApi(), to.repository
     files = {file.relative_to(directory).as_posix(): file for part in PARTS for file in sorted(directory.glob(part))}
     operations = [CommitOperationAdd(path, str(file)) for path, file in files.items() if path != CARD]
@@ -144,28 +130,16 @@ def check_artifact(directory: Path) -> dict[str, Any]:
     """
     if faults := file_faults(directory):
         raise UserError(f"{directory}: no whole drafter. {' '.join(faults)}")
-    config = read_json(directory / CONFIG)
-    settings = draft_settings(config)
-    if settings is None:
-        raise UserError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).")
+    config = read_config(directory)
     if faults := own_faults(config) + recommendation_faults(directory):
         raise UserError(f"{directory}: {' '.join(faults)}")
-    layers, rank = range(len(settings[IDS])), calibrator_rank(settings)
-    expected = {"mask_embedding", *(f"layers.{i}.self_attn.o_proj.weight" for i in layers)}
-    if rank:
-        expected |= _correction_tensors("anchor_bias_mlp")
-    more = extras(settings)
-    expected |= _correction_tensors("chain_mlp") if more["chain_rank"] else set()
-    expected |= {"bonus_slot.weight"} if more["bonus_slot"] else set()
+    draft = DraftConfig.from_artifact(config)
+    expected = {*draft.names(), *(f"layers.{i}.self_attn.o_proj.weight" for i in range(draft.num_layers))}
     if missing := sorted(expected - headers(directory).keys()):
         raise UserError(f"{directory}: no whole drafter, tensors are missing: {', '.join(missing)}. Export it again.")
     if faults := value_faults(directory)[0]:
         raise UserError(f"{directory}: {' '.join(faults)}")
     return config
-
-
-def _correction_tensors(name: str) -> set[str]:
-    return {f"{name}.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
 
 
 def _is_ours(path: str) -> bool:
@@ -190,13 +164,9 @@ def _check_content(name: str, revision: str | None, files: set[str], target: dic
         with suppress(ValueError):
             config = json.loads(text)
     if not any(key in config for key in FLEXDRAFT_KEYS):
-        raise UserError(f"{name} holds something else than a FlexDraft drafter, which stays. Choose another name.")
-    for key, value in target.items():
-        if config.get(key) != value:
-            raise UserError(
-                f"{name} holds a drafter for another target ({key}={config.get(key)}, here {value}), which stays. "
-                "Choose another name."
-            )
+        raise UserError(f"{name} holds something other than a FlexDraft drafter. Choose another repository name.")
+    if different := other_target(config, target):
+        raise UserError(f"{name} holds a drafter for a target with {different}. Choose another repository name.")
 
 
 @contextmanager

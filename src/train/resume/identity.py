@@ -14,6 +14,7 @@ from data.errors import UserError
 from data.sources.benchmarks import benchmark_fingerprint
 from data.sources.readers import fingerprint
 from models.artifact import read_config
+from models.draft_config import KINDS, OPTIONAL
 from train.context import Resources
 from train.names import STAGES, TRAINED
 from train.run_dir.drafter_file import WEIGHTS, finished_weights, target_then
@@ -45,11 +46,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "data.validation_records": TRAINED,
     "data.template_kwargs": (*TRAINED, EVALUATE),
     "model.target.dtype": (*TRAINED, EVALUATE),
-    "model.draft.num_layers": TRAINED,  # export and evaluation check it against the trained drafter
-    "model.draft.block_size": TRAINED,
-    "model.draft.bonus_slot": TRAINED,
-    "model.draft.calibrator_rank": (CALIBRATION,),
-    "model.draft.chain_rank": (CALIBRATION,),
+    # Export and evaluation check the drafter's settings against the trained drafter.
+    **{f"model.draft.{key}": TRAINED for key in KINDS},
+    **{f"model.draft.{part.key}": (CALIBRATION,) for part, _ in OPTIONAL if part.stage == CALIBRATION},
     "adapter": (TUNING,),
     "objective": TRAINED,
     "trainer.precision": TRAINED,
@@ -193,7 +192,7 @@ def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources)
 
 def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[str]:
     """Return `key: old -> new` for each differing entry of two records that affects the stage's outcome."""
-    old = _of_this_version(old, new)
+    old = _with_absent_parts(_of_this_version(old, new))
     target = comparable(old["inputs"]["target"], new["inputs"]["target"])
     found = _differences(old | {"inputs": old["inputs"] | {"target": target}}, new)
     return [f"{key}: {_short(a)} -> {_short(b)}" for key, a, b in found if counts(key, stage)]
@@ -212,6 +211,15 @@ def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]
         plain = {key: v for key, v in module.items() if not (isinstance(v, str) and v.startswith("${"))}
         old = old | {"stage": old["stage"] | {"module": plain}}
     return old | {"inputs": kept | {"target": target}}
+
+
+def _with_absent_parts(old: dict[str, Any]) -> dict[str, Any]:
+    """Add the parts of the drafter that an earlier version did not have to its record, as disabled."""
+    model = old.get("model") or {}
+    if not model.get("draft"):
+        return old
+    draft = {part.key: off for part, off in OPTIONAL} | model["draft"]
+    return old | {"model": model | {"draft": draft}}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

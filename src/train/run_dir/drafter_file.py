@@ -1,6 +1,7 @@
 """`draft.safetensors`: drafter weights after a training stage, with the training setup in the metadata."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
-from models.export.artifact_io import CONFIG, extras
-from models.export.artifact_io import FLEXDRAFT_KEYS as KEYS
+from models.artifact import CONFIG
+from models.draft_config import KINDS, DraftConfig
 from train.run_dir.state import file_sha256, publish, read_record
 from train.run_dir.target_files import comparable, short
 
 WEIGHTS = "draft.safetensors"  # float32, with the parameter names of the export
 FACTS = "flexdraft"  # the only metadata key: safetensors writes several keys in random order
-SIZES, RANKS = ("num_layers", "block_size", "bonus_slot"), ("calibrator_rank", "chain_rank")
 
 
 def facts_of(config: DictConfig, target: dict[str, Any], *, calibrated: bool) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def facts_of(config: DictConfig, target: dict[str, Any], *, calibrated: bool) ->
         target: `Resources.target_identity`.
         calibrated: whether the drafter has a trained calibrator; without one, its ranks are recorded as 0.
     """
-    draft: Any = OmegaConf.to_container(config.model.draft, resolve=True)
-    ranks = {key: draft[key] if calibrated else 0 for key in RANKS}
+    draft = DraftConfig(**config.model.draft)
     template = OmegaConf.to_container(config.data.template_kwargs, resolve=True)
-    return {key: draft[key] for key in SIZES} | ranks | {"template_kwargs": template, "target": target}
+    known = {"template_kwargs": template, "target": target}
+    return asdict(draft if calibrated else draft.uncalibrated()) | known
 
 
 def save_drafter(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -96,11 +96,10 @@ def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
             f"{file} does not say what it was trained for: it is of an earlier version, and {stage} has no readable "
             f"record here. Use it in the run directory that it was trained in, or train again with overwrite={stage}."
         )
-    draft = settings["model"]["draft"]
-    ranks = {key: draft.get(key, 0) if stage == "bonus_calibration" else 0 for key in RANKS}
-    sizes = {"bonus_slot": False} | {key: draft[key] for key in SIZES if key in draft}
+    recorded = settings["model"]["draft"]
+    draft = DraftConfig(**{"calibrator_rank": 0} | {key: recorded[key] for key in KINDS if key in recorded})
     known = {"template_kwargs": settings["data"]["template_kwargs"], "target": target_then(settings, now)}
-    return sizes | ranks | known
+    return asdict(draft if stage == "bonus_calibration" else draft.uncalibrated()) | known
 
 
 def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
@@ -114,15 +113,8 @@ def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
     """
     exported = run_dir / "export"
     try:
-        config = json.loads((exported / CONFIG).read_text(encoding="utf-8"))
-        settings = next(config[key] for key in KEYS if key in config)
-        sizes = {
-            "num_layers": len(settings["target_layer_ids"]),
-            "block_size": config["block_size"],
-            **extras(settings),
-        }
-        sizes["calibrator_rank"] = settings["anchor_bias_rank"] if settings["enable_anchor_bias_logits"] else 0
-    except (ValueError, KeyError, StopIteration, TypeError) as error:
+        draft = DraftConfig.from_artifact(json.loads((exported / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{exported / CONFIG}: not the config of an exported drafter ({error!r}). Run overwrite=export."
         ) from error
@@ -133,7 +125,7 @@ def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
     )
     if not facts and source is not None and source.exists():  # exported by an earlier version
         facts = facts_in(source, now)
-    return facts | sizes
+    return facts | asdict(draft)
 
 
 def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: dict[str, Any], stage: str) -> None:
@@ -147,13 +139,10 @@ def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: 
     Raises:
         UserError: drafter sizes, target or template arguments differ; the message gives both values.
     """
-    asked = facts_of(config, target, calibrated=True)
-    keys = [
-        *SIZES,
-        *(RANKS if facts["calibrator_rank"] else ()),
-        *(key for key in ("template_kwargs",) if key in facts),
-    ]
-    wrong = [key for key in keys if facts.get(key, 0) != asked[key]]
+    asked = facts_of(config, target, calibrated=facts["calibrator_rank"] > 0)
+    # Facts of an earlier version may lack a part, which was absent then, or the template arguments.
+    compared = asked.keys() - {"target"} - ({"template_kwargs"} - facts.keys())
+    wrong = [key for key in asked if key in compared and facts.get(key, 0) != asked[key]]
     group = lambda key: f"data.{key}" if key == "template_kwargs" else f"model.draft.{key}"  # noqa: E731
     if wrong:
         trained, given = (
