@@ -1,27 +1,27 @@
-"""Small targets, drafters and documents that the tests share."""
+"""Shared fixtures: embedded target, tokenizer and a short run; order of the tests."""
 
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-# One thread for each of the two workers and what they start: more would fight over the cores. Before torch is imported.
+# One thread per worker and subprocess: more would compete for the cores. Must be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="flexdraft-tests-")  # of this worker and what it starts
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests must not need the network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="flexdraft-tests-")  # for this worker and its subprocesses
 
 import pytest
 from helpers.shared import SHORT, TINY, command
 
 from models.target import load_target, load_tokenizer
 
-# Files that take minutes begin first, so that neither worker is left with one of them in the end.
+# Files that take minutes run first, so that no worker starts one of them last.
 LONG = ("test_ranks", "test_wrong_calls", "test_decoding", "test_slurm", "test_configs", "test_pipeline")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """`slow(but="text")`: variants whose id holds this text are fast."""
+    """Support `slow(but="text")`: variants whose id contains this text are fast."""
     for item in items:
         if (mark := item.get_closest_marker("slow")) and "but" in mark.kwargs and mark.kwargs["but"] in item.name:
             item.own_markers.remove(mark)

@@ -1,4 +1,4 @@
-"""Wrong calls and what their messages name."""
+"""Wrong calls, and the words that their error messages must contain."""
 
 CALLS = {
     "no experiment": ([], ["+experiment=tiny"]),

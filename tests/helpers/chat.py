@@ -1,4 +1,4 @@
-"""Chat templates and the encoders made of them."""
+"""Chat templates and their encoders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What can be wrong with an exported artifact: functions that damage a directory, and a table of them."""
+"""Functions that damage an exported artifact, and a table of them."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ SETTINGS = ("flexdraft_config", "dflash_config")
 
 
 def change_config(**changes):
-    """Keys of config.json; None removes one."""
+    """Change keys of config.json; None removes a key."""
 
     def damage(directory: Path) -> None:
         config = json.loads((directory / CONFIG).read_text()) | changes
@@ -25,7 +25,7 @@ def change_config(**changes):
 
 
 def change_settings(names=SETTINGS, **changes):
-    """Keys of flexdraft_config and dflash_config, or one of them."""
+    """Change keys of flexdraft_config, dflash_config, or both."""
 
     def damage(directory: Path) -> None:
         config = json.loads((directory / CONFIG).read_text())
@@ -35,7 +35,7 @@ def change_settings(names=SETTINGS, **changes):
 
 
 def change_tensors(change):
-    """The dictionary of all tensors, in place."""
+    """Change the dictionary of all tensors in place."""
 
     def damage(directory: Path) -> None:
         tensors = load_file(directory / WEIGHTS)
@@ -46,7 +46,7 @@ def change_tensors(change):
 
 
 def change_index(change):
-    """The weight_map of the shards' index, in place."""
+    """Change the weight_map of the shard index in place."""
 
     def damage(directory: Path) -> None:
         index = json.loads((directory / INDEX).read_text())
@@ -65,7 +65,7 @@ def write_recommendation(content):
 
 
 def cut(directory: Path) -> None:
-    """As a copy that stopped half-way."""
+    """Truncate a file, as in an interrupted copy."""
     content = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(content[: len(content) // 2])
 

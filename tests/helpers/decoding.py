@@ -1,4 +1,4 @@
-"""Drafters that guess, prompts, and the modes in which decoding is tested."""
+"""Drafters with correct guesses, prompts, and the tested decoding modes."""
 
 import random
 
@@ -27,25 +27,25 @@ def padded(prompts: list[list[int]], *, left: bool, filler: int = 0) -> tuple[to
 
 
 def until(tokens: list[int], stop: set[int]) -> list[int]:
-    """Tokens up to the first stop token, that one included."""
+    """Return the tokens up to and including the first stop token."""
     end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
     return tokens[:end]
 
 
 def endless(**changes):
-    """A random target without stop tokens, whose next token depends mostly on the last one: it can be guessed."""
+    """Return a random target without stop tokens. Its next token depends mostly on the last one, so it is predictable."""
     target = random_target(**changes)
     target.generation_config.eos_token_id = target.config.eos_token_id = None
     with torch.no_grad():
         target.get_input_embeddings().weight.mul_(40)  # beside which the layers say little
-        target.get_output_embeddings().weight.mul_(3)  # surer, so that sampling follows a guess now and then
+        target.get_output_embeddings().weight.mul_(3)  # more confident, so that sampling sometimes follows a guess
     return target
 
 
 class Guess(DraftModel):
-    """Drafts what would follow the bonus token if nothing but the last token mattered: right now and then.
+    """Drafts the tokens that follow the bonus token if only the last token matters, which is sometimes correct.
 
-    Its hidden states still count, in how sure it is and sometimes in what it says, so that a wrong one would be seen.
+    Its hidden states still affect the confidence and sometimes the tokens, so that wrong ones are detected.
     """
 
     def logits(self, hidden, bonus=None):

@@ -1,4 +1,4 @@
-"""How the tests evaluate."""
+"""Evaluation settings of the tests."""
 
 from models.decoding.sampling import GREEDY
 from models.decoding.selection import Selection

@@ -1,4 +1,4 @@
-"""What goes wrong in training, as callbacks: a bad sum on one device, a diverged run, a loop that others end."""
+"""Training faults as callbacks: a non-finite value on one rank, a diverged run, a loop stopped from outside."""
 
 import math
 from collections.abc import Collection
@@ -10,8 +10,10 @@ OVERFLOW = 1e25  # finite; its square in float32 is not
 
 
 class BadLoss(Callback):
-    """The loss of a pass on one rank, by number of the step from 0 on, times `value`; infinity is added, so that the
-    gradient stays finite."""
+    """Multiply the loss of a micro-batch on one rank by `value` in the given steps, counted from 0.
+
+    Infinity is added instead, so that the gradient stays finite.
+    """
 
     def __init__(self, steps: Collection[int], value: float = math.nan, rank: int = 0, number: int = 0) -> None:
         self.steps, self.value, self.rank, self.number = set(steps), value, rank, number
@@ -30,14 +32,14 @@ class BadLoss(Callback):
 
 
 class InfiniteLoss(BadLoss):
-    """No setting may be infinite, so as a class."""
+    """A class, because no setting may be infinite."""
 
     def __init__(self, steps: Collection[int], rank: int = 0) -> None:
         super().__init__(steps, math.inf, rank)
 
 
 class BadGradient(Callback):
-    """One value of one parameter's gradient, after the backward pass of a step."""
+    """Set one value of one parameter's gradient after the backward pass of a step."""
 
     def __init__(self, steps: Collection[int], value: float = math.nan) -> None:
         self.steps, self.value = set(steps), value
@@ -48,7 +50,7 @@ class BadGradient(Callback):
 
 
 class BadWeight(Callback):
-    """One value of one parameter, at the end of a step."""
+    """Set one value of one parameter at the end of a step."""
 
     def __init__(self, step: int, value: float = math.nan) -> None:
         self.step, self.value = step, value
@@ -60,7 +62,7 @@ class BadWeight(Callback):
 
 
 class BadValidation(Callback):
-    """The loss of validations at some steps; their other figures look good."""
+    """Replace the validation loss at some steps; the other metrics stay plausible."""
 
     def __init__(self, steps: Collection[int]) -> None:
         self.steps = set(steps)
@@ -72,7 +74,7 @@ class BadValidation(Callback):
 
 
 class StopAt(Callback):
-    """Asks Lightning to stop, as an early stopping of the user's own would: in the pass `number` of a step."""
+    """Ask Lightning to stop in micro-batch `number` of a step, like a user's early-stopping callback."""
 
     def __init__(self, step: int, number: int = 0) -> None:
         self.step, self.number = step, number

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: models alone, weights over Git LFS, everything in memory.
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: only models, weights over Git LFS, everything in memory.
 
 It keeps what a client sends it, and fails on request. `HF_HUB_DISABLE_XET=1` keeps the client to LFS.
 """
@@ -19,7 +19,7 @@ TOKEN = "hf_right"
 
 @dataclass
 class Repository:
-    """Files by name at each commit, the last of which is the head; tags name commits."""
+    """Files by name at each commit, the last of which is the head, and tags of commits."""
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {".gitattributes": b""}})
@@ -30,14 +30,14 @@ class Repository:
         return next(reversed(self.commits))
 
     def at(self, revision: str) -> str | None:
-        """The commit of a branch, a tag or a commit."""
+        """Resolve a branch, tag or commit to a commit."""
         revision = self.head if revision == "main" else self.tags.get(revision, revision)
         return revision if revision in self.commits else None
 
 
 @dataclass
 class Hub:
-    """What the server holds, what it was asked, and how it shall fail."""
+    """Content of the server, received requests, and the failures to simulate."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -48,17 +48,17 @@ class Hub:
     drop: str | None = None  # a path that contains this gets no answer: the connection is closed
 
     def count(self, method: str, part: str) -> int:
-        """Calls with this in their path."""
+        """Count the calls whose path contains this."""
         return sum(call.startswith(method) and part in call for call in self.calls)
 
     def environment(self, home) -> dict[str, str]:
-        """Of a process that takes this for the Hub, with a cache and a login of its own."""
+        """Return the environment of a process that uses this Hub, with a separate cache and login."""
         switched_on = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, **switched_on}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The routes that uploading, tagging and downloading call."""
+    """Routes for uploads, tags and downloads."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -111,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send({"error": code}, status, X_Error_Code=code, X_Error_Message=code)
 
     def found(self, name: str, revision: str = "main") -> tuple[Repository, str, dict[str, bytes]] | None:
-        """A repository, a commit of it and its files; None, answered, where a caller may not know of it."""
+        """Return a repository, its commit and files; None after an error response if the caller has no access."""
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and "Authorization" not in self.headers):
             return self.fail(404, "RepoNotFound")
@@ -151,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send({"files": files})
 
     def batch(self, body, name):
-        """Where to send which objects; those that are here need not be sent."""
+        """Answer which LFS objects to upload, and where; existing objects are skipped."""
         objects = []
         for asked in json.loads(body)["objects"]:
             upload = {"actions": {"upload": {"href": f"{self.hub.url}/objects/{asked['oid']}"}}}
@@ -206,13 +206,13 @@ def _is_large(path: str) -> bool:
 
 
 def _content(path: str, data: bytes) -> str:
-    """What tells one content of a file from another."""
+    """Return the hash that identifies the content of a file."""
     sizes = _sizes(path, data)
     return sizes.get("lfs", sizes)["oid"]
 
 
 def _sizes(path: str, data: bytes) -> dict:
-    """What the Hub says of a file: its size, Git's hash, and of a large one its own."""
+    """Return the Hub's file metadata: size, Git hash, and for large files the LFS hash."""
     oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
     return {"size": len(data), "oid": oid} | (large if _is_large(path) else {})
@@ -238,7 +238,7 @@ ROUTES = [
 
 @contextmanager
 def hub_server() -> Iterator[Hub]:
-    """The stand-in, on a port of its own, until the block is left."""
+    """Run the stand-in on a separate port while the context is active."""
     hub = Hub()
     handler = type("HubHandler", (Handler,), {"hub": hub, "lock": threading.Lock()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

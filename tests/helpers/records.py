@@ -1,4 +1,4 @@
-"""Stage records of runs that never ran."""
+"""Artificial stage records."""
 
 import copy
 

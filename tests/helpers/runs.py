@@ -1,4 +1,4 @@
-"""Short runs that stop at a chosen step, and what they record."""
+"""Short runs that stop at a chosen step, and their recorded metrics."""
 
 import random
 
@@ -19,7 +19,7 @@ STEPS = 8
 
 
 class History(Monitor):
-    """The losses by step and the validations, instead of logging them."""
+    """Record losses by step and validations instead of logging them."""
 
     def __init__(self) -> None:
         super().__init__(every=1, rows=4, tokens=1, flops=None, dtype=torch.float32)
@@ -39,12 +39,12 @@ def run(
     directory, *, stop_at: int | None = None, monkeypatch=None, micro_batches: int = 1, keep: int = 2,
     validate_every: int = 2, faults=(), most: int = 5, stage=AttentionTuning, **kept
 ):  # fmt: skip
-    """Train the small target's drafter; stop as a signal would at a step, if one is given.
+    """Train the small target's drafter; optionally stop at a step, as on a signal.
 
     Args:
-        faults: callbacks that break something.
-        most: skipped steps in a row that end the run.
-        kept: more arguments of `Checkpoints`.
+        faults: callbacks that inject faults.
+        most: number of consecutive skipped steps that ends the run.
+        kept: further arguments of `Checkpoints`.
     """
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1)

@@ -37,7 +37,7 @@ ARCHITECTURE = {
 
 
 def random_target(dtype: str = "float32", seed: int = 0, **changes):
-    """A small Qwen3 with random weights, large enough that its outputs are far from uniform."""
+    """Return a small Qwen3 with random weights of a scale that makes its outputs far from uniform."""
     torch.manual_seed(seed)
     return load_target(None, architecture=ARCHITECTURE | {"initializer_range": 0.2} | changes, dtype=dtype)
 
@@ -45,7 +45,7 @@ def random_target(dtype: str = "float32", seed: int = 0, **changes):
 def random_draft(
     target, *, num_layers: int = 3, block_size: int = 6, rank: int = 8, seed: int = 1, **beyond
 ) -> DraftModel:
-    """A drafter far from its initialization, so that no test passes because draft and target are alike."""
+    """Return a drafter far from its initialization, so that no test passes by similarity of draft and target."""
     torch.manual_seed(seed)
     draft = DraftModel(
         target, DraftConfig(num_layers=num_layers, block_size=block_size, calibrator_rank=rank, **beyond)
@@ -59,7 +59,7 @@ def random_draft(
 def random_documents(
     count: int, seed: int = 0, *, low: int = 12, high: int = 40, vocabulary: int = 97
 ) -> list[Document]:
-    """Conversations of random tokens: a prompt, an answer, sometimes a second turn."""
+    """Return conversations of random tokens: a prompt, an answer, sometimes a second turn."""
     generator = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
@@ -76,7 +76,7 @@ def random_documents(
 def command(
     *overrides: str, cwd: Path, timeout: float = 300, module: str = "train", **environment: str
 ) -> subprocess.CompletedProcess:
-    """`python -m train ...`, or another command, as a user would call it."""
+    """Run `python -m train ...` or another command in a subprocess, as a user would."""
     call = [sys.executable, "-m", module, *overrides]
     return subprocess.run(call, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
 
@@ -84,7 +84,7 @@ def command(
 def command_stopped_at_checkpoint(
     *overrides: str, cwd: Path, stage: str, number: int, **environment: str
 ) -> subprocess.CompletedProcess:
-    """The same, sent a signal once there is a checkpoint of a stage of the run called `short`."""
+    """Run a command, and send it a signal once a stage of the run `short` has a checkpoint."""
     call = [sys.executable, "-m", "train", *overrides, "name=short"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | environment}
     process = subprocess.Popen(call, cwd=cwd, start_new_session=True, **pipes)

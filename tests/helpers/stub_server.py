@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for tests: it answers by rule, slowly, or not at all."""
+"""An OpenAI-compatible server for tests, with deterministic answers, delays and failures."""
 
 import json
 import threading
@@ -8,12 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def rule(messages):
-    """What the stub says: depends on the whole conversation, so that a wrong history shows."""
+    """Return the stub's answer, which depends on the full conversation, so that a wrong history is detected."""
     return f"answer {len(messages)} to {messages[-1]['content']}"
 
 
 class StubServer:
-    """`with StubServer() as server: server.url`; `faults` are consumed one per request before answers are given."""
+    """`with StubServer() as server: server.url`; each request consumes one of `faults` before any answer."""
 
     def __init__(self, faults=(), delay=0.0, says=rule, finish="stop", poison=None):
         self.faults, self.delay, self.says, self.finish = list(faults), delay, says, finish

@@ -1,4 +1,4 @@
-"""A short training through Lightning."""
+"""Short training runs with Lightning."""
 
 import hashlib
 
@@ -59,7 +59,7 @@ def trainer(tmp_path, steps: int, **kwargs) -> lightning.Trainer:
 
 
 def module(stage, target, beyond: bool = False) -> AttentionTuning | BonusCalibration:
-    """A stage; `beyond` the paper, with a bonus slot, a chain, and all of it trained in stage 2."""
+    """Build the module of a stage; `beyond`: with bonus slot, chain and joint training in stage 2."""
     torch.manual_seed(0)
     calibrates = stage is BonusCalibration
     ranks = {"calibrator_rank": 8 * calibrates, "chain_rank": 4 * (calibrates and beyond)}

@@ -1,4 +1,4 @@
-"""What an offline run file of W&B holds: records in blocks of 32 KiB, each chunk with checksum, length and kind."""
+"""Reader of W&B offline run files: records in blocks of 32 KiB, each chunk with checksum, length and kind."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ FULL, LAST = 1, 4  # kinds of chunk that end a record
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Every record that is whole; a killed run's file ends somewhere."""
+    """Yield the complete records; the file of a killed run may be truncated."""
     content, at, record = path.read_bytes(), FILE_HEADER, b""
     while at + CHUNK_HEADER <= len(content):
         left = BLOCK - at % BLOCK
@@ -29,7 +29,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The logged rows."""
+    """Return the logged rows."""
     return [_values(r.history.item) for r in records(path) if r.WhichOneof("record_type") == "history"]
 
 

@@ -44,7 +44,7 @@ def own(twin, **arguments):
 
 
 class Packed(nn.Module):
-    """A linear layer as GPTQ and 4 bit have it: two weights in a byte, no parameter of the usual shape."""
+    """A linear layer as in GPTQ and 4-bit quantization: two weights per byte, no parameter of the usual shape."""
 
     def __init__(self, linear):
         super().__init__()
