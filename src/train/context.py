@@ -79,14 +79,16 @@ class Resources:
     @cached_property
     def target_config(self) -> PretrainedConfig:
         if self.name is None and self.architecture is None:
-            raise UserError("model.target: give a name, or an architecture for random weights.")
+            raise UserError(
+                "model.target: name and architecture are null. Set a name, or an architecture for random weights."
+            )
         if self.name is None:
             return load_config(None, architecture=self.architecture)
         check_path(self.name)
         try:
             config = load_config(self.name, revision=self.revision)
         except (OSError, ValueError) as error:
-            raise UserError(f"model.target.name={self.name!r}: the target's config did not load. {error}") from error
+            raise UserError(f"model.target.name={self.name!r}: failed to load the target's config. {error}") from error
         expected = self.architecture or {}
         check_sizes(expected, {key: getattr(config, key, None) for key in expected})  # getattr resolves aliases
         return config
@@ -150,7 +152,7 @@ class Resources:
             check_untested(target, self.tokenizer)
             return target
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"model.target: the target did not load. {error}") from error
+            raise UserError(f"model.target: failed to load the target. {error}") from error
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -190,7 +192,7 @@ class Resources:
         if largest >= vocabulary:
             name = self.target_settings["tokenizer"] or self.name
             raise UserError(
-                f"data.path: the tokenizer {name!r} gives token {largest}, but the target's vocabulary ends at "
+                f"data.path: the tokenizer {name!r} produces token {largest}, but the target's largest token is "
                 f"{vocabulary - 1}. Set model.target.tokenizer to the target's own tokenizer, or remove the records "
                 "with such tokens."
             )
@@ -209,12 +211,12 @@ class Resources:
             if not any(fitting):
                 raise UserError(
                     f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of benchmarks.{name}.path="
-                    f"{given['path']} leaves so much room in the target's "
-                    f"{self.positions} positions. Choose fewer."
+                    f"{given['path']} leaves room for that many tokens in the target's {self.positions} positions. "
+                    "Decrease it."
                 )
             found[name] = conversations
         if not found:
-            raise UserError("benchmarks is empty; name at least one. Presets: conf/benchmarks/.")
+            raise UserError("benchmarks is empty: expected at least one. Presets: conf/benchmarks/.")
         return found
 
     def _leaves_room(self, talk: Messages) -> bool:

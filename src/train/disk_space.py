@@ -44,10 +44,10 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
     held = used_bytes(*(run_dir / stage for stage in stages))  # earlier output of these stages is replaced
     if free is not None and needed > free + held:
         detail = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
-        less = " fewer stage.<stage>.keep_checkpoints," if any(s in TRAINED for s in stages) else ""
+        fewer = " decrease stage.<stage>.keep_checkpoints," if any(s in TRAINED for s in stages) else ""
         raise UserError(
-            f"{run_dir}: {size(free)} are free there, and the stages {', '.join(stages)} need {size(needed - held)} "
-            f"more ({detail}). Make room,{less} or choose a run_dir=... on another disk; then the same command works."
+            f"{run_dir}: {size(free)} free, but the stages {', '.join(stages)} need {size(needed - held)} more "
+            f"({detail}). Free disk space,{fewer} or set run_dir=... to another disk, then rerun the command."
         )
 
 
@@ -66,6 +66,6 @@ def check_shared_memory(workers: int, batch: int, place: Path = Path("/dev/shm")
     needed, free = 2 * workers * (2 * batch + 2**14), free_bytes(place)
     if free is not None and free < needed:
         raise UserError(
-            f"runtime.workers={workers}: {place} has {size(free)} free, and their batches need {size(needed)}. "
+            f"runtime.workers={workers}: their batches need {size(needed)}, but {place} has {size(free)} free. "
             f"Enlarge it (docker run --shm-size=1g; mount -o remount,size=1g {place}), or set runtime.workers=0."
         )

@@ -74,15 +74,15 @@ def _describe_and_push(config: DictConfig, run_dir: Path) -> None:
         UserError: the export is to be uploaded, but is missing or outdated; or the Hub rejected the upload.
     """
     exported = run_dir / "export"
-    problem = ""
+    problem = fix = ""
     if not (exported / "config.json").exists():
-        problem = f"{exported / 'config.json'} is gone. Run stages=[export,evaluate]"
+        problem, fix = f"{exported / 'config.json'} is missing", "Run stages=[export,evaluate]"
     elif is_outdated(run_dir):
-        problem = f"{exported}: trained again since it was exported. Run stages=[export,evaluate] overwrite=true"
+        problem, fix = f"{exported} is older than the trained weights", "Run stages=[export,evaluate] overwrite=true"
     if problem:
         if config.export.push_to_hub:
-            raise UserError(f"{problem} before it is pushed.")
-        say(f"{problem}; its model card is left as it is.")
+            raise UserError(f"{problem}. {fix} before pushing to the Hub.")
+        say(f"warning: {problem}; the model card is not updated. {fix}.")
         return
     write_card(run_dir)
     if config.export.push_to_hub:
@@ -97,7 +97,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     record = StageRecord(run_dir, stage, settings_of(config, stage, run_dir, resources))
     todo = next_action(config, stage, record)
     if todo == FINISHED:
-        say(f"    finished before, see {directory}")
+        say(f"    already finished, see {directory}")
         if (
             rank_zero_only.rank == 0 and (directory / "checkpoints").exists()
         ):  # the run was killed just after the stage finished
@@ -108,7 +108,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     if rank_zero_only.rank == 0:
         lock.acquire()
         if next_action(config, stage, record, say=lambda text: None) != todo:
-            raise UserError(f"{directory}: another process has worked on this stage meanwhile. Run the command again.")
+            raise UserError(f"{directory}: another process has changed this stage in the meantime. Rerun the command.")
         _remove_temporary(run_dir)
         if todo == RESTART and config.overwrite is not False:  # later stages are rerun as well
             check_no_link(*(run_dir / name for name in (stage, *later) if name != "export"))
@@ -188,7 +188,7 @@ def _drop_left_over(config: DictConfig, stage: str, record: StageRecord, lock: R
     try:
         lock.acquire()
     except UserError as error:
-        say(f"    {directory / 'checkpoints'} stays: {error}")
+        say(f"    {directory / 'checkpoints'} was not deleted: {error}")
         return
     if next_action(config, stage, record, say=lambda text: None) == FINISHED:
         _drop_checkpoints(directory)

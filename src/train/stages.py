@@ -86,7 +86,7 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     try:
         draft = load_draft(exported, target).to(target.device)
     except ValueError as error:
-        raise UserError(f"The exported drafter did not load. {error}") from error
+        raise UserError(f"{exported}: failed to load the exported drafter. {error}") from error
     check_finite_weights(draft.own_parameters(), exported / "model.safetensors")
     variants = _variants(draft, list(settings.variants))
     evaluation = evaluate_drafter(
@@ -107,8 +107,8 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     print_report(evaluation, directory.parent)
     if broken := evaluation.broken():
         raise UserError(
-            f"Decoding changed the target's output in {evaluation.dtype}: {broken} This is a bug, or an architecture "
-            f"that is not supported. All differences: {directory / 'report.json'}"
+            f"Decoding changed the target's output in {evaluation.dtype}: {broken} This is a bug, or the architecture "
+            f"is not supported. See all differences in {directory / 'report.json'}."
         )
     recommend(exported, evaluation.speed.recommended if evaluation.speed and set(variants) != {"untuned"} else None)
     for logger in wandb_loggers(config, "evaluate", directory):
@@ -133,7 +133,9 @@ def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
             known["calibrated_parallel"] = Variant(draft, True, "parallel")
         known["calibrated"] = Variant(draft, True, mode)
     if not known.keys() & set(chosen):
-        raise UserError(f"stage.evaluate.variants={chosen}: the exported drafter has no calibrator.")
+        raise UserError(
+            f"stage.evaluate.variants={chosen}: the exported drafter has no calibrator. Choose from {', '.join(known)}."
+        )
     return {name: variant for name, variant in known.items() if name in chosen}  # the most trained variant comes last
 
 

@@ -61,8 +61,10 @@ def check_jobs(overrides: list[str]) -> None:
         if other := taken.get(config.run_dir):
             swept = [new.split("=")[0].lstrip("+") for old, new in zip(other, job, strict=True) if old != new]
             name = "_".join(f"${{{key}}}" for key in swept)
-            hint = f"Let the name depend on what is swept: 'name={name}'." if swept else "They are the same job."
-            raise UserError(f"Two jobs of this sweep would share the run directory {config.run_dir}. {hint}")
+            hint = (
+                f"Add the swept settings to the name: 'name={name}'." if swept else "They are the same job; remove one."
+            )
+            raise UserError(f"Two jobs of this sweep have the same run directory, {config.run_dir}. {hint}")
         taken[config.run_dir] = job
 
 
@@ -75,7 +77,7 @@ def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
     hydra = HydraConfig.get()
     file = Path(hydra.runtime.output_dir) / SUMMARY
     summary = {"overrides": list(hydra.overrides.task), "run_dir": config.run_dir, "results": {}}
-    _record(file, {**summary, "state": "stopped", "reason": "did not come to its end"})
+    _record(file, {**summary, "state": "stopped", "reason": "did not finish"})
     try:
         _check_ranks(config)
         work(config)
@@ -109,8 +111,8 @@ def _check_ranks(config: DictConfig) -> None:
     started = {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if not started and device_count(config, 1 if accelerator(config) == "cpu" else 2) > 1:
         raise UserError(
-            f"trainer.devices={config.trainer.get('devices')}: a sweep in one process trains on one device. "
-            "Use trainer.devices=1, hydra/launcher=submitit_slurm, or one command for each job."
+            f"trainer.devices={config.trainer.get('devices')}: a single-process sweep trains on one device. "
+            "Set trainer.devices=1 or hydra/launcher=submitit_slurm, or run one command per job."
         )
 
 
@@ -159,7 +161,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     swept = _swept([job["overrides"] for job in summaries.values()])
     decoded = [name for name in DECODED if any(name in _decoded(job["results"]) for job in summaries.values())]
     header = ["job", *_short(swept), "state", *(f"τ {name} (95%, verify steps)" for name in decoded)]
-    header += ["tuning: val loss, τ", "calibration: val loss, τ", "MFLOP a block", "run directory"]
+    header += ["tuning: val loss, τ", "calibration: val loss, τ", "MFLOP per block", "run directory"]
     rows = [header]
     for number, job in summaries.items():
         values = dict(override.split("=", 1) for override in job["overrides"] if "=" in override)

@@ -35,7 +35,7 @@ def test_ctrl_c_in_training_writes_a_checkpoint_and_says_how_to_go_on(tmp_path):
     call = (*SHORT, "stages=[attention_tuning]", "runtime.workers=1", "stage.attention_tuning.steps=400")
     done = command_stopped_at_checkpoint(*call, cwd=tmp_path, stage="attention_tuning", number=signal.SIGINT)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
-    assert "stopped by SIGINT; the same command goes on from here" in done.stderr
+    assert "stopped by SIGINT; rerun the command to resume" in done.stderr
 
 
 def test_ctrl_c_is_known_by_the_errors_of_the_pools_that_it_takes_down():

@@ -141,7 +141,7 @@ def test_a_sweep_ends_with_a_table_that_shows_failed_jobs(tmp_path):
         assert f"| {decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']}) " in finished  # one prompt: no interval
     assert "parallel" not in header  # no drafter has a bonus slot, so modes differ in speed alone
     flops = read_json(tmp_path / "checkpoints/lr_0.002/records/export.done.json")["result"]["block_flops"]
-    assert "| MFLOP a block |" in header and f"| {flops / 1e6:.1f} " in finished
+    assert "| MFLOP per block |" in header and f"| {flops / 1e6:.1f} " in finished
     assert "| done " in finished and "checkpoints/lr_0.002" in finished
     assert [job["state"] for job in summaries(written.parent).values()] == ["failed", "done"]
 
@@ -157,7 +157,7 @@ def test_the_table_shows_both_modes_where_they_differ():
 
 
 WRONG = {
-    "one name for all": (["seed=1,2"], ["share the run directory checkpoints/tiny", "'name=${seed}'"]),
+    "one name for all": (["seed=1,2"], ["the same run directory, checkpoints/tiny", "'name=${seed}'"]),
     "the same job twice": (["seed=1,1"], ["checkpoints/tiny", "the same job"]),
     "misspelled key": (["stage.evaluate.num_prompt=1,2"], ["num_prompt", "Did you mean stage.evaluate.num_prompts?"]),
     "wrong type in one job": (["seed=1,two", "name=s${seed}"], ["seed='two'", "expected int"]),
@@ -179,7 +179,7 @@ def test_wrong_sweeps_are_refused_before_anything_starts(case, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_over_several_ranks_needs_a_launcher(tmp_path):
     done = command("-m", "+experiment=tiny", "trainer.devices=2", "seed=1,2", "name=s${seed}", cwd=tmp_path)
-    assert done.returncode == 1 and "job 1 failed: trainer.devices=2: a sweep in one process" in done.stdout
+    assert done.returncode == 1 and "job 1 failed: trainer.devices=2: a single-process sweep" in done.stdout
     assert "hydra/launcher=submitit_slurm" in done.stdout and not (tmp_path / "checkpoints").exists()
 
 

@@ -77,7 +77,7 @@ CALLS = {
     ),
     "all of a low-rank adapter": (
         ["+recipe=beyond", "adapter=lora"],
-        ["joint=true", "adapter=lora would save nothing"],
+        ["joint=true", "adapter=lora saves no memory"],
     ),
     "no eps": (["stage.bonus_calibration.module.eps=0"], ["eps=0", "more than 0"]),
     "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),

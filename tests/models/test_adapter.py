@@ -189,7 +189,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         ("adapter.rank=0", "adapter.rank=0: expected 1 or more"),
         ("adapter.alpha=0", "adapter.alpha=0: expected more than 0"),
         ("adapter.target_modules=q_proj", "adapter.target_modules=q_proj: expected a list"),
-        ("trainer=zero3", "Choose trainer=zero2, or adapter=none"),
+        ("trainer=zero3", "Set trainer=zero2 or adapter=none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(override, said):

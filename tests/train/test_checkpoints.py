@@ -129,13 +129,13 @@ def test_without_any_whole_best_weights_the_newest_checkpoint_has_to_do(tmp_path
     for path in tmp_path.glob("best-*"):
         path.unlink()
     said = []
-    assert step_of(usable_checkpoint(tmp_path, said.append)) == 7 and "no best weights are left" in said[-1]
+    assert step_of(usable_checkpoint(tmp_path, said.append)) == 7 and "no intact best weights" in said[-1]
     _, checkpointer, history = run(tmp_path)
     assert list(history.losses) == [8] and checkpointer.best["step"] == 8
     for path in tmp_path.glob("step-*"):
         path.write_bytes(b"")
     said.clear()
-    assert usable_checkpoint(tmp_path, said.append) is None and "beginning anew" in said[-1]
+    assert usable_checkpoint(tmp_path, said.append) is None and "restarting the stage" in said[-1]
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_generators_go_on_where_they_were():
     first = (random.random(), np.random.random(), torch.rand(3).tolist())
     set_random_state(state)
     assert first == (random.random(), np.random.random(), torch.rand(3).tolist())
-    set_random_state({"ranks": state["ranks"] * 2})  # of two ranks: nothing to put back on one
+    set_random_state({"ranks": state["ranks"] * 2})  # of two ranks: nothing to restore on one
     assert first != (random.random(), np.random.random(), torch.rand(3).tolist())
 
 
@@ -199,7 +199,7 @@ def test_a_full_disk_is_named_with_its_path_and_sizes_and_older_checkpoints_stay
         signal.signal(signal.SIGXFSZ, before)
     text = str(refused.value)
     assert str(tmp_path / "step-00000020.ckpt") in text and "4.0 MB are needed" in text and "free" in text
-    assert "unexpected pos" not in text and "larger than the limit" in text
+    assert "unexpected pos" not in text and "exceeds the size limit" in text
     assert [path.name[:13] for path in tmp_path.iterdir()] == ["step-00000010"]  # no half of a file either
 
 

@@ -48,7 +48,7 @@ class StopAfterValidation(Callback):
 
 
 def test_a_callback_that_stops_by_a_figure_does_not_finish_a_stage(tmp_path):
-    with pytest.raises(NotFinished, match="use stage..*patience"):
+    with pytest.raises(NotFinished, match="set stage..*patience"):
         run(tmp_path, faults=[StopAfterValidation()])
 
 
@@ -70,8 +70,8 @@ def test_a_run_that_makes_no_step_is_not_started_again(hook, tmp_path):
         run(directory, micro_batches=2, faults=[StopAt(3)])
     for _ in range(2):
         ended = end_of(directory, StopBefore(hook))
-        assert ended.status == 1 and "No step was made since the start" in str(ended)
-        assert "ended at step 3" in str(ended) and step_of(usable_checkpoint(directory)) == 3
+        assert ended.status == 1 and "No step was completed since the start" in str(ended)
+        assert "stopped at step 3" in str(ended) and step_of(usable_checkpoint(directory)) == 3
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -111,7 +111,9 @@ def test_the_command_says_that_a_stage_is_not_finished_and_goes_on_until_it_is(t
     limit = "+trainer.max_time={_target_: datetime.timedelta, microseconds: 1}"
     done = command(*call, limit, cwd=tmp_path)
     assert done.returncode == 75 and not (records / "attention_tuning.done.json").exists()
-    assert [line for line in done.stderr.splitlines() if "not finished" in line and "same command goes on" in line]
+    assert [
+        line for line in done.stderr.splitlines() if "not finished" in line and "Rerun the command to resume" in line
+    ]
     assert "Traceback" not in done.stderr
     done = command(*call, cwd=tmp_path)
     assert done.returncode == 0 and (records / "attention_tuning.done.json").exists()

@@ -54,7 +54,7 @@ def short(*overrides: str):
 @pytest.mark.slow
 def test_the_report_says_how_fast_and_in_which_mode(trained_run):
     report = (trained_run / "evaluate" / "report.md").read_text(encoding="utf-8")
-    for words in ("95%", "Tokens/s by batch size", "Milliseconds of a verify step", "| off |", "recommended on CPU"):
+    for words in ("95%", "Tokens/s by batch size", "Time per verify step in ms", "| off |", "recommended on CPU"):
         assert words in report
     speed = read_json(trained_run / "evaluate" / "report.json")["speed"]
     assert [(s["decoder"], s["rows"]) for s in speed["by_rows"]] == [
@@ -104,7 +104,7 @@ def test_a_run_with_a_recommendation_in_its_config_is_continued_and_keeps_its_ca
         write_json(run_dir / "records" / f"{stage}.done.json", record)
     before = (run_dir / "export" / "config.json").read_bytes()
     again = command(*SHORT, "name=short", cwd=tmp_path)
-    assert again.returncode == 0 and again.stdout.count("finished before") == 4, again.stderr
+    assert again.returncode == 0 and again.stdout.count("already finished") == 4, again.stderr
     card = (run_dir / "export" / "README.md").read_text(encoding="utf-8")
     assert "| calibrated |" in card and "parallel drafting up to batch size 3" in card
     assert (run_dir / "export" / "config.json").read_bytes() == before
@@ -157,12 +157,12 @@ def test_a_wrong_baseline_ends_the_stage(trained_run, tmp_path, monkeypatch):
 
     def both_wrong_alike(*arguments, **more):
         evaluation = right(*arguments, **more)
-        evaluation.wrong.append("held_out: prompt 0 of the target alone")
+        evaluation.wrong.append("held_out: prompt 0: the target's answer differs from transformers'")
         return evaluation
 
     monkeypatch.setattr(stages, "evaluate_drafter", both_wrong_alike)
     shutil.copytree(trained_run, tmp_path / "short")
-    with pytest.raises(UserError, match="prompt 0 of the target alone differs from transformers' own model"):
+    with pytest.raises(UserError, match="prompt 0: the target's answer differs from transformers'"):
         stages.evaluate(config, tmp_path / "short" / "evaluate", Resources(config))
 
 
@@ -195,7 +195,7 @@ def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny
         assert output[0, len(prompt) :].tolist() == answer
     assert found.broken() is None and found.benchmarks["b"].variants["x"].identical == 2
     assert found.as_dict()["generation_settings"] == {"repetition_penalty": 1.3}
-    assert any("generation_config is followed" in line and "repetition_penalty=1.3" in line for line in _remarks(found))
+    assert any("generation_config, applied" in line and "repetition_penalty=1.3" in line for line in _remarks(found))
     other = [*prompts.answers[0][:9], 5]  # a margin is one of scores, not of logits
     at = first_differences(target, prompts, [other, prompts.answers[1]])[0]
     scores = sequence_state(target, prompts.tokens[0], 12)
@@ -254,7 +254,9 @@ def test_a_target_whose_logits_are_other_than_ours_is_found(tiny_target, monkeyp
     assert check_baseline(tiny_target, "x", prompts, how) == []
     scaled = lambda *a, **k: (2 * prefill(*a, **k)[0], None)  # noqa: E731  as architectures do that scale their logits
     monkeypatch.setattr("models.decoding.forward_passes.prefill", scaled)
-    assert "logits, by 100.0% of the greatest" in check_baseline(tiny_target, "x", prompts, how)[0]
+    assert (
+        "logits differ from transformers' by 100.0% of the largest" in check_baseline(tiny_target, "x", prompts, how)[0]
+    )
 
 
 def speed(decoder: str, rows: int, rate: float, threshold: float | None = 0.01, spread: float = 0.1) -> Speed:

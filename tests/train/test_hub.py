@@ -305,7 +305,7 @@ def test_a_run_pushes_at_its_end_and_repeats_nothing(hub, trained_run, tmp_path)
     call = {"cwd": tmp_path, **hub.environment(tmp_path / "hf")}
     done = command(*SHORT, "name=short", "export.push_to_hub=owner/drafter", "export.tag=v1", **call)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("finished before") == 4 and f"pushed to {hub.url}/owner/drafter" in done.stdout
+    assert done.stdout.count("already finished") == 4 and f"pushed to {hub.url}/owner/drafter" in done.stdout
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == before
     card = head(hub)["README.md"].decode()
     assert "| held_out | calibrated |" in card and 'custom_generate="owner/drafter"' in card

@@ -47,7 +47,7 @@ def test_a_target_of_random_weights_says_it_and_goes_on(target_says, tmp_path, c
     """With one, a command is tried out: no label is what can be expected."""
     target_says(0.0)
     run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks(needed=False)])
-    assert "warning: 0.0% of the blocks have a label" in capsys.readouterr().out
+    assert "warning: only 0.0% of the blocks have a label" in capsys.readouterr().out
     for choice, needed in (("model=tiny", True), ("model=stand_in", False)):
         made = build_trainer(composed("+experiment=tiny", choice), "bonus_calibration", tmp_path / choice).callbacks
         assert [c.needed for c in made if isinstance(c, LabelledBlocks)] == [needed]

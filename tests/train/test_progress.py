@@ -53,7 +53,7 @@ def test_true_keeps_training_with_unchanged_settings_and_a_named_stage_is_done_a
 def test_a_refusal_names_the_stages_that_have_to_be_done_again_and_no_more(tmp_path):
     finished(tmp_path, "evaluate", "report.json")
     finished(tmp_path, "bonus_calibration")
-    with pytest.raises(UserError, match=r"stage.steps: 6 -> 7.*\n.*overwrite=evaluate, which costs no training"):
+    with pytest.raises(UserError, match=r"stage.steps: 6 -> 7.*\n.*overwrite=evaluate, which needs no training"):
         next_action(config(), "evaluate", other(tmp_path, "evaluate"))
     with pytest.raises(UserError, match=r"overwrite=\[bonus_calibration,export,evaluate\]") as refused:
         next_action(config(), "bonus_calibration", other(tmp_path, "bonus_calibration"))
@@ -99,12 +99,12 @@ def test_a_damaged_record_is_named_or_its_stage_done_again(tmp_path, content):
 def test_a_result_that_is_gone_or_replaced_does_not_count_as_finished(tmp_path):
     made, file = finished(tmp_path)
     file.write_bytes(b"other")
-    with pytest.raises(UserError, match="draft.safetensors is not the file.*overwrite=attention_tuning"):
+    with pytest.raises(UserError, match="draft.safetensors is damaged or was replaced.*overwrite=attention_tuning"):
         next_action(config(), "attention_tuning", made)
-    with pytest.raises(UserError, match="damaged or replaced"):
+    with pytest.raises(UserError, match="damaged or was replaced"):
         check_written(tmp_path, {"attention_tuning/draft.safetensors": file_sha256(file)})
     file.unlink()
-    with pytest.raises(UserError, match="draft.safetensors is gone.*overwrite=attention_tuning"):
+    with pytest.raises(UserError, match="draft.safetensors is missing.*overwrite=attention_tuning"):
         next_action(config(), "attention_tuning", made)
     evaluated, report = finished(tmp_path, "evaluate", "report.json")
     report.unlink()
@@ -122,7 +122,7 @@ def test_a_kill_while_the_old_result_is_deleted_is_no_end(tmp_path):
 def test_weights_without_a_record_are_not_trained_over(tmp_path):
     (tmp_path / "attention_tuning").mkdir()
     (tmp_path / "attention_tuning" / "draft.safetensors").write_bytes(b"by hand")
-    with pytest.raises(UserError, match="no record says what it is"):
+    with pytest.raises(UserError, match="has no record"):
         next_action(config(), "attention_tuning", record(tmp_path))
 
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_deleted_ends_an_overwrite_and_a_link_is_not_followed(tmp
         raise PermissionError(1, "Operation not permitted", str(name))
 
     monkeypatch.setattr(os, "unlink", refuse)
-    with pytest.raises(DiskError, match="draft.safetensors cannot be deleted: Operation not permitted.*chattr"):
+    with pytest.raises(DiskError, match="cannot delete draft.safetensors: Operation not permitted.*chattr"):
         remove_tree(precious)
 
 
@@ -271,14 +271,14 @@ def test_a_file_of_the_users_own_beside_the_checkpoints_is_no_checkpoint(tmp_pat
     assert next_action(config(), "attention_tuning", other(tmp_path)) == RESTART
     assert "good checkpoint" not in advice(place)
     (place / f"step-00000002-{'0' * 16}.ckpt").write_bytes(b"x")
-    assert f"last good checkpoint is {place}/step-00000002" in advice(place)
+    assert f"last good checkpoint, {place}/step-00000002" in advice(place)
     with pytest.raises(UserError, match="stage.steps: 6 -> 7"):
         next_action(config(), "attention_tuning", other(tmp_path))
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="file/run: a part of the path is a file"):
+    with pytest.raises(DiskError, match="file/run: part of the path is a file"):
         check_access(tmp_path / "file" / "run")
 
 
@@ -289,7 +289,7 @@ def test_too_little_room_is_seen_before_the_target_is_loaded(tmp_path, monkeypat
     resources = Resources(config())
     check_disk(config(), resources, tmp_path, ["attention_tuning", "export"])
     monkeypatch.setattr(space, "free_bytes", lambda place: 6 * 10**6)
-    with pytest.raises(UserError, match=r"6.0 MB are free.*need \d.*checkpoints of a stage .*MB.*run_dir="):
+    with pytest.raises(UserError, match=r"6.0 MB free.*need \d.*checkpoints of a stage .*MB.*run_dir="):
         check_disk(config(), resources, tmp_path, ["attention_tuning", "export"])
     assert "target" not in vars(resources)
 

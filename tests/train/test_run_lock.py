@@ -71,7 +71,7 @@ def test_after_kill_9_the_same_command_just_works(tmp_path, holder, more):
 
 def test_a_writer_on_another_node_counts_as_long_as_it_gives_signs_of_life(tmp_path):
     written(tmp_path)
-    with pytest.raises(UserError, match=r"process 7 on elsewhere, since then.*sign of life was \d+ s ago.*rm "):
+    with pytest.raises(UserError, match=r"process 7 on elsewhere, since then.*heartbeat was \d+ s ago.*rm "):
         RunLock(tmp_path).acquire()
     silent = time.time() - run_lock.SILENT - 5
     os.utime(tmp_path / FILE, (silent, silent))

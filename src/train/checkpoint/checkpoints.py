@@ -105,7 +105,7 @@ class Checkpoints(Checkpoint):
             chosen = [None] * trainer.world_size
             dist.all_gather_object(chosen, self.resumed_from and self.resumed_from.name)
         if len(set(chosen)) > 1:
-            raise UserError(f"{self.directory}: the ranks found different checkpoints there: {chosen}. Try again.")
+            raise UserError(f"{self.directory}: the ranks found different checkpoints: {chosen}. Rerun the command.")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._random is not None:
@@ -147,11 +147,14 @@ class Checkpoints(Checkpoint):
             return  # an extra validation because Lightning was asked to stop; a resumed run would not have it
         bad = [key for key in COUNTED if not math.isfinite(self.last.get(key, 0.0))]
         if bad:
-            say(f"    step {trainer.global_step}: {', '.join(bad)} not finite; these weights cannot be the best")
+            say(
+                f"    step {trainer.global_step}: warning: {', '.join(bad)} not finite; these weights are not selected "
+                "as the best"
+            )
         elif self.best_by and self.best_by not in self.last:
             say(
-                f"    step {trainer.global_step}: warning: {self.best_by} was not measured, as no block of the "
-                "validation has a label; these weights cannot be the best"
+                f"    step {trainer.global_step}: warning: {self.best_by} was not measured because no validation block "
+                "has a label; these weights are not selected as the best"
             )
         self._judge(trainer, comparable=not bad)
         if self.out_of_patience():
@@ -266,7 +269,7 @@ def check_final_weights(trainer: lightning.Trainer, trained: dict[str, Tensor]) 
         check_state(trainer, trained, checkpoints.directory, "trained weights")
     if faults := checkpoints.faults():
         raise Diverged(
-            f"Step {trainer.global_step}: {', '.join(faults)} of the weights to be handed on are not finite. "
+            f"Step {trainer.global_step}: the final weights have a non-finite {', '.join(faults)}. "
             f"{advice(checkpoints.directory)}"
         )
 
@@ -280,11 +283,11 @@ def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
     stage = directory.parent.name
     timed = any(isinstance(c, Timer) for c in trainer.callbacks)
     limit = "trainer.max_time" if timed else "a callback"
-    text = f"{stage} ended at step {trainer.global_step} of {trainer.max_steps}, by {limit}: it is not finished. "
-    early = f"To end a stage early for good, use stage.{stage}.patience or fewer stage.{stage}.steps."
+    text = f"{stage} stopped at step {trainer.global_step} of {trainer.max_steps} because of {limit}: not finished. "
+    early = f"To finish a stage early, set stage.{stage}.patience or decrease stage.{stage}.steps."
     if trainer.global_step > checkpointer(trainer).started_at:
-        return NotFinished(f"{text}The same command goes on from here, without overwrite if it has that. {early}")
-    way = "Give it more time than one step takes" if timed else "Leave out the callback that sets trainer.should_stop"
+        return NotFinished(f"{text}Rerun the command to resume, without overwrite if it has that. {early}")
+    way = "Allow more time than one step takes" if timed else "Remove the callback that sets trainer.should_stop"
     return AgreedEnd(
-        f"{text}No step was made since the start, so the same command would end here again. {way}. {early}"
+        f"{text}No step was completed since the start, so the same command would stop here again. {way}. {early}"
     )

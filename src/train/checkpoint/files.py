@@ -44,22 +44,22 @@ def usable_checkpoint(directory: Path, say: Callable[[str], None] = print, run: 
     intact = []
     for path in found:
         if not is_intact(path):
-            say(f"{path}: damaged, its content is not what its name says.")
+            say(f"{path}: damaged, its SHA-256 does not match its name; skipped.")
             continue
         callbacks = torch.load(path, mmap=True, map_location="cpu", weights_only=True).get("callbacks", {})
         state = callbacks.get("Checkpoints", {})
         if run and state.get("run") not in (None, run):
-            say(f"{path}: of another run of this stage ({state['run']}, this one is {run}); not used.")
+            say(f"{path}: belongs to another run of this stage ({state['run']}, this run is {run}); skipped.")
             continue
         intact.append(path)
         best = state.get("best", {})
         if not best or is_intact(directory / best["file"]):
             return path
-        say(f"{directory / best['file']}: damaged or gone, though {path.name} refers to it.")
+        say(f"{directory / best['file']}: damaged or missing, although {path.name} refers to it.")
     if intact:
-        say(f"{directory}: no best weights are left; those of the validations to come will count.")
+        say(f"{directory}: no intact best weights; the best of the coming validations will be used.")
     elif found:
-        say(f"{directory}: no checkpoint can be used; beginning anew.")
+        say(f"{directory}: no usable checkpoint; restarting the stage.")
     return intact[0] if intact else None
 
 

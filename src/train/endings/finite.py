@@ -67,7 +67,7 @@ def _fault(rows: list[list[float]], names: list[str], norm: float) -> str:
     if ranks:
         found = [name for name in names if any(name in bad[rank] for rank in ranks)]
         return f"the gradient of {shortened(found)}{_on(ranks, len(rows))} is not finite"
-    return "" if norm < LARGEST_NORM else f"the square of the gradient's norm, {norm:.1e}, is not finite"
+    return "" if norm < LARGEST_NORM else f"the square of the gradient norm, {norm:.1e}, is not finite"
 
 
 def _on(ranks: list[int], world: int) -> str:
@@ -98,7 +98,7 @@ def read_finite(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged, it does not read as safetensors ({error}).") from error
+        raise UserError(f"{path} is damaged: not a valid safetensors file ({error}).") from error
     check_finite_weights(tensors, path)
     return tensors
 
@@ -111,9 +111,9 @@ def check_finite_weights(tensors: dict[str, Tensor], source: Path) -> None:
     """
     if names := not_finite(tensors):
         raise UserError(
-            f"{source}: {shortened(names)} not finite, so nothing can start from it. It was changed since it was "
-            f"written, or an older version kept such weights. Run the stage {source.parent.name} again under another "
-            "name=..., with a lower learning rate if training diverged."
+            f"{source}: {shortened(names)} not finite; expected finite weights. The file was modified, or an earlier "
+            f"version saved diverged weights. Rerun stage {source.parent.name} under another name=..., with a lower "
+            "learning rate if training diverged."
         )
 
 
@@ -134,10 +134,10 @@ def advice(directory: Path) -> str:
     """Return advice for a diverged training run: resume, lower the learning rate or check the hardware."""
     last = next(iter(checkpoints_in(directory)), None)
     stage = directory.parent.name
-    again = f"The last good checkpoint is {last}: the same command goes on from it. If" if last else "If"
+    resume = f"Rerun the command to resume from the last good checkpoint, {last}. " if last else ""
     return (
-        f"{again} it ends here again, choose a lower stage.{stage}.module.learning_rate or stage.{stage}.gradient_clip "
-        "under another name=..., or look for a broken device where always the same rank is named."
+        f"{resume}If the error recurs, decrease stage.{stage}.module.learning_rate or stage.{stage}.gradient_clip "
+        "under another name=...; if it always names the same rank, check the device of that rank."
     )
 
 
@@ -181,10 +181,10 @@ class SkippedSteps(Callback):
         step = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.total}, step=step)
-        say(f"    step {step}: skipped, {fault} ({self.in_a_row} in a row, the stage ends at {self.most})")
+        say(f"    step {step}: skipped, {fault} ({self.in_a_row} in a row, the stage stops at {self.most})")
         if self.in_a_row >= self.most or (step == trainer.max_steps and self.total == step):
             raise Diverged(
-                f"Step {step}: {self.in_a_row} steps in a row were skipped, because {fault}. {advice(self.directory)}"
+                f"Step {step}: {self.in_a_row} steps in a row were skipped because {fault}. {advice(self.directory)}"
             )
 
 

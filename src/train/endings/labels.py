@@ -14,9 +14,9 @@ from train.terminal import say
 
 LOOK = 20  # steps after which the fraction is checked; shorter stages are checked at their end
 LOW = 0.25  # fraction of labeled blocks below which a warning is printed
-WAY_OUT = (
-    "Let the target write the answers (python -m data.regenerate, with the same experiment) and train on them, with "
-    "data.path=<its output> under another name=... (docs/guide/data.md)."
+FIX = (
+    "Regenerate the answers with the target (python -m data.regenerate, with the same experiment) and train on them "
+    "with data.path=<its output> under another name=... (docs/guide/data.md)."
 )
 
 
@@ -57,17 +57,17 @@ class LabelledBlocks(Callback):
         if not self.labelled and self.needed:
             raise AgreedEnd(
                 f"Step {trainer.global_step}: none of the {self.blocks:,.0f} blocks of {self.steps} steps had a label, "
-                f"so nothing was learned. {_why(pl_module)} {WAY_OUT}"
+                f"so no weight was trained. {_why(pl_module)} {FIX}"
             )
-        share = self.labelled / max(1.0, self.blocks)
-        if share < LOW and (self.steps == LOOK or trainer.global_step == trainer.max_steps):
+        fraction = self.labelled / max(1.0, self.blocks)
+        if fraction < LOW and (self.steps == LOOK or trainer.global_step == trainer.max_steps):
             say(
-                f"    step {trainer.global_step}: warning: {share:.1%} of the blocks have a label; the others teach "
-                f"nothing. {_why(pl_module)} {WAY_OUT}"
+                f"    step {trainer.global_step}: warning: only {fraction:.1%} of the blocks have a label; the others "
+                f"do not contribute to the loss. {_why(pl_module)} {FIX}"
             )
 
 
 def _why(module: lightning.LightningModule) -> str:
     if not module.masks_labels:
-        return "The rows hold too little that the assistant wrote."
-    return "A block has one where the target's own next token is that of the text: the answers are not the target's."
+        return "The rows contain too few assistant tokens."
+    return "A block has a label if the target predicts its first token: the target did not write these answers."

@@ -79,7 +79,7 @@ def stop(number: int) -> None:
         status = 0
     else:
         status, reported, _reported = STATUS[signal.Signals(number)], _reported, True
-        text = "the same command goes on from here, without overwrite=<stage> if it has that"
+        text = "rerun the command to resume, without overwrite=<stage> if it has that"
         if not reported:
             print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
     if _starting:
@@ -98,4 +98,5 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _training or number == signal.SIGINT == again:
         stop(number)
     if number == signal.SIGINT and first_rank():
-        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        text = "stopping after this step with a checkpoint; press Ctrl-C again to stop immediately"
+        print(f"\n{text}", file=sys.stderr, flush=True)

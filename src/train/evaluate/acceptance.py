@@ -251,12 +251,12 @@ def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: De
     """
     off = difference_from_forward(target, prompts.tokens[0])
     exact = target.dtype in (torch.float32, torch.float64)
-    wrong = [f"{name}: the target's logits, by {off:.1%} of the greatest,"] if off else []
+    wrong = [f"{name}: the target's logits differ from transformers' by {off:.1%} of the largest"] if off else []
     for number, (prompt, own) in enumerate(zip(prompts.tokens[:count], prompts.answers, strict=False)):
         seed = prompt_seed(how, number)
         settings = (how.max_new_tokens, how.sampling, seed, how.tokenizer)
         if exact and autoregressive_generate(target, prompt, *settings) != own:
-            wrong.append(f"{name}: prompt {number} of the target alone")
+            wrong.append(f"{name}: prompt {number}: the target's answer differs from transformers'")
     return wrong
 
 

@@ -21,7 +21,7 @@ COLORS = {
     "calibrated": "#c8443c",
 }
 TIE = 1e-4  # logit margin below which float32 rounding may swap two tokens
-STEPS = "Milliseconds of a verify step, its arithmetic, and the rate of that"
+STEPS = "Time per verify step in ms, with FLOPs and FLOP/s"
 DECODER_COLORS = {ALONE: "#9aa5b1", "sequential": "#2878b5", "parallel": "#c8443c"}
 
 
@@ -49,7 +49,7 @@ class Evaluation:
         float64, an output that a drafter changed at a position without a tie.
         """
         if self.wrong:
-            return f"{self.wrong[0]} differs from transformers' own model."
+            return f"{self.wrong[0]}."
         if self.dtype not in ("float32", "float64") or not self.how.sampling.greedy:
             return None
         for benchmark, report in self.benchmarks.items():
@@ -99,7 +99,7 @@ def tables(evaluation: Evaluation) -> dict[str, Rows]:
     if speed := evaluation.speed:
         first = next(iter(evaluation.benchmarks))
         found[f"Tokens/s by benchmark, one prompt at a time, {speed.device}"] = _by_benchmark(speed)
-        found[f"Tokens/s by batch size, prompts included; {first}"] = _by_rows(speed)
+        found[f"Tokens/s by batch size, including prefill; {first}"] = _by_rows(speed)
         found[STEPS] = _steps(speed)
         if speed.by_threshold:
             rule = how.selection.rule
@@ -148,11 +148,11 @@ def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
         by_slot.plot(slots, variant.acceptance_by_slot, marker="o", label=label, color=COLORS.get(name))
         counts = histogram(variant.accepted)
         places = [length + (number - (len(together.variants) - 1) / 2) * width for length in counts]
-        shares = [count / variant.verify_steps for count in counts.values()]
-        lengths.bar(places, shares, width, label=label, color=COLORS.get(name))
-    by_slot.set(xlabel="slot of the block", ylabel="share of verify steps that accepted it", ylim=(0, 1))
+        fractions = [count / variant.verify_steps for count in counts.values()]
+        lengths.bar(places, fractions, width, label=label, color=COLORS.get(name))
+    by_slot.set(xlabel="slot of the block", ylabel="fraction of verify steps that accepted it", ylim=(0, 1))
     by_slot.set_title(f"Acceptance by slot, {together.prompts} prompts")
-    lengths.set(xlabel="acceptance length, bonus included", ylabel="share of verify steps")
+    lengths.set(xlabel="acceptance length, including the bonus token", ylabel="fraction of verify steps")
     lengths.set_title("Acceptance lengths")
     finish(figure, by_slot)
     finish(figure, lengths, path)
@@ -174,7 +174,7 @@ def plot_speed(speed: SpeedReport, path: Path) -> None:
         heights = [s.phase_ms[phase] for s in speed.by_rows]
         phases.bar(labels, heights, bottom=bottom, label=phase)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    phases.set(ylabel="ms a verify step", title="Where a step's time goes, by decoder and batch size")
+    phases.set(ylabel="ms per verify step", title="Time per verify step, by decoder and batch size")
     phases.tick_params(axis="x", labelsize=6, rotation=60)
     finish(figure, rates)
     finish(figure, phases, path)
@@ -238,19 +238,19 @@ def _remarks(evaluation: Evaluation) -> list[str]:
     remarks = [f"lossless: {identical}/{together.prompts} prompts identical"]
     if evaluation.generation_settings:
         followed = ", ".join(f"{name}={value}" for name, value in evaluation.generation_settings.items())
-        remarks.append(f"the target's generation_config is followed, in its own answers and in drafting: {followed}")
+        remarks.append(f"settings of the target's generation_config, applied with and without drafter: {followed}")
     margins = [d.margin for variant in together.variants.values() for d in variant.differences]
     if margins:
-        remarks.append(f"at first differences, margin of the target's two greatest scores: at most {max(margins):.2g}")
+        remarks.append(f"largest margin between the target's top two scores at a first difference: {max(margins):.2g}")
     if together.left_out:
-        remarks.append(f"left out: {together.left_out} turns that leave no room in the target's positions")
+        remarks.append(f"skipped: {together.left_out} turns without room for an answer in the target's positions")
     if evaluation.speed:
         best = evaluation.speed.recommended
         chosen = _selection(Selection(best["selection"], best["threshold"]))
-        modes = f"parallel up to batch size {best['parallel_rows']}" if best["parallel_rows"] else "sequential always"
+        modes = f"parallel up to batch size {best['parallel_rows']}" if best["parallel_rows"] else "always sequential"
         worth = ", ".join(map(str, best["worth_it"])) or "none"
         remarks.append(f"recommended on {best['device']}: {modes}, selection {chosen}")
-        remarks.append(f"batch sizes at which the drafter is faster than the target alone: {worth}")
+        remarks.append(f"batch sizes with a speed-up over the target alone: {worth}")
     return remarks
 
 

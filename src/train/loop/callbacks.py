@@ -38,27 +38,27 @@ def check_callbacks(callbacks: dict[str, Any]) -> None:
     for name, callback in callbacks.items():
         here = f"callbacks.{name}: {type(callback).__name__}"
         if not isinstance(callback, Callback):
-            raise UserError(f"{here} is no lightning.pytorch.callbacks.Callback.")
+            raise UserError(f"{here} is not a lightning.pytorch.callbacks.Callback.")
         if isinstance(callback, Checkpoint):
             raise UserError(
-                f"{here} saves checkpoints of its own. Leave it out: the stage saves its own; see "
+                f"{here} saves checkpoints. Remove it: the stage saves its own; see "
                 "stage.<stage>.checkpoint_every, .keep_checkpoints and .best_by (docs/guide/scaling.md)."
             )
         if isinstance(callback, EarlyStopping):
             raise UserError(
-                f"{here} would end the training without finishing the stage. Leave it out and set "
-                "stage.<stage>.patience, the number of validations without a better stage.<stage>.best_by."
+                f"{here} would stop training without finishing the stage. Remove it and set stage.<stage>.patience, "
+                "the number of validations without improvement of stage.<stage>.best_by."
             )
         if any(_overrides(callback, hook) for hook in OF_CHECKPOINTS):
             raise UserError(
-                f"{here} changes what checkpoints hold ({' or '.join(OF_CHECKPOINTS)}), as the averaging of weights "
-                "does: the weights handed on would not be those of the figures. Leave it out; a callback may keep "
-                "values of its own by state_dict and load_state_dict."
+                f"{here} changes the content of checkpoints ({' or '.join(OF_CHECKPOINTS)}), as weight averaging does: "
+                "the final weights would not be the validated ones. Remove it; a callback can store its own state "
+                "with state_dict and load_state_dict."
             )
         if unknown := _unknown(type(callback)):
             raise UserError(
-                f"{here}: {unknown.__name__} changes what is trained, which the stages do not follow. Leave it out. "
-                f"Of Lightning's own, these are followed: {', '.join(kind.__name__ for kind in KNOWN)}."
+                f"{here}: {unknown.__name__} changes training, which the stages do not support. Remove it. "
+                f"Supported Lightning callbacks: {', '.join(kind.__name__ for kind in KNOWN)}."
             )
 
 
@@ -104,9 +104,9 @@ class SameWeights(Callback):
         if trainer.strategy.reduce_boolean_decision(changed, all=False):
             given = [type(c).__name__ for c in trainer.callbacks if not type(c).__module__.startswith("train.")]
             raise AgreedEnd(
-                f"Step {trainer.global_step}: a callback changes the trained weights for or after their validation, so "
-                "its figures are not of the weights that would be saved. Leave out the callback that does; those given "
-                f"are {', '.join(given)}."
+                f"Step {trainer.global_step}: a callback changes the trained weights during or after validation, so "
+                "the validation metrics are not those of the weights to be saved. Remove that callback. Configured "
+                f"callbacks: {', '.join(given)}."
             )
 
 

@@ -93,7 +93,7 @@ def _check_time_limit(trainer: Trainer) -> None:
     limits = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
     if any(limit is not None and limit <= 0 for limit in limits):
         raise UserError(
-            "trainer.max_time, or a Timer's duration, is 0 or less: no step would be made. Expected more time than one "
+            "trainer.max_time, or a Timer's duration, is 0 or negative: no step would run. Expected more time than one "
             "step takes, such as trainer.max_time=00:12:00:00 (days, hours, minutes, seconds)."
         )
 
@@ -134,7 +134,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
             if isinstance(logger, StageWandbLogger):
                 logger.replay(rows)
     if not len(data.validation):
-        say("    data.validation_records=0: nothing is validated, so the last weights are handed on")
+        say("    data.validation_records=0: no validation runs, so the last weights are kept")
     try:
         trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     except MisconfigurationException as error:

@@ -37,7 +37,7 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *args, **kwargs)
         except Exception as error:  # network, W&B service process, ...: never worth losing the training run
             self.lost = True
-            say(f"W&B: {_line(error)} Nothing more goes to it from this stage; the run itself goes on.")
+            say(f"W&B: {_line(error)} Logging to W&B is disabled for this stage; the run continues.")
 
     return call
 
@@ -131,7 +131,7 @@ class StageWandbLogger(WandbLogger):
         thread.start()
         thread.join(FINISH)
         if thread.is_alive():
-            say(f"W&B: the server has not taken everything within {FINISH:.0f} s. {_later(self._wandb_init['dir'])}")
+            say(f"W&B: the upload did not finish within {FINISH:.0f} s. {_later(self._wandb_init['dir'])}")
 
 
 def _quietly(call: Callable[[], Any]) -> None:
@@ -147,7 +147,7 @@ def _line(error: Exception) -> str:
 
 
 def _later(directory: str) -> str:
-    return f"Logging offline; later: wandb sync {directory}/wandb/offline-run-*"
+    return f"Logging offline; upload later: wandb sync {directory}/wandb/offline-run-*"
 
 
 @cache
@@ -163,22 +163,25 @@ def mode(directory: str) -> str:
     try:
         import wandb
     except ImportError as error:
-        raise UserError(f"logger=wandb: {error}. Install it (pip install wandb), or choose logger=csv.") from error
+        raise UserError(f"logger=wandb: {error}. Install it (pip install wandb) or use logger=csv.") from error
     given, known = os.environ.get("WANDB_MODE"), get_args(wandb.Settings.model_fields["mode"].annotation)
     if given and given not in known:
         raise UserError(f"WANDB_MODE={given}: expected one of {', '.join(known)}.")
     try:
         settings = wandb.setup().settings
     except Exception as error:  # for example an invalid WANDB_* variable
-        raise UserError(f"W&B does not take its settings (WANDB_* variables): {_line(error)}") from error
+        raise UserError(f"W&B rejects its settings (WANDB_* variables): {_line(error)}") from error
     if given in (*OFFLINE, "disabled") or settings.mode in (*OFFLINE, "disabled"):
         return given or settings.mode
     if not logged_in(settings.base_url):
         if given:
-            say(f"W&B: WANDB_MODE={given}, but there is no login (wandb login, WANDB_API_KEY). {_later(directory)}")
+            say(
+                f"W&B: WANDB_MODE={given}, but there are no credentials (wandb login, WANDB_API_KEY). "
+                f"{_later(directory)}"
+            )
         return "offline"
     if problem := unreachable(settings.base_url):
-        say(f"W&B: {settings.base_url} is out of reach ({problem}). {_later(directory)}")
+        say(f"W&B: {settings.base_url} is unreachable ({problem}). {_later(directory)}")
         return "offline"
     return given or "online"
 

@@ -222,7 +222,8 @@ class DraftTraining(lightning.LightningModule, ABC):
         trained = self.trained()
         if trained.keys() != state_dict.keys():
             raise RuntimeError(
-                f"Checkpoint does not fit: {sorted(trained.keys() ^ state_dict.keys())} only on one side."
+                f"The checkpoint does not match the model: {sorted(trained.keys() ^ state_dict.keys())} only in one of "
+                "them."
             )
         with torch.no_grad():
             for name, parameter in trained.items():

@@ -165,9 +165,9 @@ def live_decoding(
     prompts = validation.prompts(settings.prompts, longest)
     if not prompts:
         raise UserError(
-            f"stage.{stage}.decode.max_new_tokens={settings.max_new_tokens}: the beginning of no validation "
-            f"conversation leaves so much room in the target's {positions} positions. "
-            f"Choose fewer, or stage.{stage}.decode.prompts=0 for no decoding."
+            f"stage.{stage}.decode.max_new_tokens={settings.max_new_tokens}: no validation prompt leaves "
+            f"room for that many tokens in the target's {positions} positions. Decrease it, or set "
+            f"stage.{stage}.decode.prompts=0 to disable decoding."
         )
     limits = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
     return [LiveDecoding(prompts, tokenizer=tokenizer, **limits)]

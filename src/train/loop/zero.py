@@ -83,9 +83,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             return result
         skipped = bool(self.optimizers[0].overflow)
         if module.step.fault and not skipped:
-            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} made a step although {module.step.fault}.")
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} took a step although {module.step.fault}.")
         if skipped and not module.step.fault:
-            module.step = replace(module.step, fault="a gradient that DeepSpeed has computed is not finite")
+            module.step = replace(module.step, fault="a gradient computed by DeepSpeed is not finite")
         return result
 
     def divide_gradients(self, divisor: float) -> None:

@@ -58,11 +58,11 @@ CHANGES: dict[str, tuple[str, ...]] = {
     **{f"stage.{stage}.{key}": (stage,) for stage in TRAINED for key in TRAINING},
     **{f"stage.{EVALUATE}.{key}": (EVALUATE,) for key in MEASURED},
 }
-CONTENT, MEMORY, ROUNDING = "the content counts", "memory and speed", "the same up to rounding"
+CONTENT, MEMORY, ROUNDING = "identified by content", "memory and speed", "the same up to rounding"
 COMMAND, PLACE, LOGS = (
-    "what a command does, or another command's",
-    "where results go",
-    "what is recorded, and how often",
+    "selects what a command does, or read by another command",
+    "location of the results",
+    "what is logged or saved, and how often",
 )
 # Setting -> reason why no outcome depends on it.
 WITHOUT_EFFECT = {
@@ -71,12 +71,12 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("data.path", "data.split", "data.max_records", "data.bad_records"), CONTENT),
     **dict.fromkeys(("data.prompts", "benchmarks"), CONTENT),
     **dict.fromkeys(("model.target.name", "model.target.revision", "model.target.tokenizer"), CONTENT),
-    "model.target.architecture": "of random weights it is part of the target; else it is compared with the target's",
+    "model.target.architecture": "part of the target if its weights are random, else checked against the target",
     **dict.fromkeys(("data.num_proc", "runtime.workers", "runtime.activation_checkpointing"), MEMORY),
     **dict.fromkeys(("runtime.attention", "runtime.compile"), ROUNDING),
     **dict.fromkeys(("logger", "callbacks.progress"), LOGS),
     **{f"stage.{s}.{k}": LOGS for s in TRAINED for k in ("checkpoint_every", "keep_checkpoints")},
-    **{f"stage.{s}.max_skipped_steps": "when a broken run ends" for s in TRAINED},
+    **{f"stage.{s}.max_skipped_steps": "when a diverged run stops" for s in TRAINED},
     **{f"stage.{s}.{k}": MEMORY for s in TRAINED for k in ("micro_batch_size", "module.chunk", "decode.batch_size")},
     f"stage.{EVALUATE}.batch_size": MEMORY,
     **{f"trainer.{k}": ROUNDING for k in ("_target_", "devices", "num_nodes", "strategy", "deterministic")},
@@ -167,9 +167,7 @@ def check_inputs(stage: str, run_dir: Path) -> None:
     for name in INPUTS[stage]:
         if not (run_dir / name).exists():
             before = name.split("/")[0]
-            raise UserError(
-                f"stages=[{stage}] starts from {run_dir / name}, which is not there. Run stage {before} first."
-            )
+            raise UserError(f"stages=[{stage}] needs {run_dir / name}, which is missing. Run stage {before} first.")
 
 
 def _inputs(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:

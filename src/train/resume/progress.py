@@ -51,33 +51,33 @@ def _finished(
     trained, again = stage in TRAINED, config.overwrite is True
     if "settings" not in done:
         if not trained:
-            say(f"    {record.done} is empty or damaged; the stage is done again")
+            say(f"    {record.done} is empty or damaged; rerunning the stage")
             return RESTART
         raise UserError(
-            f"{record.done}: empty or damaged, so nobody knows with which settings {stage} was finished. Put it back, "
-            f"or train the stage again with overwrite={stage}."
+            f"{record.done} is empty or damaged, so the settings of the finished stage {stage} are unknown. Restore "
+            f"the file or retrain with overwrite={stage}."
         )
     if changes := differences(done["settings"], record.settings, stage):
         if again:
             return RESTART
         raise _other_settings(config, stage, record, record.done, changes)
     files = dict.fromkeys(RESULTS[stage]) | (done.get("files") or {})
-    gone = [name for name in files if not (record.run_dir / name).exists()]
-    if gone and (again or not trained):
-        say(f"    {record.run_dir / gone[0]} is gone; the stage is done again")
+    missing = [name for name in files if not (record.run_dir / name).exists()]
+    if missing and (again or not trained):
+        say(f"    {record.run_dir / missing[0]} is missing; rerunning the stage")
         return RESTART
-    if gone:
+    if missing:
         raise UserError(
-            f"{record.run_dir / gone[0]} is gone, although {stage} was finished. Put it back, or train the stage again "
-            f"with overwrite={stage}."
+            f"{record.run_dir / missing[0]} is missing, although stage {stage} is finished. Restore the file or "
+            f"retrain with overwrite={stage}."
         )
     if again and not trained:
         return RESTART
     for name, sha in files.items():
         if sha and file_sha256(record.run_dir / name) != sha:
             raise UserError(
-                f"{record.run_dir / name} is not the file that {stage} wrote: damaged or replaced. Put it back, or do "
-                f"the stage again with overwrite={stage}."
+                f"{record.run_dir / name} is damaged or was replaced: its SHA-256 differs from the record of stage "
+                f"{stage}. Restore the file or rerun the stage with overwrite={stage}."
             )
     return FINISHED
 
@@ -90,9 +90,9 @@ def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str,
         if again:
             return RESTART
         raise UserError(
-            f"{record.begun}: {'gone' if begun is None else 'empty or damaged'}, so nobody knows with which settings "
-            f"the {len(checkpoints)} checkpoints in {directory / 'checkpoints'} were trained. Put it back, or begin "
-            f"the stage anew with overwrite={stage}."
+            f"{record.begun} is {'missing' if begun is None else 'empty or damaged'}, so the settings of the "
+            f"{len(checkpoints)} checkpoints in {directory / 'checkpoints'} are unknown. Restore the file or restart "
+            f"the stage with overwrite={stage}."
         )
     changes = differences(begun["settings"], record.settings, stage) if begun and "settings" in begun else []
     if checkpoints and changes and not again:
@@ -101,8 +101,8 @@ def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str,
         return RESTART if changes else RESUME
     if (directory / WEIGHTS).exists() and not (again and changes):
         raise UserError(
-            f"{directory / WEIGHTS} is there, but no record says what it is. Training would replace it: move it away, "
-            f"or use overwrite={stage}."
+            f"{directory / WEIGHTS} exists, but has no record, and training would replace it. Move it elsewhere or use "
+            f"overwrite={stage}."
         )
     return RESTART if changes or not begun else RESUME  # no checkpoint yet, so changed settings lose no work
 
@@ -111,9 +111,9 @@ def _other_settings(config: DictConfig, stage: str, record: StageRecord, file: P
     after = [name for name in STAGES[STAGES.index(stage) + 1 :] if name in config.stages]
     again = [stage, *after]
     ways = f"overwrite={stage if len(again) == 1 else '[' + ','.join(again) + ']'}"
-    what = "which costs no training" if stage not in TRAINED else "which drops what was trained"
-    text = f"{file}: this stage was run with other settings: {'; '.join(changes)}.\n"
-    text += f"Give the old values, choose another name=..., or do {' and '.join(again)} again with {ways}, {what}."
+    what = "which needs no training" if stage not in TRAINED else "which discards the trained weights"
+    text = f"{file}: this stage was run with different settings: {'; '.join(changes)}.\n"
+    text += f"Restore the old values, choose another name=..., or rerun {' and '.join(again)} with {ways}, {what}."
     if stage in TRAINED:
-        text += " (overwrite=true does the same here: it keeps trained stages whose settings have not changed.)"
+        text += " (overwrite=true does the same here: it keeps trained stages with unchanged settings.)"
     return UserError(text)

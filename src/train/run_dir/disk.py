@@ -13,15 +13,15 @@ from data.errors import UserError
 # Disk errors that a user can fix. Any other OSError is treated as a bug and keeps its traceback.
 REASONS = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "the file is larger than the limit of this shell (ulimit -f) or file system",
+    errno.EDQUOT: "the disk quota is exceeded",
+    errno.EFBIG: "the file exceeds the size limit of the shell (ulimit -f) or the file system",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission",
-    errno.EPERM: "no permission, or the file is immutable",
-    errno.ENOTDIR: "a part of the path is a file, not a directory",
+    errno.EACCES: "missing permission",
+    errno.EPERM: "missing permission, or an immutable file",
+    errno.ENOTDIR: "part of the path is a file, not a directory",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.EIO: "the disk reports an error",
-    errno.ESTALE: "the network file system has lost the file",
+    errno.EIO: "the disk reports an I/O error",
+    errno.ESTALE: "the file handle on the network file system is stale",
     errno.EBUSY: "the file is in use",
 }
 UNNAMED = ("/dev/shm with runtime.workers", "the cache of datasets, HF_DATASETS_CACHE", "the directory of TMPDIR")
@@ -42,13 +42,15 @@ def disk_error(error: OSError, path: Path | None = None, needed: int | None = No
     named = error.filename if isinstance(error.filename, str) else None
     place = Path(path or named or tempfile.gettempdir())
     reason, detail = REASONS.get(error.errno or 0), error.strerror or error
-    text = f"{place}: " if path or named else f"A file of which the system gives no name ({', '.join(UNNAMED)}?): "
+    unnamed = f"A file whose name the system does not report (possibly in {', '.join(UNNAMED)})"
+    text = f"{place if path or named else unnamed}: "
     text += f"{reason} ({detail})." if reason else f"{detail}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or needed:
         free = free_bytes(place)
-        text += f" {size(needed)} are needed there" if needed else ""
-        text += f"{', and' if needed else ' There'} {size(free)} are free." if free is not None else "."
-    return DiskError(f"{text} What was saved before is unharmed; once this is solved, the same command goes on.")
+        sizes = [f"{size(needed)} are needed"] if needed else []
+        sizes += [] if free is None else [f"{size(free)} are free"]
+        text += f" {' and '.join(sizes)}." if sizes else ""
+    return DiskError(f"{text} Earlier files are intact. Fix the problem, then rerun the command to resume.")
 
 
 def as_user_error(error: BaseException) -> BaseException:
@@ -66,8 +68,8 @@ def as_user_error(error: BaseException) -> BaseException:
             shm = Path("/dev/shm")
             free = size(free_bytes(shm) or 0)
             return UserError(
-                f"runtime.workers: a process that makes batches has died, and {shm} has {free} free. "
-                f"Enlarge it (docker run --shm-size=1g), or set runtime.workers=0. ({cause})"
+                f"runtime.workers: a data loader worker died, and {shm} has {free} free. "
+                f"Enlarge it (docker run --shm-size=1g) or set runtime.workers=0. ({cause})"
             )
     return error
 
@@ -144,8 +146,8 @@ def check_no_link(*places: Path) -> None:
     for place in places:
         if place.is_symlink():
             raise DiskError(
-                f"{place} is a symbolic link to {os.readlink(place)}. What is behind a link is not deleted; "
-                "remove the link, or empty the directory behind it and remove the link."
+                f"{place} is a symbolic link to {os.readlink(place)}. Files behind a link are never deleted. "
+                "Remove the link, or empty the directory behind it and remove the link."
             )
 
 
@@ -165,7 +167,6 @@ def remove_tree(directory: Path) -> None:
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else directory.name
         raise DiskError(
-            f"{directory}: {name} cannot be deleted: {error.strerror or error}. It must go before the stage "
-            "can be done again: delete it by hand (as its owner; chattr -i if it is immutable), or choose another "
-            "name=..."
+            f"{directory}: cannot delete {name}: {error.strerror or error}. It must be deleted before the stage can be "
+            "rerun: delete it manually (as its owner; chattr -i if it is immutable), or choose another name=..."
         ) from error

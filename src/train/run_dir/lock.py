@@ -128,12 +128,12 @@ class RunLock:
         who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
         since, slurm = owner.get("since", "an unknown time"), owner.get("job")
         part = f" (SLURM job {slurm['id']})" if slurm else ""
-        text = f"{self.file.parent}: another process writes in this run directory: {who}{part}, since {since}. "
-        text += "Wait for its end, stop it, or choose another name=..."
+        text = f"{self.file.parent}: in use by another process: {who}{part}, since {since}. "
+        text += "Wait for it to finish, stop it, or choose another name=..."
         if elsewhere:
             text += (
-                f" Its last sign of life was {self._silence():.0f} s ago. If that node is dead, the same command works "
-                f"{SILENT / 60:.0f} minutes after the last one, or at once after: rm {self.file}"
+                f" Its last heartbeat was {self._silence():.0f} s ago. If that node is down, rerun the command "
+                f"{SILENT / 60:.0f} minutes after the last heartbeat, or immediately after: rm {self.file}"
             )
         return UserError(text)
 
@@ -170,9 +170,7 @@ class RunLock:
         while not self._ended.wait(BEAT):
             with suppress(OSError):
                 if self.file.exists() and not self._is_ours():
-                    print(
-                        f"error: {self.file} was taken over by another process; stopped.", file=sys.stderr, flush=True
-                    )
+                    print(f"error: another process has taken over {self.file}; stopping.", file=sys.stderr, flush=True)
                     os._exit(1)
                 os.utime(self.file)
 

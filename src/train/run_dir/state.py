@@ -164,9 +164,8 @@ def check_written(run_dir: Path, found: dict[str, str]) -> None:
         record = read_record(run_dir / "records" / f"{stage}.done.json") or {}
         if record.get("files", {}).get(name, sha) != sha:
             raise UserError(
-                f"{run_dir / name} is not the file that stage {stage} wrote (SHA-256 {sha[:12]}, its record has "
-                f"{record['files'][name][:12]}): damaged or replaced. Put it back, or do the stage again with "
-                f"overwrite={stage}."
+                f"{run_dir / name} is damaged or was replaced: its SHA-256 is {sha[:12]}, but the record of stage "
+                f"{stage} has {record['files'][name][:12]}. Restore the file or rerun the stage with overwrite={stage}."
             )
 
 

@@ -61,7 +61,10 @@ def _check_stages(config: DictConfig) -> None:
             )
         idle = [name for name in names if name not in config.stages]
         if idle:
-            raise UserError(f"overwrite={_plain(again)}: stages={list(config.stages)} leaves out {', '.join(idle)}.")
+            raise UserError(
+                f"overwrite={_plain(again)}: stages={list(config.stages)} does not contain {', '.join(idle)}. "
+                "Add it to stages, or remove it from overwrite."
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -94,8 +97,8 @@ def check_adapter(config: DictConfig) -> None:
         raise UserError(f"adapter.alpha={config.adapter.alpha}: expected more than 0.")
     if config.stage.bonus_calibration.module.joint and "bonus_calibration" in config.stages:
         raise UserError(
-            "stage.bonus_calibration.module.joint=true trains whole projectors, so adapter=lora would save nothing. "
-            "Choose stage.bonus_calibration.module.joint=false, or adapter=none."
+            "stage.bonus_calibration.module.joint=true trains the full projectors, so adapter=lora saves no memory. "
+            "Set stage.bonus_calibration.module.joint=false or adapter=none."
         )
     chosen = config.adapter.target_modules
     if chosen is not None and not isinstance(chosen, ListConfig):
@@ -103,8 +106,7 @@ def check_adapter(config: DictConfig) -> None:
     strategy = config.trainer.get("strategy")
     if "attention_tuning" in config.stages and isinstance(strategy, DictConfig) and strategy.get("stage") == 3:
         raise UserError(
-            "adapter=lora shares the target's projectors, which ZeRO 3 cuts into pieces. "
-            "Choose trainer=zero2, or adapter=none."
+            "adapter=lora shares the target's projectors, which ZeRO 3 partitions. Set trainer=zero2 or adapter=none."
         )
 
 
@@ -118,21 +120,22 @@ def _check_ranges(config: DictConfig) -> None:
     check_choices(config, choices)
     if precision(config) == "32-true" and config.model.target.dtype not in ("float32", "float64"):
         raise UserError(
-            f"model.target.dtype={config.model.target.dtype} with trainer.precision=32-true: the target's layers would "
-            "meet float32 projectors. Set trainer.precision=bf16-mixed, or model.target.dtype=float32."
+            f"model.target.dtype={config.model.target.dtype} with trainer.precision=32-true: the target's layers "
+            "and the float32 projectors have different dtypes. Set trainer.precision=bf16-mixed or "
+            "model.target.dtype=float32."
         )
     for stage in TRAINED:
         settings = config.stage[stage]
         if draft.bonus_slot and settings.module.slot0_loss:
             raise UserError(
-                f"stage.{stage}.module.slot0_loss=true with model.draft.bonus_slot=true: slot 0 would be told its "
-                "label. Choose one of them."
+                f"stage.{stage}.module.slot0_loss=true with model.draft.bonus_slot=true: slot 0 would receive its "
+                "own label as input. Set one of them to false."
             )
         blocks = config.data.max_seq_len - 2  # neither the first nor the last token of a row can be an anchor
         if settings.num_anchors > blocks:
             raise UserError(
-                f"stage.{stage}.num_anchors={settings.num_anchors}: rows of data.max_seq_len={config.data.max_seq_len} "
-                f"tokens have room for {blocks} blocks at most."
+                f"stage.{stage}.num_anchors={settings.num_anchors}: expected at most {blocks}, the number of blocks "
+                f"that fit in rows of data.max_seq_len={config.data.max_seq_len} tokens."
             )
     unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]
     if unknown or not config.stage.evaluate.variants:
@@ -140,8 +143,8 @@ def _check_ranges(config: DictConfig) -> None:
         raise UserError(f"stage.evaluate.variants={variants}: expected one or more of {', '.join(VARIANTS)}.")
     if draft.block_size > config.data.max_seq_len:
         raise UserError(
-            f"model.draft.block_size={draft.block_size} exceeds data.max_seq_len={config.data.max_seq_len}; "
-            "make rows longer or blocks smaller."
+            f"model.draft.block_size={draft.block_size} exceeds data.max_seq_len={config.data.max_seq_len}. "
+            "Increase data.max_seq_len or decrease model.draft.block_size."
         )
 
 
@@ -167,19 +170,25 @@ def _check_stage(config: DictConfig, stage: str) -> None:
     check_at_least(config, {f"{here}.{key}": least for key, least in at_least.items()})
     if settings.best_by == TAU and not settings.decode.prompts:
         raise UserError(
-            f"{here}.best_by={TAU}, but {here}.decode.prompts=0: nothing measures it. "
-            "Choose val/tau_estimate or null, or prompts."
+            f"{here}.best_by={TAU} with {here}.decode.prompts=0: {TAU} is not measured. "
+            f"Set {here}.best_by to val/tau_estimate or null, or increase {here}.decode.prompts."
         )
     if settings.patience and not config.data.validation_records:
-        raise UserError(f"{here}.patience={settings.patience}, but data.validation_records=0: nothing is validated.")
+        raise UserError(
+            f"{here}.patience={settings.patience} with data.validation_records=0: no validation runs. "
+            f"Increase data.validation_records or set {here}.patience=null."
+        )
     if settings.patience and not settings.best_by:
-        raise UserError(f"{here}.patience={settings.patience} needs {here}.best_by, the figure to be better by.")
+        raise UserError(
+            f"{here}.patience={settings.patience} with {here}.best_by=null: no metric to monitor. "
+            f"Set {here}.best_by, or {here}.patience=null."
+        )
     validations = -(-settings.steps // settings.validate_every)  # including the one at the last step
     if settings.patience and settings.patience > validations:
         raise UserError(
             f"{here}.patience={settings.patience} has no effect: {here}.steps={settings.steps} with "
-            f"{here}.validate_every={settings.validate_every} have {validations} validations. Choose fewer, or a "
-            "smaller validate_every."
+            f"{here}.validate_every={settings.validate_every} runs {validations} validations. Decrease patience or "
+            "validate_every."
         )
 
 
@@ -192,14 +201,15 @@ def check_target(config: DictConfig, target_config: Any, positions: int) -> None
     layers = config.model.draft.num_layers
     if layers > target_config.num_hidden_layers:
         raise UserError(
-            f"model.draft.num_layers={layers}, but the target has {target_config.num_hidden_layers} layers; "
-            "the draft layers are the last of them, choose fewer."
+            f"model.draft.num_layers={layers}: expected at most {target_config.num_hidden_layers}, the number of "
+            "layers of the target."
         )
     check_ranks(config, target_config)
     longest = config.data.max_seq_len + config.model.draft.block_size
     if longest > positions:
         raise UserError(
-            f"data.max_seq_len + model.draft.block_size = {longest} exceeds the target's {positions} positions."
+            f"data.max_seq_len + model.draft.block_size = {longest} exceeds the target's {positions} positions. "
+            "Decrease one of them."
         )
 
 
@@ -212,12 +222,13 @@ def check_ranks(config: DictConfig, target_config: Any) -> None:
     for key in ("calibrator_rank", "chain_rank"):
         if config.model.draft[key] > target_config.vocab_size:
             raise UserError(
-                f"model.draft.{key}={config.model.draft[key]}: more than the {target_config.vocab_size} tokens of the "
-                "target's vocabulary."
+                f"model.draft.{key}={config.model.draft[key]}: expected at most {target_config.vocab_size}, the size "
+                "of the target's vocabulary."
             )
     if config.adapter and config.adapter.rank > target_config.hidden_size:
         raise UserError(
-            f"adapter.rank={config.adapter.rank}: more than the target's hidden_size={target_config.hidden_size}."
+            f"adapter.rank={config.adapter.rank}: expected at most {target_config.hidden_size}, the target's "
+            "hidden_size."
         )
 
 
@@ -231,7 +242,7 @@ def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
         if loaded.get(key) != value:
             raise UserError(
                 f"model.target.architecture.{key}={value!r}, but the target's config has {loaded.get(key)!r}. "
-                "Correct it, or choose model=custom."
+                "Correct it or use model=custom."
             )
 
 
@@ -244,5 +255,5 @@ def check_path(name: str) -> None:
     looks_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_local and not Path(name, "config.json").exists():
         raise UserError(
-            f"model.target.name={name}: no config.json there. Give a model's directory or a Hub id (owner/name)."
+            f"model.target.name={name}: config.json not found. Set a model directory or a Hub ID (owner/name)."
         )

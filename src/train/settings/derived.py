@@ -91,9 +91,9 @@ def check_device(config: DictConfig) -> None:
     there = {"cuda": CUDAAccelerator, "mps": MPSAccelerator}[kind].auto_device_count()
     if not there:
         asked = config.trainer.get("accelerator")
-        raise UserError(f"trainer.accelerator={asked}: no such GPU is found here. Choose trainer=cpu.")
+        raise UserError(f"trainer.accelerator={asked}: no such GPU found. Use trainer=cpu.")
     if isinstance(chosen, list) and max(chosen) >= there:
-        raise UserError(f"trainer.devices={config.trainer.devices}: this machine has {there}, counted from 0.")
+        raise UserError(f"trainer.devices={config.trainer.devices}: expected at most {there - 1}, the last GPU here.")
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int:
@@ -104,12 +104,12 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int | None,
     """
     if global_batch_size % world_size:
         raise ValueError(
-            f"global_batch_size={global_batch_size} is not divisible by {world_size} ranks; choose a multiple."
+            f"global_batch_size={global_batch_size}: expected a multiple of {world_size}, the number of ranks."
         )
-    share = global_batch_size // world_size
-    if micro_batch_size and share % micro_batch_size:
+    per_rank = global_batch_size // world_size
+    if micro_batch_size and per_rank % micro_batch_size:
         raise ValueError(
-            f"micro_batch_size={micro_batch_size} does not divide the {share} rows of a rank "
-            f"(global_batch_size={global_batch_size} on {world_size}); choose a divisor."
+            f"micro_batch_size={micro_batch_size}: expected a divisor of the {per_rank} rows of each rank "
+            f"(global_batch_size={global_batch_size}, world size {world_size})."
         )
-    return share // (micro_batch_size or share)
+    return per_rank // (micro_batch_size or per_rank)

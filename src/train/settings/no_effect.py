@@ -38,7 +38,7 @@ def _of_stage(stage: str) -> Unused:
     return Unused(
         (f"stage.{stage}.best_by", f"stage.{stage}.patience"),
         lambda c: c.data.validation_records == 0 and c.stage[stage].best_by is not None,
-        "data.validation_records=0, so nothing is validated",
+        "data.validation_records=0 disables validation",
     )
 
 
@@ -51,7 +51,7 @@ TABLE = (
     Unused(
         ("objective.temperature",),
         lambda c: not c.objective.kl and not c.objective.tv,
-        "objective.kl and objective.tv are 0, so no distributions are compared",
+        "objective.kl and objective.tv are 0",
     ),
     Unused(
         ("stage.attention_tuning.module.bonus_slot_fraction",),
@@ -79,17 +79,17 @@ TABLE = (
     Unused(
         ("data.split",),
         lambda c: _no_splits(c.data.path),
-        "data.path names files or folders, which have no splits, or sources with a split of their own",
+        "every source of data.path is a file or folder without splits, or sets its own split",
     ),
-    Unused(("data.prompts",), lambda c: not _read_by_benchmarks(c, "data.prompts"), "no benchmark has it as its path"),
+    Unused(("data.prompts",), lambda c: not _read_by_benchmarks(c, "data.prompts"), "no benchmark uses it as its path"),
     Unused(
         ("model.target.revision",),
         lambda c: c.model.target.name is None or _local(c.model.target.name),
-        "model.target.name is no Hub id, so there is one version",
+        "model.target.name is not a Hub ID",
     ),
     Unused(
         ("trainer.benchmark",),
         lambda c: accelerator(c) == "cpu",
-        "it chooses between kernels of GPUs, and the trainer computes on the CPU",
+        "it selects GPU kernels, but the trainer runs on the CPU",
     ),
 )

@@ -47,7 +47,7 @@ def check_trainer(config: DictConfig) -> None:
             )
         check_choice(f"trainer.{key}", value, ARGUMENTS[key])
     if "_target_" not in given:
-        raise UserError("trainer: choose one of conf/trainer/, such as trainer=cpu.")
+        raise UserError("trainer: no _target_. Choose a preset of conf/trainer/, such as trainer=cpu.")
     check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))  # others keep weights below float32
     chosen, auto = devices(config), given.get("devices") in ("auto", None)
     if given.get("accelerator") == "cpu" and not auto and (chosen == ALL or isinstance(chosen, list)):
@@ -57,7 +57,7 @@ def check_trainer(config: DictConfig) -> None:
     for group, instances in zip(INSTANCES, others, strict=True):
         for name, settings in instances.items():
             if not isinstance(settings, dict) or not isinstance(settings.get("_target_"), str):
-                raise UserError(f"{group}.{name}={settings!r}: expected the settings of a class, with its _target_.")
+                raise UserError(f"{group}.{name}={settings!r}: expected a mapping with a class as its _target_.")
     _check_strategy(given.get("strategy", "auto"))
 
 
