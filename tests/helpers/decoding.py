@@ -33,7 +33,7 @@ def until(tokens: list[int], stop: set[int]) -> list[int]:
 
 
 def endless(**changes):
-    """Return a random target without stop tokens. Its next token depends mostly on the last one, so it is predictable."""
+    """Return a random target without stop tokens, predictable because a token depends mostly on the last one."""
     target = random_target(**changes)
     target.generation_config.eos_token_id = target.config.eos_token_id = None
     with torch.no_grad():
