@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 TINY = Path(__file__).resolve().parents[2] / "src" / "data" / "tiny"
 ROW_LENGTH = 4096
@@ -68,7 +69,7 @@ def measure(file: str, num_proc: int) -> None:
     print(json.dumps(figures))
 
 
-def watched(command: list[str], environment: dict[str, str]) -> tuple[dict, float, float]:
+def run_and_watch(command: list[str], environment: dict[str, str]) -> tuple[dict[str, Any], float, float]:
     """Run a command. Return the measurements that it prints, and the peak memory in MB of it and of its largest worker.
 
     Only anonymous memory counts: pages of memory-mapped files can be reclaimed by the system.
@@ -84,11 +85,11 @@ def watched(command: list[str], environment: dict[str, str]) -> tuple[dict, floa
 
         thread = threading.Thread(target=watch)
         thread.start()
-        printed = process.stdout.read()
+        output, _ = process.communicate()
         thread.join()
     if process.returncode:
-        sys.exit(f"{command} ended with status {process.returncode}")
-    return json.loads(printed), peaks["main"], peaks["worker"]
+        sys.exit(f"{command} failed with status {process.returncode}")
+    return json.loads(output), peaks["main"], peaks["worker"]
 
 
 def children(pid: int) -> list[int]:
@@ -130,11 +131,11 @@ def main() -> None:
                     # RAYON: with the tokenizer's threads, one process would use as many cores as several.
                     cache = {"HF_DATASETS_CACHE": f"{folder}/cache-{count}-{processes}", "RAYON_NUM_THREADS": "1"}
                     command = [sys.executable, __file__, "--measure", str(file), str(processes)]
-                    found, own, worker = watched(command, cache)
+                    result, main_memory, worker_memory = run_and_watch(command, cache)
                     print(
-                        f"| {count:,} | {processes} | {call} | {found['seconds']:.1f} "
-                        f"| {found['tokens'] / found['seconds']:,.0f} | {found['efficiency']:.2%} "
-                        f"| {own:.0f} MB, {worker:.0f} MB | {found['row_ms']:.2f} ms |",
+                        f"| {count:,} | {processes} | {call} | {result['seconds']:.1f} "
+                        f"| {result['tokens'] / result['seconds']:,.0f} | {result['efficiency']:.2%} "
+                        f"| {main_memory:.0f} MB, {worker_memory:.0f} MB | {result['row_ms']:.2f} ms |",
                         flush=True,
                     )
 

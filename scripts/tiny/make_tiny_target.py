@@ -14,10 +14,11 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # `{% generation %}` marks the assistant's text, which defines the supervision exactly.
 CHAT_TEMPLATE = (
@@ -55,13 +56,13 @@ def pack_rows(documents: list[list[int]], max_seq_len: int) -> list[tuple[list[i
     rows: list[tuple[list[int], list[int]]] = []
     open_rows: list[int] = []
     for document in documents:
-        home = next((r for r in open_rows if len(rows[r][0]) + len(document) <= max_seq_len), None)
-        if home is None:
+        row = next((r for r in open_rows if len(rows[r][0]) + len(document) <= max_seq_len), None)
+        if row is None:
             rows.append(([], []))
-            home = len(rows) - 1
-            open_rows = [*open_rows[-31:], home]
-        rows[home][0].extend(document)
-        rows[home][1].extend(range(len(document)))
+            row = len(rows) - 1
+            open_rows = [*open_rows[-31:], row]
+        rows[row][0].extend(document)
+        rows[row][1].extend(range(len(document)))
     return rows
 
 
@@ -97,7 +98,9 @@ def main() -> None:
         [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in records
     ]
     tokenizer = train_tokenizer([m["content"] for chat in chats for m in chat], vocab_size=2048)
-    documents = [tokenizer.apply_chat_template(c, return_dict=True)["input_ids"][: args.max_seq_len] for c in chats]
+    # `return_dict` determines the type, which the annotation leaves open.
+    encoded = [cast(BatchEncoding, tokenizer.apply_chat_template(chat, return_dict=True)) for chat in chats]
+    documents: list[list[int]] = [chat["input_ids"][: args.max_seq_len] for chat in encoded]
     print(f"{len(documents)} conversations, {sum(map(len, documents)):,} tokens")
 
     model = Qwen3ForCausalLM(
@@ -115,7 +118,7 @@ def main() -> None:
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]  # accepted by every config, but not annotated
         )
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
@@ -130,7 +133,8 @@ def main() -> None:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     rows: list[tuple[list[int], list[int]]] = []
-    started, running = time.time(), None
+    started = time.time()
+    running: float | None = None
     for step in range(steps):
         if len(rows) < args.batch_rows:
             rows = pack_rows(random.sample(documents, len(documents)), args.max_seq_len)
@@ -147,14 +151,14 @@ def main() -> None:
         schedule.step()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 50 == 0 or step == steps - 1:
-            spent = time.time() - started
-            left = spent / (step + 1) * (steps - step - 1)
-            print(f"step {step}/{steps} loss {running:.4f} {spent:.0f}s, {left:.0f}s left", flush=True)
+            elapsed = time.time() - started
+            remaining = elapsed / (step + 1) * (steps - step - 1)
+            print(f"step {step}/{steps} loss {running:.4f}, {elapsed:.0f} s, {remaining:.0f} s remaining", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     # The name of this class in both transformers 4.57 and 5.
     config_file = args.out / "tokenizer_config.json"
@@ -162,7 +166,7 @@ def main() -> None:
     settings.pop("backend", None)
     settings["model_input_names"] = ["input_ids", "attention_mask"]  # 4.57 also returns token_type_ids by default
     config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"written to {args.out}")
+    print(f"saved to {args.out}")
 
 
 if __name__ == "__main__":
