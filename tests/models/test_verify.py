@@ -235,11 +235,11 @@ def test_a_number_of_new_tokens_out_of_range_is_refused_with_the_range(value, he
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("", "no prompt in it"),
-        ("[" * 100_000, ":1: no valid JSON"),
-        ('{"turns": ["a"]}\n{', ":2: no valid JSON"),
-        ('{"text": "a"}', ":1: expected an object with turns"),
-        ('{"messages": [{"role": "system", "content": "a"}]}', ":1: no message of a user"),
+        ("", "prompts.jsonl contains no records"),
+        ("{" * 100_000, ":1: invalid JSON"),
+        ('{"turns": ["a"]}\n{', ":2: invalid JSON"),
+        ('{"text": "a"}', ":1: expected `messages`.*or `turns`"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', ":1: only a system message; expected a user turn"),
     ],
 )
 def test_prompts_that_are_none_are_refused_with_their_line(content, complaint, tmp_path):

@@ -1,16 +1,13 @@
 """Prompts for verification as token ids of the target: from a file, or built-in questions."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.sources.records import Messages, prompt
 from models.readable import TOKENIZER_FILES, one_line
 from models.target import load_tokenizer, vocabulary
-
-Messages = list[dict[str, str]]
 
 QUESTIONS = (
     "Tom has 3 apples and buys 4 more. How many apples does he have?",
@@ -22,21 +19,16 @@ RANDOM_TOKENS = 12  # prompt length for a target without a tokenizer
 
 
 def read_prompts(path: Path) -> list[Messages]:
-    """Read conversations from a JSONL file, one per line.
+    """Read conversations of any format that training reads, each up to its last user turn.
 
-    A record holds `messages`, used up to the last user turn, or `turns`, of which the first is used.
+    Without answers, a conversation ends at its first user turn.
 
     Raises:
-        ValueError: the file is missing, unreadable or empty, or a line is not such a record.
+        UserError: the file is missing, unreadable or empty, or a record is not a conversation.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as text. {error}") from error
-    prompts = [_messages(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: no prompt in it; expected one JSON object to a line.")
-    return prompts
+    from data.sources.readers import read_strictly  # imported lazily: loads `datasets`
+
+    return read_strictly(str(path), prompt, split="test", limit=None, setting="--prompts")
 
 
 def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
@@ -100,29 +92,3 @@ def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]
         raise ValueError(
             f"The target's tokenizer or chat template refuses {messages[-1]['content'][:60]!r}: {error}"
         ) from error
-
-
-def _messages(line: str, place: str) -> Messages:
-    """Parse the messages of one JSONL line, up to the last user turn. `place` is the file and line for errors.
-
-    Raises:
-        ValueError: the line is not valid JSON or not a conversation with a user turn.
-    """
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: no valid JSON ({error}).") from error
-    record = record if isinstance(record, dict) else {}
-    turns, messages = record.get("turns"), record.get("messages")
-    if isinstance(turns, list) and turns and isinstance(turns[0], str):
-        return [{"role": "user", "content": turns[0]}]
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise ValueError(f"{place}: expected an object with turns (texts) or messages (role and content).")
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not users:
-        raise ValueError(f"{place}: no message of a user to answer.")
-    return messages[: users[-1] + 1]
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

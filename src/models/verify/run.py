@@ -300,7 +300,11 @@ def _arguments() -> argparse.Namespace:
     add("target", help="directory of its target, or its Hub id")
     add("--revision", help="branch, tag or commit of the artifact's repository")
     add("--target-revision", help="of the target's repository")
-    add("--prompts", type=Path, help="JSONL, a record with turns or messages to a line; default: a few of our own")
+    add(
+        "--prompts",
+        type=Path,
+        help="file of conversations, in any format that training reads; default: built-in questions",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the target")
     add("--max-new-tokens", type=_positive, default=32, metavar="N", help="1 or more, for each prompt; default: 32")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
