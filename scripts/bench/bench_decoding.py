@@ -5,8 +5,8 @@
 
 Weights and KV cache are random: timings do not depend on the decoded text. The floor of a forward pass is the larger of
 two times, at rates measured in the same run: its FLOPs (`models.cost.flops.decoding_flops`) at the rate of large matrix
-products, and its minimum memory traffic (weights and KV cache) at the rate of a large matrix-vector product. "τ to
-break even" is the number of tokens that a step must gain to match the speed of the target alone.
+products, and its minimum memory traffic (weights and KV cache) at the rate of a large matrix-vector product. The
+"break-even τ" is the number of tokens that a step must gain to match the speed of the target alone.
 
 Needs torch and transformers. Works without an install, with PYTHONPATH=src.
 """
@@ -43,10 +43,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="shape of the target")
     parser.add_argument("--rows", default="1,2,4,8,16", help="batch sizes")
     parser.add_argument("--context", type=int, default=512, help="tokens in the cache")
-    parser.add_argument("--candidates", type=int, help="tokens that a step verifies; default: the block size")
+    parser.add_argument("--candidates", type=int, help="tokens verified per step; default: the block size")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=7, help="timed; the median counts")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps, of which the median is reported")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_decoding"))
     return parser.parse_args()
 
@@ -153,7 +153,7 @@ def main() -> None:
             cells = [f"{1e3 * seconds:,.1f}", f"{1e3 * least['floor']:,.1f}", bound, f"{seconds / least['floor']:.2f}"]
             lines.append([str(rows), mode, f"{least['flops'] / 1e9:,.2f}", *cells, f"{seconds / alone:.2f}"])
             print(f"{rows} rows, {mode}: {1e3 * seconds:,.1f} ms", flush=True)
-    header = ["rows", "mode", "GFLOP", "ms", "floor, ms", "bound by", "ms / floor", "τ to break even"]
+    header = ["rows", "mode", "GFLOP", "ms", "floor, ms", "bound by", "ms / floor", "break-even τ"]
     print_table(
         f"A step: {args.candidates} candidates, {args.context} tokens before them, preset {args.preset}", header, lines
     )

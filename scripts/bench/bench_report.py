@@ -100,7 +100,7 @@ def print_step(figures: Figures) -> None:
     )
     facts = {"time": f"{ms(step['seconds'])} ms (median of {len(step['times'])}; {spread(step['times'])})"}
     facts |= {"floor": f"{ms(step['floor'])} ms", "time / floor": f"{step['ratio']:.2f}"}
-    facts |= {"share of peak": f"{1 / step['ratio']:.1%}", "mean loss": f"{figures['loss']:.4f}"}
+    facts |= {"fraction of peak": f"{1 / step['ratio']:.1%}", "mean loss": f"{figures['loss']:.4f}"}
     facts |= {f"{kind} tokens/s": f"{value:,.0f}" for kind, value in figures["tokens_per_second"].items()}
     facts |= {"recompilations": f"{figures['recompilations']} after the warm-up (expected: 0)"}
     if "waits" in figures:
@@ -111,7 +111,7 @@ def print_step(figures: Figures) -> None:
         ratio = (f"{phase['ratio']:.2f}", f"{1 / phase['ratio']:.1%}") if phase["floor"] else ("", "")
         floor = ms(phase["floor"]) if phase["floor"] else ""
         rows.append((name, ms(phase["seconds"]), spread(phase["times"]), f"{phase['share']:.1%}", floor, *ratio))
-    header = ("phase", "ms", "least to greatest", "of the sum", "floor, ms", "time / floor", "of peak")
+    header = ("phase", "ms", "range", "of the sum", "floor, ms", "time / floor", "of peak")
     print_table("Phases, each finished before the next begins; loss with its gradient down to the slots", header, rows)
     memory = figures["memory"]
     print_facts(
@@ -119,7 +119,7 @@ def print_step(figures: Figures) -> None:
         {
             "peak": mb(memory["peak"]),
             "of which weights, optimizer": mb(memory["held"]),
-            "of which the head's weights": mb(memory["head"]),
+            "of which head weights": mb(memory["head"]),
             "one chunk of logits": f"{mb(memory['chunk'])} (slots x V x 4 bytes)",
         },
     )
@@ -131,7 +131,7 @@ def print_matmul(matmul: Figures) -> None:
     """Print the rate of large matrix products before and after the steps."""
     title = f"Matmul rate: {matmul['dtype']}, {matmul['size']:,} x {matmul['size']:,}, random data, best of several"
     facts = {name: f"{flops(matmul[name])}/s" for name in ("before", "after")}
-    print_facts(title, facts | {"used": f"{flops(matmul['used'])}/s, the greater"})
+    print_facts(title, facts | {"used": f"{flops(matmul['used'])}/s, the higher one"})
 
 
 def print_baselines(figures: Figures) -> None:
@@ -146,7 +146,7 @@ def print_baselines(figures: Figures) -> None:
         rows.append(
             (name, ms(found["seconds"]), ms(found["fast"]), f"{found['ratio']:.2f}", mb(found["memory"]), remark)
         )
-    print_table("The same step done the obvious way", ("", "ms", "fast in turn, ms", "x fast", "peak memory", ""), rows)
+    print_table("Baselines of the same step", ("", "ms", "fast step, ms", "x fast", "peak memory", ""), rows)
 
 
 def least_squares(x: Sequence[float], y: Sequence[float], degree: int) -> list[float]:
@@ -186,7 +186,7 @@ def print_growth(figures: Figures) -> None:
         values = (ms(point["seconds"]), spread(point["times"]), flops(point["flops"]), ms(point["floor"]))
         rows.append((f"{point['value']:,}", *values, f"{point['ratio']:.2f}", *steps))
     swept = SWEPT[figures["sweep"]]
-    header = (swept, "ms", "least to greatest", "FLOPs", "floor, ms", "time / floor", "slope", "floor's slope")
+    header = (swept, "ms", "range", "FLOPs", "floor, ms", "time / floor", "slope", "floor's slope")
     print_table(f"Sweep over {swept}; slopes are log-log, from the line above", header, rows)
     facts = {name: _formula(figures[f"fit_{kind}"]) for name, kind in (("time", "seconds"), ("floor", "floor"))}
     facts["recompilations"] = f"{figures['recompilations']} after the warm-up (expected: 0)"
@@ -223,7 +223,7 @@ def save(folder: Path, name: str, figures: Figures, draw: Callable[[Any, Figures
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("\nNo picture: matplotlib is not installed.")
+        print("\nNo plot: matplotlib is not installed.")
         return files
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     draw(figure.subplots(), figures)

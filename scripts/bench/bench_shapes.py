@@ -101,9 +101,9 @@ class Shape:
         """Explain why the blocks do not fit into the documents; None if they fit."""
         rows = f"rows of {self.max_seq_len} tokens in {self.documents} documents"
         if self.max_seq_len // self.documents <= self.block_size:
-            return f"blocks of {self.block_size} do not fit behind the first token of a document: {rows}"
+            return f"blocks of {self.block_size} do not fit after the first token of a document: {rows}"
         if self.anchors > self.places:
-            return f"{self.anchors} anchors of {self.block_size} slots: {rows} have {self.places} places for them"
+            return f"{self.anchors} anchors of {self.block_size} slots: {rows} have only {self.places} valid anchors"
         return None
 
 

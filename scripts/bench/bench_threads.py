@@ -56,11 +56,11 @@ def in_new_process(settings: dict[str, str]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--measure", action="store_true", help="print the times of this process alone")
+    parser.add_argument("--measure", action="store_true", help="only print the times of this process")
     if parser.parse_args().measure:
         return measure()
     cores = len(os.sched_getaffinity(0))
-    print(f"| spin count | alone: step, ms | 8 tokens, ms | beside {cores} busy loops: step, ms | 8 tokens, ms |")
+    print(f"| spin count | alone: step, ms | 8 tokens, ms | with {cores} busy loops: step, ms | 8 tokens, ms |")
     print("|---|---|---|---|---|")
     for name, settings in SETTINGS.items():
         alone = in_new_process(settings)

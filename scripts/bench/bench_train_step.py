@@ -93,7 +93,7 @@ class OneLineErrors(argparse.ArgumentParser):
 def positive(text: str) -> int:
     """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
     return int(text)
 
 
@@ -101,7 +101,7 @@ def several(text: str) -> list[int]:
     """Parse two or more comma-separated positive integers and return them sorted."""
     values = sorted({positive(value.strip()) for value in text.split(",")})
     if len(values) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: a sweep has two values or more")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two values or more")
     return values
 
 
@@ -112,23 +112,27 @@ def arguments() -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="cpu", help="shape of target and batches")
     for name in ("max-seq-len", "anchors", "documents", "vocabulary", "draft-layers"):
         add(f"--{name}", type=positive, help="default: the preset's")
-    add("--rows", type=positive, default=1, help="of a batch")
-    add("--chunk", type=positive, default=2048, help="slots whose logits are held at a time")
+    add("--rows", type=positive, default=1, help="rows per batch")
+    add("--chunk", type=positive, default=2048, help="slots whose logits are held at once")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the target and its arithmetic; default: bfloat16 on GPUs")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the target; default: bfloat16 on GPUs, otherwise float32",
+    )
     add("--attention", choices=KINDS, default="auto")
     add("--compile", action="store_true", help="torch.compile of layers and loss")
     add("--recompute", action="store_true", help="activation checkpointing of the draft layers")
     add("--objective", choices=OBJECTIVES, default="ce")
-    add("--threads", type=positive, help="of PyTorch on the CPU")
-    add("--steps", type=positive, default=5, help=f"timed ones, after {WARM_UP} to warm up")
+    add("--threads", type=positive, help="CPU threads of PyTorch")
+    add("--steps", type=positive, default=5, help=f"timed steps, after {WARM_UP} warm-up steps")
     add("--seed", type=int, default=0)
-    add("--baseline", choices=("none", "dense", "naive"), default="none", help="naive: both of them")
-    add("--naive-anchors", type=positive, default=4, help="that the naive baseline is measured on")
-    add("--sweep", choices=SWEEPS, help="in place of a single shape; rows: the row length")
-    add("--values", type=several, help="of the sweep, separated by commas")
-    add("--matmul-size", type=positive, help="of the matrices whose products set the peak; default: by device")
-    add("--out", type=Path, default=Path("outputs/bench_train_step"), help="folder of JSON and PNG")
+    add("--baseline", choices=("none", "dense", "naive"), default="none", help="naive: both baselines")
+    add("--naive-anchors", type=positive, default=4, help="anchors measured in the naive baseline")
+    add("--sweep", choices=SWEEPS, help="sweep over sizes instead of a single shape; rows: the row length")
+    add("--values", type=several, help="comma-separated values of the sweep")
+    add("--matmul-size", type=positive, help="matrix size for the peak rate; default: depends on the device")
+    add("--out", type=Path, default=Path("outputs/bench_train_step"), help="output directory for JSON and PNG")
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     if problem := _contradiction(args, preset):
@@ -162,7 +166,7 @@ def _contradiction(args: argparse.Namespace, preset: Preset) -> str | None:
     if args.draft_layers and args.draft_layers > preset.layers:
         return f"--draft-layers {args.draft_layers}, but the target has {preset.layers}"
     if args.out.exists() and not args.out.is_dir():
-        return f"--out {args.out} is no folder"
+        return f"--out {args.out}: expected a directory"
     return None
 
 
@@ -182,7 +186,7 @@ def _too_large(args: argparse.Namespace) -> str | None:
         return None
     listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     need = sum(parts.values()) / 2**30
-    return f"{args.preset} in {args.dtype} takes {need:.1f} GiB at least ({listed}); free: {free / 2**30:.1f} GiB"
+    return f"{args.preset} in {args.dtype} needs at least {need:.1f} GiB ({listed}); free: {free / 2**30:.1f} GiB"
 
 
 def sizes_of(args: argparse.Namespace, shape: Shape) -> Sizes:
@@ -207,7 +211,7 @@ def objective_of(args: argparse.Namespace) -> Objective:
 
 def new_training(args: argparse.Namespace, shape: Shape) -> Training:
     """Build target and drafter with random weights."""
-    say(f"{args.preset}: making the target, vocabulary {shape.vocabulary:,}")
+    say(f"{args.preset}: building the target, vocabulary {shape.vocabulary:,}")
     torch.manual_seed(args.seed)
     return Training(
         PRESETS[args.preset].architecture(shape.vocabulary),
@@ -245,7 +249,7 @@ def measure_step(args: argparse.Namespace) -> Figures:
     (shape,) = shapes(args)
     training, batches = new_training(args, shape), new_batches(args, shape)
     before = rate_now(args)
-    say(f"{WARM_UP} steps to warm up, {args.steps} as a whole, {args.steps} by phase")
+    say(f"{WARM_UP} warm-up steps, {args.steps} full steps, {args.steps} steps by phase")
     figures = {"loss": warm_up(training, batches)}
     graphs = compiled_graphs()
     times = whole_steps(training.fast, batches, args.steps, training.device)
@@ -310,7 +314,7 @@ def baseline(args: argparse.Namespace, name: str, training: Training, batches: l
         memory = peak_memory(step, batches[0], training)
     except torch.OutOfMemoryError:
         training.optimizer.zero_grad(set_to_none=True)
-        return {"failed": "does not fit the GPU's memory"}
+        return {"failed": "exceeds the GPU memory"}
     times = {phase: statistics.median(laps) for phase, laps in phases.items()}
     seconds = times["anchors"] * total / few + times["optimizer"] if name == "naive" else times["all"]
     found = {"seconds": seconds, "fast": times["fast"], "ratio": seconds / times["fast"], "memory": memory}
@@ -324,7 +328,7 @@ def measure_growth(args: argparse.Namespace) -> Figures:
     training, before = new_training(args, swept[0]), rate_now(args)
     batches = [new_batches(args, shape) for shape in swept]
     for value, own in zip(args.values, batches, strict=True):
-        say(f"{value}: {WARM_UP} steps to warm up")
+        say(f"{value}: {WARM_UP} warm-up steps")
         warm_up(training, own)
     graphs = compiled_graphs()
     times: list[list[float]] = [[] for _ in swept]
