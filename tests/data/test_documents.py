@@ -219,5 +219,5 @@ def test_best_fit_equals_a_linear_search(lengths):
 
 
 def test_a_document_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="has 5 tokens, a row 4"):
+    with pytest.raises(ValueError, match="has 5 tokens; expected at most max_seq_len=4"):
         best_fit(np.array([3, 5]), 4)

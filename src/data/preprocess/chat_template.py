@@ -193,7 +193,7 @@ def load_encoder(target: dict[str, Any], template_kwargs: dict[str, Any]) -> tup
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=target["revision"] if name == target["name"] else None)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.target.tokenizer={name!r}: loading the tokenizer failed. {error}") from error
+        raise UserError(f"model.target.tokenizer={name!r}: failed to load the tokenizer. {error}") from error
     return ChatEncoder(tokenizer, template_kwargs), tokenizer
 
 

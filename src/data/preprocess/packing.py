@@ -35,7 +35,7 @@ def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
     for i in np.argsort(-lengths, kind="stable"):  # no `tolist`: a list of Python ints takes more memory
         length = int(lengths[i])
         if length > max_seq_len:
-            raise ValueError(f"document {i} has {length} tokens, a row {max_seq_len}")
+            raise ValueError(f"document {i} has {length} tokens; expected at most max_seq_len={max_seq_len}")
         at = bisect_left(rooms, length)
         if at < len(rooms):
             room = rooms[at]

@@ -108,5 +108,5 @@ def _check(documents: Documents, block_size: int, max_seq_len: int, validation_r
     if validation_records >= len(documents):
         raise UserError(
             f"data.validation_records={validation_records} leaves no training data: data.path contains "
-            f"{len(documents):,} usable conversations ({counts}). Reduce it."
+            f"{len(documents):,} usable conversations ({counts}). Reduce the setting."
         )

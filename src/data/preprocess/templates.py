@@ -65,7 +65,7 @@ def check_template_kwargs(
     for name in sorted(given.keys() - read):
         close = get_close_matches(name, offered, n=1)
         text = f"data.template_kwargs.{name} has no effect: the target's chat template does not read it. "
-        text += f"It reads {', '.join(offered)}." if offered else "It reads no arguments."
+        text += f"It reads {', '.join(offered)}." if offered else "It reads no optional arguments."
         if close:
             raise UserError(f"{text} Did you mean {close[0]}?")
         if any(name in key or key.endswith("template_kwargs") and name in value for key, _, value in typed):

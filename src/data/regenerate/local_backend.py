@@ -38,14 +38,14 @@ class LocalBackend:
             )
             self.model.to(self.device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without binding it
         except (OSError, ValueError, RuntimeError, AssertionError) as error:
-            raise UserError(f"model.target: loading the target failed. {error}") from error
+            raise UserError(f"model.target: failed to load the target. {error}") from error
         self.tokenizer, self.encoder, self.sampling, self.batch_size = tokenizer, encoder, sampling, batch_size
         positions = self.model.config.max_position_embeddings
         self.limit = positions - sampling.max_new_tokens  # maximum prompt length in tokens
         if self.limit < 1:
             raise UserError(
                 f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the target has "
-                f"{positions} positions. Reduce it."
+                f"{positions} positions. Reduce the setting."
             )
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])

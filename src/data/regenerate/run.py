@@ -74,7 +74,9 @@ def check_regeneration(config: DictConfig) -> None:
     if config.regenerate.backend == "server" and server.model is None:
         raise UserError("regenerate.server.model=null: expected the model name that the server uses.")
     if server.key_file is not None and not Path(server.key_file).is_file():
-        raise UserError(f"regenerate.server.key_file={server.key_file!r}: no such file.")
+        raise UserError(
+            f"regenerate.server.key_file={server.key_file!r}: no such file. Set it to an existing file or null."
+        )
 
 
 def regenerate(config: DictConfig) -> None:
@@ -102,7 +104,7 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     settings, record = _settings(config, sources), output.with_suffix(".settings.json")
     if not isinstance(config.overwrite, bool):
         raise UserError(
-            f"overwrite={config.overwrite}: expected true or false; stage names work only with python -m train."
+            f"overwrite={config.overwrite}: expected true or false; stage names are only valid for python -m train."
         )
     if _finished(record, settings, output, config.overwrite):
         say(f"already finished: {output}")
@@ -215,7 +217,7 @@ def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
     try:
         commit = None if Path(target["name"]).is_dir() else commit_of(target["name"], target["revision"])
     except (OSError, ValueError) as error:
-        raise UserError(f"model.target.name={target['name']!r}: loading the target's config failed. {error}") from error
+        raise UserError(f"model.target.name={target['name']!r}: failed to load the target's config. {error}") from error
     settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
     encoder, _ = load_encoder(target, settings["template_kwargs"])
     settings["encoder"] = hashlib.sha256(json.dumps(encoder.fingerprint(), default=str).encode()).hexdigest()

@@ -13,5 +13,5 @@ def commit_of(repository: str, revision: str | None) -> str:
     file = cached_file(repository, "config.json", revision=revision)
     commit = extract_commit_hash(file, None)
     if commit is None:
-        raise ValueError(f"{file}: no commit hash in the cache path. Specify the model by its directory instead.")
+        raise ValueError(f"{file}: no commit hash in the cache path. Use a local directory of the model instead.")
     return commit
