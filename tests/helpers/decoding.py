@@ -37,7 +37,7 @@ def endless(**changes):
     target = random_target(**changes)
     target.generation_config.eos_token_id = target.config.eos_token_id = None
     with torch.no_grad():
-        target.get_input_embeddings().weight.mul_(40)  # beside which the layers say little
+        target.get_input_embeddings().weight.mul_(40)  # the layers contribute little in comparison
         target.get_output_embeddings().weight.mul_(3)  # more confident, so that sampling sometimes follows a guess
     return target
 

@@ -10,7 +10,7 @@ from models.cost.sizes import Sizes
 ATEN = torch.ops.aten
 
 
-# PyTorch registers no formula for products of experts, nor for its CPU kernels, which compute what those for GPUs do.
+# PyTorch has no FLOP formula for grouped expert products or for its CPU attention kernels.
 WITHOUT_FORMULA = {
     ATEN._grouped_mm: lambda tokens, weights, *_, **__: 2 * tokens[0] * tokens[1] * weights[2],
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -27,7 +27,7 @@ def sizes_of(target, **draft) -> Sizes:
 
 def flop_counter() -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=WITHOUT_FORMULA)
-    # Which module computes what is not asked; the hooks that tell do not stand a gradient within a forward pass.
+    # FLOPs per module are not needed, and the hooks that track modules fail on a gradient within a forward pass.
     counter.mod_tracker = nullcontext()
     counter.mod_tracker.parents = {"Global"}
     return counter

@@ -41,11 +41,11 @@ class Hub:
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)  # by sha256: sent, whether or not a commit names them
+    objects: dict[str, bytes] = field(default_factory=dict)  # by sha256: all uploads, referenced by a commit or not
     calls: list[str] = field(default_factory=list)  # "METHOD path"
     role: str = "write"  # of the token
-    accepted_puts: int | None = None  # objects taken from now on; the next is refused
-    drop: str | None = None  # a path that contains this gets no answer: the connection is closed
+    accepted_puts: int | None = None  # number of objects still accepted; the next one is rejected
+    drop: str | None = None  # requests whose path contains this get no answer: the connection is closed
 
     def count(self, method: str, part: str) -> int:
         """Count the calls whose path contains this."""
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'owner'}/{asked['name']}"
         status = 409 if name in self.hub.repositories else 200
-        private = asked.get("visibility") == "private" or asked.get("private", False)  # of new and of older clients
+        private = asked.get("visibility") == "private" or asked.get("private", False)  # newer and older clients
         self.hub.repositories.setdefault(name, Repository(private))
         self.send({"url": f"{self.hub.url}/{name}", "name": name, "id": name}, status)
 

@@ -97,7 +97,7 @@ def command_stopped_at_checkpoint(
     return subprocess.CompletedProcess(call, process.returncode, output, errors)
 
 
-# The tiny experiment, cut down to seconds.
+# The tiny experiment, reduced to seconds.
 SHORT = (
     "+experiment=tiny",
     "stage.attention_tuning.steps=40",

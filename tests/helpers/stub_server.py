@@ -17,7 +17,7 @@ class StubServer:
 
     def __init__(self, faults=(), delay=0.0, says=rule, finish="stop", poison=None):
         self.faults, self.delay, self.says, self.finish = list(faults), delay, says, finish
-        self.poison = poison  # what becomes of requests that say "poison"
+        self.poison = poison  # response to requests that contain "poison"
         self.asked, self.bodies = Counter(), []
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
 

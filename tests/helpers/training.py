@@ -37,7 +37,7 @@ def rows(count: int = 40):
 
 
 def data(steps: int = 6) -> DraftData:
-    # Many blocks: the calibrator learns only where the target would have said the token, one in a hundred here.
+    # Many blocks: the calibrator trains only where the target predicts the token, one in a hundred here.
     return DraftData(rows(), rows(10), steps=steps, global_batch_size=4, num_anchors=40, block_size=6, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Quantized and adapted targets of the same shapes."""
+"""Quantized and adapted targets of the same shape."""
 
 import pytest
 import torch
@@ -50,13 +50,13 @@ class Packed(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         scale = linear.weight.abs().max() / 7
-        whole = ((linear.weight / scale).round().clamp(-8, 7) + 8).to(torch.uint8)
-        self.register_buffer("qweight", whole[:, ::2] * 16 + whole[:, 1::2])
+        levels = ((linear.weight / scale).round().clamp(-8, 7) + 8).to(torch.uint8)
+        self.register_buffer("qweight", levels[:, ::2] * 16 + levels[:, 1::2])
         self.register_buffer("scales", scale)
 
     def forward(self, hidden):
-        whole = torch.stack([self.qweight // 16, self.qweight % 16], dim=-1).flatten(1)
-        return hidden @ ((whole.to(hidden.dtype) - 8) * self.scales).T
+        levels = torch.stack([self.qweight // 16, self.qweight % 16], dim=-1).flatten(1)
+        return hidden @ ((levels.to(hidden.dtype) - 8) * self.scales).T
 
 
 def packed(model):

@@ -1,4 +1,4 @@
-"""Decoding with what is beyond the paper: in each mode the steps of its oracle, and always the target's own output."""
+"""Decoding with the extensions beyond the paper: the reference's steps in each mode, and the target's own output."""
 
 import itertools
 import random
@@ -16,7 +16,7 @@ from models.draft_config import DraftConfig
 
 
 class ChainGuess(DraftModel):
-    """Drafts slot by slot what would follow the draft before if nothing else mattered. Has a bonus slot, too."""
+    """Drafter with a bonus slot that guesses each slot's token from the previous draft alone."""
 
     def _chain(self, hidden, previous):
         bias = super()._chain(hidden, previous)
@@ -39,7 +39,7 @@ def chained(target) -> ChainGuess:
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("selection", [OFF, Selection("min_confidence", 0.3)], ids=str)
-def test_with_bonus_slot_and_chain_each_mode_takes_the_steps_of_its_oracle(sampling, selection):
+def test_with_bonus_slot_and_chain_each_mode_takes_the_steps_of_its_reference(sampling, selection):
     target = endless()
     draft, batch = chained(target), random_prompts(random.Random(6), 5, 20)
     own = own_batch(target, batch, 13, sampling, seed=7)
@@ -55,5 +55,5 @@ def test_with_bonus_slot_and_chain_each_mode_takes_the_steps_of_its_oracle(sampl
         assert result.steps == [alone.steps[0] for alone in expected]
         steps[drafter is draft, mode] = result.steps
     assert sum(step.accepted for row in steps[True, mode] for step in row) > 5
-    assert steps[False, "sequential"] == steps[False, "parallel"]  # what the public contract promises
+    assert steps[False, "sequential"] == steps[False, "parallel"]  # as the export contract specifies
     assert len({str(found) for found in steps.values()}) == 3  # bonus slot and chain make a difference

@@ -1,4 +1,4 @@
-"""A drafter can't change the output, whatever its weights: NaN, infinities and numbers that overflow."""
+"""A drafter cannot change the output, even with NaN, infinite or overflowing weights."""
 
 import itertools
 import random
@@ -19,7 +19,7 @@ from models.export.artifact_io import export_draft
 VALUES = (float("nan"), float("inf"), float("-inf"), 3e38)
 BEYOND = {"bonus_slot": True, "chain_rank": 5}
 NEW_TOKENS = 9
-MODES_OF_BATCH = [("sequential", None), ("parallel", None), ("auto", 2)]  # and how many rows auto drafts in parallel
+MODES_OF_BATCH = [("sequential", None), ("parallel", None), ("auto", 2)]  # and `parallel_rows` of auto
 
 
 def target_of(dtype: str = "float32", family: str = "qwen3", **changes):
@@ -27,7 +27,7 @@ def target_of(dtype: str = "float32", family: str = "qwen3", **changes):
 
 
 def broken(target, value: float, *, only: str = "", share: float = 1.0, beyond: bool = True, seed: int = 0):
-    """A drafter with a value in a share of the elements of all tensors, or of those whose name holds `only`."""
+    """Return a drafter with `value` in a fraction of the elements of all tensors, or of those named like `only`."""
     draft = random_draft(target, num_layers=2, block_size=5, rank=6, **(BEYOND if beyond else {}))
     generator = torch.Generator().manual_seed(seed)
     hit = 0
@@ -40,14 +40,14 @@ def broken(target, value: float, *, only: str = "", share: float = 1.0, beyond: 
 
 
 def ragged(rows: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of different lengths: the shorter rows read places behind their own text."""
+    """Return prompts of different lengths: shorter rows read cache entries past their own text."""
     prompts = random_prompts(random.Random(seed), rows, 24)
     return [prompt[: 1 + 3 * number] or prompt for number, prompt in enumerate(prompts)]
 
 
 def check(target, draft, batch, *, sampling=GREEDY, selections=SELECTIONS, **changes):
-    """Compare with the target alone. Draws in bfloat16 depend on how many tokens share a pass, through rounding: so
-    those are compared with a drafter of zeros, whose passes are of the same shapes."""
+    """Compare with the target alone. Samples in bfloat16 depend, through rounding, on the number of tokens in a pass:
+    they are compared with a drafter of zeros, whose passes have the same shapes."""
     silent = broken(target, 0.0) if sampling is not GREEDY and target.dtype == torch.bfloat16 else None
     own = generate(target, None, batch, max_new_tokens=NEW_TOKENS, sampling=sampling, seed=3).tokens
     for (mode, rows), selection in itertools.product(MODES_OF_BATCH, selections):
@@ -66,7 +66,7 @@ def check(target, draft, batch, *, sampling=GREEDY, selections=SELECTIONS, **cha
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", VALUES)
 @torch.no_grad()
-def test_a_drafter_of_one_value_leaves_every_batch_as_it_is(value, dtype):
+def test_a_drafter_of_one_value_does_not_change_any_batch(value, dtype):
     target, ways = target_of(dtype), itertools.product((True, False), (GREEDY, NUCLEUS))
     drafts = {beyond: broken(target, value, beyond=beyond) for beyond in (True, False)}
     for rows, (beyond, sampling) in zip(range(1, 9), itertools.cycle(ways)):
@@ -77,7 +77,7 @@ def test_a_drafter_of_one_value_leaves_every_batch_as_it_is(value, dtype):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_one_broken_tensor_or_a_few_elements_of_it_change_nothing():
+def test_a_partly_broken_tensor_does_not_change_the_output():
     target, batch = target_of(), ragged(4)
     names = list(random_draft(target, num_layers=2, block_size=5, rank=6, **BEYOND).own_parameters())
     assert len(names) > 15
@@ -89,7 +89,7 @@ def test_one_broken_tensor_or_a_few_elements_of_it_change_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "qwen3_moe", "mistral"])
 @torch.no_grad()
-def test_broken_drafters_of_other_families_change_nothing(family):
+def test_broken_drafters_of_other_families_do_not_change_the_output(family):
     changes = {
         "gemma3_text": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -102,8 +102,8 @@ def test_broken_drafters_of_other_families_change_nothing(family):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_draft_on_which_the_target_overflows_does_not_reach_the_tokens_before_it():
-    """As with garbage in the embeddings of unused tokens: the drafter proposes one, the target never does."""
+def test_a_draft_on_which_the_target_overflows_does_not_affect_earlier_tokens():
+    """Case of garbage in the embeddings of unused tokens: the drafter proposes such a token, the target never does."""
     target = endless()
     for value in VALUES[:3]:
         target.get_input_embeddings().weight[96] = value
@@ -119,7 +119,7 @@ def test_a_draft_on_which_the_target_overflows_does_not_reach_the_tokens_before_
 @pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 @torch.no_grad()
-def test_the_oracle_takes_the_same_steps_with_a_broken_drafter(value):
+def test_the_reference_takes_the_same_steps_with_a_broken_drafter(value):
     target, batch = target_of(), ragged(3)
     draft = broken(target, value)
     result = generate(target, draft, batch, max_new_tokens=NEW_TOKENS, mode="sequential")
@@ -131,11 +131,11 @@ def test_the_oracle_takes_the_same_steps_with_a_broken_drafter(value):
 @pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 @torch.no_grad()
-def test_the_shipped_decoder_is_not_changed_by_a_broken_drafter_either(value, tmp_path):
+def test_the_shipped_decoders_output_is_not_changed_by_a_broken_drafter(value, tmp_path):
     target = target_of()
     target.generation_config.pad_token_id = 0
     export_draft(random_draft(target, num_layers=2, rank=6, **BEYOND), tmp_path / "drafter", torch.float32)
-    weights = tmp_path / "drafter" / "model.safetensors"  # the export refuses such values
+    weights = tmp_path / "drafter" / "model.safetensors"  # the export rejects such values
     save_file({name: torch.full_like(tensor, value) for name, tensor in load_file(weights).items()}, weights)
     batch = [[token or 1 for token in prompt] for prompt in ragged(4)]
     ids, mask = padded(batch, left=True)
@@ -148,7 +148,7 @@ def test_the_shipped_decoder_is_not_changed_by_a_broken_drafter_either(value, tm
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_selection_of_drafts_that_are_not_finite_stays_within_the_block(rule, dtype):
+def test_selection_of_non_finite_drafts_stays_within_the_block(rule, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, 30, generator=generator).to(dtype)
     for row, value in enumerate(VALUES[:3]):
@@ -160,8 +160,8 @@ def test_selection_of_drafts_that_are_not_finite_stays_within_the_block(rule, dt
     for threshold in (0.0, 0.3, 1.0):
         counts = Selection(rule, threshold).count(confidence)
         assert counts.min() >= 1 and counts.max() <= 4
-        assert rule == "off" or threshold == 0 or counts[0] == 1  # a slot that says nothing is not likely
+        assert rule == "off" or threshold == 0 or counts[0] == 1  # a non-finite slot has confidence 0
 
 
-def test_every_mode_is_tried():
+def test_every_mode_is_covered():
     assert {mode for mode, _ in MODES_OF_BATCH} == set(MODES)

@@ -1,4 +1,4 @@
-"""The file that travels with each drafter: plain transformers decodes with it, in a process without this project."""
+"""The decoder file in each export: plain transformers decodes with it, in a process without this project."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from models.export.artifact_io import export_draft
 from models.export.recommendation import recommend
 from models.hf_cache import forward_cached
 
-# What the other process runs: nothing of this project can be imported there.
+# Script of the other process, which cannot import this project.
 ALONE = """
 import importlib.abc, json, sys
 class Blocked(importlib.abc.MetaPathFinder):
@@ -55,8 +55,8 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """New tokens and acceptance lengths of each prompt, by plain transformers in a process of its own."""
-    home = {"HF_HOME": str(tmp_path_factory.mktemp("home"))}  # transformers copies the shipped file there
+    """Decode with plain transformers in a separate process. Return new tokens and acceptance lengths per prompt."""
+    home = {"HF_HOME": str(tmp_path_factory.mktemp("home"))}  # where transformers copies the shipped file
 
     def decode(target, drafter, batches, environment=None, **arguments) -> list[tuple[list[int], list[int]]]:
         call = {"target": str(target), "drafter": str(drafter), "batches": batches, "arguments": arguments}
@@ -78,8 +78,8 @@ def prompts(tiny_tokenizer) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def artifact(request, tiny_target, tmp_path_factory):
-    """A drafter that is right now and then: the target's own projectors, some of them bent, and a calibrator; or, with
-    what is `beyond` the paper."""
+    """Export a drafter that is sometimes right: the target's own projectors, partly perturbed, and a calibrator;
+    optionally with the extensions `beyond` the paper."""
     torch.manual_seed(0)
     beyond = getattr(request, "param", "plain") == "beyond"
     extras = {"bonus_slot": beyond, "chain_rank": 4 * beyond}
@@ -98,20 +98,20 @@ BOTH = pytest.mark.parametrize("artifact", ["plain", "beyond"], indirect=True)
 
 @pytest.mark.slow
 @BOTH
-def test_same_tokens_and_acceptance_as_our_own_decoder(alone, tiny_target, prompts, artifact):
+def test_tokens_and_acceptance_equal_those_of_the_projects_decoder(alone, tiny_target, prompts, artifact):
     draft, directory = artifact
     own = [generate(tiny_target, draft, [p], max_new_tokens=16, mode="sequential", selection=RELEASE) for p in prompts]
     other = alone(TINY / "target", directory, [[p] for p in prompts], max_new_tokens=16)
     assert [tokens for tokens, _ in other] == [result.tokens[0] for result in own]
     assert [gained for _, gained in other] == [[step.accepted + 1 for step in result.steps[0]] for result in own]
     lengths = {length for _, gained in other for length in gained}
-    assert lengths > {1, 2}  # something was accepted, and not everything
+    assert lengths > {1, 2}  # some drafts were accepted, but not all
 
 
 @pytest.mark.slow
 @BOTH
 def test_batches_selection_and_the_calibrator(alone, tiny_target, prompts, artifact):
-    """Rows of unequal length, padded on the left; other rules; without the calibrator."""
+    """Rows of different lengths, padded on the left; other selection rules; without the calibrator."""
     draft, directory = artifact
     batch = sorted(prompts[:5], key=len)
     for rule, calibrate in ((Selection("min_confidence", 0.3), True), (OFF, False)):
@@ -126,24 +126,24 @@ def test_batches_selection_and_the_calibrator(alone, tiny_target, prompts, artif
 
 
 def here(target, draft, directory, ids, **arguments):
-    """The shipped function in this process, on a plain target."""
+    """Call the shipped function in this process on a plain target."""
     export_draft(draft, directory, torch.float32)
     return shipped.generate(target, input_ids=ids, drafter=str(directory), **arguments)
 
 
 def plain(target, tmp_path, implementation="sdpa"):
-    """The same weights as transformers loads them by itself."""
+    """Load the same weights with plain transformers."""
     target.save_pretrained(tmp_path / "target")
     return AutoModelForCausalLM.from_pretrained(tmp_path / "target", attn_implementation=implementation, dtype="auto")
 
 
-# Masks and RoPE are made another way there than here, so they are compared at lengths on both sides of the window of 9.
-# "ours": our own attention function takes no mask of transformers' form, and neither does flash attention.
+# The shipped decoder builds masks and RoPE differently, so lengths on both sides of the window of 9 are compared.
+# "ours": our attention function does not accept transformers' masks, and neither does flash attention.
 @pytest.mark.slow(but="[qwen3-sdpa]")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "ours"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_every_family_drafts_as_ours_does(family, implementation, tmp_path):
+def test_every_family_drafts_as_in_the_projects_decoder(family, implementation, tmp_path):
     target, _ = random_pair(family)
     draft = random_draft(target, bonus_slot=True, chain_rank=4)
     twin = target if implementation == "ours" else plain(target, tmp_path, implementation)
@@ -167,8 +167,8 @@ def test_every_family_drafts_as_ours_does(family, implementation, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_of_settings_is_followed(alone, tiny_target, prompts, artifact, tmp_path):
-    """What the evaluation found goes for whoever decodes with the artifact."""
+def test_a_recommendation_file_is_applied(alone, tiny_target, prompts, artifact, tmp_path):
+    """The evaluation's recommendation is the default when decoding with the export."""
     draft, _ = artifact
     export_draft(draft, tmp_path, torch.float32)
     recommend(tmp_path, {"parallel_rows": 0, "selection": "off", "threshold": 0.0, "calibrate": False})
@@ -180,7 +180,7 @@ def test_a_file_of_settings_is_followed(alone, tiny_target, prompts, artifact, t
 
 
 @pytest.mark.slow
-def test_a_drafter_of_the_hub_is_found_by_its_name(alone, prompts, artifact, tmp_path):
+def test_a_drafter_is_downloaded_from_the_hub_by_id(alone, prompts, artifact, tmp_path):
     _, exported = artifact
     directory = shutil.copytree(exported, tmp_path / "recommended")
     recommend(directory, {"parallel_rows": 0, "selection": "off", "threshold": 0.0, "calibrate": False})
@@ -200,7 +200,7 @@ SAMPLED = {"do_sample": True, "temperature": 0.7}
 @pytest.mark.parametrize(
     "settings",
     [
-        {"do_sample": True},  # with the top_k of transformers
+        {"do_sample": True},  # with transformers' default top_k
         {**SAMPLED, "top_k": 0},
         {**SAMPLED, "top_k": 20, "top_p": 0.9},
         {**SAMPLED, "min_p": 0.05, "min_new_tokens": 20},
@@ -208,8 +208,8 @@ SAMPLED = {"do_sample": True, "temperature": 0.7}
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_the_same_seed_gives_the_same_text_as_plain_generate(settings, prompts, artifact, tmp_path):
-    """So samples are distributed as the target's, too: they are the same draws."""
+def test_the_same_seed_gives_the_same_tokens_as_plain_generate(settings, prompts, artifact, tmp_path):
+    """The samples are the same draws, so they follow the target's distribution."""
     _, directory = artifact
     twin, gained = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=torch.float32), []
     settings = {"max_new_tokens": 24, "return_dict_in_generate": True, **settings}
@@ -222,18 +222,18 @@ def test_the_same_seed_gives_the_same_text_as_plain_generate(settings, prompts, 
         found = shipped.generate(twin, inputs=ids, drafter=str(directory), **arguments)
         assert torch.equal(found.sequences, own)
         gained += found.acceptance_lengths[0]
-    assert {1, 2} < set(gained) | {0}  # some drafts were kept, and some were not
+    assert {1, 2} < set(gained) | {0}  # some drafts were accepted, some rejected
 
 
-def test_texts_end_at_stop_tokens_wherever_they_are_said(tmp_path, monkeypatch):
-    """As the first token, as a bonus, within the drafts; and a batch of such rows, padded on the left."""
+def test_rows_end_at_stop_tokens_in_any_position_of_a_step(tmp_path, monkeypatch):
+    """As first token, as bonus token, within the drafts; and in a batch of such rows, padded on the left."""
     target, draft = random_pair("qwen3")
     twin, generator, ends, answer = plain(target, tmp_path), torch.Generator().manual_seed(0), set(), []
     twin.generation_config.eos_token_id = None
     export_draft(draft, tmp_path / "drafter", torch.float32)
 
     def knowing(drafter, cache, anchor, bonus, calibrate):
-        """Every fourth token of the answer is drafted wrong."""
+        """Return a drafter that knows the answer but drafts every fourth token wrong."""
         following = range(anchor - 9 + 1, anchor - 9 + drafter.size)
         return [(answer + [0] * 6)[i] if i % 4 else 1 for i in following], torch.ones(drafter.size - 1)
 
@@ -252,7 +252,7 @@ def test_texts_end_at_stop_tokens_wherever_they_are_said(tmp_path, monkeypatch):
             own, found = both(ids, torch.ones_like(ids), stop)
         assert torch.equal(found.sequences, own)
         length, gained = own.shape[1] - 9, found.acceptance_lengths[0]
-        assert length - sum(gained) in (0, 1) and set(gained[:-1]) <= {4}  # 1: a last bonus, not verified
+        assert length - sum(gained) in (0, 1) and set(gained[:-1]) <= {4}  # 1: a final bonus token, not verified
         ends.add("first" if length == 1 else "bonus" if length > sum(gained) else "drafted" if stop else "limit")
     assert ends == {"first", "bonus", "drafted", "limit"}
     mask = torch.ones_like(prompts)
@@ -264,13 +264,16 @@ def test_texts_end_at_stop_tokens_wherever_they_are_said(tmp_path, monkeypatch):
 
 def test_a_target_in_bfloat16(tmp_path):
     target, draft = random_pair("gemma 3", dtype="bfloat16")
-    twin, ids = plain(target, tmp_path), torch.full((1, 20), 5)  # rounding may turn ties: no more than that it works
+    twin, ids = (
+        plain(target, tmp_path),
+        torch.full((1, 20), 5),
+    )  # rounding may resolve ties differently: check only that it runs
     found = here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=24, eos_token_id=96)
     assert twin.dtype == torch.bfloat16 and 21 <= found.shape[1] <= 44
 
 
-def test_a_streamer_is_told_the_prompt_and_each_token_in_order(tmp_path):
-    class Told:
+def test_a_streamer_receives_the_prompt_and_each_token_in_order(tmp_path):
+    class Recorder:
         tokens, ended = [], False
 
         def put(self, value):
@@ -280,7 +283,7 @@ def test_a_streamer_is_told_the_prompt_and_each_token_in_order(tmp_path):
             self.ended = True
 
     target, draft = random_pair("qwen3")
-    twin, streamer = plain(target, tmp_path), Told()
+    twin, streamer = plain(target, tmp_path), Recorder()
     found = here(twin, draft, tmp_path / "drafter", torch.tensor([[3, 4, 5]]), max_new_tokens=9, streamer=streamer)
     assert streamer.tokens == found[0].tolist() and streamer.ended
 
@@ -294,7 +297,7 @@ def test_a_complete_and_sharded_artifact_drafts_the_same(tmp_path, monkeypatch):
     assert own.keys() == whole.keys() and all(torch.equal(tensor, whole[name]) for name, tensor in own.items())
 
 
-def test_what_it_cannot_do_is_refused(tmp_path, artifact):
+def test_unsupported_requests_are_rejected(tmp_path, artifact):
     target, draft = random_pair("qwen3")
     twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
     export_draft(draft, tmp_path / "drafter", torch.float32)
@@ -321,7 +324,7 @@ def test_what_it_cannot_do_is_refused(tmp_path, artifact):
             shipped.generate(twin, **call)
 
 
-def test_a_target_on_two_devices_is_refused(tmp_path):
+def test_a_target_on_two_devices_is_rejected(tmp_path):
     target, draft = random_pair("qwen3")
     twin = plain(target, tmp_path)
     twin.model.layers[0].to("meta")
@@ -329,7 +332,7 @@ def test_a_target_on_two_devices_is_refused(tmp_path):
         here(twin, draft, tmp_path / "drafter", torch.tensor([[3, 4, 5]]), max_new_tokens=4)
 
 
-def test_the_target_is_left_as_it_was(tmp_path):
+def test_the_target_is_left_unchanged(tmp_path):
     target, _ = random_pair("qwen3")
     twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
     before = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
@@ -340,15 +343,15 @@ def test_the_target_is_left_as_it_was(tmp_path):
     assert twin.config._attn_implementation == "sdpa"
 
 
-def test_blocks_do_not_take_longrope_beyond_its_change(tmp_path):
-    target, draft = random_pair("phi 4 mini")  # changes behind 128 positions
+def test_blocks_stay_below_the_length_at_which_longrope_changes(tmp_path):
+    target, draft = random_pair("phi 4 mini")  # changes after 128 positions
     twin, ids = plain(target, tmp_path), torch.full((1, 100), 5)
     here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=16)
     with pytest.raises(ValueError, match="100 prompt tokens, 17 new ones .* exceed 128 positions"):
         here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=17)
 
 
-def test_settings_come_from_the_call_then_its_config_then_the_models(tmp_path):
+def test_settings_come_from_the_call_then_its_config_then_the_models_config(tmp_path):
     target, draft = random_pair("qwen3")
     twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
     twin.generation_config.eos_token_id = None
@@ -361,7 +364,7 @@ def test_settings_come_from_the_call_then_its_config_then_the_models(tmp_path):
 
 
 def test_defaults_are_those_of_generate(tmp_path):
-    """20 new tokens, the 50 most likely ones when sampling, penalties for repetition."""
+    """20 new tokens, top-k of 50 when sampling, repetition penalties."""
     target, draft = random_pair("qwen3")
     twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
     twin.generation_config.eos_token_id = None
@@ -376,7 +379,7 @@ def test_defaults_are_those_of_generate(tmp_path):
     assert torch.equal(found, twin.generate(ids, attention_mask=torch.ones_like(ids), **how))
 
 
-def test_a_drafter_is_read_again_when_something_has_changed(tmp_path):
+def test_a_changed_drafter_is_reloaded(tmp_path):
     target, draft = random_pair("qwen3")
     twin, ids = plain(target, tmp_path), torch.tensor([[3, 4, 5]])
     here(twin, draft, tmp_path / "drafter", ids, max_new_tokens=4)

@@ -1,4 +1,4 @@
-"""The shipped decoder: other calls that it follows or refuses, each refusal with its true reason."""
+"""The shipped decoder: further supported and rejected calls, each rejection with its actual reason."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from models.custom_generate import generate as shipped
 
 @pytest.fixture
 def drafter(root, tmp_path):
-    """A copy, to be changed."""
+    """Return a copy that tests may change."""
     return shutil.copytree(root / "drafter", tmp_path / "drafter")
 
 
@@ -30,7 +30,7 @@ def set_config(drafter, **values):
 
 
 class Embeds:
-    """Prepares embeddings, as a model with image tokens does."""
+    """Model that prepares embeddings, as models with image tokens do."""
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         prepared = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -48,14 +48,14 @@ class SamplesItself:
 
 
 @pytest.mark.parametrize("kind", [Embeds, KeepsState, SamplesItself])
-def test_a_subclass_that_prepares_its_passes_itself_is_refused_by_name(twin, drafter, kind):
+def test_a_subclass_with_custom_input_preparation_is_rejected_by_name(twin, drafter, kind):
     twin.__class__ = type("Own", (kind, type(twin)), {})
     with pytest.raises(ValueError, match=f"inputs prepared by {kind.__name__}.* of {kind.__module__}"):
         drafted(twin, drafter)
 
 
 @pytest.mark.parametrize("wrap", ["none", "partial", "name and module of transformers' own"])
-def test_a_function_on_the_instance_that_prepares_inputs_is_refused(twin, drafter, wrap):
+def test_an_instance_method_that_prepares_inputs_is_rejected(twin, drafter, wrap):
     def prepare(*args, **kwargs):
         prepared = type(twin).prepare_inputs_for_generation(twin, *args, **kwargs)
         return prepared | {"inputs_embeds": 2 * twin.get_input_embeddings()(prepared.pop("input_ids"))}
@@ -124,7 +124,7 @@ def test_a_damaged_recommendation_is_an_error_that_names_the_file(twin, drafter,
         drafted(twin, drafter)
 
 
-def test_the_file_of_the_evaluation_is_followed_before_what_an_earlier_version_wrote_into_the_config(twin, drafter):
+def test_the_recommendation_file_takes_precedence_over_that_in_an_older_config(twin, drafter):
     def followed():
         drafted(twin, drafter)
         return twin._flexdraft[1].settings["recommended_decoding"]
@@ -137,7 +137,7 @@ def test_the_file_of_the_evaluation_is_followed_before_what_an_earlier_version_w
 
 
 @pytest.mark.parametrize("calibrate", ["no", "", 0, 1.0, [], torch.tensor(True)])
-def test_calibrate_is_true_or_false(twin, drafter, calibrate):
+def test_calibrate_must_be_a_bool(twin, drafter, calibrate):
     with pytest.raises(ValueError, match="calibrate=.*: expected True or False"):
         drafted(twin, drafter, calibrate=calibrate)
 
@@ -147,7 +147,7 @@ def test_a_threshold_may_be_any_real_number(twin, drafter, threshold):
     assert torch.equal(drafted(twin, drafter, threshold=threshold), own(twin))
 
 
-def test_an_empty_cache_is_no_reason_to_refuse_and_a_filled_one_is(twin, drafter):
+def test_an_empty_cache_is_accepted_and_a_filled_one_is_rejected(twin, drafter):
     name = next(name for name in shipped.CACHES if name in shipped._names(twin)[0])
     for cache in (DynamicCache(), StaticCache(config=twin.config, max_cache_len=64)):
         assert torch.equal(drafted(twin, drafter, **{name: cache}), own(twin))
@@ -155,7 +155,7 @@ def test_an_empty_cache_is_no_reason_to_refuse_and_a_filled_one_is(twin, drafter
     twin(input_ids=IDS, use_cache=True, **{name: filled})
 
     class Rounds(DynamicCache):
-        """Such as a quantized one, empty or not."""
+        """Lossy cache, such as a quantized one."""
 
     for cache in (filled, Rounds()):
         with pytest.raises(ValueError, match=f"does not support {name} .only an empty cache"):
@@ -175,14 +175,14 @@ ASSISTED = {
 
 
 @pytest.mark.parametrize("name", [*ASSISTED, "all"])
-def test_settings_of_assisted_decoding_alone_change_nothing(twin, drafter, name):
+def test_settings_of_assisted_decoding_have_no_effect(twin, drafter, name):
     for one in ASSISTED if name == "all" else [name]:
         setattr(twin.generation_config, one, ASSISTED[one])
     assert torch.equal(drafted(twin, drafter), own(twin))
 
 
 @pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_early_exit", "num_beams", "dola_layers"])
-def test_a_setting_with_passes_of_its_own_is_refused_by_its_name(name):
+def test_a_setting_that_needs_extra_passes_is_rejected_by_name(name):
     settings = GenerationConfig()
     setattr(settings, name, "high" if name == "dola_layers" else 3)
     with pytest.raises(ValueError, match=f"does not support {name}"):
@@ -199,7 +199,7 @@ def test_a_setting_with_passes_of_its_own_is_refused_by_its_name(name):
     ids=["GPU", "Python", "CPU"],
 )
 @pytest.mark.parametrize("where", ["load_file", "Drafter.block", "Drafter.target", "_compare"])
-def test_too_little_memory_is_not_called_a_damaged_drafter(twin, drafter, monkeypatch, error, where):
+def test_out_of_memory_is_not_reported_as_a_damaged_drafter(twin, drafter, monkeypatch, error, where):
     def fails(*args, **kwargs):
         raise error
 
@@ -210,7 +210,7 @@ def test_too_little_memory_is_not_called_a_damaged_drafter(twin, drafter, monkey
 
 
 def through_peft(tuned, twin, drafter):
-    """`generate` of a PEFT model, with `custom_generate` given by name."""
+    """Call `generate` of a PEFT model as if `custom_generate` were given by name."""
 
     def through(self, *args, **kwargs):
         return shipped.generate(self, inputs=kwargs.pop("input_ids"), drafter=str(drafter), **kwargs)
@@ -219,18 +219,18 @@ def through_peft(tuned, twin, drafter):
     return tuned
 
 
-def test_adapters_that_differ_by_row_or_token_are_refused_by_name(twin, drafter):
+def test_adapters_that_differ_by_row_or_token_are_rejected_by_name(twin, drafter):
     import peft
 
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     tuned = through_peft(peft.get_peft_model(twin, lora), twin, drafter).eval()
-    tuned.generate(input_ids=IDS, **CALL)  # one adapter for all rows is followed
+    tuned.generate(input_ids=IDS, **CALL)  # a single adapter for all rows is supported
     for names in (["default", "__base__", "default"], ["default"] * 3):
         with pytest.raises(ValueError, match="does not support adapter_names .of PEFT"):
             tuned.generate(input_ids=IDS, adapter_names=names, **CALL)
 
 
-def test_activated_lora_is_refused_by_name(twin, drafter):
+def test_activated_lora_is_rejected_by_name(twin, drafter):
     import peft
 
     config = peft.LoraConfig(

@@ -1,4 +1,4 @@
-"""The shipped decoder with targets, arguments and drafters that it was not made with: followed exactly, or refused."""
+"""The shipped decoder with unusual targets, arguments and drafters: exact output, or an error."""
 
 import copy
 import json
@@ -26,12 +26,12 @@ MASK[1, :4] = 0
 
 @pytest.fixture
 def drafter(root, tmp_path):
-    """A copy, to be damaged."""
+    """Return a copy that tests may damage."""
     return shutil.copytree(root / "drafter", tmp_path / "drafter")
 
 
 class Bans(LogitsProcessor):
-    """Other tokens in each row, and other ones at each step of it."""
+    """Processor that bans different tokens in each row and step."""
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
@@ -41,7 +41,7 @@ class Bans(LogitsProcessor):
 
 
 class Machine(LogitsProcessor):
-    """Like a matcher of grammars: a state for each row, moved on by every call."""
+    """Processor like a grammar matcher: it has a state per row, which each call advances."""
 
     def __init__(self, rows):
         self.states = [row for row in range(rows)]
@@ -56,7 +56,7 @@ class Machine(LogitsProcessor):
 
 
 class Ends(StoppingCriteria):
-    """Each row at a length of its own."""
+    """Criterion that ends each row at a different length."""
 
     def __call__(self, input_ids, scores, **_):
         return torch.tensor([input_ids.shape[1] >= 14 + 2 * row for row in range(len(input_ids))])
@@ -79,7 +79,7 @@ PER_ROW = {
 
 
 @pytest.mark.parametrize("name", PER_ROW)
-def test_a_batch_is_decoded_as_by_generate_with_what_knows_its_row(twin, drafter, name):
+def test_row_dependent_processors_and_criteria_work_as_in_generate(twin, drafter, name):
     torch.manual_seed(1)
     expected = own(twin, **PER_ROW[name]())
     torch.manual_seed(1)
@@ -94,7 +94,7 @@ def words():
 
 
 @pytest.mark.parametrize("given", ["argument", "config", "config of the model"])
-def test_stop_strings_end_a_text_as_by_generate(twin, drafter, words, given):
+def test_stop_strings_end_a_row_as_in_generate(twin, drafter, words, given):
     twin.generation_config.eos_token_id = None
     texts = [words.decode(row[12:14]) for row in own(twin)[:2]]
     settings = {"stop_strings": texts} if given == "argument" else {}
@@ -107,8 +107,8 @@ def test_stop_strings_end_a_text_as_by_generate(twin, drafter, words, given):
     assert expected.shape[1] < 9 + 20 or (expected[:2, -1] == 0).all()
 
 
-def test_no_setting_that_is_not_known_to_be_followed_passes():
-    """Of this version of transformers, and of a later one that has more."""
+def test_every_unsupported_setting_is_rejected():
+    """Settings of this version of transformers, and of a simulated later one."""
 
     class Later(GenerationConfig):
         def __init__(self, **kwargs):
@@ -140,12 +140,12 @@ PREPARED = {
 
 
 @pytest.mark.parametrize("name", PREPARED)
-def test_what_is_prepared_beside_tokens_is_refused_by_name(name):
+def test_model_inputs_other_than_tokens_are_rejected_by_name(name):
     with pytest.raises(ValueError, match=f"does not support {name}"):
         shipped._kept(GenerationConfig(num_beams=1), IDS, {name: PREPARED[name]})
 
 
-def test_masks_and_positions_are_those_of_the_tokens(twin, drafter):
+def test_masks_and_positions_must_match_the_tokens(twin, drafter):
     with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 12\], but input_ids \[3, 9\]"):
         drafted(twin, drafter, attention_mask=torch.tensor(3 * [[0] * 3 + [1] * 9]))
     with pytest.raises(ValueError, match="does not support position_ids"):
@@ -157,13 +157,13 @@ def test_masks_and_positions_are_those_of_the_tokens(twin, drafter):
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
-def test_prompt_tuning_is_refused(twin, drafter, kind):
+def test_prompt_tuning_is_rejected(twin, drafter, kind):
     import peft
 
     config = getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(twin, config)
 
-    def through(self, *args, **kwargs):  # as with `custom_generate` given by name
+    def through(self, *args, **kwargs):  # as if `custom_generate` were given by name
         return shipped.generate(self, inputs=kwargs.pop("input_ids"), drafter=str(drafter), **kwargs)
 
     twin.generate = through.__get__(twin)
@@ -186,8 +186,8 @@ TARGETS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", TARGETS)
-def test_targets_whose_projectors_are_no_plain_ones_are_drafted_for(twin, drafter, kind):
-    """And the drafter keeps its own tensors: nothing of it is squeezed into the target's modules."""
+def test_drafting_works_for_targets_with_quantized_or_adapted_projectors(twin, drafter, kind):
+    """The drafter keeps its own tensors and does not modify the target's modules."""
     changed = TARGETS[kind](twin)
     expected = own(changed)
     assert torch.equal(drafted(changed, drafter), expected)
@@ -199,13 +199,13 @@ def test_targets_whose_projectors_are_no_plain_ones_are_drafted_for(twin, drafte
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_target_whose_logits_depend_on_what_shares_a_pass_is_refused(twin, drafter):
-    """Dynamic int8 scales what enters a layer by all tokens of the pass: no draft-then-verify can keep its output."""
+def test_a_target_whose_logits_depend_on_other_tokens_in_the_pass_is_rejected(twin, drafter):
+    """Dynamic int8 scales a layer's input by all tokens of the pass, so drafting and verifying cannot be lossless."""
     with pytest.raises(ValueError, match="The target's logits depend on the other tokens in a pass"):
         drafted(dynamic(twin), drafter)
 
 
-def test_a_target_with_rows_added_to_its_vocabulary_is_drafted_for(twin, drafter):
+def test_drafting_works_for_a_target_with_added_vocabulary_rows(twin, drafter):
     twin.resize_token_embeddings(104, mean_resizing=False)
     assert torch.equal(drafted(twin, drafter), own(twin))
     twin.resize_token_embeddings(90, mean_resizing=False)
@@ -215,7 +215,7 @@ def test_a_target_with_rows_added_to_its_vocabulary_is_drafted_for(twin, drafter
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_drafter_that_is_not_finite_cannot_change_the_output(twin, drafter, value):
+def test_a_non_finite_drafter_cannot_change_the_output(twin, drafter, value):
     tensors = load_file(drafter / "model.safetensors")
     expected = own(twin)
     for part in (".", "self_attn.v_proj", "anchor_bias_mlp.2", "chain_mlp", "mask_embedding", "bonus_slot"):
@@ -228,8 +228,8 @@ def test_a_drafter_that_is_not_finite_cannot_change_the_output(twin, drafter, va
 
 
 @pytest.mark.slow
-def test_a_draft_on_which_the_target_overflows_does_not_reach_the_tokens_before_it(twin, drafter):
-    """A token that the target never chooses, and whose embedding is not finite, is drafted in every step."""
+def test_a_draft_on_which_the_target_overflows_does_not_affect_earlier_tokens(twin, drafter):
+    """Every step drafts a token with a non-finite embedding, which the target never chooses."""
     token = 7
     with torch.no_grad():
         twin.get_output_embeddings().weight[token] = 0  # never the most likely one
@@ -311,7 +311,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_drafter_is_one_error_that_names_its_place(twin, drafter, message):
+def test_a_damaged_drafter_is_one_error_that_names_its_path(twin, drafter, message):
     DAMAGES[message](drafter)
     with pytest.raises(ValueError, match=f"(?s){drafter}.*{message}|{message}"):
         drafted(twin, drafter)
@@ -326,7 +326,7 @@ def test_a_threshold_is_a_probability(twin, drafter, threshold):
 
 
 @pytest.mark.slow
-def test_another_target_is_warned_of_and_a_quantized_one_is_not(twin, drafter):
+def test_another_target_causes_a_warning_and_a_quantized_one_does_not(twin, drafter):
     if "target_fingerprint" not in json.loads((drafter / "config.json").read_text()):
         pytest.skip("the artifact has no fingerprint")
     other = copy.deepcopy(twin)
@@ -340,7 +340,7 @@ def test_another_target_is_warned_of_and_a_quantized_one_is_not(twin, drafter):
             drafted(same, drafter)
 
 
-def test_the_embedded_tokenizer_gives_a_target_what_it_takes_in_every_version():
-    """Where a tokenizer says nothing, transformers 4.57 adds token_type_ids, and refuses them in `generate`."""
+def test_the_embedded_tokenizer_returns_supported_inputs_in_every_version():
+    """Without `model_input_names`, transformers 4.57 adds token_type_ids, which `generate` rejects."""
     config = json.loads((TINY / "target" / "tokenizer_config.json").read_text())
     assert config["model_input_names"] == ["input_ids", "attention_mask"]

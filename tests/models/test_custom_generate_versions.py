@@ -1,6 +1,6 @@
 """The shipped decoder under other versions of transformers: names from signatures, caches checked, never garbage.
 
-What other versions call things is simulated here; scripts/checks/check_custom_generate.py runs the real ones.
+Names in other versions are simulated here; scripts/checks/check_custom_generate.py runs the actual versions.
 """
 
 import inspect
@@ -21,7 +21,7 @@ CALL = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 20, "do_sample
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A target as transformers loads it, a drafter's directory, and what the target itself says."""
+    """Return a target loaded by plain transformers, the directory of a drafter, and the target's own output."""
     root = tmp_path_factory.mktemp("pair")
     target, draft = random_pair("qwen3")
     target.save_pretrained(root / "target")
@@ -31,12 +31,12 @@ def pair(tmp_path_factory):
 
 
 def drafted(twin, drafter):
-    twin.__dict__.pop("_flexdraft", None)  # read again, as in another process
+    twin.__dict__.pop("_flexdraft", None)  # reload, as in another process
     return shipped.generate(twin, inputs=IDS, drafter=drafter, **CALL)
 
 
 def call_it(monkeypatch, kind, name, *, annotation=inspect.Parameter.empty, keep=True):
-    """A forward that calls its cache by another name, and swallows all names that it does not know."""
+    """Patch a forward that names its cache differently and swallows unknown names."""
     forward = kind.forward
     signature = inspect.signature(forward)
     here = next(known for known in shipped.CACHES if known in signature.parameters)
@@ -44,7 +44,7 @@ def call_it(monkeypatch, kind, name, *, annotation=inspect.Parameter.empty, keep
     def renamed(self, *args, **kwargs):
         given = kwargs.pop(name, None)
         if here not in kwargs and keep and given is not None:
-            kwargs[here] = given  # as its own model calls it
+            kwargs[here] = given  # the name in its own model
         return forward(self, *args, **kwargs)
 
     parameters = [
@@ -59,7 +59,7 @@ def call_it(monkeypatch, kind, name, *, annotation=inspect.Parameter.empty, keep
     ("name", "annotation"),
     [("past_key_values", Cache | None), ("cache", Cache | None), ("memory", Cache | None), ("memory", "Cache | None")],
 )
-def test_a_cache_is_passed_by_the_name_that_the_signature_gives(pair, monkeypatch, name, annotation, where):
+def test_a_cache_is_passed_under_the_name_in_the_signature(pair, monkeypatch, name, annotation, where):
     twin, drafter, own = pair
     kinds = {"model": [type(twin)], "layer": [type(twin.model.layers[0])]}
     for kind in kinds.get(where) or kinds["model"] + kinds["layer"]:
@@ -68,7 +68,7 @@ def test_a_cache_is_passed_by_the_name_that_the_signature_gives(pair, monkeypatc
 
 
 @pytest.mark.parametrize("where", ["model", "layer"])
-def test_a_cache_that_no_signature_names_is_an_error(pair, monkeypatch, where):
+def test_a_forward_without_a_cache_argument_is_an_error(pair, monkeypatch, where):
     twin, drafter, _ = pair
     call_it(monkeypatch, type(twin) if where == "model" else type(twin.model.layers[0]), "memory")
     with pytest.raises(ValueError, match=r"has no cache argument .*Tested with transformers"):
@@ -76,7 +76,7 @@ def test_a_cache_that_no_signature_names_is_an_error(pair, monkeypatch, where):
 
 
 @pytest.mark.parametrize("where", ["model", "layer"])
-def test_a_cache_that_is_swallowed_is_an_error_and_never_garbage(pair, monkeypatch, where):
+def test_a_swallowed_cache_is_an_error_and_never_garbage(pair, monkeypatch, where):
     twin, drafter, _ = pair
     kind = type(twin) if where == "model" else type(twin.model.layers[0])
     call_it(monkeypatch, kind, "memory", annotation=Cache, keep=False)
@@ -85,7 +85,7 @@ def test_a_cache_that_is_swallowed_is_an_error_and_never_garbage(pair, monkeypat
 
 
 class OtherLayer:
-    """A layer whose tensors have other names, and that nothing can crop."""
+    """Cache layer with other tensor names, which cannot be cropped."""
 
     is_sliding = False
 
@@ -106,7 +106,7 @@ class OtherLayer:
 
 
 class OtherCache(Cache):
-    """A cache of such layers."""
+    """Cache of such layers."""
 
     def __init__(self):
         self.layers = []
@@ -124,21 +124,21 @@ class OtherCache(Cache):
         length = query if isinstance(query, int) else len(query)  # 4.57 passes positions
         return self.get_seq_length() + length, 0
 
-    crop = is_compileable = property()  # neither is there any more
+    crop = is_compileable = property()  # no longer available
 
     @property
     def is_sliding(self):
         return [False]
 
 
-def test_tensors_of_a_cache_are_found_whatever_their_names_are(pair, monkeypatch):
+def test_tensors_of_a_cache_are_found_under_any_name(pair, monkeypatch):
     twin, drafter, own = pair
     monkeypatch.setattr(shipped, "DynamicCache", OtherCache)
     assert torch.equal(drafted(twin, drafter), own)
 
 
 class Hidden(OtherCache):
-    """Its tensors lie where this file does not look."""
+    """Cache whose tensors are stored in an unexpected place."""
 
     @property
     def layers(self):
@@ -150,7 +150,7 @@ class Hidden(OtherCache):
 
 
 class Forgetful(OtherCache):
-    """It keeps the last 8 tokens alone."""
+    """Cache that keeps only the last 8 tokens."""
 
     def update(self, *args, **kwargs):
         super().update(*args, **kwargs)
@@ -161,7 +161,7 @@ class Forgetful(OtherCache):
 
 
 class Counting(OtherCache):
-    """It counts tokens beside its tensors, so that cutting those does not make it shorter."""
+    """Cache with a separate token counter, so that cropping its tensors does not shorten it."""
 
     count = 0
 
@@ -175,15 +175,15 @@ class Counting(OtherCache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Hidden, Forgetful, Counting])
-def test_a_cache_that_works_another_way_is_an_error(pair, monkeypatch, kind):
+def test_a_cache_with_a_different_implementation_is_an_error(pair, monkeypatch, kind):
     twin, drafter, _ = pair
     monkeypatch.setattr(shipped, "DynamicCache", kind)
     with pytest.raises(ValueError, match="Tested with transformers"):
         drafted(twin, drafter)
 
 
-def test_a_model_that_does_not_read_its_cache_is_found_out(pair, monkeypatch):
-    """It writes to the cache, as the lengths show, and then looks at the new tokens alone."""
+def test_a_model_that_does_not_read_its_cache_is_detected(pair, monkeypatch):
+    """The model writes to the cache but attends only to the new tokens."""
     twin, drafter, _ = pair
 
     class Unread(OtherCache):
@@ -199,7 +199,7 @@ def test_a_model_that_does_not_read_its_cache_is_found_out(pair, monkeypatch):
         drafted(twin, drafter)
 
 
-def test_nothing_that_is_called_is_deprecated(pair):
+def test_no_called_function_is_deprecated(pair):
     twin, drafter, own = pair
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -207,8 +207,8 @@ def test_nothing_that_is_called_is_deprecated(pair):
         assert torch.equal(drafted(twin, drafter), own)
 
 
-def test_a_cache_that_the_caller_gives_is_refused_by_its_name(pair):
-    """An empty one holds nothing that the text lacks: tests/models/test_custom_generate_calls.py."""
+def test_a_filled_cache_from_the_caller_is_rejected_by_name(pair):
+    """An empty one is accepted: tests/models/test_custom_generate_calls.py."""
     twin, drafter, _ = pair
     cache = DynamicCache()
     forward_cached(twin, IDS, cache)

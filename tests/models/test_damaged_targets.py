@@ -1,4 +1,4 @@
-"""Each damaged file of a target ends `models.verify` with one error that names it; never a traceback, never a pass."""
+"""Each damaged file of a target is one error of `models.verify` that names it: no traceback, no success."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """`target`, with a tokenizer, and `export`, a drafter for it."""
+    """Save `target`, with a tokenizer, and `export`, a drafter for it."""
     root = tmp_path_factory.mktemp("healthy")
     target = random_target(vocab_size=2048)
     target.save_pretrained(root / "target")
@@ -31,7 +31,7 @@ def healthy(tmp_path_factory):
 
 
 def outcome(export: Path, target: Path) -> tuple[str, str]:
-    """`error`, `fault` or `ok`, and what is said of it."""
+    """Run `models.verify`. Return `error`, `fault` or `ok`, and its message."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -81,7 +81,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_a_missing_file_of_the_target_is_noticed(name, healthy, tmp_path):
+def test_a_missing_file_of_the_target_is_detected(name, healthy, tmp_path):
     target = shutil.copytree(healthy / "target", tmp_path / "target")
     (target / name).unlink()
     kind, text = outcome(healthy / "export", target)
@@ -104,9 +104,7 @@ STRAY = {
 
 
 @pytest.mark.parametrize(("name", "content"), [(name, content) for name in STRAY for content in STRAY[name]])
-def test_garbage_in_place_of_the_targets_weights_is_named_and_garbage_beside_them_is_not_read(
-    name, content, healthy, tmp_path
-):
+def test_garbage_weights_are_named_and_unused_files_are_not_read(name, content, healthy, tmp_path):
     target = shutil.copytree(healthy / "target", tmp_path / "target")
     (target / name).write_bytes(content)
     kind, text = outcome(healthy / "export", target)
@@ -121,8 +119,8 @@ VALUES = (None, "text", -1, 0, 1.5, True, [], {}, [1, "a"], {"a": 1}, float("nan
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
-def test_no_value_of_any_key_of_the_targets_configs_ends_in_a_raw_error(name, healthy, tmp_path):
-    """Each gives a verdict or one error that names the target or the setting."""
+def test_no_value_in_the_targets_configs_causes_a_raw_error(name, healthy, tmp_path):
+    """Each value gives a result or one error that names the target or the setting."""
     target = shutil.copytree(healthy / "target", tmp_path / "target")
     config = json.loads((target / name).read_text())
     more = ("sliding_window", "rope_scaling", "quantization_config", "dtype") if name == "config.json" else ()
@@ -149,7 +147,7 @@ def test_each_loader_names_the_damaged_file(name, healthy, tmp_path):
         LOADERS[name](str(target))
 
 
-def test_a_config_that_is_no_object_is_one_fault_also_beside_altered_code(healthy, tmp_path):
+def test_a_config_that_is_not_an_object_is_one_fault_even_with_altered_code(healthy, tmp_path):
     """The decoder's checksum is looked up in the config."""
     export = shutil.copytree(healthy / "export", tmp_path / "export")
     (export / "custom_generate" / "generate.py").write_text("")

@@ -1,4 +1,4 @@
-"""Lossless: whatever the drafter says, and however it is asked, the output is the target's own."""
+"""Losslessness: the output is the target's own for every drafter and drafting mode."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ from models.hf_cache import forward_cached
 
 NEW_TOKENS = 4
 COMBINATIONS = list(itertools.product(MODES, SELECTIONS, range(1, 9)))  # with batch sizes
-random.Random(0).shuffle(COMBINATIONS)  # so that a part of them has something of everything
+random.Random(0).shuffle(COMBINATIONS)  # so that every subset is a mix
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def prompts(tiny_tokenizer) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def own_answers(tiny_target, tiny_tokenizer, prompts) -> list[list[int]]:
-    """By `generate` of transformers, the prompts in padded batches of about the same length."""
+    """Decode with `generate` of transformers, in padded batches of similar lengths."""
     answers, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(prompts), 25):
         batch = order[first : first + 25]
@@ -56,7 +56,7 @@ def own_answers(tiny_target, tiny_tokenizer, prompts) -> list[list[int]]:
 
 
 def staggering(answers: list[list[int]]) -> set[int]:
-    """Two stop tokens with which the answers end at three different times at least, and as late as possible."""
+    """Choose two stop tokens that end the answers at three or more different lengths, as late as possible."""
 
     def late(stop: set[int]) -> tuple[bool, int]:
         lengths = [len(until(answer, stop)) for answer in answers]
@@ -73,7 +73,7 @@ def untrained(target) -> DraftModel:
 
 
 def adversarial(target) -> DraftModel:
-    """Random projectors and a loud random calibrator: drafts that have nothing to do with the target."""
+    """Return a drafter with random projectors and a strong random calibrator: drafts unrelated to the target."""
     return random_draft(target, num_layers=target.config.num_hidden_layers - 2, block_size=8, rank=8)
 
 
@@ -94,7 +94,7 @@ def test_output_equals_the_targets_own_in_every_mode_rule_and_batch_size(
         result = generate(tiny_target, draft, prompts[batch], max_new_tokens=NEW_TOKENS, mode=mode, selection=selection)
         assert result.tokens == own_answers[batch]
         accepted, first = accepted + sum(result.accepted()), first + size
-    assert kind != "trained" or (met == set(COMBINATIONS) and accepted > 100)  # no empty test
+    assert kind != "trained" or (met == set(COMBINATIONS) and accepted > 100)  # the test covers all combinations
 
 
 @pytest.mark.slow(but="[qwen3]")
@@ -110,7 +110,7 @@ def test_output_equals_the_targets_own_for_other_families(family):
 
 
 @pytest.mark.slow
-def test_own_loop_equals_transformers_generate(tiny_target, prompts):
+def test_the_reference_loop_equals_generate_of_transformers(tiny_target, prompts):
     for tokens in prompts[:4]:
         output = tiny_target.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=15)
         assert autoregressive_generate(tiny_target, tokens, 15) == output[0, len(tokens) :].tolist()
@@ -129,7 +129,7 @@ def test_without_a_drafter_the_target_decodes_alone():
 @pytest.mark.parametrize(
     "selection", [*SELECTIONS, Selection("cumulative_product", 0.2), Selection("min_confidence", 0.6)], ids=str
 )
-def test_all_modes_take_the_steps_of_the_oracle_whatever_else_is_in_the_batch(sampling, selection):
+def test_all_modes_take_the_steps_of_the_reference_in_any_batch(sampling, selection):
     target, limit = endless(), 13
     draft, batch = guessing(target), random_prompts(random.Random(3), 6, 20)
     free = own_batch(target, batch, limit, sampling, seed=7)
@@ -148,11 +148,11 @@ def test_all_modes_take_the_steps_of_the_oracle_whatever_else_is_in_the_batch(sa
             assert result.steps == [alone.steps[0] for alone in expected]
         if calibrate:
             assert len({len(tokens) for tokens in result.tokens}) > 2  # rows end one by one
-            assert len(set(result.accepted())) > 2  # nothing, all and something between
+            assert len(set(result.accepted())) > 2  # none, all and some in between
 
 
 @pytest.mark.slow
-def test_a_trained_drafter_takes_the_steps_of_the_oracle(tiny_target, prompts, trained_run):
+def test_a_trained_drafter_takes_the_steps_of_the_reference(tiny_target, prompts, trained_run):
     draft = load_draft(trained_run / "export", tiny_target)
     expected = [reference_generate(tiny_target, draft, tokens, 20) for tokens in prompts[:4]]
     for mode in MODES:
@@ -163,11 +163,11 @@ def test_a_trained_drafter_takes_the_steps_of_the_oracle(tiny_target, prompts, t
 
 
 class Echo(DraftModel):
-    """A drafter that knows the answers. As long as all is accepted, its n-th block begins with the n*B-th token."""
+    """Drafter that knows the answers. While all drafts are accepted, block n starts at token n*B."""
 
     def logits(self, hidden, bonus=None):
-        known = [(answer + [0] * self.block_size)[self.told + 1 :][: self.block_size - 1] for answer in self.answers]
-        self.told += self.block_size
+        known = [(answer + [0] * self.block_size)[self.drafted + 1 :][: self.block_size - 1] for answer in self.answers]
+        self.drafted += self.block_size
         return torch.nn.functional.one_hot(torch.tensor(known), self.target.config.vocab_size).float()
 
 
@@ -178,15 +178,15 @@ def test_a_drafter_that_echoes_the_target_is_accepted_in_full(mode, limit, last)
     target, batch = endless(), random_prompts(random.Random(4), 3, 9)
     own = own_batch(target, batch, limit)
     echo = Echo(target, DraftConfig(num_layers=2, block_size=6, calibrator_rank=0))
-    vars(echo).update(answers=own, told=0)
+    vars(echo).update(answers=own, drafted=0)
     result = generate(target, echo, batch, max_new_tokens=limit, mode=mode, selection=OFF)
     assert result.tokens == own
-    full = [Step(5, 5)] * ((limit - 1) // 6 if not last else limit // 6)  # then a last bonus, or less room
+    full = [Step(5, 5)] * ((limit - 1) // 6 if not last else limit // 6)  # then a final bonus token, or less room
     assert result.steps == [full + last] * 3
 
 
 @pytest.mark.slow
-def test_a_random_prompt_limit_and_stop_token_never_give_a_wrong_token():
+def test_random_prompts_limits_and_stop_tokens_never_give_a_wrong_token():
     targets = [endless(num_hidden_layers=2, max_position_embeddings=40, seed=seed) for seed in range(2)]
     generator, known = random.Random(5), {}
     for case in range(200):
@@ -200,7 +200,7 @@ def test_a_random_prompt_limit_and_stop_token_never_give_a_wrong_token():
             batch[0] = [generator.randrange(97) for _ in range(40 - limit)]  # to the last position
         sampling, seed = generator.choice([GREEDY, Sampling(0.8), Sampling(1.0, 20, 0.9)]), generator.randrange(99)
         free = own_batch(target, batch, limit, sampling, seed)
-        # Tokens that will be said: as the first one, the bonus of a step, or within a block.
+        # Tokens that will be generated: as the first one, the bonus token of a step, or within a block.
         said = sorted({token for tokens in free for token in tokens}) or [2]
         stop = {generator.choice(said) for _ in range(generator.randint(0, 3))}
         form = generator.choice(["lists", "left", "right"])
@@ -210,13 +210,16 @@ def test_a_random_prompt_limit_and_stop_token_never_give_a_wrong_token():
         result = generate(target, draft, *given, max_new_tokens=limit, **common)
         assert result.tokens == [until(tokens, stop) for tokens in free], case
         for tokens, steps in zip(result.tokens, result.steps, strict=True):
-            assert len(tokens) - sum(step.accepted + 1 for step in steps) in (0, 1)  # 1: a last bonus, not verified
+            assert len(tokens) - sum(step.accepted + 1 for step in steps) in (
+                0,
+                1,
+            )  # 1: a final bonus token, not verified
             assert all(0 <= step.accepted <= step.verified for step in steps)
             known[len(tokens) < limit] = known.get(len(tokens) < limit, 0) + 1
-    assert min(known.values()) > 100 and len(known) == 2  # rows that a stop token ended, and others
+    assert min(known.values()) > 100 and len(known) == 2  # rows ended by a stop token, and others
 
 
-def test_impossible_requests_are_refused_by_value():
+def test_impossible_requests_are_rejected_with_their_value():
     target, ids = random_target(), torch.tensor([[5, 6, 7], [5, 6, 7]])
     draft, full = random_draft(target), [5] * 250
     refused = {
@@ -262,10 +265,10 @@ def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens
 
     monkeypatch.setattr(BatchDecoder, "step", checked_step)
     generate(target, guessing(target), batch, max_new_tokens=14, mode=mode, stop=staggering(free))
-    assert len(checked) > 5 and len(set(checked) - {0}) > 2  # with all rows in flight, and with others gone
+    assert len(checked) > 5 and len(set(checked) - {0}) > 2  # with all rows in flight, and after some have finished
 
 
-def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
+def test_auto_drafts_in_parallel_when_few_rows_are_in_flight(monkeypatch):
     target, batch = endless(), random_prompts(random.Random(7), 4, 15)
     own = own_batch(target, batch, 12)
     draft, stop, calls, places = random_draft(target), staggering(own), [], []
@@ -280,7 +283,7 @@ def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
             ForwardPasses, name, functools.partialmethod(functools.partial(counted, name, vars(ForwardPasses)[name]))
         )
     generate(target, draft, batch, max_new_tokens=12, stop=stop, mode="sequential")
-    in_flight = {rows for _, rows in calls}  # so many at a time, as rows end
+    in_flight = {rows for _, rows in calls}  # rows in flight, as rows finish
     assert len(in_flight) > 2 and {name for name, _ in calls} == {"verify"}
     for parallel_rows in (0, *in_flight, 9):
         calls.clear()
@@ -295,22 +298,22 @@ def test_auto_drafts_in_parallel_once_few_rows_are_in_flight(monkeypatch):
     assert min(n for rows, n in places if rows > min(in_flight)) == min(many)  # not before they can be used
 
 
-def test_the_timer_is_told_every_phase_around_what_it_names():
-    target, told = random_target(), []
+def test_the_timer_wraps_every_phase():
+    target, phases = random_target(), []
     batch = random_prompts(random.Random(8), 2, 9)
 
     def timer(name):
-        told.append(name)
+        phases.append(name)
         return mock.MagicMock()
 
     generate(target, random_draft(target), batch, max_new_tokens=6, mode="sequential", timer=timer, stop=set())
-    assert set(told) == set(PHASES) and told[:3] == ["prefill", "draft", "calibrate"]
-    assert told.count("verify") + 1 == told.count("draft") == told.count("calibrate")
+    assert set(phases) == set(PHASES) and phases[:3] == ["prefill", "draft", "calibrate"]
+    assert phases.count("verify") + 1 == phases.count("draft") == phases.count("calibrate")
 
 
 def test_drafters_and_targets_in_bfloat16_decode_in_all_modes():
     target = random_target("bfloat16")
-    for mode in MODES:  # rounding may turn ties here, so no more than that it works
+    for mode in MODES:  # rounding may resolve ties differently: check only that it runs
         result = generate(target, random_draft(target), [[5, 6, 7], [8]], max_new_tokens=9, mode=mode, stop=set())
         assert [len(tokens) for tokens in result.tokens] == [9, 9]
 

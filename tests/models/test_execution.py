@@ -1,4 +1,4 @@
-"""How a step is run: the same result whichever way, nothing computed in vain, no wait, no recompilation."""
+"""Execution of a step: identical results in every mode, no redundant computation, synchronization or recompilation."""
 
 import functools
 import multiprocessing
@@ -26,13 +26,13 @@ from train.loop.fit import fit
 from train.loop.modules import AttentionTuning, BonusCalibration
 
 ATEN = torch.ops.aten
-# Operations whose result decides a shape or a Python value: a GPU has to finish all its work before it can tell.
+# Operations whose result determines a shape or a Python value: they wait for the GPU to finish all queued work.
 WAITING = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN.is_nonzero, ATEN.unique_dim}
 WAITING |= {ATEN._unique2, ATEN.item}
 
 
 def batches(count: int, size: int = 6) -> list:
-    """Batches of one shape and of different documents, anchors and numbers of labels."""
+    """Return batches of one shape with different documents, anchors and numbers of labels."""
     rows = list(pack_documents(random_documents(30, seed=3), 96, pad_id=0))
     chosen = [[rows[i], rows[-1 - i]] for i in range(count)]
     return [make_batch(r, num_anchors=9, block_size=size, seeds=[(i,), (i, 1)]) for i, r in enumerate(chosen)]
@@ -44,7 +44,7 @@ STAGES = pytest.mark.parametrize(
 
 
 def training(stage=AttentionTuning, objective: Objective | None = None, beyond: bool = False, **execution_settings):
-    """A stage on a drafter far from its start; `beyond` the paper, all of the drafter is trained in stage 2."""
+    """Return a stage with a randomly perturbed drafter; `beyond` the paper, stage 2 trains the full drafter."""
     target = random_target()
     draft = random_draft(target, bonus_slot=beyond, chain_rank=4 * beyond)
     settings = SETTINGS | {"chunk": 20, "objective": objective or Objective()}
@@ -59,7 +59,7 @@ def loss_and_gradients(stage, batch) -> list[torch.Tensor]:
 
 @pytest.fixture
 def fresh_compiler(monkeypatch):
-    """`torch.compile` without code generation, which needs a C++ compiler; and its counters, from zero."""
+    """`torch.compile` without code generation, which requires a C++ compiler; resets its counters."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     caches = (execution._compiled_layer, block_loss._compiled_piece_loss, masks._mask_builder)
     caches += (attention._compiled_flex_attention,)
@@ -77,8 +77,8 @@ def fresh_compiler(monkeypatch):
 @STAGES
 @pytest.mark.parametrize("objective", [Objective(), Objective(ce=0.1, kl=0.2, tv=0.9)])
 @pytest.mark.parametrize("how", [{"attention": "dense"}, {"activation_checkpointing": True}, {"compile": True}])
-def test_how_a_step_is_run_changes_nothing(stage, beyond, objective, how, fresh_compiler, monkeypatch):
-    # Else hardly a block would teach stage 2 anything: this target says what the text does one time in a hundred.
+def test_execution_settings_do_not_change_the_result(stage, beyond, objective, how, fresh_compiler, monkeypatch):
+    # Otherwise stage 2 has few usable blocks: this target predicts the text's token once in a hundred times.
     said = "train.loop.modules.bonus_tokens"
     monkeypatch.setattr(said, lambda target, hidden, anchors: batch.input_ids.gather(1, anchors))
     plain, other = training(stage, objective, beyond), training(stage, objective, beyond, **how)
@@ -88,22 +88,22 @@ def test_how_a_step_is_run_changes_nothing(stage, beyond, objective, how, fresh_
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_again_from_step_to_step(fresh_compiler):
-    # FlexAttention has no gradient on CPU, so it is counted apart, below.
+def test_no_recompilation_between_steps(fresh_compiler):
+    # FlexAttention has no backward on CPU, so it is counted separately below.
     stage = training(compile=True, attention="dense", objective=Objective(ce=0.1, tv=0.9))
     graphs = []
     for batch in batches(4):
         loss_and_gradients(stage, batch)
         graphs.append(fresh_compiler["unique_graphs"])
-    # One for the layers of the target, one that keeps its K/V, one for those of the draft, one for the loss; and the
-    # loss once more as soon as it is seen that the number of labeled slots changes.
+    # One graph each for the target's layers, those that keep K/V, the draft layers and the loss; and a second one for
+    # the loss once its number of labeled slots has changed.
     assert len(set(graphs[1:])) == 1 and graphs[-1] <= 5, graphs
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_layers_with_flex_attention_are_compiled_once(fresh_compiler):
-    """Without gradient, which it lacks on CPU; masks and rules are new objects in every step."""
+    """Without gradients, which it does not support on CPU; masks and rules are new objects in every step."""
     compiled, plain = training(compile=True, attention="flex"), training(attention="dense")
     graphs = []
     for batch in batches(4):
@@ -133,7 +133,7 @@ def test_block_sparse_masks_and_their_attention_are_compiled_once(fresh_compiler
 
 
 class Watch(TorchDispatchMode):
-    """Notes operations that would wait for a device."""
+    """Dispatch mode that records operations that would wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Watch(TorchDispatchMode):
 @STAGES
 @pytest.mark.parametrize("objective", [Objective(), Objective(kl=0.2, tv=0.9)])
 def test_no_operation_of_a_step_waits_for_the_device(stage, beyond, objective, monkeypatch):
-    """With dense masks: tiles are planned on the host, where the batch of a CPU is anyway."""
+    """With dense masks, because tiles are computed on the host."""
     tuned, batch = training(stage, objective, beyond, attention="dense"), batches(1)[0]
 
     def refuse(*_):
@@ -156,7 +156,7 @@ def test_no_operation_of_a_step_waits_for_the_device(stage, beyond, objective, m
 
     with Watch() as watch:
         bool(torch.ones(1).item())
-        assert watch.waiting  # it does see
+        assert watch.waiting  # the watch works
         watch.waiting.clear()
         for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
             monkeypatch.setattr(torch.Tensor, name, refuse)
@@ -166,7 +166,7 @@ def test_no_operation_of_a_step_waits_for_the_device(stage, beyond, objective, m
 
 
 @pytest.mark.parametrize(("objective", "calls"), [(Objective(), 0), (Objective(tv=0.5), 1)])
-def test_the_last_layer_ends_with_its_keys_and_values_unless_its_output_is_wanted(objective, calls):
+def test_the_last_layer_stops_after_its_keys_and_values_unless_its_output_is_needed(objective, calls):
     stage, seen = training(objective=objective), []
     last = stage.target.model.layers[-1]
     last.self_attn.o_proj.register_forward_hook(lambda *_: seen.append(1))
@@ -181,7 +181,7 @@ def test_only_the_draft_layers_keys_and_values_are_kept():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_batches_made_ahead_are_the_same(workers, tmp_path):
+def test_prefetched_batches_are_identical(workers, tmp_path):
     weights = []
     for count in (0, workers):
         stage, rows = module(AttentionTuning, random_target()), data()
@@ -193,8 +193,8 @@ def test_batches_made_ahead_are_the_same(workers, tmp_path):
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_validation_end"])
-def test_no_worker_outlives_a_run_that_is_stopped(hook, tmp_path):
-    """They leave signals to the run, so an exit that waits for them would wait for ever."""
+def test_no_worker_outlives_a_stopped_run(hook, tmp_path):
+    """Workers ignore signals, so an exit that waited for them would hang."""
 
     def stop(*_):
         assert len(set(multiprocessing.active_children()) - others) >= 2
@@ -220,6 +220,6 @@ def test_no_worker_outlives_a_run_that_is_stopped(hook, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"attention": "eager"}])
-def test_an_unknown_kind_of_attention_is_refused(settings):
+def test_an_unknown_attention_kernel_is_rejected(settings):
     with pytest.raises(ValueError, match="auto, flex, sdpa, dense"):
         Execution(**settings)

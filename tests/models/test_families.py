@@ -1,4 +1,4 @@
-"""Other families of targets than Qwen3: the same properties, through all stages; and which targets are refused."""
+"""Target families other than Qwen3: the same properties in all stages, and rejected targets."""
 
 import hashlib
 
@@ -25,7 +25,7 @@ from train.run_dir.state import read_json
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 
 
-def test_the_families_are_the_ones_that_are_said_to_be_tested():
+def test_the_tested_families_are_those_in_the_list():
     assert {special["model_type"] for special in FAMILIES.values()} == set(TESTED)
 
 
@@ -41,8 +41,8 @@ def test_training_and_decoding_agree_and_the_output_is_the_targets_own(family):
 
 @pytest.mark.slow(but="[phi 4 mini]")
 @EVERY
-def test_decoding_takes_the_oracles_steps(family):
-    """A copy of the target drafts: some drafts are right."""
+def test_decoding_takes_the_steps_of_the_reference(family):
+    """The drafter is a copy of the target, so some drafts are right."""
     target, _ = random_pair(family)
     draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=0))
     prompts = [torch.randint(3, 97, (n,)).tolist() for n in (2, 13, 30)]
@@ -56,7 +56,7 @@ def test_decoding_takes_the_oracles_steps(family):
 @pytest.mark.slow
 @EVERY
 def test_all_stages(family, tmp_path, monkeypatch):
-    """Trained, exported, loaded again, decoded; the target is bit for bit what it was, the drafter is not."""
+    """Train, export, reload and decode; the target stays bit-identical, and the drafter changes."""
     tiny = {"vocab_size": 2048, "num_hidden_layers": 3, "max_position_embeddings": 512}
     special = {"layer_types": None} | FAMILIES[family]
     special["layer_types"] = special["layer_types"] and special["layer_types"][-3:]
@@ -126,16 +126,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_an_unsupported_architecture_is_told_what_is_missing(kind):
+def test_an_unsupported_architecture_is_rejected_with_the_reasons(kind):
     with pytest.raises(ValueError, match=f"{kind} is not supported as a target: it has {REFUSED[kind]}"):
         check_architecture(AutoConfig.for_model(kind))
 
 
 @pytest.mark.parametrize("kind", ["granite", "cohere"])
-def test_a_forward_that_scales_what_its_layers_do_not_is_found_out(kind):
+def test_a_forward_with_scaling_outside_its_layers_is_detected(kind):
     scaled = {"logits_scaling": 8.0, "embedding_multiplier": 3.0} if kind == "granite" else {}
     target = load_target(None, architecture=SIZES | {"model_type": kind} | scaled)
-    check_architecture(target.config)  # no setting tells
+    check_architecture(target.config)  # no setting of the config shows it
     with pytest.raises(
         ValueError, match=f"{kind} is not supported as a target: its logits differ by .* when run layer by layer"
     ):
@@ -143,7 +143,7 @@ def test_a_forward_that_scales_what_its_layers_do_not_is_found_out(kind):
 
 
 @pytest.mark.parametrize("kind", ["smollm3", "mixtral", "ministral3"])
-def test_untested_families_with_the_same_parts_are_taken(kind):
+def test_untested_families_with_the_same_structure_are_accepted(kind):
     target = load_target(None, architecture=SIZES | {"model_type": kind, "pad_token_id": 0, "num_local_experts": 4})
     check_architecture(target.config)
     check_untested(target)
@@ -158,7 +158,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "Python", "CPU"])
 @pytest.mark.parametrize("where", ["difference_from_forward", "DraftModel", "generate"])
-def test_too_little_memory_is_no_fault_of_the_architecture(error, where, monkeypatch):
+def test_out_of_memory_is_not_reported_as_an_unsupported_architecture(error, where, monkeypatch):
     def fails(*args, **kwargs):
         raise error
 
@@ -171,7 +171,7 @@ def test_too_little_memory_is_no_fault_of_the_architecture(error, where, monkeyp
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "Python", "CPU"])
-def test_too_little_memory_is_no_damage_of_the_target(error, tmp_path, monkeypatch):
+def test_out_of_memory_is_not_reported_as_a_damaged_target(error, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise error
 
@@ -186,7 +186,7 @@ def test_too_little_memory_is_no_damage_of_the_target(error, tmp_path, monkeypat
     ("kind", "said"),
     [("diffllama", "decoding differs from its own|logits differ"), ("doge", "drafting with its layers failed")],
 )
-def test_a_family_that_decodes_otherwise_is_found_out_before_training(kind, said):
+def test_a_family_that_decodes_differently_is_detected_before_training(kind, said):
     target = load_target(None, architecture=SIZES | {"model_type": kind})
     with pytest.raises(ValueError, match=f"{kind} is not supported as a target: .*({said})"):
         check_untested(target)
@@ -199,7 +199,7 @@ def test_windows_are_read_from_the_config():
     assert windows["qwen3"] == windows["phi 4 mini"] == [None] * 5
 
 
-def test_a_mask_made_for_another_window_is_refused():
+def test_a_mask_built_for_another_window_is_rejected():
     query = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="has sliding_window=9, but its mask was built for sliding_window=None"):
         packed_attention(torch.nn.Identity(), query, query, query, View(), sliding_window=9)

@@ -1,4 +1,4 @@
-"""The target's own output is what `generate` of transformers writes, with the target's generation settings."""
+"""The target's own output is that of `generate` in transformers, with the target's generation settings."""
 
 import itertools
 import random
@@ -54,7 +54,7 @@ WITHOUT_CHANGE = {
 
 
 def settled(**settings):
-    """A target whose words can be guessed, with such defaults, and prompts of different lengths."""
+    """Return a predictable target with these default settings, and prompts of different lengths."""
     target = endless()
     target.generation_config = GenerationConfig(eos_token_id=60, pad_token_id=0)
     for name, value in settings.items():
@@ -73,7 +73,7 @@ def of_transformers(target, prompts, new_tokens: int = NEW_TOKENS, **settings) -
 
 
 def every_way(target, prompts, new_tokens: int = NEW_TOKENS, **settings):
-    """Outcomes of the target alone and of drafting in every mode, by its own words and by words of noise."""
+    """Decode with the target alone and by drafting in every mode, with a guessing and a random drafter."""
     drafts = (guessing(target), random_draft(target, bonus_slot=True, chain_rank=4))
     yield generate(target, None, prompts, max_new_tokens=new_tokens, **settings)
     for number, (draft, mode) in enumerate(itertools.product(drafts, MODES)):
@@ -83,7 +83,7 @@ def every_way(target, prompts, new_tokens: int = NEW_TOKENS, **settings):
 
 @pytest.mark.slow(but="[top_k]")
 @pytest.mark.parametrize("name", [*SETTINGS, *WITHOUT_CHANGE, "all"])
-def test_the_targets_generation_settings_are_followed_in_every_mode(name):
+def test_the_targets_generation_settings_are_applied_in_every_mode(name):
     given = SETTINGS | WITHOUT_CHANGE
     some = {key: given[key] for key in ("repetition_penalty", "suppress_tokens", "min_new_tokens", "eos_token_id")}
     target, prompts = settled(**(some if name == "all" else {name: given[name]}))
@@ -99,7 +99,7 @@ def test_the_targets_generation_settings_are_followed_in_every_mode(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=40, top_p=0.95)], ids=["greedy", "sampled"])
-def test_drafting_takes_the_steps_of_the_oracle_under_generation_settings(sampling):
+def test_drafting_takes_the_steps_of_the_reference_under_generation_settings(sampling):
     target, prompts = settled(repetition_penalty=1.05, begin_suppress_tokens=[60, 30], eos_token_id=[16, 92])
     draft, accepted = guessing(target), set()
     for mode, selection in itertools.product(MODES, SELECTIONS):
@@ -113,8 +113,8 @@ def test_drafting_takes_the_steps_of_the_oracle_under_generation_settings(sampli
 
 
 @pytest.mark.slow
-def test_a_penalty_that_changes_nothing_changes_nothing():
-    """Decoding by text and by logits alone are the same."""
+def test_a_neutral_penalty_has_no_effect():
+    """Token-by-token selection gives the same output as selection from logits alone."""
     prompts = random_prompts(random.Random(4), 4, 20)
     target = endless()
     draft = guessing(target)
@@ -128,7 +128,7 @@ def test_a_penalty_that_changes_nothing_changes_nothing():
 
 
 @pytest.mark.slow
-def test_stop_tokens_given_are_those_of_transformers_too():
+def test_given_stop_tokens_work_as_in_transformers():
     target, prompts = settled(min_new_tokens=4)
     for stop in ({70, 43}, set()):
         own = of_transformers(target, prompts, eos_token_id=sorted(stop) or None)
@@ -156,7 +156,7 @@ def test_a_target_without_stop_tokens_in_its_generation_settings_does_not_stop()
         ("stop_strings", ["a"]),
     ],
 )
-def test_generation_settings_that_drafting_cannot_follow_are_refused_by_name(name, value):
+def test_unsupported_generation_settings_are_rejected_by_name(name, value):
     target, prompts = settled(**{name: value})
     for call in (
         lambda: generate(target, None, prompts, max_new_tokens=4),
@@ -173,13 +173,13 @@ def test_generation_settings_that_drafting_cannot_follow_are_refused_by_name(nam
 @pytest.mark.parametrize(
     ("name", "value"), [("penalty_alpha", 1), ("penalty_alpha", 1.0), ("guidance_scale", 0), ("num_beam_groups", 0)]
 )
-def test_zero_and_one_turn_off_only_the_settings_whose_default_they_are(name, value):
+def test_zero_and_one_disable_only_settings_with_that_default(name, value):
     target, _ = settled(**{name: value})
     with pytest.raises(ValueError, match=f"generation_config has {name}="):
         check_generation_config(target)
 
 
-def test_the_settings_that_are_reported_are_those_that_change_the_output():
+def test_the_reported_settings_are_those_that_change_the_output():
     on = {
         "no_repeat_ngram_size": 1,
         "encoder_no_repeat_ngram_size": 1,
@@ -197,8 +197,8 @@ def test_the_settings_that_are_reported_are_those_that_change_the_output():
     assert active_settings(settled(repetition_penalty=0)[0]) == {"repetition_penalty": 0}
 
 
-def test_every_setting_of_transformers_is_known_or_refused():
-    """A new one is refused until it is known here."""
+def test_every_setting_of_transformers_is_classified_or_rejected():
+    """A new setting is rejected until it is classified here."""
     lists = (SUPPORTED, OVERRIDDEN, SPEEDUPS, IGNORED)
     assert len(set().union(*lists)) == sum(map(len, lists))
     refused = set(GenerationConfig().to_dict()) - set().union(*lists)
@@ -214,7 +214,7 @@ def test_every_setting_of_transformers_is_known_or_refused():
 
 
 @pytest.mark.slow
-def test_an_unknown_architecture_may_have_generation_settings(monkeypatch):
+def test_an_untested_architecture_may_have_generation_settings(monkeypatch):
     monkeypatch.setattr("models.decoding.flex.TESTED", ())
     for settings in ({"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 8}):
         target = random_target()
@@ -224,7 +224,7 @@ def test_an_unknown_architecture_may_have_generation_settings(monkeypatch):
 
 
 @pytest.mark.slow
-def test_processors_given_are_merged_with_the_targets_own_as_transformers_does():
+def test_given_processors_are_merged_with_the_targets_own_as_in_transformers():
     target, prompts = settled(suppress_tokens=[60])
     extra = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])
     own = of_transformers(target, prompts, logits_processor=extra)
@@ -234,7 +234,7 @@ def test_processors_given_are_merged_with_the_targets_own_as_transformers_does()
 
 
 class Once:
-    """Bans a row's last token; keeps the texts that it was called with."""
+    """Processor that bans a row's last token and records the ids of each call."""
 
     def __init__(self):
         self.seen = []
@@ -257,7 +257,7 @@ def test_a_processor_sees_each_new_token_of_its_row_once_and_in_order():
 
 
 @pytest.mark.slow
-def test_stopping_criteria_end_their_row_alone():
+def test_stopping_criteria_end_only_their_own_row():
     target, prompts = settled(eos_token_id=None)
     free = of_transformers(target, prompts)
     limits = [3, 1, 7, NEW_TOKENS, 5, 2]
@@ -290,7 +290,7 @@ def test_stop_strings_end_a_row_as_in_transformers(tiny_target, tiny_tokenizer):
 
 
 class Heard:
-    """A streamer of transformers' protocol."""
+    """Recording streamer with the interface of transformers."""
 
     def __init__(self):
         self.prompt, self.tokens, self.ended = None, [], 0
@@ -308,7 +308,7 @@ class Heard:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_streamers_hear_their_row_token_by_token_and_its_end(mode):
+def test_streamers_receive_their_row_token_by_token_and_its_end(mode):
     target, prompts = settled(eos_token_id=[70, 43])
     for draft, settings in itertools.product(
         (None, guessing(target)), ({}, {"logits_processor": [[Once()] for _ in prompts]})

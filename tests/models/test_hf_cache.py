@@ -1,4 +1,4 @@
-"""What is passed to transformers' own models and layers arrives there, in this version and in others."""
+"""Arguments passed to transformers' models and layers take effect, in this version and in others."""
 
 import inspect
 import warnings
@@ -23,7 +23,7 @@ def target():
 
 
 def rename(monkeypatch, kind, old, new):
-    """A forward that knows one of its arguments by another name alone, and swallows others."""
+    """Return a forward with one argument renamed, which swallows unknown names."""
     forward, signature = kind.forward, inspect.signature(kind.forward)
 
     def renamed(self, *args, **kwargs):
@@ -44,7 +44,7 @@ def here(kind):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_cache_is_filled_by_whatever_name_the_model_has_for_it(target, monkeypatch, name):
+def test_a_cache_is_passed_under_the_models_argument_name(target, monkeypatch, name):
     expected = target(IDS).logits
     if name != here(type(target)):
         rename(monkeypatch, type(target), here(type(target)), name)
@@ -54,7 +54,7 @@ def test_a_cache_is_filled_by_whatever_name_the_model_has_for_it(target, monkeyp
 
 
 @torch.no_grad()
-def test_a_cache_without_a_name_is_an_error(target, monkeypatch):
+def test_a_model_without_a_cache_argument_is_an_error(target, monkeypatch):
     rename(monkeypatch, type(target), here(type(target)), "memory")
     with pytest.raises(ValueError, match="Qwen3ForCausalLM.forward in transformers .* does not accept cache"):
         forward_cached(target, IDS, DynamicCache())
@@ -73,7 +73,7 @@ def test_a_cache_that_did_not_grow_is_an_error(target, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_cache_is_cut_to_its_first_tokens_and_other_attributes_are_an_error(target):
+def test_a_cache_is_cropped_to_its_first_tokens_and_unknown_attributes_are_an_error(target):
     cache = DynamicCache()
     forward_cached(target, IDS, cache)
     keys, values = keys_values(cache, 1)
@@ -86,8 +86,8 @@ def test_a_cache_is_cut_to_its_first_tokens_and_other_attributes_are_an_error(ta
 
 @pytest.mark.parametrize("name", ["attention_mask", "position_embeddings"])
 @torch.no_grad()
-def test_a_layer_that_would_lose_what_it_is_passed_is_an_error(target, monkeypatch, name):
-    """Without its mask a layer would see the future, and the loss would not show it."""
+def test_a_layer_that_drops_an_argument_is_an_error(target, monkeypatch, name):
+    """Without its mask a layer would attend to future tokens, which the loss would not reveal."""
     rename(monkeypatch, type(target.model.layers[0]), name, "renamed")
     hidden, positions = target.get_input_embeddings()(IDS), torch.arange(5)[None]
     views = clean_views(target, torch.zeros_like(IDS), "sdpa")
@@ -96,14 +96,14 @@ def test_a_layer_that_would_lose_what_it_is_passed_is_an_error(target, monkeypat
 
 
 @torch.no_grad()
-def test_nothing_that_is_passed_is_deprecated(target):
+def test_no_argument_is_deprecated(target):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         forward_cached(target, IDS, DynamicCache())
         random_draft(target)
 
 
-def test_a_target_is_loaded_in_a_dtype_by_name_or_as_it_is():
+def test_a_target_is_loaded_in_a_named_or_its_stored_dtype():
     sizes = {"model_type": "qwen3", "vocab_size": 17, "hidden_size": 8, "num_hidden_layers": 1, "head_dim": 4}
     sizes |= {"intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
     for dtype in ("bfloat16", torch.bfloat16):

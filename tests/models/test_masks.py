@@ -1,4 +1,4 @@
-"""Masks and labels against loops that spell the rules out."""
+"""Masks and labels against explicit loops over the rules."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_cached_mask_equals_loops(window):
 
 
 def with_tiles(seed: int, size: int, blocks: int, window: int | None = None):
-    """A batch with places that its rows cannot fill, and both rules with their queries and keys."""
+    """Return a batch with unused anchors, and both rules with their queries and keys."""
     rows = rows_of(seed, count=9)
     batch = make_batch(rows, num_anchors=blocks, block_size=size, seeds=[(i,) for i in range(len(rows))])
     length, queries = batch.input_ids.shape[1], blocks * size
@@ -87,7 +87,7 @@ def with_tiles(seed: int, size: int, blocks: int, window: int | None = None):
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("size", "blocks"), [(4, 3), (4, 40), (100, 5), (300, 2)])
-def test_tiles_hold_every_allowed_pair_once_and_no_other(size, blocks, window, monkeypatch):
+def test_tiles_contain_every_allowed_pair_exactly_once(size, blocks, window, monkeypatch):
     monkeypatch.setattr("models.attention.masks.TILE", 256 if window is None else 8)  # documents of several tiles
     batch, clean, slots = with_tiles(7, size, blocks, window)
     tilings = (clean_tiles(batch.document_ids, window), block_tiles(batch.document_ids, batch.anchors, size, window))
@@ -100,7 +100,7 @@ def test_tiles_hold_every_allowed_pair_once_and_no_other(size, blocks, window, m
             found[tile.row, tile.queries, at] += square.tril() if tile.mask is None else tile.mask
         assert torch.equal(found, expected.int())
         assert tile_pairs(tiles) >= int(expected.sum())
-        if queries == keys:  # padding sees itself, which nobody needs
+        if queries == keys:  # padding attends to itself, which has no effect
             expected = expected & (batch.document_ids != PADDING_DOCUMENT)[:, None]
         assert window or int(expected.sum()) == allowed
 
@@ -174,7 +174,7 @@ def test_labels_equal_loops_and_stop_at_the_first_unsupervised_token():
             assert labels[block, 0] != IGNORE and labels[block, 1] != IGNORE
 
 
-def test_every_anchor_that_decoding_could_meet_is_valid_and_no_other():
+def test_valid_anchors_are_exactly_those_that_decoding_can_reach():
     for row in rows_of(3, count=12):
         valid = set(valid_anchors(row).tolist())
         for at in range(len(row.input_ids)):
@@ -183,21 +183,21 @@ def test_every_anchor_that_decoding_could_meet_is_valid_and_no_other():
             assert (at in valid) == bool(expected)
 
 
-def test_anchors_are_distinct_sorted_and_depend_on_the_seed_alone():
+def test_anchors_are_distinct_sorted_and_depend_only_on_the_seed():
     row = rows_of(4)[0]
     first, again, other = (draw_anchors(row, 8, np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert (first == again).all() and (first != other).any()
     assert (np.diff(first[first >= 0]) > 0).all()
 
 
-def test_blocks_that_a_row_cannot_fill_carry_no_label():
+def test_unused_blocks_of_a_row_have_no_labels():
     row = rows_of(5)[0]
     count = len(valid_anchors(row)) + 4
     batch = make_batch([row], num_anchors=count, block_size=4, seeds=[(0,)])
     assert (batch.labels[0, -4:] == IGNORE).all() and (batch.labels[0, :-4, 1] != IGNORE).all()
 
 
-def test_packing_holds_every_document_once_and_restarts_positions():
+def test_packing_contains_every_document_once_and_restarts_positions():
     documents = random_documents(40, seed=6)
     rows = pack_documents(documents, 64, pad_id=0)
     packed = []
@@ -210,7 +210,7 @@ def test_packing_holds_every_document_once_and_restarts_positions():
     assert sorted(packed) == sorted(expected)
 
 
-def test_slot_positions_count_on_from_the_anchor():
+def test_slot_positions_start_at_the_anchor():
     rows = rows_of(8)
     batch = make_batch(rows, num_anchors=3, block_size=5, seeds=[(i,) for i in range(len(rows))])
     positions = batch.slot_positions()

@@ -31,7 +31,7 @@ ROWS, BLOCKS, SIZE, HIDDEN, VOCABULARY, LENGTH = 2, 5, 6, 8, 11, 40
 
 
 def reference_value(z, t, label, objective):
-    """What one slot costs, and how likely it is to be accepted. Logits of draft and target [V]."""
+    """Compute the loss of one slot and its acceptance probability from draft and target logits [V]."""
     log_q = torch.log_softmax(z / objective.temperature, 0)
     log_p = torch.log_softmax(t / objective.temperature, 0)
     cross_entropy = -log_q[label]
@@ -42,7 +42,7 @@ def reference_value(z, t, label, objective):
 
 
 def reference_block_loss(hidden, target_hidden, head, batch, objective, slot0_loss):
-    """One slot at a time. Values as tensors, so that autograd gives the gradient; weights as numbers."""
+    """Compute the loss one slot at a time. Losses are tensors for autograd; weights are plain numbers."""
     total, weight_total = 0.0, 0.0
     for row in range(ROWS):
         for block in range(BLOCKS):
@@ -66,7 +66,7 @@ def reference_block_loss(hidden, target_hidden, head, batch, objective, slot0_lo
 
 
 def random_blocks(seed: int = 0):
-    """Hidden states of draft and target, a head, and a batch with full, short and empty blocks; float64."""
+    """Return draft and target hidden states, a head, and a batch with full, short and empty blocks, in float64."""
     torch.manual_seed(seed)
     hidden, target_hidden = torch.randn(ROWS, BLOCKS, SIZE, HIDDEN), torch.randn(ROWS, LENGTH, HIDDEN)
     labels = torch.randint(0, VOCABULARY, (ROWS, BLOCKS, SIZE))
@@ -88,7 +88,7 @@ def relative_error(value, expected) -> float:
 @pytest.mark.parametrize("chunk", [1000, 7])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 def test_loss_and_gradients_equal_loops_in_float64(name, slot0_loss, chunk, dtype, tolerance):
-    """By the way of both stages: gradients of the hidden states, and of what the head trains."""
+    """In both stages: gradients of the hidden states and of the head's trained parameters."""
     hidden, target_hidden, head, batch = random_blocks()
     hidden.requires_grad_()
     head.requires_grad_()
@@ -101,7 +101,7 @@ def test_loss_and_gradients_equal_loops_in_float64(name, slot0_loss, chunk, dtyp
 
     own = hidden.detach().to(dtype).requires_grad_()
     loss, weight, correct = block_loss(lambda h, *_: h @ frozen.T, own, batch, **settings)
-    (3 * loss).backward()  # a factor, as training has one
+    (3 * loss).backward()  # a scale, as in training
     (by_hidden,) = torch.autograd.grad(expected, hidden, retain_graph=True)
     assert relative_error(loss.detach(), expected.detach()) < tolerance
     assert float(weight) == pytest.approx(expected_weight, rel=tolerance)
@@ -109,7 +109,7 @@ def test_loss_and_gradients_equal_loops_in_float64(name, slot0_loss, chunk, dtyp
     hits = ((hidden @ head.T).argmax(-1) == batch.labels)[..., 1:]
     assert (correct == hits).all()
 
-    # Stage 2: here the whole head is trained, so the teacher's logits are kept apart from it.
+    # Stage 2 trains the full head here, so the teacher uses a separate one.
     change = torch.zeros_like(frozen).requires_grad_()
     bonus = torch.zeros(ROWS, BLOCKS, dtype=torch.long)
 
@@ -125,13 +125,13 @@ def test_loss_and_gradients_equal_loops_in_float64(name, slot0_loss, chunk, dtyp
 
 
 def reference_by_draft_head(hidden, target_hidden, head, draft_head, batch, settings):
-    """`reference_block_loss` with a head of the draft's own: both go into the hidden states, and the head becomes 1."""
+    """Run `reference_block_loss` with a separate draft head: logits replace the hidden states, and the head is 1."""
     eye = torch.eye(VOCABULARY, dtype=torch.float64)
     states = (hidden @ draft_head.T, target_hidden @ head.T)
     return reference_block_loss(*states, eye, batch, settings["objective"], settings["slot0_loss"])
 
 
-def test_no_more_logits_than_a_chunk_are_asked_for_and_only_of_labelled_slots():
+def test_logits_are_computed_in_chunks_and_only_for_labelled_slots():
     hidden, _, head, batch = random_blocks()
     asked = []
 
@@ -143,8 +143,8 @@ def test_no_more_logits_than_a_chunk_are_asked_for_and_only_of_labelled_slots():
     assert max(asked) <= 12 and sum(asked) == int((batch.labels[..., 1:] != IGNORE).sum())
 
 
-def test_the_head_is_called_as_often_whatever_is_supervised():
-    """Under ZeRO 3 each call is a collective: ranks that differ in it wait for ever."""
+def test_the_number_of_head_calls_does_not_depend_on_the_labels():
+    """Under ZeRO 3 each call is a collective: ranks with different numbers of calls would deadlock."""
     hidden, _, head, batch = random_blocks()
     calls = []
 
@@ -160,7 +160,7 @@ def test_the_head_is_called_as_often_whatever_is_supervised():
     assert calls == [5, 5, 5]  # 10 blocks of 5 slots, 2 at a time
 
 
-def test_dpace_falls_from_slot_to_slot_and_is_detached():
+def test_dpace_weights_decrease_over_slots_and_are_detached():
     confidence = torch.rand(20, 7, requires_grad=True)
     weights = dpace_weights(confidence, torch.ones(20, 7, dtype=torch.bool), alpha=0.5)
     assert not weights.requires_grad and (weights.diff(dim=-1) < 0).all()
@@ -172,12 +172,12 @@ def test_dpace_falls_from_slot_to_slot_and_is_detached():
 
 
 def test_loss_of_packed_documents_equals_one_per_row():
-    """Same documents, same anchors: what else is in the row changes nothing."""
+    """Same documents and anchors: the other contents of a row have no effect."""
     target = random_target("float64")
     draft = random_draft(target)
     documents = random_documents(9, seed=5)
     losses = []
-    for max_seq_len in (100, 40):  # several documents a row, then one a row
+    for max_seq_len in (100, 40):  # several documents per row, then one per row
         rows = (
             pack_documents(documents, max_seq_len, pad_id=0)
             if max_seq_len == 100

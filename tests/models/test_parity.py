@@ -1,4 +1,4 @@
-"""The heart: for the same state, training and decoding give the same logits."""
+"""Central property: for the same state, training and decoding give the same logits."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from models.target import bonus_tokens, target_pass
 
 
 def training_states(dtype: str, beyond: bool):
-    """Packed rows with all their anchors, the first and the last possible among them."""
+    """Return packed rows with all valid anchors, including the first and the last possible."""
     target = random_target(dtype)
     draft = random_draft(target, bonus_slot=beyond, chain_rank=4 if beyond else 0)
     rows = pack_documents(random_documents(8, seed=3), 96, pad_id=0)
@@ -29,7 +29,7 @@ def training_states(dtype: str, beyond: bool):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
 @torch.no_grad()
 def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
-    """In every state and every way to draft; `beyond` the paper, also with the bonus in slot 0, and with a chain."""
+    """In every state and drafting mode; `beyond` the paper, also with the bonus token in slot 0 and with the chain."""
     target, draft, rows, batch = training_states(dtype, beyond)
     clean = target_pass(target, batch, draft.split_layer)
     bonus = bonus_tokens(target, clean.hidden, batch.anchors)
@@ -37,7 +37,7 @@ def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
     for bonus_known in (False, True):
         hidden = draft.forward_batch(clean.context, batch, bonus=bonus if bonus_known else None)
         logits[bonus_known, False] = draft.logits(hidden)  # stage 1
-        # Stage 2; slots know the tokens before them that decoding would draft.
+        # Stage 2: slots are given the previous tokens that decoding would draft.
         calibrated = draft.logits(hidden, known)
         drafted = draft.block_logits(hidden[..., 1:, :], bonus).argmax(-1)
         before = torch.cat([torch.full_like(known[..., :1], UNKNOWN), known[..., :1], drafted[..., :-1]], -1)
@@ -51,7 +51,7 @@ def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
             prefix = torch.from_numpy(row.input_ids[start:anchor])[None]
             cache = DynamicCache()
             prediction = forward_cached(target, prefix, cache).logits[0, -1:].argmax(-1)
-            assert prediction == bonus[r, a]  # the bonus of training is the bonus of decoding
+            assert prediction == bonus[r, a]  # training and decoding use the same bonus token
             for (bonus_known, calibrate), trained in logits.items():
                 how = {"bonus_known": bonus_known, "calibrate": calibrate}
                 decoded = draft_logits(draft, cache, anchor - start, prediction, **how)
@@ -59,14 +59,14 @@ def test_training_and_decoding_logits_agree(dtype, tolerance, beyond):
                 states += 1
     assert states >= 400  # at least 100 of each kind
     assert worst < tolerance
-    assert float((logits[True, True] - logits[True, False]).abs().max()) > 0.1  # the calibrator did something
-    assert (float((logits[True, True] - logits[False, True]).abs().max()) > 0.1) == beyond  # so did the bonus slot
+    assert float((logits[True, True] - logits[True, False]).abs().max()) > 0.1  # the calibrator has an effect
+    assert (float((logits[True, True] - logits[False, True]).abs().max()) > 0.1) == beyond  # and the bonus slot
     assert not beyond or float((logits[True, True] - calibrated).abs().max()) > 0.1  # and the chain
 
 
 @torch.no_grad()
 def test_clean_context_is_the_targets_own_cache():
-    """One document a row: no mask token, and no draft layer, may touch what the target computes."""
+    """One document per row: neither mask tokens nor draft layers may affect the target's computation."""
     target = random_target()
     draft = random_draft(target)
     row = pack_documents(random_documents(1, seed=4, low=30, high=30), 30, pad_id=0)[0]
@@ -80,12 +80,12 @@ def test_clean_context_is_the_targets_own_cache():
         keys, values = clean.context[layer - draft.split_layer]
         assert torch.allclose(cache.layers[layer].keys, keys, atol=1e-5)
         assert torch.allclose(cache.layers[layer].values, values, atol=1e-5)
-        assert keys.shape[2] == 30  # the blocks left nothing behind
+        assert keys.shape[2] == 30  # the blocks left no entries in the cache
 
 
 @torch.no_grad()
 def test_drafts_equal_a_plain_recomputation():
-    """Block logits from matrices and loops over heads, with nothing of transformers' attention but the weights."""
+    """Recompute block logits with matrices and loops over heads, using only the weights of transformers' attention."""
     target = random_target("float64")
     draft = random_draft(target, rank=8)
     tokens = torch.randint(3, 97, (1, 17))

@@ -1,4 +1,4 @@
-"""Our own decoding with targets whose projectors are quantized or adapted; training needs plain ones."""
+"""Decoding with quantized or adapted targets; training requires plain ones."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_weights_that_were_never_loaded_are_not_mistaken_for_trained_ones(export
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [*TARGETS, "adapted embeddings", "copied embeddings"])
-def test_verifying_takes_a_target_that_is_quantized_or_adapted(kind, exported):
+def test_verification_accepts_a_quantized_or_adapted_target(kind, exported):
     target, _, directory = exported
     changed = TARGETS[kind](target) if kind in TARGETS else embeddings_changed(target, kind)
     assert vocabulary(changed) == 97
@@ -75,7 +75,7 @@ def embeddings_changed(target, kind):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["plain", "LoRA on queries and values", "LoRA on the FFN"])
-def test_an_untrained_drafter_is_known_beside_an_adapted_target_too(kind):
+def test_an_untrained_drafter_is_detected_with_an_adapted_target(kind):
     target = random_target()
     draft = DraftModel(target, DraftConfig(num_layers=2, block_size=4, calibrator_rank=0))
     assert is_untrained(draft)
@@ -87,7 +87,7 @@ def test_an_untrained_drafter_is_known_beside_an_adapted_target_too(kind):
     assert not is_untrained(draft)
 
 
-def test_a_wrapped_target_is_refused_with_the_way_out(exported):
+def test_a_wrapped_target_is_rejected_with_a_fix(exported):
     from peft import LoraConfig, get_peft_model
 
     target, _, directory = exported
@@ -96,7 +96,7 @@ def test_a_wrapped_target_is_refused_with_the_way_out(exported):
         load_draft(directory, wrapped)
 
 
-def test_training_refuses_a_quantized_target(exported):
+def test_training_rejects_a_quantized_target(exported):
     config = exported[0].config
     check_trainable(config)
     config.quantization_config = {"quant_method": "gptq", "bits": 4}

@@ -1,4 +1,4 @@
-"""What a caller may ask of the decoder; the rest is refused by one ValueError before anything runs."""
+"""Arguments of the decoder; invalid ones are rejected by one ValueError before anything runs."""
 
 import random
 
@@ -85,7 +85,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_argument_is_refused_before_anything_runs(message, pair, monkeypatch):
+def test_a_wrong_argument_is_rejected_before_anything_runs(message, pair, monkeypatch):
     target, draft = pair
     monkeypatch.setattr(decoding, "BatchDecoder", None)
     with pytest.raises(ValueError, match=message):
@@ -93,7 +93,7 @@ def test_a_wrong_argument_is_refused_before_anything_runs(message, pair, monkeyp
 
 
 @pytest.mark.parametrize("target", ["src/data/tiny/target", None, Nothing()])
-def test_a_target_that_is_no_model_is_refused(target):
+def test_a_target_that_is_not_a_model_is_rejected(target):
     with pytest.raises(ValueError, match="Load it with load_target"):
         generate(target, None, PROMPTS, max_new_tokens=4)
 
@@ -114,13 +114,13 @@ def test_a_target_that_is_no_model_is_refused(target):
         (Selection, {"rule": None}),
     ],
 )
-def test_settings_of_another_type_are_refused_by_value(kind, arguments):
+def test_settings_of_the_wrong_type_are_rejected_with_their_value(kind, arguments):
     name, value = next(iter(arguments.items()))
     with pytest.raises(ValueError, match=f"{'selection' if name == 'rule' else name}={value!r}"):
         kind(**arguments)
 
 
-def test_prompts_may_come_in_any_kind_of_list_of_whole_numbers(pair):
+def test_prompts_may_be_any_sequence_of_integers(pair):
     target, draft = pair
     own = generate(target, None, PROMPTS, max_new_tokens=4).tokens
     arrays, tensors = [np.array(p) for p in PROMPTS], [torch.tensor(p) for p in PROMPTS]
@@ -132,7 +132,7 @@ def test_prompts_may_come_in_any_kind_of_list_of_whole_numbers(pair):
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_a_padded_tensor_without_a_mask_is_read_as_transformers_reads_it(left, pair):
+def test_a_padded_tensor_without_a_mask_is_interpreted_as_in_transformers(left, pair):
     target, draft = pair
     assert target.generation_config.pad_token_id == 0
     prompts = random_prompts(random.Random(1), 4, 9)
@@ -148,15 +148,15 @@ def test_a_padded_tensor_without_a_mask_is_read_as_transformers_reads_it(left, p
         generate(target, draft, torch.tensor([[5, 0, 6], [5, 6, 7]]), max_new_tokens=5)
 
 
-def test_padding_that_may_also_be_text_needs_a_mask():
+def test_ambiguous_padding_requires_a_mask():
     target = random_target()
-    target.generation_config.pad_token_id = 2  # which ends texts
+    target.generation_config.pad_token_id = 2  # which is a stop token
     ids, mask = padded(PROMPTS, left=True, filler=2)
     with pytest.raises(ValueError, match="stop token, one of .2., which may be padding. Pass attention_mask"):
         generate(target, None, ids, max_new_tokens=4)
     own = generate(target, None, PROMPTS, max_new_tokens=4).tokens
     assert generate(target, None, ids, mask, max_new_tokens=4).tokens == own
-    ends = torch.tensor([[2, 5, 2]])  # one row has no padding: so it is text
+    ends = torch.tensor([[2, 5, 2]])  # one row has no padding, so its stop tokens are text
     assert (
         generate(target, None, ends, max_new_tokens=4).tokens
         == generate(target, None, [[2, 5, 2]], max_new_tokens=4).tokens

@@ -1,4 +1,4 @@
-"""Sampling draws from the target's own distribution, however tokens are drafted; what selection verifies."""
+"""Sampling draws from the target's own distribution, however tokens are drafted; selective verification."""
 
 import itertools
 
@@ -26,7 +26,7 @@ SETTINGS = [
 
 
 def warped(logits: list[float], sampling: Sampling) -> list[float]:
-    """Temperature, then top-k, then top-p, in plain Python numbers."""
+    """Apply temperature, then top-k, then top-p, with plain Python numbers."""
     weights = torch.tensor([value / sampling.temperature for value in logits], dtype=torch.float64).softmax(-1).tolist()
     order = sorted(range(len(weights)), key=lambda token: -weights[token])
     if sampling.top_k:
@@ -53,7 +53,7 @@ def test_probabilities_equal_a_computation_by_hand(sampling):
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-def test_evenly_spread_points_choose_every_token_as_often_as_it_is_likely(sampling):
+def test_evenly_spread_points_choose_every_token_in_proportion_to_its_probability(sampling):
     torch.manual_seed(1)
     logits, points = 2 * torch.randn(3, 9), 4096
     uniforms = torch.cat([(torch.arange(points) + 0.5) / points, torch.tensor([0.0, 1 - 2**-24])])
@@ -62,10 +62,10 @@ def test_evenly_spread_points_choose_every_token_as_often_as_it_is_likely(sampli
         share = torch.bincount(chosen[:points], minlength=9) / points
         probabilities = sampling.probabilities(row)
         assert (share - probabilities).abs().max() <= 1 / points
-        assert (probabilities[chosen] > 0).all()  # at both ends, too
+        assert (probabilities[chosen] > 0).all()  # also at both ends
 
 
-def test_no_uniform_reaches_a_token_that_may_not_be_drawn():
+def test_no_uniform_number_selects_a_token_of_probability_zero():
     ends = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])
     for forbidden in itertools.product([False, True], repeat=6):
         if all(forbidden):
@@ -75,7 +75,7 @@ def test_no_uniform_reaches_a_token_that_may_not_be_drawn():
         assert not any(forbidden[token] for token in chosen)
 
 
-def test_rounding_of_the_cumulative_distribution_reaches_beyond_no_token():
+def test_rounding_of_the_cumulative_distribution_never_selects_a_token_past_the_last():
     logits = torch.randn(50, 2000, generator=torch.Generator().manual_seed(3))
     sampling, last = Sampling(temperature=1.0, top_k=1500), torch.full((50,), 1 - 2**-53, dtype=torch.float64)
     chosen = sampling.choose(logits, last)
@@ -95,8 +95,8 @@ EXPONENTS = (-1074, -1073, -1022, -1000, -500, -200, -100, -50, 0, 1, 50, 200, 5
 
 @pytest.mark.parametrize("exponent", EXPONENTS)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4, 1e30])
-def test_every_temperature_that_a_float_can_hold_gives_a_distribution(exponent, scale):
-    """The most likely tokens stay the most likely; a small temperature leaves them alone, a great one evens all out."""
+def test_every_float_temperature_gives_a_valid_distribution(exponent, scale):
+    """The most likely tokens stay so: a low temperature selects only them, a high one approaches uniform."""
     logits = scale * torch.randn(6, 40, generator=torch.Generator().manual_seed(4))
     logits[:, 7] = -torch.inf  # banned by a processor
     uniforms = torch.linspace(0, 1 - 2**-24, 6)
@@ -115,13 +115,13 @@ def test_every_temperature_that_a_float_can_hold_gives_a_distribution(exponent, 
 
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
 @pytest.mark.parametrize("value", ["1", None, True, float("nan"), float("inf"), -1, -(2.0**-1074), 10**400, 1j])
-def test_settings_that_are_no_such_number_are_refused_by_name(name, value):
+def test_non_numeric_settings_are_rejected_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name}=.*: expected"):
         Sampling(**{"temperature": 1.0, name: value})
 
 
 def exact_joint(target, sampling: Sampling) -> torch.Tensor:
-    """[V, V, V] probability of the first three new tokens, from the logits of all prefixes, by hand."""
+    """Compute the joint probability [V, V, V] of the first three new tokens from the logits of all prefixes."""
     pairs = list(itertools.product(range(VOCABULARY), repeat=2))
     with torch.no_grad():
         logits = target(torch.tensor([[*PROMPT, *pair] for pair in pairs])).logits[:, len(PROMPT) - 1 :]
@@ -132,7 +132,7 @@ def exact_joint(target, sampling: Sampling) -> torch.Tensor:
 
 
 def drawn(target, draft, mode: str, sampling: Sampling, draws: int = DRAWS) -> tuple[torch.Tensor, float]:
-    """[V*V*V] how often the first three new tokens came, and the accepted share of the drafts."""
+    """Count the first three new tokens of each sample [V*V*V]; also return the fraction of accepted drafts."""
     common = {"max_new_tokens": 3, "mode": mode, "sampling": sampling, "selection": OFF}
     result = generate(target, draft, [PROMPT] * draws, seed=11, **common)
     tokens = torch.tensor(result.tokens)
@@ -142,7 +142,7 @@ def drawn(target, draft, mode: str, sampling: Sampling, draws: int = DRAWS) -> t
 
 
 def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Of a chi-square test; cells in which fewer than 5 are expected make one together."""
+    """Compute the p-value of a chi-square test; cells with an expected count below 5 are pooled."""
     expected = probabilities.flatten() * counts.sum()
     rare = expected < 5
     observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
@@ -158,7 +158,7 @@ def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 def pair_of_small_vocabulary():
     target = endless(vocab_size=VOCABULARY, num_hidden_layers=2, hidden_size=16, intermediate_size=16, seed=3)
     with torch.no_grad():
-        target.get_output_embeddings().weight.mul_(0.5)  # less sure, so that many continuations are likely enough
+        target.get_output_embeddings().weight.mul_(0.5)  # flatter distribution, so that many continuations are likely
     torch.manual_seed(3)
     return target, Guess(target, DraftConfig(num_layers=1, block_size=4, calibrator_rank=0))
 
@@ -168,20 +168,20 @@ CASES = list(itertools.product(["parallel", "sequential"], [0.7, 1.0]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "temperature"), CASES)
-def test_draws_follow_the_targets_own_joint_distribution(mode, temperature):
+def test_samples_follow_the_targets_joint_distribution(mode, temperature):
     target, draft = pair_of_small_vocabulary()
     sampling = Sampling(temperature, top_p=0.9)
     counts, accepted = drawn(target, draft, mode, sampling)
     joint = exact_joint(target, sampling)
     assert joint.sum() == pytest.approx(1) and (joint > 5 / DRAWS).sum() > 50
-    assert accepted > 0.25  # of two drafts, so that about every second draw holds one
+    assert accepted > 0.25  # of two drafts: about every second sample contains an accepted one
     assert counts[joint.flatten() == 0].sum() == 0
     assert p_value(counts, joint) > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "broken"), [("parallel", "one too many"), ("sequential", "all")])
-def test_the_test_of_draws_fails_for_a_broken_acceptance_rule(mode, broken, monkeypatch):
+def test_the_distribution_test_fails_for_a_broken_acceptance_rule(mode, broken, monkeypatch):
     rule = target_sampler.accepted_drafts
     rules = {
         "one too many": lambda drafted, predicted: (rule(drafted, predicted) + 1).clamp(max=drafted.shape[-1]),
@@ -194,7 +194,7 @@ def test_the_test_of_draws_fails_for_a_broken_acceptance_rule(mode, broken, monk
     assert p_value(counts, exact_joint(target, sampling)) < 1e-6
 
 
-def test_rows_and_seeds_draw_apart_and_a_seed_draws_the_same_again():
+def test_rows_and_seeds_draw_independently_and_a_seed_is_reproducible():
     target = random_target()
     target.generation_config.eos_token_id = None
     first, again, other = (
@@ -206,7 +206,7 @@ def test_rows_and_seeds_draw_apart_and_a_seed_draws_the_same_again():
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.01, 0.3, 1.0])
-def test_selection_counts_the_leading_drafts_that_are_likely_enough(threshold):
+def test_selection_counts_the_leading_drafts_above_the_threshold(threshold):
     confidence = torch.rand(40, 5, 7, generator=torch.Generator().manual_seed(5)) ** 0.3
     confidence[:3] = torch.tensor([0.0, 1.0, 0.3])[:, None, None]
     for rule in ("cumulative_product", "min_confidence", "off"):
@@ -220,7 +220,7 @@ def test_selection_counts_the_leading_drafts_that_are_likely_enough(threshold):
                 if likely < threshold:
                     break
                 expected += 1
-            assert counts[place] == max(1, expected)  # one is always worth a try: its place is there anyway
+            assert counts[place] == max(1, expected)  # at least one draft is verified, at no extra cost
 
 
 def test_confidence_is_the_probability_of_the_most_likely_token():
@@ -252,6 +252,6 @@ def test_the_default_rule_is_the_release():
         (Selection, {"threshold": float("nan")}, "threshold=nan"),
     ],
 )
-def test_arguments_out_of_range_are_refused_by_value(kind, arguments, message):
+def test_arguments_out_of_range_are_rejected_with_their_value(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**arguments)

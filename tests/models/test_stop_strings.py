@@ -36,7 +36,7 @@ FEW_STEPS = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """The embedded target with stop strings among its defaults."""
+    """Save the embedded target with stop strings in its generation_config."""
     place = shutil.copytree(TINY / "target", tmp_path_factory.mktemp("stops") / "target")
     file = place / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"stop_strings": STRINGS}))
@@ -68,7 +68,7 @@ def of_transformers(target, prompts, **settings):
     return answers
 
 
-def test_decoders_and_the_oracle_end_texts_where_transformers_does(target, words, prompts):
+def test_decoders_and_the_reference_stop_where_transformers_does(target, words, prompts):
     own = of_transformers(target, prompts, tokenizer=words)
     assert sum(len(answer) < NEW_TOKENS and answer[-1] != 2 for answer in own) > 1  # the strings ended some
     assert [autoregressive_generate(target, p, NEW_TOKENS, tokenizer=words) for p in prompts] == own
@@ -81,7 +81,7 @@ def test_decoders_and_the_oracle_end_texts_where_transformers_does(target, words
     assert generate(target, draft, prompts, max_new_tokens=NEW_TOKENS, **sampled).tokens == alone
 
 
-def test_a_target_without_its_tokenizer_is_refused_with_the_way_out(target, prompts):
+def test_stop_strings_without_a_tokenizer_are_rejected_with_a_fix(target, prompts):
     for call in (
         lambda: check_untested(target),
         lambda: autoregressive_generate(target, prompts[0], 4),
@@ -91,22 +91,22 @@ def test_a_target_without_its_tokenizer_is_refused_with_the_way_out(target, prom
             call()
 
 
-def test_an_architecture_without_tests_may_have_stop_strings(target, words, monkeypatch):
+def test_an_untested_architecture_may_have_stop_strings(target, words, monkeypatch):
     monkeypatch.setattr("models.decoding.flex.TESTED", ())
     check_untested(target, words)
 
 
-def test_decoding_in_training_ends_texts_where_the_target_does(target, words, prompts):
+def test_decoding_in_training_stops_where_the_target_does(target, words, prompts):
     draft = random_draft(target)
     limits = {"max_new_tokens": NEW_TOKENS, "batch_size": 2}
     by_prompt = LiveDecoding(prompts, tokenizer=words, **limits)._decode(draft, prompts)
     own = of_transformers(target, prompts, tokenizer=words)
     gained = [sum(accepted + 1 for accepted in steps) for steps in by_prompt]
-    # The first token comes from the prompt; a step may gain the last token as its own draft.
+    # The first token comes from the prompt; a step may gain the last token as a draft.
     assert all(len(answer) - 1 <= tokens <= len(answer) for tokens, answer in zip(gained, own, strict=True))
 
 
-def test_the_evaluation_compares_texts_that_stop_strings_end(target, words):
+def test_the_evaluation_compares_outputs_ended_by_stop_strings(target, words):
     talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=3, setting="x")
     how = replace(HOW, max_new_tokens=NEW_TOKENS, tokenizer=words)
     variants = {"x": Variant(random_draft(target, num_layers=2), True)}
@@ -118,7 +118,7 @@ def test_the_evaluation_compares_texts_that_stop_strings_end(target, words):
     assert found.as_dict()["generation_settings"] == {"stop_strings": STRINGS}
 
 
-def test_all_stages_and_the_verifying_command_run(directory, tmp_path):
+def test_all_stages_and_models_verify_run(directory, tmp_path):
     few = ["stage.evaluate.num_prompts=2", "stage.evaluate.max_new_tokens=12", "stage.evaluate.speed.num_prompts=1"]
     config = composed([*SHORT, *FEW_STEPS, *few, f"model.target.name={directory}", f"run_dir={tmp_path}"])
     run(config)

@@ -1,4 +1,4 @@
-"""The target loads as transformers loads it, or one error says why not."""
+"""The target loads as in transformers, or one error gives the reason."""
 
 import copy
 import json
@@ -29,35 +29,35 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16, "float16", torch.float64])
-def test_a_dtype_is_taken_in_every_form(dtype, saved):
+def test_a_dtype_is_accepted_in_every_form(dtype, saved):
     expected = getattr(torch, str(dtype).removeprefix("torch."))
     assert load_target(saved, dtype=dtype).dtype == expected
     assert load_target(None, architecture=ARCHITECTURE, dtype=dtype).dtype == expected
 
 
-def test_auto_is_the_dtype_of_the_file():
+def test_auto_selects_the_stored_dtype():
     assert load_target(TINY / "target", dtype="auto").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["int8", torch.int8, "float23", "nn", "", None, 32, "Tensor"])
-def test_what_is_no_floating_dtype_is_refused(dtype, saved):
+def test_a_dtype_that_is_not_floating_point_is_rejected(dtype, saved):
     with pytest.raises(ValueError, match=f"dtype={dtype!r}: expected a floating-point dtype"):
         load_target(saved, dtype=dtype)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu"), "auto"])
-def test_one_device_is_taken(device_map, saved):
+def test_a_single_device_is_accepted(device_map, saved):
     target = load_target(saved, device_map=device_map)
     assert target.device.type == "cpu" and not target.training
 
 
-def test_random_weights_take_no_settings_of_files():
+def test_random_weights_reject_checkpoint_options():
     for settings in ({"device_map": "cpu"}, {"dtype": "auto"}, {"quantization_config": {}}):
         with pytest.raises(ValueError, match="not supported for random weights"):
             load_target(None, architecture=ARCHITECTURE, **settings)
 
 
-def test_a_drafter_is_no_target(tmp_path):
+def test_a_drafter_is_rejected_as_a_target(tmp_path):
     export_draft(random_draft(random_target()), tmp_path, torch.float32)
     with pytest.raises(ValueError, match="an exported drafter, not a target"):
         load_target(tmp_path)
@@ -91,7 +91,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_target_is_refused_by_name(name, saved, tmp_path):
+def test_a_damaged_target_is_rejected_by_name(name, saved, tmp_path):
     damage, text = DAMAGES[name]
     shutil.copytree(saved, tmp_path / "target")
     damage(tmp_path / "target")
@@ -100,7 +100,7 @@ def test_a_damaged_target_is_refused_by_name(name, saved, tmp_path):
     assert text in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_a_wrapped_target_is_refused_with_the_way_out(tmp_path):
+def test_a_wrapped_target_is_rejected_with_a_fix(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     export_draft(random_draft(random_target()), tmp_path, torch.float32)
@@ -113,12 +113,12 @@ def test_a_wrapped_target_is_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize("rows", [98, 128])
 @pytest.mark.parametrize("beyond", [{}, {"bonus_slot": True, "chain_rank": 4}, {"rank": 0}], ids=str)
-def test_a_target_with_rows_added_to_its_embeddings_is_decoded_as_by_itself(rows, beyond, tmp_path):
-    """By all that load a drafter; a target with fewer rows is refused by all in the same words."""
+def test_a_target_with_added_embedding_rows_is_decoded_losslessly(rows, beyond, tmp_path):
+    """Holds for every loader of drafters; all reject a target with fewer rows with the same message."""
     target = random_target()
     export_draft(random_draft(target, **beyond), tmp_path / "drafter", torch.float32)
     target.resize_token_embeddings(rows, mean_resizing=False)
-    with torch.no_grad():  # so that the target chooses them now and then
+    with torch.no_grad():  # so that the target sometimes chooses them
         target.get_output_embeddings().weight[97:] = 1.5 * target.get_output_embeddings().weight[: rows - 97]
     target.generation_config.eos_token_id = None
     target.save_pretrained(tmp_path / "target")
@@ -140,7 +140,7 @@ def test_a_target_with_rows_added_to_its_embeddings_is_decoded_as_by_itself(rows
     assert checks[-1].name == "decoding" and not any(check.faults for check in checks)
 
 
-def test_a_target_with_fewer_rows_of_embeddings_is_refused_in_the_same_words(tmp_path):
+def test_a_target_with_fewer_embedding_rows_is_rejected_with_the_same_message(tmp_path):
     target = random_target()
     export_draft(random_draft(target), tmp_path, torch.float32)
     target.resize_token_embeddings(90, mean_resizing=False)
@@ -150,7 +150,7 @@ def test_a_target_with_fewer_rows_of_embeddings_is_refused_in_the_same_words(tmp
 
 
 @pytest.mark.slow
-def test_training_beside_a_quantized_target_is_refused_before_it_loads(tmp_path):
+def test_training_with_a_quantized_target_is_rejected_before_loading(tmp_path):
     shutil.copytree(TINY / "target", tmp_path / "target")
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
