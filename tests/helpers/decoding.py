@@ -42,7 +42,7 @@ def endless(**changes):
     return target
 
 
-class Guess(DraftModel):
+class GuessingDrafter(DraftModel):
     """Drafts the tokens that follow the bonus token if only the last token matters, which is sometimes correct.
 
     Its hidden states still affect the confidence and sometimes the tokens, so that wrong ones are detected.
@@ -62,9 +62,9 @@ class Guess(DraftModel):
         return logits + 4 * spread * torch.nn.functional.one_hot(guesses, logits.shape[-1])
 
 
-def guessing(target, *, num_layers: int = 3, block_size: int = 6) -> Guess:
+def guessing(target, *, num_layers: int = 3, block_size: int = 6) -> GuessingDrafter:
     torch.manual_seed(2)
-    return Guess(target, DraftConfig(num_layers=num_layers, block_size=block_size, calibrator_rank=8))
+    return GuessingDrafter(target, DraftConfig(num_layers=num_layers, block_size=block_size, calibrator_rank=8))
 
 
 def random_prompts(generator: random.Random, count: int, longest: int, vocabulary: int = 97) -> list[list[int]]:

@@ -184,7 +184,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("adapter.rank=0", "adapter.rank=0: expected 1 or more"),
         ("adapter.alpha=0", "adapter.alpha=0: expected more than 0"),
@@ -192,8 +192,8 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         ("trainer=zero3", "Set trainer=zero2 or adapter=none"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(override, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_that_cannot_be_are_refused(override, message):
+    with pytest.raises(UserError, match=message):
         check_adapter(composed("+experiment=tiny", "adapter=lora", override))
 
 
@@ -236,13 +236,13 @@ def count(parameters: dict[str, torch.Tensor]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [("adapter.rnk=8", "Did you mean adapter.rank"),
      ("adapter.target_modules=[gate_proj]", "expected one or more of q_proj, k_proj, v_proj, o_proj")],
 )  # fmt: skip
-def test_wrong_settings_end_with_a_message(override, said, tmp_path):
+def test_wrong_settings_end_with_a_message(override, message, tmp_path):
     done = command(*SHORT, "adapter=lora", override, "data.max_records=40", cwd=tmp_path)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from models.draft import DraftModel
 from models.draft_config import DraftConfig
 
 
-class ChainGuess(DraftModel):
+class ChainedDrafter(DraftModel):
     """Drafter with a bonus slot that guesses each slot's token from the previous draft alone."""
 
     def _chain(self, hidden, previous):
@@ -26,10 +26,10 @@ class ChainGuess(DraftModel):
         return bias + 3 * spread * torch.nn.functional.one_hot(guess, bias.shape[-1])
 
 
-def chained(target) -> ChainGuess:
+def chained(target) -> ChainedDrafter:
     torch.manual_seed(3)
     ranks = {"calibrator_rank": 8, "chain_rank": 4}
-    draft = ChainGuess(target, DraftConfig(num_layers=3, block_size=6, bonus_slot=True, **ranks))
+    draft = ChainedDrafter(target, DraftConfig(num_layers=3, block_size=6, bonus_slot=True, **ranks))
     with torch.no_grad():
         for name, parameter in draft.own_parameters().items():
             parameter.add_((3.0 if name.startswith("bonus_slot") else 0.1) * torch.randn_like(parameter))

@@ -62,8 +62,8 @@ def staggering(answers: list[list[int]]) -> set[int]:
         lengths = [len(until(answer, stop)) for answer in answers]
         return len(set(lengths)) > 2, sum(lengths)
 
-    said = sorted({token for answer in answers for token in answer})
-    return max(map(set, itertools.combinations(said, 2)), key=late)
+    generated = sorted({token for answer in answers for token in answer})
+    return max(map(set, itertools.combinations(generated, 2)), key=late)
 
 
 def untrained(target) -> DraftModel:
@@ -201,8 +201,8 @@ def test_random_prompts_limits_and_stop_tokens_never_give_a_wrong_token():
         sampling, seed = generator.choice([GREEDY, Sampling(0.8), Sampling(1.0, 20, 0.9)]), generator.randrange(99)
         free = own_batch(target, batch, limit, sampling, seed)
         # Tokens that will be generated: as the first one, the bonus token of a step, or within a block.
-        said = sorted({token for tokens in free for token in tokens}) or [2]
-        stop = {generator.choice(said) for _ in range(generator.randint(0, 3))}
+        generated = sorted({token for tokens in free for token in tokens}) or [2]
+        stop = {generator.choice(generated) for _ in range(generator.randint(0, 3))}
         form = generator.choice(["lists", "left", "right"])
         given = (batch,) if form == "lists" else padded(batch, left=form == "left", filler=generator.choice([0, 96]))
         mode, selection = generator.choice(MODES), generator.choice(SELECTIONS)

@@ -79,8 +79,8 @@ def fresh_compiler(monkeypatch):
 @pytest.mark.parametrize("how", [{"attention": "dense"}, {"activation_checkpointing": True}, {"compile": True}])
 def test_execution_settings_do_not_change_the_result(stage, beyond, objective, how, fresh_compiler, monkeypatch):
     # Otherwise stage 2 has few usable blocks: this target predicts the text's token once in a hundred times.
-    said = "train.loop.modules.bonus_tokens"
-    monkeypatch.setattr(said, lambda target, hidden, anchors: batch.input_ids.gather(1, anchors))
+    name = "train.loop.modules.bonus_tokens"
+    monkeypatch.setattr(name, lambda target, hidden, anchors: batch.input_ids.gather(1, anchors))
     plain, other = training(stage, objective, beyond), training(stage, objective, beyond, **how)
     for batch in batches(2):
         for expected, got in zip(loss_and_gradients(plain, batch), loss_and_gradients(other, batch), strict=True):

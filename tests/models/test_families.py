@@ -183,12 +183,12 @@ def test_out_of_memory_is_not_reported_as_a_damaged_target(error, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [("diffllama", "decoding differs from its own|logits differ"), ("doge", "drafting with its layers failed")],
 )
-def test_a_family_that_decodes_differently_is_detected_before_training(kind, said):
+def test_a_family_that_decodes_differently_is_detected_before_training(kind, message):
     target = load_target(None, architecture=SIZES | {"model_type": kind})
-    with pytest.raises(ValueError, match=f"{kind} is not supported as a target: .*({said})"):
+    with pytest.raises(ValueError, match=f"{kind} is not supported as a target: .*({message})"):
         check_untested(target)
 
 

@@ -289,7 +289,7 @@ def test_stop_strings_end_a_row_as_in_transformers(tiny_target, tiny_tokenizer):
     )
 
 
-class Heard:
+class RecordingStreamer:
     """Recording streamer with the interface of transformers."""
 
     def __init__(self):
@@ -313,13 +313,13 @@ def test_streamers_receive_their_row_token_by_token_and_its_end(mode):
     for draft, settings in itertools.product(
         (None, guessing(target)), ({}, {"logits_processor": [[Once()] for _ in prompts]})
     ):
-        heard = [Heard() for _ in prompts[:-1]] + [None]
-        result = generate(target, draft, prompts, max_new_tokens=9, mode=mode, streamer=heard, **settings)
-        for streamer, prompt, tokens in zip(heard[:-1], prompts, result.tokens, strict=False):
+        streamers = [RecordingStreamer() for _ in prompts[:-1]] + [None]
+        result = generate(target, draft, prompts, max_new_tokens=9, mode=mode, streamer=streamers, **settings)
+        for streamer, prompt, tokens in zip(streamers[:-1], prompts, result.tokens, strict=False):
             assert (streamer.prompt, streamer.tokens, streamer.ended) == ([prompt], tokens, 1)
         assert len({len(tokens) for tokens in result.tokens}) > 1
     for new_tokens in (0, 1):
-        one = Heard()
+        one = RecordingStreamer()
         result = generate(target, None, prompts[:1], max_new_tokens=new_tokens, streamer=one)
         assert one.tokens == result.tokens[0] and len(one.tokens) == new_tokens and one.ended == 1
 

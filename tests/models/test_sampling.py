@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.decoding import Guess, endless
+from helpers.decoding import GuessingDrafter, endless
 from helpers.shared import random_target
 
 from models.decoding import target_sampler
@@ -160,7 +160,7 @@ def pair_of_small_vocabulary():
     with torch.no_grad():
         target.get_output_embeddings().weight.mul_(0.5)  # flatter distribution, so that many continuations are likely
     torch.manual_seed(3)
-    return target, Guess(target, DraftConfig(num_layers=1, block_size=4, calibrator_rank=0))
+    return target, GuessingDrafter(target, DraftConfig(num_layers=1, block_size=4, calibrator_rank=0))
 
 
 CASES = list(itertools.product(["parallel", "sequential"], [0.7, 1.0]))
