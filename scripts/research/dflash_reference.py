@@ -24,7 +24,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
 from data.batch import Batch
-from data.config.compose import check_settings, composed
+from data.config.compose import composed
+from data.config.validate import check_settings
 from data.errors import UserError
 from models.acceptance import mean_acceptance_length, tau_interval
 from models.attention.layers import run_layers

@@ -16,7 +16,8 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from data.config.compose import check_settings, composed
+from data.config.compose import composed
+from data.config.validate import check_settings
 from data.errors import UserError
 from train.endings.agreed import NotFinished
 from train.run_dir.state import read_json, write_json

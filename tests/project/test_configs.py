@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 import train.__main__  # noqa: F401  registers the `root` resolver
 from data.config import compose
-from data.config.compose import GROUPS, check_finite
+from data.config.compose import GROUPS
+from data.config.validate import check_finite
 from data.errors import UserError
 from train.loop.fit import build_trainer
 

@@ -17,7 +17,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from run_docs import REPLACED, RULES, prepared, rule_of
 
-from data.config.compose import CONF, GROUPS, check_settings, composed
+from data.config.compose import CONF, GROUPS, composed
+from data.config.validate import check_settings
 from train.sweep import jobs
 
 COMMANDS = [command for page in pages() for command in commands_of(page)]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers.shared import ROOT, SHORT, TINY
 
-from data.config.compose import check_settings, composed
+from data.config.compose import composed
+from data.config.validate import check_settings
 from models.draft import DraftModel
 from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft

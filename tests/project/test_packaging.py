@@ -58,7 +58,8 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
 
 def test_settings_and_embedded_files_are_found_in_an_installed_package(installed, tmp_path):
     code = (
-        "from data.config.compose import CONF, EMBEDDED, check_settings, composed\n"
+        "from data.config.compose import CONF, EMBEDDED, composed\n"
+        "from data.config.validate import check_settings\n"
         "c = composed(['+experiment=tiny']); check_settings(c, ['+experiment=tiny'])\n"
         "print(CONF, EMBEDDED, c.model.target.name, c.data.path, c.run_dir, sep='\\n')"
     )

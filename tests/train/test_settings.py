@@ -1,4 +1,4 @@
-"""Every setting of conf/ takes what it is meant for; anything else ends in one line, before a target is loaded."""
+"""Every setting of conf/ accepts its valid values; others fail with one line, before a target is loaded."""
 
 import math
 from types import SimpleNamespace
@@ -11,8 +11,9 @@ from lightning.fabric.accelerators import MPSAccelerator
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from omegaconf import ListConfig, OmegaConf
 
-from data.config.compose import FREE_FORM, NULLABLE, check_settings, composed
+from data.config.compose import composed
 from data.config.ranges import LISTS, RANGES
+from data.config.validate import FREE_FORM, NULLABLE, check_settings
 from data.errors import UserError
 from models.decoding.selection import RULES
 from train import names
@@ -37,13 +38,13 @@ def known(*overrides):
 
 
 def free(key):
-    """Whether a setting is for a class or a library that knows its own arguments."""
+    """Whether a class or library checks a setting itself."""
     return any(key == one or key.startswith(f"{one}.") for one in FREE_FORM)
 
 
 @pytest.fixture
 def checked(monkeypatch):
-    """The configuration of a command, after all that is checked before anything is loaded."""
+    """The configuration of a command, after all checks that precede loading."""
 
     def check(*overrides, given=None):
         task = SimpleNamespace(overrides=SimpleNamespace(task=list(overrides)))
@@ -78,10 +79,10 @@ def test_a_number_out_of_its_range_is_refused(checked):
     fresh = composed(["+experiment=tiny", "adapter=lora"])
     OmegaConf.set_struct(fresh, False)
     for key, limits in RANGES.items():
-        outside = [limits.low - 1, -HUGE, HUGE if limits.whole else math.inf, math.nan, "many", True, [1], {"a": 1}]
+        outside = [limits.low - 1, -HUGE, HUGE if limits.integer else math.inf, math.nan, "many", True, [1], {"a": 1}]
         outside += [limits.low] if limits.above else []
         outside += [limits.high + 1] if limits.high < HUGE else []
-        outside += [0.5] if limits.whole else []
+        outside += [0.5] if limits.integer else []
         outside += [] if key in NULLABLE else [None]
         for value in outside:
             with pytest.raises(UserError, match=key.replace(".", "[.]")):
@@ -90,7 +91,7 @@ def test_a_number_out_of_its_range_is_refused(checked):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_whatever_a_setting_is_given_ends_in_one_line_or_works(experiment, checked):
+def test_any_value_of_a_setting_works_or_fails_in_one_line(experiment, checked):
     start, others = EXPERIMENTS[experiment], known(*EXPERIMENTS["tiny"])
     fresh = composed(list(start))
     OmegaConf.set_struct(fresh, False)
@@ -107,7 +108,7 @@ def test_whatever_a_setting_is_given_ends_in_one_line_or_works(experiment, check
                 continue
             if free(key) or value is None or "${" in str(value):
                 continue
-            found = OmegaConf.select(config, key)  # it was taken: then as what it is meant to be
+            found = OmegaConf.select(config, key)  # accepted: with the right type
             kind = (int, float) if isinstance(value, float) else type(value)
             assert found is None and key in NULLABLE or isinstance(found, ListConfig if kind is list else kind), (
                 key,
@@ -136,7 +137,7 @@ def test_no_setting_can_be_deleted_and_none_added(checked):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, found", [("1", "1"), ("${seed}", "0"), ("0.5", "0.5"), ("true", "True"), ("v1", "v1")])
-def test_a_number_is_a_name(name, found, checked):
+def test_a_number_is_accepted_as_a_name(name, found, checked):
     config = checked("+experiment=tiny", f"name={name}")
     assert config.name == found and config.run_dir == f"checkpoints/{found}"
 
@@ -183,7 +184,7 @@ def test_an_override_without_effect_is_refused(overrides, checked):
 
 
 @pytest.mark.slow
-def test_the_settings_of_the_presets_have_an_effect_where_they_are_given(checked):
+def test_an_override_with_an_effect_is_accepted(checked):
     for overrides in (
         "stage.evaluate.top_k=5 stage.evaluate.temperature=1",
         "objective.gamma=7 objective.weights=decay",
@@ -228,7 +229,7 @@ FORMS = {"1": 1, "2": 2, "'2'": 2, "-1": -1, "'-1'": -1, "auto": -1, "[0,1]": [0
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_devices_are_taken_in_all_of_lightnings_forms(form, checked):
+def test_all_of_lightnings_forms_of_devices_are_accepted(form, checked):
     from lightning.fabric.utilities.device_parser import _normalize_parse_gpu_string_input as lightnings
 
     config = checked(
@@ -248,13 +249,13 @@ def test_devices_are_taken_in_all_of_lightnings_forms(form, checked):
 
 
 @pytest.mark.parametrize("form", ["0", "-2", "x", "[]", "[0,0]", "[-1]", "'0,x'", "0.5", "true", "{a: 1}"])
-def test_devices_that_lightning_would_not_take_are_refused(form, checked):
+def test_devices_that_lightning_rejects_are_refused(form, checked):
     with pytest.raises(UserError, match="trainer[.]devices"):
         checked("+experiment=qwen3_8b", f"trainer.devices={form}")
 
 
 @pytest.mark.slow
-def test_precision_goes_by_lightnings_shorter_names_too(checked):
+def test_lightnings_short_names_of_precisions_are_accepted(checked):
     names = {"32": "float32", "'32'": "float32", "32-true": "float32", "null": "float32", "bf16": "bfloat16"}
     for name, dtype in (names | {"bf16-mixed": "bfloat16"}).items():
         assert arithmetic(checked("+experiment=tiny", f"trainer.precision={name}")) == dtype
@@ -269,7 +270,7 @@ def test_arguments_of_the_trainer_that_are_not_supported_are_refused(argument, c
         checked("+experiment=tiny", f"+trainer.{argument}")
 
 
-def test_what_the_stages_set_of_the_trainer_is_not_for_the_user():
+def test_allowed_trainer_arguments_are_arguments_of_lightnings_trainer():
     from inspect import signature
 
     from lightning import Trainer
@@ -304,6 +305,6 @@ def test_calls_refused_from_their_settings_alone_need_no_target(checked):
     ],
 )
 def test_an_old_name_is_refused_with_the_new_one(old, new):
-    with pytest.raises(UserError, match=f"^[a-z_.0-9]+: this setting is called {new} now"):
+    with pytest.raises(UserError, match=f"^[a-z_.0-9]+: this setting was renamed to {new}"):
         overrides = ["+experiment=tiny", old]
         check_settings(composed(overrides), overrides)

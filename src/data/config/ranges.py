@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 
 STAGES = ("attention_tuning", "bonus_calibration")
-LARGEST = 2**31 - 1  # for integers: int32 maximum, which every library accepts
-FLOAT32 = 3e38  # for floats: the optimizer computes in float32
+INT32_MAX = 2**31 - 1  # for integers: int32 maximum, which every library accepts
+FLOAT32_MAX = 3e38  # for floats: the optimizer computes in float32
 
 
 @dataclass(frozen=True)
@@ -23,33 +23,33 @@ class Range:
     below: bool = False
 
     @property
-    def whole(self) -> bool:
+    def integer(self) -> bool:
         return isinstance(self.low, int)
 
     @property
-    def most(self) -> float:
-        return min(self.high, LARGEST if self.whole else FLOAT32)
+    def maximum(self) -> float:
+        return min(self.high, INT32_MAX if self.integer else FLOAT32_MAX)
 
-    def holds(self, value: float) -> bool:
-        enough = value > self.low if self.above else value >= self.low
-        return enough and (value < self.high if self.below else value <= self.most)
+    def contains(self, value: float) -> bool:
+        above_low = value > self.low if self.above else value >= self.low
+        return above_low and (value < self.high if self.below else value <= self.maximum)
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Describe the range for an error message."""
-        low, high = _shown(self.low), _shown(self.high)
+        low, high = _format(self.low), _format(self.high)
         if self.above:
             return f"more than {low}" + ("" if self.high == math.inf else f", at most {high}")
         if self.below:
             return f"{low} or more, less than {high}"
         if self.low == self.high:
             return low
-        if self.whole:
+        if self.integer:
             return f"{low} or more" + ("" if self.high == math.inf else f", at most {high}")
         return f"{low} or more" if self.high == math.inf else f"{low} to {high}"
 
 
-COUNT, SOME, SHARE = Range(1), Range(0), Range(0.0, 1.0)
-POSITIVE, NOT_NEGATIVE = Range(0.0, above=True), Range(0.0)
+POSITIVE_INT, NON_NEGATIVE_INT, FRACTION = Range(1), Range(0), Range(0.0, 1.0)
+POSITIVE, NON_NEGATIVE = Range(0.0, above=True), Range(0.0)
 PROBABILITY = Range(0.0, 1.0, above=True)  # excludes 0
 PROCESSES = 1024  # larger values are typos and would overload the machine
 
@@ -58,71 +58,74 @@ RANGES = {
     "runtime.workers": Range(0, PROCESSES),
     "hardware.gpus_per_node": Range(1, PROCESSES),
     "hardware.mfu": PROBABILITY,
-    "model.draft.num_layers": COUNT,
+    "model.draft.num_layers": POSITIVE_INT,
     "model.draft.block_size": Range(2),
-    "model.draft.calibrator_rank": COUNT,
-    "model.draft.chain_rank": SOME,
+    "model.draft.calibrator_rank": POSITIVE_INT,
+    "model.draft.chain_rank": NON_NEGATIVE_INT,
     "data.max_seq_len": Range(2),
-    "data.validation_records": SOME,
-    "data.max_records": COUNT,
+    "data.validation_records": NON_NEGATIVE_INT,
+    "data.max_records": POSITIVE_INT,
     "data.num_proc": Range(1, PROCESSES),
-    "adapter.rank": COUNT,
+    "adapter.rank": POSITIVE_INT,
     "adapter.alpha": POSITIVE,
-    "objective.ce": NOT_NEGATIVE,
-    "objective.kl": NOT_NEGATIVE,
-    "objective.tv": NOT_NEGATIVE,
-    "objective.alpha": SHARE,
+    "objective.ce": NON_NEGATIVE,
+    "objective.kl": NON_NEGATIVE,
+    "objective.tv": NON_NEGATIVE,
+    "objective.alpha": FRACTION,
     "objective.gamma": POSITIVE,
     "objective.temperature": POSITIVE,
-    "callbacks.progress.refresh_rate": SOME,
-    "logger.csv.flush_logs_every_n_steps": COUNT,
-    "trainer.num_nodes": COUNT,
-    "regenerate.temperature": NOT_NEGATIVE,
+    "callbacks.progress.refresh_rate": NON_NEGATIVE_INT,
+    "logger.csv.flush_logs_every_n_steps": POSITIVE_INT,
+    "trainer.num_nodes": POSITIVE_INT,
+    "regenerate.temperature": NON_NEGATIVE,
     "regenerate.top_p": PROBABILITY,
-    "regenerate.max_new_tokens": COUNT,
-    "regenerate.repeat_words": COUNT,
-    "regenerate.repeat_times": SOME,
-    "regenerate.local.batch_size": COUNT,
-    "regenerate.server.in_flight": COUNT,
-    "regenerate.server.patience": NOT_NEGATIVE,
+    "regenerate.max_new_tokens": POSITIVE_INT,
+    "regenerate.repeat_words": POSITIVE_INT,
+    "regenerate.repeat_times": NON_NEGATIVE_INT,
+    "regenerate.local.batch_size": POSITIVE_INT,
+    "regenerate.server.in_flight": POSITIVE_INT,
+    "regenerate.server.patience": NON_NEGATIVE,
     "regenerate.server.timeout": POSITIVE,
-    "stage.evaluate.num_prompts": COUNT,
+    "stage.evaluate.num_prompts": POSITIVE_INT,
     "stage.evaluate.max_new_tokens": Range(2),
-    "stage.evaluate.batch_size": COUNT,
-    "stage.evaluate.threshold": SHARE,
-    "stage.evaluate.temperature": NOT_NEGATIVE,
-    "stage.evaluate.top_k": SOME,
+    "stage.evaluate.batch_size": POSITIVE_INT,
+    "stage.evaluate.threshold": FRACTION,
+    "stage.evaluate.temperature": NON_NEGATIVE,
+    "stage.evaluate.top_k": NON_NEGATIVE_INT,
     "stage.evaluate.top_p": PROBABILITY,
-    "stage.evaluate.speed.num_prompts": SOME,
-    "stage.evaluate.speed.repeats": COUNT,
+    "stage.evaluate.speed.num_prompts": NON_NEGATIVE_INT,
+    "stage.evaluate.speed.repeats": POSITIVE_INT,
 }
-OF_A_TRAINING = {
-    "steps": COUNT,
-    "global_batch_size": COUNT,
-    "micro_batch_size": COUNT,
-    "num_anchors": COUNT,
-    "gradient_clip": NOT_NEGATIVE,
-    "validate_every": COUNT,
-    "decode.prompts": SOME,
+TRAINING_RANGES = {
+    "steps": POSITIVE_INT,
+    "global_batch_size": POSITIVE_INT,
+    "micro_batch_size": POSITIVE_INT,
+    "num_anchors": POSITIVE_INT,
+    "gradient_clip": NON_NEGATIVE,
+    "validate_every": POSITIVE_INT,
+    "decode.prompts": NON_NEGATIVE_INT,
     "decode.max_new_tokens": Range(2),
-    "decode.batch_size": COUNT,
-    "patience": COUNT,
-    "checkpoint_every": COUNT,
-    "keep_checkpoints": COUNT,
-    "max_skipped_steps": COUNT,
-    "module.chunk": COUNT,
+    "decode.batch_size": POSITIVE_INT,
+    "patience": POSITIVE_INT,
+    "checkpoint_every": POSITIVE_INT,
+    "keep_checkpoints": POSITIVE_INT,
+    "max_skipped_steps": POSITIVE_INT,
+    "module.chunk": POSITIVE_INT,
     "module.learning_rate": POSITIVE,
-    "module.weight_decay": NOT_NEGATIVE,
+    "module.weight_decay": NON_NEGATIVE,
     "module.eps": POSITIVE,
-    "module.warmup_ratio": SHARE,
-    "module.min_lr_ratio": SHARE,
-    "module.bonus_slot_fraction": SHARE,
+    "module.warmup_ratio": FRACTION,
+    "module.min_lr_ratio": FRACTION,
+    "module.bonus_slot_fraction": FRACTION,
 }
-RANGES |= {f"stage.{stage}.{key}": limits for stage in STAGES for key, limits in OF_A_TRAINING.items()}
+RANGES |= {f"stage.{stage}.{key}": limits for stage in STAGES for key, limits in TRAINING_RANGES.items()}
 
 # Lists of numbers: range of the length, range of each element.
 LISTS = {f"stage.{stage}.module.betas": (Range(2, 2), Range(0.0, 1.0, below=True)) for stage in STAGES}
-LISTS |= {"stage.evaluate.speed.batch_sizes": (COUNT, COUNT), "stage.evaluate.speed.thresholds": (SOME, SHARE)}
+LISTS |= {
+    "stage.evaluate.speed.batch_sizes": (POSITIVE_INT, POSITIVE_INT),
+    "stage.evaluate.speed.thresholds": (NON_NEGATIVE_INT, FRACTION),
+}
 
 
 def check_ranges(config: DictConfig) -> None:
@@ -137,10 +140,10 @@ def check_ranges(config: DictConfig) -> None:
         values = OmegaConf.select(config, key)
         if values is None:
             continue
-        if not count.holds(len(values)):
-            raise UserError(f"{key}={list(values)}: expected a list of {count.words()} numbers.")
-        if any(not _is_number(value, limits) or not limits.holds(value) for value in values):
-            raise UserError(f"{key}={list(values)}: expected {_kind(limits)}s, each {limits.words()}.")
+        if not count.contains(len(values)):
+            raise UserError(f"{key}={list(values)}: expected a list of {count.describe()} numbers.")
+        if any(not _is_number(value, limits) or not limits.contains(value) for value in values):
+            raise UserError(f"{key}={list(values)}: expected {_type_name(limits)}s, each {limits.describe()}.")
 
 
 def check_number(key: str, value: Any, limits: Range) -> None:
@@ -152,19 +155,20 @@ def check_number(key: str, value: Any, limits: Range) -> None:
     if value is None:
         return
     if not _is_number(value, limits):
-        raise UserError(f"{key}={value!r}: expected a {_kind(limits)}.")
-    if not limits.holds(value):
-        too_large = limits.words() if limits.high < math.inf else f"at most {_shown(limits.most)}"
-        raise UserError(f"{key}={value}: expected {limits.words() if value <= limits.most else too_large}.")
+        raise UserError(f"{key}={value!r}: expected a {_type_name(limits)}.")
+    if not limits.contains(value):
+        too_large_for_its_type = value > limits.maximum and limits.high == math.inf
+        expected = f"at most {_format(limits.maximum)}" if too_large_for_its_type else limits.describe()
+        raise UserError(f"{key}={value}: expected {expected}.")
 
 
 def _is_number(value: Any, limits: Range) -> bool:
-    return isinstance(value, int if limits.whole else int | float) and not isinstance(value, bool)
+    return isinstance(value, int if limits.integer else int | float) and not isinstance(value, bool)
 
 
-def _shown(number: float) -> str:
+def _format(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-def _kind(limits: Range) -> str:
-    return "whole number" if limits.whole else "number"
+def _type_name(limits: Range) -> str:
+    return "whole number" if limits.integer else "number"

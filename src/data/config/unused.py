@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from data.config.compose import leaves
 from data.errors import UserError
 
 
@@ -18,22 +18,17 @@ class Unused:
     when: Callable[[DictConfig], bool]
     why: str
 
-    def holds(self, key: str) -> bool:
-        return any(key == own or key.startswith(f"{own}.") for own in self.keys)
+    def covers(self, key: str) -> bool:
+        return any(key == prefix or key.startswith(f"{prefix}.") for prefix in self.keys)
 
 
 def keys_given(overrides: list[str]) -> list[str]:
     """Return the full names of all settings assigned by overrides, including those inside `group={key: value}`."""
-    keys = []
+    keys: list[str] = []
     for override in OverridesParser.create().parse_overrides(overrides):
-        keys += [] if override.is_delete() else _leaves(override.key_or_group, override.value())
+        if not override.is_delete():
+            keys += [key for key, _ in leaves(override.value(), override.key_or_group)]
     return keys
-
-
-def _leaves(key: str, value: Any) -> list[str]:
-    if not isinstance(value, dict) or not value:
-        return [key]
-    return [leaf for name, part in value.items() for leaf in _leaves(f"{key}.{name}", part)]
 
 
 def check_unused(config: DictConfig, overrides: list[str], table: tuple[Unused, ...]) -> None:
@@ -44,5 +39,5 @@ def check_unused(config: DictConfig, overrides: list[str], table: tuple[Unused, 
     """
     for key in keys_given(overrides):
         for unused in table:
-            if unused.holds(key) and unused.when(config):
+            if unused.covers(key) and unused.when(config):
                 raise UserError(f"{key} has no effect: {unused.why}. Leave it out.")

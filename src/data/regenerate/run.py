@@ -25,8 +25,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import data.threads  # before torch  # noqa: F401
-from data.config.compose import check_choices, command_line, plain
+from data.config.compose import plain
 from data.config.unused import Unused, check_unused
+from data.config.validate import check_choices, command_line
 from data.errors import BadRecord, UserError
 from data.regenerate.conversation import KEPT, Backend, Conversation, Sampling
 from data.regenerate.sample_log import SampleLog

@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from data.config.compose import command_line, plain
+from data.config.compose import plain
+from data.config.validate import command_line
 from data.preprocess.chat_template import ChatEncoder, load_encoder
 from data.preprocess.prepare import Prepared, prepare
 from data.preprocess.tokenized import BAD, OUTCOMES

@@ -7,8 +7,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config.compose import check_at_least, check_choices, check_settings, unresolved
+from data.config.compose import unresolved
 from data.config.unused import check_unused
+from data.config.validate import check_at_least, check_choices, check_settings
 from data.errors import UserError
 from models.cost.hardware import GPUS
 from train.names import SELECTIONS, STAGES, TAU, TRAINED, VARIANTS
