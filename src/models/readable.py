@@ -58,9 +58,9 @@ def weight_files(directory: Path) -> list[str]:
     """Return the weight files read by transformers: one safetensors file, else shards, else `.bin` files."""
     if (directory / WEIGHTS).exists():
         return [WEIGHTS]
-    places = read_object(directory / INDEX).get("weight_map")
-    if isinstance(places, dict):
-        return sorted({file for file in places.values() if isinstance(file, str)})
+    weight_map = read_object(directory / INDEX).get("weight_map")
+    if isinstance(weight_map, dict):
+        return sorted({file for file in weight_map.values() if isinstance(file, str)})
     return [file.name for file in sorted(directory.glob("pytorch_model*.bin"))]
 
 

@@ -186,7 +186,7 @@ def test_a_setting_that_needs_extra_passes_is_rejected_by_name(name):
     settings = GenerationConfig()
     setattr(settings, name, "high" if name == "dola_layers" else 3)
     with pytest.raises(ValueError, match=f"does not support {name}"):
-        shipped._kept(settings, IDS, {})
+        shipped._token_mask(settings, IDS, {})
 
 
 @pytest.mark.parametrize(

@@ -121,12 +121,12 @@ def test_every_unsupported_setting_is_rejected():
         setattr(settings, name, 7)
         if name[0] != "_":
             with pytest.raises(ValueError, match=f"does not support .*({name}|beam|assisted|contrastive|dola)"):
-                shipped._kept(settings, IDS, {})
+                shipped._token_mask(settings, IDS, {})
     settings = Later(num_beams=1, guidance_scale=1.0, encoder_repetition_penalty=1.0, output_scores=False)
-    assert shipped._kept(settings, IDS, {}).all()
+    assert shipped._token_mask(settings, IDS, {}).all()
     settings.cache_implementation = "quantized"
     with pytest.raises(ValueError, match="cache_implementation=quantized"):
-        shipped._kept(settings, IDS, {})
+        shipped._token_mask(settings, IDS, {})
 
 
 PREPARED = {
@@ -142,7 +142,7 @@ PREPARED = {
 @pytest.mark.parametrize("name", PREPARED)
 def test_model_inputs_other_than_tokens_are_rejected_by_name(name):
     with pytest.raises(ValueError, match=f"does not support {name}"):
-        shipped._kept(GenerationConfig(num_beams=1), IDS, {name: PREPARED[name]})
+        shipped._token_mask(GenerationConfig(num_beams=1), IDS, {name: PREPARED[name]})
 
 
 def test_masks_and_positions_must_match_the_tokens(twin, drafter):

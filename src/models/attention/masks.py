@@ -138,18 +138,18 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: 
     rule, length = own_block(document_ids, anchors, block_size, window), document_ids.shape[1]
     at_once = max(1, TILE // block_size)
     tiles = []
-    for row, (ids, places) in enumerate(zip(document_ids.tolist(), anchors.tolist(), strict=True)):
+    for row, (ids, row_anchors) in enumerate(zip(document_ids.tolist(), anchors.tolist(), strict=True)):
         starts = {ids[start]: start for start, _ in _documents(ids)}
         first = 0
-        for document, members in groupby(ids[anchor] for anchor in places):
+        for document, members in groupby(ids[anchor] for anchor in row_anchors):
             end = first + len(list(members))
             for block in range(first, end, at_once):
                 last = min(block + at_once, end)
                 queries = slice(block * block_size, last * block_size)
                 first_seen = starts[document]
                 if window is not None:
-                    first_seen = max(first_seen, min(places[block:last]) - window + 1)
-                context = slice(first_seen, max(first_seen, *places[block:last]))
+                    first_seen = max(first_seen, min(row_anchors[block:last]) - window + 1)
+                context = slice(first_seen, max(first_seen, *row_anchors[block:last]))
                 slots = slice(length + queries.start, length + queries.stop)
                 keys = torch.cat([_indices(context), _indices(slots)])
                 mask = rule(torch.tensor(row), torch.tensor(0), _indices(queries)[:, None], keys)

@@ -61,28 +61,28 @@ def generate(model, *, drafter=None, revision=None, token=None, **arguments):
     given = {name: value for name in RECOMMENDED if (value := arguments.pop(name, None)) is not None}
     arguments = _arguments(model, arguments)
     draft, streamer = _drafter(model, drafter, revision, token), arguments.get("streamer")
-    how = _how(draft.settings["recommended_decoding"] | given)
+    options = _options(draft.settings["recommended_decoding"] | given)
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
         put = (lambda _: None) if streamer is None else streamer.put
         end, sampled, pad = (getattr(generation_config, n) for n in ("max_length", "do_sample", "_pad_token_tensor"))
-        kept = _kept(generation_config, input_ids, prepared)
-        rows = [Row(draft, row[mask].tolist(), end - len(row), how) for row, mask in zip(input_ids, kept, strict=True)]
+        masks = _token_mask(generation_config, input_ids, prepared)
+        rows = [Row(draft, row[m].tolist(), end - len(row), options) for row, m in zip(input_ids, masks, strict=True)]
         # As in `generate` from here on: with stop tokens, finished rows are padded.
         padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        ids, going = input_ids, torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
-        while going.any():
-            for row, more in zip(rows, going.tolist(), strict=True):
+        ids, active = input_ids, torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
+        while active.any():
+            for row, more in zip(rows, active.tolist(), strict=True):
                 row.advance(end - ids.shape[1] if more or not padded else None)
             logits = torch.stack([row.logits for row in rows]).to(ids.device, torch.float32, copy=True)
             scores = logits_processor(ids, logits)
             chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampled else scores.argmax(-1)
-            chosen = torch.where(going, chosen, pad.to(ids.device)) if padded else chosen
+            chosen = torch.where(active, chosen, pad.to(ids.device)) if padded else chosen
             for row, new in zip(rows, chosen.tolist(), strict=True):
                 row.take(new)
             ids = torch.cat([ids, chosen[:, None]], dim=-1)
             put(chosen.cpu())
-            going = going & ~stopping_criteria(ids, None)
+            active = active & ~stopping_criteria(ids, None)
         if streamer is not None:
             streamer.end()
         output = GenerateDecoderOnlyOutput(sequences=ids)
@@ -96,37 +96,37 @@ def generate(model, *, drafter=None, revision=None, token=None, **arguments):
 class Row:
     """Decoding state of one row: yields the target's logits [V] for its next token, several of them from one pass."""
 
-    def __init__(self, draft, prompt, room, how):
+    def __init__(self, draft, prompt, room, options):
         draft.check_rope(len(prompt), room)
-        self.draft, (self.calibrate, self.selection, self.threshold) = draft, how
+        self.draft, (self.calibrate, self.selection, self.threshold) = draft, options
         # No config: with one, sliding-window layers would lose the tokens that a rejected draft pushed out.
         self.cache, self.drafts, self.gained = DynamicCache(), [], []
-        self.ahead, self.length = [*draft.target(self.cache, 0, prompt, 1)], len(prompt)  # tokens in the cache
+        self.pending, self.length = [*draft.target(self.cache, 0, prompt, 1)], len(prompt)  # tokens in the cache
 
     def advance(self, room):
         """Set `logits`; draft and verify if none are left, given room for new tokens (None: the row has ended)."""
-        if not self.ahead and room is not None:
+        if not self.pending and room is not None:
             drafts, confidence = self.draft.block(self.cache, self.length, self.bonus, self.calibrate)
             likely = confidence.cumprod(-1) if self.selection == "cumulative_product" else confidence
             count = max(1, int((likely >= self.threshold).long().cumprod(-1).sum()))  # "Flex Decoding": at least 1
             self.drafts = drafts[: max(0, min(room, len(drafts) if self.selection == "off" else count))]
             tokens = [self.bonus, *self.drafts]
-            self.ahead = [*self.draft.target(self.cache, self.length, tokens, len(tokens))]
-            if self.drafts and torch.stack(self.ahead).isnan().any():  # the target overflowed on a draft: rerun without
+            self.pending = [*self.draft.target(self.cache, self.length, tokens, len(tokens))]
+            if self.drafts and torch.stack(self.pending).isnan().any():  # overflow on a draft: rerun without drafts
                 self.draft.crop(self.cache, self.length, *2 * [self.length + len(tokens)])
-                self.drafts, self.ahead = [], [*self.draft.target(self.cache, self.length, tokens[:1], 1)]
+                self.drafts, self.pending = [], [*self.draft.target(self.cache, self.length, tokens[:1], 1)]
             self.length += 1 + len(self.drafts)
             self.gained.append(1)
-        self.logits = self.ahead[0] if self.ahead else self.logits
+        self.logits = self.pending[0] if self.pending else self.logits
 
     def take(self, token):
         """Append a token: it accepts the next draft, or rejects the remaining drafts."""
         if self.drafts and token == self.drafts[0]:
             self.gained[-1] += 1
-            self.drafts, self.ahead = self.drafts[1:], self.ahead[1:]
-        elif self.ahead:
+            self.drafts, self.pending = self.drafts[1:], self.pending[1:]
+        elif self.pending:
             self.draft.crop(self.cache, self.length - len(self.drafts), self.length, self.length)
-            self.length, self.bonus, self.drafts, self.ahead = self.length - len(self.drafts), token, [], []
+            self.length, self.bonus, self.drafts, self.pending = self.length - len(self.drafts), token, [], []
 
 
 def _refuse(given):
@@ -161,7 +161,7 @@ def _arguments(model, arguments):
     return arguments | {"stopping_criteria": criteria, "stop_strings": None}
 
 
-def _kept(settings, input_ids, prepared):
+def _token_mask(settings, input_ids, prepared):
     """Return the mask of non-padding tokens [rows, tokens], after checking the settings and prepared inputs."""
     usual = vars(type(settings)()) | NEUTRAL | getattr(settings, "_get_default_generation_params", dict)()
     rest = [name for name in usual.keys() - SETTINGS.split() if name[0] != "_"]  # `generate` ignores others
@@ -222,11 +222,11 @@ class Drafter:
         self.kinds = (getattr(model.config, "layer_types", None) or everywhere)[self.split :]
         (self.names, self.cache_name), (self.layer_names, self.layer_cache) = _names(model), _names(self.layers[0])
         # Trial run: all tensors exist, the cache is read, and splitting a text into two passes changes only rounding.
-        cache, whole = DynamicCache(), self.target(DynamicCache(), 0, [1, 2, 3, 4], 1)
+        cache, full = DynamicCache(), self.target(DynamicCache(), 0, [1, 2, 3, 4], 1)
         self.target(cache, 0, [1, 2, 3], 1)
         self.block(cache, 3, 4, True)
-        apart, rounding = (self.target(cache, 3, [4], 1) - whole).abs().max(), 0.01 if self.dtype.itemsize > 2 else 0.25
-        if not apart <= rounding * whole.abs().max():
+        change, rounding = (self.target(cache, 3, [4], 1) - full).abs().max(), 0.01 if self.dtype.itemsize > 2 else 0.25
+        if not change <= rounding * full.abs().max():
             raise Refused("The target's logits depend on the other tokens in a pass; quantize only its weights.")
 
     def check_rope(self, length, room):
@@ -322,7 +322,7 @@ class Drafter:
         return {name: rotary(hidden, positions, *by_kind) for name, rotary in every.items()}
 
 
-def _how(chosen, where=""):
+def _options(chosen, where=""):
     """Check and return calibrate, selection and threshold."""
     calibrate, selection, threshold = (chosen[name] for name in RECOMMENDED)
     if not isinstance(calibrate, bool):
@@ -385,7 +385,7 @@ def _settings(directory, target):
     if not isinstance(found, dict):
         raise Refused(f"{file}: recommended_decoding={found!r}: expected an object with selection and threshold.")
     settings["recommended_decoding"] = RECOMMENDED | found
-    _how(settings["recommended_decoding"], f"{file}: recommended_decoding: ")
+    _options(settings["recommended_decoding"], f"{file}: recommended_decoding: ")
     return config, settings
 
 

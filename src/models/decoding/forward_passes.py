@@ -86,7 +86,7 @@ class ForwardPasses:
 
     @property
     def _drafter(self) -> DraftModel:
-        """The drafter, in passes that draft."""
+        """Drafter of the passes that draft."""
         assert self.draft is not None
         return self.draft
 

@@ -51,8 +51,8 @@ def block_loss(
     """
     labels = batch.labels if labels is None else labels
     size, first = labels.shape[-1], 0 if slot0_loss else 1
-    pieces = cut(batch, labels, first=first, chunk=chunk)
-    head = _Head(logits_of, objective, compiled, _flat(bonus), _flat(previous), size)
+    pieces = split_into_pieces(batch, labels, first=first, chunk=chunk)
+    head = _LossHead(logits_of, objective, compiled, _flat(bonus), _flat(previous), size)
     if objective.needs_target:
         assert target_hidden is not None
         head.teacher, head.before = target_hidden.flatten(0, 1), slots_before(batch, size)
@@ -68,7 +68,7 @@ def block_loss(
     return loss, weight, correct.view(labels.shape)[..., 1:]
 
 
-def cut(batch: Batch, labels: Tensor, *, first: int, chunk: int) -> list[Piece]:
+def split_into_pieces(batch: Batch, labels: Tensor, *, first: int, chunk: int) -> list[Piece]:
     """Split the labeled slots `first` onwards into pieces of at most `chunk` slots, but at least one block.
 
     The number of pieces does not depend on the labels: under ZeRO 3 each call of the head is a collective gather, so
@@ -81,9 +81,9 @@ def cut(batch: Batch, labels: Tensor, *, first: int, chunk: int) -> list[Piece]:
     for start in range(0, blocks, at_once):
         stop = min(start + at_once, blocks)
         part = slice(before[start], before[stop])
-        own = slots[part]
-        places = (own // size - start) * (size - first) + own % size - first
-        pieces.append(Piece(own, values[part], places, (stop - start, size - first)))
+        piece_slots = slots[part]
+        grid_indices = (piece_slots // size - start) * (size - first) + piece_slots % size - first
+        pieces.append(Piece(piece_slots, values[part], grid_indices, (stop - start, size - first)))
     return pieces
 
 
@@ -101,7 +101,7 @@ def _flat(tokens: Tensor | None) -> Tensor | None:
 
 
 @dataclass
-class _Head:
+class _LossHead:
     """Compute logits and loss of a piece from its hidden states."""
 
     logits_of: LogitsFunction
@@ -144,7 +144,7 @@ class _LossOfHidden(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, pieces: list[Piece], head: _Head) -> Sums:
+    def forward(ctx, hidden: Tensor, pieces: list[Piece], head: _LossHead) -> Sums:
         flat = hidden.flatten(0, -2)
         gradient = torch.zeros_like(flat)
         results = [_with_gradient(head, flat, piece, gradient) for piece in pieces]
@@ -159,7 +159,7 @@ class _LossOfHidden(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradient, None, None
 
 
-def _with_gradient(head: _Head, flat: Tensor, piece: Piece, gradient: Tensor) -> Sums:
+def _with_gradient(head: _LossHead, flat: Tensor, piece: Piece, gradient: Tensor) -> Sums:
     """Compute one piece's loss and write its hidden states' gradient into `gradient`.
 
     A separate function, so that the logits are freed on return.
@@ -172,24 +172,24 @@ def _with_gradient(head: _Head, flat: Tensor, piece: Piece, gradient: Tensor) ->
     return loss, weight, correct
 
 
-def _loss_of_head(head: _Head, part: Tensor, piece: Piece, again: bool) -> Sums:
+def _loss_of_head(head: _LossHead, part: Tensor, piece: Piece, recompute: bool) -> Sums:
     """Compute one piece's loss through autograd, for stage 2 and validation.
 
-    ZeRO requires that trained parameters get their gradients from autograd. `again` recomputes the logits in the
+    ZeRO requires that trained parameters get their gradients from autograd. `recompute` recomputes the logits in the
     backward pass; otherwise autograd would keep those of every piece.
     """
 
     def loss() -> Sums:
         return _LossOfLogits.apply(head.logits(part, piece), piece, head)
 
-    return checkpoint(loss, use_reentrant=False) if again and torch.is_grad_enabled() else loss()
+    return checkpoint(loss, use_reentrant=False) if recompute and torch.is_grad_enabled() else loss()
 
 
 class _LossOfLogits(torch.autograd.Function):
     """Autograd function of a piece's loss. Backward can run only once: it overwrites the saved gradient."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, piece: Piece, head: _Head) -> Sums:
+    def forward(ctx, logits: Tensor, piece: Piece, head: _LossHead) -> Sums:
         loss, weight, correct, gradient = head.loss(logits, piece, ctx.needs_input_grad[0])
         if gradient is not None:
             ctx.save_for_backward(gradient)

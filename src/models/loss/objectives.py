@@ -95,7 +95,7 @@ class Piece:
 
     slots: Tensor  # [n] indices among all R*A*B slots
     labels: Tensor  # [n]; IGNORE for labels removed later
-    places: Tensor  # [n] indices into the flattened `shape` grid of trained slots
+    grid_indices: Tensor  # [n] indices into the flattened `shape` grid of trained slots
     shape: tuple[int, int]  # blocks, trained slots per block
 
 
@@ -133,7 +133,7 @@ def piece_loss(
         variation = torch.linalg.vector_norm(difference, ord=1, dim=-1) / 2  # TV; abs() would allocate another [n, V]
         values = values + objective.kl * (divergence + log_total[:, 0]) + objective.tv * variation
         confidence = 1 - variation
-    weights = _spread_weights(confidence, used, piece, objective)
+    weights = _piece_weights(confidence, used, piece, objective)
     loss, weight, correct = (values * weights).sum(), weights.sum(), (best == labels)[:, 0] & used
     if not with_gradient:
         return loss, weight, correct, None
@@ -155,9 +155,11 @@ def _softmax(logits: Tensor, temperature: float) -> Tensor:
     return logits.exp_().div_(logits.sum(-1, keepdim=True))
 
 
-def _spread_weights(confidence: Tensor, used: Tensor, piece: Piece, objective: Objective) -> Tensor:
+def _piece_weights(confidence: Tensor, used: Tensor, piece: Piece, objective: Objective) -> Tensor:
     """Compute the weights [n] of a piece's slots by scattering them into the [blocks, slots] grid."""
     empty = torch.zeros(piece.shape, dtype=confidence.dtype, device=confidence.device)
-    grid = empty.flatten().scatter(0, piece.places, confidence).view(piece.shape)
-    supervised = torch.zeros_like(empty, dtype=torch.bool).flatten().scatter(0, piece.places, used).view(piece.shape)
-    return slot_weights(objective, grid, supervised).flatten()[piece.places]
+    grid = empty.flatten().scatter(0, piece.grid_indices, confidence).view(piece.shape)
+    supervised = (
+        torch.zeros_like(empty, dtype=torch.bool).flatten().scatter(0, piece.grid_indices, used).view(piece.shape)
+    )
+    return slot_weights(objective, grid, supervised).flatten()[piece.grid_indices]
