@@ -39,6 +39,7 @@ def main(config: DictConfig) -> float | None:
         if number := received():  # worker pools convert a signal's termination request into other exceptions
             stop(number)
         raise
+    return None
 
 
 def work(config: DictConfig) -> None:

@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +32,7 @@ class Resources:
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
-        self.target_settings = OmegaConf.to_container(config.model.target, resolve=True)
+        self.target_settings = cast(dict[str, Any], OmegaConf.to_container(config.model.target, resolve=True))
         self.name = self.target_settings["name"]
         self.revision = self.target_settings["revision"]
         self.architecture = self.target_settings["architecture"]
@@ -134,7 +134,7 @@ class Resources:
 
     @cached_property
     def _encoder_and_tokenizer(self) -> tuple[ChatEncoder, PreTrainedTokenizerBase]:
-        given = OmegaConf.to_container(self.config.data.template_kwargs, resolve=True)
+        given: Any = OmegaConf.to_container(self.config.data.template_kwargs, resolve=True)
         encoder, tokenizer = load_encoder(self.target_settings, given)
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         encoder.check_kwargs(given, overrides, lambda text: say(f"    {text}"))
@@ -157,7 +157,7 @@ class Resources:
     @cached_property
     def sources(self) -> list[Source]:
         """Sources of the training conversations."""
-        data = OmegaConf.to_container(self.config.data, resolve=True)
+        data: Any = OmegaConf.to_container(self.config.data, resolve=True)
         return open_sources(data["path"], split=data["split"], max_records=data["max_records"])
 
     @cached_property
@@ -202,7 +202,8 @@ class Resources:
         """Benchmark name -> system and user turns of its conversations; at least one leaves room for an answer."""
         settings = self.config.stage.evaluate
         found = {}
-        for name, given in OmegaConf.to_container(self.config.benchmarks, resolve=True).items():
+        benchmarks: Any = OmegaConf.to_container(self.config.benchmarks, resolve=True)
+        for name, given in benchmarks.items():
             conversations = read_benchmark(name, given, settings.num_prompts)
             try:
                 fitting = [self._leaves_room(talk) for talk in conversations]

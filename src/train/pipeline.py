@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from data.errors import UserError
@@ -28,7 +27,7 @@ from train.run_dir.drafter_file import WEIGHTS, check_fits, facts_in, facts_of_e
 from train.run_dir.lock import RunLock
 from train.run_dir.state import StageRecord, read_record
 from train.settings.derived import check_device, device
-from train.terminal import say
+from train.terminal import rank, say
 
 
 def run(config: DictConfig) -> None:
@@ -55,15 +54,15 @@ def run(config: DictConfig) -> None:
 
 def _run(config: DictConfig, run_dir: Path, lock: RunLock) -> None:
     resources = Resources(config)
-    if config.export.push_to_hub and rank_zero_only.rank == 0:
+    if config.export.push_to_hub and rank() == 0:
         check_access(destination(config), target_identity(resources.target_config))  # fail before training, not after
     chosen = [stage for stage in STAGES if stage in config.stages]
     for number, stage in enumerate(chosen, start=1):
-        if rank_zero_only.rank and stage not in TRAINED:
+        if rank() and stage not in TRAINED:
             continue  # only the first rank exports and evaluates
         say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, resources, lock, later=chosen[number:])
-    if rank_zero_only.rank == 0 and read_record(run_dir / "records" / "export.done.json"):
+    if rank() == 0 and read_record(run_dir / "records" / "export.done.json"):
         _describe_and_push(config, run_dir)
 
 
@@ -98,14 +97,12 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     todo = next_action(config, stage, record)
     if todo == FINISHED:
         say(f"    already finished, see {directory}")
-        if (
-            rank_zero_only.rank == 0 and (directory / "checkpoints").exists()
-        ):  # the run was killed just after the stage finished
+        if rank() == 0 and (directory / "checkpoints").exists():  # the run was killed just after the stage finished
             _drop_left_over(config, stage, record, lock)
         return
     if stage in TRAINED:
         stages.checked_trainer(config, stage, directory)  # fail before the data is read
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
         lock.acquire()
         if next_action(config, stage, record, say=lambda text: None) != todo:
             raise UserError(f"{directory}: another process has changed this stage in the meantime. Rerun the command.")
@@ -118,7 +115,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     resources.check(stage)
     if stage in TRAINED and todo == RESTART:
         stages.untrained(config, stage, resources)  # fail before anything is deleted
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
         if todo == RESTART:
             _clear(config, stage, record, later)
         record.begin(restart=todo == RESTART)
@@ -126,7 +123,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
         _barrier()  # the other ranks have exited before export and evaluation
     seed_everything(config.seed, verbose=False)
     result = getattr(stages, stage)(config, directory, resources)
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
         if "adapter" in result:
             say(f"    PEFT adapter: {result['adapter']}")
         files = stages.result_files(stage, directory)

@@ -5,7 +5,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.errors import HydraException
@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.errors import UserError
 from models.artifact import CONFIG, DECODER, RECOMMENDATION
@@ -27,7 +27,7 @@ from models.lora import LoraDraft, save_adapter
 from train.checkpoint.checkpoints import check_final_weights, checkpointer
 from train.context import Resources
 from train.disk_space import ADAPTER, check_shared_memory
-from train.endings.finite import check_finite_weights, read_finite, skipped_steps
+from train.endings.finite import callbacks_of, check_finite_weights, read_finite, skipped_steps
 from train.endings.preemption import agreed_signal, set_training
 from train.evaluate.acceptance import Variant
 from train.evaluate.report import markdown, plot_acceptance, plot_speed, print_report
@@ -82,7 +82,7 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
         UserError: in float32, an output differs from the target's: the drafter must never change it.
     """
     settings, exported = config.stage.evaluate, directory.parent / "export"
-    target = resources.target.to(device(config))
+    target = cast(Any, resources.target).to(device(config))  # transformers' types reject a string
     try:
         draft = load_draft(exported, target).to(target.device)
     except ValueError as error:
@@ -95,7 +95,7 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
         resources.benchmarks,
         resources.encoder,
         decoding_settings(config, resources.tokenizer),
-        OmegaConf.to_container(settings.speed, resolve=True),
+        cast(dict[str, Any], OmegaConf.to_container(settings.speed, resolve=True)),
         name=resources.name or "random weights",
     )
     directory.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         start_from_head(draft)
     training, validation = resources.rows
     if settings.best_by and not len(validation):
-        say("    nothing is validated (data.validation_records=0): the last weights come out, not the best")
+        say("    data.validation_records=0 disables validation: the stage keeps the last weights, not the best")
     data = DraftData(
         training,
         validation,
@@ -188,11 +188,13 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     )
     check_shared_memory(config.runtime.workers, data.batch_bytes(trainer.world_size) if config.runtime.workers else 0)
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    trainer.callbacks += live_decoding(config, stage, validation, resources.positions, resources.tokenizer)
+        logger.log_hyperparams(plain)
+    callbacks = callbacks_of(trainer)
+    callbacks += live_decoding(config, stage, validation, resources.positions, resources.tokenizer)
     # First in the callback order: its metrics are on disk before a checkpoint marks the step as finished.
-    trainer.callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
+    callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory)
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: a collective operation under ZeRO 3
     check_final_weights(trainer, trained)
@@ -218,7 +220,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     return result
 
 
-def _load(own: dict[str, Tensor], source: Path) -> None:
+def _load(own: dict[str, nn.Parameter], source: Path) -> None:
     """Load trained weights from `source` into the given parameters.
 
     Raises:

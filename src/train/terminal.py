@@ -5,3 +5,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import data.terminal
 
 say = rank_zero_only(data.terminal.say)
+
+
+def rank() -> int:
+    """Return the rank of this process as Lightning knows it."""
+    return int(getattr(rank_zero_only, "rank", 0))  # Lightning sets the attribute, which its types omit

@@ -14,7 +14,7 @@ from data.errors import UserError
 from train.checkpoint.files import bytes_of, is_intact, publish_named
 from train.checkpoint.rng_state import random_state, set_random_state
 from train.endings.agreed import AgreedEnd, Diverged, NotFinished
-from train.endings.finite import COUNTED, advice, check_state
+from train.endings.finite import COUNTED, advice, callbacks_of, check_state, latest_step
 from train.endings.preemption import agreed_signal, set_training, stop
 from train.run_dir.checkpoint_names import NAMED, checkpoints_in, step_of
 from train.terminal import say
@@ -22,7 +22,7 @@ from train.terminal import say
 
 def checkpointer(trainer: lightning.Trainer) -> "Checkpoints":
     """Return the trainer's `Checkpoints` callback."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+    return next(callback for callback in callbacks_of(trainer) if isinstance(callback, Checkpoints))
 
 
 class Checkpoints(Checkpoint):
@@ -85,7 +85,7 @@ class Checkpoints(Checkpoint):
         (`trainer.max_time`) applies to each start of the run: if time accumulated, a resumed run would stop before its
         first step.
         """
-        for timer in (callback for callback in trainer.callbacks if isinstance(callback, Timer)):
+        for timer in (callback for callback in callbacks_of(trainer) if isinstance(callback, Timer)):
             checkpoint["callbacks"].pop(timer.state_key, None)
         self._saved = self.started_at = checkpoint["global_step"]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -171,7 +171,7 @@ class Checkpoints(Checkpoint):
         Args:
             comparable: all validation metrics are finite.
         """
-        value = self.last.get(self.best_by)
+        value = self.last.get(self.best_by) if self.best_by else None
         better = comparable and value is not None and (not self.best or value > self.best["value"])
         self.waited = 0 if better else self.waited + 1
         if better:
@@ -200,7 +200,7 @@ class Checkpoints(Checkpoint):
 
     def _boundary(self, trainer: lightning.Trainer) -> None:
         step, signal = trainer.global_step, agreed_signal(trainer.strategy)
-        due = step % self.every == 0 and not trainer.lightning_module.step.fault  # keep the last good one
+        due = step % self.every == 0 and not latest_step(trainer.lightning_module).fault  # keep the last good one
         if due or trainer.should_stop or signal:
             self._save(trainer)
         if signal:
@@ -281,7 +281,7 @@ def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
     would stop at the same step.
     """
     stage = directory.parent.name
-    timed = any(isinstance(c, Timer) for c in trainer.callbacks)
+    timed = any(isinstance(c, Timer) for c in callbacks_of(trainer))
     limit = "trainer.max_time" if timed else "a callback"
     text = f"{stage} stopped at step {trainer.global_step} of {trainer.max_steps} because of {limit}: not finished. "
     early = f"To finish a stage early, set stage.{stage}.patience or decrease stage.{stage}.steps."

@@ -15,16 +15,18 @@ from train.run_dir.state import file_sha256, publish
 class CheckpointFiles(CheckpointIO):
     """Checkpoint I/O with one file per checkpoint, `step-00000050-<sha256>.ckpt`; the digest verifies its content."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save a checkpoint. `path` is the file name without the digest."""
         needed = bytes_of(checkpoint)
         publish_named(Path(path), lambda temporary: torch.save(checkpoint, temporary), needed)
 
-    def load_checkpoint(self, path: Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Load tensors and plain values only, on the CPU: an untrusted file cannot execute code."""
         return torch.load(path, map_location="cpu", weights_only=True)
 
-    def remove_checkpoint(self, path: Path) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
 
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 def random_state() -> dict[str, Any]:
     """Return the generator states of all ranks, in rank order. Must be called on every rank."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # a tuple, as legacy=True is the default
+    name, keys, *rest = numpy_state
     mine: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),

@@ -1,10 +1,10 @@
 """Non-finite values: steps with a non-finite loss or gradient are skipped, non-finite weights are never saved."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -34,6 +34,16 @@ class StepMetrics:
     fault: str  # names the non-finite value and its rank; empty if all values are finite
     blocks: float = 0.0  # blocks in the global batch with assistant tokens to predict
     labelled: float = 0.0  # those of them that have a label in this stage
+
+
+def latest_step(module: lightning.LightningModule | None) -> StepMetrics:
+    """Return the metrics of the latest step of a `DraftTraining` module."""
+    return cast(StepMetrics, module.step)  # type: ignore[union-attr]  # callbacks get Lightning's base class
+
+
+def callbacks_of(trainer: lightning.Trainer) -> list[Callback]:
+    """Return the callbacks of the trainer."""
+    return trainer.callbacks  # type: ignore[attr-defined]  # Lightning's types omit the attribute
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -81,7 +91,7 @@ def shortened(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors that contain an infinity or a NaN."""
     if not tensors:
         return []
@@ -103,7 +113,7 @@ def read_finite(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_finite_weights(tensors: dict[str, Tensor], source: Path) -> None:
+def check_finite_weights(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Check that the weights that a stage starts from are finite.
 
     Raises:
@@ -173,7 +183,7 @@ class SkippedSteps(Callback):
         """
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
-        fault = pl_module.step.fault
+        fault = latest_step(pl_module).fault
         if not fault:
             self.in_a_row = 0
             return
@@ -190,4 +200,4 @@ class SkippedSteps(Callback):
 
 def skipped_steps(trainer: lightning.Trainer) -> int:
     """Return the number of skipped steps of the stage."""
-    return next(callback.total for callback in trainer.callbacks if isinstance(callback, SkippedSteps))
+    return next(callback.total for callback in callbacks_of(trainer) if isinstance(callback, SkippedSteps))

@@ -10,6 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from train.endings.agreed import AgreedEnd
+from train.endings.finite import latest_step
 from train.terminal import say
 
 LOOK = 20  # steps after which the fraction is checked; shorter stages are checked at their end
@@ -50,8 +51,9 @@ class LabelledBlocks(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
         self.steps += 1
-        self.blocks += pl_module.step.blocks
-        self.labelled += pl_module.step.labelled
+        step = latest_step(pl_module)
+        self.blocks += step.blocks
+        self.labelled += step.labelled
         if self.steps < LOOK and trainer.global_step < trainer.max_steps:
             return
         if not self.labelled and self.needed:

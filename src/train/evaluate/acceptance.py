@@ -145,19 +145,20 @@ def decode(
     Each prompt is seeded by its number; `first` is the number of the first prompt.
     """
     decoded = GenerationResult([], [])
+    choice: dict[str, Any] = {"calibrate": variant.calibrate, "mode": variant.mode} if variant else {}
     with tqdm(total=len(prompts), desc=say, unit="prompt") as bar:
         for start in range(0, len(prompts), how.batch_size):
             batch = prompts[start : start + how.batch_size]
             result = generate(
                 target,
-                variant and variant.draft,
+                variant.draft if variant else None,
                 batch,
                 max_new_tokens=how.max_new_tokens,
                 sampling=how.sampling,
                 selection=how.selection,
                 tokenizer=how.tokenizer,
                 seed=[prompt_seed(how, first + start + i) for i in range(len(batch))],
-                **({"calibrate": variant.calibrate, "mode": variant.mode} if variant else {}),
+                **choice,
             )
             decoded.tokens += result.tokens
             decoded.steps += result.steps

@@ -62,7 +62,7 @@ class TrainingBatches(Dataset[Batch]):
         first = (self.rank * self.micro_batches + number) * size
         places = range(first, first + size)
         chosen = [self.rows[self._row_at(step * self.global_batch_size + place)] for place in places]
-        seeds = [(self.seed, 0, step, place) for place in places]
+        seeds: list[tuple[int, ...]] = [(self.seed, 0, step, place) for place in places]
         return make_batch(chosen, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
 
     def _row_at(self, drawn: int) -> int:
@@ -118,7 +118,8 @@ class ValidationBatches(Dataset[Batch]):
         places = self.mine[index * self.rows_per_batch : (index + 1) * self.rows_per_batch]
         if not places:
             raise IndexError(index)
-        rows, seeds = [self.rows[i % len(self.rows)] for i in places], [(0, VALIDATION, i) for i in places]
+        rows = [self.rows[i % len(self.rows)] for i in places]
+        seeds: list[tuple[int, ...]] = [(0, VALIDATION, i) for i in places]
         batch = make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
         again = torch.tensor([i >= len(self.rows) for i in places])
         return replace(batch, labels=batch.labels.masked_fill(again[:, None, None], IGNORE), lengths=())
@@ -133,7 +134,7 @@ class Ahead(DataLoader):
         )
         self._begun: list[Any] = []
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Any:
         self._begun = [iterator for iterator in self._begun if not getattr(iterator, "_shutdown", True)]
         self._begun.append(super().__iter__())
         return self._begun[-1]

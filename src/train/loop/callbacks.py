@@ -1,6 +1,6 @@
 """Restrictions on user callbacks: validation metrics must belong to the weights that the stage hands on."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from data.errors import UserError
 from train.endings.agreed import AgreedEnd
+from train.endings.finite import callbacks_of
+from train.loop.modules import DraftTraining
 
 # Lightning callbacks that only observe training, and its time limit. The others change the weights, the optimization or
 # the number of steps.
-KNOWN = (DeviceStatsMonitor, LambdaCallback, LearningRateMonitor, ModelSummary, ProgressBar)
+KNOWN: tuple[type[Callback], ...] = (DeviceStatsMonitor, LambdaCallback, LearningRateMonitor, ModelSummary, ProgressBar)
 KNOWN += (ThroughputMonitor, Timer)
 OF_CHECKPOINTS = ("on_save_checkpoint", "on_load_checkpoint")
 
@@ -102,7 +104,7 @@ class SameWeights(Callback):
         """
         changed = trainer.global_step == self._step and not self._norms.equal(_norms(pl_module))
         if trainer.strategy.reduce_boolean_decision(changed, all=False):
-            given = [type(c).__name__ for c in trainer.callbacks if not type(c).__module__.startswith("train.")]
+            given = [type(c).__name__ for c in callbacks_of(trainer) if not type(c).__module__.startswith("train.")]
             raise AgreedEnd(
                 f"Step {trainer.global_step}: a callback changes the trained weights during or after validation, so "
                 "the validation metrics are not those of the weights to be saved. Remove that callback. Configured "
@@ -115,5 +117,8 @@ def _norms(module: lightning.LightningModule) -> Tensor:
 
     NaN is replaced by -1, so that equal norms compare as equal.
     """
-    pieces = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in module.trained().values()]
+    pieces = [
+        getattr(parameter, "ds_tensor", parameter).detach()
+        for parameter in cast(DraftTraining, module).trained().values()
+    ]
     return torch.stack(torch._foreach_norm(pieces)).nan_to_num(nan=-1.0).cpu()

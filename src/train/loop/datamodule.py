@@ -56,20 +56,26 @@ class DraftData(lightning.LightningDataModule):
         return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
     def train_dataloader(self) -> Ahead:
-        batches = self._batches(self.trainer.global_rank, self.trainer.world_size)
-        return self._keep(Ahead(batches, self.workers, FromStep(batches, lambda: self.trainer.global_step)))
+        trainer = self._trainer()
+        batches = self._batches(trainer.global_rank, trainer.world_size)
+        return self._keep(Ahead(batches, self.workers, FromStep(batches, lambda: trainer.global_step)))
 
     def val_dataloader(self) -> Ahead:
-        world = self.trainer.world_size
+        trainer = self._trainer()
+        world = trainer.world_size
         batches = ValidationBatches(
             self.validation,
             rows_per_batch=self.micro_batch_size or max(1, self.global_batch_size // world),
             num_anchors=self.num_anchors,
             block_size=self.block_size,
-            rank=self.trainer.global_rank,
+            rank=trainer.global_rank,
             world_size=world,
         )
         return self._keep(Ahead(batches, self.workers))
+
+    def _trainer(self) -> lightning.Trainer:
+        assert self.trainer is not None  # Lightning attaches it before asking for data loaders
+        return self.trainer
 
     def _keep(self, loader: Ahead) -> Ahead:
         self.loaders.append(loader)

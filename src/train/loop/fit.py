@@ -18,7 +18,7 @@ from models.cost.flops import step_flops
 from models.cost.sizes import Sizes
 from train.checkpoint.checkpoints import Checkpoints, checkpointer, not_finished
 from train.checkpoint.files import CheckpointFiles, usable_checkpoint
-from train.endings.finite import SkippedSteps
+from train.endings.finite import SkippedSteps, callbacks_of
 from train.endings.labels import LabelledBlocks
 from train.evaluate.plots import read_metrics
 from train.loop.callbacks import SameWeights, check_callbacks
@@ -90,7 +90,7 @@ def _check_time_limit(trainer: Trainer) -> None:
     Raises:
         UserError: the time limit is 0 or less, so that no step would be made.
     """
-    limits = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
+    limits = [callback.time_remaining() for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
     if any(limit is not None and limit <= 0 for limit in limits):
         raise UserError(
             "trainer.max_time, or a Timer's duration, is 0 or negative: no step would run. Expected more time than one "

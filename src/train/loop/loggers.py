@@ -15,11 +15,10 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from data.errors import UserError
-from train.terminal import say
+from train.terminal import rank, say
 
 PROJECT = "flexdraft"  # default if neither logger.wandb.project nor WANDB_PROJECT is set
 REACH, INIT, FINISH = 5.0, 30.0, 120.0  # seconds to wait for the server
@@ -31,7 +30,7 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(method)
     def call(self: "StageWandbLogger", *args: Any, **kwargs: Any) -> None:
-        if self.lost or rank_zero_only.rank:
+        if self.lost or rank():
             return
         try:
             method(self, *args, **kwargs)
@@ -70,7 +69,7 @@ class StageWandbLogger(WandbLogger):
 
         if self.shared and wandb.run is not None:
             return wandb.run
-        begin = {} if self.shared else {"reinit": "create_new"}
+        begin: dict[str, Any] = {} if self.shared else {"reinit": "create_new"}
         try:
             return wandb.init(**self._wandb_init, **begin)
         except Exception as error:
@@ -222,7 +221,7 @@ def check_loggers(config: DictConfig) -> None:
     Raises:
         UserError: see `mode`.
     """
-    if rank_zero_only.rank == 0 and "wandb" in config.logger:
+    if rank() == 0 and "wandb" in config.logger:
         mode(_directory(config.run_dir))
 
 
@@ -247,7 +246,7 @@ def wandb_logger(
         UserError: see `mode`.
     """
     directory = _directory(save_dir)
-    chosen = mode(directory) if rank_zero_only.rank == 0 else "disabled"
+    chosen = mode(directory) if rank() == 0 else "disabled"
 
     def unless(variable: str, value: str | None) -> str | None:
         return None if os.environ.get(variable) else value  # None: W&B reads the variable
@@ -255,7 +254,7 @@ def wandb_logger(
     import wandb
 
     shared = bool(os.environ.get("WANDB_RUN_ID"))  # one W&B run for all stages
-    timeout = {} if os.environ.get("WANDB_INIT_TIMEOUT") else {"init_timeout": INIT}
+    timeout: dict[str, Any] = {} if os.environ.get("WANDB_INIT_TIMEOUT") else {"init_timeout": INIT}
     return StageWandbLogger(
         stage,
         project=project or os.environ.get("WANDB_PROJECT") or PROJECT,

@@ -2,11 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -66,12 +68,19 @@ class DraftTraining(lightning.LightningModule, ABC):
         self.step = StepMetrics(math.nan, 0.0, math.nan, "")  # metrics of the latest step
         self.objective, self.execution = objective, execution
         self.slot0_loss, self.chunk, self.bonus_slot_fraction = slot0_loss, chunk, bonus_slot_fraction
-        self.adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
+        self.adamw: dict[str, Any] = {
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+            "betas": tuple(betas),
+            "eps": eps,
+        }
         self.warmup_ratio, self.min_lr_ratio, self.steps = warmup_ratio, min_lr_ratio, steps
         self.requires_grad_(False)
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
 
+    _micro_batch: int  # index of the current micro-batch in its step
+    _sums: Tensor  # loss, weight and blocks of the step so far
     masks_labels = False  # whether `features` masks some labels of the batch
 
     @abstractmethod
@@ -144,7 +153,8 @@ class DraftTraining(lightning.LightningModule, ABC):
         """
         if not self.ends_step:
             return  # Lightning calls DeepSpeed's step after every micro-batch; it takes effect only after the last
-        trained, strategy = self.trained(), self.trainer.strategy
+        trained = self.trained()
+        strategy: Any = self.trainer.strategy
         sharded = hasattr(strategy, "gradient_norms")  # ZeRO
         norms = strategy.gradient_norms() if sharded else gradient_norms(trained.values())
         rows = self._of_all_ranks(torch.cat([self._sums, norms]))
@@ -154,7 +164,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         elif sharded:
             strategy.divide_gradients(self.step.weight)
         else:
-            torch._foreach_div_([p.grad for p in trained.values()], self.step.weight)
+            torch._foreach_div_([p.grad for p in trained.values() if p.grad is not None], self.step.weight)
 
     def _skip(self) -> None:
         """Skip this optimizer step, leaving weights and optimizer state unchanged."""
@@ -187,7 +197,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=self.trainer.global_step)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         parameters = list(self.trained().values())
         optimizer = torch.optim.AdamW(parameters, **self.adamw)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -209,11 +219,11 @@ class DraftTraining(lightning.LightningModule, ABC):
         torch.distributed.all_gather(rows, values)
         return torch.stack(rows).tolist()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # own format
         """Return the trained parameters by exported name, without the target."""
         return {name: p.detach() for name, p in self.trained().items()}
 
-    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load the output of `state_dict`.
 
         Raises:
@@ -270,6 +280,7 @@ class BonusCalibration(DraftTraining):
 
     def features(self, batch: Batch) -> Features:
         clean = target_pass(self.target, batch, self.draft.split_layer, execution=self.execution)
+        assert clean.hidden is not None  # target_pass returns it by default
         bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
         # Mask blocks in which the bonus token differs from the text's token: the rest of the text does not continue the
         # bonus token.

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from models.cost.hardware import peak_flops
+from train.endings.finite import latest_step
 
 
 class Monitor(Callback):
@@ -51,9 +52,10 @@ class Monitor(Callback):
             return
         _wait(trainer)
         rate = (trainer.global_step - self._step) / (time.perf_counter() - self._since)
-        made = {"train/loss": pl_module.step.loss, "train/gradient_norm": pl_module.step.gradient_norm}
+        step = latest_step(pl_module)
+        made = {"train/loss": step.loss, "train/gradient_norm": step.gradient_norm}
         figures = {
-            **({} if pl_module.step.fault else made),  # a skipped step has no meaningful loss or gradient norm
+            **({} if step.fault else made),  # a skipped step has no meaningful loss or gradient norm
             "train/learning_rate": self._rate,
             "speed/steps_per_second": rate,
             "speed/rows_per_second": rate * self.rows,
@@ -64,7 +66,7 @@ class Monitor(Callback):
             figures["speed/mfu"] = rate * self.flops / self.peak
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
-        shown = {"loss": pl_module.step.loss, "tokens/s": figures["speed/tokens_per_second"]}
+        shown = {"loss": step.loss, "tokens/s": figures["speed/tokens_per_second"]}
         if self.flops:
             shown["MFU %"] = 100 * figures["speed/mfu"]
         pl_module.log_dict(shown, prog_bar=True, logger=False)

@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
 
 import lightning
 import torch
@@ -21,8 +22,10 @@ from models.decoding.flex import generate
 from models.decoding.selection import OFF
 from models.draft import DraftModel
 from models.lora import LoraDraft
+from train.loop.modules import DraftTraining
 from train.names import TAU
 
+M = TypeVar("M", bound=nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -54,7 +57,8 @@ class LiveDecoding(Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         begun = time.perf_counter()
-        by_prompt = self._accepted(trainer, pl_module.draft)
+        draft = cast(DraftTraining, pl_module).draft
+        by_prompt = self._accepted(trainer, draft)
         accepted = [count for prompt in by_prompt for count in prompt]
         low, high = tau_interval(by_prompt)
         tau = {TAU: mean_acceptance_length(accepted)}
@@ -63,7 +67,7 @@ class LiveDecoding(Callback):
         # it differs between repeated runs.
         pl_module.log_dict(tau, prog_bar=True, logger=False)
         pl_module.log_dict(interval, logger=False)
-        slots = acceptance_by_slot(accepted, pl_module.draft.block_size)
+        slots = acceptance_by_slot(accepted, draft.block_size)
         figures = tau | interval | {f"val/accept_{j}": share for j, share in enumerate(slots, 1)}
         figures["val/decode_seconds"] = time.perf_counter() - begun
         for logger in trainer.loggers:
@@ -84,7 +88,7 @@ class LiveDecoding(Callback):
         dist.all_gather_object(parts, mine)
         if in_step:
             return parts[0]
-        together = [[] for _ in self.prompts]
+        together: list[list[int]] = [[] for _ in self.prompts]
         for first, part in enumerate(parts):
             together[first::world] = part
         return together
@@ -94,7 +98,7 @@ class LiveDecoding(Callback):
         # Do not use inference mode: training must not reuse inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             decoder = as_exported(draft)
-            how = {"max_new_tokens": self.max_new_tokens, "mode": "sequential", "selection": OFF}
+            how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "mode": "sequential", "selection": OFF}
             counts = []
             for first in range(0, len(prompts), self.batch_size):
                 batch = prompts[first : first + self.batch_size]
@@ -117,7 +121,7 @@ def as_exported(draft: DraftModel) -> DraftModel:
     return _with_parameters(draft, copies)
 
 
-def _with_parameters(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.Module:
+def _with_parameters(module: M, copies: dict[int, nn.Parameter]) -> M:
     """Return a shallow copy of the module with some parameters replaced, or the module itself if none applies.
 
     Args:

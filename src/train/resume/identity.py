@@ -32,11 +32,26 @@ INPUTS = {
     EVALUATE: ["export/config.json"],
 }
 
-TRAINING = ("module._target_", "module._partial_", "module.objective", "module.slot0_loss", "module.learning_rate")
+TRAINING: tuple[str, ...] = (
+    "module._target_",
+    "module._partial_",
+    "module.objective",
+    "module.slot0_loss",
+    "module.learning_rate",
+)
 TRAINING += ("module.weight_decay", "module.betas", "module.eps", "module.warmup_ratio", "module.min_lr_ratio")
 TRAINING += ("module.steps", "module.bonus_slot_fraction", "module.joint", "steps", "global_batch_size", "num_anchors")
 TRAINING += ("gradient_clip", "validate_every", "decode.prompts", "decode.max_new_tokens", "best_by", "patience")
-MEASURED = ("num_prompts", "max_new_tokens", "variants", "selection", "threshold", "temperature", "top_k", "top_p")
+MEASURED: tuple[str, ...] = (
+    "num_prompts",
+    "max_new_tokens",
+    "variants",
+    "selection",
+    "threshold",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 MEASURED += ("speed.num_prompts", "speed.batch_sizes", "speed.thresholds", "speed.repeats")
 # Setting -> stages whose outcome it changes. A name covers all settings below it; the longest match wins.
 CHANGES: dict[str, tuple[str, ...]] = {
@@ -85,7 +100,13 @@ WITHOUT_EFFECT = {
     **{f"trainer.enable_{k}": LOGS for k in ("progress_bar", "checkpointing", "model_summary", "autolog_hparams")},
 }
 # Lightning callbacks that only observe training. Any other may change the weights, so its settings count.
-OBSERVERS = ("TQDMProgressBar", "RichProgressBar", "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint")
+OBSERVERS: tuple[str, ...] = (
+    "TQDMProgressBar",
+    "RichProgressBar",
+    "DeviceStatsMonitor",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+)
 OBSERVERS += ("ModelSummary", "RichModelSummary", "Timer", "ThroughputMonitor", "OnExceptionCheckpoint")
 
 
@@ -119,7 +140,7 @@ def settings_of(config: DictConfig, stage: str, run_dir: Path, resources: Resour
     plain: Any = {group: OmegaConf.to_container(config[group], resolve=True) for group in _groups(stage)}
     settings = {"model": plain["model"], "stage": plain["stage"].get(stage)}
     if stage == EXPORT:
-        written = OmegaConf.to_container(config.export)
+        written: Any = OmegaConf.to_container(config.export)
         settings["stage"] = {"dtype": written["dtype"]} | ({"complete": True} if written["complete"] else {})
     if stage in TRAINED:
         settings |= {"objective": plain["objective"], "data": plain["data"], "seed": config.seed}

@@ -114,7 +114,7 @@ def check_adapter(config: DictConfig) -> None:
 def _check_ranges(config: DictConfig) -> None:
     """Check ranges and choices of individual settings."""
     draft = config.model.draft
-    choices = {"export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
+    choices: dict[str, tuple[Any, ...]] = {"export.dtype": ("float32", "bfloat16"), "hardware.gpu": tuple(GPUS)}
     choices["runtime.attention"] = ("auto", "flex", "sdpa", "dense")
     choices |= {f"stage.{stage}.best_by": ("val/tau", "val/tau_estimate", None) for stage in TRAINED}
     choices["stage.evaluate.selection"] = SELECTIONS

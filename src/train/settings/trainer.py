@@ -36,9 +36,10 @@ def check_trainer(config: DictConfig) -> None:
         UserError: an argument is not user-settable, or Lightning would reject or misinterpret its value.
     """
     try:
-        given, *others = (OmegaConf.to_container(config[group], resolve=True) for group in ("trainer", *INSTANCES))
+        groups: Any = [OmegaConf.to_container(config[group], resolve=True) for group in ("trainer", *INSTANCES)]
     except OmegaConfBaseException as error:
         raise UserError(unresolved(error)) from error
+    given, *others = groups
     for key, value in given.items():
         if key not in ARGUMENTS:
             known = ", ".join(name for name in ARGUMENTS if name != "_target_")
