@@ -12,6 +12,7 @@ import argparse
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from models.target import target_pass
 from train.context import Resources
 from train.evaluate.acceptance import own_answers
 from train.evaluate.run import decoding_settings
-from train.loop.batches import TrainingBatches
+from train.loop.batches import BatchSettings, TrainingBatches
 from train.loop.modules import lr_factor
 from train.names import TRAINED
 from train.run_dir.state import write_json
@@ -156,9 +157,9 @@ def train(draft: Reference, batches: list[Batch] | Iterator[Batch], *, steps: in
 
 def training_batches(config: DictConfig, resources: Resources) -> Iterator[Batch]:
     """Yield the batches of both stages, in order."""
-    for settings in (config.stage[stage] for stage in TRAINED):
-        sizes = {key: settings[key] for key in ("steps", "global_batch_size", "num_anchors")}
-        drawn = TrainingBatches(resources.rows[0], **sizes, block_size=config.model.draft.block_size, seed=config.seed)
+    for stage in TRAINED:
+        settings = replace(BatchSettings.of_stage(config, stage), micro_batch_size=None)
+        drawn = TrainingBatches(resources.rows[0], settings)
         yield from (drawn.batch(step).to(resources.target.device) for step in range(settings.steps))
 
 

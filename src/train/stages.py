@@ -32,6 +32,7 @@ from train.endings.preemption import agreed_signal, set_training
 from train.evaluate.acceptance import Variant
 from train.evaluate.report import markdown, plot_acceptance, plot_speed, print_report
 from train.evaluate.run import decoding_settings, drafter_sizes, evaluate_drafter
+from train.loop.batches import BatchSettings
 from train.loop.datamodule import DraftData
 from train.loop.fit import build_trainer, fit, stage_monitor, wandb_loggers
 from train.loop.validation_decoding import live_decoding
@@ -175,17 +176,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
     training, validation = resources.rows
     if settings.best_by and not len(validation):
         say("    data.validation_records=0 disables validation: the stage keeps the last weights, not the best")
-    data = DraftData(
-        training,
-        validation,
-        steps=settings.steps,
-        global_batch_size=settings.global_batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        num_anchors=settings.num_anchors,
-        block_size=draft.block_size,
-        seed=config.seed,
-        workers=config.runtime.workers,
-    )
+    data = DraftData(training, validation, BatchSettings.of_stage(config, stage), workers=config.runtime.workers)
     check_shared_memory(config.runtime.workers, data.batch_bytes(trainer.world_size) if config.runtime.workers else 0)
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
     plain: Any = OmegaConf.to_container(config, resolve=True)

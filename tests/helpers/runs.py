@@ -1,6 +1,7 @@
 """Short runs that stop at a chosen step, and their recorded metrics."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def run(
     )  # fmt: skip
     fitted.accumulate_grad_batches = micro_batches
     training, rows = module(stage, random_target()), data(STEPS)
-    rows.micro_batch_size = 4 // micro_batches
+    rows.settings = replace(rows.settings, micro_batch_size=4 // micro_batches)
     chosen = usable_checkpoint(directory)
     if stop_at:
         asked = lambda strategy: 10 if fitted.global_step >= stop_at else 0  # noqa: E731  SIGUSR1

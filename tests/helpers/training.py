@@ -10,6 +10,7 @@ from data.preprocess.packing import pack_documents
 from models.draft import DraftModel
 from models.draft_config import DraftConfig
 from models.loss.objectives import Objective
+from train.loop.batches import BatchSettings
 from train.loop.datamodule import DraftData
 from train.loop.modules import AttentionTuning, BonusCalibration
 
@@ -38,7 +39,8 @@ def rows(count: int = 40):
 
 def data(steps: int = 6) -> DraftData:
     # Many blocks: the calibrator trains only where the target predicts the token, one in a hundred here.
-    return DraftData(rows(), rows(10), steps=steps, global_batch_size=4, num_anchors=40, block_size=6, seed=0)
+    settings = BatchSettings(steps=steps, global_batch_size=4, num_anchors=40, block_size=6, seed=0)
+    return DraftData(rows(), rows(10), settings)
 
 
 def trainer(tmp_path, steps: int, **kwargs) -> lightning.Trainer:

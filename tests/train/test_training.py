@@ -1,5 +1,6 @@
 """Training through Lightning: what is frozen, what is trained, where a killed run goes on."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from helpers.training import data, hashes, module, rows, trainer
 
 from data.batch import IGNORE
 from models.draft import UNKNOWN, start_from_head
-from train.loop.batches import TrainingBatches, ValidationBatches
+from train.loop.batches import BatchSettings, TrainingBatches, ValidationBatches
 from train.loop.modules import AttentionTuning, BonusCalibration, previous_tokens
 
 STAGES = pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_only_the_intended_parameters_are_trained(stage, beyond, tmp_path):
 
 
 def data_batch(target, num_anchors: int = 4):
-    batches = TrainingBatches(rows(), steps=1, global_batch_size=2, num_anchors=num_anchors, block_size=6, seed=0)
+    batches = TrainingBatches(rows(), BatchSettings(1, 2, num_anchors, block_size=6, seed=0))
     return batches.batch(0)
 
 
@@ -61,8 +62,8 @@ def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, micro_bat
     the drafter in training: its loss is computed in pieces."""
     training, rows = module(stage, random_target(), beyond=stage is BonusCalibration), data(1)
     start_from_head(training.draft)
-    rows.micro_batch_size = 4 // micro_batches
-    batches = TrainingBatches(rows.training, steps=1, global_batch_size=4, num_anchors=40, block_size=6, seed=0)
+    rows.settings = replace(rows.settings, micro_batch_size=4 // micro_batches)
+    batches = TrainingBatches(rows.training, BatchSettings(1, 4, num_anchors=40, block_size=6, seed=0))
     total, weight, _, _ = training.loss(batches.batch(0))
     names, parameters = zip(*training.trained().items(), strict=True)
     gradients = torch.autograd.grad(total / weight, parameters)
@@ -126,23 +127,23 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_pa
 
 
 def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
-    common = {"steps": 9, "global_batch_size": 4, "num_anchors": 5, "block_size": 6, "seed": 3}
+    settings = BatchSettings(steps=9, global_batch_size=4, num_anchors=5, block_size=6, seed=3)
     packed = rows()
-    alone = TrainingBatches(packed, **common)
-    pair = [TrainingBatches(packed, **common, rank=r, world_size=2) for r in range(2)]
+    alone = TrainingBatches(packed, settings)
+    pair = [TrainingBatches(packed, settings, rank=r, world_size=2) for r in range(2)]
     for step in (0, 4, 8):  # past the end of the first epoch, too
         whole, parts = alone.batch(step), [p.batch(step) for p in pair]
         assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
         assert torch.equal(whole.anchors, torch.cat([p.anchors for p in parts]))
     with pytest.raises(ValueError, match="expected a multiple of 3, the number of ranks"):
-        TrainingBatches(packed, **common, rank=0, world_size=3)
+        TrainingBatches(packed, settings, rank=0, world_size=3)
 
 
 def test_validation_covers_every_row_once_and_keeps_the_ranks_in_step():
     packed = list(rows())[:7]
-    common = {"rows_per_batch": 2, "num_anchors": 5, "block_size": 6}
-    alone = list(ValidationBatches(packed, **common))
-    pair = [list(ValidationBatches(packed, **common, rank=r, world_size=2)) for r in range(2)]
+    settings = BatchSettings(1, 2, num_anchors=5, block_size=6, seed=0, micro_batch_size=2)
+    alone = list(ValidationBatches(packed, settings))
+    pair = [list(ValidationBatches(packed, settings, rank=r, world_size=2)) for r in range(2)]
     assert [b.labels.shape for b in pair[0]] == [b.labels.shape for b in pair[1]]
     together = torch.cat([b.labels for b in pair[0] + pair[1]])
     assert torch.equal(together[:7], torch.cat([b.labels for b in alone])) and (together[7:] == -100).all()
@@ -150,7 +151,7 @@ def test_validation_covers_every_row_once_and_keeps_the_ranks_in_step():
 
 def test_each_epoch_sees_every_row_once_in_a_new_order():
     packed = rows()
-    batches = TrainingBatches(packed, steps=10**6, global_batch_size=1, num_anchors=2, block_size=6, seed=0)
+    batches = TrainingBatches(packed, BatchSettings(10**6, 1, num_anchors=2, block_size=6, seed=0))
     orders = [[batches._row_at(epoch * len(packed) + i) for i in range(len(packed))] for epoch in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(packed)))
     assert orders[0] != orders[1]

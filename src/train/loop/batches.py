@@ -2,11 +2,12 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import IGNORE, Batch
@@ -17,6 +18,31 @@ from train.settings.derived import micro_batches_per_step
 VALIDATION = 1  # separates validation's random seeds from training's (0)
 
 
+@dataclass(frozen=True)
+class BatchSettings:
+    """Settings that, together with the rows, determine the batches of a stage."""
+
+    steps: int
+    global_batch_size: int  # rows per step over all ranks
+    num_anchors: int  # blocks per row
+    block_size: int
+    seed: int
+    micro_batch_size: int | None = None  # rows per micro-batch of a rank; None: one micro-batch per step
+
+    @classmethod
+    def of_stage(cls, config: DictConfig, stage: str) -> "BatchSettings":
+        """Read the settings of a training stage."""
+        settings = config.stage[stage]
+        return cls(
+            steps=settings.steps,
+            global_batch_size=settings.global_batch_size,
+            num_anchors=settings.num_anchors,
+            block_size=config.model.draft.block_size,
+            seed=config.seed,
+            micro_batch_size=settings.micro_batch_size,
+        )
+
+
 class TrainingBatches(Dataset[Batch]):
     """One rank's part of every global batch: one item per micro-batch of each step.
 
@@ -24,56 +50,40 @@ class TrainingBatches(Dataset[Batch]):
     not depend on the number of ranks or micro-batches.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        *,
-        steps: int,
-        global_batch_size: int,
-        num_anchors: int,
-        block_size: int,
-        seed: int,
-        micro_batch_size: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], settings: BatchSettings, *, rank: int = 0, world_size: int = 1) -> None:
         """
-        Args:
-            micro_batch_size: rows per micro-batch, which sets the number of gradient accumulation steps; None: one
-                micro-batch per step.
-
         Raises:
             ValueError: `global_batch_size` does not divide evenly into ranks and micro-batches.
         """
-        self.micro_batches = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
-        self.rows, self.steps, self.global_batch_size = rows, steps, global_batch_size
-        self.num_anchors, self.block_size, self.seed = num_anchors, block_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.micro_batches = micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, world_size)
+        self.rows, self.settings, self.rank, self.world_size = rows, settings, rank, world_size
 
     def __len__(self) -> int:
-        return self.steps * self.micro_batches
+        return self.settings.steps * self.micro_batches
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch(*divmod(index, self.micro_batches))
 
     def batch(self, step: int, number: int = 0) -> Batch:
         """Return micro-batch `number` of this rank in step `step`."""
-        size = self.global_batch_size // (self.world_size * self.micro_batches)
+        settings = self.settings
+        size = settings.global_batch_size // (self.world_size * self.micro_batches)
         first = (self.rank * self.micro_batches + number) * size
         places = range(first, first + size)
-        chosen = [self.rows[self._row_at(step * self.global_batch_size + place)] for place in places]
-        seeds: list[tuple[int, ...]] = [(self.seed, 0, step, place) for place in places]
-        return make_batch(chosen, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+        chosen = [self.rows[self._row_at(step * settings.global_batch_size + place)] for place in places]
+        seeds: list[tuple[int, ...]] = [(settings.seed, 0, step, place) for place in places]
+        return make_batch(chosen, num_anchors=settings.num_anchors, block_size=settings.block_size, seeds=seeds)
 
     def _row_at(self, drawn: int) -> int:
         """Return the index of the row at position `drawn` in the infinite sequence of shuffled epochs."""
         epoch, place = divmod(drawn, len(self.rows))
         if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            generator = np.random.default_rng((self.settings.seed, epoch))
+            self._epoch, self._order = epoch, generator.permutation(len(self.rows))
         return int(self._order[place])
 
 
-class FromStep(Sampler[int]):
+class StepSampler(Sampler[int]):
     """Indices of the micro-batches from the current step to the last, in order.
 
     The current step is read when iteration starts.
@@ -96,20 +106,11 @@ class ValidationBatches(Dataset[Batch]):
     others. The last ranks are padded with repeated rows, whose labels are ignored.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        *,
-        rows_per_batch: int,
-        num_anchors: int,
-        block_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.rows, self.rows_per_batch = rows, rows_per_batch
-        self.num_anchors, self.block_size = num_anchors, block_size
-        share = -(-len(rows) // world_size)
-        self.mine = range(rank * share, (rank + 1) * share)
+    def __init__(self, rows: Sequence[Row], settings: BatchSettings, *, rank: int = 0, world_size: int = 1) -> None:
+        self.rows, self.settings = rows, settings
+        self.rows_per_batch = settings.micro_batch_size or max(1, settings.global_batch_size // world_size)
+        per_rank = -(-len(rows) // world_size)
+        self.mine = range(rank * per_rank, (rank + 1) * per_rank)
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.rows_per_batch)
@@ -120,12 +121,13 @@ class ValidationBatches(Dataset[Batch]):
             raise IndexError(index)
         rows = [self.rows[i % len(self.rows)] for i in places]
         seeds: list[tuple[int, ...]] = [(0, VALIDATION, i) for i in places]
-        batch = make_batch(rows, num_anchors=self.num_anchors, block_size=self.block_size, seeds=seeds)
+        settings = self.settings
+        batch = make_batch(rows, num_anchors=settings.num_anchors, block_size=settings.block_size, seeds=seeds)
         again = torch.tensor([i >= len(self.rows) for i in places])
         return replace(batch, labels=batch.labels.masked_fill(again[:, None, None], IGNORE), lengths=())
 
 
-class Ahead(DataLoader):
+class BatchLoader(DataLoader):
     """DataLoader that prefetches ready-made batches in `workers` processes; 0 builds them in the main process."""
 
     def __init__(self, batches: Dataset[Batch], workers: int, sampler: Sampler[int] | None = None) -> None:

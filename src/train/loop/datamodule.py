@@ -7,77 +7,47 @@ import torch
 
 from data.batch import Batch
 from data.preprocess.packing import Row
-from train.loop.batches import Ahead, FromStep, TrainingBatches, ValidationBatches
+from train.loop.batches import BatchLoader, BatchSettings, StepSampler, TrainingBatches, ValidationBatches
 
 
 class DraftData(lightning.LightningDataModule):
     """Training and validation data loaders of one stage."""
 
     def __init__(
-        self,
-        training: Sequence[Row],
-        validation: Sequence[Row],
-        *,
-        steps: int,
-        global_batch_size: int,
-        micro_batch_size: int | None = None,
-        num_anchors: int,
-        block_size: int,
-        seed: int,
-        workers: int = 0,
+        self, training: Sequence[Row], validation: Sequence[Row], settings: BatchSettings, *, workers: int = 0
     ) -> None:
         """
         Args:
             workers: prefetching processes per data loader; 0: none.
         """
         super().__init__()
-        self.training, self.validation = training, validation
-        self.steps, self.global_batch_size, self.micro_batch_size = steps, global_batch_size, micro_batch_size
-        self.num_anchors = num_anchors
-        self.block_size, self.seed, self.workers = block_size, seed, workers
-        self.loaders: list[Ahead] = []
-
-    def _batches(self, rank: int, world_size: int) -> TrainingBatches:
-        return TrainingBatches(
-            self.training,
-            steps=self.steps,
-            global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            num_anchors=self.num_anchors,
-            block_size=self.block_size,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-        )
+        self.training, self.validation, self.settings, self.workers = training, validation, settings, workers
+        self.loaders: list[BatchLoader] = []
 
     def batch_bytes(self, world_size: int) -> int:
         """Return the size of one training micro-batch in bytes."""
-        values = vars(self._batches(0, world_size)[0]).values()
+        batches = TrainingBatches(self.training, self.settings, world_size=world_size)
+        values = vars(batches[0]).values()
         return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
-    def train_dataloader(self) -> Ahead:
+    def train_dataloader(self) -> BatchLoader:
+        batches = TrainingBatches(self.training, self.settings, **self._place())
         trainer = self._trainer()
-        batches = self._batches(trainer.global_rank, trainer.world_size)
-        return self._keep(Ahead(batches, self.workers, FromStep(batches, lambda: trainer.global_step)))
+        return self._keep(BatchLoader(batches, self.workers, StepSampler(batches, lambda: trainer.global_step)))
 
-    def val_dataloader(self) -> Ahead:
+    def val_dataloader(self) -> BatchLoader:
+        return self._keep(BatchLoader(ValidationBatches(self.validation, self.settings, **self._place()), self.workers))
+
+    def _place(self) -> dict[str, int]:
+        """Return rank and world size of this process."""
         trainer = self._trainer()
-        world = trainer.world_size
-        batches = ValidationBatches(
-            self.validation,
-            rows_per_batch=self.micro_batch_size or max(1, self.global_batch_size // world),
-            num_anchors=self.num_anchors,
-            block_size=self.block_size,
-            rank=trainer.global_rank,
-            world_size=world,
-        )
-        return self._keep(Ahead(batches, self.workers))
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _trainer(self) -> lightning.Trainer:
         assert self.trainer is not None  # Lightning attaches it before asking for data loaders
         return self.trainer
 
-    def _keep(self, loader: Ahead) -> Ahead:
+    def _keep(self, loader: BatchLoader) -> BatchLoader:
         self.loaders.append(loader)
         return loader
 
