@@ -1,4 +1,4 @@
-"""LoRA adapters: what is trained, merged and unmerged alike, in PEFT's format and out of it, from end to end."""
+"""LoRA adapters: trained parameters, merged and unmerged decoding, PEFT's format, complete runs."""
 
 import json
 from dataclasses import asdict, replace
@@ -38,7 +38,7 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def lora_draft(target, *, trained: bool = True, rank: int = 4, **kwargs) -> LoraDraft:
-    """`trained`: far from its start, where merged and unmerged are the same without any update."""
+    """Return a LoRA drafter; `trained`: perturbed, since merged and unmerged are trivially equal at initialization."""
     torch.manual_seed(2)
     draft = LoraDraft(target, Lora(rank, 2 * rank), CONFIG, **kwargs)
     if trained:
@@ -50,7 +50,7 @@ def lora_draft(target, *, trained: bool = True, rank: int = 4, **kwargs) -> Lora
 
 @torch.no_grad()
 def logits(draft) -> torch.Tensor:
-    """[R, A, B, V] of all blocks of some rows."""
+    """Return the logits [R, A, B, V] of all blocks of a few rows."""
     rows = pack_documents(random_documents(6, seed=5), 96, pad_id=0)
     batch = make_batch(rows, num_anchors=8, block_size=draft.block_size, seeds=[(i,) for i in range(len(rows))])
     context = target_pass(draft.target, batch, draft.split_layer).context
@@ -101,7 +101,7 @@ def test_a_saved_adapter_is_loaded_here_and_by_peft(family, tmp_path):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_an_adapter_that_does_not_fit_is_rejected(tmp_path):
     target = random_target()
     with pytest.raises(ValueError, match="no drafter's adapter there"):
         load_adapter(tmp_path, target)
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             Lora(rank, alpha)
 
 
-def test_some_projectors_alone(tmp_path):
+def test_a_subset_of_the_projectors(tmp_path):
     target = random_target()
     draft = LoraDraft(target, Lora(4, 8, ("v_proj", "q_proj")), CONFIG)
     updated = {name.split(".")[3] for name in draft.attention_parameters() if "lora_" in name}
@@ -142,7 +142,7 @@ def test_updates_are_added_in_float32_to_bfloat16_weights():
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_decoding_takes_the_same_steps_merged_and_unmerged(mode):
     target = random_target()
-    draft = LoraDraft(target, Lora(4, 8), CONFIG)  # a copy of the target drafts: some drafts are right
+    draft = LoraDraft(target, Lora(4, 8), CONFIG)  # a copy of the target, so some drafts are right
     with torch.no_grad():
         for name, parameter in draft.attention_parameters().items():
             if "lora_B" in name:
@@ -165,7 +165,7 @@ def test_only_the_adapter_is_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_stopped_at_any_step_resumes_as_if_uninterrupted(tmp_path, monkeypatch):
     def module(stage, target):
         return AttentionTuning(target, lora_draft(target, trained=False), **SETTINGS)
 
@@ -192,19 +192,19 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monke
         ("trainer=zero3", "Set trainer=zero2 or adapter=none"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(override, message):
+def test_invalid_settings_are_rejected(override, message):
     with pytest.raises(UserError, match=message):
         check_adapter(composed("+experiment=tiny", "adapter=lora", override))
 
 
-def test_other_settings_are_not():
+def test_valid_settings_are_accepted():
     check_adapter(composed("+experiment=tiny", "adapter=lora", "trainer=zero2"))
     check_adapter(composed("+experiment=tiny", "adapter=lora", "trainer=zero3", "stages=[bonus_calibration]"))
     check_adapter(composed("+experiment=tiny", "trainer=zero3"))
 
 
 @EVERY
-def test_the_plan_counts_what_is_trained(family):
+def test_the_plan_counts_the_trained_parameters(family):
     target, _ = random_pair(family)
     sizes = Sizes.from_config(target.config.to_dict(), **asdict(replace(CONFIG, calibrator_rank=8))).with_lora(4, None)
     assert sizes.trained_parameters("attention_tuning") == sizes.held_parameters("attention_tuning")
@@ -240,7 +240,7 @@ def count(parameters: dict[str, torch.Tensor]) -> int:
     [("adapter.rnk=8", "Did you mean adapter.rank"),
      ("adapter.target_modules=[gate_proj]", "expected one or more of q_proj, k_proj, v_proj, o_proj")],
 )  # fmt: skip
-def test_wrong_settings_end_with_a_message(override, message, tmp_path):
+def test_wrong_settings_end_with_an_error_message(override, message, tmp_path):
     done = command(*SHORT, "adapter=lora", override, "data.max_records=40", cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 

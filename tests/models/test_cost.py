@@ -1,4 +1,4 @@
-"""What the plan says of FLOPs and memory, against what the real modules have, compute and hold."""
+"""FLOPs, parameters and memory of the plan against those of real modules."""
 
 import json
 
@@ -43,7 +43,7 @@ OTHER_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_key_value_heads"
     [
         ({}, 2, 64, 5, 1000, False),
         ({}, 2, 64, 5, 7, False),
-        ({}, 1, 200, 90, 50, True),  # anchors enough for three tiles
+        ({}, 1, 200, 90, 50, True),  # enough anchors for three tiles
         (OTHER_SHAPE | {"tie_word_embeddings": True}, 3, 40, 9, 50, False),
         (OTHER_SHAPE | {"tie_word_embeddings": True}, 3, 40, 9, 1000, True),
         (MIXTURE, 2, 64, 5, 1000, False),
@@ -109,7 +109,7 @@ def test_parameters_are_those_of_the_real_modules(model, recipe):
 
 
 def weight_memory(config, stage) -> int:
-    """Bytes of target and drafter, which tell nothing of what a step takes beside them."""
+    """Return the bytes of target and drafter weights, to subtract them from the memory of a step."""
     sizes = target_sizes(config)
     word = getattr(torch, config.model.target.dtype).itemsize
     return word * sizes.target_parameters + 4 * sizes.draft_parameters(stage)
@@ -130,7 +130,7 @@ def weight_memory(config, stage) -> int:
         "Phi 3, bfloat16 target, small chunks",
     ],
 )
-def test_memory_is_what_a_real_step_takes(stage, case):
+def test_memory_equals_that_of_a_real_step(stage, case):
     config = composed(CASES[case])
     weights = weight_memory(config, stage)
     expected = tensor_peak(config, stage) - weights
@@ -150,7 +150,9 @@ def test_memory_of_other_ways_to_tune(changes):
 @pytest.mark.parametrize("family", [[], EXPERTS], ids=["dense", "experts"])
 def test_memory_of_live_decoding(family):
     few = [f"stage.bonus_calibration.decode.{key}" for key in ("prompts=6", "batch_size=3", "max_new_tokens=8")]
-    heads = "model.target.architecture.num_key_value_heads=8"  # more keys and values than a layer holds of a token
+    heads = (
+        "model.target.architecture.num_key_value_heads=8"  # more keys and values per token than a layer has activations
+    )
     config = composed([*CASES["wide, bfloat16 target"], *family, *few, heads])
     sizes, stage, length = target_sizes(config), "bonus_calibration", 200
     setup = estimate(config, stage, sizes, machine_of(config)).setup
@@ -180,7 +182,7 @@ def test_windows_bound_the_arithmetic_of_attention():
 
     token = 4 * 4 * 8  # two products with all query heads, 2 per multiply-add
     assert flops(sliding_window=None) == 5 * token * 128 * 129 / 2
-    exact = 5 * token * (16 * 128 - 16 * 15 / 2)  # the first ones see fewer
+    exact = 5 * token * (16 * 128 - 16 * 15 / 2)  # the first tokens attend to fewer
     assert exact <= flops(sliding_window=16) <= 1.1 * exact
     assert flops(sliding_window=500) == flops(sliding_window=None)
 
@@ -194,7 +196,7 @@ def test_the_estimate_cuts_the_tiles_that_attention_computes():
     assert 2 * sum(queries * keys for queries, keys in expected) == pytest.approx(tile_pairs(tiles), rel=0.02)
 
 
-def test_sharding_takes_away_what_it_shards():
+def test_sharding_reduces_what_it_shards():
     sizes = target_sizes(composed(["+experiment=qwen3_32b"]))
     common = {"rows": 1, "max_seq_len": 4096, "num_anchors": 128, "chunk": 4096, "weight_bytes": 2, "autocast": True}
 
@@ -212,7 +214,7 @@ def test_sharding_takes_away_what_it_shards():
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-def test_more_of_anything_takes_more_memory(stage):
+def test_every_larger_size_takes_more_memory(stage):
     sizes = target_sizes(composed(["+experiment=qwen3_8b"]))
     base = {"rows": 2, "max_seq_len": 2048, "num_anchors": 64, "chunk": 512, "weight_bytes": 2, "autocast": True}
 
@@ -236,7 +238,7 @@ def test_a_joint_stage_2_keeps_of_the_mask_pass_what_stage_1_keeps():
 
 
 @pytest.mark.parametrize("experiment", REAL)
-def test_the_experiments_fit_the_gpus_that_they_name(experiment):
+def test_the_experiments_fit_their_gpus(experiment):
     config = composed([f"+experiment={experiment}"])
     sizes, machine = target_sizes(config), machine_of(config)
     assert machine.memory < 80 * 2**30
@@ -244,7 +246,7 @@ def test_the_experiments_fit_the_gpus_that_they_name(experiment):
         assert estimate(config, stage, sizes, machine).fits
 
 
-def test_a_gpu_that_is_too_small_is_refused_with_a_change_that_fits():
+def test_a_gpu_that_is_too_small_is_rejected_with_a_change_that_fits():
     config = composed(["+experiment=qwen3_8b", "plan=true", "hardware.gpu=a100-40gb"])
     with pytest.raises(UserError, match="attention_tuning takes .* GiB") as refused:
         plan(config)
@@ -267,12 +269,12 @@ def test_a_joint_stage_2_may_recompute_its_layers_as_well():
         plan(composed(["+experiment=qwen3_8b", "+recipe=beyond", *small]))
 
 
-def test_rows_longer_than_the_target_reads_are_refused_as_by_the_training():
+def test_rows_longer_than_the_targets_positions_are_rejected_as_in_training():
     with pytest.raises(UserError, match="= 50016 exceeds the target's 40960 positions"):
         plan(composed(["+experiment=qwen3_8b", "data.max_seq_len=50000"]))
 
 
-def test_where_nothing_else_helps_a_lesser_training_is_named():
+def test_a_reduced_training_is_suggested_if_nothing_else_fits():
     few = ["hardware.gpu=a100-40gb", "hardware.gpus_per_node=1", "data.max_seq_len=400000"]
     few.append("model.target.architecture.max_position_embeddings=500000")
     with pytest.raises(UserError, match=r"checkpointing=true data\.max_seq_len=\d+ .*1 x a100-40gb"):
@@ -302,24 +304,24 @@ def test_the_plan_reads_the_config_of_a_local_target(capsys):
     assert "CPU" in capsys.readouterr().out
 
 
-def test_the_plan_completes_what_a_config_need_not_say():
+def test_the_plan_fills_in_optional_config_keys():
     config = composed(["+experiment=tiny", "model=stand_in", *GEMMA])
     windows = target_sizes(config).windows
     assert windows == (*[128] * 5, None) * 2
 
 
-def test_a_family_that_is_not_counted_is_refused():
+def test_an_unsupported_family_is_rejected_by_the_plan():
     config = composed(["+experiment=tiny", "model=stand_in", "model.target.architecture.model_type=mamba"])
     with pytest.raises(UserError, match=r"model.target: .*model_type='mamba' is not counted; these are: gemma3_text"):
         target_sizes(config)
 
 
-def test_a_target_of_other_sizes_than_expected_is_refused():
+def test_a_target_of_unexpected_sizes_is_rejected():
     with pytest.raises(UserError, match=r"architecture.hidden_size=64, but the target's config has 32"):
         check_sizes({"model_type": "qwen3", "hidden_size": 64}, {"model_type": "qwen3", "hidden_size": 32})
 
 
-def test_gpus_are_found_by_the_names_that_torch_gives():
+def test_gpus_are_found_by_torchs_device_names():
     names = {
         "NVIDIA A100-SXM4-40GB": "a100-40gb",
         "NVIDIA A100-SXM4-80GB": "a100-80gb",
@@ -336,8 +338,8 @@ def test_gpus_are_found_by_the_names_that_torch_gives():
     assert peak_flops("cpu", torch.float32) > 1e9
 
 
-def test_the_arithmetic_of_a_block_is_that_of_drafting_it():
-    """As the flop counter counts it, with 40 tokens before the block."""
+def test_the_flops_of_a_block_are_those_of_drafting_it():
+    """Compare with torch's FLOP counter, with 40 tokens before the block."""
     target = random_target()
     for beyond in ({}, BEYOND):
         draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=8, **beyond))
@@ -349,7 +351,7 @@ def test_the_arithmetic_of_a_block_is_that_of_drafting_it():
         assert block_flops(sizes_of(target, **beyond), context=40) == counter.get_total_flops()
 
 
-def test_the_plan_never_takes_the_sizes_of_another_target(tmp_path):
+def test_the_plan_never_uses_the_sizes_of_another_target(tmp_path):
     mine = ("+experiment=qwen3_8b", "plan=true", "name=mine", "model.target.name=owner/mine")
     wrong = command(*mine, cwd=tmp_path)
     assert wrong.returncode == 1 and "has the sizes of Qwen/Qwen3-8B. Choose model=custom" in wrong.stderr

@@ -1,4 +1,4 @@
-"""Whatever is wrong with an artifact ends in one clear error, or changes nothing; never in another drafter."""
+"""Each damage of an artifact is one clear error or has no effect; it never gives another drafter."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from models.export.recommendation import recommend, recommended
 from models.verify.run import verify
 from train.publish.upload import check_artifact
 
-# Damages that a drafter of this project is loaded in spite of: what it never reads.
+# Damages of parts that the loader never reads: the drafter loads anyway.
 NOT_READ = {"pickled weights", "no decoder", "decoder altered", "decoder a directory", "code beside the decoder"}
 NOT_READ |= {"code for transformers", "one of the settings missing", "mixed dtypes", "not the config's dtype"}
 NOT_READ |= {"shape of a complete artifact's tensor", "a complete artifact's tensor altered", "kinds of layers absent"}
@@ -40,7 +40,7 @@ SUITABLE = {"selection": "off", "threshold": 0.0, "parallel_rows": 2, "calibrate
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """A target and its artifacts: whole, in shards, complete, without calibrator, beyond the paper: by name."""
+    """Return a target and its artifacts by name: plain, sharded, complete, without calibrator, beyond the paper."""
     root = tmp_path_factory.mktemp("healthy")
     target = random_target()
     export_draft(random_draft(target), root / "whole", torch.float32)
@@ -55,7 +55,7 @@ def healthy(tmp_path_factory):
 
 
 def clear(error: Exception, directory: Path) -> bool:
-    """Whether an error is of the kind that the docstrings promise, and says where."""
+    """Return whether an error is of a documented type and names the directory."""
     return type(error) in (ValueError, UserError) and str(directory) in str(error) and len(str(error)) < 1500
 
 
@@ -66,7 +66,7 @@ def same(draft, other) -> bool:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_artifact_does_not_load_or_loads_as_if_it_were_whole(name, healthy, tmp_path):
+def test_a_damaged_artifact_does_not_load_or_loads_as_if_it_were_intact(name, healthy, tmp_path):
     target, root = healthy
     kind, damage, _ = DAMAGES[name]
     directory = shutil.copytree(root / kind, tmp_path / "artifact")
@@ -83,7 +83,7 @@ VALUES = (None, "text", "", -1, 0, 1, 1.5, True, False, [], {}, [1, "a"], {"a": 
 
 
 def outcomes(directory: Path, target, expected, context):
-    """All readers: each ends in a clear error or in what the whole artifact gives."""
+    """Run all readers; each must give a clear error or the result of the intact artifact."""
     try:
         assert same(load_draft(directory, target), expected), context
     except (ValueError, AssertionError) as error:
@@ -97,7 +97,7 @@ def outcomes(directory: Path, target, expected, context):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "beyond"])
-def test_no_value_of_any_key_makes_another_drafter_or_a_raw_error(kind, healthy, tmp_path):
+def test_no_value_of_any_key_gives_another_drafter_or_a_raw_error(kind, healthy, tmp_path):
     target, root = healthy
     directory = shutil.copytree(root / kind, tmp_path / "artifact")
     change_settings(recommended_decoding=SUITABLE)(directory)
@@ -136,7 +136,7 @@ FILES = {
 
 @pytest.mark.parametrize("how", FILES)
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, INDEX, "a shard"])
-def test_no_state_of_a_file_ends_in_a_raw_error(name, how, healthy, tmp_path):
+def test_no_state_of_a_file_causes_a_raw_error(name, how, healthy, tmp_path):
     target, root = healthy
     kind = "shards" if name in (INDEX, "a shard") else "whole"
     directory = shutil.copytree(root / kind, tmp_path / "artifact")
@@ -150,13 +150,13 @@ def test_no_state_of_a_file_ends_in_a_raw_error(name, how, healthy, tmp_path):
 
 
 @pytest.mark.parametrize("reader", [recommended, read_config, lambda d: load_draft(d, random_target())])
-def test_a_directory_without_a_drafter_is_refused_by_name(reader, healthy, tmp_path):
+def test_a_directory_without_a_drafter_is_rejected_by_name(reader, healthy, tmp_path):
     for directory in (healthy[1] / "target", tmp_path):
         with pytest.raises(ValueError, match="no exported drafter there"):
             reader(directory)
 
 
-def test_weights_that_are_not_finite_do_not_load(healthy, tmp_path):
+def test_non_finite_weights_do_not_load(healthy, tmp_path):
     directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
     change_tensors(lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()])(directory)
     with pytest.raises(UserError, match=r"anchor_bias_mlp.0.bias, .* and 19 more: not finite"):
@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_do_not_load(healthy, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["anchor_bias_rank", "chain_rank"])
-def test_a_rank_that_fits_in_no_memory_is_refused_before_memory_is_taken(key, healthy, tmp_path):
+def test_an_excessive_rank_is_rejected_before_memory_is_allocated(key, healthy, tmp_path):
     directory = shutil.copytree(healthy[1] / "beyond", tmp_path / "artifact")
     change_settings(**{key: 10**12})(directory)
     with pytest.raises(UserError, match=r"config.json.*0.bias: has shape \(\d,\) in .*; expected \(1000000000000,\)"):
@@ -207,13 +207,16 @@ def test_the_code_of_another_version_is_a_warning_and_changed_code_a_fault(healt
     (directory / DECODER).write_text("def generate(model): ...\n")
     [fault] = of_files(directory, healthy).faults
     assert fault.startswith(f"{DECODER}: not the code that was exported")
-    for recorded in (sha256(directory / DECODER), None):  # of an export by another version, or before it was on record
+    for recorded in (
+        sha256(directory / DECODER),
+        None,
+    ):  # of an export by another version, or by one that did not record it
         change_config(custom_generate_sha256=recorded)(directory)
         check = of_files(directory, healthy)
         assert not check.faults and check.warnings[0].startswith(f"{DECODER}: not this version's code.")
 
 
-def test_files_that_no_export_writes_are_noticed(healthy, tmp_path):
+def test_files_that_no_export_writes_are_reported(healthy, tmp_path):
     directory = shutil.copytree(healthy[1] / "shards", tmp_path / "artifact")
     for name in (".gitattributes", "README.md", "LICENSE", "acceptance_by_slot.png", "notes.txt"):
         (directory / name).write_text("mine")
@@ -221,7 +224,7 @@ def test_files_that_no_export_writes_are_noticed(healthy, tmp_path):
     assert check.warnings == ["files that no export writes: notes.txt."] and "no card" not in check.summary
 
 
-def test_what_an_export_writes_is_what_makes_it_whole(healthy, tmp_path):
+def test_an_export_writes_exactly_the_required_files(healthy, tmp_path):
     for kind in ("whole", "shards"):
         for file in [file for file in (healthy[1] / kind).rglob("*") if file.is_file()]:
             directory = shutil.copytree(healthy[1] / kind, tmp_path / kind / file.name)
@@ -254,7 +257,7 @@ def test_verifying_and_loading_change_nothing(healthy):
     assert content(root) == before
 
 
-def test_a_recommendation_changes_no_file_and_goes_without_a_trace(healthy, tmp_path):
+def test_a_recommendation_changes_no_other_file_and_can_be_removed(healthy, tmp_path):
     directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
     before = content(directory)
     recommend(directory, SUITABLE)

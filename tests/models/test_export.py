@@ -18,7 +18,7 @@ LAYERS, BLOCK, RANK, HIDDEN, VOCABULARY = 3, 6, 8, 32, 97
 
 
 def contract() -> dict[str, tuple[int, ...]]:
-    """Names and shapes, written out from the contract and the sizes above, not from the code."""
+    """Return names and shapes, written out from the contract and the sizes above, independent of the code."""
     shapes = {
         "mask_embedding": (HIDDEN,),
         "anchor_bias_mlp.0.weight": (RANK, 2 * HIDDEN),
@@ -49,7 +49,7 @@ def test_keys_and_shapes_are_the_contracts(exported):
     assert files == {"config.json", "custom_generate/generate.py", "model.safetensors"}
 
 
-def test_whoever_may_read_the_config_may_read_the_weights(exported):
+def test_config_and_weights_have_the_same_file_permissions(exported):
     _, _, directory = exported
     modes = {file.stat().st_mode for file in (directory / "config.json", directory / "model.safetensors")}
     assert len(modes) == 1
@@ -113,7 +113,7 @@ def test_large_artifacts_are_sharded_and_read_back(exported, tmp_path_factory, m
         assert torch.equal(parameter, draft.own_parameters()[name])
 
 
-def test_a_complete_artifact_holds_the_releases_module_and_drafts_the_same(exported, tmp_path_factory):
+def test_a_complete_artifact_contains_the_releases_module_and_drafts_the_same(exported, tmp_path_factory):
     target, draft, _ = exported
     directory = tmp_path_factory.mktemp("complete")
     export_draft(draft, directory, torch.float32, complete=True)
@@ -132,7 +132,7 @@ def test_a_complete_artifact_holds_the_releases_module_and_drafts_the_same(expor
     assert all(torch.equal(p, own[name]) for name, p in load_draft(directory, target).own_parameters().items())
 
 
-def test_bfloat16_halves_the_file_and_says_so(exported, tmp_path_factory):
+def test_bfloat16_halves_the_file_and_is_recorded(exported, tmp_path_factory):
     _, draft, _ = exported
     directory = tmp_path_factory.mktemp("bf16")
     export_draft(draft, directory, torch.bfloat16)
@@ -140,7 +140,7 @@ def test_bfloat16_halves_the_file_and_says_so(exported, tmp_path_factory):
     assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_drafter_for_another_target_is_refused(exported):
+def test_a_drafter_for_another_target_is_rejected(exported):
     _, _, directory = exported
     with pytest.raises(ValueError, match="vocab_size=97, but this one has 90"):
         load_draft(directory, random_target(vocab_size=90))
@@ -148,7 +148,7 @@ def test_a_drafter_for_another_target_is_refused(exported):
         load_draft(directory, random_target(num_hidden_layers=6))
 
 
-def test_a_damaged_directory_is_refused_by_name(exported):
+def test_a_damaged_directory_is_rejected_by_name(exported):
     target, _, directory = exported
     tensors = load_file(directory / "model.safetensors")
     embedding = tensors.pop("mask_embedding")
@@ -160,7 +160,7 @@ def test_a_damaged_directory_is_refused_by_name(exported):
         load_draft(directory, target)
 
 
-def test_weights_that_are_not_finite_are_not_exported(exported, tmp_path_factory):
+def test_non_finite_weights_are_not_exported(exported, tmp_path_factory):
     _, draft, _ = exported
     with torch.no_grad():
         draft.mask_embedding[0] = float("nan")
@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_not_exported(exported, tmp_path_factory
 
 @pytest.fixture
 def beyond(exported, tmp_path_factory):
-    """The same with a bonus slot and a chain."""
+    """Return a pair with bonus slot and chain."""
     directory = tmp_path_factory.mktemp("beyond")
     draft = random_draft(exported[0], num_layers=LAYERS, block_size=BLOCK, rank=RANK, bonus_slot=True, chain_rank=5)
     export_draft(draft, directory, torch.float32)
@@ -180,14 +180,14 @@ def beyond(exported, tmp_path_factory):
 
 
 def logits_of(drafts: list[DraftModel]) -> list[torch.Tensor]:
-    """Of a block of each after the same random prompt."""
+    """Return the logits of one block of each drafter after the same random prompt."""
     target, cache = drafts[0].target, DynamicCache()
     forward_cached(target, torch.randint(3, 97, (1, 12)), cache)
     return [draft_logits(draft, cache, 12, torch.tensor([7])) for draft in drafts]
 
 
 @torch.no_grad()
-def test_what_is_beyond_the_contract_is_added_to_it_and_read_back(exported, beyond):
+def test_extensions_beyond_the_contract_are_exported_and_read_back(exported, beyond):
     target, _, directory = exported
     draft, other, tensors = beyond
     more = {"bonus_slot.weight": (HIDDEN, HIDDEN), "chain_mlp.0.weight": (5, 2 * HIDDEN), "chain_mlp.0.bias": (5,)}
@@ -204,8 +204,8 @@ def test_what_is_beyond_the_contract_is_added_to_it_and_read_back(exported, beyo
 
 
 @torch.no_grad()
-def test_a_decoder_that_knows_the_contract_alone_drafts_with_it(exported, beyond):
-    """What `without_extras` drafts is what a reader makes of the contract's keys and tensors, others passed over."""
+def test_a_decoder_that_knows_only_the_contract_can_use_the_export(exported, beyond):
+    """`without_extras` drafts as a reader that uses only the contract's keys and tensors."""
     draft, directory, tensors = beyond
     config = json.loads((directory / "config.json").read_text())
     for key in ("flexdraft_config", "dflash_config"):
@@ -218,7 +218,7 @@ def test_a_decoder_that_knows_the_contract_alone_drafts_with_it(exported, beyond
     assert torch.equal(plain, expected) and not torch.equal(full, expected)
 
 
-def test_a_relative_of_the_target_is_warned_of_and_the_target_itself_is_not(exported, recwarn):
+def test_a_relative_of_the_target_causes_a_warning_and_the_target_itself_does_not(exported, recwarn):
     target, _, directory = exported
     load_draft(directory, target)
     load_draft(directory, random_target("bfloat16"))

@@ -1,4 +1,4 @@
-"""The fingerprint tells a drafter's target from its relatives, and takes the same model in other forms for the same."""
+"""The fingerprint distinguishes a drafter's target from its relatives, and recognizes the same model in other forms."""
 
 import time
 import warnings
@@ -15,7 +15,7 @@ from models.target import load_target
 
 
 class Rounded(nn.Module):
-    """The shape of a quantized linear layer: integers and scales, no `weight`. Bits as asked for."""
+    """Linear layer in quantized form: integers and scales, no `weight`."""
 
     def __init__(self, module: nn.Linear, bits: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Rounded(nn.Module):
 
 
 def replaced(target, make):
-    """The same model with other modules in place of the linear layers within its layers."""
+    """Replace the linear layers within the model's layers."""
     target = deepcopy(target)
     for layer in target.model.layers:
         for parent in (layer.self_attn, layer.mlp):
@@ -40,7 +40,7 @@ def replaced(target, make):
 
 
 def changed(target, amount: float, names: str = ""):
-    """The same model with noise on its matrices, relative to their scale."""
+    """Add noise to the model's matrices, relative to their scale."""
     target = deepcopy(target)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def adapted(target, effect: bool):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_adapter_is_noticed_if_it_changes_something_merged_or_not(dtype):
+def test_an_effective_adapter_is_detected_merged_or_not(dtype):
     stored = fingerprint(random_target(dtype))
     assert compare(stored, adapted(random_target(dtype), False).get_base_model()).changed == ()
     whole = adapted(random_target(dtype), True).get_base_model()
@@ -110,13 +110,13 @@ def test_an_adapter_is_noticed_if_it_changes_something_merged_or_not(dtype):
 
 @pytest.mark.parametrize("names", ["", "q_proj", "layers.4.", "mlp", "embed_tokens", "lm_head"])
 @pytest.mark.parametrize("amount", [0.02, 0.2])
-def test_a_fine_tuned_relative_is_noticed_wherever_it_differs(names, amount):
+def test_a_fine_tuned_relative_is_detected_wherever_it_differs(names, amount):
     target = random_target()
     found = compare(fingerprint(target), changed(target, amount, names))
     assert found.changed and amount / 2 < found.distance < 2 * amount and "fine-tuned" in found.warning()
 
 
-def test_a_norm_that_differs_is_noticed():
+def test_a_different_norm_is_detected():
     target = random_target()
     stored = fingerprint(target)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_a_norm_that_differs_is_noticed():
     assert compare(stored, target).changed == ("layers.2.input_layernorm",)
 
 
-def test_other_weights_are_told_from_relatives():
+def test_other_weights_are_distinguished_from_relatives():
     assert "other weights" in compare(fingerprint(random_target()), random_target(seed=9)).warning()
     quantized = replaced(random_target(seed=9), lambda module: Rounded(module, 4))
     assert "other weights" in compare(fingerprint(random_target()), quantized).warning()
@@ -144,6 +144,6 @@ def test_the_embedded_target_is_stored_in_bfloat16_and_trained_in_float32():
 
 
 @pytest.mark.parametrize("stored", [[], "text", {"norm": 3}, {"norm": "one"}, {"norm": None}])
-def test_what_is_no_fingerprint_is_refused(stored):
+def test_an_invalid_fingerprint_is_rejected(stored):
     with pytest.raises(ValueError, match="target_fingerprint is no fingerprint"):
         compare(stored, random_target())

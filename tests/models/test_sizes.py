@@ -1,4 +1,4 @@
-"""Parameters from the sizes alone, against those of transformers' own modules, family by family."""
+"""Parameters computed from sizes against those of transformers' modules, for each family."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ CASES = [
 
 
 def on_meta(config):
-    """A model without memory for its weights."""
+    """Build a model on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -95,7 +95,7 @@ def test_the_published_models_have_the_published_sizes(name, billions, active):
     sizes = Sizes.from_config(architecture, **settings.draft)
     config = AutoConfig.for_model(**architecture)
     assert sizes == Sizes.from_config(config.to_dict(), **settings.draft)
-    assert {key: config.to_dict()[key] for key in architecture} == architecture  # what a run compares them with
+    assert {key: config.to_dict()[key] for key in architecture} == architecture  # the values that a run compares
     assert sizes.target_parameters == sum(p.numel() for p in on_meta(config).parameters())
     assert sizes.target_parameters / 1e9 == pytest.approx(billions, abs=0.005)
     unused = sum(sizes.ffn_parameters(n) - sizes.ffn_weights(n) for n in sizes.all_layers)
@@ -103,7 +103,7 @@ def test_the_published_models_have_the_published_sizes(name, billions, active):
 
 
 def test_the_names_of_a_published_config_are_understood():
-    """Those of config.json where transformers 5 has others, and what it need not say."""
+    """Keys of config.json that transformers 5 renamed, and optional keys."""
     published = SMALL | EXPERTS | {"model_type": "qwen3_moe"}
     assert Sizes.from_config(published, **DRAFT).sparse == (True,) * 5
     off = {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}
@@ -112,7 +112,7 @@ def test_the_names_of_a_published_config_are_understood():
 
 
 @pytest.mark.parametrize("kind", ["mamba", None])
-def test_a_family_that_is_not_counted_is_named(kind):
+def test_an_unsupported_family_is_named(kind):
     with pytest.raises(ValueError, match=rf"model_type={kind!r} is not counted; these are: gemma3_text, .*qwen3_moe"):
         Sizes.from_config(SMALL | {"model_type": kind}, **DRAFT)
 

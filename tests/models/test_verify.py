@@ -1,4 +1,4 @@
-"""`models.verify`: each kind of damage gives its own complaint and no other; a healthy artifact gives none."""
+"""`models.verify`: each kind of damage gives exactly its own fault; a healthy artifact gives none."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from models.verify.run import ROWS, _decoded, decoding_check, main, target_check
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """A target and one artifact for it, whole, in shards, complete, without calibrator, beyond the paper: by name."""
+    """Return a target and its artifacts by name: plain, sharded, complete, without calibrator, beyond the paper."""
     root = tmp_path_factory.mktemp("healthy")
     random_target().save_pretrained(root / "target")
     target = load_target(str(root / "target"))
@@ -44,17 +44,17 @@ def healthy(tmp_path_factory):
 
 
 def kept(layer):
-    """What a decoder layer holds beside its attention."""
+    """Return the tensors of a decoder layer outside its attention."""
     return [(name, p.detach().clone()) for name, p in layer.named_parameters() if not name.startswith("self_attn")]
 
 
 def faults_of(artifact: Path, target: Path) -> list[str]:
-    """As the command prints them."""
+    """Return the faults as printed by the command."""
     return [f"{check.name}: {fault}" for check in verify(artifact, target, max_new_tokens=8) for fault in check.faults]
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_each_damage_gives_its_own_complaint_and_no_other(name, healthy, tmp_path):
+def test_each_damage_gives_exactly_its_own_fault(name, healthy, tmp_path):
     kind, damage, complaint = DAMAGES[name]
     shutil.copytree(healthy / kind, tmp_path / "artifact")
     damage(tmp_path / "artifact")
@@ -71,7 +71,7 @@ def test_a_healthy_artifact_passes(kind, healthy):
     assert checks[1].summary.endswith(", bonus slot, chain of rank 4") == (kind == "beyond")
 
 
-def test_what_is_off_may_be_said_or_left_out(healthy, tmp_path):
+def test_disabled_parts_may_be_stated_or_omitted(healthy, tmp_path):
     shutil.copytree(healthy / "whole", tmp_path / "artifact")
     change_settings(bonus_slot=False, chain_rank=0)(tmp_path / "artifact")
     assert not faults_of(tmp_path / "artifact", healthy / "target")
@@ -88,7 +88,7 @@ WRONG_TARGETS = {
 
 
 @pytest.mark.parametrize("key", WRONG_TARGETS)
-def test_another_target_is_noticed_by_its_config_alone(key, healthy, tmp_path):
+def test_another_target_is_detected_by_its_config_alone(key, healthy, tmp_path):
     value, complaint = WRONG_TARGETS[key]
     AutoConfig.for_model(**ARCHITECTURE | {key: value}).save_pretrained(tmp_path)
     faults = faults_of(healthy / "whole", tmp_path)
@@ -97,7 +97,7 @@ def test_another_target_is_noticed_by_its_config_alone(key, healthy, tmp_path):
     assert all(key in fault or related in fault or complaint in fault for fault in faults)
 
 
-def test_all_faults_of_a_check_are_told_and_later_checks_left_out(healthy, tmp_path):
+def test_all_faults_of_a_check_are_reported_and_later_checks_skipped(healthy, tmp_path):
     shutil.copytree(healthy / "whole", tmp_path / "artifact")
     change_config(block_size=1, rope_theta=1.0, head_dim=5)(tmp_path / "artifact")
     change_tensors(lambda tensors: tensors.pop("mask_embedding"))(tmp_path / "artifact")
@@ -122,7 +122,7 @@ UNTRAINED = {
 
 
 @pytest.mark.parametrize("zeros", UNTRAINED)
-def test_an_untrained_drafter_is_valid_but_noticed(zeros, healthy, tmp_path):
+def test_an_untrained_drafter_is_valid_but_causes_a_warning(zeros, healthy, tmp_path):
     draft = DraftModel(
         load_target(str(healthy / "target")), DraftConfig(num_layers=3, block_size=6, **UNTRAINED[zeros])
     )
@@ -132,7 +132,7 @@ def test_an_untrained_drafter_is_valid_but_noticed(zeros, healthy, tmp_path):
     assert "target: the projectors equal the target's own: the drafter is untrained" in warnings
 
 
-def test_a_trained_drafter_of_another_target_of_equal_shape_is_noticed_by_its_tau(healthy, tmp_path):
+def test_a_trained_drafter_of_another_target_of_equal_shape_is_detected_by_its_tau(healthy, tmp_path):
     random_target(seed=5).save_pretrained(tmp_path)
     warnings = warnings_of(healthy / "whole", tmp_path)
     assert "decoding: τ 1.0" in warnings and "drafts are hardly ever accepted" in warnings
@@ -140,7 +140,7 @@ def test_a_trained_drafter_of_another_target_of_equal_shape_is_noticed_by_its_ta
 
 
 def test_drafts_that_are_accepted_and_identical_give_no_warning():
-    """A target that says one token for ever, which its own copy drafts, too unsure to have more than one verified."""
+    """The target repeats one token, which its copy drafts with too little confidence to have more than one verified."""
     target = random_target(eos_token_id=None)
     with torch.no_grad():
         target.model.norm.weight.zero_()
@@ -149,14 +149,14 @@ def test_drafts_that_are_accepted_and_identical_give_no_warning():
     assert "τ 2.00 parallel, τ 2.00 sequential; identical" in check.summary and not check.warnings + check.faults
 
 
-def test_the_targets_generation_settings_are_followed_and_named():
+def test_the_targets_generation_settings_are_applied_and_printed():
     draft = random_draft(random_target(eos_token_id=None))
     draft.target.generation_config.repetition_penalty = 1.3
     check = decoding_check(draft, [[5, 6], [7]], 8)
     assert "identical to the target alone under its generation_config (repetition_penalty=1.3)" in check.summary
 
 
-def test_more_prompts_than_are_decoded_at_a_time_keep_their_order():
+def test_prompts_in_several_batches_keep_their_order():
     draft = random_draft(random_target(eos_token_id=None))
     prompts = [[5 + i] * (1 + i % 3) for i in range(2 * ROWS + 1)]
     result = _decoded(draft.target, draft, prompts, max_new_tokens=4)
@@ -164,7 +164,7 @@ def test_more_prompts_than_are_decoded_at_a_time_keep_their_order():
     assert decoding_check(draft, prompts, 4).summary.startswith("17 prompts, up to 4 new tokens")
 
 
-def test_answers_too_short_to_verify_a_draft_are_no_proof():
+def test_answers_too_short_to_verify_a_draft_prove_nothing():
     check = decoding_check(random_draft(random_target()), [[5, 6]], 1)
     assert "identical" not in check.summary and "nan" not in check.summary
     assert not check.faults and check.warnings == [
@@ -172,7 +172,7 @@ def test_answers_too_short_to_verify_a_draft_are_no_proof():
     ]
 
 
-def test_a_token_that_is_not_the_targets_own_is_a_fault_in_float32_only(monkeypatch):
+def test_a_token_that_differs_from_the_targets_own_is_a_fault_only_in_float32(monkeypatch):
     from models.verify import run as module
 
     honest = module.generate
@@ -197,7 +197,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_command_says_what_was_checked_and_ends_with_0(tmp_path, tiny_target):
+def test_the_command_prints_its_checks_and_exits_with_0(tmp_path, tiny_target):
     draft = DraftModel(tiny_target, DraftConfig(num_layers=2, block_size=4, calibrator_rank=0))
     export_draft(draft, tmp_path / "artifact", torch.bfloat16)
     (tmp_path / "prompts.jsonl").write_text('{"turns": ["How many?", "And now?"]}\n')
@@ -211,7 +211,7 @@ def test_the_command_says_what_was_checked_and_ends_with_0(tmp_path, tiny_target
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_1_after_faults_and_wrong_calls(healthy, tmp_path):
+def test_the_command_exits_with_1_after_faults_and_wrong_calls(healthy, tmp_path):
     shutil.copytree(healthy / "whole", tmp_path / "artifact")
     change_config(block_size=1)(tmp_path / "artifact")
     done = command(tmp_path / "artifact", healthy / "target")
@@ -222,7 +222,7 @@ def test_the_command_ends_with_1_after_faults_and_wrong_calls(healthy, tmp_path)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "", "²"])
-def test_a_number_of_new_tokens_out_of_range_is_refused_with_the_range(value, healthy, monkeypatch, capsys):
+def test_an_out_of_range_number_of_new_tokens_is_rejected_with_the_range(value, healthy, monkeypatch, capsys):
     call = ["verify", str(healthy / "whole"), str(healthy / "target"), f"--max-new-tokens={value}"]
     monkeypatch.setattr(sys, "argv", call)
     with pytest.raises(SystemExit) as ended:
@@ -242,7 +242,7 @@ def test_a_number_of_new_tokens_out_of_range_is_refused_with_the_range(value, he
         ('{"messages": [{"role": "system", "content": "a"}]}', ":1: only a system message; expected a user turn"),
     ],
 )
-def test_prompts_that_are_none_are_refused_with_their_line(content, complaint, tmp_path):
+def test_invalid_prompts_are_rejected_with_their_line(content, complaint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(content)
     with pytest.raises(ValueError, match=complaint):
         read_prompts(tmp_path / "prompts.jsonl")
@@ -270,14 +270,14 @@ def test_a_tokenizer_with_more_tokens_than_the_target_embeds_is_a_warning_unless
         prompt_tokens([[{"role": "user", "content": "a"}]], target, None)
 
 
-def test_the_targets_own_tensors_are_compared_in_the_coarser_dtype(tmp_path):
+def test_the_targets_own_tensors_are_compared_in_the_lower_precision(tmp_path):
     own = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     save_file({"norm.weight": own.bfloat16(), "other": own}, tmp_path / "model.safetensors")
     assert foreign_tensors(tmp_path, {"norm.weight": own}) == []
     assert foreign_tensors(tmp_path, {"norm.weight": own * 1.01}) == ["norm.weight"]
 
 
-def test_names_that_are_neither_directory_nor_repository_are_refused(healthy, tmp_path):
+def test_names_that_are_neither_directory_nor_repository_are_rejected(healthy, tmp_path):
     with pytest.raises(ValueError, match="owner/none: no such directory, not downloaded before, and the Hub is out of"):
         next(verify("owner/none", healthy / "target"))
     with pytest.raises(ValueError, match="failed to load the target's config"):

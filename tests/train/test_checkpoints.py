@@ -66,7 +66,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, micro_batches):
+def test_a_run_stopped_at_any_step_resumes_as_if_uninterrupted(tmp_path, monkeypatch, micro_batches):
     straight, kept, history = run(tmp_path / "straight", micro_batches=micro_batches)
     assert list(history.losses) == list(range(1, STEPS + 1)) and history.validations == [2, 4, 6, 8]
     for step in range(1, STEPS + 1):
