@@ -42,7 +42,7 @@ DATA = {
     "no messages": (({"text": "?"},), ["data.jsonl:1", "`messages`", "found keys: text"]),
     "content of a wrong type": (
         ({"messages": [{"role": "user", "content": 3}]},),
-        ["turn 1", "must be a string", "a number"],
+        ["turn 1: expected a string", "a number"],
     ),
     "answers shorter than a block": ((chat("No."), chat("Yes.")), ["block_size=8", "longest answer"]),
 }
