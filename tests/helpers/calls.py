@@ -89,7 +89,7 @@ CALLS = {
     "mix with a typo": (["data.path=[{path: a.jsonl, wait: 2}]"], ["wait", "path, weight, split"]),
     "unknown policy": (["data.bad_records=ignore"], ["'ignore'", "stop or skip"]),
     "no process": (["data.num_proc=0"], ["num_proc=0", "1 or more"]),
-    "missing target": (["model.target.name=./nowhere"], ["./nowhere", "no config.json"]),
+    "missing target": (["model.target.name=./nowhere"], ["model.target.name=./nowhere", "config.json not found"]),
     "nothing left to train on": (["data.max_records=50"], ["validation_records=64", "50"]),
     "no GPU": (["trainer=gpu"], ["trainer", "gpu"]),
     "unknown trainer setting": (["+trainer.devicez=2"], ["devicez"]),
