@@ -1,4 +1,4 @@
-"""The main job by its command: all stages, once, and on from where it was killed."""
+"""The training command: runs every stage once and resumes after a kill."""
 
 import json
 import re
@@ -21,7 +21,7 @@ EXPORTED = "export/model.safetensors"
 
 
 @pytest.mark.slow
-def test_one_command_runs_every_stage_and_shows_what_came_out(trained_run):
+def test_one_command_runs_every_stage_and_prints_the_results(trained_run):
     output = (trained_run / "stdout.txt").read_text(encoding="utf-8")
     assert "lossless: 6/6 prompts identical" in output
     for word in ("[4/4] evaluate", "untuned", "attention_tuned", "calibrated", "target alone"):
@@ -54,7 +54,7 @@ def test_finished_stages_are_not_repeated_and_one_can_be_run_alone(trained_run):
 
 
 @pytest.mark.slow
-def test_a_link_in_the_place_of_a_later_result_is_refused_before_the_first_stage(trained_run, tmp_path):
+def test_a_link_in_place_of_a_later_result_is_refused_before_the_first_stage(trained_run, tmp_path):
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run, run_dir)
     (run_dir / "evaluate").rename(tmp_path / "behind")
@@ -76,7 +76,7 @@ def test_other_settings_under_the_same_name_are_refused(trained_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_path, number, status):
+def test_a_stopped_run_resumes_and_ends_with_the_same_weights(trained_run, tmp_path, number, status):
     call = (*SHORT, "stages=[attention_tuning,bonus_calibration]")
     run_dir = tmp_path / "checkpoints" / "short"
     for stage in ("attention_tuning", "bonus_calibration"):
@@ -93,8 +93,8 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(trained_run, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.6, 1.2, 1.8, 2.4, 3.5])
-def test_a_signal_while_starting_stops_the_run_with_its_status(tmp_path, delay):
-    """Whatever is being imported at that moment."""
+def test_a_signal_during_startup_stops_the_run_with_its_exit_status(tmp_path, delay):
+    """The signal may arrive during any import."""
     call = [sys.executable, "-m", "train", *SHORT, "name=short"]
     process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not catches(process.pid, signal.SIGUSR1):
@@ -106,7 +106,7 @@ def test_a_signal_while_starting_stops_the_run_with_its_status(tmp_path, delay):
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
+    """Return whether a process handles a signal."""
     status = Path(f"/proc/{pid}/status").read_text()
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
@@ -121,7 +121,7 @@ def test_a_requeued_job_overwrites_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stage_without_its_input_says_which_to_run(tmp_path):
+def test_a_stage_without_its_input_names_the_stage_to_run(tmp_path):
     done = command(*SHORT, "stages=[bonus_calibration]", cwd=tmp_path)
     assert done.returncode != 0 and "Run stage attention_tuning first" in done.stderr
     assert not (tmp_path / "checkpoints").exists()
@@ -143,7 +143,7 @@ def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tiny_target):
-    """All of the recipe by one command; what it exports says what it has, and decodes in both modes."""
+    """One command trains with the full recipe; the export lists its parts and decodes in both modes."""
     shorter = ("stage.attention_tuning.steps=20", "stage.evaluate.num_prompts=3", "stage.evaluate.speed.repeats=1")
     done = command(*SHORT, *shorter, "+recipe=beyond", "model.draft.chain_rank=16", "name=short", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -153,7 +153,7 @@ def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tin
     assert config["bonus_slot"] is True and config["chain_rank"] == 16
     tuned, exported = (load_file(run_dir / name) for name in ("attention_tuning/draft.safetensors", EXPORTED))
     changed = {name for name in tuned if not tuned[name].equal(exported[name])}
-    assert changed == tuned.keys()  # stage 2 went on with all of it
+    assert changed == tuned.keys()  # stage 2 trained all of it
     draft = load_draft(run_dir / "export", tiny_target)
     assert float(draft.bonus_slot.weight.detach().abs().max()) > 0 and draft.chain_rank == 16
     report = json.loads((run_dir / "evaluate" / "report.json").read_text())
@@ -172,8 +172,8 @@ def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["bonus_calibration", "export", "evaluate"])
-def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tmp_path):
-    """As an older version may have left them: every record says done."""
+def test_no_stage_starts_from_non_finite_weights(stage, trained_run, tmp_path):
+    """Imitate an older version: every record is marked as finished."""
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run, run_dir)
     file = {"bonus_calibration": "attention_tuning/draft.safetensors", "export": "bonus_calibration/draft.safetensors"}
@@ -184,7 +184,7 @@ def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tm
         save_file(tensors, weights, metadata=before.metadata())
     for record in (run_dir / "records").glob("*.done.json"):
         held = json.loads(record.read_text())
-        del held["files"]  # hashes of the results, which older versions did not record
+        del held["files"]  # result hashes, which older versions did not record
         record.write_text(json.dumps(held))
     done = command(*SHORT, "name=short", f"stages=[{stage}]", f"overwrite={stage}", cwd=tmp_path)
     named = "export" if stage == "evaluate" else weights.name
@@ -193,7 +193,7 @@ def test_no_stage_starts_from_weights_that_are_not_finite(stage, trained_run, tm
 
 
 @pytest.mark.slow
-def test_a_call_that_is_refused_deletes_nothing(trained_run, tmp_path):
+def test_a_refused_call_deletes_nothing(trained_run, tmp_path):
     run_dir = tmp_path / "checkpoints" / "short"
     shutil.copytree(trained_run, run_dir)
     before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}

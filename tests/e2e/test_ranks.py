@@ -1,4 +1,4 @@
-"""Two ranks under every strategy give what one gives; what one saved, the other goes on from."""
+"""Two ranks under every strategy match one rank, and either resumes from the other's checkpoint."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from train.checkpoint.files import CheckpointFiles
 from train.evaluate.plots import read_metrics
 
 STAGES = ("attention_tuning", "bonus_calibration")
-# With its usual eps, AdamW makes a full step of a gradient that is nothing but rounding, and hides a factor that all
-# gradients share. With this one it does neither.
+# With the default eps, AdamW takes a full step from a gradient that is only rounding error, and hides a constant factor
+# of all gradients. A large eps avoids both.
 CALL = (*SHORT, "trainer.precision=32-true", f"stages=[{','.join(STAGES)}]")
 CALL += tuple(f"stage.{stage}.{setting}" for stage in STAGES for setting in ("steps=12", "num_anchors=8"))
 CALL += tuple(f"stage.{stage}.module.{setting}" for stage in STAGES for setting in ("eps=1e-3", "learning_rate=1e-3"))
@@ -24,10 +24,10 @@ CALL += tuple(
 CALL += tuple(f"stage.{stage}.decode.{setting}" for stage in STAGES for setting in ("prompts=3", "max_new_tokens=10"))
 CALL += tuple(f"stage.{stage}.validate_every=6" for stage in STAGES)
 PAIR = ("trainer.accelerator=cpu", "trainer.devices=2")
-# Otherwise DeepSpeed keeps tensors of this size whole after their first use.
+# Otherwise DeepSpeed keeps tensors of this size unsharded after their first use.
 SHARDED = "+trainer.strategy.zero_optimization={stage3_param_persistence_threshold:0,stage3_max_live_parameters:0}"
-PASSES = tuple(f"stage.{stage}.micro_batch_size=1" for stage in STAGES)
-PIECES = tuple(f"stage.{stage}.module.chunk=37" for stage in STAGES)  # a gathering of the head for each
+MICRO_BATCHES = tuple(f"stage.{stage}.micro_batch_size=1" for stage in STAGES)
+CHUNKS = tuple(f"stage.{stage}.module.chunk=37" for stage in STAGES)  # the head is gathered for each chunk
 NO_COMPILER = {"PATH": "/nowhere"}
 
 
@@ -43,13 +43,13 @@ def run(cwd, *overrides: str, **environment: str):
 
 
 def difference(run_dir, other_dir) -> float:
-    """Greatest difference of a trained weight."""
+    """Return the largest difference of a trained weight."""
     pairs = [[load_file(d / stage / "draft.safetensors") for d in (run_dir, other_dir)] for stage in STAGES]
     return max(float((mine[name] - other[name]).abs().max()) for mine, other in pairs for name in mine)
 
 
 def decoded(run_dir) -> list[tuple[int, str, float]]:
-    """What decoding in training gave: by stage and step, name and value."""
+    """Return the metrics of decoding during training by stage and step."""
     return [
         (step, name, value)
         for stage in STAGES
@@ -75,13 +75,13 @@ def test_ddp_equals_one_rank(alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero_equals_one_rank(alone, tmp_path, zero):
-    """Each with what could go wrong in it alone: passes (divided twice), sharded tensors and pieces of the loss."""
-    extra = {1: (), 2: PASSES, 3: (SHARDED, *PIECES)}[zero]
+    """Add each strategy's specific risk: micro-batches (divided twice), sharded tensors and a chunked loss."""
+    extra = {1: (), 2: MICRO_BATCHES, 3: (SHARDED, *CHUNKS)}[zero]
     assert_same(alone, run(tmp_path, f"trainer=zero{zero}", *PAIR, *extra, **NO_COMPILER))
 
 
-# One value of the second rank's loss in the first step, when the optimizer has no state yet, and in a later one.
-# In that one its gradient is finite all the same, so that DeepSpeed on its own would make the step.
+# A non-finite loss of one rank in the first step, when the optimizer has no state, and in a later step. In the later
+# step the gradient is finite, so DeepSpeed by itself would take the step.
 BAD = ("+callbacks.bad._target_=helpers.faults.BadLoss", "+callbacks.bad.steps=[4]", "stages=[attention_tuning]")
 BAD += ("+callbacks.inf._target_=helpers.faults.InfiniteLoss", "+callbacks.inf.steps=[0]")
 BAD += ("stage.attention_tuning.steps=8", "stage.attention_tuning.checkpoint_every=1")
@@ -97,7 +97,7 @@ def on_rank(rank: int) -> tuple[str, ...]:
 
 
 def faulty(cwd, *overrides: str, said: str):
-    """The run directory of a run with two bad steps; `said` of both, once each."""
+    """Return the run directory of a run with two bad steps, each reported once with `said`."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = command(*CALL, *BAD, *overrides, "name=short", cwd=cwd, PYTHONPATH=path, **NO_COMPILER)
     assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def faulty(cwd, *overrides: str, said: str):
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_all_ranks_skip_the_same_steps_under_every_strategy(alone_with_bad_steps, tmp_path, strategy):
     chosen = {"ddp": ("trainer.devices=2",)}.get(strategy, (f"trainer={strategy}", *PAIR))
-    chosen += {"zero2": PASSES, "zero3": (SHARDED,)}.get(strategy, ())
+    chosen += {"zero2": MICRO_BATCHES, "zero3": (SHARDED,)}.get(strategy, ())
     run_dir = faulty(tmp_path, *chosen, *on_rank(1), said="the loss on rank 1 is not finite")
     figures = [read_metrics(d / "attention_tuning") for d in (alone_with_bad_steps, run_dir)]
     pair = [load_file(d / "attention_tuning" / "draft.safetensors") for d in (alone_with_bad_steps, run_dir)]
@@ -123,17 +123,17 @@ def test_all_ranks_skip_the_same_steps_under_every_strategy(alone_with_bad_steps
 
 @pytest.mark.slow
 def test_joint_training_beyond_the_paper_equals_one_rank(tmp_path_factory):
-    """Hardest where every rank has a piece of each tensor, and the head of the loss trains with what is before it."""
+    """The hardest case: every rank has a shard of each tensor, and the head of the loss is trained as well."""
     beyond = ("+recipe=beyond", "model.draft.chain_rank=16", *(f"stage.{stage}.steps=4" for stage in STAGES))
     beyond += tuple(f"stage.{stage}.validate_every=4" for stage in STAGES)
     one = run(tmp_path_factory.mktemp("one"), *beyond)
-    two = run(tmp_path_factory.mktemp("two"), *beyond, "trainer=zero3", *PAIR, SHARDED, *PIECES, **NO_COMPILER)
+    two = run(tmp_path_factory.mktemp("two"), *beyond, "trainer=zero3", *PAIR, SHARDED, *CHUNKS, **NO_COMPILER)
     assert difference(one, two) < 1e-6 and decoded(one) == decoded(two)
 
 
 @pytest.mark.slow
-def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):
-    """One rank, then two under ZeRO 2, then one again; with the data and the losses of one all along."""
+def test_a_run_may_change_its_ranks_and_strategy_on_resume(alone, tmp_path):
+    """One rank, two under ZeRO 2, one again: data and losses match a run on one rank."""
     stop = {"cwd": tmp_path, "number": signal.SIGUSR1}
     assert command_stopped_at_checkpoint(*CALL, stage="attention_tuning", **stop).returncode == 75
     directory = tmp_path / "checkpoints" / "short" / "attention_tuning" / "checkpoints"
@@ -149,7 +149,7 @@ def test_a_run_changes_its_ranks_and_strategy_on_the_way(alone, tmp_path):
         assert losses[0].keys() == losses[1].keys()
         assert all(abs(loss - losses[1][step]) < 1e-5 for step, loss in losses[0].items())
     assert difference(alone, run_dir) < 1e-6
-    # Both hold the trained parameters and their moments in float32, and nothing of the target.
+    # Both contain the trained parameters and their moments in float32, without the target.
     for saved in (one, two):
         trained = sum(t.numel() for t in saved["state_dict"].values())
         tensors = [*saved["state_dict"].values()]

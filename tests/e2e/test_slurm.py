@@ -1,4 +1,4 @@
-"""The batch script with stand-ins for SLURM's commands, and sweeps; scripts/slurm/drill.py does it on a real SLURM."""
+"""The batch script with stubs of SLURM's commands, and sweeps; scripts/slurm/drill.py uses a real SLURM."""
 
 import json
 import os
@@ -21,7 +21,7 @@ VERY_SHORT += ("stage.evaluate.num_prompts=1", "stage.evaluate.max_new_tokens=8"
 
 
 def stand_in(folder: Path, name: str, status: int = 0) -> None:
-    """A command that writes down its last call, and prints $SLURM_SAYS."""
+    """Create a command that records its last call and prints $SLURM_SAYS."""
     folder.mkdir(exist_ok=True)
     file = folder / name
     record = f'printf "%s\\n" "$@" "cpus $SRUN_CPUS_PER_TASK" > {folder}/{name}.called'
@@ -30,7 +30,7 @@ def stand_in(folder: Path, name: str, status: int = 0) -> None:
 
 
 def batch(cwd: Path, *arguments: str, status: int = 0, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
-    """Run the script as SLURM would; returns the outcome and the directory of the stand-ins."""
+    """Run the script as SLURM would; return the process result and the directory of the stubs."""
     folder = cwd / "bin"
     for name in ("srun", "scontrol", "python"):
         stand_in(folder, name, status if name == "srun" else 0)
@@ -44,7 +44,7 @@ def called(folder: Path, name: str) -> list[str]:
     return (folder / f"{name}.called").read_text().splitlines()
 
 
-def test_one_task_gets_the_arguments_and_the_counts_of_slurm(tmp_path):
+def test_one_task_gets_slurms_arguments_and_counts(tmp_path):
     done, folder = batch(tmp_path, "+experiment=tiny", "name=with space", SLURM_RESTART_COUNT="3")
     assert done.returncode == 0, done.stdout + done.stderr
     flags, train = called(folder, "srun")[:3], called(folder, "srun")[3:-1]
@@ -64,7 +64,7 @@ def test_several_nodes_and_cpus_per_task(tmp_path):
 
 
 @pytest.mark.parametrize("status", [1, 75, 137, 138, 143])
-def test_only_a_stop_by_the_signal_goes_back_into_the_queue(status, tmp_path):
+def test_only_a_run_stopped_by_the_signal_is_requeued(status, tmp_path):
     done, folder = batch(tmp_path, status=status)
     assert done.returncode == status
     if status in (75, 138):  # 138: killed by SIGUSR1, before Python could handle it
@@ -74,7 +74,7 @@ def test_only_a_stop_by_the_signal_goes_back_into_the_queue(status, tmp_path):
         assert not (folder / "scontrol.called").exists() or "requeue" not in called(folder, "scontrol")
 
 
-def test_sigterm_of_a_preemption_goes_back_into_the_queue(tmp_path):
+def test_a_preempted_run_is_requeued(tmp_path):
     done, folder = batch(tmp_path, status=143, SLURM_SAYS="JobState=RUNNING PreemptTime=2026-01-01T00:00:00")
     assert done.returncode == 143 and called(folder, "scontrol")[:2] == ["requeue", "42"]
     done, folder = batch(tmp_path, status=143, SLURM_SAYS="JobState=CANCELLED PreemptTime=None")
@@ -82,7 +82,7 @@ def test_sigterm_of_a_preemption_goes_back_into_the_queue(tmp_path):
 
 
 @pytest.mark.parametrize("counts", [{"SLURM_NTASKS": "2"}, {"SLURM_GPUS_PER_NODE": "8"}])
-def test_counts_that_do_not_fit_together_are_refused(counts, tmp_path):
+def test_inconsistent_counts_are_refused(counts, tmp_path):
     done, folder = batch(tmp_path, **counts)
     assert done.returncode == 1 and "--ntasks-per-node=N and --gpus-per-node=N" in done.stdout
     assert not (folder / "srun.called").exists()
@@ -111,8 +111,8 @@ def test_signals_to_the_shell_leave_the_tasks_to_decide(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", ["2", "16"])
-def test_tasks_that_slurm_does_not_spread_over_nodes_are_refused_by_name(tasks, tmp_path):
-    """With --ntasks, SLURM_NTASKS is set and SLURM_NTASKS_PER_NODE is not: nobody knows which ranks share a node."""
+def test_tasks_without_a_count_per_node_are_refused(tasks, tmp_path):
+    """With --ntasks, SLURM_NTASKS is set but SLURM_NTASKS_PER_NODE is not: the ranks per node are unknown."""
     done, folder = batch(tmp_path, SLURM_NTASKS=tasks)
     assert done.returncode == 1 and "--ntasks-per-node=N" in done.stdout and not (folder / "srun.called").exists()
     here = {"SLURM_NTASKS": tasks, "SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "flexdraft", "SLURM_PROCID": "0"}
@@ -139,7 +139,7 @@ def test_a_sweep_ends_with_a_table_that_shows_failed_jobs(tmp_path):
     decoded = report["benchmarks"]["held_out"]["variants"]
     for name in ("attention_tuned", "calibrated"):
         assert f"| {decoded[name]['tau']:.3f} ({decoded[name]['verify_steps']}) " in finished  # one prompt: no interval
-    assert "parallel" not in header  # no drafter has a bonus slot, so modes differ in speed alone
+    assert "parallel" not in header  # without a bonus slot, modes differ only in speed
     flops = read_json(tmp_path / "checkpoints/lr_0.002/records/export.done.json")["result"]["block_flops"]
     assert "| MFLOP per block |" in header and f"| {flops / 1e6:.1f} " in finished
     assert "| done " in finished and "checkpoints/lr_0.002" in finished
@@ -183,7 +183,7 @@ def test_a_sweep_over_several_ranks_needs_a_launcher(tmp_path):
     assert "hydra/launcher=submitit_slurm" in done.stdout and not (tmp_path / "checkpoints").exists()
 
 
-def test_jobs_are_those_that_hydra_starts():
+def test_expanded_jobs_match_those_of_hydra():
     assert jobs(["a=1,2", "b=x", "+c.d=choice(3,4)"]) == [
         ["a=1", "b=x", "+c.d=3"],
         ["a=1", "b=x", "+c.d=4"],
@@ -197,10 +197,12 @@ def test_the_table_names_a_job_that_was_killed():
     killed = {"overrides": ["a.x=1", "b.x=2", "c.y=1"], "run_dir": "r0", "state": "stopped", "reason": "no end"}
     done = {"overrides": ["a.x=2", "b.x=3", "c.y=4"], "run_dir": "r1", "state": "done", "reason": "", "results": {}}
     text = table({"0": {**killed, "results": {}}, "1": done})
-    assert text.splitlines()[0].startswith("| job | a.x | b.x | y | state   |")  # the full key where it is needed
+    assert text.splitlines()[0].startswith(
+        "| job | a.x | b.x | y | state   |"
+    )  # full keys where the short ones are ambiguous
     assert text.endswith("\njob 0 stopped: no end\n")
 
 
-def test_the_local_cluster_tells_how_to_call_it():
+def test_the_local_cluster_prints_its_usage():
     done = subprocess.run(["bash", str(SBATCH.with_name("local_cluster.sh"))], capture_output=True, text=True)
     assert done.returncode == 2 and "start | stop | clean" in done.stderr

@@ -1,4 +1,4 @@
-"""Commands limit how long OpenMP's threads spin: set before torch loads the OpenMP runtime."""
+"""Commands limit the spinning of OpenMP threads before torch loads the OpenMP runtime."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow  # each starts processes
 
 
 def spin_count(command: str, **environment: str) -> str:
-    """The setting at the moment when torch is imported, or at the end of a command's imports."""
+    """Return the setting when torch is imported, or after a command's imports."""
     others = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     shown = subprocess.run(
         [sys.executable, "-c", SHOW.format(command=command)],
@@ -46,5 +46,5 @@ def test_threads_spin_only_briefly(command):
     ("given", "found"),
     [({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
-def test_the_users_own_choice_stays(given, found):
+def test_the_users_setting_is_kept(given, found):
     assert spin_count("train.__main__", **given) == found

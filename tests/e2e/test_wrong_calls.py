@@ -1,4 +1,4 @@
-"""Wrong calls end with one message that names the value and the way out, and leave nothing behind."""
+"""Invalid calls end with one message with the value and a fix, and leave no files."""
 
 import json
 import shutil

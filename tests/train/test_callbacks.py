@@ -1,4 +1,4 @@
-"""Callbacks of the user's: the figures of a stage are of the weights that it hands on, or the callback is refused."""
+"""User callbacks: validation metrics belong to the final weights of a stage, otherwise the callback is refused."""
 
 import inspect
 
@@ -14,11 +14,11 @@ from train.loop.callbacks import KNOWN, SameWeights, check_callbacks
 
 
 class MyAverage(EMAWeightAveraging):
-    """A user's own, by another name."""
+    """User subclass under another name."""
 
 
 class MyStopping(lightnings.EarlyStopping):
-    """A user's own, by another name."""
+    """User subclass under another name."""
 
 
 class MySaver(Callback):
@@ -27,7 +27,7 @@ class MySaver(Callback):
 
 
 class Watcher(Callback):
-    """Anything that only looks, and keeps values of its own."""
+    """Observer with its own state."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.seen = trainer.global_step
@@ -37,7 +37,7 @@ class Watcher(Callback):
 
 
 class Swap(Callback):
-    """Other weights for the validation alone, or for good after it."""
+    """Change the weights for validation only, or permanently."""
 
     def __init__(self, start: str, end: str = "") -> None:
         setattr(self, start, lambda trainer, module, *_: self.add(module, 0.5))
@@ -47,7 +47,7 @@ class Swap(Callback):
     @staticmethod
     def add(module, value):
         for parameter in module.trained().values():
-            parameter.data.add_(value)  # as averaging does it: autograd does not know
+            parameter.data.add_(value)  # as weight averaging does, invisible to autograd
 
 
 @pytest.mark.parametrize(
@@ -66,17 +66,17 @@ class Swap(Callback):
         (object(), "is not a lightning.pytorch.callbacks.Callback"),
     ],
 )
-def test_what_a_stage_cannot_follow_is_refused_by_name(callback, said):
+def test_unsupported_callbacks_are_refused_by_name(callback, said):
     with pytest.raises(UserError, match=f"callbacks.mine: .*{said}"):
         check_callbacks({"mine": callback})
 
 
-def test_callbacks_that_watch_are_taken():
+def test_observing_callbacks_are_accepted():
     check_callbacks({"mine": Watcher(), "bar": lightnings.TQDMProgressBar(), "rich": lightnings.RichProgressBar()})
     check_callbacks({"rate": lightnings.LearningRateMonitor(), "limit": lightnings.Timer({"hours": 1})})
 
 
-def test_every_callback_of_lightning_is_either_known_or_refused():
+def test_every_lightning_callback_is_supported_or_refused():
     kinds = [kind for _, kind in inspect.getmembers(lightnings, inspect.isclass) if issubclass(kind, Callback)]
     assert len(kinds) > 15
     for kind in set(kinds) - {Callback}:
@@ -97,12 +97,12 @@ def test_every_callback_of_lightning_is_either_known_or_refused():
         ("on_train_end", ""),
     ],
 )
-def test_weights_of_a_validation_alone_end_the_run(start, end, tmp_path):
+def test_weights_swapped_only_for_validation_end_the_run(start, end, tmp_path):
     with pytest.raises(AgreedEnd, match="a callback changes the trained weights.*callbacks: .*Swap"):
         run(tmp_path, faults=[Swap(start, end), SameWeights()], best_by=None)
 
 
 @pytest.mark.slow
-def test_weights_that_stay_are_no_error(tmp_path):
+def test_weights_changed_before_training_are_accepted(tmp_path):
     training, checkpointer, _ = run(tmp_path, faults=[Swap("on_train_start"), Watcher(), SameWeights()])
     assert checkpointer.best and all(torch.isfinite(p).all() for p in training.trained().values())

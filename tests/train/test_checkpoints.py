@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, noticed when damaged, and enough to go on as if nothing had happened."""
+"""Checkpoints: written atomically, verified when read, and sufficient to resume identically."""
 
 import os
 import random
@@ -30,7 +30,7 @@ def save(directory, step: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path_factory, place, bit, cut):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path_factory, place, bit, cut):
     directory = tmp_path_factory.mktemp("damaged")
     for step in (10, 20):
         save(directory, step)
@@ -45,7 +45,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path_facto
     assert len(said) == 1 and newest.name in said[0] and "damaged" in said[0]
 
 
-def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_previous_file(tmp_path, monkeypatch):
     save(tmp_path, 10)
 
     def half(value, path):
@@ -77,14 +77,14 @@ def test_a_run_stopped_at_any_step_resumes_as_if_uninterrupted(tmp_path, monkeyp
         training, checkpointer, after = run(directory, micro_batches=micro_batches)
         assert after.losses == {s: loss for s, loss in history.losses.items() if s > step}
         assert after.validations == [s for s in history.validations if s > step]
-        assert after.drawn == {s: drawn for s, drawn in history.drawn.items() if s > step}  # generators go on, too
+        assert after.drawn == {s: drawn for s, drawn in history.drawn.items() if s > step}  # generators resume as well
         assert checkpointer.best == kept.best and checkpointer.figures() == kept.figures()
         assert all(t.equal(checkpointer.best_weights()[n]) for n, t in kept.best_weights().items())
         assert all(p.equal(training.trained()[n]) for n, p in straight.trained().items())
 
 
 @pytest.mark.slow
-def test_the_last_step_is_validated_whatever_its_number(tmp_path, monkeypatch):
+def test_the_last_step_is_always_validated(tmp_path, monkeypatch):
     straight, kept, history = run(tmp_path / "straight", validate_every=3)
     assert history.validations == [3, 6, 8] and list(history.losses) == list(range(1, STEPS + 1))
     for step in (7, 8):
@@ -96,9 +96,9 @@ def test_the_last_step_is_validated_whatever_its_number(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_last_few_and_the_best_are_kept(tmp_path):
+def test_the_latest_checkpoints_and_the_best_weights_are_kept(tmp_path):
     training, checkpointer, _ = run(tmp_path)
-    assert [step_of(f) for f in sorted(tmp_path.glob("step-*"))] == [6, 8]  # every third, and the last
+    assert [step_of(f) for f in sorted(tmp_path.glob("step-*"))] == [6, 8]  # every third and the last
     best = checkpointer.best["step"]
     assert best in [step_of(f) for f in tmp_path.glob("best-*")]
     known = [step for step in checkpointer.best_of.values() if step]
@@ -110,8 +110,8 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4)])
 @pytest.mark.parametrize("step", [3, 4])
-def test_micro_batches_may_change_on_the_way(tmp_path, monkeypatch, before, after, step):
-    """With `micro_batch_size`, or with the ranks: validations, checkpoints and the end stay where they are."""
+def test_the_number_of_micro_batches_may_change_on_resume(tmp_path, monkeypatch, before, after, step):
+    """The number changes with `micro_batch_size` or the ranks; validations, checkpoints and the last step do not."""
     straight, kept, history = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
         run(tmp_path / "stopped", stop_at=step, monkeypatch=monkeypatch, micro_batches=before)
@@ -123,7 +123,7 @@ def test_micro_batches_may_change_on_the_way(tmp_path, monkeypatch, before, afte
     assert step_of(usable_checkpoint(tmp_path / "stopped")) == STEPS
 
 
-def test_without_any_whole_best_weights_the_newest_checkpoint_has_to_do(tmp_path, monkeypatch):
+def test_without_intact_best_weights_the_newest_checkpoint_is_used(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run(tmp_path, stop_at=7, monkeypatch=monkeypatch)
     for path in tmp_path.glob("best-*"):
@@ -139,7 +139,7 @@ def test_without_any_whole_best_weights_the_newest_checkpoint_has_to_do(tmp_path
 
 
 @pytest.mark.slow
-def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
+def test_damaged_best_weights_are_recreated(tmp_path, monkeypatch):
     straight, kept, _ = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
         run(tmp_path / "stopped", stop_at=7, monkeypatch=monkeypatch, keep=3)  # checkpoints of the steps 3, 6 and 7
@@ -154,7 +154,7 @@ def test_damaged_best_weights_are_made_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_micro_batches_of_a_step_weigh_their_tokens_not_their_number(tmp_path):
+def test_micro_batches_are_weighted_by_tokens(tmp_path):
     whole, _, one = run(tmp_path / "one")
     parts, _, four = run(tmp_path / "four", micro_batches=4)
     for step, loss in one.losses.items():
@@ -166,16 +166,16 @@ def test_micro_batches_of_a_step_weigh_their_tokens_not_their_number(tmp_path):
     assert apart < 2e-3 * moved
 
 
-def test_generators_go_on_where_they_were():
+def test_random_generators_resume_their_state():
     state = random_state()
     first = (random.random(), np.random.random(), torch.rand(3).tolist())
     set_random_state(state)
     assert first == (random.random(), np.random.random(), torch.rand(3).tolist())
-    set_random_state({"ranks": state["ranks"] * 2})  # of two ranks: nothing to restore on one
+    set_random_state({"ranks": state["ranks"] * 2})  # saved by two ranks: nothing to restore on one
     assert first != (random.random(), np.random.random(), torch.rand(3).tolist())
 
 
-def test_a_checkpoint_of_another_run_of_the_stage_is_named_and_not_used(tmp_path):
+def test_a_checkpoint_of_another_run_is_reported_and_not_used(tmp_path):
     for step, run_of in ((10, "mine"), (20, "theirs")):
         state = {"callbacks": {"Checkpoints": {"best": {}, "run": run_of}}}
         CheckpointFiles().save_checkpoint(state, tmp_path / f"step-{step:08d}.ckpt")
@@ -185,12 +185,12 @@ def test_a_checkpoint_of_another_run_of_the_stage_is_named_and_not_used(tmp_path
     assert usable_checkpoint(tmp_path, said.append, "new") is None
 
 
-def test_a_full_disk_is_named_with_its_path_and_sizes_and_older_checkpoints_stay(tmp_path):
+def test_a_full_disk_is_reported_with_path_and_sizes_and_older_checkpoints_stay(tmp_path):
     save(tmp_path, 10)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
-    try:  # torch hides what the system said, and reports an unexpected position
+    try:  # torch hides the system error and reports an unexpected position
         with pytest.raises(UserError) as refused:
             state = {"weights": torch.randn(10**6)}
             CheckpointFiles().save_checkpoint(state, tmp_path / "step-00000020.ckpt")
@@ -200,7 +200,7 @@ def test_a_full_disk_is_named_with_its_path_and_sizes_and_older_checkpoints_stay
     text = str(refused.value)
     assert str(tmp_path / "step-00000020.ckpt") in text and "4.0 MB are needed" in text and "free" in text
     assert "unexpected pos" not in text and "exceeds the size limit" in text
-    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step-00000010"]  # no half of a file either
+    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step-00000010"]  # no partial file
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -213,9 +213,11 @@ def test_files_get_the_mode_of_the_umask(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "draft.safetensors").stat().st_mode) == mode
 
 
-def test_what_a_user_puts_beside_the_checkpoints_is_left_alone(tmp_path):
+def test_user_files_next_to_the_checkpoints_are_ignored(tmp_path):
     names = ["step-mine.ckpt", "step-00000004-.ckpt", "best-mine.safetensors", f"step-00000004-{'a' * 16}.ckpt"]
     for name in names:
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in checkpoints_in(tmp_path)] == names[-1:]
-    assert usable_checkpoint(tmp_path, lambda text: None) is None  # damaged, and no error for the others
+    assert (
+        usable_checkpoint(tmp_path, lambda text: None) is None
+    )  # the damaged file is skipped, the others cause no error

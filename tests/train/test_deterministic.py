@@ -1,4 +1,4 @@
-"""`trainer.deterministic=true`: no operation that PyTorch has no deterministic algorithm for on a GPU."""
+"""`trainer.deterministic=true`: every operation has a deterministic algorithm on a GPU."""
 
 import re
 
@@ -18,7 +18,7 @@ from train.loop.modules import AttentionTuning, BonusCalibration
 
 
 def raising() -> dict[str, str]:
-    """Operations that raise on a GPU: their names in ATen, and when, as PyTorch's own documentation has it."""
+    """Return ATen name -> condition for the operations that raise on a GPU, from PyTorch's documentation."""
     text, _, _ = torch.use_deterministic_algorithms.__doc__.partition("In addition")
     text = text[text.index("normally-nondeterministic operations will throw") :]
     found = re.findall(r"\* :(?:class|func):`([\w.]+)`(.*?)(?=\n\s*\* :|\Z)", text, re.S)
@@ -26,13 +26,13 @@ def raising() -> dict[str, str]:
 
 
 def aten_name(name: str) -> str:
-    """`NLLLoss` -> `nll_loss`."""
+    """Convert a class name to its ATen name: `NLLLoss` -> `nll_loss`."""
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     return {"interpolate": "upsample", "grid_sample": "grid_sampler"}.get(name, split.lower().strip("_"))
 
 
 class Watch(TorchDispatchMode):
-    """Every operation that is run, the backward pass and the optimizer's among them."""
+    """Record every executed operation, including the backward pass and the optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def test_the_list_is_the_documented_one():
+def test_the_list_of_operations_matches_the_pytorch_documentation():
     listed = raising()
     assert {"cumsum", "put", "histc", "bincount", "median", "scatter_reduce", "nll_loss", "ctc_loss"} <= listed.keys()
     assert len(listed) > 20 and "floating point" in listed["cumsum"]
@@ -82,7 +82,7 @@ def test_the_list_is_the_documented_one():
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["dpace", "decay", "flat"])
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
-def test_a_step_of_training_and_its_validation_run_nothing_of_it(stage, weights, tmp_path, deterministic):
+def test_training_and_validation_use_no_nondeterministic_operation(stage, weights, tmp_path, deterministic):
     training = module(stage, random_target(), beyond=True)
     training.objective = Objective(weights=weights, kl=0.5, tv=0.5)
     fitted = trainer(tmp_path, 2, deterministic=True, val_check_interval=1, check_val_every_n_epoch=None)
@@ -93,7 +93,7 @@ def test_a_step_of_training_and_its_validation_run_nothing_of_it(stage, weights,
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
-def test_decoding_by_sampling_and_selection_runs_nothing_of_it(mode, rule, deterministic):
+def test_decoding_with_sampling_and_selection_uses_no_nondeterministic_operation(mode, rule, deterministic):
     target = random_target()
     draft, sampling = random_draft(target), Sampling(temperature=0.7, top_k=30, top_p=0.9)
     with Watch() as watch, torch.no_grad():
@@ -104,7 +104,7 @@ def test_decoding_by_sampling_and_selection_runs_nothing_of_it(mode, rule, deter
     assert "searchsorted" in watch.seen and not watch.bad
 
 
-def test_what_is_written_out_equals_what_it_replaces():
+def test_deterministic_replacements_equal_the_operations_they_replace():
     torch.manual_seed(0)
     confidence, lengths = torch.rand(50, 15, dtype=torch.float64), torch.randint(0, 16, (50, 1))
     supervised = torch.arange(15) < lengths

@@ -1,4 +1,4 @@
-"""A loop that ends is not a stage that is done: what others end goes on with the same command."""
+"""A loop stopped early does not finish its stage; the same command resumes it."""
 
 import pytest
 from helpers.faults import StopAt
@@ -18,8 +18,8 @@ def same(left, right) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(("micro_batches", "number"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_that_a_callback_ends_goes_on_as_if_it_had_not_been(step, micro_batches, number, tmp_path):
-    """Also in the middle of a step, and after a validation."""
+def test_a_run_stopped_by_a_callback_resumes_identically(step, micro_batches, number, tmp_path):
+    """Covers stops in the middle of a step and after a validation."""
     straight, kept, history = run(tmp_path / "straight", micro_batches=micro_batches)
     directory = tmp_path / "attention_tuning" / "checkpoints"
     with pytest.raises(NotFinished, match=f"attention_tuning ended at step {step} of {STEPS}, by a callback") as ended:
@@ -31,7 +31,7 @@ def test_a_run_that_a_callback_ends_goes_on_as_if_it_had_not_been(step, micro_ba
 
 
 @pytest.mark.slow
-def test_a_time_limit_holds_for_each_start(tmp_path):
+def test_a_time_limit_applies_to_each_start(tmp_path):
     straight, kept, _ = run(tmp_path / "straight")
     for step in range(1, STEPS):
         with pytest.raises(NotFinished, match=f"ended at step {step} of {STEPS}, by trainer.max_time"):
@@ -41,19 +41,19 @@ def test_a_time_limit_holds_for_each_start(tmp_path):
 
 
 class StopAfterValidation(Callback):
-    """As an early stopping that a user has written: by the figures of a validation."""
+    """User-written early stopping on a validation metric."""
 
     def on_validation_end(self, trainer, pl_module):
         trainer.should_stop = trainer.should_stop or float(trainer.callback_metrics["val/loss"]) > 0
 
 
-def test_a_callback_that_stops_by_a_figure_does_not_finish_a_stage(tmp_path):
+def test_a_callback_that_stops_on_a_metric_does_not_finish_a_stage(tmp_path):
     with pytest.raises(NotFinished, match="set stage..*patience"):
         run(tmp_path, faults=[StopAfterValidation()])
 
 
 class StopBefore(Callback):
-    """Ends the loop in a place where no step of this process has been made."""
+    """Stop the loop before this process completes a step."""
 
     def __init__(self, hook: str) -> None:
         setattr(self, hook, self.stop)
@@ -63,8 +63,8 @@ class StopBefore(Callback):
 
 
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_start"])
-def test_a_run_that_makes_no_step_is_not_started_again(hook, tmp_path):
-    """Status 75 would put a job back into the queue, for ever."""
+def test_a_run_without_a_step_is_not_requeued(hook, tmp_path):
+    """Exit status 75 would requeue the job forever."""
     directory = tmp_path / "attention_tuning" / "checkpoints"
     with pytest.raises(NotFinished):
         run(directory, micro_batches=2, faults=[StopAt(3)])
@@ -75,8 +75,8 @@ def test_a_run_that_makes_no_step_is_not_started_again(hook, tmp_path):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_time_limit_below_one_step_is_an_error_once_and_not_a_circle(micro_batches, tmp_path):
-    """The limit is looked at after each pass: half a step is none."""
+def test_a_time_limit_below_one_step_is_an_error_and_not_a_requeue_loop(micro_batches, tmp_path):
+    """The limit is checked after each micro-batch, and half a step does not count."""
     directory = tmp_path / "attention_tuning" / "checkpoints"
     ended = [end_of(directory, Timer({"microseconds": 1}), micro_batches=micro_batches) for _ in range(3)]
     if micro_batches == 1:
@@ -103,7 +103,7 @@ def test_only_the_first_rank_reports(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_says_that_a_stage_is_not_finished_and_goes_on_until_it_is(tmp_path):
+def test_the_command_reports_an_unfinished_stage_and_resumes_until_it_is_finished(tmp_path):
     call = (*SHORT, "stages=[attention_tuning]", "stage.attention_tuning.steps=2", "name=short")
     records = tmp_path / "checkpoints" / "short" / "records"
     refused = command(*call, "+trainer.max_time=00:00:00:00", cwd=tmp_path)

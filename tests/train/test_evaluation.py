@@ -1,4 +1,4 @@
-"""Evaluation: what is reported is what decoding did, and a changed output does not go unnoticed."""
+"""Evaluation: the report matches the decoding, and changed outputs are detected."""
 
 import shutil
 from dataclasses import replace
@@ -52,7 +52,7 @@ def short(*overrides: str):
 
 
 @pytest.mark.slow
-def test_the_report_says_how_fast_and_in_which_mode(trained_run):
+def test_the_report_contains_speed_and_recommended_mode(trained_run):
     report = (trained_run / "evaluate" / "report.md").read_text(encoding="utf-8")
     for words in ("95%", "Tokens/s by batch size", "Time per verify step in ms", "| off |", "recommended on CPU"):
         assert words in report
@@ -81,7 +81,7 @@ def test_the_recommendation_is_in_the_artifact_and_leaves_it_loadable(trained_ru
 
 @pytest.mark.slow
 def test_a_run_changes_no_exported_file_after_the_export(trained_run):
-    """The record of the export holds the hashes of its time; what the export did not write was added after it."""
+    """The export's record has the hashes at export time; later stages only add files."""
     files = {str(f.relative_to(trained_run)): f for f in (trained_run / "export").rglob("*") if f.is_file()}
     exported = read_json(trained_run / "records" / "export.done.json")["files"]
     assert {name: file_sha256(files.pop(name)) for name in exported} == exported
@@ -89,8 +89,8 @@ def test_a_run_changes_no_exported_file_after_the_export(trained_run):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_recommendation_in_its_config_is_continued_and_keeps_its_card(trained_run, tmp_path):
-    """As an earlier version left it: no hash of config.json on record, no file."""
+def test_a_run_of_an_earlier_version_with_the_recommendation_in_its_config_resumes(trained_run, tmp_path):
+    """Imitate an earlier version: the record has no hash of config.json, and there is no recommendation file."""
     run_dir = Path(shutil.copytree(trained_run, tmp_path / "checkpoints" / "short"))
     (run_dir / "export" / RECOMMENDATION).unlink()
     settings = read_json(run_dir / "evaluate" / "report.json")["speed"]["recommended"] | {"parallel_rows": 3}
@@ -111,7 +111,7 @@ def test_a_run_with_a_recommendation_in_its_config_is_continued_and_keeps_its_ca
 
 
 @pytest.mark.slow
-def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, tmp_path):
+def test_later_turns_are_conditioned_on_the_targets_own_answers(tiny_target, trained_run, tmp_path):
     encoder = Resources(short()).encoder
     talks = [
         [{"role": "user", "content": text} for text in ("Tom has 3 apples. How many?", "And with 2 more?")],
@@ -124,7 +124,7 @@ def test_a_later_turn_follows_the_targets_own_answer(tiny_target, trained_run, t
     assert second == encoder.prompt([talks[0][0], {"role": "assistant", "content": said}, talks[0][1]])
     for prompt, answer in zip(prompts.tokens, prompts.answers, strict=True):
         assert answer == autoregressive_generate(tiny_target, prompt, HOW.max_new_tokens)
-    sampled = replace(HOW, sampling=Sampling(1.0), batch_size=2)  # turns fall into other batches when compared
+    sampled = replace(HOW, sampling=Sampling(1.0), batch_size=2)  # comparison batches the turns differently
     prompts = own_answers(tiny_target, encoder, "talks", talks, sampled)
     untuned = DraftModel(tiny_target, DraftConfig(num_layers=6, block_size=8, calibrator_rank=0))
     assert compare(tiny_target, Variant(untuned, False), prompts, sampled, "talks").identical == 3
@@ -135,8 +135,8 @@ def accept_everything(drafted, predicted):
 
 
 @pytest.mark.slow
-def test_a_changed_output_ends_the_stage(trained_run, tiny_target, tmp_path, monkeypatch):
-    """The gate is tried with an acceptance rule that is wrong on purpose."""
+def test_a_changed_output_fails_the_stage(trained_run, tiny_target, tmp_path, monkeypatch):
+    """Use a deliberately wrong acceptance rule."""
     run_dir = tmp_path / "short"
     shutil.copytree(trained_run, run_dir)
     config = short(f"run_dir={run_dir}", "stage.evaluate.num_prompts=2", "stage.evaluate.speed.num_prompts=0")
@@ -150,7 +150,7 @@ def test_a_changed_output_ends_the_stage(trained_run, tiny_target, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_wrong_baseline_ends_the_stage(trained_run, tmp_path, monkeypatch):
+def test_a_wrong_baseline_fails_the_stage(trained_run, tmp_path, monkeypatch):
     config = short(f"run_dir={trained_run}", "stage.evaluate.num_prompts=2", "stage.evaluate.speed.num_prompts=0")
     config.stage.evaluate.variants = ["calibrated"]
     right = stages.evaluate_drafter
@@ -166,7 +166,7 @@ def test_a_wrong_baseline_ends_the_stage(trained_run, tmp_path, monkeypatch):
         stages.evaluate(config, tmp_path / "short" / "evaluate", Resources(config))
 
 
-def test_differences_are_placed_and_measured():
+def test_first_differences_have_position_and_margin():
     target = random_target()
     target.generation_config.eos_token_id = target.config.eos_token_id = None
     prompt = [5, 6, 7]
@@ -179,7 +179,7 @@ def test_differences_are_placed_and_measured():
     assert found[0].margin == pytest.approx(float(best[0] - best[1]), abs=1e-5)
 
 
-def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny_tokenizer):
+def test_the_evaluation_applies_and_reports_the_targets_generation_settings(tiny_tokenizer):
     target = load_target(str(TINY / "target"))
     target.generation_config.repetition_penalty = 1.3
     talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=2, setting="x")
@@ -196,7 +196,7 @@ def test_the_evaluation_follows_the_targets_generation_settings_and_says_so(tiny
     assert found.broken() is None and found.benchmarks["b"].variants["x"].identical == 2
     assert found.as_dict()["generation_settings"] == {"repetition_penalty": 1.3}
     assert any("generation_config, applied" in line and "repetition_penalty=1.3" in line for line in _remarks(found))
-    other = [*prompts.answers[0][:9], 5]  # a margin is one of scores, not of logits
+    other = [*prompts.answers[0][:9], 5]  # margins are of processed scores, not raw logits
     at = first_differences(target, prompts, [other, prompts.answers[1]])[0]
     scores = sequence_state(target, prompts.tokens[0], 12)
     for token in prompts.answers[0][:9]:
@@ -222,7 +222,7 @@ def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, tr
 
 
 @pytest.mark.parametrize("mode, blocks", [(ALONE, 0), ("sequential", 1), ("parallel", 5)])
-def test_flops_of_a_step_are_those_of_the_passes(mode, blocks):
+def test_flops_of_a_decoding_step_match_the_flop_counter(mode, blocks):
     target = random_target()
     draft, prompt = random_draft(target), list(range(3, 43))
     _, cache = prefill(target, [prompt], capacity=200, slots=5 * draft.block_size)
@@ -239,8 +239,8 @@ def test_flops_of_a_step_are_those_of_the_passes(mode, blocks):
             draft.logits(hidden[:, 1:], candidates[:, :1].expand(-1, 5))
     sizes = sizes_of(target)
     parts = decoding_flops(sizes, context=40, candidates=5, blocks=blocks)
-    # Attention computes all places; what the masks hide counts for nothing here: half of the candidates, and of the
-    # cache and the slots all but the block's own and what lies before the candidates.
+    # Attention computes all positions, but masked ones are not counted: half of the candidates, and for the slots
+    # everything except their own block and the context before the candidates.
     slots = blocks * sizes.block_size
     hidden_pairs = sizes.layers * 5 * 2.5 + sizes.draft_layers * slots * (5 + slots - sizes.block_size)
     computed = sum(parts.values()) + hidden_pairs * 4 * sizes.queries
@@ -248,7 +248,7 @@ def test_flops_of_a_step_are_those_of_the_passes(mode, blocks):
     assert (parts["redundant blocks"] > 0) == (mode == "parallel")
 
 
-def test_a_target_whose_logits_are_other_than_ours_is_found(tiny_target, monkeypatch):
+def test_a_target_with_different_logits_is_detected(tiny_target, monkeypatch):
     prompts = Prompts([[5, 6, 7]], [autoregressive_generate(tiny_target, [5, 6, 7], 4)])
     how = replace(HOW, max_new_tokens=4)
     assert check_baseline(tiny_target, "x", prompts, how) == []
@@ -273,7 +273,7 @@ def test_the_recommendation_follows_the_measurements():
     cpu = torch.device("cpu")
     found = recommendation(by_rows, tries, Selection(), cpu)
     assert found["parallel_rows"] == 1 and found["worth_it"] == [1, 2, 4] and found["device"].startswith("CPU")
-    assert (found["selection"], found["threshold"]) == ("cumulative_product", 0.01)  # 12.5 is within chance
+    assert (found["selection"], found["threshold"]) == ("cumulative_product", 0.01)  # 12.5 is within noise
     faster = recommendation(by_rows, [*tries, speed("parallel", 1, 14, None)], Selection(), cpu)
     assert faster["selection"] == "off"
     assert recommendation(by_rows, [], OFF, cpu)["selection"] == "off"
@@ -285,7 +285,7 @@ def test_the_recommendation_follows_the_measurements():
     assert recommendation(by_rows, never_off, Selection(threshold=0.0), cpu)["selection"] == "off"
 
 
-def test_groups_are_full_and_hold_every_prompt():
+def test_groups_are_full_and_contain_every_prompt():
     prompts = [[i] for i in range(5)]
     assert filled(prompts, 2) == [[[0], [1]], [[2], [3]], [[4], [0]]]
     assert filled(prompts[:1], 3) == [[[0], [0], [0]]]

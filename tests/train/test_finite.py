@@ -1,4 +1,4 @@
-"""What is kept is finite: steps that are not are skipped and counted, and weights that are not go nowhere."""
+"""Non-finite steps are skipped and counted; non-finite weights are never saved."""
 
 import math
 from itertools import product
@@ -28,7 +28,7 @@ FAULTS = {
 
 
 class Snapshots(Callback):
-    """Weights and the optimizer's state after every step."""
+    """Record weights and optimizer state after every step."""
 
     def __init__(self) -> None:
         self.after = {}
@@ -46,14 +46,12 @@ def same(left, right) -> bool:
 @pytest.mark.slow(but="a loss of NaN-AttentionTuning")
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_state_of_the_optimizer(
-    fault, stage, tmp_path, capsys
-):
+def test_a_non_finite_step_changes_neither_weights_nor_optimizer_state(fault, stage, tmp_path, capsys):
     kind, value = FAULTS[fault]
     snapshots = Snapshots()
     run(tmp_path, faults=[kind({0, 3}, value), snapshots], stage=stage)
     after = snapshots.after
-    assert same(after[1], list(module(stage, random_target()).trained().values()))  # no state of the optimizer, either
+    assert same(after[1], list(module(stage, random_target()).trained().values()))  # no optimizer state either
     assert same(after[3], after[4])
     for step in set(range(2, STEPS + 1)) - {4}:
         assert not same(after[step - 1], after[step]), step
@@ -62,7 +60,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_state_of_the_
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_one_bad_micro_batch_skips_its_whole_step(number, tmp_path):
+def test_one_non_finite_micro_batch_skips_the_entire_step(number, tmp_path):
     snapshots = Snapshots()
     run(tmp_path, faults=[BadLoss({2}, number=number), snapshots], micro_batches=2)
     assert same(snapshots.after[2], snapshots.after[3]) and not same(snapshots.after[3], snapshots.after[4])
@@ -70,7 +68,7 @@ def test_one_bad_micro_batch_skips_its_whole_step(number, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_run_stopped_among_skipped_steps_goes_on_as_if_it_had_not_been(micro_batches, tmp_path, monkeypatch):
+def test_a_run_stopped_among_skipped_steps_resumes_identically(micro_batches, tmp_path, monkeypatch):
     faults = [BadLoss({0, 2, 3, 6})]
     straight, kept, _ = run(tmp_path / "straight", faults=faults, micro_batches=micro_batches)
     for step in range(1, STEPS + 1):
@@ -85,7 +83,7 @@ def test_a_run_stopped_among_skipped_steps_goes_on_as_if_it_had_not_been(micro_b
 
 
 @pytest.mark.slow
-def test_too_many_in_a_row_end_the_run_and_the_state_before_survives(tmp_path, monkeypatch):
+def test_too_many_consecutive_skipped_steps_end_the_run_and_the_last_good_state_survives(tmp_path, monkeypatch):
     straight, kept, _ = run(tmp_path / "straight")
     directory = tmp_path / "attention_tuning" / "checkpoints"
     with pytest.raises(Diverged) as ended:
@@ -94,13 +92,13 @@ def test_too_many_in_a_row_end_the_run_and_the_state_before_survives(tmp_path, m
     assert step_of(last) == 3 and f"last good checkpoint is {last}" in str(ended.value)
     for part in ("Step 7: 4 steps in a row", "the loss is not finite", "stage.attention_tuning.module.learning_rate"):
         assert part in str(ended.value)
-    # What was wrong is gone: the run ends as if it had never been.
+    # Without the fault, the run ends as if it had never occurred.
     training, checkpointer, _ = run(directory)
     assert checkpointer.best == kept.best
     assert same(list(training.trained().values()), list(straight.trained().values()))
 
 
-def test_the_count_of_steps_in_a_row_survives_a_stop(tmp_path, monkeypatch):
+def test_the_count_of_consecutive_skipped_steps_survives_a_restart(tmp_path, monkeypatch):
     faults = [BadLoss(range(2, 8))]
     with pytest.raises(SystemExit):
         run(tmp_path, faults=faults, most=5, stop_at=4, monkeypatch=monkeypatch)
@@ -108,13 +106,13 @@ def test_the_count_of_steps_in_a_row_survives_a_stop(tmp_path, monkeypatch):
         run(tmp_path, faults=faults, most=5)
 
 
-def test_a_stage_of_skipped_steps_alone_is_an_error(tmp_path):
+def test_a_stage_with_only_skipped_steps_is_an_error(tmp_path):
     with pytest.raises(Diverged, match=f"Step {STEPS}: {STEPS} steps"):
         run(tmp_path, faults=[BadLoss(range(STEPS))], most=100)
 
 
 @pytest.mark.slow
-def test_a_validation_that_is_not_finite_is_never_the_best_nor_progress(tmp_path):
+def test_a_non_finite_validation_is_never_the_best_and_does_not_reset_patience(tmp_path):
     _, kept, _ = run(tmp_path / "all", faults=[BadValidation({2, 4, 6, 8})], patience=3)
     assert not kept.best and kept.waited == 3 and not list((tmp_path / "all").glob("best-*"))
     _, kept, _ = run(tmp_path / "some", faults=[BadValidation({4, 8})])
@@ -123,7 +121,7 @@ def test_a_validation_that_is_not_finite_is_never_the_best_nor_progress(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("best_by", [None, "val/tau_estimate"])
-def test_weights_whose_validation_is_not_finite_are_not_handed_on(best_by, tmp_path):
+def test_final_weights_with_a_non_finite_validation_are_refused(best_by, tmp_path):
     class End(Callback):
         def on_fit_end(self, trainer, pl_module):
             with pytest.raises(Diverged, match="final weights have a non-finite val/loss"):
@@ -134,7 +132,7 @@ def test_weights_whose_validation_is_not_finite_are_not_handed_on(best_by, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "value"), list(product([3, 4, 6, STEPS], [math.nan, math.inf])))
-def test_weights_that_are_not_finite_are_never_saved_over_good_ones(step, value, tmp_path):
+def test_non_finite_weights_never_replace_good_ones(step, value, tmp_path):
     with pytest.raises(Diverged, match="weights are not finite|in a row were skipped"):
         run(tmp_path, faults=[BadWeight(step, value)], most=4)
     found = list(tmp_path.glob("step-*"))
@@ -146,7 +144,7 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(step, value,
         assert step_of(path) < step
 
 
-def test_a_fault_names_what_it_is_and_on_which_rank():
+def test_a_fault_names_its_cause_and_rank():
     good = [1.0, 2.0, 9.0, 8.0, 3.0, 4.0]  # losses, weights, blocks, labeled blocks, gradient norms
     for sharded in (False, True):
         figures = step_metrics([good, good], ["a", "b"], sharded=sharded)

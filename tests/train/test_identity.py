@@ -1,4 +1,4 @@
-"""Every setting is either part of what a run directory stands for, or changes no outcome; both by name."""
+"""Every setting is listed by name, either as part of a stage's identity or as without effect on the outcome."""
 
 import json
 
@@ -10,7 +10,7 @@ from train.names import STAGES
 from train.resume.identity import CHANGES, WITHOUT_EFFECT, counts, differences, rule
 from train.run_dir.state import read_record
 
-# Groups whose keys are the user's, or another command's.
+# Groups with user-defined keys or keys of another command.
 FREE = ("benchmarks", "logger", "hydra", "regenerate", "hardware", "data.template_kwargs", "data.path")
 FREE += ("model.target.architecture", "trainer.strategy", "adapter", "objective")
 CHOICES = [[], ["adapter=lora"], ["model=stand_in"], ["+recipe=beyond"], ["trainer=zero3"], ["objective=mixture"]]
@@ -34,7 +34,7 @@ def test_every_setting_is_classified_by_its_own_name(choice):
         assert known, f"{setting}: say in train.resume.identity which stages' outcome it changes, or why none"
 
 
-def test_no_setting_is_named_twice_or_is_gone():
+def test_no_setting_is_listed_twice_or_outdated():
     assert not CHANGES.keys() & WITHOUT_EFFECT.keys()
     there = leaves(OmegaConf.to_container(composed("+experiment=tiny", "adapter=lora"), resolve=False))
     gone = [
@@ -42,12 +42,12 @@ def test_no_setting_is_named_twice_or_is_gone():
         for name in CHANGES.keys() | WITHOUT_EFFECT.keys()
         if not any(f"{t}.".startswith(f"{name}.") for t in there)
     ]
-    lightnings = [name for name in gone if name.startswith("trainer.")]  # a user may add these
+    lightnings = [name for name in gone if name.startswith("trainer.")]  # users may add these
     assert set(gone) - set(lightnings) == {"hydra", "stage.attention_tuning.module.joint"}
 
 
 @pytest.mark.parametrize("stage", STAGES[:2])
-def test_cures_for_too_little_memory_never_count(stage):
+def test_settings_that_save_memory_are_not_part_of_the_identity(stage):
     old = {
         "stage": {"module": {"chunk": 1}, "decode": {"batch_size": 1}, "micro_batch_size": 1},
         "inputs": {"target": {}},
@@ -61,12 +61,12 @@ def test_cures_for_too_little_memory_never_count(stage):
     assert differences(old, new, stage) == ["stage.decode.prompts: None -> 4"]
 
 
-def test_a_setting_that_nobody_has_classified_counts():
+def test_an_unclassified_setting_is_part_of_the_identity():
     assert counts("stage.brand_new", "export") and counts("trainer.limit_val_batches", "attention_tuning")
     assert not counts("stage.batch_size", "evaluate") and counts("stage.num_prompts", "evaluate")
 
 
-def test_an_earlier_versions_record_is_compared_in_what_it_holds():
+def test_a_record_of_an_earlier_version_is_compared_by_its_entries():
     sha, other = "a" * 64, "b" * 64
     target = {"config.json": sha, "chat_template.jinja": other}
     new = {"model": {"target": {"name": "/new/place"}}, "inputs": {"target": target, "data": [["x", 1]]}}
@@ -81,7 +81,7 @@ def test_an_earlier_versions_record_is_compared_in_what_it_holds():
     assert differences(hub, now, "attention_tuning") == ["inputs.target.repository: owner/a -> owner/b"]
 
 
-def test_a_class_of_ours_that_moved_is_the_same_class():
+def test_a_moved_class_of_this_project_is_the_same_class():
     def record(module: str) -> dict:
         inputs = {"target": {"config.json": "a" * 64}, "data": []}
         return {"inputs": inputs, "stage": {"module": {"_target_": module}}}
@@ -89,10 +89,10 @@ def test_a_class_of_ours_that_moved_is_the_same_class():
     old, moved = record("train.modules.AttentionTuning"), record("train.loop.modules.AttentionTuning")
     assert differences(old, moved, "attention_tuning") == []
     assert differences(old, record("train.loop.modules.Other"), "attention_tuning") != []
-    assert differences(record("a.Module"), record("b.Module"), "attention_tuning") != []  # a user's own class
+    assert differences(record("a.Module"), record("b.Module"), "attention_tuning") != []  # user classes
 
 
-def test_a_record_with_old_names_is_compared_under_the_new_ones(tmp_path):
+def test_a_record_with_renamed_settings_is_compared_under_the_new_names(tmp_path):
     def record(stage: dict, data: dict) -> dict:
         return {"inputs": {"target": {"config.json": "a" * 64}, "data": []}, "stage": stage, "data": data}
 

@@ -1,4 +1,4 @@
-"""Blocks without a label teach nothing: few of them are a warning, none of them an error."""
+"""Blocks without a label do not contribute to the loss: few labels are a warning, none an error."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from train.loop.modules import AttentionTuning, BonusCalibration
 
 @pytest.fixture
 def target_says(monkeypatch):
-    """What the target predicts at the anchors: the text's own token in this share of the blocks, else token 1."""
+    """Set the target's predictions at the anchors: the text's token in a fraction of the blocks, else token 1."""
 
     def says(share):
         def bonus(target, hidden, anchors):
@@ -36,15 +36,15 @@ def target_says(monkeypatch):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_stage_whose_target_never_says_the_text_is_an_error_with_a_way_out(micro_batches, target_says, tmp_path):
+def test_a_stage_without_labels_is_an_error_with_a_fix(micro_batches, target_says, tmp_path):
     target_says(0.0)
     with pytest.raises(AgreedEnd, match=f"none of the [0-9,]+ blocks of {STEPS} steps.*data.regenerate") as ended:
         run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks()], micro_batches=micro_batches)
     assert ended.value.status == 1 and not list(tmp_path.glob("best-*"))
 
 
-def test_a_target_of_random_weights_says_it_and_goes_on(target_says, tmp_path, capsys):
-    """With one, a command is tried out: no label is what can be expected."""
+def test_a_target_with_random_weights_only_gets_a_warning(target_says, tmp_path, capsys):
+    """Such a target only tests a command; blocks without labels are expected."""
     target_says(0.0)
     run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks(needed=False)])
     assert "warning: only 0.0% of the blocks have a label" in capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_a_target_of_random_weights_says_it_and_goes_on(target_says, tmp_path, c
         assert [c.needed for c in made if isinstance(c, LabelledBlocks)] == [needed]
 
 
-def test_a_long_stage_does_not_wait_for_its_end(target_says, tmp_path, monkeypatch):
+def test_a_long_stage_is_checked_before_its_end(target_says, tmp_path, monkeypatch):
     target_says(0.0)
     monkeypatch.setattr("train.endings.labels.LOOK", 3)
     with pytest.raises(AgreedEnd, match="Step 3: none of the"):
@@ -61,7 +61,7 @@ def test_a_long_stage_does_not_wait_for_its_end(target_says, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 1.0])
-def test_a_low_share_is_a_warning_with_its_number(share, target_says, tmp_path, capsys):
+def test_a_low_fraction_of_labeled_blocks_is_a_warning_with_the_fraction(share, target_says, tmp_path, capsys):
     target_says(share)
     counted = LabelledBlocks()
     run(tmp_path, stage=BonusCalibration, faults=[counted])
@@ -72,22 +72,22 @@ def test_a_low_share_is_a_warning_with_its_number(share, target_says, tmp_path, 
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 4), (1.0, 0)])
-def test_a_figure_that_no_block_of_the_validation_gives_is_missed(share, count, target_says, tmp_path, capsys):
+def test_an_unmeasured_selection_metric_is_reported(share, count, target_says, tmp_path, capsys):
     target_says(share)
     _, kept, history = run(tmp_path, stage=BonusCalibration)
     lines = [s for s in capsys.readouterr().out.splitlines() if "val/tau_estimate was not measured" in s]
     assert len(lines) == count and bool(kept.best) == (not count) and len(history.validations) == 4
 
 
-def test_attention_tuning_learns_from_all_blocks(tmp_path, capsys):
+def test_attention_tuning_trains_on_all_blocks(tmp_path, capsys):
     counted = LabelledBlocks()
     run(tmp_path, stage=AttentionTuning, faults=[counted])
     assert 0 < counted.labelled == counted.blocks and counted.steps == STEPS
     assert "warning" not in capsys.readouterr().out
 
 
-def test_the_count_goes_on_after_a_stop(target_says, tmp_path, monkeypatch):
-    """Else the few steps after a restart might be an error by chance."""
+def test_the_count_continues_after_a_restart(target_says, tmp_path, monkeypatch):
+    """Otherwise the few steps after a restart could raise an error by chance."""
     target_says(0.05)
     straight, resumed = LabelledBlocks(), LabelledBlocks()
     run(tmp_path / "straight", stage=BonusCalibration, faults=[straight])
@@ -99,7 +99,9 @@ def test_the_count_goes_on_after_a_stop(target_says, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["attention_tuning", "bonus_calibration"])
-def test_every_stage_counts_its_labelled_blocks(stage, tmp_path):
+def test_every_stage_counts_its_labeled_blocks(stage, tmp_path):
     callbacks = build_trainer(composed("+experiment=tiny"), stage, tmp_path / stage).callbacks
     kinds = [type(callback).__name__ for callback in callbacks]
-    assert kinds.index("LabelledBlocks") < kinds.index("Checkpoints")  # its count is in the checkpoint of its step
+    assert kinds.index("LabelledBlocks") < kinds.index(
+        "Checkpoints"
+    )  # so that each checkpoint contains the count of its step

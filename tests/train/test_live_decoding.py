@@ -1,4 +1,4 @@
-"""Decoding while training: with the weights of the moment, unnoticed by training, the same on every rank."""
+"""Decoding during training uses the current weights, does not affect training, and agrees on all ranks."""
 
 import copy
 import random
@@ -36,7 +36,7 @@ LIVE = {"max_new_tokens": 12, "batch_size": 2}
 
 
 class Logged:
-    """What the callback's figures were, by step."""
+    """Record the callback's metrics by step."""
 
     def __init__(self) -> None:
         self.rows = {}
@@ -46,7 +46,7 @@ class Logged:
 
 
 class Recorded(LiveDecoding):
-    """Keeps its figures, and the weights that were in training then."""
+    """Keep the metrics and the weights at that time."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         loggers, logged = trainer.loggers, Logged()
@@ -61,7 +61,7 @@ class Recorded(LiveDecoding):
 
 
 def run(directory, stage=AttentionTuning, *, live=True, stop_at=None, monkeypatch=None, **keeping):
-    """Train the small target's drafter, and stop as a signal would at a step, if one is given."""
+    """Train a drafter of the small target; stop at a given step as a signal would."""
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1)
     checkpointer = Checkpoints(
@@ -84,7 +84,7 @@ def run(directory, stage=AttentionTuning, *, live=True, stop_at=None, monkeypatc
 
 
 def by_hand(drafter: DraftModel) -> list[list[int]]:
-    """Accepted drafts by prompt, one prompt at a time."""
+    """Return the accepted drafts by prompt, decoded one prompt at a time."""
     results = [
         generate(drafter.target, drafter, [p], max_new_tokens=LIVE["max_new_tokens"], selection=OFF) for p in PROMPTS
     ]
@@ -97,7 +97,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [AttentionTuning, BonusCalibration])
-def test_training_does_not_notice(stage, tmp_path):
+def test_decoding_does_not_affect_training(stage, tmp_path):
     with_it, _, noticed, _ = run(tmp_path / "with", stage, best_by=None)
     state = random_state()
     without, _, history = run(tmp_path / "without", stage, best_by=None, live=False)
@@ -108,8 +108,8 @@ def test_training_does_not_notice(stage, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_done_with_the_weights_of_the_moment(tmp_path):
-    """Each figure is what a drafter with those weights gives by itself."""
+def test_decoding_uses_the_current_weights(tmp_path):
+    """Each metric equals that of a separate drafter with the same weights."""
     _, _, _, decoding = run(tmp_path)
     assert list(decoding.drafts) == [2, 4, 6]
     drafter, taus = DraftModel(random_target(), DraftConfig(num_layers=3, block_size=6, calibrator_rank=0)), set()
@@ -129,7 +129,7 @@ def test_it_is_done_with_the_weights_of_the_moment(tmp_path):
 
 @pytest.mark.slow
 def test_the_calibrator_is_used():
-    """One that always drafts what the target says most often is right that often."""
+    """A calibrator that always drafts the target's most frequent token is right that often."""
     draft = random_draft(random_target())
     said = generate(draft.target, None, PROMPTS, max_new_tokens=12).tokens
     token, _ = Counter(token for row in said for token in row[1:]).most_common(1)[0]
@@ -140,8 +140,8 @@ def test_the_calibrator_is_used():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_decodes_as_after_export(dtype, tmp_path):
-    """Master weights in float32, target in either: the copy is what `load_draft` gives, and the masters stay."""
+def test_decoding_matches_the_exported_drafter(dtype, tmp_path):
+    """Float32 master weights, target in either dtype: the copy equals `load_draft`, and the masters are unchanged."""
     target = random_target(dtype)
     torch.manual_seed(1)
     draft = DraftModel(target, DraftConfig(num_layers=3, block_size=6, calibrator_rank=8), dtype=torch.float32)
@@ -165,7 +165,7 @@ def test_it_decodes_as_after_export(dtype, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 4])
-def test_a_stopped_run_goes_on_with_the_same_figures_and_the_same_choice(step, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_metrics_and_best_weights(step, tmp_path, monkeypatch):
     straight, kept, _, figures = run(tmp_path / "straight")
     with pytest.raises(SystemExit):
         run(tmp_path / "stopped", stop_at=step, monkeypatch=monkeypatch)
@@ -183,7 +183,7 @@ def test_a_stopped_run_goes_on_with_the_same_figures_and_the_same_choice(step, t
 
 
 class Scripted(LiveDecoding):
-    """Gives these figures instead of decoding."""
+    """Return given metrics instead of decoding."""
 
     def __init__(self, taus) -> None:
         self.taus = taus
@@ -193,7 +193,7 @@ class Scripted(LiveDecoding):
 
 
 def patient(directory, taus, **arguments):
-    """As `run`, with these figures and a validation at each step."""
+    """Call `run` with given metrics and a validation at each step."""
     monkeypatched = pytest.MonkeyPatch()
     monkeypatched.setitem(globals(), "Recorded", lambda *_, **__: Scripted(taus))
     try:
@@ -207,7 +207,7 @@ FLAT = {1: 1.5, 2: 2.0, 3: 1.9, 4: 2.0, 5: 3.0, 6: 3.0}
 
 @pytest.fixture
 def each_step(monkeypatch):
-    """Validation at each step."""
+    """Validate at each step."""
     inner = trainer
 
     def every_step(*args, **kwargs):
@@ -227,23 +227,23 @@ def test_patience_ends_the_stage(tmp_path, each_step):
 
 
 @pytest.mark.slow
-def test_patience_survives_a_stop_and_a_crash_at_the_end(tmp_path, each_step, monkeypatch):
+def test_patience_survives_a_restart_and_a_crash_at_the_end(tmp_path, each_step, monkeypatch):
     with pytest.raises(SystemExit):
-        patient(tmp_path, FLAT, stop_at=3, monkeypatch=monkeypatch)  # one validation without a better figure
+        patient(tmp_path, FLAT, stop_at=3, monkeypatch=monkeypatch)  # one validation without improvement
     first, checkpointer, history, _ = patient(tmp_path, FLAT)
     assert history.validations == [4] and checkpointer.out_of_patience()
-    again, checkpointer, history, _ = patient(tmp_path, FLAT)  # killed before the stage was on record
+    again, checkpointer, history, _ = patient(tmp_path, FLAT)  # killed before the stage's record was written
     assert not history.losses and not history.validations and again.trainer.global_step == 4
     assert checkpointer.best["step"] == 2 and same(first.trained(), again.trained())
 
 
-def test_no_number_is_no_best(tmp_path, each_step):
+def test_nan_is_never_the_best(tmp_path, each_step):
     nan = float("nan")
     _, checkpointer, history, _ = patient(tmp_path, {1: nan, 2: 2.0, 3: nan, 4: nan})
     assert checkpointer.best["step"] == 2 and history.validations == [1, 2, 3, 4]
 
 
-def test_a_checkpoint_from_before_patience_is_read():
+def test_a_checkpoint_from_before_patience_loads():
     checkpointer = Checkpoints(None, every=1, keep=1, validate_every=1, best_by="val/tau")
     checkpointer.load_state_dict({"best": {}, "last": {}, "best_of": {}, "random": None})
     assert checkpointer.waited == 0
@@ -263,7 +263,7 @@ def settings(stage="attention_tuning", **changes):
     return composed("+experiment=tiny", *(f"stage.{stage}.{key}={value}" for key, value in changes.items()))
 
 
-def test_settings_choose_prompts_once_and_for_all():
+def test_the_settings_determine_the_prompts():
     config, validation = settings(**{"decode.prompts": 4}), rows(10)
     twice = [live_decoding(config, "attention_tuning", validation, 256)[0].prompts for _ in range(2)]
     assert twice[0] == twice[1] == validation.prompts(4, 256) and len(twice[0]) == 4
@@ -284,14 +284,14 @@ def test_settings_choose_prompts_once_and_for_all():
         ({"decode.batch_size": 0}, "batch_size=0: expected 1 or more"),
     ],
 )
-def test_settings_that_do_not_fit_together_are_refused(changes, words):
-    for stage in ("attention_tuning", "bonus_calibration"):  # both before the first of them
+def test_inconsistent_settings_are_refused(changes, words):
+    for stage in ("attention_tuning", "bonus_calibration"):  # both are checked before the first stage
         with pytest.raises(UserError, match=words):
             check_decoding(settings(stage, **changes))
 
 
 @pytest.mark.slow
-def test_settings_that_fit_together_are_not_refused():
+def test_consistent_settings_are_accepted():
     for changes in ({}, {"best_by": "val/tau"}, {"decode.prompts": 0, "best_by": "val/tau_estimate"}, {"patience": 2}):
         check_decoding(settings(**changes))
 
@@ -302,7 +302,7 @@ def interval_by_loops(accepted, level, resamples, seed):
     return tuple(np.quantile(taus, [(1 - level) / 2, (1 + level) / 2]))
 
 
-def test_the_interval_is_that_of_whole_prompts_drawn_anew():
+def test_the_interval_is_bootstrapped_over_prompts():
     generator = np.random.default_rng(5)
     accepted = [generator.integers(0, 8, generator.integers(1, 9)).tolist() for _ in range(12)]
     state = copy.deepcopy(random_state())
@@ -310,9 +310,9 @@ def test_the_interval_is_that_of_whole_prompts_drawn_anew():
         found = tau_interval(accepted, level=level, resamples=200, seed=3)
         assert found == pytest.approx(interval_by_loops(accepted, level, 200, 3))
     assert torch.equal(state["ranks"][0]["torch"], random_state()["ranks"][0]["torch"])
-    assert tau_interval(accepted) == tau_interval([*accepted, []])  # without steps, without a say
+    assert tau_interval(accepted) == tau_interval([*accepted, []])  # a prompt without steps has no weight
     assert tau_interval([[3] * 5] * 4) == (4.0, 4.0)
-    low, high = tau_interval([[0] * 50, [7] * 50])  # two prompts are two, however many their steps
+    low, high = tau_interval([[0] * 50, [7] * 50])  # two prompts count as two, regardless of their steps
     assert (low, high) == (1.0, 8.0)
     assert all(np.isnan(tau_interval(few)).all() for few in ([[], []], [[3, 1], []]))
     for wrong in ({"level": 1.0}, {"resamples": 0}):

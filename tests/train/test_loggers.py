@@ -1,4 +1,4 @@
-"""W&B: its variables hold, two stages of one run keep apart, and no server, login or package ends a training."""
+"""W&B: environment variables apply, stages stay separate, and missing server, login or package stop no training."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ print("trained")
 
 
 def run(code, *arguments, **variables):
-    """The code in a process with a login nowhere but in these variables."""
+    """Run code in a process whose only credentials are the given variables."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment = clean | {"PYTHONPATH": str(ROOT / "src"), "NETRC": "/nowhere", "WANDB_SILENT": "true", **variables}
     call = [sys.executable, "-c", code, *map(str, arguments)]
@@ -32,14 +32,14 @@ def run(code, *arguments, **variables):
 
 
 def logged(folder):
-    """Run records and histories of the offline runs there."""
+    """Return the run records and histories of the offline runs in a directory."""
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     runs = [next(r.run for r in records(file) if r.WhichOneof("record_type") == "run") for file in files]
     return dict(zip((r.run_id for r in runs), zip(runs, map(history, files), strict=True), strict=True))
 
 
 @pytest.mark.slow
-def test_the_variables_of_wandb_mean_what_they_mean_there(tmp_path):
+def test_wandb_environment_variables_take_precedence(tmp_path):
     variables = {"WANDB_PROJECT": "p", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g", "WANDB_ENTITY": "e"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -54,7 +54,7 @@ def test_the_variables_of_wandb_mean_what_they_mean_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_variables_each_stage_is_a_run_of_the_runs_group(tmp_path):
+def test_by_default_each_stage_is_a_wandb_run_in_one_group(tmp_path):
     assert run(STAGES, tmp_path).returncode == 0
     found = logged(tmp_path)
     names = {(one.project, one.display_name, one.run_group) for one, _ in found.values()}
@@ -62,7 +62,7 @@ def test_without_variables_each_stage_is_a_run_of_the_runs_group(tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_that_share_a_run_do_not_share_keys(tmp_path):
+def test_stages_that_share_a_wandb_run_use_separate_keys(tmp_path):
     done = run(STAGES, tmp_path, WANDB_RUN_ID="agent1", WANDB_SWEEP_ID="sweep1")
     assert done.returncode == 0, done.stderr
     found = logged(tmp_path)
@@ -76,7 +76,7 @@ def test_stages_that_share_a_run_do_not_share_keys(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_out_of_reach_is_found_out_in_seconds_and_the_training_goes_on_offline(tmp_path):
+def test_an_unreachable_server_is_detected_in_seconds_and_training_continues_offline(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         port = silent.getsockname()[1]
@@ -87,7 +87,7 @@ def test_a_server_out_of_reach_is_found_out_in_seconds_and_the_training_goes_on_
 
 
 @pytest.mark.slow
-def test_a_server_that_refuses_the_run_does_not_end_the_training(tmp_path):
+def test_a_server_that_rejects_the_run_does_not_stop_training(tmp_path):
     refuse = STAGES.replace("import sys", "import sys, wandb; begin = wandb.init")
     refuse = refuse.replace(
         "for number",
@@ -103,7 +103,7 @@ def test_a_server_that_refuses_the_run_does_not_end_the_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_fails_in_the_middle_ends_the_logging_and_not_the_training(tmp_path):
+def test_an_error_during_logging_disables_logging_but_not_training(tmp_path):
     dying = STAGES.replace(
         "    logger.finalize", "    logger.experiment.log = lambda row: 1 / 0\n" + "    logger.finalize"
     )
@@ -114,14 +114,14 @@ def test_what_fails_in_the_middle_ends_the_logging_and_not_the_training(tmp_path
 
 
 @pytest.mark.slow
-def test_a_wrong_mode_is_one_line(tmp_path):
+def test_an_invalid_mode_is_a_one_line_error(tmp_path):
     done = run(STAGES, tmp_path, WANDB_MODE="ofline")
     assert done.returncode and "WANDB_MODE=ofline: expected one of online, offline" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("logger", ["csv", "wandb"])
-def test_wandb_is_needed_only_by_its_own_logger(logger, tmp_path):
+def test_wandb_is_required_only_by_its_logger(logger, tmp_path):
     code = f"""
 import sys
 sys.modules["wandb"] = None

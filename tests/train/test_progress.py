@@ -1,4 +1,4 @@
-"""What is left to do of a stage, from records and files alone; and the file that says what drafter it holds."""
+"""Decide from records and files whether a stage is finished, resumed or restarted; metadata of the drafter file."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def other(run_dir, stage="attention_tuning"):
 
 
 @pytest.mark.slow
-def test_true_keeps_training_with_unchanged_settings_and_a_named_stage_is_done_again(tmp_path):
+def test_overwrite_true_keeps_unchanged_training_and_a_named_stage_is_rerun(tmp_path):
     made, _ = finished(tmp_path)
     assert next_action(config(), "attention_tuning", made) == FINISHED
     assert next_action(config(overwrite=True), "attention_tuning", made) == FINISHED
@@ -50,7 +50,7 @@ def test_true_keeps_training_with_unchanged_settings_and_a_named_stage_is_done_a
     assert next_action(config(overwrite=True), "evaluate", evaluated) == RESTART
 
 
-def test_a_refusal_names_the_stages_that_have_to_be_done_again_and_no_more(tmp_path):
+def test_a_refusal_names_exactly_the_stages_to_rerun(tmp_path):
     finished(tmp_path, "evaluate", "report.json")
     finished(tmp_path, "bonus_calibration")
     with pytest.raises(UserError, match=r"stage.steps: 6 -> 7.*\n.*overwrite=evaluate, which needs no training"):
@@ -60,17 +60,17 @@ def test_a_refusal_names_the_stages_that_have_to_be_done_again_and_no_more(tmp_p
     assert "attention_tuning" not in str(refused.value)
 
 
-def test_a_requeued_job_does_not_overwrite_what_it_has_begun(tmp_path, monkeypatch):
+def test_a_requeued_job_does_not_overwrite_its_own_progress(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     made, asked = begun(tmp_path), config(overwrite="attention_tuning")
-    assert next_action(asked, "attention_tuning", made) == RESTART  # the command again, in the same job
+    assert next_action(asked, "attention_tuning", made) == RESTART  # the same command again, in the same job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert next_action(asked, "attention_tuning", made) == RESUME
     monkeypatch.setenv("SLURM_JOB_ID", "43")
     assert next_action(asked, "attention_tuning", made) == RESTART
 
 
-def test_other_settings_are_no_matter_before_the_first_checkpoint(tmp_path):
+def test_settings_may_change_before_the_first_checkpoint(tmp_path):
     made = record(tmp_path)
     made.begin(restart=True)
     assert next_action(config(), "attention_tuning", made) == RESUME
@@ -82,7 +82,7 @@ def test_other_settings_are_no_matter_before_the_first_checkpoint(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content", ["", '{"settings": {"sta', "[]", "\x00\x00"])
-def test_a_damaged_record_is_named_or_its_stage_done_again(tmp_path, content):
+def test_a_damaged_record_is_reported_or_its_stage_rerun(tmp_path, content):
     made, _ = finished(tmp_path)
     made.done.write_text(content)
     with pytest.raises(UserError, match="attention_tuning.done.json: empty or damaged.*overwrite=attention_tuning"):
@@ -96,7 +96,7 @@ def test_a_damaged_record_is_named_or_its_stage_done_again(tmp_path, content):
         next_action(config(), "attention_tuning", half)
 
 
-def test_a_result_that_is_gone_or_replaced_does_not_count_as_finished(tmp_path):
+def test_a_missing_or_replaced_result_does_not_count_as_finished(tmp_path):
     made, file = finished(tmp_path)
     file.write_bytes(b"other")
     with pytest.raises(UserError, match="draft.safetensors is damaged or was replaced.*overwrite=attention_tuning"):
@@ -111,7 +111,7 @@ def test_a_result_that_is_gone_or_replaced_does_not_count_as_finished(tmp_path):
     assert next_action(config(), "evaluate", evaluated) == RESTART
 
 
-def test_a_kill_while_the_old_result_is_deleted_is_no_end(tmp_path):
+def test_a_kill_during_deletion_of_the_old_result_is_recoverable(tmp_path):
     made, file = finished(tmp_path)
     made.drop()
     assert next_action(config(), "attention_tuning", made) == RESTART
@@ -119,7 +119,7 @@ def test_a_kill_while_the_old_result_is_deleted_is_no_end(tmp_path):
     assert next_action(config(), "attention_tuning", made) == RESTART
 
 
-def test_weights_without_a_record_are_not_trained_over(tmp_path):
+def test_weights_without_a_record_are_not_overwritten(tmp_path):
     (tmp_path / "attention_tuning").mkdir()
     (tmp_path / "attention_tuning" / "draft.safetensors").write_bytes(b"by hand")
     with pytest.raises(UserError, match="has no record"):
@@ -136,7 +136,7 @@ CHANGES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", CHANGES)
-def test_a_drafter_of_other_settings_is_refused_with_both_values(tmp_path, setting):
+def test_a_drafter_with_other_settings_is_refused_with_both_values(tmp_path, setting):
     file = tmp_path / "run" / "attention_tuning" / "draft.safetensors"
     save_drafter(file, {"a": torch.zeros(2)}, facts_of(config(), TARGET, calibrated=False))
     copied = tmp_path / "copied" / "attention_tuning" / "draft.safetensors"
@@ -161,7 +161,7 @@ def test_a_drafter_of_another_target_or_another_rank_is_refused(tmp_path):
         check_fits(file, facts, config(), {"config.json": "b" * 64}, "export")
 
 
-def test_a_drafter_that_does_not_say_what_it_is_needs_its_record(tmp_path):
+def test_a_drafter_file_without_metadata_needs_its_record(tmp_path):
     file = tmp_path / "attention_tuning" / "draft.safetensors"
     file.parent.mkdir()
     save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
@@ -176,7 +176,7 @@ def test_a_drafter_that_does_not_say_what_it_is_needs_its_record(tmp_path):
         check_fits(file, facts_in(file, TARGET), config(model__draft__block_size=4), TARGET, "bonus_calibration")
 
 
-def test_a_calibrated_drafter_that_is_gone_is_not_exported_without_its_calibrator(tmp_path):
+def test_a_missing_calibrated_drafter_is_not_exported_without_its_calibrator(tmp_path):
     finished(tmp_path)
     _, file = finished(tmp_path, "bonus_calibration")
     file.unlink()
@@ -184,7 +184,7 @@ def test_a_calibrated_drafter_that_is_gone_is_not_exported_without_its_calibrato
         finished_weights(tmp_path)
 
 
-def test_the_same_drafter_gives_the_same_bytes(tmp_path):
+def test_the_same_drafter_is_saved_as_the_same_bytes(tmp_path):
     contents = set()
     for number in range(5):
         save_drafter(tmp_path / str(number), {"a": torch.zeros(2)}, facts_of(config(), TARGET, calibrated=True))
@@ -196,7 +196,7 @@ def content(directory):
     return hashes(target_files(in_directory(directory)))
 
 
-def test_a_target_is_its_content_whatever_its_place_and_neighbours(tmp_path):
+def test_a_target_is_identified_by_content_not_location(tmp_path):
     here, there = tmp_path / "a", tmp_path / "elsewhere" / "b"
     for place in (here, there):
         place.mkdir(parents=True)
@@ -214,7 +214,7 @@ def test_a_target_is_its_content_whatever_its_place_and_neighbours(tmp_path):
     assert "model-00001-of-00001.safetensors" in content(there)
 
 
-def test_what_cannot_be_deleted_ends_an_overwrite_and_a_link_is_not_followed(tmp_path, monkeypatch):
+def test_an_undeletable_file_ends_an_overwrite_and_links_are_not_followed(tmp_path, monkeypatch):
     precious = tmp_path / "other" / "attention_tuning"
     precious.mkdir(parents=True)
     (precious / "draft.safetensors").write_bytes(b"healthy")
@@ -224,7 +224,7 @@ def test_what_cannot_be_deleted_ends_an_overwrite_and_a_link_is_not_followed(tmp
     assert (precious / "draft.safetensors").exists()
 
     monkeypatch.setattr(Path, "unlink", lambda path, **how: pytest.fail("nothing is there"))
-    remove_tree(tmp_path / "gone")  # on a read-only disk, too
+    remove_tree(tmp_path / "gone")  # also on a read-only disk
 
     def refuse(name, *arguments, **how):
         raise PermissionError(1, "Operation not permitted", str(name))
@@ -235,7 +235,7 @@ def test_what_cannot_be_deleted_ends_an_overwrite_and_a_link_is_not_followed(tmp
 
 
 @pytest.mark.parametrize(("stage", "name"), [("attention_tuning", "adapter"), ("export", "export")])
-def test_a_link_in_the_place_of_a_result_is_refused_before_anything_is_trained(tmp_path, stage, name):
+def test_a_link_in_place_of_a_result_is_refused_before_training(tmp_path, stage, name):
     from train.context import Resources
 
     (tmp_path / "other").mkdir()
@@ -246,11 +246,11 @@ def test_a_link_in_the_place_of_a_result_is_refused_before_anything_is_trained(t
     with pytest.raises(DiskError, match=f"run/{name} is a symbolic link to .*other"):
         check_disk(config(), resources, run_dir, ["attention_tuning", "bonus_calibration", "export"])
     assert "target" not in vars(resources)
-    check_disk(config(), resources, run_dir, ["bonus_calibration"])  # which does not replace it
+    check_disk(config(), resources, run_dir, ["bonus_calibration"])  # this stage does not replace it
 
 
-def test_an_error_that_hides_what_came_before_it_is_not_explained_by_it():
-    """`raise ... from None` says that the first error is not the reason."""
+def test_an_error_raised_from_none_is_not_attributed_to_earlier_errors():
+    """`raise ... from None` declares the earlier error irrelevant."""
     full = OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
     for cause in ("from None", "", "from full"):
         try:
@@ -260,8 +260,8 @@ def test_an_error_that_hides_what_came_before_it_is_not_explained_by_it():
             assert isinstance(found, KeyError if cause == "from None" else DiskError), cause
 
 
-def test_a_file_of_the_users_own_beside_the_checkpoints_is_no_checkpoint(tmp_path):
-    """One definition of a checkpoint, here and where checkpoints are read."""
+def test_a_user_file_next_to_the_checkpoints_is_not_a_checkpoint(tmp_path):
+    """Deciding and reading use the same definition of a checkpoint."""
     made = record(tmp_path)
     made.begin(restart=True)
     place = tmp_path / "attention_tuning" / "checkpoints"
@@ -276,13 +276,13 @@ def test_a_file_of_the_users_own_beside_the_checkpoints_is_no_checkpoint(tmp_pat
         next_action(config(), "attention_tuning", other(tmp_path))
 
 
-def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):
+def test_an_unwritable_directory_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="file/run: part of the path is a file"):
         check_access(tmp_path / "file" / "run")
 
 
-def test_too_little_room_is_seen_before_the_target_is_loaded(tmp_path, monkeypatch):
+def test_insufficient_disk_space_is_reported_before_the_target_is_loaded(tmp_path, monkeypatch):
     from train import disk_space as space
     from train.context import Resources
 
@@ -294,7 +294,7 @@ def test_too_little_room_is_seen_before_the_target_is_loaded(tmp_path, monkeypat
     assert "target" not in vars(resources)
 
 
-def test_a_small_shared_memory_is_named_before_the_workers_start(tmp_path, monkeypatch):
+def test_insufficient_shared_memory_is_reported_before_the_workers_start(tmp_path, monkeypatch):
     from train import disk_space as space
 
     check_shared_memory(0, 10**9)
@@ -303,13 +303,13 @@ def test_a_small_shared_memory_is_named_before_the_workers_start(tmp_path, monke
         check_shared_memory(2, 100_000, tmp_path)
 
 
-def test_errors_are_ignored_where_nothing_depends_on_them_and_nowhere_else():
-    """Temporary directories: what is made in their place afterwards fails by itself if they are still there."""
+def test_deletion_errors_are_ignored_only_for_temporary_directories():
+    """If a temporary directory remains, the next write in its place fails anyway."""
     counts = {file.name: file.read_text().count("ignore_errors=True") for file in (ROOT / "src").rglob("*.py")}
     assert {name: count for name, count in counts.items() if count} == {"stages.py": 1, "tokenized.py": 2}
 
 
-def test_overwrite_true_does_not_train_over_weights_whose_record_is_gone(tmp_path):
+def test_overwrite_true_does_not_replace_weights_with_a_missing_record(tmp_path):
     made, _ = finished(tmp_path)
     made.done.unlink()
     with pytest.raises(UserError, match="overwrite=attention_tuning"):
@@ -317,8 +317,8 @@ def test_overwrite_true_does_not_train_over_weights_whose_record_is_gone(tmp_pat
     assert next_action(config(overwrite="attention_tuning"), "attention_tuning", made) == RESTART
 
 
-def test_a_result_that_is_not_on_the_record_is_missed_too(tmp_path):
-    """Records of earlier versions hold no hash of the exported config.json, which their evaluation changed."""
+def test_a_missing_result_without_a_recorded_hash_is_detected(tmp_path):
+    """Records of earlier versions have no hash of the exported config.json, which their evaluation changed."""
     made, weights = finished(tmp_path, "export", "model.safetensors")
     assert next_action(config(), "export", made) == RESTART
     (weights.parent / "config.json").write_text("{}")
@@ -326,8 +326,8 @@ def test_a_result_that_is_not_on_the_record_is_missed_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_target_on_the_hub_is_known_by_the_commit_that_its_name_stands_for(tmp_path):
-    """What the name stands for may move between two stages."""
+def test_a_hub_target_is_identified_by_its_commit(tmp_path):
+    """The name may refer to another commit in a later stage."""
     cached = tmp_path / "hub" / "models--acme--tiny"
     (cached / "refs").mkdir(parents=True)
     commits = ["1" * 40, "3" * 40]

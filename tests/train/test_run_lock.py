@@ -1,4 +1,4 @@
-"""One writer for each run directory, and nobody else is kept waiting for a dead one."""
+"""Each run directory has at most one writer, and the lock of a dead writer blocks no other."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CHILD = "import os\nif os.fork() == 0:\n    time.sleep(60)\n"
 
 @pytest.fixture
 def holder(tmp_path):
-    """Starts processes that hold the lock of `tmp_path`; they end with the test."""
+    """Start processes that hold the lock of `tmp_path` until the test ends."""
     started = []
 
     def start(more: str = "") -> subprocess.Popen:
@@ -44,20 +44,20 @@ def holder(tmp_path):
 
 
 def written(directory, **changes):
-    """A writer's file as another process has left it."""
+    """Write a lock file as another process would."""
     who = {"host": "elsewhere", "boot": "1", "pid": 7, "started": "1/1", "since": "then", "job": None}
     (directory / FILE).write_text(json.dumps(who | changes))
 
 
-def test_the_second_is_told_who_writes_and_since_when(tmp_path, holder):
+def test_a_second_writer_is_refused_with_the_owner_and_its_start_time(tmp_path, holder):
     first = holder()
     with pytest.raises(UserError, match=f"process {first.pid} on {run_lock._host()}, since 20.* UTC"):
         RunLock(tmp_path).acquire()
-    assert (tmp_path / FILE).exists()  # a refusal takes nothing away
+    assert (tmp_path / FILE).exists()  # a refusal deletes nothing
 
 
 @pytest.mark.parametrize("more", ["", CHILD], ids=["alone", "with a child that lives on"])
-def test_after_kill_9_the_same_command_just_works(tmp_path, holder, more):
+def test_the_lock_is_free_after_kill_9(tmp_path, holder, more):
     first = holder(more)
     first.kill()
     first.wait()
@@ -69,7 +69,7 @@ def test_after_kill_9_the_same_command_just_works(tmp_path, holder, more):
     assert not (tmp_path / FILE).exists()
 
 
-def test_a_writer_on_another_node_counts_as_long_as_it_gives_signs_of_life(tmp_path):
+def test_a_writer_on_another_node_holds_the_lock_while_its_heartbeat_lasts(tmp_path):
     written(tmp_path)
     with pytest.raises(UserError, match=r"process 7 on elsewhere, since then.*heartbeat was \d+ s ago.*rm "):
         RunLock(tmp_path).acquire()
@@ -81,7 +81,7 @@ def test_a_writer_on_another_node_counts_as_long_as_it_gives_signs_of_life(tmp_p
     lock.release()
 
 
-def test_a_requeued_job_takes_the_lock_of_its_dead_node_at_once(tmp_path, monkeypatch):
+def test_a_requeued_job_takes_over_the_lock_of_its_dead_node_immediately(tmp_path, monkeypatch):
     written(tmp_path, job={"id": "42", "restart": 0})
     monkeypatch.setenv("SLURM_JOB_ID", "43")
     with pytest.raises(UserError, match="SLURM job 42"):
@@ -96,7 +96,7 @@ def test_a_requeued_job_takes_the_lock_of_its_dead_node_at_once(tmp_path, monkey
     lock.release()
 
 
-def test_where_the_file_system_knows_no_locks_the_process_is_looked_up(tmp_path, monkeypatch, holder):
+def test_without_file_locks_the_process_is_looked_up(tmp_path, monkeypatch, holder):
     def unknown(descriptor, how):
         raise OSError(38, "Function not implemented")
 
@@ -111,15 +111,15 @@ def test_where_the_file_system_knows_no_locks_the_process_is_looked_up(tmp_path,
     lock.release()
 
 
-def test_an_empty_or_cut_file_of_a_dead_writer_stops_nobody(tmp_path):
+def test_an_empty_or_truncated_lock_file_of_a_dead_writer_is_ignored(tmp_path):
     (tmp_path / FILE).write_text('{"host": "else')
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.release()
 
 
-def test_checkpoints_beside_a_finished_stage_are_another_writers(tmp_path, holder, capsys):
-    """Who does the stage again may have written them since this process has found the stage finished."""
+def test_checkpoints_of_a_stage_that_another_process_reruns_are_kept(tmp_path, holder, capsys):
+    """Another process may have started a rerun since this process found the stage finished."""
     made, _ = finished(tmp_path)
     checkpoints = tmp_path / "attention_tuning" / "checkpoints"
     checkpoints.mkdir()
@@ -128,7 +128,7 @@ def test_checkpoints_beside_a_finished_stage_are_another_writers(tmp_path, holde
     assert checkpoints.exists() and f"process {first.pid} on" in capsys.readouterr().out
     first.kill()
     first.wait()
-    made.done.rename(tmp_path / "aside")  # it was begun again in the meantime
+    made.done.rename(tmp_path / "aside")  # restarted in the meantime
     made.begin(restart=True)
     (tmp_path / "attention_tuning" / "draft.safetensors").unlink()
     _drop_left_over(config(), "attention_tuning", made, lock)
@@ -140,7 +140,7 @@ def test_checkpoints_beside_a_finished_stage_are_another_writers(tmp_path, holde
     lock.release()
 
 
-def test_a_lock_that_was_refused_once_gives_signs_of_life_when_it_is_held(tmp_path, holder, monkeypatch):
+def test_a_lock_acquired_after_a_refusal_sends_heartbeats(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT", 0.01)
     first, lock = holder(), RunLock(tmp_path)
     with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""A target is its content: by a directory, by its Hub id, and after its configs were saved again."""
+"""A target is identified by content: from a directory, by Hub ID, and after its configs are re-saved."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def content(directory):
 
 
 def change(file, **values):
-    """Save a JSON file again, in another order and layout."""
+    """Re-save a JSON file with another key order and layout."""
     found = json.loads(file.read_text())
     found = {**values, **{key: value for key, value in reversed(found.items()) if key not in values}}
     file.write_text(json.dumps(found, indent=7))
@@ -46,7 +46,7 @@ def change(file, **values):
         ("tokenizer_config.json", {"name_or_path": "/elsewhere", "transformers_version": "9", "is_local": True}),
     ],
 )
-def test_a_config_that_was_saved_again_is_the_same_target(name, values, target):
+def test_a_resaved_config_is_the_same_target(name, values, target):
     before = content(target)
     change(target / name, **values)
     assert content(target) == before and before[name].startswith(JSON)
@@ -54,7 +54,7 @@ def test_a_config_that_was_saved_again_is_the_same_target(name, values, target):
     assert content(target)[name] != before[name]
 
 
-def test_what_a_config_says_of_its_parts_counts_but_not_who_saved_them(target):
+def test_nested_config_values_count_but_not_their_origin(target):
     change(target / "config.json", text_config={"dtype": "float32", "rope_theta": 1.0})
     before = content(target)
     change(target / "config.json", text_config={"dtype": "bfloat16", "rope_theta": 1.0})
@@ -63,14 +63,14 @@ def test_what_a_config_says_of_its_parts_counts_but_not_who_saved_them(target):
     assert content(target)["config.json"] != before["config.json"]
 
 
-def test_a_damaged_config_is_no_error_here(target):
+def test_a_damaged_config_is_hashed_by_content(target):
     (target / "config.json").write_text('{"half')
     assert len(content(target)["config.json"]) == 64
-    (target / "model.safetensors").rename(target / "model.safetensors.index.json")  # no JSON at all
+    (target / "model.safetensors").rename(target / "model.safetensors.index.json")  # not JSON
     assert "model.safetensors.index.json" in content(target)
 
 
-def test_an_index_is_which_file_holds_which_tensor(target):
+def test_a_weight_index_is_identified_by_its_tensor_map(target):
     index = {"weight_map": {"x": "model-1.safetensors"}, "metadata": {"total_size": 1}}
     (target / "model.safetensors").rename(target / "model-1.safetensors")
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -89,7 +89,7 @@ print(json.dumps(Resources(composed(["+experiment=tiny", *sys.argv[1:]])).target
 
 @pytest.mark.slow
 def test_a_hub_id_and_a_directory_of_the_same_files_are_one_target(target, tmp_path):
-    """With a cache as plain transformers leaves it, on a node without a network."""
+    """Use a cache written by plain transformers, on a node without network."""
     cached = tmp_path / "hub" / "models--acme--tiny"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(COMMIT)
@@ -109,7 +109,7 @@ def test_a_hub_id_and_a_directory_of_the_same_files_are_one_target(target, tmp_p
         check_fits(target, facts_of(config, then, calibrated=False), config, now, "export")
 
 
-def test_files_that_the_hub_does_not_give_are_not_read(target, monkeypatch):
+def test_files_missing_on_the_hub_are_skipped(target, monkeypatch):
     def cached_file(repository, name, revision):
         assert (repository, revision) == ("acme/tiny", COMMIT)
         if (target / name).is_file():
@@ -159,11 +159,11 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("then", "now"), [case[1:] for case in SAME], ids=[case[0] for case in SAME])
-def test_what_a_record_does_not_know_is_no_difference(then, now):
+def test_an_unrecorded_entry_is_not_a_difference(then, now):
     assert comparable(then, now) == now
 
 
 @pytest.mark.parametrize(("then", "now", "name"), [c[1:] for c in DIFFERENT], ids=[c[0] for c in DIFFERENT])
-def test_what_both_know_is_compared(then, now, name):
+def test_entries_of_both_identities_are_compared(then, now, name):
     old, new = ({"inputs": {"target": of}} for of in (then, now))
     assert any(line.startswith(f"inputs.target.{name}") for line in differences(old, new, "attention_tuning"))

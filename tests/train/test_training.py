@@ -1,4 +1,4 @@
-"""Training through Lightning: what is frozen, what is trained, where a killed run goes on."""
+"""Training under Lightning: frozen and trained parameters, gradients, resuming, batches."""
 
 from dataclasses import replace
 from itertools import product
@@ -28,7 +28,7 @@ def test_only_the_intended_parameters_are_trained(stage, beyond, tmp_path):
     trainer(tmp_path, 6).fit(training, data())
 
     assert hashes(target) == before
-    assert torch.equal(target(text).logits, logits)  # the draft is loaded, the target does not notice
+    assert torch.equal(target(text).logits, logits)  # loading the drafter does not change the target
     own = training.draft.own_parameters()
     trained = training.trained()
     calibrates = stage is BonusCalibration
@@ -46,7 +46,7 @@ def data_batch(target, num_anchors: int = 4):
 
 
 @pytest.mark.parametrize("beyond", [False, True])
-def test_every_projector_and_every_input_of_slots_gets_a_gradient(beyond):
+def test_every_projector_and_slot_input_gets_a_gradient(beyond):
     target = random_target()
     training = module(AttentionTuning, target, beyond)
     training.features(data_batch(target)).hidden.pow(2).sum().backward()
@@ -57,9 +57,9 @@ def test_every_projector_and_every_input_of_slots_gets_a_gradient(beyond):
 @pytest.mark.parametrize(
     ("stage", "micro_batches"), [(AttentionTuning, 1), (AttentionTuning, 4), (BonusCalibration, 2)]
 )
-def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, micro_batches, tmp_path):
-    """By plain descent without clipping: AdamW would hide a factor, and so would a clipped norm. Stage 2 with all of
-    the drafter in training: its loss is computed in pieces."""
+def test_a_step_follows_the_gradient_of_the_mean_loss(stage, micro_batches, tmp_path):
+    """Uses plain SGD without clipping, because AdamW and clipping hide a constant factor. Stage 2 trains the entire
+    drafter; its loss is computed in chunks."""
     training, rows = module(stage, random_target(), beyond=stage is BonusCalibration), data(1)
     start_from_head(training.draft)
     rows.settings = replace(rows.settings, micro_batch_size=4 // micro_batches)
@@ -74,7 +74,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_its_slots(stage, micro_bat
         assert torch.allclose(before - after, gradient, rtol=1e-3, atol=1e-6), name
 
 
-def test_calibrator_starts_without_effect_and_only_learns_from_blocks_that_decoding_could_meet():
+def test_the_calibrator_starts_without_effect_and_trains_only_on_blocks_that_decoding_can_reach():
     target = random_target()
     training = module(BonusCalibration, target, beyond=True)
     batch = data_batch(target)
@@ -92,7 +92,7 @@ def test_blocks_given_their_bonus_token_know_the_token_before_each_slot_and_no_o
     torch.manual_seed(0)
     labels, bonus = torch.randint(3, 97, (2, 7, 6)), torch.randint(3, 97, (2, 7))
     for a in range(7):
-        labels[:, a, a:] = IGNORE  # where the answer ends
+        labels[:, a, a:] = IGNORE  # end of the answer
     bonus[:, ::3] = UNKNOWN
     before = previous_tokens(labels, bonus)
     for r, a, j in product(range(2), range(7), range(6)):
@@ -109,7 +109,7 @@ def test_the_fraction_of_blocks_given_their_bonus_token(fraction, revealed):
 
 @pytest.mark.slow(but="AttentionTuning'>-True")
 @STAGES
-def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_path):
+def test_a_resumed_run_ends_with_the_same_weights(stage, beyond, tmp_path):
     straight = module(stage, random_target(), beyond)
     trainer(tmp_path, 6).fit(straight, data())
 
@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_pa
     half.fit(first, data())
     half.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
-    assert set(saved["state_dict"]) == set(first.trained())  # never the target
+    assert set(saved["state_dict"]) == set(first.trained())  # without the target
 
     second = module(stage, random_target(), beyond)
     trainer(tmp_path, 6).fit(second, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
@@ -126,12 +126,12 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stage, beyond, tmp_pa
         assert torch.equal(parameter, second.trained()[name]), name
 
 
-def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
     settings = BatchSettings(steps=9, global_batch_size=4, num_anchors=5, block_size=6, seed=3)
     packed = rows()
     alone = TrainingBatches(packed, settings)
     pair = [TrainingBatches(packed, settings, rank=r, world_size=2) for r in range(2)]
-    for step in (0, 4, 8):  # past the end of the first epoch, too
+    for step in (0, 4, 8):  # also past the first epoch
         whole, parts = alone.batch(step), [p.batch(step) for p in pair]
         assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
         assert torch.equal(whole.anchors, torch.cat([p.anchors for p in parts]))
@@ -139,7 +139,7 @@ def test_the_global_batch_is_the_same_whatever_the_number_of_ranks():
         TrainingBatches(packed, settings, rank=0, world_size=3)
 
 
-def test_validation_covers_every_row_once_and_keeps_the_ranks_in_step():
+def test_validation_covers_every_row_once_with_equal_batches_on_all_ranks():
     packed = list(rows())[:7]
     settings = BatchSettings(1, 2, num_anchors=5, block_size=6, seed=0, micro_batch_size=2)
     alone = list(ValidationBatches(packed, settings))

@@ -1,4 +1,4 @@
-"""W&B offline: one history over all restarts, figures that people look at, nothing secret."""
+"""W&B offline: one history over all restarts, with the main metrics and no secrets."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_one_history(tmp_path):
         for row in [row for file in files for row in history(file)]:
             here = rows.setdefault(row["trainer/global_step"], {})
             figures = {key: value for key, value in row.items() if key.startswith(("train/", "val/"))}
-            assert all(here.get(key, value) == value for key, value in figures.items())  # said twice, said the same
+            assert all(here.get(key, value) == value for key, value in figures.items())  # repeated values agree
             here.update({key: value for key, value in row.items() if not key.startswith("_")})
         logged = read_metrics(run_dir / stage)
         assert rows.keys() == logged.keys()
