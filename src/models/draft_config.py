@@ -146,7 +146,7 @@ PARTS = (
         "bonus slot",
         ATTENTION_TUNING,
         lambda _, hidden, __: {"bonus_slot.weight": (hidden, hidden)},
-        beyond="its slot 0 encodes the bonus token if it is known before drafting",
+        beyond="its slot 0 encodes the bonus token if known before drafting",
     ),
     Part(
         "chain_rank",

@@ -55,8 +55,8 @@ def test_a_run_leaves_a_card_with_its_figures(trained_run):
 def test_it_says_what_it_is_not_which_target_it_knows_and_what_runs_it(run):
     text = card(run)
     done = json.loads((run / "records" / "attention_tuning.done.json").read_text(encoding="utf-8"))
-    assert "**This is no model for `AutoModelForCausalLM.from_pretrained`**" in text
-    assert f"4.57 or newer (made and evaluated with {done['environment']['transformers']})" in text
+    assert "**Do not load it with `AutoModelForCausalLM.from_pretrained`**" in text
+    assert f"4.57 or newer (trained and evaluated with {done['environment']['transformers']})" in text
     assert "transformers (4.57 or newer)" in (run / "export" / "custom_generate" / "generate.py").read_text()
     config = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps(config["target_fingerprint"], sort_keys=True).encode()).hexdigest()
@@ -169,8 +169,8 @@ def test_what_a_drafter_has_beyond_the_paper(run):
     config["flexdraft_config"] |= {"bonus_slot": True, "chain_rank": 16}
     file.write_text(json.dumps(config), encoding="utf-8")
     text = card(run)
-    assert "its slot 0 holds the bonus token" in text and "on the draft before it" in text
-    assert "others pass over the extra\ntensors" in text
+    assert "its slot 0 encodes the bonus token" in text and "on the previous draft" in text
+    assert "decoders ignore the additional tensors" in text
 
 
 def test_its_examples_load_it_by_name():

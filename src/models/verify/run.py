@@ -303,7 +303,7 @@ def _arguments() -> argparse.Namespace:
     add(
         "--prompts",
         type=Path,
-        help="file of conversations, in any format that training reads; default: built-in questions",
+        help="conversations in any format of training data; default: built-in questions",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the target")
     add("--max-new-tokens", type=_positive, default=32, metavar="N", help="1 or more, for each prompt; default: 32")

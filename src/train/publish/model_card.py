@@ -4,6 +4,7 @@ import hashlib
 import json
 import shlex
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
@@ -23,81 +24,13 @@ PLOT = "acceptance_by_slot.png"
 MINIMUM = "4.57"  # transformers version required by custom_generate/generate.py
 NOWHERE = "path/to/this/directory"  # placeholder for the drafter's location until it is uploaded
 # Setting groups shown in the card's commands: those that affect the drafter. Others are paths and may be private.
-SHOWN = (
-    "experiment",
-    "recipe",
-    "model",
-    "data",
-    "objective",
-    "adapter",
-    "stage",
-    "stages",
-    "runtime",
-    "trainer",
-    "seed",
-    "name",
-)
-
-TEXT = """# FlexDraft drafter for {target}
-
-Drafts for `{target}` ({architecture}) by speculative decoding, with the target itself: blocks of
-{block_size} mask tokens run through its last {layers} layers with attention projectors of their own{calibrator}
-([FlexDraft](https://arxiv.org/abs/2605.20022)). The target verifies every draft, so its output stays its own. What was
-trained is here; the target is not.
-
-**This is no model for `AutoModelForCausalLM.from_pretrained`**, which would fill in what is not here with random
-values. Load the target, and this beside it, as below.
-{fingerprint}{beyond}
-## How well it drafts
-
-{figures}
-
-## How to use it
-
-With `transformers` alone, {minimum} or newer ({transformers}); `trust_remote_code=True` runs
-`custom_generate/generate.py` from here, so read it first:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-target = AutoModelForCausalLM.from_pretrained({load_target})
-tokenizer = AutoTokenizer.from_pretrained({load_tokenizer})
-chat = [{{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples does he have?"}}]
-settings = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"{template}}}
-inputs = tokenizer.apply_chat_template(chat, **settings)
-how = {{"trust_remote_code": True, "tokenizer": tokenizer, "max_new_tokens": 100}}
-output = target.generate(**inputs, custom_generate="{nowhere}", **how)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
-```
-
-With the decoder of the project that trained it, in batches, and drafting in the verifying pass where that is faster:
-
-```python
-from models.decoding.flex import generate
-from models.export.artifact_io import load_draft
-from models.target import load_target
-
-target = load_target({load_target})
-draft = load_draft("{nowhere}", target)
-result = generate(target, draft, inputs["input_ids"].tolist(), max_new_tokens=100, tokenizer=tokenizer)
-print(tokenizer.decode(result.tokens[0]), result.tau)
-```
-
-## How it was trained
-
-{training}
-
-{commands}
-
-Paths are cut to their last part.
-
-{versions}
-"""
-
-CALIBRATED = ",\nand a small MLP corrects the drafts once the bonus token is known"
-LEGEND = """τ is the mean number of tokens that one verify step gains, the target's own (bonus) token included, with an
-interval by bootstrap over prompts. Identical: prompts whose output is, token for token, the target's own without a
-drafter. `untuned` drafts with the target's own attention; `attention_tuned` leaves out the MLP, where there is one."""
+SHOWN = ("experiment", "recipe", "model", "data", "objective", "adapter", "stage", "stages", "runtime", "trainer")
+SHOWN += ("seed", "name")
+TEMPLATE = Path(__file__).with_name("model_card.md")
+CALIBRATED = ", and a small MLP\ncorrects the draft logits once the bonus token is known"
+LEGEND = """τ is the mean number of tokens per verification step, including the target's own (bonus) token, with a
+bootstrap interval over prompts. Identical: prompts with exactly the target's output. `untuned` drafts with the target's
+attention projections, `attention_tuned` without the calibrator."""
 
 
 def is_outdated(run_dir: Path) -> bool:
@@ -206,26 +139,25 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
     draft = DraftConfig.from_artifact(config)
     columns = {stage: record for stage, record in records.items() if stage in TRAINED}
     rows = [_training(record, target) for record in columns.values()]
-    return TEXT.format(
+    last = list(columns.values())[-1]
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         target=name if _on_hub(name) else f"the local model {name}",
         architecture="{model_type}, {num_target_layers} layers, hidden size {hidden_size}".format(**config),
-        block_size=config["block_size"],
-        layers=config["num_hidden_layers"],
-        calibrator=",\nand a small MLP corrects the drafts once the bonus token is known"
-        if draft.calibrator_rank
-        else "",
+        block_size=draft.block_size,
+        layers=draft.num_layers,
+        calibrator=CALIBRATED if draft.calibrator_rank else "",
         fingerprint=_fingerprint(config),
         minimum=MINIMUM,
-        transformers=_transformers(list(columns.values())[-1]),
+        transformers=_transformers(last),
         beyond=_beyond(draft),
         figures=figures,
         load_target=f'"{_place(name)}"{revision}, dtype="{target["dtype"]}"',
         load_tokenizer=f'"{_place(without_paths(target["tokenizer"] or name))}"',
         template="".join(f', "{key}": {value!r}' for key, value in _template(columns).items()),
-        nowhere=NOWHERE,
+        drafter=NOWHERE,
         training=_table(["", *columns], [[key, *(row[key] for row in rows)] for key in rows[0]]),
         commands="\n".join(["```bash", *_commands(records), "```"]),
-        versions=_versions(list(columns.values())[-1]),
+        versions=_versions(last),
     )
 
 
@@ -235,15 +167,16 @@ def _fingerprint(config: dict[str, Any]) -> str:
         return ""
     digest = hashlib.sha256(json.dumps(config[FINGERPRINT], sort_keys=True).encode()).hexdigest()
     return (
-        f"\n`config.json` holds a fingerprint of the target's weights ({digest[:12]}). Loading it beside other\n"
-        "weights of the same shapes, such as a fine-tuned relative's, warns: it stays lossless, and drafts less well.\n"
+        f"\n`config.json` contains a fingerprint of the target's weights ({digest[:12]}). Loading the drafter\n"
+        "with other weights, such as a fine-tuned variant's, gives a warning: decoding stays lossless, but fewer drafts\n"
+        "are accepted.\n"
     )
 
 
 def _transformers(record: dict[str, Any]) -> str:
     """Describe the transformers version that made and evaluated the drafter."""
     version = record["environment"].get("transformers")
-    return f"made and evaluated with {version}" if version else "the version is not on record"
+    return f"trained and evaluated with {version}" if version else "the version used is not recorded"
 
 
 def _beyond(draft: DraftConfig) -> str:
@@ -251,10 +184,9 @@ def _beyond(draft: DraftConfig) -> str:
     parts = [part.beyond for part in draft.parts() if part.beyond]
     if not parts:
         return ""
-    names = " and ".join(parts)
     return (
-        f"\nBeyond the paper, {names}. Both decoders below make use of it; others pass over the extra\n"
-        "tensors, and draft less well: as in parallel mode without them.\n"
+        f"\nBeyond the paper, {' and '.join(parts)}. Both decoders below support this. Other\n"
+        "decoders ignore the additional tensors and accept fewer drafts.\n"
     )
 
 
@@ -321,9 +253,9 @@ def _training(record: dict[str, Any], target: dict[str, Any]) -> dict[str, str]:
     return {
         "target": _revision(target),
         "data": ", ".join(map(without_paths, _paths(record))),
-        "records, their fingerprint": _records(settings["inputs"]["data"]),
+        "records, fingerprint": _records(settings["inputs"]["data"]),
         "tokens per row": f"{settings['data']['max_seq_len']:,}",
-        "steps": f"{result['steps']:,}; the weights are of step {result['weights_of_step']:,}",
+        "steps": f"{result['steps']:,}; weights of step {result['weights_of_step']:,}",
         "rows per step, blocks per row": f"{stage['global_batch_size']}, {stage['num_anchors']}",
         "learning rate": f"{stage['module']['learning_rate']:g}, cosine",
         "objective, slot weights": f"{terms}, {objective['weights']}",
