@@ -168,8 +168,8 @@ def _fingerprint(config: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(config[FINGERPRINT], sort_keys=True).encode()).hexdigest()
     return (
         f"\n`config.json` contains a fingerprint of the target's weights ({digest[:12]}). Loading the drafter\n"
-        "with other weights, such as a fine-tuned variant's, gives a warning: decoding stays lossless, but fewer drafts\n"
-        "are accepted.\n"
+        "with other weights, such as a fine-tuned variant's, gives a warning: decoding stays lossless, but accepts\n"
+        "fewer drafts.\n"
     )
 
 
