@@ -41,18 +41,18 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def why_no_object(path: Path, way_out: str = "Export again, or correct it.") -> str | None:
+def why_no_object(path: Path, fix: str = "Correct the file, or export the drafter again.") -> str | None:
     """Return the reason why a file does not contain a JSON object; None if it does."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"{path.name}: not there. An exported drafter has one; give the directory that holds it."
+        return f"{path.name}: missing. Pass the directory of an exported drafter."
     except OSError as error:
-        return f"{path.name}: not readable ({error.strerror}). {way_out}"
+        return f"{path.name}: not readable ({error.strerror}). {fix}"
     except (ValueError, RecursionError) as error:
-        return f"{path.name}: no valid JSON ({error}). {way_out}"
+        return f"{path.name}: invalid JSON ({error}). {fix}"
     if not isinstance(content, dict):
-        return f"{path.name}: holds a JSON {type(content).__name__}; expected an object. {way_out}"
+        return f"{path.name}: contains a JSON {type(content).__name__}; expected an object. {fix}"
     return None
 
 
@@ -63,10 +63,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable, or not the config of an exported drafter.
     """
     if reason := why_no_object(directory / CONFIG):
-        raise UserError(f"{directory}: no exported drafter there. {reason}")
+        raise UserError(f"{directory}: not an exported drafter. {reason}")
     config = read_json(directory / CONFIG)
     if draft_settings(config) is None:
-        raise UserError(f"{directory}: no exported drafter there ({CONFIG} with {FLEXDRAFT_KEYS[0]} expected).")
+        raise UserError(f"{directory}: not an exported drafter. Expected {CONFIG} with {FLEXDRAFT_KEYS[0]}.")
     for key in FLEXDRAFT_KEYS:
         if isinstance(config.get(key), dict):
             config[key].pop(EARLIER_RECOMMENDATION, None)
@@ -95,13 +95,13 @@ def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
         Faults and warnings.
     """
     faults = [
-        f"{path.relative_to(directory)}: code that no export writes, and that transformers may run. Delete the file."
+        f"{path.relative_to(directory)}: unexpected code, which transformers may run. Delete the file."
         for path in sorted(directory.rglob("*.py"))
         if path.relative_to(directory) != DECODER
     ]
     file = directory / DECODER
     if not file.is_file():
-        return [*faults, f"{DECODER}: missing, with which plain transformers decodes. Export the drafter again."], []
+        return [*faults, f"{DECODER}: missing. Plain transformers needs it for decoding. Export the drafter again."], []
     try:
         found = sha256(file)
     except OSError as error:
@@ -110,9 +110,9 @@ def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
         return faults, []
     exported = read_object(directory / CONFIG).get(DECODER_SHA256)
     if exported is not None and found != exported:
-        fault = f"{DECODER}: not the code that was exported (sha256 {found[:12]}, {CONFIG} has {str(exported)[:12]}). "
-        return [*faults, f"{fault}It was changed since: read it before anyone runs it, or export again."], []
-    warning = f"{DECODER}: not this version's code. Read it before you trust it; an export by this version renews it."
+        fault = f"{DECODER}: changed after the export (sha256 {found[:12]}, {CONFIG} records {str(exported)[:12]}). "
+        return [*faults, f"{fault}Review the code before running it, or export the drafter again."], []
+    warning = f"{DECODER}: code of another version of this project. Review it before trusting it, or export again."
     return faults, [warning]
 
 
@@ -120,4 +120,4 @@ def file_warnings(directory: Path) -> list[str]:
     """Return a warning that lists unexpected files in an export directory, if any."""
     files = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
     other = [name for name in files if not any(fnmatch(name, pattern) for pattern in PARTS + HARMLESS)]
-    return [f"files that no export writes: {', '.join(other[:4])}{' ...' * (len(other) > 4)}."] if other else []
+    return [f"unexpected files: {', '.join(other[:4])}{' ...' * (len(other) > 4)}."] if other else []

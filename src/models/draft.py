@@ -1,7 +1,7 @@
 """The drafter: the target's last layers with separate attention projections, and the bonus-conditioned calibrator."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from models.draft_config import ATTENTION_TUNING, BONUS_CALIBRATION, DraftConfig
 from models.families import layer_windows
 from models.target import Context
 
+M = TypeVar("M", bound=nn.Module)
 UNKNOWN = -1  # placeholder for a token that is not given to the drafter
 
 
@@ -32,6 +33,13 @@ class DraftModel(nn.Module):
     logits on the previously drafted token (docs/results/recipe.md).
     """
 
+    target: PreTrainedModel
+    config: DraftConfig
+    layers: nn.ModuleList
+    anchor_bias_mlp: nn.Sequential | None
+    chain_mlp: nn.Sequential | None
+    bonus_slot: nn.Linear | None
+
     def __init__(self, target: PreTrainedModel, config: DraftConfig, *, dtype: torch.dtype | None = None) -> None:
         """Build a drafter on top of a target and initialize it from the target's weights.
 
@@ -45,8 +53,8 @@ class DraftModel(nn.Module):
         super().__init__()
         if not isinstance(target, PreTrainedModel):
             raise ValueError(
-                f"The target is a {type(target).__name__}, expected a model of transformers. Of PEFT's, give "
-                "`merge_and_unload()`, or `get_base_model()`, in which LoRA stays active, but Activated LoRA does not."
+                f"The target is a {type(target).__name__}; expected a transformers model. For a PEFT model, pass "
+                "`merge_and_unload()`, or `get_base_model()`, which keeps LoRA active, but not Activated LoRA."
             )
         layers, block_size = target.config.num_hidden_layers, config.block_size
         if config.num_layers > layers:
@@ -56,7 +64,7 @@ class DraftModel(nn.Module):
         self.config, self.block_size = config, block_size
         self.split_layer = layers - config.num_layers
         dtype = dtype or target.dtype
-        embedding = target.get_input_embeddings().weight
+        embedding = cast(Tensor, target.get_input_embeddings().weight)
 
         self.windows = layer_windows(target.config)[self.split_layer :]
         narrow = [window for window in self.windows if window is not None and window < block_size]
@@ -89,7 +97,7 @@ class DraftModel(nn.Module):
         own = {
             f"layers.{i}.self_attn.{name}": p
             for i, layer in enumerate(self.layers)
-            for name, p in layer.self_attn.named_parameters()
+            for name, p in layer.get_submodule("self_attn").named_parameters()
         }
         return self.parts(ATTENTION_TUNING) | own
 
@@ -111,7 +119,7 @@ class DraftModel(nn.Module):
         }
         return {**shared, "norm.weight": self.target.model.norm.weight}
 
-    def own_parameters(self) -> dict[str, nn.Parameter]:
+    def own_parameters(self) -> dict[str, Tensor]:
         """Return all parameters owned by the drafter, by exported name; the others belong to the target."""
         return {**self.attention_parameters(), **self.calibrator_parameters()}
 
@@ -160,7 +168,7 @@ class DraftModel(nn.Module):
         rows, blocks, size = positions.shape
         hidden = self.slot_inputs((rows, blocks), bonus).flatten(1, 2)
         if masks is None:
-            masks = per_window(self.windows, lambda window: window and self._one_block(context, window))
+            masks = per_window(self.windows, lambda window: self._one_block(context, window) if window else None)
         views = [View(*own[:2], window=own[2]) for own in zip(masks, context, self.windows, strict=True)]
         flat_positions = positions.reshape(rows, blocks * size)
         hidden = run_layers(self.target, self.layers, self.split_layer, hidden, flat_positions, views, execution)
@@ -223,13 +231,14 @@ class DraftModel(nn.Module):
 
     def _chain(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """Return the chain's logit correction [..., V] for hidden states [..., H] and previous tokens [...]."""
+        assert self.chain_mlp is not None
         embedded = self._embedded(previous)
         # Embeddings are much smaller than normalized hidden states; unscaled, W1 would learn from them too slowly.
         embedded = rms_norm(embedded, embedded.shape[-1:], eps=1e-6).to(hidden.dtype)
         return self.chain_mlp(torch.cat([embedded, hidden], dim=-1))
 
 
-def shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: M) -> M:
     """Copy a module, sharing its parameters and children; replacing one of them affects only that module."""
     twin = copy.copy(module)
     # `copy.copy` also shares the registries: a hook or submodule set on one module would appear on both.
@@ -259,7 +268,9 @@ def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise ValueError(f"{type(attention).__name__} of the target cannot be made anew ({error}).") from error
+        raise ValueError(
+            f"{type(attention).__name__} of the target cannot be built from its config ({error})."
+        ) from error
     own = own.to_empty(device=device).train(attention.training)
     with torch.no_grad():
         for parameter in own.parameters():
@@ -271,7 +282,7 @@ def _draft_layer(target_layer: nn.Module, attention: nn.Module) -> nn.Module:
     """Return the target's decoder layer with its attention replaced; everything else is shared by reference."""
     layer = shallow_copy(target_layer)
     # Slots of a block attend to each other in both directions; by default, transformers would apply a causal mask.
-    attention.is_causal = False
+    attention.is_causal = False  # type: ignore[assignment]  # `nn.Module` declares attributes as tensors or modules
     layer.self_attn = attention
     return layer
 
@@ -299,10 +310,10 @@ def start_from_head(draft: DraftModel) -> None:
     directions, so W1 receives a useful gradient from the first step. With random W1 and zero W2, only W2 can learn at
     first. Units beyond the head's rank keep random W1 and zero W2.
     """
-    head = draft.target.get_output_embeddings().weight.float()  # [V, H]
+    head = cast(Tensor, draft.target.get_output_embeddings().weight).float()  # [V, H]
     _, directions = torch.linalg.eigh(head.T @ head)  # ascending
     for mlp in filter(None, (draft.anchor_bias_mlp, draft.chain_mlp)):
-        first, _, second = mlp
+        first, second = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[2])
         known = min(first.out_features, head.shape[1])
         first.weight[:known] = 0.0
         first.bias.zero_()

@@ -158,8 +158,11 @@ PARTS = (
     ),
 )
 KINDS = {field.name: field.type for field in fields(DraftConfig)}
-OPTIONAL = [(part, False if KINDS[part.key] is bool else 0) for part in PARTS if part.key]  # part, value if absent
-EXTRAS = {part.key: off for part, off in OPTIONAL if part.beyond}  # settings beyond the paper -> value if absent
+# Optional parts, each with the value of its setting if it is absent.
+OPTIONAL: list[tuple[Part, Any]] = [(part, False if KINDS[part.key] is bool else 0) for part in PARTS if part.key]
+EXTRAS: dict[str, Any] = {
+    part.key: off for part, off in OPTIONAL if part.beyond
+}  # settings beyond the paper -> value if absent
 
 
 def expectation(key: str, value: Any) -> str | None:

@@ -8,6 +8,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,7 +55,7 @@ class Lora:
         least = min(min(getattr(attention, name).weight.shape) for name in chosen)
         if self.rank > least:
             raise ValueError(
-                f"rank={self.rank}: the smallest of the matrices has rank {least}, the most that there is."
+                f"rank={self.rank}: expected at most {least}, the smallest dimension of the adapted projections."
             )
         return [name for name in known if name in chosen]
 
@@ -83,8 +84,8 @@ class LoraDraft(DraftModel):
         super().__init__(target, config.uncalibrated(), dtype=dtype)
         self.lora_config = LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=lora.projectors(self.layers[0].self_attn),
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared as int; PEFT computes with floats
+            target_modules=lora.projectors(self.layers[0].get_submodule("self_attn")),
             inference_mode=True,  # saved in the config: adapters are loaded for inference
         )
         inject_adapter_in_model(self.lora_config, self, NAME)
@@ -109,13 +110,13 @@ class LoraDraft(DraftModel):
         """Return all exported tensors by name, with updates merged into the projections; merged tensors are copies."""
         own: dict[str, Tensor] = dict(self.parts(ATTENTION_TUNING))
         for i, layer in enumerate(self.layers):
-            for name, module in layer.self_attn.named_children():
+            for name, module in layer.get_submodule("self_attn").named_children():
                 base = getattr(module, "base_layer", module)
                 for kind, parameter in base.named_parameters():
-                    whole = parameter.to(self.mask_embedding.dtype)
+                    merged = parameter.to(self.mask_embedding.dtype)
                     if base is not module and kind == "weight":
-                        whole = whole + module.get_delta_weight(NAME)
-                    own[f"layers.{i}.self_attn.{name}.{kind}"] = whole
+                        merged = merged + cast(Any, module).get_delta_weight(NAME)  # a PEFT layer
+                    own[f"layers.{i}.self_attn.{name}.{kind}"] = merged
         return own
 
     @torch.no_grad()
@@ -133,7 +134,9 @@ def save_adapter(draft: LoraDraft, directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.copy(draft.lora_config)
-    config.target_modules = sorted(config.target_modules)  # PEFT stores a set, whose order varies between processes
+    config.target_modules = sorted(
+        config.target_modules or ()
+    )  # PEFT stores a set, whose order varies between processes
     config.save_pretrained(str(directory))
     write_object(directory / CONFIG, artifact_config(draft.target.config, draft.config, draft.mask_embedding.dtype))
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in sorted(draft.attention_parameters().items())}
@@ -151,7 +154,9 @@ def load_adapter(directory: Path, target: PreTrainedModel, *, dtype: torch.dtype
         written = json.loads((directory / LORA_CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(directory / WEIGHTS)
     except OSError as error:
-        raise ValueError(f"{directory}: no drafter's adapter there ({LORA_CONFIG}, {WEIGHTS}, {CONFIG}).") from error
+        raise ValueError(
+            f"{directory}: no LoRA adapter of a drafter found. Expected {LORA_CONFIG}, {WEIGHTS} and {CONFIG}."
+        ) from error
     if different := other_target(config, target_identity(target.config)):
         raise ValueError(f"{directory}: adapter for a target with {different}.")
     lora = Lora(written["r"], written["lora_alpha"], tuple(written["target_modules"]))

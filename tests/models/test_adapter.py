@@ -103,7 +103,7 @@ def test_a_saved_adapter_is_loaded_here_and_by_peft(family, tmp_path):
 
 def test_an_adapter_that_does_not_fit_is_rejected(tmp_path):
     target = random_target()
-    with pytest.raises(ValueError, match="no drafter's adapter there"):
+    with pytest.raises(ValueError, match="no LoRA adapter of a drafter found"):
         load_adapter(tmp_path, target)
     save_adapter(lora_draft(target), tmp_path)
     with pytest.raises(ValueError, match="num_target_layers=5, but this one has 6"):

@@ -365,8 +365,8 @@ def test_the_plan_never_uses_the_sizes_of_another_target(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "config.json: holds a JSON list"),
-        ("{", "config.json: no valid JSON"),
+        ("[1]", "config.json: contains a JSON list"),
+        ("{", "config.json: invalid JSON"),
         ('{"model_type": "qwen3", "hidden_size": "x"}', "failed to load the config from config.json"),
         ("{}", "model_type=None is not counted"),
     ],

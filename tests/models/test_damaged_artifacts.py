@@ -152,7 +152,7 @@ def test_no_state_of_a_file_causes_a_raw_error(name, how, healthy, tmp_path):
 @pytest.mark.parametrize("reader", [recommended, read_config, lambda d: load_draft(d, random_target())])
 def test_a_directory_without_a_drafter_is_rejected_by_name(reader, healthy, tmp_path):
     for directory in (healthy[1] / "target", tmp_path):
-        with pytest.raises(ValueError, match="no exported drafter there"):
+        with pytest.raises(ValueError, match="not an exported drafter"):
             reader(directory)
 
 
@@ -206,14 +206,14 @@ def test_the_code_of_another_version_is_a_warning_and_changed_code_a_fault(healt
     assert not of_files(directory, healthy).warnings and "no card (README.md)" in of_files(directory, healthy).summary
     (directory / DECODER).write_text("def generate(model): ...\n")
     [fault] = of_files(directory, healthy).faults
-    assert fault.startswith(f"{DECODER}: not the code that was exported")
+    assert fault.startswith(f"{DECODER}: changed after the export")
     for recorded in (
         sha256(directory / DECODER),
         None,
     ):  # of an export by another version, or by one that did not record it
         change_config(custom_generate_sha256=recorded)(directory)
         check = of_files(directory, healthy)
-        assert not check.faults and check.warnings[0].startswith(f"{DECODER}: not this version's code.")
+        assert not check.faults and check.warnings[0].startswith(f"{DECODER}: code of another version of this project.")
 
 
 def test_files_that_no_export_writes_are_reported(healthy, tmp_path):
@@ -221,7 +221,7 @@ def test_files_that_no_export_writes_are_reported(healthy, tmp_path):
     for name in (".gitattributes", "README.md", "LICENSE", "acceptance_by_slot.png", "notes.txt"):
         (directory / name).write_text("mine")
     check = of_files(directory, healthy)
-    assert check.warnings == ["files that no export writes: notes.txt."] and "no card" not in check.summary
+    assert check.warnings == ["unexpected files: notes.txt."] and "no card" not in check.summary
 
 
 def test_an_export_writes_exactly_the_required_files(healthy, tmp_path):
@@ -236,7 +236,7 @@ def test_an_artifact_without_a_fingerprint_is_noted(healthy, tmp_path):
     directory = shutil.copytree(healthy[1] / "whole", tmp_path / "artifact")
     change_config(target_fingerprint=None)(directory)
     check = next(c for c in verify(directory, healthy[1] / "target", max_new_tokens=2) if c.name == "target")
-    assert "no fingerprint there" in check.summary and not [w for w in check.warnings if "sampled" in w]
+    assert "without a fingerprint" in check.summary and not [w for w in check.warnings if "sampled" in w]
     random_target(seed=3).save_pretrained(tmp_path / "other")
     check = next(c for c in verify(healthy[1] / "whole", tmp_path / "other", max_new_tokens=2) if c.name == "target")
     assert "no fingerprint" not in check.summary and any("other weights" in warning for warning in check.warnings)

@@ -227,7 +227,7 @@ def test_a_relative_of_the_target_causes_a_warning_and_the_target_itself_does_no
         load_draft(directory, random_target(seed=4))
     with torch.no_grad():
         target.model.layers[1].mlp.up_proj.weight.mul_(1.1)
-    with pytest.warns(UserWarning, match=r"1 of \d+ sampled tensors differ .*up_proj.*: a fine-tuned relative"):
+    with pytest.warns(UserWarning, match=r"1 of \d+ sampled tensors differ .*up_proj.*: a fine-tuned variant"):
         load_draft(directory, target)
 
 

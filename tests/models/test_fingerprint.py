@@ -104,7 +104,7 @@ def test_an_effective_adapter_is_detected_merged_or_not(dtype):
     for target in (whole, merged):
         found = compare(stored, target)
         assert found.changed and all(name.endswith(("q_proj", "v_proj")) for name in found.changed)
-        assert "fine-tuned relative" in found.warning()
+        assert "fine-tuned variant" in found.warning()
     assert compare(fingerprint(merged), whole).changed == ()
 
 
@@ -145,5 +145,5 @@ def test_the_embedded_target_is_stored_in_bfloat16_and_trained_in_float32():
 
 @pytest.mark.parametrize("stored", [[], "text", {"norm": 3}, {"norm": "one"}, {"norm": None}])
 def test_an_invalid_fingerprint_is_rejected(stored):
-    with pytest.raises(ValueError, match="target_fingerprint is no fingerprint"):
+    with pytest.raises(ValueError, match="target_fingerprint is not a fingerprint"):
         compare(stored, random_target())

@@ -105,9 +105,9 @@ def test_a_wrapped_target_is_rejected_with_a_fix(tmp_path):
 
     export_draft(random_draft(random_target()), tmp_path, torch.float32)
     wrapped = get_peft_model(random_target(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(UserError, match=r"PeftModel.*; expected a model of transformers.*get_base_model\(\)"):
+    with pytest.raises(UserError, match=r"PeftModel.*; expected a transformers model.*get_base_model\(\)"):
         load_draft(tmp_path, wrapped)
-    with pytest.raises(UserError, match="NoneType; expected a model of transformers"):
+    with pytest.raises(UserError, match="NoneType; expected a transformers model"):
         load_draft(tmp_path, None)
 
 

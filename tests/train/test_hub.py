@@ -117,7 +117,8 @@ def test_round_trip(hub, artifact, tmp_path):
 def test_an_interrupted_upload_goes_on(hub, sharded, tmp_path):
     hub.accepted_puts = 1
     broken = script(hub, tmp_path, sharded)
-    message = "error: push to owner/drafter: the Hub is out of reach, or broke off. Error while uploading 'model-0000"
+    failed = "error: push to owner/drafter: the Hub is unreachable, or the connection failed."
+    message = f"{failed} Error while uploading 'model-0000"
     assert broken.returncode == 1 and message in broken.stderr and "Traceback" not in broken.stderr
     assert "Nothing of it is published. The same command sends what is missing." in broken.stderr
     assert nothing_published(hub) and len(hub.objects) == 1
@@ -141,7 +142,8 @@ def test_a_wrong_token(hub, artifact, tmp_path):
 @pytest.mark.slow
 def test_no_network(hub, artifact, tmp_path):
     done = script(hub, tmp_path, artifact, HF_ENDPOINT="http://127.0.0.1:9")
-    message = "error: push to owner/drafter: the Hub is out of reach, or broke off. [Errno 111] Connection refused "
+    failed = "error: push to owner/drafter: the Hub is unreachable, or the connection failed."
+    message = f"{failed} [Errno 111] Connection refused "
     assert done.returncode == 1 and done.stderr == message + "Nothing was sent.\n"
 
 
@@ -155,7 +157,7 @@ def test_a_drafter_is_loaded_by_name(hub, here, artifact):
 
 def test_a_connection_that_breaks_publishes_nothing(hub, here, artifact):
     hub.drop = "/commit/"
-    assert refused("the Hub is out of reach, or broke off. Server disconnected", artifact, drafter())
+    assert refused("the Hub is unreachable, or the connection failed. Server disconnected", artifact, drafter())
     assert nothing_published(hub)
 
     hub.drop, hub.calls = None, []
@@ -165,7 +167,7 @@ def test_a_connection_that_breaks_publishes_nothing(hub, here, artifact):
 
 def test_a_tag_that_did_not_get_through(hub, here, artifact):
     hub.drop = "/tag/"
-    assert refused("but not tagged. The same command tags it.", artifact, drafter(tag="v1"))
+    assert refused("but not tagged. Run the same command to tag it.", artifact, drafter(tag="v1"))
     hub.drop, commit = None, hub.repositories["owner/drafter"].head
     push(artifact, drafter(tag="v1"))
     assert hub.repositories["owner/drafter"].tags == {"v1": commit}  # the same: nothing had changed
@@ -188,7 +190,7 @@ def test_a_recommendation_is_sent_and_a_stale_one_is_deleted(hub, here, artifact
     push(artifact, drafter())
     assert RECOMMENDATION not in head(hub)
     (directory / RECOMMENDATION).write_text("{")
-    assert refused(f"{RECOMMENDATION}: no valid JSON", directory, drafter())
+    assert refused(f"{RECOMMENDATION}: invalid JSON", directory, drafter())
 
 
 def test_no_token(hub, here, artifact):
@@ -200,12 +202,12 @@ def test_no_token(hub, here, artifact):
 
 def test_a_token_that_may_only_read(hub, here, artifact):
     hub.role = "read"
-    assert refused("the token may only read. Make one that may write", artifact, drafter())
+    assert refused("the token is read-only. Create a token with write access", artifact, drafter())
     assert not hub.repositories
 
 
 def test_another_owner(hub, here, artifact):
-    text = "push to else/drafter: this login may write as owner or team; name one of them as its owner."
+    text = "push to else/drafter: this login can write to repositories of owner or team. Choose one of these owners."
     assert refused(text, artifact, drafter(repository="else/drafter"))
     push(artifact, drafter(repository="team/drafter"))
     assert "config.json" in head(hub, "team/drafter")
@@ -213,12 +215,12 @@ def test_another_owner(hub, here, artifact):
 
 def test_offline(hub, here, artifact):
     here.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused("HF_HUB_OFFLINE is set; unset it, or push later from elsewhere.", artifact, drafter())
+    assert refused("HF_HUB_OFFLINE is set. Unset it, or push from a machine with network access.", artifact, drafter())
 
 
 @pytest.mark.parametrize("name", ["drafter", "a/b/c", "owner/dra fter", "owner/", 3])
 def test_no_name_of_a_repository(hub, here, artifact, name):
-    assert refused(f"push to {name!r}: expected a repository of the Hub", artifact, drafter(repository=name))
+    assert refused(f"push to {name!r}: expected a Hub repository name", artifact, drafter(repository=name))
 
 
 @pytest.mark.parametrize("tag", ["a b", "", "-v1", 1.0])
@@ -229,7 +231,7 @@ def test_no_name_of_a_tag(hub, here, artifact, tag):
 def test_a_tag_that_is_there(hub, here, artifact, sharded):
     push(artifact, drafter(tag="v1"))
     before = hub.repositories["owner/drafter"].head
-    assert refused("owner/drafter has a tag v1 already; choose another.", sharded, drafter(tag="v1"))
+    assert refused("owner/drafter already has a tag v1. Choose another.", sharded, drafter(tag="v1"))
     assert hub.repositories["owner/drafter"].head == before
 
 
@@ -286,10 +288,10 @@ def no_drafter(directory):
     "damage, text",
     [
         (not_finite, "mask_embedding: 32 of 32 values are not finite"),
-        (missing, "tensors are missing: layers.1.self_attn.o_proj.weight. Export it again."),
-        (without_extras, "tensors are missing: bonus_slot.weight, chain_mlp.0.bias, chain_mlp.0.weight, chain_mlp.2.b"),
-        (cut, "no whole drafter. model.safetensors: "),
-        (no_drafter, "no exported drafter there"),
+        (missing, "Missing tensors: layers.1.self_attn.o_proj.weight. Export it again."),
+        (without_extras, "Missing tensors: bonus_slot.weight, chain_mlp.0.bias, chain_mlp.0.weight, chain_mlp.2.b"),
+        (cut, "the drafter is incomplete. model.safetensors: "),
+        (no_drafter, "not an exported drafter"),
     ],
 )
 def test_a_damaged_drafter_is_not_sent(hub, here, artifact, tmp_path, damage, text):
@@ -316,7 +318,7 @@ def test_a_run_pushes_at_its_end_and_repeats_nothing(hub, trained_run, tmp_path)
 @pytest.mark.parametrize(
     "setting, environment, text",
     [
-        ("export.push_to_hub=drafter", {}, "push to 'drafter': expected a repository of the Hub, owner/name"),
+        ("export.push_to_hub=drafter", {}, "push to 'drafter': expected a Hub repository name, owner/name"),
         ("export.push_to_hub=owner/drafter", {"HF_TOKEN": "hf_wrong"}, "the Hub does not accept the token"),
         ("stages=[attention_tuning]", {}, "exports no drafter. Add export to stages"),
     ],
@@ -330,22 +332,22 @@ def test_a_run_is_refused_before_it_trains(hub, tmp_path, setting, environment, 
 
 def test_nothing_to_download(hub, here, tmp_path):
     cases = {
-        "owner/none": "no such directory, and no such repository on the Hub for this login",
-        str(tmp_path / "none"): "no such directory, and no name of a repository of the Hub",
-        "none": "no such directory, and no name of a repository of the Hub",
+        "owner/none": "no such directory, and no Hub repository accessible with this login",
+        str(tmp_path / "none"): "no such directory, and not a Hub repository name",
+        "none": "no such directory, and not a Hub repository name",
     }
     for source, text in cases.items():
         with pytest.raises(ValueError, match=re.escape(f"{source}: {text}")):
             artifact_directory(source)
     hub.url = "http://127.0.0.1:9"
     here.setattr(constants, "ENDPOINT", hub.url)
-    with pytest.raises(ValueError, match="not downloaded before, and the Hub is out of reach"):
+    with pytest.raises(ValueError, match="not in the local cache, and the Hub is unreachable"):
         artifact_directory("owner/none")
 
 
 def test_a_revision_that_is_not_there(hub, here, artifact):
     push(artifact, drafter())
-    with pytest.raises(ValueError, match="owner/drafter: this repository has no revision v7"):
+    with pytest.raises(ValueError, match="owner/drafter: revision v7 does not exist in this repository"):
         artifact_directory("owner/drafter", revision="v7")
     with pytest.raises(ValueError, match="is a local directory; revision=v7"):
         artifact_directory(artifact, revision="v7")

@@ -165,7 +165,7 @@ def test_a_drafter_file_without_metadata_needs_its_record(tmp_path):
     file = tmp_path / "attention_tuning" / "draft.safetensors"
     file.parent.mkdir()
     save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="does not say what it was trained for"):
+    with pytest.raises(UserError, match="was written by an earlier version without its training setup"):
         facts_in(file, TARGET)
     old = {"model": {"draft": {"num_layers": 6, "block_size": 8}, "target": {"name": "/t"}}}
     old |= {"data": {"template_kwargs": {}}, "inputs": {"t/config.json": "a" * 64, "t/notes.json": "c" * 64}}
@@ -180,7 +180,7 @@ def test_a_missing_calibrated_drafter_is_not_exported_without_its_calibrator(tmp
     finished(tmp_path)
     _, file = finished(tmp_path, "bonus_calibration")
     file.unlink()
-    with pytest.raises(UserError, match="bonus_calibration/draft.safetensors is gone"):
+    with pytest.raises(UserError, match="bonus_calibration/draft.safetensors is missing"):
         finished_weights(tmp_path)
 
 

@@ -118,7 +118,7 @@ class Sizes:
         least = min(self.hidden, *(widths[name] for name in chosen))
         if rank > least:
             raise ValueError(
-                f"adapter.rank={rank}: the smallest of the matrices has rank {least}, the most that there is."
+                f"adapter.rank={rank}: expected at most {least}, the smallest dimension of the adapted projections."
             )
         return replace(self, updates=rank * sum(self.hidden + widths[name] for name in chosen))
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     """
     if not isinstance(target, PreTrainedModel):
         raise UserError(
-            f"The target is a {type(target).__name__}; expected a model of transformers, as load_target gives. Of a "
-            "PEFT model, take target.merge_and_unload(), or target.get_base_model(), in which LoRA stays active. "
-            "Activated LoRA and adapter_names do not: by PEFT they act in its own generate alone."
+            f"The target is a {type(target).__name__}; expected a transformers model, as returned by load_target. For "
+            "a PEFT model, pass target.merge_and_unload(), or target.get_base_model(), which keeps LoRA active. "
+            "Activated LoRA and adapter_names work only in PEFT's own generate."
         )
     directory = artifact_directory(source, revision=revision)
     config = _checked(directory, target)
@@ -124,7 +125,7 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
     return draft.requires_grad_(False).eval()
 
 
-def _with_added_rows(tensors: dict[str, Tensor], own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+def _with_added_rows(tensors: dict[str, Tensor], own: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """Pad tensors of the given names with zero rows for tokens that were added to the target."""
     added = {}
     for name in names:
@@ -142,12 +143,12 @@ def _checked(directory: Path, target: PreTrainedModel) -> dict[str, Any]:
     """
     config = read_config(directory)
     if faults := file_loading_faults(directory):
-        raise UserError(f"{directory}: no whole drafter. {' '.join(faults)}")
+        raise UserError(f"{directory}: the drafter is incomplete. {' '.join(faults)}")
     identity = target_identity(target.config) | {"vocab_size": known_tokens(config, target.config)}
     if different := other_target(config, identity):
         raise UserError(f"{directory}: drafter for a target with {different}.")
     if faults := config_faults(config, target.config, complete=False):
-        raise UserError(f"{directory}: not for this target, or damaged. {' '.join(faults)}")
+        raise UserError(f"{directory}: damaged, or made for another target. {' '.join(faults)}")
     # Check before allocation: a wrong rank may be huge.
     expected = DraftConfig.from_artifact(config).tensors(config["hidden_size"], config["vocab_size"])
     if faults := shape_faults(headers(directory), expected, None):
@@ -156,7 +157,7 @@ def _checked(directory: Path, target: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_draft_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], *, source: str) -> None:
+def load_draft_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Copy tensors into the drafter parameters of the same exported names, such as `own_parameters()`.
 
     Raises:

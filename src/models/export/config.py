@@ -1,6 +1,6 @@
 """The `config.json` of an exported drafter: its content, and checks of a given one against the content expected."""
 
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -20,7 +20,14 @@ from models.draft_config import (
 from models.families import layer_kinds, layer_windows
 
 # Entries that must equal the target's, if its architecture has them.
-SHARED = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHARED: tuple[str, ...] = (
+    "model_type",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 SHARED += ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 BUILT = ("attention_bias", "hidden_act", "intermediate_size")  # likewise, but may be missing
 ROPE = ("rope_theta", "rope_parameters", "rope_scaling")  # transformers 5 reads the second, 4.57 the others
@@ -88,7 +95,8 @@ def own_faults(config: dict[str, Any]) -> list[str]:
     settings = draft_settings(config)
     if settings is None:
         return [f"{CONFIG}: expected {FLEXDRAFT_KEYS[0]} or {FLEXDRAFT_KEYS[1]} to be an object. No FlexDraft drafter."]
-    ids, enabled, rank = (settings.get(key) for key in (IDS, ENABLED, RANK))
+    ids, enabled = settings.get(IDS), settings.get(ENABLED)
+    rank: Any = settings.get(RANK)
     values = {"block_size": config.get("block_size")} | {key: settings.get(key, off) for key, off in EXTRAS.items()}
     wanted = {key: (value, expectation(key, value)) for key, value in values.items()}
     wanted[RANK] = rank, expectation("calibrator_rank", rank)
@@ -104,8 +112,8 @@ def own_faults(config: dict[str, Any]) -> list[str]:
 
 def known_tokens(config: dict[str, Any], target: PretrainedConfig) -> int:
     """Return the `vocab_size` expected of the artifact, which may be below that of a resized or padded target."""
-    size = config.get("vocab_size")
-    return size if _is_int(size) and 0 < size < target.vocab_size else target.vocab_size
+    size, rows = config.get("vocab_size"), cast(int, target.vocab_size)
+    return size if _is_int(size) and 0 < size < rows else rows
 
 
 def _differs(key: str, value: Any, expected: Any, why: str) -> str:
@@ -176,5 +184,5 @@ def _is_default(rope: Any) -> bool:
     return isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

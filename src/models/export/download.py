@@ -25,30 +25,32 @@ def artifact_directory(source: str | Path, *, revision: str | None = None) -> Pa
     """
     if Path(source).is_dir():
         if revision is not None:
-            raise ValueError(f"{source} is a local directory; revision={revision} is for a repository of the Hub.")
+            raise ValueError(f"{source} is a local directory; revision={revision} requires a Hub repository.")
         return Path(source)
     name = str(source)
     if not is_repository_name(name):
-        raise ValueError(f"{name}: no such directory, and no name of a repository of the Hub (owner/name) either.")
+        raise ValueError(f"{name}: no such directory, and not a Hub repository name (owner/name).")
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(snapshot_download(name, revision=revision))
     except GatedRepoError as error:
-        raise ValueError(f"{name}: access to this repository has to be asked for on its page of the Hub.") from error
+        raise ValueError(
+            f"{name}: access to this repository is restricted. Request it on the repository's Hub page."
+        ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{name}: no such directory, and no such repository on the Hub for this login. "
-            "A private one needs a token of its owner: HF_TOKEN, or `hf auth login`."
+            f"{name}: no such directory, and no Hub repository accessible with this login. For a private repository, "
+            "set HF_TOKEN or run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{name}: this repository has no revision {revision}.") from error
+        raise ValueError(f"{name}: revision {revision} does not exist in this repository.") from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"{name}{at}: no such directory, not downloaded before, and the Hub is out of reach (no network, or "
+            f"{name}{at}: no such directory, not in the local cache, and the Hub is unreachable (no network, or "
             "HF_HUB_OFFLINE is set)."
         ) from error
     except (HTTPError, OSError) as error:
-        raise ValueError(f"{name}{at}: not downloaded from the Hub. {error}") from error
+        raise ValueError(f"{name}{at}: the download from the Hub failed. {error}") from error
 
 
 def is_repository_name(name: str) -> bool:

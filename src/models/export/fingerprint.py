@@ -7,7 +7,7 @@ are read through the forward of modules, so the internals of quantized or adapte
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,14 @@ class Comparison:
         """Return the warning text; None if this is the drafter's target or no tensor could be compared."""
         if not self.changed:
             return None
-        found = f"{len(self.changed)} of {self.compared} sampled tensors differ from those of the target that the "
-        found += f"drafter was trained for (relative distance {self.distance:.1%}, first {self.changed[0]})"
+        found = f"{len(self.changed)} of {self.compared} sampled tensors differ from the target that the drafter was "
+        found += f"trained for (relative distance {self.distance:.1%}, first {self.changed[0]})"
         if self.distance > UNRELATED:
-            return f"{found}: other weights. Expect next to no accepted drafts; load the drafter's own target."
-        loss = next((share for limit, share in LOSS if self.distance <= limit), LOSS[-1][1])
+            return f"{found}: other weights. Almost no drafts will be accepted; load the drafter's target."
+        loss = next((lost for limit, lost in LOSS if self.distance <= limit), LOSS[-1][1])
         return (
-            f"{found}: a fine-tuned relative, or an adapter. The output stays this target's own; expect up to "
-            f"{loss:.0%} less gain from drafting. Train a drafter for this target, or load the original one."
+            f"{found}: a fine-tuned variant, or an adapter. The output stays lossless, but drafting gains up to "
+            f"{loss:.0%} less. Train a drafter for this target, or load the original target."
         )
 
 
@@ -64,7 +64,8 @@ def compare(stored: Any, target: PreTrainedModel) -> Comparison:
     Raises:
         ValueError: `stored` is not a fingerprint.
     """
-    fine, coarse = {}, {}
+    fine: dict[str, float] = {}
+    coarse: dict[str, float] = {}
     for name, expected in _parsed(stored).items():
         module = _module(target, name)
         if module is None:
@@ -102,8 +103,8 @@ def _module(target: PreTrainedModel, name: str) -> nn.Module | None:
 
 def _sample(target: PreTrainedModel, name: str) -> list[float]:
     """Sample a few values of a module, in a fixed order."""
-    module = _module(target, name)
-    device = target.get_input_embeddings().weight.device
+    module: Any = _module(target, name)  # attributes of modules have no useful types
+    device = cast(Tensor, target.get_input_embeddings().weight).device
     if _is_norm(module):
         values = module.weight[_spread(len(module.weight), 2 * POINTS)]
     elif name == "embed_tokens":
@@ -115,7 +116,7 @@ def _sample(target: PreTrainedModel, name: str) -> list[float]:
     return values.float().flatten().tolist()
 
 
-def _entries(module: nn.Module, rows: Tensor, columns: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _entries(module: Any, rows: Tensor, columns: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return entries [rows, columns] of a module's matrix, by multiplication unless it is a plain `nn.Linear`."""
     if type(module) is nn.Linear and _is_plain(module):
         return module.weight[rows[:, None].to(module.weight.device), columns.to(module.weight.device)]
@@ -158,4 +159,4 @@ def _parsed(stored: Any) -> dict[str, list[float]]:
     try:
         return {name: [float(value) for value in text.split()] for name, text in stored.items()}
     except (AttributeError, ValueError, TypeError) as error:
-        raise ValueError(f"{KEY} is no fingerprint ({error}); expected names of modules with numbers.") from error
+        raise ValueError(f"{KEY} is not a fingerprint ({error}); expected module names with numbers.") from error

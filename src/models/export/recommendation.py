@@ -18,7 +18,7 @@ from models.artifact import (
 from models.decoding.selection import Selection
 from models.export.download import artifact_directory
 
-WAY_OUT = "Evaluate again, or delete it."
+FIX = "Evaluate again, or delete the recommendation."
 
 
 def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
@@ -62,7 +62,7 @@ def read_recommendation(directory: Path) -> dict[str, Any]:
 def recommendation_faults(directory: Path) -> list[str]:
     """Return the reasons why the recommendation of an artifact is unreadable. A missing one is not a fault."""
     place, found = _find(directory)
-    if place == RECOMMENDATION and (reason := why_no_object(directory / place, WAY_OUT)):
+    if place == RECOMMENDATION and (reason := why_no_object(directory / place, FIX)):
         return [reason]
     if found is None:
         return []
@@ -73,7 +73,7 @@ def recommendation_faults(directory: Path) -> list[str]:
             raise ValueError(f"parallel_rows is {rows!r}, calibrate is {calibrate!r}")
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
-        return [f"{place} is not readable: {reason}. {WAY_OUT}"]
+        return [f"{place} is invalid: {reason}. {FIX}"]
     return []
 
 

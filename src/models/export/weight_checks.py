@@ -7,7 +7,7 @@ so that a large artifact needs little memory.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ class Header:
 def file_faults(directory: Path) -> list[str]:
     """Check that all files of an export exist and are readable, and that the artifact has no pickled weights."""
     faults = [
-        f"{path.relative_to(directory)}: pickled weights, which run their author's code when loaded. "
-        "Delete the file; the weights belong in *.safetensors."
+        f"{path.relative_to(directory)}: pickled weights, which can run arbitrary code when loaded. Delete the file; "
+        "weights must be in *.safetensors."
         for path in sorted(directory.rglob("*"))
         if path.suffix in PICKLED
     ]
@@ -158,11 +158,11 @@ def value_faults(directory: Path) -> tuple[list[str], list[str]]:
         if not name.endswith(".bias") and not tensor.any():
             zeros.append(name)
     idle = [part.name for part, _ in OPTIONAL if any(part.owns(name) for name in zeros)]
-    effect = f" ({', '.join(f'the {name} changes nothing' for name in idle)})" if idle else ""
-    return faults, [f"all zeros, so perhaps untrained: {some(zeros)}{effect}."] if zeros else []
+    effect = f" ({', '.join(f'the {name} has no effect' for name in idle)})" if idle else ""
+    return faults, [f"all zeros, possibly untrained: {some(zeros)}{effect}."] if zeros else []
 
 
-def foreign_tensors(directory: Path, own: dict[str, Tensor]) -> list[str]:
+def foreign_tensors(directory: Path, own: Mapping[str, Tensor]) -> list[str]:
     """Return the names of an artifact's tensors that differ from the target's tensors of the same name.
 
     Args:
@@ -182,28 +182,34 @@ def _weight_file_faults(directory: Path) -> list[str]:
     faults = [fault for name in sorted(present) if (fault := _unreadable(directory / name))]
     if not (directory / INDEX).exists():
         if WEIGHTS not in present:
-            found = f"found only {some(sorted(present))}" if present else "found no *.safetensors at all"
-            return [*faults, f"{WEIGHTS}: not there, nor {INDEX}; {found}. Copy or export the whole directory again."]
+            found = f"found only {some(sorted(present))}" if present else "found no *.safetensors"
+            return [*faults, f"{WEIGHTS} and {INDEX}: missing; {found}. Copy or export the complete directory again."]
         stray = sorted(present - {WEIGHTS})
-        return faults + [f"{name}: stray weights beside {WEIGHTS}. Delete the file." for name in stray]
+        return faults + [f"{name}: unexpected weights in addition to {WEIGHTS}. Delete the file." for name in stray]
     index = read_json(directory / INDEX)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        return [*faults, f"{INDEX}: no readable JSON with a weight_map from tensors to files. Export again."]
+        return [*faults, f"{INDEX}: not JSON with a weight_map from tensors to files. Export the drafter again."]
     return faults + _index_faults(directory, places, present)
 
 
 def _index_faults(directory: Path, places: dict[str, str], present: set[str]) -> list[str]:
     """Check that the index and the files agree."""
     files = set(places.values())
-    faults = [f"{file}: missing, but {INDEX} places tensors there. Copy it too." for file in sorted(files - present)]
-    faults += [f"{file}: stray weights, not in {INDEX}. Delete the file." for file in sorted(present - files)]
+    faults = [f"{file}: missing, but {INDEX} lists tensors in it. Copy the file." for file in sorted(files - present)]
+    faults += [f"{file}: unexpected weights, not in {INDEX}. Delete the file." for file in sorted(present - files)]
     for file in sorted(file for file in files & present if not _unreadable(directory / file)):
         with safe_open(directory / file, "pt") as opened:
             held = set(opened.keys())
         promised = {name for name, place in places.items() if place == file}
-        faults += [f"{name}: not in {file}, where {INDEX} places it." for name in sorted(promised - held)]
-        faults += [f"{name}: in {file}, but not placed there by {INDEX}." for name in sorted(held - promised)]
+        faults += [
+            f"{name}: missing from {file}, where {INDEX} lists it. Copy or export the file again."
+            for name in sorted(promised - held)
+        ]
+        faults += [
+            f"{name}: in {file}, but not listed there by {INDEX}. Copy or export the files again."
+            for name in sorted(held - promised)
+        ]
     return faults
 
 
@@ -214,12 +220,12 @@ def _unreadable(path: Path) -> str | None:
             return None
     except (SafetensorError, OSError) as error:
         if not path.is_file() or not os.access(path, os.R_OK):
-            return f"{path.name}: not readable as a file ({error}). Copy or export it again."
+            return f"{path.name}: not a readable file ({error}). Copy or export it again."
         promised, size = _promised_bytes(path), path.stat().st_size
         if promised is None:
-            return f"{path.name}: no safetensors header in its {size} bytes ({error}). Copy or export it again."
+            return f"{path.name}: {size} bytes without a safetensors header ({error}). Copy or export it again."
         kind = "truncated" if size < promised else "damaged"
-        return f"{path.name}: {kind}: its header promises {promised} bytes, the file has {size}. Copy it again."
+        return f"{path.name}: {kind}: {size} bytes; expected {promised} according to its header. Copy it again."
 
 
 def _promised_bytes(path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """Prompts for verification as token ids of the target: from a file, or built-in questions."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,14 +45,16 @@ def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
         tokenizer = load_tokenizer(name, revision=revision)
     except OSError as error:
         if present:
-            raise ValueError(f"{name}: no tokenizer in {', '.join(present)} ({one_line(error)}).") from error
+            raise ValueError(
+                f"{name}: the tokenizer did not load from {', '.join(present)} ({one_line(error)})."
+            ) from error
         return None
     # Without tokenizer files, transformers returns a tokenizer with special tokens only.
     if len(tokenizer) > len(tokenizer.all_special_ids):
         return tokenizer
     if present:
         raise ValueError(
-            f"{name}: no vocabulary for the tokenizer, only {', '.join(present)}. Copy the other files too."
+            f"{name}: the tokenizer's vocabulary is missing; found only {', '.join(present)}. Copy the other files."
         )
     return None
 
@@ -69,7 +72,7 @@ def prompt_tokens(
     """
     if tokenizer is None:
         if prompts:
-            raise ValueError("The target has no tokenizer, so prompts of text cannot be used; leave --prompts out.")
+            raise ValueError("The target has no tokenizer, so it cannot encode text. Omit --prompts.")
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary(target), (len(QUESTIONS), RANDOM_TOKENS), generator=generator).tolist()
     own = [[{"role": "user", "content": text}] for text in QUESTIONS]
@@ -77,8 +80,8 @@ def prompt_tokens(
     for number, tokens in enumerate(found, 1):
         if max(tokens, default=0) >= vocabulary(target):
             raise ValueError(
-                f"Prompt {number} has token {max(tokens)} of the target's tokenizer; expected 0 to "
-                f"{vocabulary(target) - 1}, the rows of the target's embeddings. Use the target's own tokenizer."
+                f"Prompt {number} contains token {max(tokens)}; expected 0 to {vocabulary(target) - 1}, the rows of "
+                "the target's embeddings. Use the target's tokenizer."
             )
     return found
 
@@ -86,9 +89,11 @@ def prompt_tokens(
 def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         if not tokenizer.chat_template:
-            return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            encoded: Any = tokenizer("\n".join(message["content"] for message in messages))
+        else:
+            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return encoded["input_ids"]
     except Exception as error:  # a template may raise any exception
         raise ValueError(
-            f"The target's tokenizer or chat template refuses {messages[-1]['content'][:60]!r}: {error}"
+            f"The target's tokenizer or chat template failed on {messages[-1]['content'][:60]!r}: {error}"
         ) from error

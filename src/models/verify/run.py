@@ -12,10 +12,10 @@ import argparse
 import copy
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from warnings import catch_warnings, simplefilter
 
 import data.threads  # noqa: F401
@@ -92,21 +92,22 @@ def verify(
         yield check
         if check.faults:
             return
-    loaded = load_target(str(target), revision=target_revision, dtype=dtype).to(device)
+    loaded = load_target(str(target), revision=target_revision, dtype=dtype)
+    loaded.to(torch.device(device))  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its signature
     tokenizer = find_tokenizer(str(target), target_revision)
     with reading(str(target), "generation settings", ("generation_config.json",)):  # values are validated only on use
         stop_tokens(loaded)
-        loaded.generate(torch.tensor([[0]], device=loaded.device), max_new_tokens=1, tokenizer=tokenizer)
+        cast(Any, loaded).generate(torch.tensor([[0]], device=loaded.device), max_new_tokens=1, tokenizer=tokenizer)
     check, draft = target_check(directory, loaded, tokenizer)
     yield check
-    if not check.faults:
+    if draft is not None and not check.faults:
         yield decoding_check(draft, prompt_tokens(prompts, loaded, tokenizer), max_new_tokens, tokenizer)
 
 
 def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterator[Check]:
     warnings = file_warnings(directory) + decoder_faults(directory)[1]
     card = "" if (directory / CARD).exists() else f"; no card ({CARD})"
-    summary = f"config, weights and decoder are there and readable{card}"
+    summary = f"config, weights and decoder are present and readable{card}"
     yield Check("files", summary, weights.file_faults(directory), warnings)
     config = read_json(directory / CONFIG)
     faults = config_faults(config, target) + recommendation_faults(directory)
@@ -144,23 +145,25 @@ def target_check(
     except ValueError as error:
         return Check("target", faults=[str(error)]), None
     faults = [
-        f"{name}: other values than the target's own, although a drafter does not train it. Altered, or made for "
-        "another target or revision: export it again beside this target."
+        f"{name}: differs from the target's tensor, which a drafter shares. It was altered, or belongs to another "
+        "target or revision. Export the drafter again with this target."
         for name in weights.foreign_tensors(directory, draft.shared_parameters())
     ]
-    warnings = ["the projectors equal the target's own: the drafter is untrained."] if is_untrained(draft) else []
+    warnings = ["the projections equal the target's: the drafter is untrained."] if is_untrained(draft) else []
     stored = read_json(directory / CONFIG).get(FINGERPRINT)
     if stored is not None and (warning := compare(stored, target).warning()):
         warnings.append(warning)
-    known = "" if stored is not None else "; no fingerprint there, so nobody knows whether it is the one trained for"
+    known = (
+        "" if stored is not None else "; without a fingerprint, so it may be another target than the one trained for"
+    )
     if tokenizer is not None and len(tokenizer) > vocabulary(target):  # Gemma 3: 262,145 tokens, 262,144 rows
         warnings.append(
-            f"the tokenizer has {len(tokenizer)} tokens, the target's embeddings {vocabulary(target)} rows: no prompt "
-            "may hold a token beyond them. Is it the target's own tokenizer?"
+            f"the tokenizer has {len(tokenizer)} tokens, but the target's embeddings have {vocabulary(target)} rows. "
+            "Prompts with other tokens are refused. Check that it is the target's tokenizer."
         )
     if tokenizer is None:
-        warnings.append("the target has no tokenizer: the prompts are random tokens, and τ means little.")
-    return Check("target", f"its weights and the drafter load, and fit{known}", faults, warnings), draft
+        warnings.append("the target has no tokenizer: the prompts are random tokens, so τ is not representative.")
+    return Check("target", f"target and drafter load and match{known}", faults, warnings), draft
 
 
 @torch.no_grad()
@@ -171,17 +174,18 @@ def is_untrained(draft: DraftModel) -> bool:
     """
     originals = draft.target.model.layers[draft.split_layer :]
     return all(
-        _is_copy(projector.weight, original.self_attn.get_submodule(name))
+        _is_copy(cast(Tensor, projector.weight), original.self_attn.get_submodule(name))
         for layer, original in zip(draft.layers, originals, strict=True)
-        for name, projector in layer.self_attn.named_children()
+        for name, projector in layer.get_submodule("self_attn").named_children()
         if name.endswith("_proj")
     )
 
 
 def _is_copy(tensor: Tensor, original: nn.Module) -> bool:
     own = getattr(getattr(original, "base_layer", original), "weight", None)  # adapters wrap a base layer
-    comparable = isinstance(own, Tensor) and (own.shape, own.dtype) == (tensor.shape, tensor.dtype)
-    return comparable and torch.equal(tensor, own)
+    if not isinstance(own, Tensor) or (own.shape, own.dtype) != (tensor.shape, tensor.dtype):
+        return False
+    return torch.equal(tensor, own)
 
 
 def decoding_check(
@@ -212,9 +216,11 @@ def decoding_check(
     summary += figures or "no draft was verified"
     warnings = []
     if tau and max(tau.values()) <= LITTLE:
-        warnings.append(f"{figures}: drafts are hardly ever accepted. Another target's drafter, or untrained?")
+        warnings.append(
+            f"{figures}: almost no drafts are accepted. The drafter may be untrained, or trained for another target."
+        )
     if not tau:
-        warnings.append("no draft was verified, so nothing is known: take other prompts, or more new tokens.")
+        warnings.append("no draft was verified. Use other prompts, or increase --max-new-tokens.")
     if not differences and not tau:
         return Check("decoding", summary, warnings=warnings)
     if not differences:
@@ -223,7 +229,7 @@ def decoding_check(
         return Check("decoding", f"{summary}; identical to {alone}", warnings=warnings)
     if target.dtype in EXACT:
         return Check("decoding", faults=differences, warnings=warnings)
-    return Check("decoding", f"{summary}; near ties may turn in {target.dtype}", warnings=warnings + differences)
+    return Check("decoding", f"{summary}; near ties may differ in {target.dtype}", warnings=warnings + differences)
 
 
 def _decoded(
@@ -244,8 +250,8 @@ def _differences(mode: str, answers: list[list[int]], own: list[list[int]]) -> l
         pairs = itertools.zip_longest(answer, expected)
         place = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
         if place is not None:
-            said, right = answer[place : place + 1], expected[place : place + 1]
-            found.append(f"{mode}, prompt {number}: new token {place} is {said}; the target alone says {right}.")
+            got, right = answer[place : place + 1], expected[place : place + 1]
+            found.append(f"{mode}, prompt {number}: new token {place} is {got}; the target alone generates {right}.")
     return found
 
 
@@ -256,9 +262,9 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
         ValueError: the target does not exist, its config cannot be read, or its architecture is not supported.
     """
     if Path(name).is_dir() and revision:
-        raise ValueError(f"{name} is a local directory; revision={revision} is for a repository of the Hub.")
+        raise ValueError(f"{name} is a local directory; revision={revision} requires a Hub repository.")
     if not Path(name).is_dir() and not is_repository_name(name):
-        raise ValueError(f"{name}: no such directory, and no name of a repository of the Hub (owner/name) either.")
+        raise ValueError(f"{name}: no such directory, and not a Hub repository name (owner/name).")
     try:
         config = load_config(name, revision=revision)
     except OSError as error:
@@ -268,7 +274,7 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # value types that the config class does not validate
-        raise ValueError(f"{name}: {CONFIG} describes no model that can be built ({one_line(error)}).") from error
+        raise ValueError(f"{name}: {CONFIG} does not describe a valid model ({one_line(error)}).") from error
     return config
 
 
@@ -278,7 +284,7 @@ def _described(config: dict[str, Any]) -> str:
     return f"{config['model_type']}, {layers}, blocks of {draft.block_size}, {draft.described()}"
 
 
-def _shapes(tensors: dict[str, Tensor]) -> Shapes:
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -306,7 +312,7 @@ def _arguments() -> argparse.Namespace:
         help="conversations in any format of training data; default: built-in questions",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the target")
-    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="1 or more, for each prompt; default: 32")
+    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="per prompt; default: 32")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -328,7 +334,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print("stopped; checks that are not shown were not made", file=sys.stderr)
+        print("interrupted; the remaining checks did not run", file=sys.stderr)
         sys.exit(130)
     if faults:
-        sys.exit(f"{faults} fault{'s' if faults > 1 else ''}; later checks were not made")
+        sys.exit(f"{faults} fault{'s' if faults > 1 else ''}; later checks did not run")

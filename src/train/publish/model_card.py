@@ -5,7 +5,7 @@ import json
 import shlex
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
@@ -24,7 +24,18 @@ PLOT = "acceptance_by_slot.png"
 MINIMUM = "4.57"  # transformers version required by custom_generate/generate.py
 NOWHERE = "path/to/this/directory"  # placeholder for the drafter's location until it is uploaded
 # Setting groups shown in the card's commands: those that affect the drafter. Others are paths and may be private.
-SHOWN = ("experiment", "recipe", "model", "data", "objective", "adapter", "stage", "stages", "runtime", "trainer")
+SHOWN: tuple[str, ...] = (
+    "experiment",
+    "recipe",
+    "model",
+    "data",
+    "objective",
+    "adapter",
+    "stage",
+    "stages",
+    "runtime",
+    "trainer",
+)
 SHOWN += ("seed", "name")
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CALIBRATED = ", and a small MLP\ncorrects the draft logits once the bonus token is known"
@@ -35,7 +46,7 @@ attention projections, `attention_tuned` without the calibrator."""
 
 def is_outdated(run_dir: Path) -> bool:
     """Return whether the export no longer matches the records because a stage has been retrained since."""
-    stage = "export"
+    stage: str | None = "export"
     while stage:
         done = read_record(run_dir / "records" / f"{stage}.done.json")
         if not done:
@@ -90,7 +101,7 @@ def named(card: str, repository: str) -> str:
 def _is_of(evaluation: dict[str, Any], exported: Path, config: dict[str, Any]) -> bool:
     """Return whether the record evaluates the current export."""
     inputs = evaluation["settings"]["inputs"]
-    now = {f"export/{file.name}": file_sha256(file) for file in exported.glob("*.safetensors")}
+    now: dict[str, Any] = {f"export/{file.name}": file_sha256(file) for file in exported.glob("*.safetensors")}
     now["export/config.json"] = config
     return now == {name: value for name, value in inputs.items() if name.startswith("export/")}
 
@@ -105,7 +116,7 @@ def _interval(found: dict[str, Any]) -> str:
 
 def _header(records: dict[str, Any]) -> str:
     target = records["export"]["settings"]["model"]["target"]
-    known = _license(target) | ({"base_model": target["name"]} if _on_hub(target["name"]) else {})
+    known: dict[str, Any] = _license(target) | ({"base_model": target["name"]} if _on_hub(target["name"]) else {})
     trained = [record for stage, record in records.items() if stage in TRAINED]
     datasets = sorted({path for one in trained for path in _paths(one) if _on_hub(path)})
     data = ModelCardData(
@@ -114,8 +125,8 @@ def _header(records: dict[str, Any]) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _on_hub(name: str | None) -> bool:
-    return bool(name) and name.count("/") == 1 and without_paths(name) == name
+def _on_hub(name: str | None) -> TypeGuard[str]:
+    return name is not None and name.count("/") == 1 and without_paths(name) == name
 
 
 def _license(target: dict[str, Any]) -> dict[str, str]:

@@ -50,11 +50,13 @@ def check_destination(to: Destination) -> None:
         UserError: the repository name or the tag is invalid, there is no login, or HF_HUB_OFFLINE is set.
     """
     if not isinstance(to.repository, str) or not is_repository_name(to.repository):
-        raise UserError(f"push to {to.repository!r}: expected a repository of the Hub, owner/name.")
+        raise UserError(f"push to {to.repository!r}: expected a Hub repository name, owner/name.")
     if to.tag is not None and not (isinstance(to.tag, str) and re.fullmatch(r"\w[\w.-]*", to.tag)):
         raise UserError(f"tag {to.tag!r}: expected letters, digits, '.', '_' and '-', such as v1.")
     if constants.is_offline_mode():
-        raise UserError(f"push to {to.repository}: HF_HUB_OFFLINE is set; unset it, or push later from elsewhere.")
+        raise UserError(
+            f"push to {to.repository}: HF_HUB_OFFLINE is set. Unset it, or push from a machine with network access."
+        )
     if get_token() is None:
         raise UserError(f"push to {to.repository}: not logged in to the Hub. Set HF_TOKEN, or run `hf auth login`.")
 
@@ -72,7 +74,7 @@ def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
         UserError: the upload is not possible, or the Hub is unreachable.
     """
     api, name = HfApi(), to.repository
-    with _in_words(name, "Nothing was sent."):
+    with _hub_errors(name, "Nothing was uploaded."):
         _check_owner(name, api.whoami())
         try:
             found = api.model_info(name)
@@ -82,10 +84,13 @@ def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
         if files - HARMLESS:
             _check_content(name, found.sha, files, target)
         if to.tag in {tag.name for tag in api.list_repo_refs(name).tags}:
-            raise UserError(f"{name} has a tag {to.tag} already; choose another.")
+            raise UserError(f"{name} already has a tag {to.tag}. Choose another.")
     if bool(found.private) != to.private:
         is_, asked = ("private", "public") if found.private else ("public", "private")
-        raise UserError(f"{name} exists and is {is_}, not {asked}. Push as {is_}, or change it in its settings.")
+        raise UserError(
+            f"{name} exists and is {is_}, not {asked}. Push as {is_}, or change the visibility in the repository's "
+            "settings."
+        )
     return files
 
 
@@ -106,16 +111,20 @@ def push(directory: Path, to: Destination) -> str:
     there = check_access(to, {key: config.get(key) for key in IDENTITY})
     api, name = HfApi(), to.repository
     files = {file.relative_to(directory).as_posix(): file for part in PARTS for file in sorted(directory.glob(part))}
-    operations = [CommitOperationAdd(path, str(file)) for path, file in files.items() if path != CARD]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path, str(file)) for path, file in files.items() if path != CARD
+    ]
     if CARD in files:
         operations.append(CommitOperationAdd(CARD, named(files[CARD].read_text(encoding="utf-8"), name).encode()))
     # Delete shards left over from an earlier, larger upload: they would make the artifact ambiguous.
     operations += [CommitOperationDelete(path) for path in sorted(there - files.keys()) if _is_ours(path)]
-    with _in_words(name, "Nothing of it is published. The same command sends what is missing."):
+    with _hub_errors(name, "Nothing was published. Run the same command to resume the upload."):
         api.create_repo(name, private=to.private, exist_ok=True)
         commit = api.create_commit(name, operations, commit_message="FlexDraft drafter")
     if to.tag:
-        with _in_words(name, f"It is uploaded as {commit.oid}, but not tagged. The same command tags it."):
+        with _hub_errors(
+            name, f"The drafter is uploaded as {commit.oid}, but not tagged. Run the same command to tag it."
+        ):
             api.create_tag(name, tag=to.tag, revision=commit.oid)
     return f"{api.endpoint}/{name}"
 
@@ -129,14 +138,16 @@ def check_artifact(directory: Path) -> dict[str, Any]:
         UserError: the directory is not a complete export.
     """
     if faults := file_faults(directory):
-        raise UserError(f"{directory}: no whole drafter. {' '.join(faults)}")
+        raise UserError(f"{directory}: the drafter is incomplete. {' '.join(faults)}")
     config = read_config(directory)
     if faults := own_faults(config) + recommendation_faults(directory):
         raise UserError(f"{directory}: {' '.join(faults)}")
     draft = DraftConfig.from_artifact(config)
     expected = {*draft.names(), *(f"layers.{i}.self_attn.o_proj.weight" for i in range(draft.num_layers))}
     if missing := sorted(expected - headers(directory).keys()):
-        raise UserError(f"{directory}: no whole drafter, tensors are missing: {', '.join(missing)}. Export it again.")
+        raise UserError(
+            f"{directory}: the drafter is incomplete. Missing tensors: {', '.join(missing)}. Export it again."
+        )
     if faults := value_faults(directory)[0]:
         raise UserError(f"{directory}: {' '.join(faults)}")
     return config
@@ -151,10 +162,13 @@ def _check_owner(name: str, login: dict[str, Any]) -> None:
     owners = [login["name"], *(organization["name"] for organization in login.get("orgs", []))]
     if name.split("/")[0] not in owners:
         raise UserError(
-            f"push to {name}: this login may write as {' or '.join(owners)}; name one of them as its owner."
+            f"push to {name}: this login can write to repositories of {' or '.join(owners)}. Choose one of these "
+            "owners."
         )
     if login.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"push to {name}: the token may only read. Make one that may write, in the Hub's settings.")
+        raise UserError(
+            f"push to {name}: the token is read-only. Create a token with write access in the Hub's settings."
+        )
 
 
 def _check_content(name: str, revision: str | None, files: set[str], target: dict[str, Any]) -> None:
@@ -170,7 +184,7 @@ def _check_content(name: str, revision: str | None, files: set[str], target: dic
 
 
 @contextmanager
-def _in_words(name: str, state: str) -> Iterator[None]:
+def _hub_errors(name: str, state: str) -> Iterator[None]:
     """Convert errors of the Hub or the network to a UserError with a fix. `state` describes what was done so far.
 
     Raises:
@@ -181,18 +195,20 @@ def _in_words(name: str, state: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         reasons = {
-            401: "the Hub does not accept the token. Set another HF_TOKEN, or run `hf auth login`.",
-            403: "the token does not allow it. Make one that may write to this repository, in the Hub's settings.",
+            401: "the Hub rejected the token. Set another HF_TOKEN, or run `hf auth login`.",
+            403: "the token has no write access to this repository. Create one that has in the Hub's settings.",
         }
-        reason = reasons.get(status) or f"the Hub refused. {error}"
+        reason = reasons.get(status) or f"the Hub rejected the request. {error}"
         raise UserError(f"push to {name}: {reason} {state}") from error
     except UserError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # from the connection or a failed upload
-        raise UserError(f"push to {name}: the Hub is out of reach, or broke off. {_cause(error)} {state}") from error
+        raise UserError(
+            f"push to {name}: the Hub is unreachable, or the connection failed. {_cause(error)} {state}"
+        ) from error
 
 
 def _cause(error: BaseException) -> str:
     """Format an error and its cause on one line."""
-    said = dict.fromkeys(str(one) for one in (error, error.__cause__) if one)
-    return " ".join(said).replace("\n", " ")
+    texts = dict.fromkeys(str(one) for one in (error, error.__cause__) if one)
+    return " ".join(texts).replace("\n", " ")

@@ -56,19 +56,21 @@ def finished_weights(run_dir: Path) -> Path:
     if done is not None:
         if not calibrated.exists():
             raise UserError(
-                f"{calibrated} is gone, although stage bonus_calibration was finished. Put it back, or train the stage "
-                "again with overwrite=bonus_calibration."
+                f"{calibrated} is missing, although stage bonus_calibration is finished. Restore the file or retrain "
+                "with overwrite=bonus_calibration."
             )
         before = done.get("settings", {}).get("inputs", {}).get(f"attention_tuning/{WEIGHTS}")
         if before and tuned.exists() and file_sha256(tuned) != before:
             raise UserError(
-                f"{calibrated} was trained on another attention tuning than {tuned}. "
+                f"{calibrated} was trained from another version of {tuned}. "
                 "Run overwrite=[bonus_calibration,export,evaluate]."
             )
         return calibrated
     if (run_dir / "records" / "attention_tuning.done.json").exists() and tuned.exists():
         return tuned
-    raise UserError(f"{run_dir} holds no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first.")
+    raise UserError(
+        f"{run_dir} contains no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first."
+    )
 
 
 def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
@@ -86,15 +88,15 @@ def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged, it does not read as safetensors ({error}).") from error
+        raise UserError(f"{file}: damaged, not a valid safetensors file ({error}).") from error
     if FACTS in metadata:
         return json.loads(metadata[FACTS])
     stage = file.parent.name
     settings = (read_record(file.parents[1] / "records" / f"{stage}.done.json") or {}).get("settings")
     if not settings:
         raise UserError(
-            f"{file} does not say what it was trained for: it is of an earlier version, and {stage} has no readable "
-            f"record here. Use it in the run directory that it was trained in, or train again with overwrite={stage}."
+            f"{file} was written by an earlier version without its training setup, and {stage} has no readable record "
+            f"in this run directory. Use the file in its original run directory, or retrain with overwrite={stage}."
         )
     recorded = settings["model"]["draft"]
     draft = DraftConfig(**{"calibrator_rank": 0} | {key: recorded[key] for key in KINDS if key in recorded})
@@ -149,8 +151,8 @@ def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: 
             " ".join(f"{group(key)}={_written(of.get(key, 0))}" for key in wrong) for of in (facts, asked)
         )
         raise UserError(
-            f"{source} was trained with {trained}, but stage {stage} is asked for with {given}. "
-            f"Give {trained}, or train another drafter under another name=..."
+            f"{source} was trained with {trained}, but the settings of stage {stage} are {given}. "
+            f"Set {trained}, or train another drafter under another name=..."
         )
     then = comparable(facts.get("target", target), target)
     changed = [key for key in sorted(then.keys() | target.keys()) if then.get(key) != target.get(key)]
@@ -158,7 +160,7 @@ def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: 
         pairs = "; ".join(f"{key}: {short(then.get(key))} -> {short(target.get(key))}" for key in changed)
         raise UserError(
             f"{source} was trained for another target than model.target={config.model.target.name} ({pairs}). "
-            "Give the target that it was trained for, or train another drafter under another name=..."
+            "Set the target that it was trained for, or train another drafter under another name=..."
         )
 
 
