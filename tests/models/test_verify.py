@@ -269,7 +269,7 @@ def test_a_tokenizer_with_more_tokens_than_the_target_embeds_is_a_warning_unless
         prompt_tokens(None, target, tiny_tokenizer)
     one_too_many = random_target(vocab_size=2047)
     assert len(prompt_tokens(None, one_too_many, tiny_tokenizer)) == 4
-    with pytest.raises(ValueError, match="no tokenizer, so prompts of text"):
+    with pytest.raises(ValueError, match="no tokenizer, so it cannot encode text"):
         prompt_tokens([[{"role": "user", "content": "a"}]], target, None)
 
 

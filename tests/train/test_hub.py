@@ -120,7 +120,7 @@ def test_an_interrupted_upload_goes_on(hub, sharded, tmp_path):
     failed = "error: push to owner/drafter: the Hub is unreachable, or the connection failed."
     message = f"{failed} Error while uploading 'model-0000"
     assert broken.returncode == 1 and message in broken.stderr and "Traceback" not in broken.stderr
-    assert "Nothing of it is published. The same command sends what is missing." in broken.stderr
+    assert "Nothing was published. Run the same command to resume the upload." in broken.stderr
     assert nothing_published(hub) and len(hub.objects) == 1
 
     hub.accepted_puts, hub.calls = None, []
@@ -134,8 +134,8 @@ def test_an_interrupted_upload_goes_on(hub, sharded, tmp_path):
 @pytest.mark.slow
 def test_a_wrong_token(hub, artifact, tmp_path):
     done = script(hub, tmp_path, artifact, HF_TOKEN="hf_wrong")
-    message = "error: push to owner/drafter: the Hub does not accept the token. Set another HF_TOKEN, or run "
-    assert done.returncode == 1 and done.stderr == message + "`hf auth login`. Nothing was sent.\n"
+    message = "error: push to owner/drafter: the Hub rejected the token. Set another HF_TOKEN, or run "
+    assert done.returncode == 1 and done.stderr == message + "`hf auth login`. Nothing was uploaded.\n"
     assert not hub.repositories
 
 
@@ -144,7 +144,7 @@ def test_no_network(hub, artifact, tmp_path):
     done = script(hub, tmp_path, artifact, HF_ENDPOINT="http://127.0.0.1:9")
     failed = "error: push to owner/drafter: the Hub is unreachable, or the connection failed."
     message = f"{failed} [Errno 111] Connection refused "
-    assert done.returncode == 1 and done.stderr == message + "Nothing was sent.\n"
+    assert done.returncode == 1 and done.stderr == message + "Nothing was uploaded.\n"
 
 
 def test_a_drafter_is_loaded_by_name(hub, here, artifact):
@@ -319,7 +319,7 @@ def test_a_run_pushes_at_its_end_and_repeats_nothing(hub, trained_run, tmp_path)
     "setting, environment, text",
     [
         ("export.push_to_hub=drafter", {}, "push to 'drafter': expected a Hub repository name, owner/name"),
-        ("export.push_to_hub=owner/drafter", {"HF_TOKEN": "hf_wrong"}, "the Hub does not accept the token"),
+        ("export.push_to_hub=owner/drafter", {"HF_TOKEN": "hf_wrong"}, "the Hub rejected the token"),
         ("stages=[attention_tuning]", {}, "exports no drafter. Add export to stages"),
     ],
 )
