@@ -42,7 +42,7 @@ CALLS = {
     ),
     "a callback that averages weights": (
         ["+callbacks.mine._target_=lightning.pytorch.callbacks.EMAWeightAveraging"],
-        ["error: callbacks.mine: EMAWeightAveraging", "Leave it out"],
+        ["error: callbacks.mine: EMAWeightAveraging", "Remove it"],
     ),
     "nothing to choose weights by": (
         ["+trainer.limit_val_batches=0"],
