@@ -119,7 +119,7 @@ class DraftModel(nn.Module):
         }
         return {**shared, "norm.weight": self.target.model.norm.weight}
 
-    def own_parameters(self) -> dict[str, Tensor]:
+    def own_parameters(self) -> dict[str, nn.Parameter]:
         """Return all parameters owned by the drafter, by exported name; the others belong to the target."""
         return {**self.attention_parameters(), **self.calibrator_parameters()}
 
@@ -233,7 +233,7 @@ class DraftModel(nn.Module):
         """Return the chain's logit correction [..., V] for hidden states [..., H] and previous tokens [...]."""
         assert self.chain_mlp is not None
         embedded = self._embedded(previous)
-        # Embeddings are much smaller than normalized hidden states; unscaled, W1 would learn from them too slowly.
+        # Embeddings are much smaller than normalized hidden states; unscaled, W1 would learn slowly from them.
         embedded = rms_norm(embedded, embedded.shape[-1:], eps=1e-6).to(hidden.dtype)
         return self.chain_mlp(torch.cat([embedded, hidden], dim=-1))
 

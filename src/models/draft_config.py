@@ -158,11 +158,9 @@ PARTS = (
     ),
 )
 KINDS = {field.name: field.type for field in fields(DraftConfig)}
-# Optional parts, each with the value of its setting if it is absent.
+# Optional parts, each with the value of its setting if it is absent; settings of those beyond the paper.
 OPTIONAL: list[tuple[Part, Any]] = [(part, False if KINDS[part.key] is bool else 0) for part in PARTS if part.key]
-EXTRAS: dict[str, Any] = {
-    part.key: off for part, off in OPTIONAL if part.beyond
-}  # settings beyond the paper -> value if absent
+EXTRAS: dict[str, Any] = {part.key: off for part, off in OPTIONAL if part.beyond}
 
 
 def expectation(key: str, value: Any) -> str | None:

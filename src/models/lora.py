@@ -106,7 +106,7 @@ class LoraDraft(DraftModel):
         own = {name: p for name, p in super().attention_parameters().items() if id(p) not in shared}
         return {name.replace(f".{NAME}.", "."): p for name, p in own.items()}
 
-    def own_parameters(self) -> dict[str, Tensor]:
+    def own_parameters(self) -> dict[str, Tensor]:  # type: ignore[override]  # merged projections are not parameters
         """Return all exported tensors by name, with updates merged into the projections; merged tensors are copies."""
         own: dict[str, Tensor] = dict(self.parts(ATTENTION_TUNING))
         for i, layer in enumerate(self.layers):

@@ -227,7 +227,7 @@ def test_an_out_of_range_number_of_new_tokens_is_rejected_with_the_range(value, 
     monkeypatch.setattr(sys, "argv", call)
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2 and "expected a whole number, 1 or more" in capsys.readouterr().err
+    assert ended.value.code == 2 and "expected an integer of 1 or more" in capsys.readouterr().err
     with pytest.raises(ValueError, match="max_new_tokens=0: expected an integer of at least 1"):
         next(verify(healthy / "whole", healthy / "target", max_new_tokens=0))
 

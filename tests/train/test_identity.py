@@ -104,3 +104,13 @@ def test_a_record_with_renamed_settings_is_compared_under_the_new_names(tmp_path
     assert differences(old, new, "attention_tuning") == []
     new["stage"]["global_batch_size"] = 8
     assert differences(old, new, "attention_tuning") == ["stage.global_batch_size: 4 -> 8"]
+
+
+def test_a_record_from_before_a_part_existed_is_one_without_it():
+    new = {"model": {"draft": {"num_layers": 6, "block_size": 8, "calibrator_rank": 256, "bonus_slot": False}}}
+    new["model"]["draft"]["chain_rank"] = 0
+    old = {"model": {"draft": {"num_layers": 6, "block_size": 8, "calibrator_rank": 256}}, "inputs": {"target": {}}}
+    new["inputs"] = {"target": {}}
+    assert differences(old, new, "bonus_calibration") == []
+    new["model"]["draft"]["chain_rank"] = 16
+    assert differences(old, new, "bonus_calibration") == ["model.draft.chain_rank: 0 -> 16"]

@@ -133,9 +133,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def unfit_faults(found: dict[str, Tensor]) -> list[str]:
     """Check that all tensors of a drafter are finite and have a supported floating-point dtype."""
-    whole = sorted(name for name, tensor in found.items() if str(tensor.dtype)[6:] not in DTYPES.values())
-    if whole:
-        return [f"{some(whole)}: dtype {found[whole[0]].dtype}; expected one of {', '.join(DTYPES.values())}."]
+    other = sorted(name for name, tensor in found.items() if str(tensor.dtype)[6:] not in DTYPES.values())
+    if other:
+        return [f"{some(other)}: dtype {found[other[0]].dtype}; expected one of {', '.join(DTYPES.values())}."]
     broken = sorted(name for name, tensor in found.items() if not tensor.isfinite().all())
     return [f"{some(broken)}: not finite. Training diverged, or the file was altered."] if broken else []
 

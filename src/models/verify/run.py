@@ -295,7 +295,7 @@ def _positive(text: str) -> int:
         ArgumentTypeError: not an integer of 1 or more.
     """
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of 1 or more")
     return int(text)
 
 
