@@ -6,7 +6,7 @@ import pytest
 from helpers.shared import random_target
 
 from models.draft import DraftModel
-from models.draft_config import ATTENTION_TUNING, BONUS_CALIBRATION, EXTRAS, FLEXDRAFT_KEYS, PARTS, DraftConfig
+from models.draft_config import ATTENTION_TUNING, BONUS_CALIBRATION, EXTRAS, FLEXDRAFT_KEYS, DraftConfig
 
 ALL = [
     DraftConfig(num_layers=3, block_size=6, calibrator_rank=rank, bonus_slot=slot, chain_rank=chain)
@@ -43,7 +43,7 @@ def test_parts_are_left_out_by_stage_and_by_origin():
     full = ALL[-1]
     assert full.uncalibrated() == DraftConfig(3, 6, 0, bonus_slot=True)
     assert full.without_extras() == DraftConfig(3, 6, 8)
-    assert [part.module for part in full.parts()] == [part.module for part in PARTS]
+    assert {"mask_embedding", "anchor_bias_mlp", "bonus_slot", "chain_mlp"} <= {part.module for part in full.parts()}
     assert full.described() == "calibrator of rank 8, bonus slot, chain of rank 5"
     assert DraftConfig(3, 6, 0).described() == "no calibrator"
 

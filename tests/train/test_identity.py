@@ -1,11 +1,13 @@
 """Every setting is listed by name, either as part of a stage's identity or as without effect on the outcome."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from helpers.configs import composed
 from omegaconf import OmegaConf
 
+from models.draft_config import DraftConfig
 from train.names import STAGES
 from train.resume.identity import CHANGES, WITHOUT_EFFECT, counts, differences, rule
 from train.run_dir.state import read_record
@@ -107,8 +109,7 @@ def test_a_record_with_renamed_settings_is_compared_under_the_new_names(tmp_path
 
 
 def test_a_record_from_before_a_part_existed_is_one_without_it():
-    new = {"model": {"draft": {"num_layers": 6, "block_size": 8, "calibrator_rank": 256, "bonus_slot": False}}}
-    new["model"]["draft"]["chain_rank"] = 0
+    new = {"model": {"draft": asdict(DraftConfig(num_layers=6, block_size=8, calibrator_rank=256))}}
     old = {"model": {"draft": {"num_layers": 6, "block_size": 8, "calibrator_rank": 256}}, "inputs": {"target": {}}}
     new["inputs"] = {"target": {}}
     assert differences(old, new, "bonus_calibration") == []
