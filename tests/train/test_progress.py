@@ -85,14 +85,14 @@ def test_settings_may_change_before_the_first_checkpoint(tmp_path):
 def test_a_damaged_record_is_reported_or_its_stage_rerun(tmp_path, content):
     made, _ = finished(tmp_path)
     made.done.write_text(content)
-    with pytest.raises(UserError, match="attention_tuning.done.json: empty or damaged.*overwrite=attention_tuning"):
+    with pytest.raises(UserError, match="attention_tuning.done.json is empty or damaged.*overwrite=attention_tuning"):
         next_action(config(), "attention_tuning", made)
     evaluated, _ = finished(tmp_path, "evaluate", "report.json")
     evaluated.done.write_text(content)
     assert next_action(config(), "evaluate", evaluated) == RESTART
     half = begun(tmp_path / "half")
     half.begun.write_text(content)
-    with pytest.raises(UserError, match="attention_tuning.begun.json: empty or damaged.*overwrite=attention_tuning"):
+    with pytest.raises(UserError, match="attention_tuning.begun.json is empty or damaged.*overwrite=attention_tuning"):
         next_action(config(), "attention_tuning", half)
 
 
