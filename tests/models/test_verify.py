@@ -207,7 +207,7 @@ def test_the_command_prints_its_checks_and_exits_with_0(tmp_path, tiny_target):
     assert [line.split()[:2] for line in done.stdout.splitlines() if line.startswith("ok")] == [
         ["ok", name] for name in ("files", "config", "tensors", "values", "target", "decoding")
     ]
-    assert "1 prompt, up to 8 new tokens: τ " in done.stdout and "warning  target    the projectors" in done.stdout
+    assert "1 prompt, up to 8 new tokens: τ " in done.stdout and "warning  target    the projections" in done.stdout
 
 
 @pytest.mark.slow
