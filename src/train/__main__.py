@@ -24,7 +24,7 @@ MULTIRUN = {"-m", "--multirun"}
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> float | None:
-    """Run the pipeline once. As a job of a sweep, return the drafter's τ."""
+    """Run the pipeline once. In a sweep, return the τ of this job's drafter."""
     try:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_job(config, work)
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> float | None:
     except OmegaConfBaseException as error:
         sys.exit(f"error: {unresolved(error)}")
     except Exception:
-        if number := received():  # worker pools convert a signal's termination request into other exceptions
+        if number := received():  # worker pools can mask the exit that a signal requested
             stop(number)
         raise
     return None
@@ -46,7 +46,7 @@ def work(config: DictConfig) -> None:
     """Check the settings, then run the chosen stages.
 
     Raises:
-        UserError: the settings, the data or the run directory are invalid.
+        UserError: the settings, data or run directory are invalid.
     """
     from train.settings.checks import check_config
 
@@ -63,14 +63,14 @@ def work(config: DictConfig) -> None:
 
 
 def check_overrides(arguments: list[str]) -> None:
-    """Compose the configuration before Hydra does, so that the error names the setting and similarly named ones.
+    """Compose the configuration before Hydra does, for errors that name the setting and suggest similar names.
 
     Raises:
-        SystemExit: the overrides do not compose.
+        SystemExit: the configuration cannot be composed from the overrides.
     """
     flags = {argument for argument in arguments if argument.startswith("-")}
     if flags - MULTIRUN:
-        return  # Hydra handles --help, --cfg ...
+        return  # Hydra handles --help, --cfg etc.
     overrides = [argument for argument in arguments if argument not in flags]
     try:
         if flags:
@@ -82,17 +82,17 @@ def check_overrides(arguments: list[str]) -> None:
 
 
 def quiet() -> None:
-    """Silence warnings and log messages that are irrelevant to the user."""
+    """Silence warnings and log messages that are irrelevant to users."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # on purpose: no dropout
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # intentional: no dropout
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*")  # logged values agree on all ranks
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is resumable
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    # gloo's worker threads may abort an interpreter that exits while they still hold their last result.
+    # gloo's worker threads can abort the interpreter if it exits while they still hold their last result.
     atexit.register(time.sleep, 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Target, tokenizer and data: loaded lazily, once, and checked before any expensive work."""
+"""Target, tokenizer and data of a run. Each is loaded once, on first use, and checked before any expensive work."""
 
 from functools import cached_property
 from pathlib import Path
@@ -38,10 +38,11 @@ class Resources:
         self.architecture = self.target_settings["architecture"]
 
     def check(self, stage: str) -> None:
-        """Check all inputs of the stage, and of a later evaluation, that do not need the target's weights.
+        """Check everything that can be checked without loading the target's weights, for this stage and for a later
+        evaluation.
 
         Raises:
-            UserError: target, tokenizer, data and settings are incompatible.
+            UserError: the target, tokenizer, data or settings are invalid or incompatible.
         """
         self.check_shape()
         if stage in TRAINED:
@@ -52,25 +53,26 @@ class Resources:
         if stage in TRAINED:
             for later in TRAINED:
                 if later in self.config.stages:
-                    live_decoding(self.config, later, self.rows[1], self.positions)  # raises if the settings do not fit
+                    live_decoding(self.config, later, self.rows[1], self.positions)  # only for its checks
         if "evaluate" in self.config.stages:
             try:
                 decoding_settings(self.config)
             except ValueError as error:
                 raise UserError(f"stage.evaluate.{error}") from error
-            self.benchmarks  # noqa: B018  load now, so that errors appear before training
+            self.benchmarks  # noqa: B018  loaded now so that errors surface before training
 
     def check_shape(self) -> None:
-        """Check the settings against the target's config, without its weights.
+        """Check the settings against the target's config, without loading its weights.
 
         Raises:
-            UserError: the architecture is not supported as a target, or the settings do not fit it.
+            UserError: the architecture is not supported, or the settings are incompatible with the target's config.
         """
+        target_config = self.target_config  # outside the try block: its errors already name the setting
         try:
-            check_architecture(self.target_config)
+            check_architecture(target_config)
         except ValueError as error:
             raise UserError(f"model.target: {error}") from error
-        check_target(self.config, self.target_config, self.positions)
+        check_target(self.config, target_config, self.positions)
 
     def forget_target(self) -> None:
         """Drop the target so that it is reloaded on next use: ZeRO 3 leaves its parameters partitioned."""
@@ -80,7 +82,8 @@ class Resources:
     def target_config(self) -> PretrainedConfig:
         if self.name is None and self.architecture is None:
             raise UserError(
-                "model.target: name and architecture are null. Set a name, or an architecture for random weights."
+                "model.target.name and model.target.architecture are both null. Set a name, or an architecture to use "
+                "random weights."
             )
         if self.name is None:
             return load_config(None, architecture=self.architecture)
@@ -95,8 +98,8 @@ class Resources:
 
     @cached_property
     def target_identity(self) -> dict[str, Any]:
-        """Identify the target independently of its path: hashes of the files that are read, and for a Hub target also
-        repository and commit. A Hub target is downloaded.
+        """Identity of the target, independent of its path: hashes of the files that loading it reads and, for a Hub
+        target, the repository and commit. Computing it downloads a Hub target.
 
         Raises:
             UserError: as for `check_shape`.
@@ -119,17 +122,17 @@ class Resources:
 
     @property
     def positions(self) -> int:
-        """Maximum number of tokens of a text."""
+        """Maximum number of tokens in a prompt plus its answer."""
         return max_text_length(self.target_config, self.config.model.draft.block_size)
 
     @property
     def encoder(self) -> ChatEncoder:
-        """Chat template and tokenizer of the target."""
+        """The target's chat template and tokenizer."""
         return self._encoder_and_tokenizer[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Tokenizer of the target as loaded by transformers."""
+        """The target's tokenizer, as loaded by transformers."""
         return self._encoder_and_tokenizer[1]
 
     @cached_property
@@ -162,7 +165,7 @@ class Resources:
 
     @cached_property
     def rows(self) -> tuple[PackedRows, PackedRows]:
-        """Packed rows for training and for validation."""
+        """Packed training and validation rows."""
         data = self.config.data
         prepared = prepare(
             self.sources,
@@ -181,25 +184,25 @@ class Resources:
         return prepared.training, prepared.validation
 
     def _check_tokens(self, largest: int) -> None:
-        """Check that the data contains no token id outside the target's vocabulary.
+        """Check that every token id in the data is in the target's vocabulary.
 
-        The tokenizer itself may have more tokens than the target embeds: Gemma 3 has one for images.
+        A tokenizer may define more tokens than the target embeds: Gemma 3's has an extra image token.
 
         Raises:
-            UserError: a token of the data is not in the target's vocabulary.
+            UserError: the data contains a token id outside the target's vocabulary.
         """
         vocabulary = self.target_config.vocab_size
         if largest >= vocabulary:
             name = self.target_settings["tokenizer"] or self.name
             raise UserError(
-                f"data.path: the tokenizer {name!r} produces token {largest}, but the target's largest token is "
+                f"data.path: tokenizer {name!r} produces token id {largest}, but the target's largest token id is "
                 f"{vocabulary - 1}. Set model.target.tokenizer to the target's own tokenizer, or remove the records "
-                "with such tokens."
+                "that contain such tokens."
             )
 
     @cached_property
     def benchmarks(self) -> dict[str, list[Messages]]:
-        """Benchmark name -> system and user turns of its conversations; at least one leaves room for an answer."""
+        """Conversations per benchmark, without assistant turns. At least one in each leaves room for an answer."""
         settings = self.config.stage.evaluate
         found = {}
         benchmarks: Any = OmegaConf.to_container(self.config.benchmarks, resolve=True)
@@ -211,13 +214,13 @@ class Resources:
                 raise UserError(f"benchmarks.{name}.path={given['path']}: {error}.") from error
             if not any(fitting):
                 raise UserError(
-                    f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: no prompt of benchmarks.{name}.path="
-                    f"{given['path']} leaves room for that many tokens in the target's {self.positions} positions. "
-                    "Decrease it."
+                    f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: every prompt in benchmarks.{name}.path="
+                    f"{given['path']} is too long to leave room for that many tokens within the target's context "
+                    f"length of {self.positions}. Decrease stage.evaluate.max_new_tokens."
                 )
             found[name] = conversations
         if not found:
-            raise UserError("benchmarks is empty: expected at least one. Presets: conf/benchmarks/.")
+            raise UserError("benchmarks is empty: expected at least one benchmark. Presets: conf/benchmarks/.")
         return found
 
     def _leaves_room(self, talk: Messages) -> bool:

@@ -1,4 +1,4 @@
-"""Check free disk space for the output of the stages before the target is loaded, using the plan's size estimates."""
+"""Check that the stages fit on disk, by the plan's size estimates, and that batches fit in shared memory."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ from train.names import TRAINED
 from train.plan.estimate import disk_parts, draft_shape
 from train.run_dir.disk import check_access, check_no_link, free_bytes, size, used_bytes
 
-ADAPTER = "adapter"  # in the run directory: the PEFT adapter that stage 1 trains with adapter=lora
-# Stage -> the directories of the run that it replaces with its result when it finishes.
+ADAPTER = "adapter"  # subdirectory of the run: the PEFT adapter that stage 1 trains with adapter=lora
+# Stage -> subdirectories of the run that it replaces with its result when it finishes.
 REPLACED = {"attention_tuning": (ADAPTER, f"{ADAPTER}.new"), "export": ("export", "export.new")}
 
 
@@ -46,8 +46,9 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
         detail = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
         fewer = " decrease stage.<stage>.keep_checkpoints," if any(s in TRAINED for s in stages) else ""
         raise UserError(
-            f"{run_dir}: {size(free)} free, but the stages {', '.join(stages)} need {size(needed - held)} more "
-            f"({detail}). Free disk space,{fewer} or set run_dir=... to another disk, then rerun the command."
+            f"{run_dir}: {size(free)} free, but stages {', '.join(stages)} require an additional {size(needed - held)} "
+            f"(in total: {detail}). Free up disk space,{fewer} or set run_dir=... to a path on a different disk, then "
+            "rerun the command."
         )
 
 
@@ -55,8 +56,8 @@ def check_shared_memory(workers: int, batch: int, place: Path = Path("/dev/shm")
     """Check that shared memory has room for the batches that data loader workers pass through it.
 
     Args:
-        workers: worker processes of each of the two data loaders.
-        batch: bytes of one batch; each worker prefetches two.
+        workers: number of worker processes in each of the two data loaders.
+        batch: size of one batch in bytes; each worker prefetches two batches.
 
     Raises:
         UserError: the batches do not fit.
@@ -66,6 +67,7 @@ def check_shared_memory(workers: int, batch: int, place: Path = Path("/dev/shm")
     needed, free = 2 * workers * (2 * batch + 2**14), free_bytes(place)
     if free is not None and free < needed:
         raise UserError(
-            f"runtime.workers={workers}: their batches need {size(needed)}, but {place} has {size(free)} free. "
-            f"Enlarge it (docker run --shm-size=1g; mount -o remount,size=1g {place}), or set runtime.workers=0."
+            f"runtime.workers={workers}: the workers' batches need {size(needed)}, but {place} has only {size(free)} "
+            f"free. Enlarge {place} (docker run --shm-size=1g; mount -o remount,size=1g {place}), or set "
+            "runtime.workers=0."
         )

@@ -34,8 +34,8 @@ def run(config: DictConfig) -> None:
     """Run the chosen stages in order, skipping finished ones.
 
     Raises:
-        UserError: the settings contradict each other or the run directory, the input of a stage is missing, another
-            process uses the run directory, or the disk is full or not writable.
+        UserError: the settings conflict with each other or with the run directory, the input of a stage is missing,
+            another process is using the run directory, or the disk is full or not writable.
     """
     set_training(False)  # from here on, a signal may interrupt the process at any point
     check_device(config)
@@ -59,7 +59,7 @@ def _run(config: DictConfig, run_dir: Path, lock: RunLock) -> None:
     chosen = [stage for stage in STAGES if stage in config.stages]
     for number, stage in enumerate(chosen, start=1):
         if rank() and stage not in TRAINED:
-            continue  # only the first rank exports and evaluates
+            continue  # only rank 0 exports and evaluates
         say(f"[{number}/{len(chosen)}] {stage}")
         _run_stage(config, stage, resources, lock, later=chosen[number:])
     if rank() == 0 and read_record(run_dir / "records" / "export.done.json"):
@@ -67,10 +67,10 @@ def _run(config: DictConfig, run_dir: Path, lock: RunLock) -> None:
 
 
 def _describe_and_push(config: DictConfig, run_dir: Path) -> None:
-    """Write the model card of the export, and upload the export if `export.push_to_hub` is set.
+    """Write the export's model card and, if `export.push_to_hub` is set, upload the export.
 
     Raises:
-        UserError: the export is to be uploaded, but is missing or outdated; or the Hub rejected the upload.
+        UserError: the export to be uploaded is missing or outdated, or the Hub rejected the upload.
     """
     exported = run_dir / "export"
     problem = fix = ""
@@ -81,7 +81,7 @@ def _describe_and_push(config: DictConfig, run_dir: Path) -> None:
     if problem:
         if config.export.push_to_hub:
             raise UserError(f"{problem}. {fix} before pushing to the Hub.")
-        say(f"warning: {problem}; the model card is not updated. {fix}.")
+        say(f"warning: {problem}; the model card was not updated. {fix}.")
         return
     write_card(run_dir)
     if config.export.push_to_hub:
@@ -96,7 +96,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     record = StageRecord(run_dir, stage, settings_of(config, stage, run_dir, resources))
     todo = next_action(config, stage, record)
     if todo == FINISHED:
-        say(f"    already finished, see {directory}")
+        say(f"    already finished: {directory} (overwrite={stage} reruns it)")
         if rank() == 0 and (directory / "checkpoints").exists():  # the run was killed just after the stage finished
             _drop_left_over(config, stage, record, lock)
         return
@@ -105,7 +105,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
     if rank() == 0:
         lock.acquire()
         if next_action(config, stage, record, say=lambda text: None) != todo:
-            raise UserError(f"{directory}: another process has changed this stage in the meantime. Rerun the command.")
+            raise UserError(f"{directory}: another process changed this stage in the meantime. Rerun the command.")
         _remove_temporary(run_dir)
         if todo == RESTART and config.overwrite is not False:  # later stages are rerun as well
             check_no_link(*(run_dir / name for name in (stage, *later) if name != "export"))
@@ -120,7 +120,7 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
             _clear(config, stage, record, later)
         record.begin(restart=todo == RESTART)
     if stage in TRAINED:
-        _barrier()  # the other ranks have exited before export and evaluation
+        _barrier()  # export and evaluation run on rank 0 only
     seed_everything(config.seed, verbose=False)
     result = getattr(stages, stage)(config, directory, resources)
     if rank() == 0:
@@ -129,17 +129,17 @@ def _run_stage(config: DictConfig, stage: str, resources: Resources, lock: RunLo
         files = stages.result_files(stage, directory)
         origin = {"drafter": drafter} if drafter else {}
         record.finish(result, files, overrides=_overrides(), hardware=_hardware(config), **origin)
-        # Only now: until the stage's record is written, a restart resumes from the checkpoints.
+        # Only now: until the stage is recorded as finished, a restart resumes from the checkpoints.
         _drop_checkpoints(directory)
         if stage in TRAINED:
             plot_losses({name: run_dir / name for name in TRAINED}, run_dir / "loss.png")
 
 
 def _checked_drafter(config: DictConfig, stage: str, run_dir: Path, resources: Resources) -> dict[str, Any]:
-    """Return the recorded facts of the drafter that a stage starts from; empty for the first stage.
+    """Return the training setup of the drafter that a stage starts from, or an empty dict for the first stage.
 
     Raises:
-        UserError: the settings describe another drafter, or the file lacks these facts.
+        UserError: the settings describe a different drafter, or the drafter's files are damaged or do not record it.
     """
     target = resources.target_identity
     if stage == "attention_tuning":
@@ -155,10 +155,10 @@ def _checked_drafter(config: DictConfig, stage: str, run_dir: Path, resources: R
 
 
 def _clear(config: DictConfig, stage: str, record: StageRecord, later: list[str]) -> None:
-    """Delete records and files that earlier runs of the stage left; with overwrite, also the records of `later` stages.
+    """Delete records and files left by earlier runs of a stage and, with overwrite, the records of `later` stages.
 
     Raises:
-        DiskError: a file of an earlier run cannot be deleted; the stage does not start until it can.
+        DiskError: a file of an earlier run cannot be deleted, so the stage cannot start.
     """
     before = record.begun.exists() or config.overwrite is not False
     record.drop()
@@ -172,7 +172,7 @@ def _clear(config: DictConfig, stage: str, record: StageRecord, later: list[str]
 
 
 def _drop_checkpoints(directory: Path) -> None:
-    """Delete the checkpoints of a finished stage. If this fails, their ids still prevent them from being used."""
+    """Delete the checkpoints of a finished stage. If that fails, their run IDs still keep them from being used."""
     try:
         remove_tree(directory / "checkpoints")
     except DiskError as error:
@@ -192,7 +192,7 @@ def _drop_left_over(config: DictConfig, stage: str, record: StageRecord, lock: R
 
 
 def _remove_temporary(run_dir: Path) -> None:
-    """Delete temporary files of killed writers. The lock guarantees that no other process is writing."""
+    """Delete temporary files left by killed writers. The lock guarantees that no other process is writing."""
     parts = [
         run_dir,
         run_dir / "records",

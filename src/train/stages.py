@@ -1,4 +1,4 @@
-"""The four stages: each takes the configuration and its directory, and writes its result there."""
+"""The four stages. Each takes the configuration and its output directory, and writes its result there."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def bonus_calibration(config: DictConfig, directory: Path, resources: Resources)
 
 
 def export(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
-    """Write the directory that inference loads."""
+    """Export the trained drafter to the directory that inference loads."""
     source = finished_weights(directory.parent)
     draft = _new_draft(config, resources, calibrated=source.parent.name == "bonus_calibration")
     _load(draft.own_parameters(), source)
@@ -77,13 +77,13 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
 
 
 def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
-    """Load the exported directory and decode the benchmarks with it.
+    """Load the exported drafter and decode the benchmarks with it.
 
     Raises:
-        UserError: in float32, an output differs from the target's: the drafter must never change it.
+        UserError: in float32, an output differs from the target's own, which drafting must never change.
     """
     settings, exported = config.stage.evaluate, directory.parent / "export"
-    target = cast(Any, resources.target).to(device(config))  # transformers' types reject a string
+    target = cast(Any, resources.target).to(device(config))  # transformers' type hints reject a string
     try:
         draft = load_draft(exported, target).to(target.device)
     except ValueError as error:
@@ -108,8 +108,8 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     print_report(evaluation, directory.parent)
     if broken := evaluation.broken():
         raise UserError(
-            f"Decoding changed the target's output in {evaluation.dtype}: {broken} This is a bug, or the architecture "
-            f"is not supported. See all differences in {directory / 'report.json'}."
+            f"Decoding changed the target's output in {evaluation.dtype}: {broken} This is a bug or an unsupported "
+            f"architecture. All differences are listed in {directory / 'report.json'}."
         )
     recommend(exported, evaluation.speed.recommended if evaluation.speed and set(variants) != {"untuned"} else None)
     for logger in wandb_loggers(config, "evaluate", directory):
@@ -120,13 +120,13 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
 
 
 def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
-    """Return the chosen drafters by name, ordered by amount of training.
+    """Return the chosen variants by name, from the least to the most trained.
 
     Raises:
         UserError: the exported drafter has none of the chosen variants.
     """
     untuned = DraftModel(draft.target, draft.config.without_extras().uncalibrated())
-    # With a bonus slot, the two modes predict different drafts. Without one, a row may switch between them.
+    # With a bonus slot, the two modes produce different drafts. Without one, a row may switch between them.
     mode = "sequential" if draft.bonus_slot else "auto"
     known = {"untuned": Variant(untuned, calibrate=False), "attention_tuned": Variant(draft, False, mode)}
     if draft.config.calibrator_rank:
@@ -135,17 +135,17 @@ def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
         known["calibrated"] = Variant(draft, True, mode)
     if not known.keys() & set(chosen):
         raise UserError(
-            f"stage.evaluate.variants={chosen}: the exported drafter has no calibrator. Choose from {', '.join(known)}."
+            f"stage.evaluate.variants={chosen}: the exported drafter has none of these. Choose from {', '.join(known)}."
         )
     return {name: variant for name, variant in known.items() if name in chosen}  # the most trained variant comes last
 
 
 def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
-    """Build the trainer of a training stage.
+    """Build the trainer for a training stage.
 
     Raises:
-        UserError: the preset does not fit this machine, the global batch is not divisible by the ranks, or the
-            objective is invalid.
+        UserError: the preset does not suit this machine, the global batch size is not divisible by the number of ranks,
+            or the objective is invalid.
     """
     try:
         instantiate(config.objective)
@@ -157,7 +157,7 @@ def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         raise
     except (HydraException, RuntimeError) as error:  # Lightning raises RuntimeError for inconsistent SLURM variables
         raise UserError(
-            f"trainer, logger or callbacks: {error.__cause__ or error} Presets: conf/trainer/, such as trainer=cpu."
+            f"trainer, logger or callbacks: {error.__cause__ or error} Presets: conf/trainer/, e.g. trainer=cpu."
         ) from error
     except ValueError as error:
         raise UserError(f"stage.{stage}.{error}") from error
@@ -175,7 +175,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         start_from_head(draft)
     training, validation = resources.rows
     if settings.best_by and not len(validation):
-        say("    data.validation_records=0 disables validation: the stage keeps the last weights, not the best")
+        say("    data.validation_records=0 disables validation, so the stage keeps the last weights, not the best")
     data = DraftData(training, validation, BatchSettings.of_stage(config, stage), workers=config.runtime.workers)
     check_shared_memory(config.runtime.workers, data.batch_bytes(trainer.world_size) if config.runtime.workers else 0)
     module = instantiate(settings.module)(resources.target, draft, execution=_execution(config, trainer))
@@ -184,7 +184,7 @@ def _train(config: DictConfig, stage: str, directory: Path, resources: Resources
         logger.log_hyperparams(plain)
     callbacks = callbacks_of(trainer)
     callbacks += live_decoding(config, stage, validation, resources.positions, resources.tokenizer)
-    # First in the callback order: its metrics are on disk before a checkpoint marks the step as finished.
+    # First in the list, so that its metrics are on disk before a checkpoint marks the step as done.
     callbacks.insert(0, stage_monitor(config, stage, resources.target_config, training))
     metrics = fit(trainer, module, data, directory)
     trained = trainer.strategy.lightning_module_state_dict()  # on every rank: a collective operation under ZeRO 3
@@ -215,7 +215,7 @@ def _load(own: dict[str, nn.Parameter], source: Path) -> None:
     """Load trained weights from `source` into the given parameters.
 
     Raises:
-        UserError: the file is damaged or belongs to another drafter.
+        UserError: the file is damaged or belongs to a different drafter.
     """
     tensors = read_finite(source)
     try:
@@ -225,7 +225,7 @@ def _load(own: dict[str, nn.Parameter], source: Path) -> None:
 
 
 def result_files(stage: str, directory: Path) -> list[Path]:
-    """List the files of a finished stage that do not change afterwards."""
+    """Return the result files of a finished stage, which never change afterwards."""
     if stage == "evaluate":
         recommendation = sorted(directory.with_name("export").glob(RECOMMENDATION))
         return [directory / "report.json", directory / "report.md", *recommendation]
@@ -236,9 +236,9 @@ def result_files(stage: str, directory: Path) -> list[Path]:
 
 
 def _merged(draft: DraftModel, trained: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """Return the stage 1 weights by exported name. With LoRA, save the adapter to `directory` and merge it."""
+    """Return the stage 1 weights, keyed by exported name. With LoRA, save the adapter to `directory` and merge it."""
     if not isinstance(draft, LoraDraft):
-        remove_tree(directory)  # adapter of the run that this one replaces
+        remove_tree(directory)  # the adapter left by the run that this one replaces
         return trained
     load_draft_weights(draft.attention_parameters(), trained, source="the trained weights")
     _publish_directory(directory, lambda new: save_adapter(draft, new))
@@ -265,7 +265,7 @@ def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
             sync(file)
     except (OSError, SafetensorError) as error:
         reason = why_not_written(temporary / ".probe", error)
-        shutil.rmtree(temporary, ignore_errors=True)  # free the space of an incomplete export
+        shutil.rmtree(temporary, ignore_errors=True)  # free the space used by an incomplete export
         if isinstance(reason, OSError):
             raise disk_error(reason, directory) from error
         raise
@@ -274,7 +274,7 @@ def _publish_directory(directory: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _execution(config: DictConfig, trainer: Trainer) -> Execution:
-    """Return the execution settings of the decoder layers."""
+    """Return the execution settings for the decoder layers."""
     runtime = config.runtime
     # ZeRO 3 gathers the weights of each layer in a forward hook, which a compiled graph cannot contain.
     sharded = getattr(trainer.strategy, "zero_stage_3", False)
@@ -286,10 +286,10 @@ def _execution(config: DictConfig, trainer: Trainer) -> Execution:
 
 
 def untrained(config: DictConfig, stage: str, resources: Resources) -> DraftModel | LoraDraft:
-    """Build the drafter of a training stage without loading trained weights.
+    """Build the drafter for a training stage without loading trained weights.
 
     Raises:
-        UserError: the target does not load, or the adapter does not fit it.
+        UserError: the target cannot be loaded, or the adapter does not fit it.
     """
     calibrates = stage == "bonus_calibration"
     return _new_draft(config, resources, calibrated=calibrates, adapted=not calibrates)
@@ -298,10 +298,10 @@ def untrained(config: DictConfig, stage: str, resources: Resources) -> DraftMode
 def _new_draft(
     config: DictConfig, resources: Resources, *, calibrated: bool, adapted: bool = False
 ) -> DraftModel | LoraDraft:
-    """Build an untrained drafter. Its parameters are master weights: at least float32 for any dtype of the target.
+    """Build an untrained drafter. Its parameters are master weights, in float32 or wider whatever the target's dtype.
 
     Args:
-        adapted: apply the adapter from the settings, if there is one.
+        adapted: apply the configured adapter, if any.
 
     Raises:
         UserError: the adapter does not fit this architecture.

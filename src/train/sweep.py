@@ -23,13 +23,13 @@ from train.endings.agreed import NotFinished
 from train.run_dir.state import read_json, write_json
 from train.settings.derived import accelerator, device_count
 
-SUMMARY = "summary.json"  # in the directory of each job: its overrides, state and results
+SUMMARY = "summary.json"  # in each job's directory: its overrides, state and results
 TRAINED = ("attention_tuning", "bonus_calibration")
 DECODED = ("attention_tuned", "calibrated_parallel", "calibrated")
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
-    """Expand a sweep into the overrides of each job. Empty if they are known only during the sweep (`interval(...)`).
+    """Expand a sweep into the overrides of each job. Empty if values are chosen during the sweep: `interval(...)`.
 
     Raises:
         UserError: the overrides cannot be parsed.
@@ -53,7 +53,7 @@ def check_jobs(overrides: list[str]) -> None:
     """Check all jobs of a sweep before the first one starts.
 
     Raises:
-        UserError: a job does not compose, or two jobs would write to the same run directory.
+        UserError: a job's settings are invalid, or two jobs would write to the same run directory.
     """
     taken: dict[str, list[str]] = {}
     for job in jobs(overrides):
@@ -65,7 +65,7 @@ def check_jobs(overrides: list[str]) -> None:
             hint = (
                 f"Add the swept settings to the name: 'name={name}'." if swept else "They are the same job; remove one."
             )
-            raise UserError(f"Two jobs of this sweep have the same run directory, {config.run_dir}. {hint}")
+            raise UserError(f"Two jobs in this sweep use the same run directory, {config.run_dir}. {hint}")
         taken[config.run_dir] = job
 
 
@@ -73,7 +73,7 @@ def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
     """Run one job of a sweep. A failure is recorded in the job's directory and does not affect the other jobs.
 
     Returns:
-        τ of the finished drafter from decoding, for optimising sweepers; NaN if the job failed or did not decode.
+        τ of the most trained drafter evaluated, for optimizing sweepers; NaN if the job failed or did not evaluate one.
     """
     hydra = HydraConfig.get()
     file = Path(hydra.runtime.output_dir) / SUMMARY
@@ -99,15 +99,15 @@ def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
 
 
 def _decoded(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the decoding results of the drafters with a measured τ."""
+    """Return the decoding results of the drafters for which τ was measured."""
     return {name: found for name, found in results.get("evaluate", {}).items() if found["tau"] is not None}
 
 
 def _check_ranks(config: DictConfig) -> None:
-    """Check that a job does not start additional ranks.
+    """Check that a job would not launch additional ranks.
 
     Raises:
-        UserError: Lightning would launch further ranks by rerunning this command, and thus the entire sweep.
+        UserError: it would, because Lightning launches ranks by rerunning the command, i.e. the entire sweep.
     """
     started = {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if not started and device_count(config, 1 if accelerator(config) == "cpu" else 2) > 1:
@@ -129,7 +129,7 @@ def _first_rank() -> bool:
 
 
 class SweepTable(Callback):
-    """Print the table in the process that launched the jobs (conf/config.yaml, `hydra.callbacks`)."""
+    """Hydra callback that prints the table in the process that launched the jobs (`hydra.callbacks` in conf/)."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Not in `on_multirun_end`: Hydra skips it if a job was killed, which is when the table is needed most.
@@ -137,12 +137,12 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = summaries(Path(config.hydra.sweep.dir)).values()
-        if _first_rank() and any(job["state"] != "done" for job in jobs):  # other ranks may get here before it is done
+        if _first_rank() and any(job["state"] != "done" for job in jobs):  # other ranks may get here before rank 0
             sys.exit(1)
 
 
 def summaries(sweep_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return job number -> summary for all started jobs."""
+    """Return the summaries of all started jobs, keyed by job number."""
     files = sorted(sweep_dir.glob(f"*/{SUMMARY}"), key=lambda file: (len(file.parent.name), file.parent.name))
     return {file.parent.name: read_json(file) for file in files}
 
@@ -158,7 +158,7 @@ def _show(sweep_dir: Path) -> None:
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Format all jobs as a Markdown table aligned for the terminal, followed by the reasons of unfinished jobs."""
+    """Format all jobs as a Markdown table aligned for the terminal, followed by the reasons why jobs did not finish."""
     swept = _swept([job["overrides"] for job in summaries.values()])
     decoded = [name for name in DECODED if any(name in _decoded(job["results"]) for job in summaries.values())]
     header = ["job", *_short(swept), "state", *(f"τ {name} (95%, verify steps)" for name in decoded)]
@@ -197,6 +197,6 @@ def _swept(overrides: list[list[str]]) -> list[str]:
 
 
 def _short(keys: list[str]) -> list[str]:
-    """Shorten each key to its last part where that is unique."""
+    """Shorten each key to its last part if that part is unique."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     return [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]

@@ -8,5 +8,5 @@ say = rank_zero_only(data.terminal.say)
 
 
 def rank() -> int:
-    """Return the rank of this process as Lightning knows it."""
-    return int(getattr(rank_zero_only, "rank", 0))  # Lightning sets the attribute, which its types omit
+    """Return the rank of this process, as tracked by Lightning."""
+    return int(getattr(rank_zero_only, "rank", 0))  # Lightning sets this attribute without declaring it

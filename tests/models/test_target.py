@@ -183,7 +183,9 @@ def test_a_tokenizer_may_have_more_tokens_than_the_target_but_not_the_data(tmp_p
     resources = Resources(config)
     resources.check_shape()
     if in_the_data:
-        with pytest.raises(UserError, match=f"produces token {rows}, but the target's largest token is {rows - 1}"):
+        with pytest.raises(
+            UserError, match=f"produces token id {rows}, but the target's largest token id is {rows - 1}"
+        ):
             resources.rows  # noqa: B018
     else:
         assert len(resources.rows[0])
