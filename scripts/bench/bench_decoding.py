@@ -4,7 +4,7 @@
     python scripts/bench/bench_decoding.py --preset 8b --dtype bfloat16  # on a GPU
 
 Weights and KV cache are random: timings do not depend on the decoded text. The floor of a forward pass is the larger of
-two times, at rates measured in the same run: its FLOPs (`models.cost.flops.decoding_flops`) at the rate of large matrix
+two times, at rates measured in the same run: its FLOPs (`models.cost.flops.DecodingFlops`) at the rate of large matrix
 products, and its minimum memory traffic (weights and KV cache) at the rate of a large matrix-vector product. The
 "break-even τ" is the number of tokens that a step must gain to match the speed of the target alone.
 
@@ -22,8 +22,7 @@ from bench_report import machine, print_facts, print_table
 from bench_shapes import PRESETS
 from bench_steps import Clock, matmul_rate
 
-from models.cost.flops import decoding_flops
-from models.cost.sizes import Sizes
+from models.cost.flops import DecodingFlops
 from models.decoding.forward_passes import ForwardPasses
 from models.decoding.kv_cache import KVCache
 from models.draft import DraftModel
@@ -70,26 +69,30 @@ def times(work: Callable[[], object], device: torch.device, count: int) -> list[
     return [seconds for _, seconds in clock.laps()]
 
 
-def floor(sizes: Sizes, mode: str, args: argparse.Namespace, rows: int, rates: tuple[float, float], word: int) -> dict:
+def floor(
+    draft: DraftModel, flops: DecodingFlops, mode: str, args: argparse.Namespace, rows: int, rates: tuple[float, float]
+) -> dict:
     """Return lower bounds of the step time in seconds: compute, memory, and the sum over passes of the larger one."""
-    count = 1 if mode == ALONE else args.candidates
-    parts = decoding_flops(
-        sizes, context=args.context, candidates=count, blocks={ALONE: 0, MODES[0]: 1}.get(mode, count)
+    candidates = 1 if mode == ALONE else args.candidates
+    parts = flops.step(
+        context=args.context, candidates=candidates, blocks={ALONE: 0, MODES[0]: 1}.get(mode, candidates)
     )
-    token = 2 * sizes.keys * args.context * word  # KV cache bytes of a row in one layer
-    head = sizes.embedding_parameters * word
-    target = (
-        parts["target"] + count * 2 * sizes.embedding_parameters,
-        sizes.weights(sizes.all_layers) * word + sizes.layers * rows * token + head,
+    config, word = draft.target.config, draft.target.dtype.itemsize
+    cache = rows * 2 * config.num_key_value_heads * config.head_dim * args.context * word  # of one layer
+    # Two FLOPs per weight and token: the weights that a token uses.
+    head, layers = word * flops.head / 2, word * flops.token / 2
+    draft_layers = word * flops.block / 2 / draft.block_size  # projectors and FFN
+    projections = word * sum(
+        p.numel() for name, p in draft.attention_parameters().items() if name.endswith("_proj.weight")
     )
+    target = (parts["target"] + candidates * flops.head, layers + len(draft.target.model.layers) * cache + head)
     blocks = parts["draft"] + parts["redundant blocks"]
-    own = sizes.draft_layers * (sizes.attention_weights * word + rows * token)  # drafter projectors, cache reread
-    logits = ((sizes.block_size - 1) * 2 * sizes.embedding_parameters, head)
+    own = projections + len(draft.layers) * cache  # drafter projectors, cache reread
+    logits = ((draft.block_size - 1) * flops.head, head)
     if mode == ALONE:
         passes = [target]
     elif mode == "sequential":
-        ffn = sum(sizes.ffn_weights(layer) for layer in sizes.drafting)
-        passes = [target, (blocks, own + ffn * word), logits]
+        passes = [target, (blocks, draft_layers + len(draft.layers) * cache), logits]
     else:
         passes = [(target[0] + blocks, target[1] + own), logits]
     arithmetic, memory = ([rows * f / rates[0] for f, _ in passes], [b / rates[1] for _, b in passes])
@@ -139,14 +142,14 @@ def main() -> None:
     draft = DraftModel(
         target, DraftConfig(num_layers=preset.draft_layers, block_size=preset.block_size, calibrator_rank=0)
     )
-    sizes = preset.sizes(preset.vocabulary, preset.draft_layers)
+    flops = DecodingFlops.of(draft)
     rates = (matmul_rate(device, args.dtype, 2048, 8), read_rate(device, dtype))
     print_facts("Rates", {"products": f"{rates[0] / 1e9:,.0f} GFLOP/s", "reading": f"{rates[1] / 1e9:,.1f} GB/s"})
     found, lines = [], []
     for rows in map(int, args.rows.split(",")):
         alone = None
         for mode in (ALONE, *MODES):
-            seconds, least = measure(draft, args, rows, mode), floor(sizes, mode, args, rows, rates, dtype.itemsize)
+            seconds, least = measure(draft, args, rows, mode), floor(draft, flops, mode, args, rows, rates)
             alone = alone or seconds
             found.append({"rows": rows, "mode": mode, "seconds": seconds, **least})
             bound = "memory" if least["memory"] > least["arithmetic"] else "arithmetic"

@@ -3,15 +3,23 @@
 Shapes as in `data.batch`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from data.batch import Batch
+from models.attention.layers import Execution
 from models.attention.masks import allowed_pairs
 from models.cost.flops import step_flops
-from models.cost.sizes import ATTENTION_TUNING, Sizes
+from models.cost.trace import meta_target
+from models.draft import DraftModel
+from models.draft_config import DraftConfig
+from models.loss.block_loss import block_loss
+from models.loss.objectives import Objective
+from models.target import target_pass
 
 PARTS = ("target pass", "mask pass", "head and loss")  # parts of the FLOPs
 
@@ -49,10 +57,16 @@ class Preset:
             "max_position_embeddings": 2**20,
         }
 
-    def sizes(self, vocabulary: int, draft_layers: int) -> Sizes:
-        """Return the sizes of target and drafter."""
-        draft = {"num_layers": draft_layers, "block_size": self.block_size, "calibrator_rank": 0}
-        return Sizes.from_config(self.architecture(vocabulary), **draft)
+    def draft(self, vocabulary: int, draft_layers: int) -> DraftModel:
+        """Return a drafter and its target without data."""
+        return meta_draft(self.architecture(vocabulary), draft_layers, self.block_size)
+
+
+def meta_draft(architecture: dict, draft_layers: int, block_size: int) -> DraftModel:
+    """Build a drafter and its target without data."""
+    target = meta_target(AutoConfig.for_model(**architecture), torch.float32)
+    with torch.device("meta"):
+        return DraftModel(target, DraftConfig(num_layers=draft_layers, block_size=block_size, calibrator_rank=0))
 
 
 SMALL_ROWS = {"max_seq_len": 512, "anchors": 24}
@@ -146,38 +160,60 @@ def typical_blocks(batch: Batch, count: int) -> list[Block]:
     return [blocks[(2 * i + 1) * len(blocks) // (2 * count)] for i in range(count)]
 
 
-def floor_flops(sizes: Sizes, batches: list[Batch], teacher: bool) -> dict[str, float]:
-    """Return the minimum FLOPs of a step by part, averaged over the batches, whose anchors differ."""
-    totals: dict[str, float] = {}
-    for batch in batches:
-        rows, length = batch.input_ids.shape
-        clean_pairs, mask_pairs = allowed_pairs(batch)
-        parts = step_flops(
-            sizes,
-            ATTENTION_TUNING,
-            rows=rows,
-            max_seq_len=length,
-            num_anchors=batch.anchors.shape[1],
-            teacher=teacher,
-            supervised=sum(max(0, labelled - 1) for labelled in batch.lengths),
-            clean_pairs=clean_pairs,
-            mask_pairs=mask_pairs,
+def floor_flops(draft: DraftModel, batches: list[Batch], objective: Objective) -> dict[str, float]:
+    """Return the minimum FLOPs of a step by part, averaged over the batches, whose anchors differ.
+
+    Args:
+        draft: on the meta device, without windows.
+    """
+    parameters = draft.requires_grad_(False).attention_parameters().values()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+    def loss(batch: Batch) -> tuple[torch.Tensor, ...]:
+        execution = Execution("dense")
+        clean = target_pass(
+            draft.target, batch, draft.split_layer, with_hidden=objective.needs_target, execution=execution
         )
-        for part in PARTS:
-            totals[part] = totals.get(part, 0) + parts[part] / len(batches)
-    return totals
+        hidden = draft.forward_batch(clean.context, batch, execution)
+        return block_loss(
+            draft.logits, hidden, batch, objective=objective, chunk=hidden.numel(), target_hidden=clean.hidden
+        )
+
+    rows, length = batches[0].input_ids.shape
+    clean_pairs, mask_pairs = (sum(pairs) / len(batches) for pairs in zip(*map(allowed_pairs, batches), strict=True))
+    labeled = sum(max(0, count - 1) for batch in batches for count in batch.lengths)
+    slots = (draft.block_size - 1) * sum(batch.anchors.numel() for batch in batches)
+    parts = step_flops(
+        loss,
+        draft,
+        rows=rows,
+        max_seq_len=length,
+        num_anchors=batches[0].anchors.shape[1],
+        labeled=labeled / slots,
+        clean_pairs=clean_pairs,
+        mask_pairs=mask_pairs,
+    )
+    return {part: parts[part] for part in PARTS}
 
 
-def least_memory(sizes: Sizes, shape: Shape, *, word: int, chunk: int, recompute: bool) -> dict[str, int]:
+def count(parameters: Iterable[torch.Tensor]) -> int:
+    """Return the number of elements."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def least_memory(draft: DraftModel, shape: Shape, *, word: int, chunk: int, recompute: bool) -> dict[str, int]:
     """Return the minimum memory of a step in bytes, by purpose. `word`: bytes per element of the target."""
+    config = draft.target.config
+    keys = config.num_key_value_heads * config.head_dim
     # Per mask token and draft layer: norm inputs, queries, keys, values, attention output, FFN.
-    token = 2 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys + 3 * sizes.intermediate
-    token = sizes.hidden if recompute else token
+    token = 2 * config.hidden_size + 2 * config.num_attention_heads * config.head_dim + 2 * keys
+    token = config.hidden_size if recompute else token + 3 * config.intermediate_size
     return {
-        "target": sizes.target_parameters * word,
-        "drafter, gradients, AdamW": 4 * 4 * sizes.tuned_parameters,
-        "activations": sizes.draft_layers * word * (shape.masks * token + shape.clean * 2 * sizes.keys),
-        "logits": min(chunk, shape.drafted) * sizes.vocabulary * 4,
+        "target": count(draft.target.parameters()) * word,
+        "drafter, gradients, AdamW": 4 * 4 * count(draft.attention_parameters().values()),
+        "activations": len(draft.layers) * word * (shape.masks * token + shape.clean * 2 * keys),
+        "logits": min(chunk, shape.drafted) * config.vocab_size * 4,
     }
 
 

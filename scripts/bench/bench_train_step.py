@@ -71,7 +71,7 @@ from transformers.utils import logging
 from data.batch import Batch
 from models.attention.layers import Execution
 from models.attention.packed import KINDS
-from models.cost.sizes import Sizes
+from models.draft import DraftModel
 from models.loss.objectives import Objective
 
 BATCHES = 3  # cycled through, so that nothing can be reused between steps
@@ -180,7 +180,7 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 def _too_large(args: argparse.Namespace) -> str | None:
     """Explain why the largest shape's minimum memory is not available; None if it is. Avoids an out-of-memory kill."""
     free, options = free_memory(args.device), {"word": word(args), "chunk": args.chunk, "recompute": args.recompute}
-    found = [least_memory(sizes_of(args, shape), shape, **options) for shape in shapes(args)]
+    found = [least_memory(draft_of(args, shape), shape, **options) for shape in shapes(args)]
     parts = max(found, key=lambda parts: sum(parts.values()))
     if free is None or sum(parts.values()) <= free:
         return None
@@ -189,9 +189,9 @@ def _too_large(args: argparse.Namespace) -> str | None:
     return f"{args.preset} in {args.dtype} needs at least {need:.1f} GiB ({listed}); free: {free / 2**30:.1f} GiB"
 
 
-def sizes_of(args: argparse.Namespace, shape: Shape) -> Sizes:
-    """Return the sizes of target and drafter."""
-    return PRESETS[args.preset].sizes(shape.vocabulary, args.draft_layers)
+def draft_of(args: argparse.Namespace, shape: Shape) -> DraftModel:
+    """Return drafter and target without data."""
+    return PRESETS[args.preset].draft(shape.vocabulary, args.draft_layers)
 
 
 def word(args: argparse.Namespace) -> int:
@@ -260,7 +260,7 @@ def measure_step(args: argparse.Namespace) -> Figures:
     say("memory of a step")
     figures["memory"] = memory_of(args, shape, training, batches[0])
     figures["baselines"] = {name: baseline(args, name, training, batches) for name in BASELINES[args.baseline]}
-    parts = floor_flops(sizes_of(args, shape), batches, objective_of(args).needs_target)
+    parts = floor_flops(draft_of(args, shape), batches, objective_of(args))
     figures["matmul"] = rates(args, before)
     figures["step"] = against_floor(times, sum(parts.values()), figures["matmul"]["used"])
     figures["phases"] = {
@@ -277,14 +277,14 @@ def measure_step(args: argparse.Namespace) -> Figures:
 
 def memory_of(args: argparse.Namespace, shape: Shape, training: Training, batch: Batch) -> dict[str, int]:
     """Return the peak memory of a step in bytes, and its parts that depend on the vocabulary."""
-    sizes = sizes_of(args, shape)
-    matrix = sizes.embedding_parameters * word(args)
+    preset = PRESETS[args.preset]
+    matrix = shape.vocabulary * preset.hidden * word(args)
     return {
         "peak": peak_memory(training.fast, batch, training),
         "held": training.held(),
         "head": matrix,
-        "head and embedding": matrix if sizes.tied else 2 * matrix,
-        "chunk": min(args.chunk, shape.drafted) * sizes.vocabulary * 4,
+        "head and embedding": matrix if preset.tied else 2 * matrix,
+        "chunk": min(args.chunk, shape.drafted) * shape.vocabulary * 4,
     }
 
 
@@ -338,7 +338,7 @@ def measure_growth(args: argparse.Namespace) -> Figures:
             found += whole_steps(training.fast, own[number % BATCHES :], 1, training.device)
     points = []
     for value, shape, own, found in zip(args.values, swept, batches, times, strict=True):
-        flops = sum(floor_flops(sizes_of(args, shape), own, objective_of(args).needs_target).values())
+        flops = sum(floor_flops(draft_of(args, shape), own, objective_of(args)).values())
         points.append({"value": value, "flops": flops, "seconds": statistics.median(found), "times": found})
     figures = {"points": points, "recompilations": compiled_graphs() - graphs, "matmul": rates(args, before)}
     figures["sweep"] = args.sweep

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data.config.compose import composed
-from models.cost.sizes import Sizes
 from models.draft_config import DraftConfig
 from train.names import TRAINED
-from train.plan.estimate import estimate, machine_of, target_sizes
+from train.plan.estimate import estimate, machine_of
+from train.plan.target import local_config
 
 MB = 10**6
 STEPS = 3  # optimizer moments and gradients of the previous step exist from the second step
@@ -69,6 +69,7 @@ CASES = {
     "experts, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *EXPERTS],
     "experts, recompute, many blocks": [*WIDE_BF16, *RECOMPUTE, *SMALL_CHUNKS, *ONE_ROW, *MANY_BLOCKS, *EXPERTS],
     "experts, compiled": [*WIDE_BF16, *EXPERTS, "runtime.compile=true"],
+    "wide, bfloat16 target, LoRA": [*WIDE_BF16, "adapter=lora"],
     "Gemma 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, *GEMMA],
     "OLMo 2, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}olmo2"],
     "Phi 3, bfloat16 target, small chunks": [*WIDE_BF16, *SMALL_CHUNKS, f"{FAMILY}phi3"],
@@ -88,18 +89,18 @@ class Repeated:
         return iter([self.batch] * self.passes)
 
 
-def full_batch(sizes: Sizes, rows: int, max_seq_len: int, num_anchors: int):
+def random_batch(vocabulary: int, rows: int, max_seq_len: int, num_anchors: int, block_size: int):
     """Build a batch of random tokens in which every slot of every block is labeled."""
     import torch
 
     from data.batch import Batch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, sizes.vocabulary, (rows, max_seq_len), generator=generator)
-    starts = max_seq_len - sizes.block_size
+    ids = torch.randint(3, vocabulary, (rows, max_seq_len), generator=generator)
+    starts = max_seq_len - block_size
     anchors = 1 + torch.stack([torch.randperm(starts, generator=generator)[:num_anchors] for _ in range(rows)])
     anchors = anchors.sort().values
-    at = anchors[..., None] + torch.arange(sizes.block_size)  # [R, A, B]
+    at = anchors[..., None] + torch.arange(block_size)  # [R, A, B]
     labels = ids.gather(1, at.flatten(1)).view_as(at)
     positions = torch.arange(max_seq_len).expand(rows, -1).contiguous()
     return Batch(ids, positions, torch.zeros_like(ids), anchors, labels)
@@ -111,6 +112,7 @@ def prepared(config, stage: str):
 
     from models.attention.layers import Execution
     from models.draft import DraftModel
+    from models.lora import LoraDraft
     from train.context import Resources
 
     settings = config.stage[stage]
@@ -118,9 +120,13 @@ def prepared(config, stage: str):
     import torch
 
     sizes = DraftConfig(**config.model.draft)
-    draft = DraftModel(target, sizes if stage == "bonus_calibration" else sizes.uncalibrated(), dtype=torch.float32)
+    if stage == "attention_tuning" and config.adapter:
+        draft = LoraDraft(target, instantiate(config.adapter), sizes, dtype=torch.float32)
+    else:
+        draft = DraftModel(target, sizes if stage == "bonus_calibration" else sizes.uncalibrated(), dtype=torch.float32)
     rows = settings.micro_batch_size or settings.global_batch_size
-    batch = full_batch(target_sizes(config), rows, config.data.max_seq_len, settings.num_anchors)
+    size = (rows, config.data.max_seq_len, settings.num_anchors, sizes.block_size)
+    batch = random_batch(target.config.vocab_size, *size)
     execution = Execution(**{key: config.runtime[key] for key in ("attention", "compile", "activation_checkpointing")})
     return instantiate(settings.module)(target, draft, execution=execution), batch, settings.global_batch_size // rows
 
@@ -214,7 +220,7 @@ def estimated(config, stage: str) -> tuple[float, str]:
     """Return the estimated bytes without Python and library overhead, and the peak phase. Excludes live decoding."""
     config = config.copy()
     config.stage[stage].decode.prompts = 0
-    result = estimate(config, stage, target_sizes(config), machine_of(config))
+    result = estimate(config, stage, local_config(config), machine_of(config))
     return result.bytes - result.parts["other"], result.phase
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from data.errors import UserError
-from models.cost.sizes import Sizes
 from train.context import Resources
 from train.names import TRAINED
-from train.plan.estimate import disk_parts, draft_shape
+from train.plan.estimate import disk_parts
 from train.run_dir.disk import check_access, check_no_link, free_bytes, size, used_bytes
 
 ADAPTER = "adapter"  # subdirectory of the run: the PEFT adapter that stage 1 trains with adapter=lora
@@ -32,14 +31,10 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
     places += [run_dir / name for stage in stages for name in REPLACED.get(stage, ())]
     check_access(run_dir, run_dir / "records", *(place for place in places if place.is_dir()))
     try:
-        sizes = Sizes.from_config(resources.target_config.to_dict(), **draft_shape(config))
-        if config.adapter:
-            sizes = sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
-    except ValueError:
-        return  # an architecture without size formulas, or settings that another check rejects
-    if sizes.draft_layers > sizes.layers:
-        return
-    parts = {name: count for name, count in disk_parts(config, sizes, stages).items() if count}
+        parts = disk_parts(config, resources.target_config, stages)
+    except UserError:
+        return  # settings that another check rejects
+    parts = {name: count for name, count in parts.items() if count}
     needed, free = sum(parts.values()), free_bytes(run_dir)
     held = used_bytes(*(run_dir / stage for stage in stages))  # earlier output of these stages is replaced
     if free is not None and needed > free + held:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from data.errors import UserError
 from models.artifact import CONFIG, DECODER, RECOMMENDATION
 from models.attention.layers import Execution
-from models.cost.flops import block_flops
 from models.draft import DraftModel, start_from_head
 from models.draft_config import DraftConfig
 from models.export.artifact_io import export_draft, load_draft, load_draft_weights
@@ -31,7 +30,7 @@ from train.endings.finite import callbacks_of, check_finite_weights, read_finite
 from train.endings.preemption import agreed_signal, set_training
 from train.evaluate.acceptance import Variant
 from train.evaluate.report import markdown, plot_acceptance, plot_speed, print_report
-from train.evaluate.run import decoding_settings, drafter_sizes, evaluate_drafter
+from train.evaluate.run import count_decoding, decoding_settings, evaluate_drafter
 from train.loop.batches import BatchSettings
 from train.loop.datamodule import DraftData
 from train.loop.fit import build_trainer, fit, stage_monitor, wandb_loggers
@@ -65,11 +64,11 @@ def export(config: DictConfig, directory: Path, resources: Resources) -> dict[st
         _publish_directory(directory, lambda new: export_draft(draft, new, dtype, complete=complete))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    sizes = drafter_sizes(draft)
+    flops = count_decoding(draft)
     result = {
         "parameters": sum(p.numel() for p in draft.own_parameters().values()),
         "calibrated": draft.config.calibrator_rank > 0,
-        "block_flops": sizes and block_flops(sizes, context=CONTEXT),
+        "block_flops": flops and flops.drafting(context=CONTEXT),
     }
     for logger in wandb_loggers(config, "export", directory):
         logger.log_directory(directory, result)

@@ -5,7 +5,11 @@ from contextlib import nullcontext
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from models.cost.sizes import Sizes
+from models.cost.trace import meta_target
+from models.draft import DraftModel
+from models.draft_config import DraftConfig
+from models.lora import LoraDraft
+from train.loop.modules import DraftTraining
 
 ATEN = torch.ops.aten
 
@@ -20,9 +24,12 @@ WITHOUT_FORMULA = {
 }
 
 
-def sizes_of(target, **draft) -> Sizes:
-    shape = {"num_layers": 3, "block_size": 6, "calibrator_rank": 8} | draft
-    return Sizes.from_config(target.config.to_dict(), **shape)
+def without_data(stage: type[DraftTraining], target_config, draft_config: DraftConfig, lora=None, **settings):
+    """A training stage with a target of this config on the meta device."""
+    target = meta_target(target_config, torch.float32)
+    with torch.device("meta"):
+        draft = LoraDraft(target, lora, draft_config) if lora else DraftModel(target, draft_config)
+        return stage(target, draft, **settings)
 
 
 def flop_counter() -> FlopCounterMode:

@@ -9,13 +9,12 @@ import bench_train_step
 import pytest
 import torch
 from bench_report import least_squares, slopes
-from bench_shapes import PRESETS, Shape, least_memory, random_batch, typical_blocks
+from bench_shapes import PRESETS, Shape, least_memory, meta_draft, random_batch, typical_blocks
 from bench_steps import Training, peak_memory
 from helpers.shared import ARCHITECTURE, ROOT, TINY
 from omegaconf import OmegaConf
 
 from models.attention.layers import Execution
-from models.cost.sizes import Sizes
 from models.loss.objectives import Objective
 
 SHAPE = Shape(rows=2, max_seq_len=41, documents=3, anchors=5, block_size=6, vocabulary=97)
@@ -89,8 +88,8 @@ def test_typical_blocks_have_the_mean_prefix_of_all():
 def test_least_memory_is_less_than_a_step_takes(dtype, recompute):
     fast, batch = training(dtype=dtype, activation_checkpointing=recompute), random_batch(SHAPE, 0)
     fast.fast(batch)
-    sizes = Sizes.from_config(ARCHITECTURE, num_layers=3, block_size=6, calibrator_rank=0)
-    least = least_memory(sizes, SHAPE, word=2 if dtype == "bfloat16" else 4, chunk=12, recompute=recompute)
+    word = 2 if dtype == "bfloat16" else 4
+    least = least_memory(meta_draft(ARCHITECTURE, 3, 6), SHAPE, word=word, chunk=12, recompute=recompute)
     assert 0.3 < sum(least.values()) / peak_memory(fast.fast, batch, fast) <= 1
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.evaluation import HOW
-from helpers.flops import flop_counter, sizes_of
+from helpers.flops import flop_counter
 from helpers.shared import SHORT, TINY, command, random_draft, random_target
 
 from data.config.compose import composed
@@ -16,7 +16,7 @@ from data.preprocess.chat_template import ChatEncoder
 from data.sources.readers import read_strictly
 from data.sources.records import questions
 from models.artifact import EARLIER_RECOMMENDATION, FLEXDRAFT_KEYS, RECOMMENDATION
-from models.cost.flops import decoding_flops
+from models.cost.flops import DecodingFlops
 from models.decoding.flex import generate
 from models.decoding.forward_passes import ForwardPasses, prefill
 from models.decoding.generation_settings import sequence_state
@@ -237,13 +237,12 @@ def test_flops_of_a_decoding_step_match_the_flop_counter(mode, blocks):
             hidden = passes.draft_blocks(torch.tensor([[45]]), 45)[:, 0]
         if blocks:
             draft.logits(hidden[:, 1:], candidates[:, :1].expand(-1, 5))
-    sizes = sizes_of(target)
-    parts = decoding_flops(sizes, context=40, candidates=5, blocks=blocks)
+    parts = DecodingFlops.of(draft).step(context=40, candidates=5, blocks=blocks)
     # Attention computes all positions, but masked ones are not counted: half of the candidates, and for the slots
     # everything except their own block and the context before the candidates.
-    slots = blocks * sizes.block_size
-    hidden_pairs = sizes.layers * 5 * 2.5 + sizes.draft_layers * slots * (5 + slots - sizes.block_size)
-    computed = sum(parts.values()) + hidden_pairs * 4 * sizes.queries
+    slots = blocks * draft.block_size
+    hidden_pairs = 5 * 5 * 2.5 + 3 * slots * (5 + slots - draft.block_size)  # of 5 target and 3 draft layers
+    computed = sum(parts.values()) + hidden_pairs * 4 * 4 * 8  # 4 heads of size 8
     assert computed == pytest.approx(counter.get_total_flops(), rel=0.005)
     assert (parts["redundant blocks"] > 0) == (mode == "parallel")
 

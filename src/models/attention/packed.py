@@ -121,6 +121,26 @@ def packed_attention(
     view = attention_mask
     if not isinstance(view, View):
         return sdpa_attention_forward(module, query, key, value, view, dropout=dropout, scaling=scaling, **kwargs)
+    query, key, value = gather_keys(module, query, key, value, view, **kwargs)
+    if isinstance(view.mask, BlockMask):
+        uncompiled = query.device.type == "cpu" or torch.compiler.is_compiling()
+        attend: Any = flex_attention if uncompiled else _compiled_flex_attention()
+        output = attend(query, key, value, block_mask=view.mask, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
+    if isinstance(view.mask, list):
+        return attend_tiles(query, key, value, view.mask, scaling), None
+    output = _scaled_dot_product(query, key, value, view.mask, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def gather_keys(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, view: View, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a layer's queries with all keys and values of its view, in the dtype of the attention kernel.
+
+    Raises:
+        LayerStopped, ValueError: as in `packed_attention`.
+    """
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"{type(module).__name__} uses {unknown[0]}, which packed attention does not support.")
@@ -140,17 +160,9 @@ def packed_attention(
         key, value = view.cache.update(key, value)
     # Cast once here instead of through autocast in every tile. Query/key norms output their weights' dtype.
     kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if isinstance(view.mask, BlockMask):
-        uncompiled = kind == "cpu" or torch.compiler.is_compiling()
-        attend: Any = flex_attention if uncompiled else _compiled_flex_attention()
-        output = attend(query, key, value, block_mask=view.mask, scale=scaling, enable_gqa=True)
-        return output.transpose(1, 2).contiguous(), None
-    if isinstance(view.mask, list):
-        return _tiled(query, key, value, view.mask, scaling), None
-    output = _scaled_dot_product(query, key, value, view.mask, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # the meta device has no autocast
+    dtype = torch.get_autocast_dtype(kind) if autocast else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 @functools.cache
@@ -159,7 +171,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 @torch.compiler.disable
-def _tiled(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float | None) -> Tensor:
+def attend_tiles(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float | None) -> Tensor:
     """Run attention tile by tile. Returns [R, queries, heads, head size]."""
     rows, heads, queries, size = query.shape
     outputs = []

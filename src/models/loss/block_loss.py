@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,7 @@ class _LossHead:
         teacher, wide = None, torch.promote_types(logits.dtype, torch.float32)
         if self.before is not None and self.teacher is not None:
             teacher = self.logits_of(self.teacher[self.before[piece.slots]], None, None)
-        with torch.autocast(logits.device.type, enabled=False):
+        with nullcontext() if logits.is_meta else torch.autocast(logits.device.type, enabled=False):
             if self.compiled:
                 return _compiled_piece_loss()(logits.detach(), teacher, piece, self.objective, with_gradient)
             teacher = None if teacher is None else teacher.to(wide)

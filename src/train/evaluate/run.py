@@ -1,6 +1,5 @@
 """End-to-end evaluation: acceptance of every drafter on every benchmark, then speed."""
 
-from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.benchmarks import ALL
 from data.sources.records import Messages
-from models.cost.sizes import Sizes
+from models.cost.flops import DecodingFlops
 from models.decoding.generation_settings import active_settings
 from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
@@ -73,7 +72,7 @@ def evaluate_drafter(
     if speed["num_prompts"]:
         last = list(variants.values())[-1]
         comparison = DecoderComparison(
-            target, last.draft, last.calibrate, drafter_sizes(last.draft), how, speed["repeats"]
+            target, last.draft, last.calibrate, count_decoding(last.draft), how, speed["repeats"]
         )
         few = {benchmark: tokens[: speed["num_prompts"]] for benchmark, tokens in prompts.items()}
         measured = measure_speed(comparison, few, speed["batch_sizes"], speed["thresholds"])
@@ -81,9 +80,9 @@ def evaluate_drafter(
     return Evaluation(how, dtype, name, reports, measured, wrong, active_settings(target))
 
 
-def drafter_sizes(draft: DraftModel) -> Sizes | None:
-    """Return the sizes of target and drafter; None if the architecture has no size formulas."""
+def count_decoding(draft: DraftModel) -> DecodingFlops | None:
+    """Count the FLOPs of decoding with a drafter; None if its target cannot be traced."""
     try:
-        return Sizes.from_config(draft.target.config.to_dict(), **asdict(draft.config))
+        return DecodingFlops.of(draft)
     except ValueError:
         return None

@@ -12,8 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from models.acceptance import mean_acceptance_length
-from models.cost.flops import decoding_flops
-from models.cost.sizes import Sizes
+from models.cost.flops import DecodingFlops
 from models.decoding.flex import PHASES, GenerationResult, generate
 from models.decoding.selection import OFF, Selection
 from models.draft import DraftModel
@@ -36,7 +35,7 @@ class Speed:
     spread: tuple[float, float]  # lowest and highest rate
     step_ms: float  # per verify step, without prefill
     phase_ms: dict[str, float]  # per step: verify, draft, calibrate, overhead; from a separate run
-    step_flops: float | None  # minimum FLOPs of one step; None if the architecture has no FLOP formulas
+    step_flops: float | None  # minimum FLOPs of one step; None if the architecture cannot be traced
     candidates: float  # mean tokens verified per step and row, bonus token included
 
 
@@ -82,7 +81,7 @@ class DecoderComparison:
     target: PreTrainedModel
     draft: DraftModel
     calibrate: bool
-    sizes: Sizes | None
+    flops: DecodingFlops | None
     how: Decoding
     repeats: int
 
@@ -136,11 +135,11 @@ class DecoderComparison:
         return now(self.target.device) - started, results
 
     def _flops(self, decoder: str, rows: float, context: float, candidates: float) -> float | None:
-        """Return the FLOPs of one step with `rows` active rows on average; None without sizes."""
-        if self.sizes is None:
+        """Return the FLOPs of one step with `rows` active rows on average; None if they are unknown."""
+        if self.flops is None:
             return None
         blocks = {ALONE: 0.0, "sequential": 1.0, "parallel": candidates}[decoder]
-        parts = decoding_flops(self.sizes, context=context, candidates=candidates, blocks=blocks)
+        parts = self.flops.step(context=context, candidates=candidates, blocks=blocks)
         return rows * sum(parts.values())
 
 

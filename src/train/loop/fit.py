@@ -15,7 +15,6 @@ from transformers import PretrainedConfig
 from data.errors import UserError
 from data.preprocess.packing import PackedRows
 from models.cost.flops import step_flops
-from models.cost.sizes import Sizes
 from train.checkpoint.checkpoints import Checkpoints, checkpointer, not_finished
 from train.checkpoint.files import CheckpointFiles, usable_checkpoint
 from train.endings.finite import SkippedSteps, callbacks_of
@@ -24,9 +23,9 @@ from train.evaluate.plots import read_metrics
 from train.loop.callbacks import SameWeights, check_callbacks
 from train.loop.datamodule import DraftData
 from train.loop.loggers import StageWandbLogger
+from train.loop.meta import meta_module
 from train.loop.modules import DraftTraining
 from train.loop.monitor import Monitor
-from train.plan.estimate import draft_shape
 from train.run_dir.checkpoint_names import step_of
 from train.run_dir.state import run_id
 from train.settings.derived import ALL, arithmetic, devices, micro_batches_per_step, precision
@@ -150,28 +149,23 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
 
 
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:
-    """Create the monitor of a stage. MFU is omitted for architectures that the FLOP count does not support."""
-    settings, draft = config.stage[stage], config.model.draft
-    rows, length = settings.global_batch_size, config.data.max_seq_len
+    """Create the monitor of a stage. MFU is omitted for architectures that cannot be traced."""
+    settings, length = config.stage[stage], config.data.max_seq_len
+    rows, block_size = settings.global_batch_size, config.model.draft.block_size
     try:
-        sizes = Sizes.from_config(target_config.to_dict(), **draft_shape(config))
-        if config.adapter:
-            sizes = sizes.with_lora(config.adapter.rank, config.adapter.target_modules)
-    except ValueError:
-        flops = None
-    else:
-        blocks = rows * settings.num_anchors * draft.block_size
+        module = meta_module(config, stage, target_config)
         parts = step_flops(
-            sizes,
-            stage,
+            module.loss,
+            module.draft,
             rows=rows,
             max_seq_len=length,
             num_anchors=settings.num_anchors,
-            slot0_loss=settings.module.slot0_loss,
-            teacher=config.objective.kl > 0 or config.objective.tv > 0,
             clean_pairs=rows * training.pairs / len(training),
-            mask_pairs=blocks * (training.pairs / training.tokens + draft.block_size),
+            mask_pairs=rows * settings.num_anchors * block_size * (training.pairs / training.tokens + block_size),
         )
+    except ValueError:
+        flops = None
+    else:
         flops = sum(parts.values())
     dtype = getattr(torch, arithmetic(config))
     return Monitor(every=LOG_EVERY, rows=rows, tokens=rows * length, flops=flops, dtype=dtype)

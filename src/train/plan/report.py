@@ -1,30 +1,23 @@
 """`plan=true`: cost of a run, estimated from its settings without downloading, loading or training anything."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from transformers import PretrainedConfig
 
 from data.config.compose import preset
 from data.errors import UserError
 from data.terminal import terminal
 from models.cost.hardware import GIB, GPUS
 from models.cost.memory import FLOAT32, PARTS
-from models.cost.sizes import ATTENTION_TUNING, Sizes
 from train.names import TRAINED
-from train.plan.estimate import (
-    DTYPE_BYTES,
-    LIBRARIES,
-    Estimate,
-    Machine,
-    disk_parts,
-    estimate,
-    machine_of,
-    target_sizes,
-)
+from train.plan.estimate import LIBRARIES, Estimate, Machine, disk_parts, estimate, machine_of
+from train.plan.target import local_config
 
 GB = 10**9
 
@@ -39,18 +32,20 @@ def plan(config: DictConfig) -> None:
     chosen = [stage for stage in TRAINED if stage in config.stages]
     if not chosen:
         raise UserError(f"plan=true is about the training stages; choose one or more of {', '.join(TRAINED)}.")
-    sizes, machine = target_sizes(config), machine_of(config)
-    estimates = [estimate(config, stage, sizes, machine) for stage in chosen]
-    print_plan(terminal(), config, sizes, machine, estimates)
-    refusals = [refusal(config, sizes, machine, e) for e in estimates if not e.fits]
+    target, machine = local_config(config), machine_of(config)
+    estimates = [estimate(config, stage, target, machine) for stage in chosen]
+    print_plan(terminal(), config, target, machine, estimates)
+    refusals = [refusal(config, target, machine, e) for e in estimates if not e.fits]
     if refusals:
         raise UserError("\n".join(refusals))
 
 
-def print_plan(console: Console, config: DictConfig, sizes: Sizes, machine: Machine, estimates: list[Estimate]) -> None:
+def print_plan(
+    console: Console, config: DictConfig, target: PretrainedConfig, machine: Machine, estimates: list[Estimate]
+) -> None:
     """Print memory, FLOPs and time of the stages, and host memory and disk usage."""
     tables = _memory(machine, estimates), _arithmetic(config, machine, estimates)
-    for table in (*tables, _elsewhere(config, sizes, machine, estimates)):
+    for table in (*tables, _elsewhere(config, target, machine, estimates)):
         console.print(table)
     hours = sum(e.seconds * e.steps for e in estimates) / 3600
     console.print(f"all steps: {_figure(hours)} hours; validation and evaluation are not counted")
@@ -72,8 +67,8 @@ def _memory(machine: Machine, estimates: list[Estimate]) -> Table:
     table.add_section()
     table.add_row("peak", *(_figure(e.bytes / GIB) for e in estimates))
     table.add_row("in the phase", *(e.phase for e in estimates))
-    table.add_row("to be had", *(_figure(e.limit / GIB) for e in estimates))
-    table.add_row("rows in a pass, passes", *(f"{e.setup.rows}, {e.setup.passes}" for e in estimates))
+    table.add_row("available", *(_figure(e.limit / GIB) for e in estimates))
+    table.add_row("rows per micro-batch, micro-batches", *(f"{e.rows}, {e.micro_batches}" for e in estimates))
     return table
 
 
@@ -91,18 +86,18 @@ def _arithmetic(config: DictConfig, machine: Machine, estimates: list[Estimate])
     return table
 
 
-def _elsewhere(config: DictConfig, sizes: Sizes, machine: Machine, estimates: list[Estimate]) -> Table:
+def _elsewhere(config: DictConfig, target: PretrainedConfig, machine: Machine, estimates: list[Estimate]) -> Table:
     """Tabulate disk usage and, for GPU runs, host memory."""
-    target, last = config.model.target, estimates[-1].stage
-    download = 0 if target.name is None or Path(target.name).exists() else 2 * sizes.target_parameters
+    settings, weights = config.model.target, estimates[-1].weights
+    download = 0 if settings.name is None or Path(settings.name).exists() else 2 * weights.target
     rows = {"disk: download of the target, in bfloat16": download}
-    parts = disk_parts(config, sizes, [*(e.stage for e in estimates), "export"])
+    parts = disk_parts(config, target, [*(e.stage for e in estimates), "export"])
     rows |= {f"disk: {name}": count for name, count in parts.items()}
     if machine.gpu:
         # Each rank loads the full target to host memory before moving it to the GPU, even under ZeRO 3.
-        weights = sizes.target_parameters * DTYPE_BYTES[target.dtype] + FLOAT32 * sizes.held_parameters(last)
-        rows["host memory of a rank, while it loads"] = weights + LIBRARIES
-        rows[f"host memory of a node, {machine.per_node} ranks"] = machine.per_node * (weights + LIBRARIES)
+        rank = weights.target * getattr(torch, settings.dtype).itemsize + FLOAT32 * weights.drafter + LIBRARIES
+        rows["host memory of a rank, while it loads"] = rank
+        rows[f"host memory of a node, {machine.per_node} ranks"] = machine.per_node * rank
     table = _table("Disk, without the data, and host memory, GB", "part", ["GB"])
     for name, size in rows.items():
         table.add_row(name, _figure(size / GB))
@@ -114,40 +109,49 @@ def _figure(value: float) -> str:
     return "0" if not value else f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def refusal(config: DictConfig, sizes: Sizes, machine: Machine, estimated: Estimate) -> str:
+def refusal(config: DictConfig, target: PretrainedConfig, machine: Machine, estimated: Estimate) -> str:
     """Explain why a stage does not fit, and list changes that make it fit."""
     stage = estimated.stage
     text = (
-        f"{stage} takes {estimated.bytes / GIB:.1f} GiB on each rank, and {estimated.limit / GIB:.1f} GiB of "
-        f"{machine.memory / GIB:.1f} are to be had ({machine.name})."
+        f"{stage} takes {estimated.bytes / GIB:.1f} GiB on each rank, but {estimated.limit / GIB:.1f} GiB of "
+        f"{machine.memory / GIB:.1f} are available ({machine.name})."
     )
     ways = []
     for kind in ways_out(config, stage, machine):
-        ways += first_that_fits(config, stage, sizes, kind)
+        ways += first_that_fits(config, stage, target, kind)
     if not ways:
         for kind in lesser_training(config, stage):
-            ways += first_that_fits(config, stage, sizes, kind)
+            ways += first_that_fits(config, stage, target, kind)
     if machine.gpu:
         larger = sorted(GPUS, key=lambda name: GPUS[name].memory)
-        ways += first_that_fits(config, stage, sizes, ({"hardware.gpu": name} for name in larger))
+        ways += first_that_fits(config, stage, target, [{"hardware.gpu": name} for name in larger])
     if not ways:
-        return f"{text} No change that was tried makes it fit; choose a smaller target."
+        return f"{text} None of the changes tried makes it fit; choose a smaller target."
     return f"{text} It would fit with any of these:\n" + "\n".join(ways)
 
 
-def first_that_fits(config: DictConfig, stage: str, sizes: Sizes, changes: Iterable[dict[str, Any]]) -> list[str]:
-    """Describe the first change with which the stage fits, including its new estimate. Empty if none fits."""
-    for change in changes:
-        changed = apply(config, change)
-        machine = machine_of(changed)
-        try:
-            again = estimate(changed, stage, sizes, machine)
-        except UserError:
-            continue  # the rows of a step do not divide evenly
-        if again.fits:
-            words = " ".join(f"{key}={_as_written(value)}" for key, value in change.items())
-            return [f"  {words}   ({again.bytes / GIB:.1f} GiB, {machine.name})"]
-    return []
+def first_that_fits(
+    config: DictConfig, stage: str, target: PretrainedConfig, changes: list[dict[str, Any]]
+) -> list[str]:
+    """Describe the first change with which the stage fits, including its new estimate. Empty if none fits.
+
+    The last change saves the most, so if that does not fit, the others are not tried.
+    """
+    if not changes or _fitting(config, stage, target, changes[-1]) is None:
+        return []
+    return [next(filter(None, (_fitting(config, stage, target, change) for change in changes)))]
+
+
+def _fitting(config: DictConfig, stage: str, target: PretrainedConfig, change: dict[str, Any]) -> str | None:
+    """Describe a change and its estimate; None if the stage does not fit, or its rows do not divide evenly."""
+    changed = apply(config, change)
+    machine = machine_of(changed)
+    try:
+        again = estimate(changed, stage, target, machine)
+    except UserError:
+        return None
+    words = " ".join(f"{key}={_as_written(value)}" for key, value in change.items())
+    return f"  {words}   ({again.bytes / GIB:.1f} GiB, {machine.name})" if again.fits else None
 
 
 def _as_written(value: Any) -> str:
@@ -167,7 +171,7 @@ def apply(config: DictConfig, change: dict[str, Any]) -> DictConfig:
     return changed
 
 
-def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Iterable[dict[str, Any]]]:
+def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[list[dict[str, Any]]]:
     """Yield groups of changes that do not affect the training result, starting with the least invasive."""
     settings, here = config.stage[stage], f"stage.{stage}"
     share = max(1, settings.global_batch_size // machine.ranks)
@@ -190,10 +194,10 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[Itera
 
 def _trains_layers(config: DictConfig, stage: str) -> bool:
     """Return whether a stage stores activations of the draft layers, which checkpointing could recompute."""
-    return stage == ATTENTION_TUNING or config.stage[stage].module.joint
+    return stage == "attention_tuning" or config.stage[stage].module.joint
 
 
-def lesser_training(config: DictConfig, stage: str) -> Iterator[Iterable[dict[str, Any]]]:
+def lesser_training(config: DictConfig, stage: str) -> Iterator[list[dict[str, Any]]]:
     """Yield groups of changes that reduce training quality: lower precision, fewer blocks, shorter rows."""
     settings, here = config.stage[stage], f"stage.{stage}"
     least = {f"{here}.micro_batch_size": 1, f"{here}.module.chunk": min(256, settings.module.chunk)}
