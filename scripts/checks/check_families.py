@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from data.batch import Batch
 from data.preprocess.anchors import make_batch, valid_anchors
-from data.preprocess.chat_template import Document
+from data.preprocess.document import Document
 from data.preprocess.packing import pack_documents
 from models.decoding.flex import generate
 from models.decoding.reference import draft_logits

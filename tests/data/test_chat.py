@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from helpers.chat import TARGET, encoder_for
+from helpers.chat import TARGET, encoder_for, supervised_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -88,36 +88,51 @@ def bytes_of_token(tokenizer):
     return lambda token: token.encode() if token in special else bytes(alphabet[c] for c in token)
 
 
+def answered(messages):
+    """The conversation up to and including each answer."""
+    return [messages[: turn + 1] for turn, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def as_bytes(pieces):
+    """The bytes of a reference's pieces, up to the end of the last supervised one: before it, and its own."""
+    last = max(i for i, (_, supervised) in enumerate(pieces) if supervised)
+    first = next(i for i in range(last, -1, -1) if i == 0 or not pieces[i - 1][1])
+    return ["".join(text for text, _ in part).encode() for part in (pieces[:first], pieces[first : last + 1])]
+
+
 @pytest.mark.slow(but="[qwen3]")
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations())
 @settings(max_examples=150, deadline=None)
 def test_supervision_equals_a_reference_per_byte(name, messages):
     encoder, tokenizer, reference = ENCODERS[name]
-    document = encoder.conversation(messages)
-    expected = [(byte, answer) for text, answer in reference(messages) for byte in text.encode()]
-    to_bytes, at = bytes_of_token(tokenizer), 0
-    for token, supervised in zip(
-        tokenizer.convert_ids_to_tokens(document.input_ids.tolist()), document.supervised.tolist(), strict=True
-    ):
-        content = to_bytes(token)
-        assert [(byte, supervised) for byte in content] == expected[at : at + len(content)]
-        at += len(content)
-    assert at == len(expected)
+    to_bytes = bytes_of_token(tokenizer)
+    found = [
+        [b"".join(map(to_bytes, tokenizer.convert_ids_to_tokens(part))) for part in run]
+        for run in supervised_runs(encoder.documents(messages))
+    ]
+    assert sorted(found) == sorted(as_bytes(list(reference(part))) for part in answered(messages))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations())
 @settings(max_examples=100, deadline=None)
-def test_a_conversation_starts_with_the_tokens_of_its_prompt(name, messages):
+def test_each_answer_follows_the_tokens_of_its_prompt(name, messages):
     """Training sees the same tokens before the answer as decoding, even if the answer starts with a space."""
     encoder = ENCODERS[name][0]
-    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    if last != len(messages) - 1 or any(m["content"][0].isspace() for m in messages[:last]):
-        return  # inside a longer conversation, an answer that starts with a space merges with its prompt
-    prompt, document = encoder.prompt(messages[:last]), encoder.conversation(messages)
-    assert document.input_ids[: len(prompt)].tolist() == prompt
-    assert not document.supervised[len(prompt) - 1] and document.supervised[len(prompt) :].any()
+    prompts = [prompt for prompt, _ in supervised_runs(encoder.documents(messages))]
+    assert sorted(prompts) == sorted(encoder.prompt(part[:-1]) for part in answered(messages))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(messages=conversations())
+@settings(max_examples=50, deadline=None)
+def test_documents_end_with_an_answer_and_the_whitespace_after_it(name, messages):
+    encoder, tokenizer, _ = ENCODERS[name]
+    for document in encoder.documents(messages):
+        last = document.answers[-1]
+        assert document.document.supervised[last.end - 1] and len(document.document.input_ids) == last.after
+        assert not tokenizer.decode(document.document.input_ids[last.end :]).strip()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -125,14 +140,15 @@ def test_tokens_equal_those_of_the_tokenizer(name):
     encoder, tokenizer, reference = ENCODERS[name]
     messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4.\n\n#### 4"}]
     text = "".join(piece for piece, _ in reference(messages))
-    assert encoder.conversation(messages).input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    (only,) = encoder.documents(messages)
+    assert only.document.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_transformers_marks_the_same_tokens(tiny_tokenizer):
-    """Compare the spans of the generation markers with those of transformers."""
+    """Compare the supervised tokens with those between the generation markers, which transformers finds."""
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}] * 2
     theirs = tiny_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ours = ChatEncoder(tiny_tokenizer, {}).conversation(messages)
+    ours = ChatEncoder(tiny_tokenizer, {}).documents(messages)[0].document
     assert ours.input_ids.tolist() == theirs["input_ids"]
     assert ours.supervised.tolist() == [bool(x) for x in theirs["assistant_masks"]]
 
@@ -149,12 +165,14 @@ def test_an_answer_that_merges_with_its_prompt_is_tokenized_separately():
     tokenizer.chat_template = MERGING
     messages = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "e 4"}] * 2
     encoder = ChatEncoder(tokenizer, {})
-    prompt, document = encoder.prompt(messages[:1]), encoder.conversation(messages)
-    joint = tokenizer(encoder.render(messages).text, add_special_tokens=False)["input_ids"]
-    assert joint[: len(prompt)] != prompt  # "the" is one token
-    assert document.input_ids[: len(prompt)].tolist() == prompt
-    assert tokenizer.decode(document.input_ids) == encoder.render(messages).text
-    assert tokenizer.decode(document.input_ids[document.supervised]) == "e 4<|im_end|>" * 2
+    runs = supervised_runs(encoder.documents(messages))
+    for (prompt, answer), turn in zip(runs, (1, 3), strict=True):
+        text = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        joint = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert prompt == encoder.prompt(messages[:turn])
+        assert joint[: len(prompt)] != prompt  # "the" is one token
+        assert tokenizer.decode(prompt + answer) == text
+        assert tokenizer.decode(answer) == "e 4<|im_end|>"
 
 
 def test_whitespace_at_the_start_of_an_answer_is_supervised():
@@ -164,17 +182,19 @@ def test_whitespace_at_the_start_of_an_answer_is_supervised():
     for trims in (False, True):
         tokenizer = load_tokenizer(TARGET)
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
-        documents.append(ChatEncoder(tokenizer, {}).conversation(messages))
+        documents.append(ChatEncoder(tokenizer, {}).documents(messages)[0].document)
     assert documents[0].supervised.tolist() == documents[1].supervised.tolist()
     assert tokenizer.decode(documents[1].input_ids[documents[1].supervised]) == "  \nb \n c<|im_end|>"
 
 
-def test_reasoning_is_supervised_in_the_last_answer_only():
+def test_reasoning_is_supervised_in_each_answer():
+    """The template drops it from the earlier answers: each has a document of its own."""
     encoder, tokenizer, _ = ENCODERS["qwen3 thinking"]
     answers = ["<think>\nx\n</think>\n\nb", "<think>\ny\n</think>\n\nd"]
     messages = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
-    document = encoder.conversation(messages)
-    assert tokenizer.decode(document.input_ids[document.supervised]) == answers[1] + "<|im_end|>"
+    runs = supervised_runs(encoder.documents(messages))
+    assert [tokenizer.decode(answer) for _, answer in runs] == [answer + "<|im_end|>" for answer in answers]
+    assert "x" not in tokenizer.decode(runs[1][0])
 
 
 def test_a_special_token_in_the_text_is_rejected():

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from data.batch import IGNORE
 from data.errors import UserError
+from data.preprocess import table
 from data.preprocess import tokenized as documents
 from data.preprocess.anchors import block_labels, valid_anchors
-from data.preprocess.chat_template import ChatEncoder, Document
+from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.document import Document
 from data.preprocess.packing import best_fit, pack_documents
-from data.preprocess.prepare import prepare
+from data.preprocess.prepare import describe, describe_answers, prepare
 from data.preprocess.tokenized import TokenizeSettings, tokenize
 from data.sources.readers import open_sources
 
@@ -100,21 +102,26 @@ def test_an_interrupted_tokenization_is_not_taken_for_complete(tmp_path, tiny_to
     monkeypatch.setattr("data.sources.readers.CHUNK_RECORDS", 2)
     path = write(tmp_path / "data.jsonl", *(turns(1, name=str(i)) for i in range(5)))
     with monkeypatch.context() as patch:
-        patch.setattr(documents, "fit_to_row", lambda *_: 1 / 0)
+        patch.setattr(table, "fit_to_row", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             read(path, tiny_tokenizer)
     assert len(read(path, tiny_tokenizer)[0]) == 5
+
+
+def input_ids(encoder, messages):
+    (only,) = encoder.documents(messages)
+    return only.document.input_ids
 
 
 def test_long_conversations_are_truncated_or_dropped(tmp_path, tiny_tokenizer):
     short, long, oversized = turns(1), turns(6), turns(1, words=300)
     path = write(tmp_path / "data.jsonl", short, long, oversized)
     encoder = ChatEncoder(tiny_tokenizer, {})
-    full = [encoder.conversation(c).input_ids for c in (short, long, oversized)]
-    fits = max(n for n in range(1, 6) if len(encoder.conversation(turns(n)).input_ids) <= 100)
+    full = [input_ids(encoder, c) for c in (short, long, oversized)]
+    fits = max(n for n in range(1, 6) if len(input_ids(encoder, turns(n))) <= 100)
     assert 1 <= fits < 6
     cut, _ = read(path, tiny_tokenizer, max_seq_len=100)
-    assert [d.input_ids.tolist() for d in cut] == [encoder.conversation(turns(n)).input_ids.tolist() for n in (1, fits)]
+    assert [d.input_ids.tolist() for d in cut] == [input_ids(encoder, turns(n)).tolist() for n in (1, fits)]
     assert cut.outcomes() == {"kept": 1, "truncated": 1, "too long": 1, "no anchor": 0, "bad": 0}
     assert cut.column("tokens").tolist() == [len(full[0]), len(full[1])]  # before truncation
     anywhere, _ = read(path, tiny_tokenizer, max_seq_len=100, truncation="token")
@@ -125,10 +132,8 @@ def test_long_conversations_are_truncated_or_dropped(tmp_path, tiny_tokenizer):
     assert dropped.outcomes() == {"kept": 1, "truncated": 0, "too long": 2, "no anchor": 0, "bad": 0}
 
 
-def test_the_longest_prefix_that_fits_is_kept_even_if_a_shorter_one_has_more_tokens(
-    tmp_path, tiny_tokenizer, monkeypatch
-):
-    """Qwen3's template drops the reasoning of an answer if another turn follows."""
+def test_each_answer_that_fits_is_kept_even_if_an_earlier_one_is_too_long(tmp_path, tiny_tokenizer, monkeypatch):
+    """Qwen3's template drops the reasoning of an answer if another turn follows: each answer has its own document."""
     template = (Path(__file__).parents[1] / "templates" / "qwen3.jinja").read_text()
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     answers = [
@@ -138,10 +143,49 @@ def test_the_longest_prefix_that_fits_is_kept_even_if_a_shorter_one_has_more_tok
         "<think>\n" + "y " * 200 + "\n</think>\n\nd",
     ]
     messages = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
-    cut, encoder = read(write(tmp_path / "data.jsonl", messages), tiny_tokenizer, max_seq_len=150)
-    lengths = [len(encoder.conversation(messages[:n]).input_ids) for n in (2, 4, 6, 8)]
+    path = write(tmp_path / "data.jsonl", messages, turns(1))
+    cut, encoder = read(path, tiny_tokenizer, max_seq_len=150)
+    lengths = [len(document.document.input_ids) for document in encoder.documents(messages)]
     assert lengths[0] <= 150 < lengths[1] and lengths[2] <= 150 < lengths[3]
-    assert [len(d.input_ids) for d in cut] == [lengths[2]]
+    assert [len(d.input_ids) for d in cut][:2] == [lengths[0], lengths[2]]
+    assert cut.outcomes()["truncated"] == cut.outcomes()["kept"] == 1 and cut.records.tolist() == [0, 0, 1]
+    assert cut.lost_tokens() == (lengths[1] + lengths[3], 0)
+    counts = cut.answers()
+    assert (counts["answers"], counts["supervised"], counts["separate"], counts["refused"]) == (5, 3, 1, 0)
+    dropped, _ = read(path, tiny_tokenizer, max_seq_len=150, truncation="drop")
+    assert dropped.outcomes()["too long"] == 1 and len(dropped) == 1
+    assert dropped.lost_tokens() == (0, sum(lengths))
+
+
+def test_documents_of_a_conversation_are_all_in_training_or_all_in_validation(tmp_path, tiny_tokenizer, monkeypatch):
+    template = (Path(__file__).parents[1] / "templates" / "qwen3.jinja").read_text()
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    path = write(tmp_path / "data.jsonl", *(turns(1 + i % 3, name=f"number{i}") for i in range(40)))
+    prepared = rows_of(path, tiny_tokenizer, num_proc=1)
+    sets = [
+        {tiny_tokenizer.decode(document.input_ids).split()[1] for document in rows.documents}
+        for rows in (prepared.training, prepared.validation)
+    ]
+    assert [len(names) for names in sets] == [20, 20] and not sets[0] & sets[1]
+    assert len(prepared.documents) == sum(1 + i % 3 for i in range(40))
+
+
+def test_refused_answers_are_listed_and_the_others_kept(tmp_path, tiny_tokenizer, monkeypatch):
+    """The prompt opens a reasoning block, so an answer without reasoning is not what decoding would produce."""
+    template = (Path(__file__).parent / "templates" / "qwq.jinja").read_text()
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    answers = ["a b c", "<think>\nx y\n</think>\n\nd e f"]
+    mixed = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
+    path = write(tmp_path / "data.jsonl", mixed, mixed[:2], *[mixed] * 30)
+    prepared = rows_of(path, tiny_tokenizer, num_proc=1)
+    assert prepared.documents.outcomes()["kept"] == 31 and prepared.documents.outcomes()["bad"] == 1
+    assert prepared.documents.answers()["refused"] == 32
+    listed = [json.loads(line) for line in prepared.rejects.read_text().splitlines()]
+    assert len(listed) == 32 and all(entry["reason"].startswith("turn 2: the prompt opens") for entry in listed)
+    assert f"(31 kept, 1 bad, 32 answers refused, listed in {prepared.rejects})" in describe(prepared)
+    assert describe_answers(prepared.documents) == (
+        "Of 63 answers, 31 are supervised in the first document of their conversation, 32 are refused."
+    )
 
 
 def test_data_without_a_usable_conversation_is_an_error(tmp_path, tiny_tokenizer):
@@ -198,9 +242,9 @@ def test_no_block_crosses_a_document_or_an_unsupervised_token(masks, max_seq_len
 def test_anchors_and_longest_answer_of_a_document_equal_those_of_its_row(mask):
     document = Document(np.ones(len(mask), np.int32), np.array(mask))
     (row,) = pack_documents([document], len(mask), pad_id=0)
-    assert documents._num_anchors(document) == len(valid_anchors(row))
+    assert table._num_anchors(document) == len(valid_anchors(row))
     runs = "".join("x" if m else " " for m in mask).split()
-    assert documents.longest_answer(document.supervised) == max(map(len, runs), default=0)
+    assert table.longest_answer(document.supervised) == max(map(len, runs), default=0)
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80))

@@ -28,7 +28,7 @@ def test_only_variables_that_change_a_conversation_count_as_read(name):
         texts = set()
         for value in (True, False, "some text"):
             own = ChatEncoder(tokenizer, {variable: value})
-            texts |= {own._text(messages), own._text(messages[:2], generation_prompt=True) + "prompt"}
+            texts |= {own._render(messages, False), own._render(messages[:2], True) + "prompt"}
         assert len(texts) == 2 or variable in read
 
 

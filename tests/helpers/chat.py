@@ -27,3 +27,14 @@ def encoder_for(template, template_kwargs):
             }
         )
     return ChatEncoder(tokenizer, template_kwargs), tokenizer
+
+
+def supervised_runs(documents):
+    """The tokens before each supervised run of tokens, and the run, over the documents of a conversation."""
+    runs = []
+    for document in documents:
+        ids, mask = document.document.input_ids.tolist(), document.document.supervised.tolist()
+        starts = [i for i in range(len(ids)) if mask[i] and not (i and mask[i - 1])]
+        ends = [i for i in range(1, len(ids) + 1) if mask[i - 1] and not (i < len(ids) and mask[i])]
+        runs += [(ids[:start], ids[start:end]) for start, end in zip(starts, ends, strict=True)]
+    return runs

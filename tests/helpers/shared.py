@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.preprocess.chat_template import Document
+from data.preprocess.document import Document
 from models.draft import DraftModel
 from models.draft_config import DraftConfig
 from models.target import load_target

@@ -13,7 +13,7 @@ from helpers.shared import random_documents, random_draft, random_target
 from helpers.training import data, module, rows, trainer
 
 from data.errors import UserError
-from data.preprocess.chat_template import Document
+from data.preprocess.document import Document
 from data.preprocess.packing import pack_documents
 from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import generate

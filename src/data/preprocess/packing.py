@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.batch import PADDING_DOCUMENT
-from data.preprocess.chat_template import Document
+from data.preprocess.document import Document
 
 
 @dataclass

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import UserError
-from data.preprocess.chat_template import ChatEncoder, Document
+from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.document import Document
 from data.preprocess.packing import PackedRows
-from data.preprocess.tokenized import BAD, OUTCOMES, Documents, TokenizeSettings, tokenize
+from data.preprocess.table import BAD, NO_ANCHOR, OUTCOMES, TOO_LONG, TokenizeSettings
+from data.preprocess.tokenized import Documents, tokenize
 from data.sources.readers import Source
-from data.sources.rejects import handle_rejects
+from data.sources.rejects import common_reasons, handle_rejects
 
 
 @dataclass
@@ -54,17 +56,23 @@ def prepare(
 ) -> Prepared:
     """Tokenize and shuffle conversations, split off `validation_records` of them and pack both sets into rows.
 
-    Bad records are written to `rejects`; they stop the run unless `bad_records` is "skip".
+    Bad records are written to `rejects`; they stop the run unless `bad_records` is "skip". Records of which only some
+    answers are refused are also listed there.
 
     Raises:
         UserError: bad records with policy "stop", no training data, or no answer with at least `block_size` tokens.
     """
     settings = TokenizeSettings(max_seq_len=max_seq_len, truncation=truncation)
     documents = tokenize(sources, encoder, settings, num_proc=num_processes(num_proc))
-    handle_rejects(documents.rejects(), documents.table.num_rows, bad_records, rejects)
-    _check(documents, block_size, max_seq_len, validation_records)
-    order = np.random.default_rng(seed).permutation(len(documents))
-    validation, training = order[:validation_records], order[validation_records:]
+    total = sum(documents.outcomes().values())
+    handle_rejects(documents.rejects(), total, bad_records, rejects, also_listed=documents.refused())
+    _check(documents, block_size, max_seq_len, validation_records, rejects)
+    # Shuffle records, not documents: those of one conversation must not be in both sets.
+    num_records = int(documents.records[-1]) + 1
+    rank = np.argsort(np.random.default_rng(seed).permutation(num_records))[documents.records]  # [documents]
+    order = np.argsort(rank, kind="stable")
+    split = int((rank < validation_records).sum())
+    validation, training = order[:split], order[split:]
 
     def pack(indices: np.ndarray) -> PackedRows:
         return PackedRows(Subset(documents, indices), documents.lengths[indices], max_seq_len, encoder.pad_id)
@@ -83,30 +91,62 @@ def describe(prepared: Prepared) -> str:
     """One-line dataset summary: records by outcome, tokens kept and lost, training rows, packing efficiency."""
     documents, rows = prepared.documents, prepared.training
     outcomes = documents.outcomes()
-    listed = f", listed in {prepared.rejects}" if outcomes[OUTCOMES[BAD]] else ""
+    answers = documents.answers()
     counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items() if count)
+    refused = f", {answers['refused']:,} answers refused" if answers["refused"] else ""
+    listed = f", listed in {prepared.rejects}" if outcomes[OUTCOMES[BAD]] or refused else ""
     kept, lost = int(documents.lengths.sum()), sum(documents.lost_tokens())
     return (
-        f"data: {sum(outcomes.values()):,} records ({counts}{listed}), {kept:,} tokens kept ({lost:,} truncated or "
-        f"dropped), {len(rows):,} training rows with a packing efficiency of {rows.efficiency():.1%}"
+        f"data: {sum(outcomes.values()):,} records ({counts}{refused}{listed}), {kept:,} tokens kept ({lost:,} "
+        f"truncated or dropped), {len(rows):,} training rows with a packing efficiency of {rows.efficiency():.1%}"
     )
 
 
-def _check(documents: Documents, block_size: int, max_seq_len: int, validation_records: int) -> None:
+def describe_answers(documents: Documents) -> str:
+    """Return one sentence that accounts for every answer of the valid records."""
+    found = documents.answers()
+    lost = found["answers"] - found["refused"] - found["supervised"]
+    shared = found["supervised"] - found["separate"]
+    parts = [
+        f"{shared:,} are supervised in the first document of their conversation",
+        f"{found['separate']:,} in a further document, because the chat template rewrites earlier turns",
+        f"{lost:,} are lost to truncation or too short for a block",
+        f"{found['refused']:,} are refused",
+    ]
+    counts = (shared, found["separate"], lost, found["refused"])
+    stated = [part for part, count in zip(parts, counts, strict=True) if count]
+    return f"Of {found['answers']:,} answers, {', '.join(stated) or 'none is supervised'}."
+
+
+def _check(documents: Documents, block_size: int, max_seq_len: int, validation_records: int, rejects: Path) -> None:
     longest = int(documents.column("longest").max(initial=0))
-    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in documents.outcomes().items())
+    outcomes = documents.outcomes()
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
     if not len(documents):
         raise UserError(
-            f"data.path contains no conversations to train on ({counts}). If they are too long, increase "
-            f"data.max_seq_len={max_seq_len} or set data.truncation=token."
+            f"data.path contains no conversations to train on ({counts}).{_cause(documents, max_seq_len, rejects)}"
         )
     if longest < block_size:
         raise UserError(
             f"model.draft.block_size={block_size}: expected at most {longest}, the length of the longest answer in "
             f"data.path (data.max_seq_len={max_seq_len}). Reduce the block size, or use data with longer answers."
         )
-    if validation_records >= len(documents):
+    usable = int(documents.records[-1]) + 1
+    if validation_records >= usable:
         raise UserError(
             f"data.validation_records={validation_records} leaves no training data: data.path contains "
-            f"{len(documents):,} usable conversations ({counts}). Reduce the setting."
+            f"{usable:,} usable conversations ({counts}). Reduce the setting."
         )
+
+
+def _cause(documents: Documents, max_seq_len: int, rejects: Path) -> str:
+    """Explain why no document is left: the most common reason of bad records, or the lengths."""
+    outcomes, text = documents.outcomes(), ""
+    if outcomes[OUTCOMES[BAD]]:
+        reason, count, where = common_reasons(documents.rejects(), 1)[0]
+        text += f" Most common reason of bad records ({count:,}, first at {where}): {reason}. Full list: {rejects}."
+    if outcomes[OUTCOMES[TOO_LONG]]:
+        text += f" Increase data.max_seq_len={max_seq_len} or set data.truncation=token for those that are too long."
+    if outcomes[OUTCOMES[NO_ANCHOR]]:
+        text += " An answer needs two tokens within data.max_seq_len for an anchor."
+    return text

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -13,50 +13,42 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as compute
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 
-from data.errors import BadRecord
-from data.preprocess.anchors import anchor_indices
-from data.preprocess.chat_template import ChatEncoder, Document, Rendered
-from data.sources.readers import Chunk, Source, fingerprint
-from data.sources.records import Messages, conversation
-from data.sources.rejects import TEXT_CHARACTERS, Reject, printable, reject
-
-OUTCOMES = ("kept", "truncated", "too long", "no anchor", "bad")  # outcome of a record
-KEPT, TRUNCATED, TOO_LONG, NO_ANCHOR, BAD = range(len(OUTCOMES))
-FEATURES = Features(
-    part=Value("int32"),  # index of the source
-    place=Value("int64"),  # line number or row index in its source
-    outcome=Value("int8"),  # index into OUTCOMES
-    reason=Value("string"),  # error message of a bad record
-    raw=Value("string"),  # start of a bad record, up to TEXT_CHARACTERS
-    tokens=Value("int32"),  # length of the conversation before truncation
-    anchors=Value("int32"),  # number of valid anchors
-    longest=Value("int32"),  # length of the longest answer in tokens
-    digest=Value("int64"),  # hash of the messages, to find duplicates
-    input_ids=List(Value("int32")),
-    supervised=List(Value("bool")),
+from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.document import Document
+from data.preprocess.table import (
+    BAD,
+    FEATURES,
+    KEPT,
+    NO_ANCHOR,
+    NOTES,
+    OUTCOMES,
+    TOO_LONG,
+    TRUNCATED,
+    TokenizeSettings,
+    table_rows,
 )
+from data.sources.readers import Chunk, Source, fingerprint
+from data.sources.rejects import Reject, reject
+
 # Modules that determine the table. Their text is part of the cache key.
-CODE = ("preprocess/anchors", "preprocess/chat_template", "preprocess/tokenized", "sources/records", "sources/readers")
-
-
-@dataclass(frozen=True)
-class TokenizeSettings:
-    """Settings that, with the records and the encoder, determine the tokens."""
-
-    max_seq_len: int
-    truncation: str  # turn: keep the leading turns that fit; token: cut at max_seq_len; drop: skip the conversation
+PREPROCESS = "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table"
+CODE = (*(f"preprocess/{name}" for name in PREPROCESS), "sources/records", "sources/readers")
 
 
 class Documents(Sequence[Document]):
-    """Memory-mapped tokenized conversations in record order, without rejected and dropped records."""
+    """Memory-mapped tokenized documents in record order, without rejected and dropped records.
+
+    A record has several documents if the chat template rewrites earlier turns.
+    """
 
     def __init__(self, table: Dataset, sources: list[Source]) -> None:
         self.table, self.sources = table, sources
         self.indices = np.flatnonzero(np.isin(table.data.column("outcome").to_numpy(), (KEPT, TRUNCATED)))
         self._tokens = table.select_columns(["input_ids", "supervised"]).with_format("numpy")
+        self._first = np.flatnonzero(table.data.column("document").to_numpy() == 0)  # [records] their first rows
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -66,9 +58,14 @@ class Documents(Sequence[Document]):
         return Document(row["input_ids"], row["supervised"])
 
     def column(self, name: str, *, all_records: bool = False) -> np.ndarray:
-        """Return a numeric column, [documents] or with `all_records` [records]."""
+        """Return a numeric column: [documents], or with `all_records` [records] of the first row of each record."""
         column = self.table.data.column(name).to_numpy()
-        return column if all_records else column[self.indices]
+        return column[self._first if all_records else self.indices]
+
+    @cached_property
+    def records(self) -> np.ndarray:
+        """[documents] numbers of the kept records, from 0, ascending."""
+        return np.cumsum(self.column("document") == 0) - 1
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -85,15 +82,29 @@ class Documents(Sequence[Document]):
         counts = np.bincount(self.column("outcome", all_records=True), minlength=len(OUTCOMES))
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
+    def answers(self) -> dict[str, int]:
+        """Return counts of answers: all, refused, supervised, those in a further document of their record, NOTES."""
+        counts = {name: int(self.column(name, all_records=True).sum()) for name in ("answers", "refused", *NOTES)}
+        supervised, document = self.column("supervised_answers"), self.column("document")
+        return counts | {"supervised": int(supervised.sum()), "separate": int(supervised[document > 0].sum())}
+
     def lost_tokens(self) -> tuple[int, int]:
         """Return the tokens lost to truncation and those of dropped conversations (too long, or without an anchor)."""
         tokens, outcome = (self.column(name, all_records=True) for name in ("tokens", "outcome"))
         dropped = np.isin(outcome, (TOO_LONG, NO_ANCHOR))
-        return int(tokens[self.indices].sum() - self.lengths.sum()), int(tokens[dropped].sum())
+        return int(self.column("tokens").sum() - self.lengths.sum()), int(tokens[dropped].sum())
 
     def rejects(self) -> Iterator[Reject]:
         """Yield an entry of the rejects file for each bad record."""
-        for i in np.flatnonzero(self.column("outcome", all_records=True) == BAD).tolist():
+        return self._rejects(self.column("outcome", all_records=True) == BAD)
+
+    def refused(self) -> Iterator[Reject]:
+        """Yield an entry of the rejects file for each other record with a refused answer."""
+        outcome, refused = (self.column(name, all_records=True) for name in ("outcome", "refused"))
+        return self._rejects((outcome != BAD) & (refused > 0))
+
+    def _rejects(self, records: np.ndarray) -> Iterator[Reject]:
+        for i in self._first[records].tolist():
             row = self.table[i]
             yield reject(self.sources[row["part"]], row["place"], row["reason"], row["raw"])
 
@@ -155,79 +166,8 @@ def tokenize_chunk(
     """Tokenize the records of one chunk. Return the columns of `FEATURES`."""
     (number,) = columns.pop("part")
     source, chunk = sources[number], Chunk(**{name: value for name, (value,) in columns.items()})
-    rows: list[dict[str, Any]] = []
-    valid: list[tuple[dict[str, Any], Messages, Rendered]] = []
-    for raw in source.read(chunk):
-        row = {"part": number, "place": raw.position, "reason": "", "raw": "", "digest": 0, "tokens": 0}
-        rows.append(row)
-        try:
-            messages = raw.parse(conversation)
-            rendered = encoder.render(messages)
-        except BadRecord as error:
-            reason, text = printable(str(error)), raw.as_text()[:TEXT_CHARACTERS]
-            row |= {"outcome": BAD, "reason": reason, "raw": text} | _content(None)
-        else:
-            row["digest"] = _digest(messages)
-            valid.append((row, messages, rendered))
-    documents = encoder.tokenize([rendered for _, _, rendered in valid])
-    for (row, messages, _), document in zip(valid, documents, strict=True):
-        fitted = fit_to_row(document, messages, encoder, settings)
-        row |= {"outcome": _outcome(document, fitted), "tokens": len(document.input_ids)}
-        row |= _content(fitted if row["outcome"] in (KEPT, TRUNCATED) else None)
+    rows = list(table_rows(source.read(chunk), number, encoder, settings))
     return {name: [row[name] for row in rows] for name in FEATURES}
-
-
-def fit_to_row(
-    document: Document, messages: Messages, encoder: ChatEncoder, settings: TokenizeSettings
-) -> Document | None:
-    """Truncate a document to the row length. Return None if it must be dropped."""
-    limit = settings.max_seq_len
-    if len(document.input_ids) <= limit:
-        return document
-    if settings.truncation == "drop":
-        return None
-    if settings.truncation == "token":
-        return Document(document.input_ids[:limit], document.supervised[:limit])
-    # Re-tokenize instead of slicing: a template may render the last turn differently, so a conversation with fewer
-    # turns may even have more tokens.
-    ends = [turn for turn, message in enumerate(messages, start=1) if message["role"] == "assistant"][:-1]
-    shorter = (encoder.conversation(messages[:end]) for end in reversed(ends))
-    return next((document for document in shorter if len(document.input_ids) <= limit), None)
-
-
-def _outcome(document: Document, fitted: Document | None) -> int:
-    if fitted is None:
-        return TOO_LONG
-    if not _num_anchors(fitted):
-        return NO_ANCHOR
-    return KEPT if len(fitted.input_ids) == len(document.input_ids) else TRUNCATED
-
-
-def _content(document: Document | None) -> dict[str, Any]:
-    if document is None:
-        empty = np.zeros(0, np.int32)
-        return {"anchors": 0, "longest": 0, "input_ids": empty, "supervised": empty.astype(bool)}
-    return {
-        "anchors": _num_anchors(document),
-        "longest": longest_answer(document.supervised),
-        "input_ids": document.input_ids,
-        "supervised": document.supervised,
-    }
-
-
-def _num_anchors(document: Document) -> int:
-    return len(anchor_indices(document.supervised, np.arange(len(document.supervised))))
-
-
-def longest_answer(supervised: np.ndarray) -> int:
-    """Return the length of the longest run of supervised tokens."""
-    edges = np.diff(np.concatenate([[0], supervised.astype(np.int8), [0]]))
-    return int((np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).max(initial=0))
-
-
-def _digest(messages: Messages) -> int:
-    content = json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 def _lengths(table: Dataset, name: str) -> np.ndarray:

@@ -24,11 +24,12 @@ from tqdm import tqdm
 from data.config.compose import plain
 from data.config.validate import command_line
 from data.preprocess.chat_template import ChatEncoder, load_encoder
-from data.preprocess.prepare import Prepared, prepare
-from data.preprocess.tokenized import BAD, OUTCOMES
+from data.preprocess.prepare import Prepared, describe_answers, prepare
+from data.preprocess.tokenized import Documents
 from data.report import statistics
 from data.sources.readers import Source, open_sources, read_strictly
 from data.sources.records import prompt
+from data.sources.rejects import common_reasons
 from data.terminal import run_command, say, terminal
 
 matplotlib.use("Agg")
@@ -78,7 +79,7 @@ def write_report(config: DictConfig) -> None:
         _records(prepared, sources),
         *_rejects(prepared, folder),
         _lengths(prepared),
-        _supervision(sources, encoder),
+        _supervision(prepared.documents, sources, encoder),
         _rows(prepared, settings["stage"]["attention_tuning"]),
         _overlap(sources, prompts, data["prompts"]),
     ]
@@ -114,9 +115,10 @@ def _records(prepared: Prepared, sources: list[Source]) -> Section:
 
 
 def _rejects(prepared: Prepared, folder: Path) -> list[Section]:
-    if not prepared.documents.outcomes()[OUTCOMES[BAD]]:
+    entries = [*prepared.documents.rejects(), *prepared.documents.refused()]
+    if not entries:
         return []
-    rows = [[reason, f"{count:,}", where] for reason, count, where in statistics.reasons(prepared.documents, 10)]
+    rows = [[reason, f"{count:,}", where] for reason, count, where in common_reasons(entries, 10)]
     return [Section("Rejected", ["reason", "records", "first"], rows, [f"Full list: {folder / 'rejects.jsonl'}"])]
 
 
@@ -137,24 +139,30 @@ def _lengths(prepared: Prepared) -> Section:
     return Section("Length in tokens", ["", "min", "10%", "median", "90%", "max"], rows, [note])
 
 
-def _supervision(sources: list[Source], encoder: ChatEncoder) -> Section:
+def _supervision(documents: Documents, sources: list[Source], encoder: ChatEncoder) -> Section:
     roles = statistics.roles(sources, encoder)
     total = sum(roles.tokens.values())
     rows = [
         [role, f"{count:,}", f"{count / total:.1%}", f"{roles.supervised[role] / count:.1%}"]
         for role, count in sorted(roles.tokens.items())
     ]
-    notes = [
+    note = (
         f"Counted in {roles.conversations:,} conversations, spread over the data. `template` tokens are those that the "
         "chat template adds: headers and end-of-turn tokens. End-of-turn tokens of the assistant are supervised."
-    ]
-    fraction = roles.supervised["assistant"] / max(1, roles.tokens["assistant"])
-    if fraction < 0.9:
-        notes.append(
-            f"Only {fraction:.0%} of the assistant's tokens are supervised: the template renders earlier answers "
-            "differently from the last one (Qwen3's does). Decoding never produces the earlier ones in this form."
-        )
+    )
+    notes = [describe_answers(documents), *_answer_notes(documents.answers()), note]
     return Section("Supervised tokens by role", ["role", "tokens", "fraction", "supervised"], rows, notes)
+
+
+def _answer_notes(counts: dict[str, int]) -> list[str]:
+    """Describe the answers that differ from what the target writes, or may do so."""
+    texts = {
+        "no_end": "have no end-of-turn token: the chat template writes none after them.",
+        "other_end": "end with a token that is not a stop token of the target. Check eos_token_id in its "
+        "generation_config.json: generation does not stop there.",
+        "no_reasoning": "are trained on without their reasoning: neither the prompt nor the chat template writes it.",
+    }
+    return [f"{counts[name]:,} answers {text}" for name, text in texts.items() if counts[name]]
 
 
 def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:

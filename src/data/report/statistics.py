@@ -10,8 +10,10 @@ import numpy as np
 
 from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.document import Document
 from data.preprocess.packing import PackedRows
-from data.preprocess.tokenized import BAD, Documents
+from data.preprocess.table import BAD
+from data.preprocess.tokenized import Documents
 from data.sources.readers import Source, read_all
 from data.sources.records import Messages, conversation, questions
 
@@ -23,17 +25,6 @@ WORD = re.compile(r"\w+")
 def percentiles(values: np.ndarray) -> list[int]:
     """Return minimum, 10th percentile, median, 90th percentile and maximum, or zeros without values."""
     return [int(x) for x in np.percentile(values, [0, 10, 50, 90, 100])] if len(values) else [0] * 5
-
-
-def reasons(documents: Documents, most: int) -> list[tuple[str, int, str]]:
-    """Return the `most` most frequent rejection reasons, numbers removed, with count and first location."""
-    counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for reject in documents.rejects():
-        reason = re.sub(r"^turn \d+: |\d[\d,]*", "", reject["reason"].partition(";")[0])
-        counts[reason] += 1
-        first.setdefault(reason, reject["where"])
-    return [(reason, count, first[reason]) for reason, count in counts.most_common(most)]
 
 
 def duplicates(documents: Documents) -> int:
@@ -69,22 +60,27 @@ def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
             rendered = encoder.render(messages)
         except BadRecord:
             continue
-        document = encoder.tokenize([rendered])[0]
-        starts = [start for start, _ in encoder.backend.encode(rendered.text, add_special_tokens=False).offsets]
-        if len(starts) != len(document.input_ids):
-            continue  # prompt and answer were tokenized separately: the offsets do not match
         counts.conversations += 1
-        owner, cursor = np.full(len(rendered.text) + 1, "template", dtype=object), 0
-        for message in messages:
-            text = message["content"].strip()
-            at = rendered.text.find(text, cursor)
-            if at >= 0:
-                owner[at : at + len(text)] = message["role"]
-                cursor = at + len(text)
-        for role, supervised in zip(owner[starts], document.supervised, strict=True):
-            counts.tokens[role] += 1
-            counts.supervised[role] += bool(supervised)
+        for text, document in zip(rendered.supervision.texts, encoder.tokenize([rendered])[0], strict=False):
+            _count_roles(counts, messages, text.text, document.document, encoder)
     return counts
+
+
+def _count_roles(counts: Roles, messages: Messages, text: str, document: Document, encoder: ChatEncoder) -> None:
+    encoding = encoder.boundaries.encode([text])[0]
+    if encoding.ids[: len(document.input_ids)] != document.input_ids.tolist():
+        return  # an answer was tokenized separately: the offsets do not match
+    owner, cursor = np.full(len(text) + 1, "template", dtype=object), 0
+    for message in messages:
+        content = message["content"].strip()
+        at = text.find(content, cursor)
+        if at >= 0:
+            owner[at : at + len(content)] = message["role"]
+            cursor = at + len(content)
+    starts = [start for start, _ in encoding.offsets[: len(document.input_ids)]]
+    for role, supervised in zip(owner[starts], document.supervised, strict=True):
+        counts.tokens[role] += 1
+        counts.supervised[role] += bool(supervised)
 
 
 def _sampled(sources: list[Source]) -> Iterator[Messages]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
@@ -39,8 +41,28 @@ def printable(text: str) -> str:
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
-def handle_rejects(rejects: Iterable[Reject], total: int, policy: str, file: Path) -> None:
+def common_reasons(rejects: Iterable[Reject], limit: int) -> list[tuple[str, int, str]]:
+    """Return the `limit` most frequent reasons, numbers removed, with count and first location."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for entry in rejects:
+        reason = re.sub(r"^turn \d+: |\d[\d,]*", "", entry["reason"].partition(";")[0])
+        counts[reason] += 1
+        first.setdefault(reason, entry["where"])
+    return [(reason, count, first[reason]) for reason, count in counts.most_common(limit)]
+
+
+def handle_rejects(
+    rejects: Iterable[Reject], total: int, policy: str, file: Path, also_listed: Iterable[Reject] = ()
+) -> None:
     """Write the rejects of `total` records to `file`. If there are none, delete the file.
+
+    Args:
+        rejects: entries of bad records.
+        total: number of records.
+        policy: `data.bad_records`.
+        file: the rejects file.
+        also_listed: entries of records that are partly used.
 
     Raises:
         UserError: there are rejects, and `policy` is "stop".
@@ -52,12 +74,15 @@ def handle_rejects(rejects: Iterable[Reject], total: int, policy: str, file: Pat
         for count, entry in enumerate(rejects, start=1):
             shown += [f"  {entry['where']}: {entry['reason']}"] if count <= SHOWN else []
             out.write(json.dumps(entry) + "\n")
-    if not count:
+        for entry in also_listed:
+            out.write(json.dumps(entry) + "\n")
+        empty = not out.tell()
+    if empty:
         temporary.unlink()
         file.unlink(missing_ok=True)  # stale: left by an earlier run
         return
     temporary.replace(file)
-    if policy == "stop":
+    if count and policy == "stop":
         raise UserError(
             f"{count:,} of {total:,} records in data.path are invalid:\n"
             + "\n".join(shown + (["  ..."] if count > SHOWN else []))

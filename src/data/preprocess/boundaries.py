@@ -1,0 +1,188 @@
+"""Tokenization that keeps prompt and answer apart, and tokenizes shared prefixes once.
+
+Decoding tokenizes a prompt before the answer exists, so no token may straddle the boundary between them, and the tokens
+before it must be those of the prompt alone. Text is cut at added tokens, such as `<|im_start|>`, which tokenizers split
+off first: the tokens before and after such a cut do not depend on each other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from data.preprocess.document import Document
+from data.preprocess.prompts import common_prefix
+from data.preprocess.spans import Answer, Rendered
+
+MAX_PIECES = 4096
+PROBES = ("\n", ".", "a", " ", "0", "(", "|")  # texts that an answer is tokenized after, in turn
+
+
+@dataclass(frozen=True)
+class Span:
+    """Location of a supervised answer, as token indices."""
+
+    start: int
+    end: int  # end of the answer, after its end token
+    after: int  # end of the whitespace that the template writes after the answer
+
+
+@dataclass
+class AnswerDocument:
+    """A document and its supervised answers."""
+
+    document: Document
+    answers: list[Span]
+
+
+class BoundaryTokenizer:
+    """Tokenizes texts whose answers are located by character."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+        added = backend.get_added_tokens_decoder().items()
+        self.cuts = {number: token.content for number, token in added if _splits(token)}
+        self.adds_space = self._ids("\nb")[-1:] != self._ids("b")
+        self.pieces: dict[str, list[int]] = {}  # cache: the ends of prompts repeat
+
+    def encode(self, texts: list[str]) -> list[Encoding]:
+        """Tokenize texts as they are."""
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+    def documents(self, texts: list[Rendered], first: Encoding | None = None) -> Iterator[AnswerDocument]:
+        """Tokenize the texts of a conversation. `first` is the encoding of the first text, if it already exists.
+
+        A text yields a document with the answers that it shares, and one for each answer that needs tokens of its own:
+        one that a token of the text joins to its prompt or to the text after it.
+        """
+        before: _Tokens | None = None
+        for text in texts:
+            before = tokens = self._tokens(text, before, first)
+            first = None
+            shared: list[Span] = []
+            separate: list[Answer] = []
+            for answer in text.answers:
+                span = tokens.span(answer)
+                if span and self._prompt_intact(tokens, answer, span.start):
+                    shared.append(span)
+                else:
+                    separate.append(answer)
+            if shared:
+                yield _document(tokens.ids[: shared[-1].after], shared)
+            for answer in separate:
+                yield self._apart(tokens, answer)
+
+    def _tokens(self, text: Rendered, before: "_Tokens | None", encoding: Encoding | None) -> "_Tokens":
+        if before is None:
+            encoding = encoding or self.encode([text.text])[0]
+            return _Tokens(text.text, np.array(encoding.ids, np.int32), encoding, 0, 0, self.cuts)
+        common = min(common_prefix(before.text, text.text), text.answers[0].start)
+        token, char = before.cut(common)
+        encoding = self.encode([text.text[char:]])[0]
+        ids = np.concatenate([before.ids[:token], np.array(encoding.ids, np.int32)])
+        return _Tokens(text.text, ids, encoding, token, char, self.cuts)
+
+    def _prompt_intact(self, tokens: "_Tokens", answer: Answer, end: int) -> bool:
+        """Return whether the tokens before an answer are those of its prompt alone."""
+        token, char = tokens.cut(answer.start)
+        return tokens.ids[token:end].tolist() == self._piece(tokens.text[char : answer.start])
+
+    def _apart(self, tokens: "_Tokens", answer: Answer) -> AnswerDocument:
+        """Tokenize prompt and answer apart."""
+        token, char = tokens.cut(answer.start)
+        prompt = [*tokens.ids[:token].tolist(), *self._piece(tokens.text[char : answer.start])]
+        ids = np.array([*prompt, *self.continuation(tokens.text[answer.start : answer.end])], np.int32)
+        return _document(ids, [Span(len(prompt), len(ids), len(ids))])
+
+    def continuation(self, text: str) -> list[int]:
+        """Tokenize text that continues other text: SentencePiece-like tokenizers would put a space before it."""
+        if not self.adds_space:
+            return self._ids(text)
+        for probe in PROBES:
+            (encoding,) = self.encode([probe + text])
+            token = _at_or_after(encoding, len(probe))
+            if token < len(encoding) and _chars(encoding, token)[0] == len(probe):
+                return encoding.ids[token:]
+        return self._ids(text)
+
+    def _piece(self, text: str) -> list[int]:
+        if text not in self.pieces:
+            if len(self.pieces) >= MAX_PIECES:
+                self.pieces.clear()
+            self.pieces[text] = self._ids(text)
+        return self.pieces[text]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+
+@dataclass
+class _Tokens:
+    """A tokenized text. `encoding` holds the text from character `char` on, whose first token is number `first`."""
+
+    text: str
+    ids: np.ndarray
+    encoding: Encoding
+    first: int
+    char: int
+    cuts: dict[int, str]
+
+    def token(self, char: int) -> int:
+        """Return the index of the first token that lies at or after a character, or contains it."""
+        return self.first + _at_or_after(self.encoding, char - self.char)
+
+    def span(self, answer: Answer) -> Span | None:
+        """Return the tokens of an answer, or None if a token straddles one of its ends."""
+        start, end = self.token(answer.start), self.token(answer.end)
+        if start < len(self.ids) and self._chars(start)[0] < answer.start:
+            return None
+        if end < len(self.ids) and self._chars(end)[0] < answer.end:
+            if int(self.ids[end]) not in self.cuts:
+                return None
+            end += 1  # an end token that swallows the whitespace after it
+        return Span(start, end, max(end, self.token(answer.after))) if start < end else None
+
+    def cut(self, char: int) -> tuple[int, int]:
+        """Return the last token at which the text can be cut, at or before a character, and the character there."""
+        for token in range(min(self.token(char), len(self.ids) - 1), self.first, -1):
+            content = self.cuts.get(int(self.ids[token]))
+            if content:
+                start, end = self._chars(token)
+                if end <= char and self.text.startswith(content, start):
+                    return token, start
+        return self.first, self.char
+
+    def _chars(self, token: int) -> tuple[int, int]:
+        start, end = _chars(self.encoding, token - self.first)
+        return start + self.char, end + self.char
+
+
+def _document(ids: np.ndarray, answers: list[Span]) -> AnswerDocument:
+    supervised = np.zeros(len(ids), bool)
+    for answer in answers:
+        supervised[answer.start : answer.end] = True
+    return AnswerDocument(Document(ids, supervised), answers)
+
+
+def _splits(token: AddedToken) -> bool:
+    """Return whether a text can be cut before an added token: it matches whatever text surrounds it."""
+    return not (token.lstrip or token.single_word or token.normalized)
+
+
+def _at_or_after(encoding: Encoding, char: int) -> int:
+    """Return the index of the first token at or after a character, or the token count if there is none."""
+    if (token := encoding.char_to_token(char)) is not None:
+        return token
+    end = _chars(encoding, len(encoding) - 1)[1] if len(encoding) else 0
+    for position in range(char + 1, end):  # the normalizer may drop characters
+        if (token := encoding.char_to_token(position)) is not None:
+            return token
+    return len(encoding)
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """Return the character range of a token."""
+    span = encoding.token_to_chars(token)
+    assert span is not None  # None only for special tokens added by a post-processor, and there is none
+    return span

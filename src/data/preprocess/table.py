@@ -1,0 +1,179 @@
+"""Table of tokenized records: one row per document. A record without a usable document has one row without tokens."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Features, List, Value
+
+from data.errors import BadRecord
+from data.preprocess.anchors import anchor_indices
+from data.preprocess.boundaries import AnswerDocument
+from data.preprocess.chat_template import ChatEncoder, Rendered
+from data.preprocess.document import Document
+from data.preprocess.supervision import NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
+from data.sources.readers import RawRecord
+from data.sources.records import Messages, conversation
+from data.sources.rejects import TEXT_CHARACTERS, printable
+
+OUTCOMES = ("kept", "truncated", "too long", "no anchor", "bad")  # outcome of a record
+KEPT, TRUNCATED, TOO_LONG, NO_ANCHOR, BAD = range(len(OUTCOMES))
+NOTES = {"no_end": NO_END_TOKEN, "other_end": OTHER_END_TOKEN, "no_reasoning": REASONING_DROPPED}
+FEATURES = Features(
+    part=Value("int32"),  # index of the source
+    place=Value("int64"),  # line number or row index in its source
+    outcome=Value("int8"),  # index into OUTCOMES
+    document=Value("int32"),  # index of the document within its record
+    reason=Value("string"),  # error message of a bad record, or of its first refused answer
+    raw=Value("string"),  # start of such a record, up to TEXT_CHARACTERS
+    digest=Value("int64"),  # hash of the messages, to find duplicates
+    # Counts of answers: those of the record, in its first row, and those supervised in the document.
+    answers=Value("int32"),
+    refused=Value("int32"),
+    **{name: Value("int32") for name in NOTES},
+    supervised_answers=Value("int32"),
+    tokens=Value("int32"),  # length of the document before truncation; in the first row, with the dropped documents
+    anchors=Value("int32"),  # number of valid anchors
+    longest=Value("int32"),  # length of the longest answer in tokens
+    input_ids=List(Value("int32")),
+    supervised=List(Value("bool")),
+)
+NO_TOKENS = Document(np.zeros(0, np.int32), np.zeros(0, bool))
+
+
+@dataclass(frozen=True)
+class TokenizeSettings:
+    """Settings that, with the records and the encoder, determine the tokens."""
+
+    max_seq_len: int
+    truncation: str  # turn: keep the leading turns that fit; token: cut at max_seq_len; drop: skip the conversation
+
+
+@dataclass
+class Fitted:
+    """A document truncated to the row length."""
+
+    document: Document
+    answers: int  # supervised in it
+    tokens: int  # before truncation
+
+
+def table_rows(
+    records: Iterator[RawRecord], part: int, encoder: ChatEncoder, settings: TokenizeSettings
+) -> Iterator[dict[str, Any]]:
+    """Yield the table rows of records from source number `part`."""
+    parsed = [(record, *_render(record, encoder, settings)) for record in records]
+    documents = iter(encoder.tokenize([rendered for *_, rendered in parsed if isinstance(rendered, Rendered)]))
+    for record, digest, rendered in parsed:
+        shared = {"part": part, "place": record.position, "digest": digest, "reason": "", "raw": ""}
+        if isinstance(rendered, str):
+            yield shared | _rejected(record, rendered) | _counts(None) | _content(0, None)
+        else:
+            yield from (shared | row for row in _rows(record, rendered, next(documents), settings))
+
+
+def _render(record: RawRecord, encoder: ChatEncoder, settings: TokenizeSettings) -> tuple[int, Rendered | str]:
+    """Parse and render a record. Return the digest of its messages and the result, or the reason of a bad record."""
+    try:
+        messages = record.parse(conversation)
+        return _digest(messages), encoder.render(messages, settings.max_seq_len)
+    except BadRecord as error:
+        return 0, str(error)
+
+
+def _rows(
+    record: RawRecord, rendered: Rendered, documents: list[AnswerDocument], settings: TokenizeSettings
+) -> Iterator[dict[str, Any]]:
+    refused = rendered.supervision.refused
+    reasons = [f"turn {number}: {reason}" for number, reason in refused.items()]
+    first = _counts(rendered)
+    if reasons:
+        first |= _rejected(record, reasons[0])
+    if refused and len(refused) == rendered.answers:
+        yield first | _content(0, None)
+        return
+    fitted = fit_to_row(documents, rendered, settings)
+    kept = [document for document in fitted if document and _num_anchors(document.document)]
+    lengths = [len(document.document.input_ids) for document in documents]
+    total = sum(lengths) + max(0, rendered.tokens - max(lengths, default=0))
+    outcome = _outcome(kept, fitted, total)
+    first |= {"outcome": outcome}
+    if not kept:
+        yield first | _content(0, None) | {"tokens": total}
+    for index, document in enumerate(kept):
+        counts = first if index == 0 else _counts(None) | {"outcome": outcome}
+        dropped = total - sum(document.tokens for document in kept) if index == 0 else 0
+        row = counts | _content(index, document)
+        yield row | {"tokens": row["tokens"] + dropped}
+
+
+def fit_to_row(documents: list[AnswerDocument], rendered: Rendered, settings: TokenizeSettings) -> list[Fitted | None]:
+    """Truncate the documents of a record to the row length. Those that must be dropped are None."""
+    limit = settings.max_seq_len
+    too_long = rendered.left_out or any(len(document.document.input_ids) > limit for document in documents)
+    if settings.truncation == "drop" and too_long:
+        return [None for _ in documents]
+    return [_truncate(document, limit, settings.truncation) for document in documents]
+
+
+def _truncate(document: AnswerDocument, limit: int, truncation: str) -> Fitted | None:
+    """Cut a document after the last answer that fits (turn) or at the limit (token), if it is too long."""
+    tokens, end = len(document.document.input_ids), limit
+    if tokens <= limit:
+        return Fitted(document.document, len(document.answers), tokens)
+    if truncation == "turn":
+        end = max((answer.after for answer in document.answers if answer.after <= limit), default=0)
+    if not end:
+        return None
+    answers = sum(answer.start < end for answer in document.answers)
+    cut = Document(document.document.input_ids[:end], document.document.supervised[:end])
+    return Fitted(cut, answers, tokens)
+
+
+def _outcome(kept: list[Fitted], fitted: list[Fitted | None], total: int) -> int:
+    if not kept:
+        return NO_ANCHOR if any(fitted) else TOO_LONG
+    return KEPT if sum(len(document.document.input_ids) for document in kept) == total else TRUNCATED
+
+
+def _rejected(record: RawRecord, reason: str) -> dict[str, Any]:
+    return {"outcome": BAD, "reason": printable(reason), "raw": record.as_text()[:TEXT_CHARACTERS]}
+
+
+def _counts(rendered: Rendered | None) -> dict[str, int]:
+    """Return the counts of a record's answers, or zeros."""
+    if rendered is None:
+        return dict.fromkeys(("answers", "refused", *NOTES), 0)
+    notes = {name: rendered.supervision.notes[note] for name, note in NOTES.items()}
+    return {"answers": rendered.answers, "refused": len(rendered.supervision.refused), **notes}
+
+
+def _content(index: int, fitted: Fitted | None) -> dict[str, Any]:
+    document = fitted.document if fitted else NO_TOKENS
+    return {
+        "document": index,
+        "supervised_answers": fitted.answers if fitted else 0,
+        "tokens": fitted.tokens if fitted else 0,
+        "anchors": _num_anchors(document),
+        "longest": longest_answer(document.supervised),
+        "input_ids": document.input_ids,
+        "supervised": document.supervised,
+    }
+
+
+def _num_anchors(document: Document) -> int:
+    return len(anchor_indices(document.supervised, np.arange(len(document.supervised))))
+
+
+def longest_answer(supervised: np.ndarray) -> int:
+    """Return the length of the longest run of supervised tokens."""
+    edges = np.diff(np.concatenate([[0], supervised.astype(np.int8), [0]]))
+    return int((np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).max(initial=0))
+
+
+def _digest(messages: Messages) -> int:
+    content = json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)

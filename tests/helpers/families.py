@@ -1,0 +1,122 @@
+"""Chat templates of published model families, with their tokens, and the text that each target writes as an answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.target import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = str(ROOT.parent / "src" / "data" / "tiny" / "target")
+CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+LLAMA3 = (
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+)
+GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|endoftext|>")
+R1 = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>")
+
+
+def plain(content: str, reasoning: str | None) -> str:
+    """Write the content alone: the template knows no reasoning."""
+    return content
+
+
+def stripped(content: str, reasoning: str | None) -> str:
+    return content.strip()
+
+
+def block(content: str, reasoning: str | None) -> str:
+    return f"<think>\n{(reasoning or '').strip()}\n</think>\n\n{content}"
+
+
+def opened(content: str, reasoning: str | None) -> str | None:
+    """Continue the reasoning block that the prompt opens; None if there is no reasoning."""
+    return None if reasoning is None else f"{reasoning.strip()}\n</think>\n\n{content}"
+
+
+def harmony(content: str, reasoning: str | None) -> str:
+    thought = f"<|channel|>analysis<|message|>{reasoning}<|end|><|start|>assistant" if reasoning else ""
+    return f"{thought}<|channel|>final<|message|>{content}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A chat template with its special tokens, end tokens and arguments."""
+
+    template: str
+    special: tuple[str, ...]
+    end: str  # that the template writes after the last answer
+    stop: tuple[str, ...]  # eos_token_id of generation_config.json
+    bos: str | None = None
+    eos: str | None = None  # of the tokenizer; default: end
+    not_special: tuple[str, ...] = ()  # added tokens that are not special
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    writes: Callable[[str, str | None], str | None] = plain  # the answer without its end token
+    no_system: bool = False  # the template refuses system messages
+
+    def tokenizer(self) -> Any:
+        """Return the embedded tokenizer with the family's template and tokens."""
+        tokenizer = load_tokenizer(TARGET)
+        tokenizer.add_tokens(list(self.special), special_tokens=True)
+        tokenizer.add_tokens(list(self.not_special))
+        tokenizer.eos_token = self.eos or self.end
+        if self.bos:
+            tokenizer.bos_token = self.bos
+        file = ROOT / "data" / "templates" / f"{self.template}.jinja"
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        return tokenizer
+
+    def stop_ids(self, tokenizer: Any) -> list[int]:
+        return tokenizer.convert_tokens_to_ids(list(self.stop))
+
+
+THINK = ("<think>", "</think>")
+QWEN = {"special": CHATML, "end": "<|im_end|>", "stop": ("<|im_end|>", "<|endoftext|>"), "not_special": THINK}
+LLAMA = {
+    "special": LLAMA3, "end": "<|eot_id|>", "stop": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+    "bos": "<|begin_of_text|>", "writes": stripped,
+}  # fmt: skip
+MISTRAL = {"special": ("<s>", "</s>", "[INST]", "[/INST]"), "end": "</s>", "stop": ("</s>",), "bos": "<s>"}
+GEMMAS = {
+    "special": GEMMA, "end": "<end_of_turn>", "stop": ("<eos>", "<end_of_turn>"), "bos": "<bos>", "eos": "<eos>",
+    "writes": stripped,
+}  # fmt: skip
+PHIS = {"special": PHI, "end": "<|end|>", "stop": ("<|end|>", "<|endoftext|>"), "eos": "<|endoftext|>"}
+FAMILIES = {
+    "Qwen2.5": Family("qwen2.5", **QWEN),
+    "Qwen3": Family("qwen3", **QWEN, writes=block),
+    "Qwen3 without thinking": Family("qwen3", **QWEN, kwargs={"enable_thinking": False}),
+    "Qwen3-Thinking": Family("qwen3_thinking", **QWEN, writes=opened),
+    "QwQ": Family("qwq", **QWEN, writes=opened),
+    "DeepSeek-R1-Distill": Family(
+        "deepseek_r1_distill", R1, R1[1], (R1[1],), bos=R1[0], not_special=THINK, writes=opened
+    ),
+    "Llama 3.1": Family("llama3.1", **LLAMA),
+    "Llama 3.3": Family("llama3.3", **LLAMA),
+    "Mistral 7B v0.3": Family("mistral_7b_v0.3", **MISTRAL, writes=lambda content, _: " " + content.strip()),
+    "Mistral Nemo": Family("mistral_nemo", **MISTRAL),
+    "Gemma 2": Family("gemma2", **GEMMAS, no_system=True),
+    "Gemma 3": Family("gemma3", **GEMMAS),
+    "Phi-3": Family("phi3", **PHIS),
+    "Phi-4-mini": Family("phi4_mini", **PHIS),
+    "OLMo 2": Family("olmo2", ("<|endoftext|>",), "<|endoftext|>", ("<|endoftext|>",), bos="<|endoftext|>"),
+    "OLMo 3": Family("olmo3", CHATML, "<|endoftext|>", ("<|im_end|>", "<|endoftext|>")),
+    "SmolLM2": Family("smollm2", CHATML, "<|im_end|>", ("<|im_end|>",)),
+    "SmolLM3": Family("smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK),
+    "SmolLM3 without thinking": Family(
+        "smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK, kwargs={"enable_thinking": False}
+    ),
+    "gpt-oss": Family("gpt_oss", HARMONY, "<|return|>", ("<|return|>", "<|endoftext|>", "<|call|>"), writes=harmony),
+    "GLM-4": Family(
+        "glm4", GLM, "<|user|>", ("<|endoftext|>", "<|user|>", "<|observation|>"), eos="<|endoftext|>"
+    ),
+}  # fmt: skip
