@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100  # label of a slot that carries no loss
+IGNORE = -100  # label of a slot that is excluded from the loss
 PADDING_DOCUMENT = -1
 
 
 @dataclass
 class Batch:
-    """Packed rows of clean tokens and the blocks to draft in them."""
+    """Packed rows of clean tokens, with the anchors and labels of the blocks to draft."""
 
     input_ids: Tensor  # [R, T] int64
     position_ids: Tensor  # [R, T] int64, restarting at 0 for each document
     document_ids: Tensor  # [R, T] int64, index of the document within the row; PADDING_DOCUMENT for padding
-    anchors: Tensor  # [R, A] int64, row index of each block's anchor, ascending; unused blocks at 0
-    labels: Tensor  # [R, A, B] int64, the token at anchor + slot, or IGNORE from the first unlabeled slot on
-    # R*A labeled-slot counts, one per block. Kept on the host because they determine shapes: reading them from the
-    # device would force a synchronization. Computed from the labels if not given.
+    anchors: Tensor  # [R, A] int64, each block's anchor as an index into its row, ascending; 0 for unused blocks
+    labels: Tensor  # [R, A, B] int64, token at anchor + slot; IGNORE from the first unlabeled slot onwards
+    # Number of labeled slots in each of the R*A blocks. Kept on the host because they determine tensor shapes; reading
+    # them from the device would force a synchronization. Computed from `labels` if omitted.
     lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -37,11 +37,11 @@ class Batch:
             self.lengths = tuple((self.labels != IGNORE).sum(-1).flatten().tolist())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        """Copy the batch to another device."""
+        """Return the batch with all tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """Copy the batch to pinned memory, which allows asynchronous copies to the GPU."""
+        """Return a copy in pinned memory, so that transfers to the GPU can be asynchronous."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -50,21 +50,22 @@ class Batch:
         return replace(self, **changes)
 
     def labelled_slots(self, first: int) -> tuple[Tensor, list[int]]:
-        """Select the labeled slots of each block, starting at slot `first`.
+        """Select the labeled slots with index `first` or higher in every block.
 
         Returns:
-            [n] flat indices into the R*A*B slots, ascending; and R*A + 1 cumulative counts of selected slots per block.
+            The flat indices of the selected slots into R*A*B, ascending, [n]; and R*A + 1 offsets: block i has the
+            selected slots from offset i up to, but excluding, offset i + 1.
         """
         counts = [max(0, length - first) for length in self.lengths]
         labelled = self.labels != IGNORE
         labelled[..., :first] = False
-        # Stable sort, then take the first n (known on the host): `nonzero` would synchronize with the device.
+        # Stable sort, then take the first n, which the host knows. `nonzero` would force a synchronization.
         order = torch.argsort(~labelled.flatten(), stable=True)
         before = list(accumulate(counts, initial=0))
         return order[: before[-1]], before
 
     def slot_positions(self) -> Tensor:
-        """Return [R, A, B] position ids of the slots: the anchor's position in its document plus the slot index."""
+        """Return the slots' position ids [R, A, B]: the anchor's position in its document plus the slot index."""
         at_anchor = self.position_ids.gather(1, self.anchors)  # [R, A]
         slots = torch.arange(self.labels.shape[-1], device=self.anchors.device)
         return at_anchor[..., None] + slots

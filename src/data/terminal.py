@@ -1,4 +1,4 @@
-"""Terminal output. Text is printed verbatim: brackets are not parsed as markup, `:x:` not as an emoji."""
+"""Terminal output. Text is printed verbatim: rich markup in brackets and emoji codes (`:x:`) are not interpreted."""
 
 import os
 import sys
@@ -9,19 +9,19 @@ from rich.console import Console
 
 from data.errors import INTERRUPTED, UserError, interrupted
 
-LOG_WIDTH = 120  # columns; logs have no terminal width
+LOG_WIDTH = 120  # columns, for output that does not go to a terminal
 
 
 class Terminal(Console):
-    """Console that exits with a message when the reader of its output exits (`... | head`)."""
+    """A console that exits with a message when its output pipe is closed (`... | head`)."""
 
     def on_broken_pipe(self) -> NoReturn:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails as well
-        sys.exit("stopped: the program that reads the output has exited. Run the same command to resume.")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit would fail too
+        sys.exit("stopped: the output pipe was closed. Run the same command to resume.")
 
 
 def terminal() -> Console:
-    """Return the console for tables, at least LOG_WIDTH columns wide if the output is not a terminal."""
+    """Return a console for tables. If the output is not a terminal, it is at least LOG_WIDTH columns wide."""
     console = Terminal(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, LOG_WIDTH)
@@ -34,11 +34,11 @@ def say(text: str) -> None:
 
 
 def run_command(work: Callable[[], None], stopped: str) -> None:
-    """Run a command; report user errors and Ctrl-C in one line, without a traceback.
+    """Run a command, reporting user errors and Ctrl-C without a traceback.
 
     Args:
-        work: the command.
-        stopped: message after Ctrl-C.
+        work: the body of the command.
+        stopped: the message to print after Ctrl-C.
     """
     try:
         work()

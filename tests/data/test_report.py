@@ -113,7 +113,7 @@ def test_anchors_per_row_equal_those_of_the_rows(files, tiny_tokenizer, tmp_path
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ([], "No experiment chosen"),
+        ([], "No experiment selected"),
         (["+experiment=tiny", "data.maxseqlen=3"], "Did you mean data.max_seq_len?"),
         (["+experiment=tiny", "data.truncation=cut"], "expected turn or token or drop"),
         (["+experiment=tiny", "data.path=nowhere.jsonl"], "No file at nowhere.jsonl"),

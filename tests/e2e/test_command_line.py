@@ -53,7 +53,9 @@ def test_a_closed_output_pipe_is_reported():
         process.stdout.readline()
         process.stdout.close()
         shown = process.stderr.read().decode()
-    assert process.returncode == 1 and shown.startswith("stopped: the program that reads") and shown.count("\n") == 1
+    assert (
+        process.returncode == 1 and shown.startswith("stopped: the output pipe was closed") and shown.count("\n") == 1
+    )
 
 
 def test_the_multirun_option_may_appear_anywhere():

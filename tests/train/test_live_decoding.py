@@ -279,9 +279,9 @@ def test_the_settings_determine_the_prompts():
     [
         ({"best_by": "val/tau", "decode.prompts": 0}, r"best_by=val/tau, but .*decode.prompts=0"),
         ({"best_by": "null", "patience": 3}, "patience=3 needs .*best_by"),
-        ({"patience": 0}, "patience=0: expected 1 or more"),
-        ({"decode.max_new_tokens": 1}, "max_new_tokens=1: expected 2 or more"),
-        ({"decode.batch_size": 0}, "batch_size=0: expected 1 or more"),
+        ({"patience": 0}, "patience=0: must be >= 1"),
+        ({"decode.max_new_tokens": 1}, "max_new_tokens=1: must be >= 2"),
+        ({"decode.batch_size": 0}, "batch_size=0: must be >= 1"),
     ],
 )
 def test_inconsistent_settings_are_refused(changes, words):

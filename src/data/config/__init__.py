@@ -1,1 +1,1 @@
-"""Configuration: composition of conf/ and validation of keys, types and ranges."""
+"""Composes the configuration from conf/ and validates its keys, types and ranges."""

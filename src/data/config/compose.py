@@ -1,4 +1,4 @@
-"""Composition of conf/ into one configuration. Only the commands use it; library code takes plain arguments."""
+"""Composes conf/ into a single configuration. Only the commands use it; library code takes plain arguments."""
 
 from contextlib import nullcontext
 from difflib import get_close_matches
@@ -17,15 +17,15 @@ from data.config.renamed import current_name
 from data.errors import UserError
 
 PACKAGE = Path(data.__file__).resolve().parent
-# A wheel contains conf/ inside this package (setup.py); a checkout has it next to src/.
+# In a wheel, conf/ is inside this package (see setup.py); in a checkout, it is next to src/.
 CONF = next((place for place in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if place.is_dir()), PACKAGE / "conf")
 EMBEDDED = PACKAGE / "tiny"  # target, conversations and prompts shipped with the project
 GROUPS = tuple(sorted(folder.name for folder in CONF.glob("*/")))
 
 
 def cpu_precision() -> str:
-    """Return the Lightning precision for training on this CPU: bfloat16 if natively supported, otherwise float32."""
-    import torch  # lazy import: usage errors should not wait for torch
+    """Return the Lightning precision for training on this CPU: bfloat16 if supported natively, otherwise float32."""
+    import torch  # imported late: usage errors should not have to wait for torch
 
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
@@ -36,10 +36,10 @@ OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """Compose the configuration with these overrides.
+    """Compose the configuration from conf/ and `overrides`.
 
     Raises:
-        UserError: composition fails; the message names the setting and similar settings, or the choices of a group.
+        UserError: composition failed; the message suggests similar settings or lists the choices for a group.
     """
     try:
         return _compose(overrides)
@@ -55,48 +55,48 @@ def composed(overrides: list[str]) -> DictConfig:
 
 
 def defaults() -> DictConfig:
-    """Return the defaults of conf/, with placeholders for the settings that have none."""
+    """Return the default configuration, with placeholders for the settings that have no default."""
     return _composed_once(("name=any", "model.target.name=any"))
 
 
 def reference(overrides: list[str]) -> DictConfig:
-    """Compose only those overrides that choose files of conf/: the keys and types that a configuration must have."""
-    # Only overrides with a value: `~group` would delete required settings. So would `stage=...`, which keeps one stage.
+    """Compose conf/ with only the overrides that select its files. The result defines the valid keys and types."""
+    # Ignore `~group`, which deletes required settings, and `stage=...`, which deletes the settings of other stages.
     groups = set(GROUPS) - {"stage"}
     return _composed_once(tuple(o for o in overrides if "=" in o and o.split("=")[0].lstrip("+") in groups))
 
 
 def preset(group: str, name: str) -> DictConfig:
-    """Return the settings of one file of conf/, such as ("trainer", "zero2"), merged into those of its base files."""
+    """Return the settings in one file in conf/, e.g. ("trainer", "zero2"), merged with those in its base files."""
     return _composed_once((f"{group}={name}",))[group]
 
 
 def plain(config: DictConfig, *groups: str) -> dict[str, Any]:
-    """Resolve only these groups into plain values. Others may load dependencies that a command does not need."""
+    """Resolve these groups into plain values. Resolving others might import packages that a command does not need."""
     return {group: OmegaConf.to_container(config[group], resolve=True) for group in groups}
 
 
 def as_dict(config: DictConfig) -> dict[str, Any]:
-    """Return the settings as a nested dictionary, with unresolved interpolations."""
+    """Return the settings as a nested dictionary, with interpolations left unresolved."""
     settings: Any = OmegaConf.to_container(config, resolve=False)
     return settings
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Return (full name, value) of every setting in a nested dictionary. Lists and empty dictionaries are values."""
+    """Return (full name, value) for every setting in a nested dictionary. Lists and empty dictionaries are values."""
     if not isinstance(tree, dict) or not tree:
         return [(path, tree)]
     return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else str(key))]
 
 
 def unresolved(error: OmegaConfBaseException) -> str:
-    """One-line error message for an interpolation that does not resolve, such as `${no.such.key}`."""
+    """Return a one-line error message for an interpolation that cannot be resolved, e.g. `${no.such.key}`."""
     reason = str(error).strip().splitlines()[0]
     return f"{error.full_key}: {reason}" if error.full_key else reason
 
 
 def unknown_key(key: str, known: dict[str, Any]) -> str:
-    """Error message for an unknown setting: its new name if renamed, similar settings, or the keys of its group."""
+    """Return the error message for an unknown setting, with its new name, similar settings or its group's keys."""
     if (name := current_name(key)) != key:
         return f"{key}: this setting was renamed to {name}."
     group, _, last = key.rpartition(".")
@@ -108,11 +108,11 @@ def unknown_key(key: str, known: dict[str, Any]) -> str:
     settings = known
     for part in group.split(".") if group else ():
         settings = settings.get(part, {})
-    return f"{key}: no such setting. {group or 'The top level'} has: {', '.join(map(str, settings))}."
+    return f"{key}: no such setting. {group or 'The top level'} contains: {', '.join(map(str, settings))}."
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
-    """Error message for a file that conf/ does not have. Base files start with `_` and are no choice."""
+    """Return the error message for a missing file in conf/. Base files (leading `_`) are not offered as choices."""
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     choices = [choice for choice in error.options or () if not choice.startswith("_")]
     if not choices:

@@ -1,4 +1,4 @@
-"""Table of the allowed range of every number in conf/. A test checks that the table is complete."""
+"""The allowed range of every numeric setting in conf/. A test checks that none is missing."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 
 STAGES = ("attention_tuning", "bonus_calibration")
-INT32_MAX = 2**31 - 1  # for integers: int32 maximum, which every library accepts
-FLOAT32_MAX = 3e38  # for floats: the optimizer computes in float32
+INT32_MAX = 2**31 - 1  # largest integer setting: every library accepts int32
+FLOAT32_MAX = 3e38  # largest float setting: the optimizer computes in float32
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; integers if `low` is an int. `above` and `below` exclude the respective bound."""
+    """An interval of numbers, or of integers if `low` is an int. `above` excludes `low`; `below` excludes `high`."""
 
     low: float
     high: float = math.inf
@@ -35,26 +35,24 @@ class Range:
         return above_low and (value < self.high if self.below else value <= self.maximum)
 
     def describe(self) -> str:
-        """Describe the range for an error message."""
-        low, high = _format(self.low), _format(self.high)
+        """Return the range as written in error messages, e.g. `>= 1` or `in (0, 1]`."""
+        low, high = _format(self.low), _format(self.maximum)
         if self.above:
-            return f"more than {low}" + ("" if self.high == math.inf else f", at most {high}")
+            return f"> {low}" if self.high == math.inf else f"in ({low}, {high}]"
         if self.below:
-            return f"{low} or more, less than {high}"
+            return f"in [{low}, {high})"
         if self.low == self.high:
             return low
-        if self.integer:
-            return f"{low} or more" + ("" if self.high == math.inf else f", at most {high}")
-        return f"{low} or more" if self.high == math.inf else f"{low} to {high}"
+        return f">= {low}" if self.high == math.inf else f"in [{low}, {high}]"
 
 
 POSITIVE_INT, NON_NEGATIVE_INT, FRACTION = Range(1), Range(0), Range(0.0, 1.0)
 POSITIVE, NON_NEGATIVE = Range(0.0, above=True), Range(0.0)
-PROBABILITY = Range(0.0, 1.0, above=True)  # excludes 0
-PROCESSES = 1024  # larger values are typos and would overload the machine
+PROBABILITY = Range(0.0, 1.0, above=True)  # (0, 1]
+PROCESSES = 1024  # larger values are surely typos and would overload the machine
 
 RANGES = {
-    "seed": Range(0, 2**32 - 1),  # range of numpy seeds
+    "seed": Range(0, 2**32 - 1),  # the seeds that numpy accepts
     "runtime.workers": Range(0, PROCESSES),
     "hardware.gpus_per_node": Range(1, PROCESSES),
     "hardware.mfu": PROBABILITY,
@@ -120,7 +118,7 @@ TRAINING_RANGES = {
 }
 RANGES |= {f"stage.{stage}.{key}": limits for stage in STAGES for key, limits in TRAINING_RANGES.items()}
 
-# Lists of numbers: range of the length, range of each element.
+# Settings that are lists of numbers: range of the length, range of each element.
 LISTS = {f"stage.{stage}.module.betas": (Range(2, 2), Range(0.0, 1.0, below=True)) for stage in STAGES}
 LISTS |= {
     "stage.evaluate.speed.batch_sizes": (POSITIVE_INT, POSITIVE_INT),
@@ -129,7 +127,7 @@ LISTS |= {
 
 
 def check_ranges(config: DictConfig) -> None:
-    """Check the ranges of all numbers in `config`. Null is accepted.
+    """Check that every number in `config` is in its range. Null is accepted.
 
     Raises:
         UserError: a value is out of range or not a number; the message names the first such setting.
@@ -141,9 +139,9 @@ def check_ranges(config: DictConfig) -> None:
         if values is None:
             continue
         if not count.contains(len(values)):
-            raise UserError(f"{key}={list(values)}: expected a list of {count.describe()} numbers.")
+            raise UserError(f"{key}={list(values)}: the length of the list must be {count.describe()}.")
         if any(not _is_number(value, limits) or not limits.contains(value) for value in values):
-            raise UserError(f"{key}={list(values)}: expected {_type_name(limits)}s, each {limits.describe()}.")
+            raise UserError(f"{key}={list(values)}: each element must be {_type_name(limits)} {limits.describe()}.")
 
 
 def check_number(key: str, value: Any, limits: Range) -> None:
@@ -155,11 +153,11 @@ def check_number(key: str, value: Any, limits: Range) -> None:
     if value is None:
         return
     if not _is_number(value, limits):
-        raise UserError(f"{key}={value!r}: expected a {_type_name(limits)}.")
+        raise UserError(f"{key}={value!r}: expected {_type_name(limits)}.")
     if not limits.contains(value):
         too_large_for_its_type = value > limits.maximum and limits.high == math.inf
-        expected = f"at most {_format(limits.maximum)}" if too_large_for_its_type else limits.describe()
-        raise UserError(f"{key}={value}: expected {expected}.")
+        allowed = f"<= {_format(limits.maximum)}" if too_large_for_its_type else limits.describe()
+        raise UserError(f"{key}={value}: must be {allowed}.")
 
 
 def _is_number(value: Any, limits: Range) -> bool:
@@ -171,4 +169,4 @@ def _format(number: float) -> str:
 
 
 def _type_name(limits: Range) -> str:
-    return "whole number" if limits.integer else "number"
+    return "an integer" if limits.integer else "a number"

@@ -1,4 +1,4 @@
-"""Renamed settings: old names are rejected with a hint to the new name; records of earlier runs are translated."""
+"""Renamed settings. Old names are rejected with a hint at the new one; records of earlier runs are translated."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ KEYS = {
     "share_of_peak": "mfu",
     "recompute": "activation_checkpointing",
 }
-GROUPS = {"speed": "runtime"}  # at the top level
+GROUPS = {"speed": "runtime"}  # top-level groups
 
 
 def current_name(path: str) -> str:
@@ -23,7 +23,7 @@ def current_name(path: str) -> str:
 
 
 def with_current_names(settings: Any) -> Any:
-    """Rename the keys of nested settings from an earlier version to their current names."""
+    """Return nested settings from an earlier version under their current names."""
     if not isinstance(settings, dict):
         return settings
     return {KEYS.get(key, key): with_current_names(value) for key, value in settings.items()}

@@ -1,4 +1,4 @@
-"""Detection of overrides that have no effect because another setting disables them."""
+"""Detects overrides that have no effect because another setting disables them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from data.errors import UserError
 
 @dataclass(frozen=True)
 class Unused:
-    """Settings that have no effect if `when` holds."""
+    """Settings that have no effect if `when` returns true for the configuration; `why` is the reason to report."""
 
     keys: tuple[str, ...]  # full keys or group prefixes
     when: Callable[[DictConfig], bool]
@@ -32,7 +32,7 @@ def keys_given(overrides: list[str]) -> list[str]:
 
 
 def check_unused(config: DictConfig, overrides: list[str], table: tuple[Unused, ...]) -> None:
-    """Check that every override has an effect. Files in conf/ are exempt: they serve several commands and combinations.
+    """Check that every override has an effect. Files in conf/ are not checked, since different commands share them.
 
     Raises:
         UserError: an override has no effect; the message gives the reason.
@@ -40,4 +40,4 @@ def check_unused(config: DictConfig, overrides: list[str], table: tuple[Unused, 
     for key in keys_given(overrides):
         for unused in table:
             if unused.covers(key) and unused.when(config):
-                raise UserError(f"{key} has no effect: {unused.why}. Leave it out.")
+                raise UserError(f"{key} has no effect: {unused.why}. Remove it.")

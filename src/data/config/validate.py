@@ -1,4 +1,4 @@
-"""Validation of a configuration: keys and types against conf/, ranges of numbers, values of some settings."""
+"""Validates a configuration: keys and types against conf/, numeric ranges, and settings with a fixed set of values."""
 
 import math
 import sys
@@ -27,8 +27,8 @@ NULLABLE: dict[str, type] = {
     **{f"stage.{stage}.patience": int for stage in STAGES},
     **{f"stage.{stage}.micro_batch_size": int for stage in STAGES},
 }
-# Not compared with conf/: passed unchanged to templates, architectures, Trainer, loggers and callbacks, which validate
-# their own keys, or validated by the code that reads them.
+# Not compared with conf/: either passed on to templates, architectures, the Trainer, loggers and callbacks, which do
+# their own validation, or validated by the code that reads them.
 FREE_FORM = (
     "data.template_kwargs",
     "data.path",  # a path or a list of sources
@@ -48,14 +48,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.bad_records": ("stop", "skip"),
     "data.truncation": ("turn", "token", "drop"),
 }
-TYPE_NAMES = {int: "a whole number", str: "text", list: "a list"}
+TYPE_NAMES = {int: "an integer", str: "a string", list: "a list"}
 
 
 def command_line(usage: str | None) -> DictConfig:
-    """Return the validated configuration of a command that takes only overrides. `--help` prints `usage` and exits.
+    """Return the validated configuration for a command that takes only overrides. `--help` prints `usage` and exits.
 
     Raises:
-        UserError: as for `composed` and `check_settings`.
+        UserError: see `composed` and `check_settings`.
     """
     overrides = sys.argv[1:]
     if {"-h", "--help"} & set(overrides):
@@ -67,25 +67,25 @@ def command_line(usage: str | None) -> DictConfig:
 
 
 def check_settings(config: DictConfig, overrides: list[str]) -> None:
-    """Check all keys and types against conf/, choices of data settings, and ranges of numbers.
+    """Check keys and types against conf/, then numeric ranges and the settings in `CHOICES`.
 
     Raises:
-        UserError: a setting is invalid; the message gives its name and, where known, the expected value and the fix.
+        UserError: a setting is invalid; the message names it and, where known, gives the expected value and the fix.
     """
     if OmegaConf.is_missing(config, "name"):
         raise UserError(
-            "No experiment chosen. Choose one of conf/experiment/, such as +experiment=tiny, or set name=... and "
+            "No experiment selected. Select one from conf/experiment/, e.g. +experiment=tiny, or set name=... and "
             "model.target.name=..."
         )
     known, given = as_dict(reference(overrides)), as_dict(config)
     _check_keys(given, known, known, "")
     if missing := sorted(path for path, value in leaves(given) if value == "???"):
         raise UserError(
-            f"Settings without a value: {', '.join(missing)}. Set them on the command line or in the experiment."
+            f"Required settings have no value: {', '.join(missing)}. Set them on the command line or in the experiment."
         )
     _check_types(config, given, overrides)
     if "/" in config.name or config.name in ("", ".", ".."):
-        raise UserError(f"name={config.name!r}: expected a plain directory name; it names checkpoints/<name>.")
+        raise UserError(f"name={config.name!r}: expected a plain directory name (used for checkpoints/<name>).")
     check_finite(given)
     check_choices(config, CHOICES)
     try:
@@ -97,10 +97,10 @@ def check_settings(config: DictConfig, overrides: list[str]) -> None:
 
 
 def check_finite(settings: Any, path: str = "") -> None:
-    """Check that no setting is infinite or NaN. Range comparisons may not catch these, and they corrupt all results.
+    """Check that no setting is infinite or NaN. Such values can pass range checks, and would corrupt all results.
 
     Args:
-        settings: nested plain values.
+        settings: plain values, nested in dictionaries and lists.
 
     Raises:
         UserError: a setting is not finite; the message names the first one.
@@ -126,7 +126,7 @@ def check_choices(config: DictConfig, choices: dict[str, tuple[str, ...]]) -> No
 
 
 def check_at_least(config: DictConfig, bounds: dict[str, float]) -> None:
-    """Check that settings are numbers at or above their bounds; integers if the bound is an int. Null is accepted.
+    """Check that each setting is a number >= its bound, and an integer if the bound is an int. Null is accepted.
 
     Raises:
         UserError: a value is below its bound or has the wrong type.
@@ -136,30 +136,32 @@ def check_at_least(config: DictConfig, bounds: dict[str, float]) -> None:
 
 
 def _check_keys(given: Any, known: Any, root: dict[str, Any], path: str) -> None:
-    """Check that `given` has the keys of `known`, at every level.
+    """Check that `given` has exactly the keys of `known`, at every level.
 
     Args:
-        root: the complete known settings, to suggest names from.
+        root: all known settings, from which names are suggested.
 
     Raises:
-        UserError: a key is unknown, missing, or not a setting.
+        UserError: a key is unknown or missing, a value is given for a group or vice versa, or a setting
+            that always equals a different one is changed.
     """
-    section = path not in FREE_FORM or "." not in path  # the sections of FREE_FORM are never null
+    # Top-level groups must stay groups, even the free-form ones. Nested free-form settings may be null.
+    section = path not in FREE_FORM or "." not in path
     if isinstance(known, dict) and not isinstance(given, dict) and section:
-        raise UserError(f"{path}={given!r}: expected a group of settings, not a value. It has: {', '.join(known)}.")
+        raise UserError(f"{path}={given!r}: expected a group with the settings {', '.join(known)}.")
     if path in FREE_FORM:
         return
     if isinstance(known, dict):
         if missing := [key for key in known if key not in given]:
             here = f"{path}.{missing[0]}" if path else str(missing[0])
-            raise UserError(f"{here}: every setting is required. Change its value instead of deleting it.")
+            raise UserError(f"{here}: settings cannot be deleted. Change the value instead.")
         for key, value in given.items():
             here = f"{path}.{key}" if path else str(key)
             if key not in known:
                 raise UserError(unknown_key(here, root))
             _check_keys(value, known[key], root, here)
     elif given != known and _is_reference(known):
-        raise UserError(f"{path}: always equal to {known[2:-1]}. Set that instead.")
+        raise UserError(f"{path} always equals {known[2:-1]}. Set {known[2:-1]} instead.")
     elif isinstance(given, dict):
         raise UserError(f"{path}={given!r}: expected a value, not a group of settings.")
 
@@ -167,7 +169,7 @@ def _check_keys(given: Any, known: Any, root: dict[str, Any], path: str) -> None
 def _check_types(config: DictConfig, given: dict[str, Any], overrides: list[str]) -> None:
     """Check the types of all settings except free-form ones. Settings equal to their default need no check."""
     default_config = defaults()
-    sources = (default_config, reference(overrides))  # defaults first: an experiment may itself have a wrong type
+    sources = (default_config, reference(overrides))  # defaults first: the type in an experiment may be wrong
     default_values = dict(leaves(as_dict(default_config)))
     for path, value in sorted(leaves(given), key=lambda leaf: leaf[0] not in ("name", "run_dir")):
         default = default_values.get(path)
@@ -177,14 +179,14 @@ def _check_types(config: DictConfig, given: dict[str, Any], overrides: list[str]
 
 
 def _check_type(config: DictConfig, sources: tuple[DictConfig, ...], path: str, written: Any) -> None:
-    """Check the type of one setting against conf/. For text settings, convert numbers (`name=1`) to text in `config`.
+    """Check the type of one setting against conf/. If it must be a string, convert a number (`name=1`) in `config`.
 
     Args:
         sources: reference configurations. The first one with a non-null value determines the type.
-        written: the value in `config` before interpolation.
+        written: the value in `config`, before interpolation.
 
     Raises:
-        UserError: the type is wrong, the value does not resolve, or it changes a class.
+        UserError: the type is wrong, the value cannot be resolved, or the setting selects a class and was changed.
     """
     try:
         value = _resolved(config, path)
@@ -192,14 +194,14 @@ def _check_type(config: DictConfig, sources: tuple[DictConfig, ...], path: str, 
     except OmegaConfBaseException as error:
         raise UserError(f"{path}={written}: {str(error).strip().splitlines()[0]}.") from error
     if path.rpartition(".")[2] in CLASS_KEYS and value != known:
-        raise UserError(f"{path}={value!r}: expected {known!r}; a class cannot be changed. Leave it out.")
+        raise UserError(f"{path}={value!r}: classes cannot be changed; expected {known!r}. Remove it.")
     kind = NULLABLE.get(path) or (str if known is None else type(known))  # only `name` has no default
     if value is None and path in NULLABLE:
         return
     if kind is str and isinstance(value, int | float | bool):
         OmegaConf.update(config, path, str(value))
     elif not _is_a(value, kind):
-        expected = f"{TYPE_NAMES[kind]} or null" if path in NULLABLE else f"{kind.__name__}, such as {known!r}"
+        expected = f"{TYPE_NAMES[kind]} or null" if path in NULLABLE else f"{kind.__name__}, e.g. {known!r}"
         raise UserError(f"{path}={value!r}: expected {expected}.")
 
 
@@ -208,7 +210,7 @@ def _is_free(path: str) -> bool:
 
 
 def _is_reference(written: Any) -> bool:
-    """Return whether a setting is an interpolation of a stage or objective setting, which is checked separately."""
+    """Return whether a value refers to a stage or objective setting, which is checked where it is defined."""
     return isinstance(written, str) and written.startswith(("${stage.", "${objective}"))
 
 
