@@ -98,7 +98,7 @@ def test_every_lightning_callback_is_supported_or_refused():
     ],
 )
 def test_weights_swapped_only_for_validation_end_the_run(start, end, tmp_path):
-    with pytest.raises(AgreedEnd, match="a callback changes the trained weights.*callbacks: .*Swap"):
+    with pytest.raises(AgreedEnd, match="a callback changed the trained weights.*callbacks: .*Swap"):
         run(tmp_path, faults=[Swap(start, end), SameWeights()], best_by=None)
 
 

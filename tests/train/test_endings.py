@@ -22,7 +22,9 @@ def test_a_run_stopped_by_a_callback_resumes_identically(step, micro_batches, nu
     """Covers stops in the middle of a step and after a validation."""
     straight, kept, history = run(tmp_path / "straight", micro_batches=micro_batches)
     directory = tmp_path / "attention_tuning" / "checkpoints"
-    with pytest.raises(NotFinished, match=f"attention_tuning ended at step {step} of {STEPS}, by a callback") as ended:
+    with pytest.raises(
+        NotFinished, match=f"attention_tuning stopped at step {step} of {STEPS} because of a callback"
+    ) as ended:
         run(directory, micro_batches=micro_batches, faults=[StopAt(step, number)])
     assert ended.value.status == 75 and step_of(usable_checkpoint(directory)) == step
     training, checkpointer, after = run(directory, micro_batches=micro_batches)
@@ -34,7 +36,7 @@ def test_a_run_stopped_by_a_callback_resumes_identically(step, micro_batches, nu
 def test_a_time_limit_applies_to_each_start(tmp_path):
     straight, kept, _ = run(tmp_path / "straight")
     for step in range(1, STEPS):
-        with pytest.raises(NotFinished, match=f"ended at step {step} of {STEPS}, by trainer.max_time"):
+        with pytest.raises(NotFinished, match=f"stopped at step {step} of {STEPS} because of trainer.max_time"):
             run(tmp_path / "limited", faults=[Timer({"microseconds": 1})])
     training, checkpointer, _ = run(tmp_path / "limited", faults=[Timer({"microseconds": 1})])
     assert checkpointer.best == kept.best and same(straight, training)

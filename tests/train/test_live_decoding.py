@@ -269,7 +269,7 @@ def test_the_settings_determine_the_prompts():
     assert twice[0] == twice[1] == validation.prompts(4, 256) and len(twice[0]) == 4
     assert live_decoding(settings(**{"decode.prompts": 0}), "attention_tuning", validation, 256) == []
     assert live_decoding(config, "attention_tuning", pack_documents([], 64, pad_id=0), 256) == []
-    with pytest.raises(UserError, match="max_new_tokens=32.* 40 positions"):
+    with pytest.raises(UserError, match="max_new_tokens=32.*context length of 40"):
         live_decoding(config, "attention_tuning", validation, 40)
 
 

@@ -1,1 +1,1 @@
-"""Training loop of one stage under Lightning: modules, batches, ZeRO, decoding during validation, logging."""
+"""Lightning training loop for a stage: modules, batches, ZeRO, decoding during validation, logging."""

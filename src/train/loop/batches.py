@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): data loading has no state to checkpoint."""
+"""Batches as a pure function of (seed, step), so data loading has no state to checkpoint."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,23 +15,23 @@ from data.preprocess.anchors import make_batch
 from data.preprocess.packing import Row
 from train.settings.derived import micro_batches_per_step
 
-VALIDATION = 1  # separates validation's random seeds from training's (0)
+VALIDATION = 1  # keeps validation seeds distinct from training seeds (0)
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """Settings that, together with the rows, determine the batches of a stage."""
+    """Settings that, together with the rows, determine a stage's batches."""
 
     steps: int
-    global_batch_size: int  # rows per step over all ranks
+    global_batch_size: int  # rows per step across all ranks
     num_anchors: int  # blocks per row
     block_size: int
     seed: int
-    micro_batch_size: int | None = None  # rows per micro-batch of a rank; None: one micro-batch per step
+    micro_batch_size: int | None = None  # rows per micro-batch on each rank; None: one micro-batch per step
 
     @classmethod
     def of_stage(cls, config: DictConfig, stage: str) -> "BatchSettings":
-        """Read the settings of a training stage."""
+        """Read a training stage's batch settings from the config."""
         settings = config.stage[stage]
         return cls(
             steps=settings.steps,
@@ -44,10 +44,10 @@ class BatchSettings:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """One rank's part of every global batch: one item per micro-batch of each step.
+    """One rank's shard of every global batch, with one item per micro-batch.
 
-    Rows are reshuffled every epoch, and anchors are resampled each time a row is used. The global batch of a step does
-    not depend on the number of ranks or micro-batches.
+    Rows are reshuffled every epoch, and anchors are resampled each time a row is used. The global batch at a given step
+    does not depend on the number of ranks or micro-batches.
     """
 
     def __init__(self, rows: Sequence[Row], settings: BatchSettings, *, rank: int = 0, world_size: int = 1) -> None:
@@ -65,7 +65,7 @@ class TrainingBatches(Dataset[Batch]):
         return self.batch(*divmod(index, self.micro_batches))
 
     def batch(self, step: int, number: int = 0) -> Batch:
-        """Return micro-batch `number` of this rank in step `step`."""
+        """Return this rank's micro-batch `number` for step `step`."""
         settings = self.settings
         size = settings.global_batch_size // (self.world_size * self.micro_batches)
         first = (self.rank * self.micro_batches + number) * size
@@ -84,9 +84,9 @@ class TrainingBatches(Dataset[Batch]):
 
 
 class StepSampler(Sampler[int]):
-    """Indices of the micro-batches from the current step to the last, in order.
+    """Yields the indices of all remaining micro-batches in order, starting at the current step.
 
-    The current step is read when iteration starts.
+    `current_step` is called when iteration starts, not at construction.
     """
 
     def __init__(self, batches: TrainingBatches, current_step: Callable[[], int]) -> None:
@@ -100,10 +100,10 @@ class StepSampler(Sampler[int]):
 
 
 class ValidationBatches(Dataset[Batch]):
-    """Validation batches, split over the ranks: the same rows with the same anchors every time.
+    """Validation batches, sharded across ranks. Every validation uses the same rows and anchors.
 
-    All ranks have the same number of batches and rows, because under ZeRO 3 a rank that finishes early blocks the
-    others. The last ranks are padded with repeated rows, whose labels are ignored.
+    All ranks get the same number of batches and rows, because under ZeRO 3 a rank that finishes early would block the
+    others. The last ranks are padded with repeated rows whose labels are ignored.
     """
 
     def __init__(self, rows: Sequence[Row], settings: BatchSettings, *, rank: int = 0, world_size: int = 1) -> None:
@@ -128,7 +128,7 @@ class ValidationBatches(Dataset[Batch]):
 
 
 class BatchLoader(DataLoader):
-    """DataLoader that prefetches ready-made batches in `workers` processes; 0 builds them in the main process."""
+    """DataLoader for datasets whose items are complete batches. `workers=0` builds batches in the main process."""
 
     def __init__(self, batches: Dataset[Batch], workers: int, sampler: Sampler[int] | None = None) -> None:
         super().__init__(
@@ -142,7 +142,7 @@ class BatchLoader(DataLoader):
         return self._begun[-1]
 
     def close(self) -> None:
-        """Shut down the workers, including those of a loop aborted by an exception, whose traceback keeps them alive.
+        """Shut down the workers, including any kept alive by the traceback of an exception that aborted the loop.
 
         Otherwise the interpreter would wait for them at exit, and they ignore signals.
         """
@@ -153,6 +153,9 @@ class BatchLoader(DataLoader):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ignore signals in a worker: a signal sent to the entire job would kill it before the run saved a checkpoint."""
+    """Ignore signals in a data loader worker.
+
+    A signal sent to the entire job would otherwise kill the worker before the run saves a checkpoint.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Data module of one training stage: data loaders over packed rows."""
+"""Lightning data module for a training stage, with data loaders over packed rows."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from train.loop.batches import BatchLoader, BatchSettings, StepSampler, Training
 
 
 class DraftData(lightning.LightningDataModule):
-    """Training and validation data loaders of one stage."""
+    """Training and validation data loaders for one stage."""
 
     def __init__(
         self, training: Sequence[Row], validation: Sequence[Row], settings: BatchSettings, *, workers: int = 0
     ) -> None:
         """
         Args:
-            workers: prefetching processes per data loader; 0: none.
+            workers: worker processes per data loader; 0 loads in the main process.
         """
         super().__init__()
         self.training, self.validation, self.settings, self.workers = training, validation, settings, workers
@@ -39,12 +39,12 @@ class DraftData(lightning.LightningDataModule):
         return self._keep(BatchLoader(ValidationBatches(self.validation, self.settings, **self._place()), self.workers))
 
     def _place(self) -> dict[str, int]:
-        """Return rank and world size of this process."""
+        """Return this process's rank and the world size."""
         trainer = self._trainer()
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _trainer(self) -> lightning.Trainer:
-        assert self.trainer is not None  # Lightning attaches it before asking for data loaders
+        assert self.trainer is not None  # Lightning attaches it before requesting data loaders
         return self.trainer
 
     def _keep(self, loader: BatchLoader) -> BatchLoader:
@@ -57,5 +57,5 @@ class DraftData(lightning.LightningDataModule):
             loader.close()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch to the device; on CUDA asynchronously, from pinned memory."""
+        """Move a batch to the device. Copies to CUDA are asynchronous, from pinned memory."""
         return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)

@@ -56,8 +56,8 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     check_callbacks(given)
     skipped = SkippedSteps(checkpoints.directory, settings.max_skipped_steps)
     labelled = LabelledBlocks(needed=config.model.target.name is not None)
-    # Rank, world size and address come from SLURM. Its signals are handled by train.endings.preemption: Lightning's
-    # handler would save in the middle of a step.
+    # SLURM provides rank, world size and address. Its signals are handled by train.endings.preemption, because
+    # Lightning's handler would save in the middle of a step.
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer: Trainer = instantiate(
         config.trainer,
@@ -87,18 +87,18 @@ def _check_time_limit(trainer: Trainer) -> None:
     """Check that the time limit, if any, is positive.
 
     Raises:
-        UserError: the time limit is 0 or less, so that no step would be made.
+        UserError: the time limit is zero or negative, so no step would run.
     """
     limits = [callback.time_remaining() for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
     if any(limit is not None and limit <= 0 for limit in limits):
         raise UserError(
-            "trainer.max_time, or a Timer's duration, is 0 or negative: no step would run. Expected more time than one "
-            "step takes, such as trainer.max_time=00:12:00:00 (days, hours, minutes, seconds)."
+            "trainer.max_time (or a Timer's duration) is zero or negative, so no step would run. It must be longer "
+            "than one step takes, e.g. trainer.max_time=00:12:00:00 (days:hours:minutes:seconds)."
         )
 
 
 def stage_loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
-    """Instantiate the loggers of a stage. A restarted stage resumes its W&B run."""
+    """Instantiate the loggers for a stage. A restarted stage resumes its W&B run."""
     run_dir = directory.parent
     places: dict[str, dict[str, Any]] = {"csv": {"save_dir": str(directory)}}
     places["wandb"] = {"save_dir": str(run_dir), "run_name": config.name, "stage": stage}
@@ -107,20 +107,20 @@ def stage_loggers(config: DictConfig, stage: str, directory: Path) -> list[Any]:
 
 
 def wandb_loggers(config: DictConfig, stage: str, directory: Path) -> list[StageWandbLogger]:
-    """Instantiate the loggers of a stage and return the W&B logger among them, if any: a list of length 0 or 1."""
+    """Instantiate the loggers for a stage and return only the W&B logger, as a list of length 0 or 1."""
     return [logger for logger in stage_loggers(config, stage, directory) if isinstance(logger, StageWandbLogger)]
 
 
 def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Path) -> dict[str, float]:
     """Train to the last step, resuming from the latest intact checkpoint if there is one.
 
-    With `patience` set, training may stop earlier.
+    Training may stop earlier if `patience` is set.
 
     Returns:
-        Validation metrics of the weights that the stage hands on: the best or the last.
+        Validation metrics of the weights that the stage outputs: the best weights, or the last if there are none.
 
     Raises:
-        UserError: Lightning rejects the configuration of trainer, loggers or callbacks.
+        UserError: Lightning rejects the trainer, logger or callback configuration.
         AgreedEnd: training ended before the last step for a reason other than `patience`.
     """
     checkpoints = checkpointer(trainer)
@@ -133,11 +133,11 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
             if isinstance(logger, StageWandbLogger):
                 logger.replay(rows)
     if not len(data.validation):
-        say("    data.validation_records=0: no validation runs, so the last weights are kept")
+        say("    data.validation_records=0: validation is disabled, so the stage outputs its last weights")
     try:
         trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     except MisconfigurationException as error:
-        raise UserError(f"trainer, logger or callbacks: {error}") from error
+        raise UserError(f"Lightning rejected the settings of trainer, logger or callbacks: {error}") from error
     finally:
         data.close()
     early = trainer.global_step < trainer.max_steps
@@ -149,7 +149,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
 
 
 def stage_monitor(config: DictConfig, stage: str, target_config: PretrainedConfig, training: PackedRows) -> Monitor:
-    """Create the monitor of a stage. MFU is omitted for architectures that cannot be traced."""
+    """Create the metrics monitor for a stage. It omits MFU if the architecture cannot be traced."""
     settings, length = config.stage[stage], config.data.max_seq_len
     rows, block_size = settings.global_batch_size, config.model.draft.block_size
     try:

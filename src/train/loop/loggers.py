@@ -1,7 +1,7 @@
 """W&B logging.
 
-W&B's environment variables take precedence. Logging is offline unless there is a login and the server answers. W&B
-errors never stop training. wandb is imported lazily, so that it is required only by runs that use it.
+W&B's environment variables override the defaults chosen here. Logging is offline unless credentials are available and
+the server is reachable. W&B errors never stop training. wandb is imported lazily, so only runs that use it require it.
 """
 
 import netrc
@@ -21,7 +21,7 @@ from data.errors import UserError
 from train.terminal import rank, say
 
 PROJECT = "flexdraft"  # default if neither logger.wandb.project nor WANDB_PROJECT is set
-REACH, INIT, FINISH = 5.0, 30.0, 120.0  # seconds to wait for the server
+REACH, INIT, FINISH = 5.0, 30.0, 120.0  # timeouts in seconds: health check, wandb.init, final upload
 OFFLINE = ("offline", "dryrun")
 
 
@@ -34,7 +34,7 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
             return
         try:
             method(self, *args, **kwargs)
-        except Exception as error:  # network, W&B service process, ...: never worth losing the training run
+        except Exception as error:  # network or W&B service errors are never worth losing the training run
             self.lost = True
             say(f"W&B: {_line(error)} Logging to W&B is disabled for this stage; the run continues.")
 
@@ -42,11 +42,11 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class StageWandbLogger(WandbLogger):
-    """Lightning's logger for one stage.
+    """Lightning's W&B logger for one stage.
 
-    Each stage is a separate W&B run, finished when the stage ends. If the run is given (WANDB_RUN_ID, as under
-    `wandb agent`), all stages log to it: metric keys are prefixed with the stage name, and the run stays open until the
-    process exits.
+    Each stage logs to a separate W&B run, which is finished when the stage ends. If WANDB_RUN_ID is set (e.g. by
+    `wandb agent`), all stages log to that run instead: metric keys are prefixed with the stage name, and the run stays
+    open until the process exits.
     """
 
     def __init__(self, stage: str, **settings: Any) -> None:
@@ -56,7 +56,7 @@ class StageWandbLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, created on first access; offline if the server rejects it."""
+        """The W&B run, created on first access. Falls back to offline mode if the server rejects it."""
         if self._experiment is None:
             self._experiment = self._begin()
             step = self._key("trainer/global_step")
@@ -93,12 +93,13 @@ class StageWandbLogger(WandbLogger):
         super().log_hyperparams(params)
 
     def replay(self, rows: dict[int, dict[str, float]]) -> None:
-        """Log again the metrics that an interrupted run logged up to its checkpoint, in offline mode only.
+        """In offline mode, log again the metrics that an interrupted run logged up to its checkpoint.
 
-        Offline, the last 15 seconds before a kill never reach the disk. Online, the server already has all rows.
+        Offline, metrics from the last 15 seconds before a kill never reach the disk. Online, the server already has
+        all of them.
 
         Args:
-            rows: step -> metrics.
+            rows: metrics, keyed by step.
         """
         if self._offline:
             for step, row in sorted(rows.items()):
@@ -106,7 +107,7 @@ class StageWandbLogger(WandbLogger):
 
     @guarded
     def log_directory(self, directory: Path, figures: dict[str, Any]) -> None:
-        """Log a directory as an artifact, snapshotting its files in their current state; finish the run."""
+        """Log a snapshot of a directory as an artifact, then finish the run."""
         import wandb
 
         artifact = wandb.Artifact(self.experiment.name or self.stage, type="drafter", metadata=figures)
@@ -116,7 +117,7 @@ class StageWandbLogger(WandbLogger):
 
     @guarded
     def log_summary(self, figures: dict[str, Any]) -> None:
-        """Write the run's final metrics to its summary; finish the run."""
+        """Write the final metrics to the run's summary, then finish the run."""
         self.experiment.summary.update({self._key(name): value for name, value in figures.items()})
         self.finalize("success")
 
@@ -125,12 +126,15 @@ class StageWandbLogger(WandbLogger):
         run, self._experiment = self._experiment, None
         if run is None or self.shared:
             return
-        # In a thread with a timeout: W&B waits for an unreachable server much longer than the next stage should.
+        # Finish in a thread with a timeout, so that an unreachable server does not hold up the next stage.
         thread = threading.Thread(target=_quietly, args=(run.finish,), daemon=True)
         thread.start()
         thread.join(FINISH)
         if thread.is_alive():
-            say(f"W&B: the upload did not finish within {FINISH:.0f} s. {_later(self._wandb_init['dir'])}")
+            say(
+                f"W&B: the upload did not finish within {FINISH:.0f} s. To finish it later: "
+                f"wandb sync {self._wandb_init['dir']}/wandb/*run-*"
+            )
 
 
 def _quietly(call: Callable[[], Any]) -> None:
@@ -146,36 +150,36 @@ def _line(error: Exception) -> str:
 
 
 def _later(directory: str) -> str:
-    return f"Logging offline; upload later: wandb sync {directory}/wandb/offline-run-*"
+    return f"Logging offline. To upload later: wandb sync {directory}/wandb/offline-run-*"
 
 
 @cache
 def mode(directory: str) -> str:
-    """Return W&B's mode for this process, decided once.
+    """Return the W&B mode for this process. The result is cached.
 
-    WANDB_MODE and W&B's own settings take precedence; otherwise online if there is a login and the server answers, else
-    offline.
+    If WANDB_MODE or W&B's own settings ask for offline or disabled logging, that mode is used. Otherwise the mode is
+    WANDB_MODE (default: online) if credentials are available and the server is reachable, and offline if not.
 
     Raises:
-        UserError: WANDB_MODE is not a W&B mode, another WANDB_* variable is invalid, or wandb is not installed.
+        UserError: WANDB_MODE or another WANDB_* variable is invalid, or wandb is not installed.
     """
     try:
         import wandb
     except ImportError as error:
-        raise UserError(f"logger=wandb: {error}. Install it (pip install wandb) or use logger=csv.") from error
+        raise UserError(f"logger=wandb: {error}. Install wandb (pip install wandb) or use logger=csv.") from error
     given, known = os.environ.get("WANDB_MODE"), get_args(wandb.Settings.model_fields["mode"].annotation)
     if given and given not in known:
         raise UserError(f"WANDB_MODE={given}: expected one of {', '.join(known)}.")
     try:
         settings = wandb.setup().settings
-    except Exception as error:  # for example an invalid WANDB_* variable
-        raise UserError(f"W&B rejects its settings (WANDB_* variables): {_line(error)}") from error
+    except Exception as error:  # e.g. an invalid WANDB_* variable
+        raise UserError(f"W&B rejected its settings (WANDB_* variables): {_line(error)}") from error
     if given in (*OFFLINE, "disabled") or settings.mode in (*OFFLINE, "disabled"):
         return given or settings.mode
     if not logged_in(settings.base_url):
         if given:
             say(
-                f"W&B: WANDB_MODE={given}, but there are no credentials (wandb login, WANDB_API_KEY). "
+                f"W&B: WANDB_MODE={given}, but no credentials were found (run wandb login or set WANDB_API_KEY). "
                 f"{_later(directory)}"
             )
         return "offline"
@@ -186,7 +190,7 @@ def mode(directory: str) -> str:
 
 
 def logged_in(base_url: str) -> bool:
-    """Return whether W&B has credentials, from its environment variables or from `wandb login` (.netrc)."""
+    """Return whether W&B credentials are available, from environment variables or from `wandb login` (.netrc)."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -197,10 +201,10 @@ def logged_in(base_url: str) -> bool:
 
 
 def unreachable(base_url: str) -> str:
-    """Return why the server did not answer within `REACH` seconds; an empty string if it did."""
+    """Return why the server is unreachable, or an empty string if it responds within `REACH` seconds."""
     import httpx
 
-    outcome = [f"no answer within {REACH:.0f} s"]
+    outcome = [f"no response within {REACH:.0f} s"]
 
     def ask() -> None:
         try:
@@ -216,7 +220,7 @@ def unreachable(base_url: str) -> str:
 
 
 def check_loggers(config: DictConfig) -> None:
-    """Validate the W&B setup and decide on its mode before anything is loaded.
+    """Validate the W&B setup and choose its mode before anything is loaded.
 
     Raises:
         UserError: see `mode`.
@@ -232,15 +236,15 @@ def _directory(run_dir: str) -> str:
 def wandb_logger(
     save_dir: str, run_name: str, stage: str, run_id: str | None, project: str | None = None
 ) -> StageWandbLogger:
-    """Create the W&B logger of a stage.
+    """Create the W&B logger for a stage.
 
-    The W&B run is named and grouped after the training run. W&B's environment variables override name, group and job
-    type.
+    The W&B run takes its name and group from the training run. W&B's environment variables override name, group and
+    job type.
 
     Args:
         save_dir: the run directory; overridden by WANDB_DIR.
-        run_id: stable across restarts of the stage; overridden by WANDB_RUN_ID.
-        project: W&B project; if None, WANDB_PROJECT or else `flexdraft`.
+        run_id: id of the W&B run, stable across restarts of the stage; overridden by WANDB_RUN_ID.
+        project: W&B project; defaults to WANDB_PROJECT, or else `flexdraft`.
 
     Raises:
         UserError: see `mode`.
@@ -249,7 +253,7 @@ def wandb_logger(
     chosen = mode(directory) if rank() == 0 else "disabled"
 
     def unless(variable: str, value: str | None) -> str | None:
-        return None if os.environ.get(variable) else value  # None: W&B reads the variable
+        return None if os.environ.get(variable) else value  # with None, W&B reads the variable
 
     import wandb
 

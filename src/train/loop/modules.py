@@ -1,4 +1,4 @@
-"""Lightning modules of the two training stages: trained parameters, drafter inputs, shared loss and optimizer."""
+"""Lightning modules for the two training stages: trained parameters, drafter inputs, shared loss and optimizer."""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from train.endings.finite import StepMetrics, gradient_norms, step_metrics
 
 @dataclass
 class Features:
-    """Inputs of the loss for the blocks of a batch."""
+    """Loss inputs for the blocks in a batch."""
 
     hidden: Tensor  # [R, A, B, H]
     labels: Tensor  # [R, A, B]
@@ -34,9 +34,9 @@ class Features:
 
 
 class DraftTraining(lightning.LightningModule, ABC):
-    """Base class of both stages: frozen target, loss over a global batch, optimizer, validation.
+    """Base class for both training stages, with frozen target, loss over a global batch, optimizer and validation.
 
-    Subclasses define the trained parameters and compute the hidden states of the blocks.
+    Subclasses define which parameters are trained and how the loss inputs are computed.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class DraftTraining(lightning.LightningModule, ABC):
     ) -> None:
         """
         Args:
-            slot0_loss: include slot 0 in the loss.
-            bonus_slot_fraction: fraction of blocks that are given their bonus token: in slot 0 if the drafter has a
-                bonus slot, and with the previous token of each slot if it has a chain.
+            slot0_loss: whether to include slot 0 in the loss.
+            bonus_slot_fraction: fraction of blocks that see their bonus token. With a bonus slot, it is the input of
+                slot 0; with a chain, these blocks also see the token before each slot.
         """
         super().__init__()
         self.target, self.draft = target, draft
@@ -80,16 +80,16 @@ class DraftTraining(lightning.LightningModule, ABC):
             parameter.requires_grad_(True)
 
     _micro_batch: int  # index of the current micro-batch in its step
-    _sums: Tensor  # loss, weight and blocks of the step so far
-    masks_labels = False  # whether `features` masks some labels of the batch
+    _sums: Tensor  # sums over the current step so far: loss, weight, blocks, labeled blocks
+    masks_labels = False  # whether `features` masks some of the batch's labels
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters of this stage by exported name."""
+        """Return the parameters trained in this stage, keyed by exported name."""
 
     @abstractmethod
     def features(self, batch: Batch) -> Features:
-        """Compute the hidden states of a batch's blocks and the other inputs of the loss."""
+        """Compute the hidden states of a batch's blocks and the other loss inputs."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the outputs of `block_loss` (loss sum, weight sum, correct [R, A, B-1]) and the labels [R, A, B]."""
@@ -111,33 +111,35 @@ class DraftTraining(lightning.LightningModule, ABC):
         return *sums, features.labels
 
     def mask_bonus(self, bonus: Tensor) -> Tensor:
-        """Replace the bonus tokens [R, A] by UNKNOWN in all but a fraction `bonus_slot_fraction` of the blocks.
+        """Replace the bonus tokens [R, A] with UNKNOWN, except in a fraction `bonus_slot_fraction` of the blocks.
 
-        The blocks are evenly spaced instead of random, so the choice depends on neither step nor rank.
+        Those blocks are evenly spaced rather than random, so the choice depends on neither step nor rank.
         """
         number = torch.arange(bonus.shape[1], device=bonus.device)
         revealed = ((number + 1) * self.bonus_slot_fraction).floor() > (number * self.bonus_slot_fraction).floor()
         return bonus.masked_fill(~revealed, UNKNOWN)
 
     def train(self, mode: bool = True) -> "DraftTraining":
-        """Stay in eval mode: dropout in target or draft would make training differ from decoding."""
+        """Stay in eval mode, because dropout in the target or drafter would make training differ from decoding."""
         return super().train(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss sum of this micro-batch. `on_before_optimizer_step` divides by the total slot weight, which
-        is known only after all micro-batches on all ranks."""
+        """Return the loss sum of this micro-batch, not divided by the slot weight.
+
+        The total slot weight is known only after all micro-batches on all ranks, so `on_before_optimizer_step` divides
+        the gradients by it.
+        """
         micro_batches = self.trainer.accumulate_grad_batches
         self._micro_batch = batch_idx % micro_batches
-        if (
-            self._micro_batch == 0
-        ):  # free memory now: Lightning clears the previous step's gradients only before backward
+        if self._micro_batch == 0:
+            # Free memory now: Lightning clears the previous step's gradients only right before backward.
             for parameter in self.trained().values():
                 parameter.grad = None
         loss_sum, weight_sum, _, labels = self.loss(batch)
         blocks = [(of[..., 1:] != IGNORE).any(-1).sum() for of in (batch.labels, labels)]
         here = torch.stack([loss_sum.detach(), weight_sum, *(count.to(loss_sum.dtype) for count in blocks)])
         self._sums = here if self._micro_batch == 0 else self._sums + here
-        # Undo Lightning's division by the accumulation steps and the averaging of gradients over ranks.
+        # Cancel Lightning's division by the accumulation steps and its averaging of gradients across ranks.
         return loss_sum * (micro_batches * self.trainer.world_size)
 
     @property
@@ -146,9 +148,9 @@ class DraftTraining(lightning.LightningModule, ABC):
         return self._micro_batch + 1 == self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Divide the gradients by the slot weight of the global batch. Gradient clipping follows.
+        """Divide the gradients by the total slot weight of the global batch, before gradient clipping.
 
-        If the loss or a gradient is not finite on any rank, all ranks skip the step, and `self.step.fault` names the
+        If the loss or a gradient is not finite on any rank, all ranks skip the step, and `self.step.fault` gives the
         reason.
         """
         if not self.ends_step:
@@ -189,10 +191,10 @@ class DraftTraining(lightning.LightningModule, ABC):
         loss, weight, gained, blocks, *slots = totals.tolist()
         if not blocks:
             return
-        # Teacher-forced estimate: blocks start at uniform anchors instead of after a rejected draft, so τ in
+        # Teacher-forced estimate: blocks start at uniformly sampled anchors, not after a rejected draft, so τ in real
         # decoding is lower.
         figures = {"val/loss": loss / weight, "val/tau_estimate": gained / blocks}
-        self.log_dict(figures, prog_bar=True, logger=False)  # on every rank: all must agree on the best weights
+        self.log_dict(figures, prog_bar=True, logger=False)  # on every rank, so that all agree on the best weights
         figures |= {f"val/slot_{j}": hits / blocks for j, hits in enumerate(slots, 1)}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=self.trainer.global_step)
@@ -212,7 +214,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         return total
 
     def _of_all_ranks(self, values: Tensor) -> list[list[float]]:
-        """Gather `values` from all ranks, in rank order. The only device synchronization of a training step."""
+        """Gather `values` from all ranks, in rank order. This is the only device synchronization in a training step."""
         if self.trainer.world_size == 1:
             return [values.tolist()]
         rows = [torch.empty_like(values) for _ in range(self.trainer.world_size)]
@@ -220,7 +222,7 @@ class DraftTraining(lightning.LightningModule, ABC):
         return torch.stack(rows).tolist()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # own format
-        """Return the trained parameters by exported name, without the target."""
+        """Return only the trained parameters, without the target, keyed by exported name."""
         return {name: p.detach() for name, p in self.trained().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -232,8 +234,8 @@ class DraftTraining(lightning.LightningModule, ABC):
         trained = self.trained()
         if trained.keys() != state_dict.keys():
             raise RuntimeError(
-                f"The checkpoint does not match the model: {sorted(trained.keys() ^ state_dict.keys())} only in one of "
-                "them."
+                "The checkpoint does not match the model. Parameters present in only one of them: "
+                f"{sorted(trained.keys() ^ state_dict.keys())}."
             )
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -241,7 +243,7 @@ class DraftTraining(lightning.LightningModule, ABC):
 
 
 def lr_factor(step: int, steps: int, warmup_ratio: float, min_lr_ratio: float = 0.0) -> float:
-    """Learning rate factor: linear warm-up to 1, then cosine decay to `min_lr_ratio`."""
+    """Return the learning rate factor: linear warm-up to 1, then cosine decay to `min_lr_ratio`."""
     warmup = max(1, round(warmup_ratio * steps))
     progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     cosine = min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -249,7 +251,7 @@ def lr_factor(step: int, steps: int, warmup_ratio: float, min_lr_ratio: float = 
 
 
 class AttentionTuning(DraftTraining):
-    """Stage 1: train attention projectors and slot inputs on mask-token block diffusion."""
+    """Stage 1: trains the attention projectors and slot inputs by block diffusion over mask tokens."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self.draft.attention_parameters()
@@ -257,16 +259,17 @@ class AttentionTuning(DraftTraining):
     def features(self, batch: Batch) -> Features:
         wanted = self.objective.needs_target
         clean = target_pass(self.target, batch, self.draft.split_layer, with_hidden=wanted, execution=self.execution)
-        # Use the token of the text, not the target's prediction: the labels continue the text.
+        # Use the token from the text, not the target's prediction, because the labels continue the text.
         known = self.mask_bonus(batch.input_ids.gather(1, batch.anchors))
         hidden = self.draft.forward_batch(clean.context, batch, self.execution, known)
         return Features(hidden, batch.labels, target_hidden=clean.hidden)
 
 
 class BonusCalibration(DraftTraining):
-    """Stage 2: train the corrections of the logits, given the bonus token that the target would produce in decoding.
+    """Stage 2: trains the logit corrections, given the bonus token that the target would produce in decoding.
 
-    Trains calibrator and chain on frozen features, as in the paper, or with `joint` all parameters of the drafter.
+    Without `joint`, only the calibrator and chain are trained, on frozen features as in the paper. With `joint`, all
+    drafter parameters are trained.
     """
 
     masks_labels = True
@@ -282,7 +285,7 @@ class BonusCalibration(DraftTraining):
         clean = target_pass(self.target, batch, self.draft.split_layer, execution=self.execution)
         assert clean.hidden is not None  # target_pass returns it by default
         bonus = bonus_tokens(self.target, clean.hidden, batch.anchors)
-        # Mask blocks in which the bonus token differs from the text's token: the rest of the text does not continue the
+        # Mask blocks whose bonus token differs from the token in the text: the rest of the text does not continue the
         # bonus token.
         at_anchor = batch.input_ids.gather(1, batch.anchors)
         labels = batch.labels.masked_fill((bonus != at_anchor)[..., None], IGNORE)
@@ -294,10 +297,11 @@ class BonusCalibration(DraftTraining):
 
 
 def previous_tokens(labels: Tensor, bonus: Tensor) -> Tensor:
-    """Return the token before each slot, [R, A, B]: the bonus token before slot 1, then the labels.
+    """Return the token before each slot, [R, A, B]: the bonus token for slot 1, the previous slot's label after that.
 
-    These are the tokens that decoding has as long as its drafts are correct. UNKNOWN before slot 0, after ignored
-    labels, and in blocks whose `bonus` [R, A] is UNKNOWN: these learn to draft for decoders without chain support.
+    These are the tokens that decoding sees as long as its drafts are correct. The token is UNKNOWN for slot 0, after an
+    ignored label, and throughout blocks whose `bonus` [R, A] is UNKNOWN; such blocks train the drafter for decoders
+    without chain support.
     """
     before = torch.cat([labels[..., :1], bonus[..., None], labels[..., 1:-1]], dim=-1)
     before[..., 0] = UNKNOWN

@@ -13,15 +13,14 @@ from train.endings.finite import latest_step
 
 
 class Monitor(Callback):
-    """Log one row of metrics every `every` steps, after synchronizing with the device."""
+    """Logs a row of metrics every `every` steps, after synchronizing the device."""
 
     def __init__(self, *, every: int, rows: int, tokens: int, flops: float | None, dtype: torch.dtype) -> None:
         """
         Args:
-            every: steps between two logged rows.
-            rows, tokens: packed rows and tokens per step, over all ranks.
-            flops: floating-point operations per step, over all ranks; None if the architecture is not supported by the
-                FLOP count.
+            every: steps between logged rows.
+            rows, tokens: packed rows and tokens per step, across all ranks.
+            flops: floating-point operations per step, across all ranks; None if they cannot be counted.
             dtype: compute dtype, which determines the peak FLOP/s.
         """
         self.every, self.rows, self.tokens, self.flops, self.dtype = every, rows, tokens, flops, dtype
@@ -83,7 +82,7 @@ def _wait(trainer: lightning.Trainer) -> None:
 
 
 def _peak_bytes(trainer: lightning.Trainer) -> int:
-    """Peak memory in bytes: allocated GPU memory, or the resident set size of the process on CPU."""
+    """Return the peak memory in bytes: allocated GPU memory or, on CPU, the resident set size of the process."""
     if trainer.strategy.root_device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Decoding during validation: acceptance length of the current weights on a fixed set of prompts."""
+"""Decoding during validation, which measures the acceptance length of the current weights on a fixed set of prompts."""
 
 import copy
 import time
@@ -30,12 +30,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class LiveDecoding(Callback):
-    """Log τ, its confidence interval and the acceptance rate by slot after the teacher-forced part of each validation.
+    """Logs τ, its confidence interval and the acceptance rate by slot after the teacher-forced part of each validation.
 
-    Every verify step verifies all drafts: selective verification (models/decoding/selection.py) is a property of the
-    decoder, not of the drafter. Decoding is greedy, so it does not advance the random generators that training uses.
-    Its cost is bounded by the number of prompts and tokens, not by time, so that the metrics do not depend on the
-    machine's speed.
+    Every verify step verifies all drafts, because selective verification (models/decoding/selection.py) is a property
+    of the decoder, not of the drafter. Decoding is greedy, so it does not advance training's random number generators.
+    Its cost is limited by the number of prompts and tokens, not by time, so the metrics do not depend on the machine's
+    speed.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class LiveDecoding(Callback):
     ) -> None:
         """
         Args:
-            prompts: prompts for all ranks together, at least one.
+            prompts: token ids of the prompts for all ranks together; at least one prompt.
             batch_size: prompts per decoding batch on each rank.
-            tokenizer: the target's tokenizer, required for its stop strings.
+            tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
         """
         self.prompts, self.max_new_tokens, self.batch_size = prompts, max_new_tokens, batch_size
         self.tokenizer = tokenizer
@@ -63,8 +63,8 @@ class LiveDecoding(Callback):
         low, high = tau_interval(by_prompt)
         tau = {TAU: mean_acceptance_length(accepted)}
         interval = {f"{TAU}_low": low, f"{TAU}_high": high}
-        # Log on every rank, because all ranks must agree on the best weights. The decoding time is not logged here:
-        # it differs between repeated runs.
+        # Log on every rank, because all ranks must agree on the best weights. The decoding time is excluded because it
+        # differs between repeated runs.
         pl_module.log_dict(tau, prog_bar=True, logger=False)
         pl_module.log_dict(interval, logger=False)
         slots = acceptance_by_slot(accepted, draft.block_size)
@@ -74,7 +74,7 @@ class LiveDecoding(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
 
     def _accepted(self, trainer: lightning.Trainer, draft: DraftModel) -> list[list[int]]:
-        """Return the number of accepted drafts of each verify step, per prompt.
+        """Return the number of accepted drafts in each verify step, per prompt.
 
         The result is the same on every rank and independent of the number of ranks.
         """
@@ -94,7 +94,7 @@ class LiveDecoding(Callback):
         return together
 
     def _decode(self, draft: DraftModel, prompts: list[list[int]]) -> list[list[int]]:
-        """Return the number of accepted drafts of each verify step, per prompt."""
+        """Return the number of accepted drafts in each verify step, per prompt."""
         # Do not use inference mode: training must not reuse inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             decoder = as_exported(draft)
@@ -122,10 +122,10 @@ def as_exported(draft: DraftModel) -> DraftModel:
 
 
 def _with_parameters(module: M, copies: dict[int, nn.Parameter]) -> M:
-    """Return a shallow copy of the module with some parameters replaced, or the module itself if none applies.
+    """Return a shallow copy of the module with some parameters replaced, or the module itself if it has none of them.
 
     Args:
-        copies: id of a parameter -> its replacement.
+        copies: replacements, keyed by the `id()` of the original parameter.
     """
     if not any(id(p) in copies for p in module.parameters()):
         return module
@@ -138,7 +138,7 @@ def _with_parameters(module: M, copies: dict[int, nn.Parameter]) -> M:
 
 
 def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """Context in which the parameters are gathered; a no-op unless ZeRO 3 shards them. Enter on every rank."""
+    """Return a context manager that gathers the parameters; a no-op unless ZeRO 3 shards them. Enter on every rank."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
     import deepspeed  # lazy: only ZeRO 3 needs it
@@ -153,14 +153,14 @@ def live_decoding(
     positions: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[LiveDecoding]:
-    """Return the decoding callback of a stage; empty if decoding is off or there is no validation data.
+    """Return the stage's decoding callback in a list, which is empty if decoding is off or there is no validation data.
 
     Args:
-        positions: number of positions of the target.
-        tokenizer: the target's tokenizer, required for its stop strings.
+        positions: the target's context length.
+        tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
 
     Raises:
-        UserError: no validation prompt leaves room for `max_new_tokens` within the target's positions.
+        UserError: no validation prompt leaves room for `max_new_tokens` within the target's context length.
     """
     settings = config.stage[stage].decode
     if not settings.prompts or not len(validation):
@@ -169,8 +169,8 @@ def live_decoding(
     prompts = validation.prompts(settings.prompts, longest)
     if not prompts:
         raise UserError(
-            f"stage.{stage}.decode.max_new_tokens={settings.max_new_tokens}: no validation prompt leaves "
-            f"room for that many tokens in the target's {positions} positions. Decrease it, or set "
+            f"stage.{stage}.decode.max_new_tokens={settings.max_new_tokens}: no validation prompt leaves room for that "
+            f"many tokens within the target's context length of {positions}. Decrease it, or set "
             f"stage.{stage}.decode.prompts=0 to disable decoding."
         )
     limits = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}

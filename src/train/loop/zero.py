@@ -24,16 +24,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state except for the step count
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy with float32 master weights and strategy-independent checkpoints.
 
-    Checkpoints load under any strategy and world size; DeepSpeed's own checkpoints are directories of pickles that load
-    only with the same ZeRO stage and number of ranks. The trained parameters are a small fraction of the model, so they
-    are gathered and saved as on a single device.
+    Checkpoints load under any strategy and world size, whereas DeepSpeed's own checkpoints are directories of pickles
+    that load only with the same ZeRO stage and number of ranks. The trained parameters are a small fraction of the
+    model, so they are gathered and saved as on a single device.
     """
 
     def __init__(self, stage: int, zero_optimization: dict[str, Any] | None = None) -> None:
         """
         Args:
-            stage: ZeRO stage: 1, 2 or 3.
-            zero_optimization: further settings for DeepSpeed's `zero_optimization` section.
+            stage: ZeRO stage (1, 2 or 3).
+            zero_optimization: additional settings for DeepSpeed's `zero_optimization` section.
         """
         # DeepSpeed uses this batch size only for its logs; data loaders and losses do not depend on it.
         super().__init__(stage=stage, exclude_frozen_parameters=True, logging_batch_size_per_gpu=1)
@@ -62,15 +62,15 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         if self.precision_plugin.precision == "bf16-mixed":
-            # Lightning's plugin would cast all parameters, including the trained ones, to bfloat16; autocast only
-            # computes in it.
+            # Lightning's plugin would cast all parameters to bfloat16, including the trained ones; autocast only
+            # computes in bfloat16.
             self.precision_plugin = DeepSpeedPrecision("32-true")
             assert self.config is not None
             self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         # Keep dtypes: Lightning would permanently cast the frozen target to the trained parameters' dtype.
         self.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]  # this instance only
         if self.zero_stage_3:
-            # Shard parameter by parameter: DeepSpeed would first move the entire target to the device.
+            # Shard one parameter at a time; otherwise, DeepSpeed would first move the entire target to the device.
             self._init_config_if_needed()
             assert self.model is not None  # Lightning sets it before calling setup
             for buffer in self.model.buffers():
@@ -85,12 +85,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the optimizer step and check that DeepSpeed skipped it exactly if a fault was found.
+        """Run the optimizer step and check that DeepSpeed skipped it if a fault was found.
 
-        A step that only DeepSpeed skipped is recorded as a fault in `module.step`.
+        If DeepSpeed skipped the step although no fault was found, the skip is recorded as a fault in `module.step`.
 
         Raises:
-            RuntimeError: DeepSpeed made a step that should have been skipped.
+            RuntimeError: DeepSpeed took a step that should have been skipped.
         """
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         module = self._module
@@ -98,31 +98,33 @@ class ZeroStrategy(DeepSpeedStrategy):
             return result
         skipped = bool(self._zero.overflow)
         if module.step.fault and not skipped:
-            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} took a step although {module.step.fault}.")
+            raise RuntimeError(
+                f"DeepSpeed {deepspeed.__version__} took a step that should have been skipped: {module.step.fault}."
+            )
         if skipped and not module.step.fault:
             module.step = replace(module.step, fault="a gradient computed by DeepSpeed is not finite")
         return result
 
     def divide_gradients(self, divisor: float) -> None:
-        """Divide the gradients, by setting DeepSpeed's loss scale: the next step divides gradients and norm by it.
+        """Set DeepSpeed's loss scale, by which its next step divides the gradients and their norm.
 
         Call before the optimizer step.
         """
         self._zero.loss_scale = divisor
 
     def gradient_norms(self) -> Tensor:
-        """Return the norm of this rank's shard of each trained parameter's reduced gradient, [parameters]."""
+        """Return the reduced gradient's norm for each trained parameter, over this rank's shard, [parameters]."""
         zero, trained = self._zero, self._module.trained().values()
         norms = {id(parameter): torch.zeros((), device=self.root_device) for parameter in trained}
         groups = zero.fp16_groups if self.zero_stage_3 else zero.params_in_partition
         for number, parameters in enumerate(groups):
-            # The parameter shards are followed by padding to the same size on every rank.
+            # The parameter shards are followed by padding that makes the group equally large on every rank.
             for parameter, piece in zip(parameters, zero.averaged_gradients[number], strict=False):
                 norms[id(parameter)] = torch.linalg.vector_norm(piece.float())
         return torch.stack([norms[id(parameter)] for parameter in trained])
 
     def skip_step(self) -> None:
-        """Make DeepSpeed skip the next optimizer step, by filling the gradients with NaN.
+        """Make DeepSpeed skip the next optimizer step by filling the gradients with NaN.
 
         Call before the optimizer step.
         """
@@ -170,7 +172,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         for group in zero.optimizer.param_groups:
             group.update(hyperparameters)
         if not saved["state"]:
-            return  # no step has been made yet: all were skipped
+            return  # no step has been taken yet: all were skipped
         for flat in flats:
             moments = {name: torch.zeros_like(flat) for name in MOMENTS}
             zero.optimizer.state[flat] = {"step": saved["state"][0]["step"].clone(), **moments}
@@ -179,7 +181,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 self._set_moment(parameter, name, saved["state"][i][name])
 
     def _gathered(self, *, write: bool = False) -> AbstractContextManager:
-        """Context in which the trained parameters are gathered; a no-op unless ZeRO 3 shards them.
+        """Return a context manager that gathers the trained parameters; a no-op unless ZeRO 3 shards them.
 
         Must be entered on every rank.
 
@@ -197,7 +199,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         Args:
             name: one of `MOMENTS`.
-            value: the full tensor.
+            value: the full, unsharded tensor.
         """
         zero = self._zero
         value = value.flatten().to(self.root_device)
