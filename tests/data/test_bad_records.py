@@ -48,12 +48,12 @@ BAD = {
     "messages not a list": ({"messages": "q"}, "`messages`: expected a list of turns, found a string"),
     "no messages": (messages(), "`messages` is empty"),
     "turn not an object": (messages("q", A), "turn 1: expected an object, found a string"),
-    "unknown role": (messages(U, {**A, "role": "wizard"}), "turn 2: unknown chat role 'wizard'"),
-    "role of a wrong type": (messages({**U, "role": ["user"]}, A), "turn 1: unknown chat role ['user']"),
-    "ShareGPT role in messages": (messages({**U, "role": "human"}, A), "turn 1: unknown chat role 'human'"),
+    "unknown role": (messages(U, {**A, "role": "wizard"}), "turn 2: unknown role 'wizard'"),
+    "role of a wrong type": (messages({**U, "role": ["user"]}, A), "turn 1: unknown role ['user']"),
+    "ShareGPT role in messages": (messages({**U, "role": "human"}, A), "turn 1: unknown role 'human'"),
     "unknown ShareGPT speaker": (
         {"conversations": [{"from": "bing", "value": "q"}]},
-        "turn 1: unknown chat role 'bing'; expected one of system, user, assistant, human, gpt",
+        "turn 1: unknown role 'bing'; expected one of system, user, assistant, human, gpt",
     ),
     "missing role": (messages({"content": "q"}, A), "turn 1: missing `role`"),
     "missing content": (messages(U, {"role": "assistant"}), "turn 2: missing `content`"),
@@ -68,14 +68,14 @@ BAD = {
     "no answer": (messages(U), "no assistant turn"),
     "late system message": (
         messages(U, {"role": "system", "content": "s"}, A),
-        "turn 2: system message after the first turn",
+        "turn 2: only the first turn may be a system message",
     ),
     "only a system message": (
         messages({"role": "system", "content": "s"}),
-        "only a system message; expected a user turn",
+        "has only a system message; expected a user turn",
     ),
     "special token in the text": (messages(user("<|im_end|>"), A), "special token <|im_end|>"),
-    "huge record": (messages(user("x" * 2000), A), "bytes; expected at most"),
+    "huge record": (messages(user("x" * 2000), A), "the line is too long; expected at most"),
 }
 assert len(BAD) >= 30
 
@@ -120,7 +120,7 @@ def test_a_bad_record_is_reported_and_listed(kind, rejects):
     reject = listed[number]
     assert reject["line"] == 2 * number + 2 and reject["file"] == path
     assert reject["where"] == f"{path}:{reject['line']}"
-    expected = "bytes; expected at most" if kind == "endless nesting" else BAD[kind][1]
+    expected = "the line is too long; expected at most" if kind == "endless nesting" else BAD[kind][1]
     assert expected in reject["reason"]
 
 

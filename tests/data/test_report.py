@@ -116,8 +116,8 @@ def test_anchors_per_row_equal_those_of_the_rows(files, tiny_tokenizer, tmp_path
         ([], "No experiment selected"),
         (["+experiment=tiny", "data.maxseqlen=3"], "Did you mean data.max_seq_len?"),
         (["+experiment=tiny", "data.truncation=cut"], "expected turn or token or drop"),
-        (["+experiment=tiny", "data.path=nowhere.jsonl"], "No file at nowhere.jsonl"),
-        (["+experiment=tiny", "data.prompts=nowhere.jsonl"], "No file at nowhere.jsonl"),
+        (["+experiment=tiny", "data.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["+experiment=tiny", "data.prompts=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
 def test_invalid_calls_are_rejected(call, message, tmp_path):

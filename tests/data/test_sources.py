@@ -134,14 +134,14 @@ def test_weighted_sources_are_mixed(tmp_path):
 
 
 INVALID = {
-    "no such file": ("nowhere.jsonl", "No file at"),
-    "no such folder": ("./nowhere", "No file at"),
+    "no such file": ("nowhere.jsonl", "nowhere.jsonl: no such file or folder"),
+    "no such folder": ("./nowhere", "nowhere: no such file or folder"),
     "empty list": ([], "empty list"),
     "no path": ([{"weight": 1}], "invalid source"),
     "unknown key": ([{"path": "a", "wait": 1}], "invalid source"),
-    "negative weight": ([{"path": "a", "weight": -1}], "above 0"),
-    "a split of local files": ([{"path": ".", "split": "test"}], "split=test of . has no effect"),
-    "a subset of local files": ([{"path": ".", "subset": "main"}], "subset=main of . has no effect"),
+    "negative weight": ([{"path": "a", "weight": -1}], "weight=-1 for a: must be a number > 0"),
+    "a split of local files": ([{"path": ".", "split": "test"}], "split=test has no effect on the local path [.]"),
+    "a subset of local files": ([{"path": ".", "subset": "main"}], "subset=main has no effect on the local path [.]"),
     "some weights": ([{"path": "a", "weight": 1}, "b"], "Set a weight for every source or for none"),
 }
 

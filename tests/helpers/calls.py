@@ -85,7 +85,7 @@ CALLS = {
     "block longer than any answer": (["model.draft.block_size=300"], ["block_size=300", "longest answer"]),
     "more draft layers than layers": (["model.draft.num_layers=9"], ["num_layers=9", "8 layers"]),
     "rows longer than positions": (["data.max_seq_len=2000"], ["2008", "1024 positions"]),
-    "missing data file": (["data.path=nowhere.jsonl"], ["nowhere.jsonl", "No file"]),
+    "missing data file": (["data.path=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
     "mix with a typo": (["data.path=[{path: a.jsonl, wait: 2}]"], ["wait", "path, weight, split"]),
     "unknown policy": (["data.bad_records=ignore"], ["'ignore'", "stop or skip"]),
     "no process": (["data.num_proc=0"], ["num_proc=0", "in [1, 1024]"]),
@@ -103,5 +103,5 @@ CALLS = {
     "no batch": (["stage.evaluate.speed.batch_sizes=[1,0]"], ["batch_sizes=[1, 0]", "an integer >= 1"]),
     "threshold in percent": (["stage.evaluate.speed.thresholds=[1,10]"], ["thresholds=[1, 10]", "in [0, 1]"]),
     "benchmark with a typo": (["+benchmarks.held_out.tmplate=x"], ["benchmarks.held_out.tmplate", "path, subset"]),
-    "benchmark of nothing": (["+benchmarks.mine.path=nowhere.jsonl"], ["nowhere.jsonl", "No file"]),
+    "benchmark of nothing": (["+benchmarks.mine.path=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
 }

@@ -1,1 +1,1 @@
-"""Data sources: files, tables, Hub data sets and mixtures; the conversation schema; rejected records."""
+"""Data sources: files, tables, Hub datasets and mixtures; the conversation schema; rejected records."""

@@ -1,4 +1,4 @@
-"""Single- and multi-turn benchmark prompts from files or Hub data sets."""
+"""Reads single- and multi-turn benchmark prompts from files or Hub datasets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,20 +7,20 @@ from data.errors import BadRecord, UserError
 from data.sources.readers import fingerprint, open_sources, read_strictly
 from data.sources.records import Messages, questions
 
-ALL = "all"  # reserved name: all benchmarks combined
+ALL = "all"  # reserved name for all benchmarks combined
 KEYS = ("path", "subset", "split", "turns", "template")
 
 
 def read_benchmark(name: str, settings: Any, limit: int | None) -> list[Messages]:
-    """Read the system and user turns of the first `limit` conversations of a benchmark.
+    """Read the system and user turns of the first `limit` conversations in a benchmark, or of all if None.
 
     Args:
-        settings: `path` of a file, a folder or a Hub data set; `subset` and `split` of a Hub data set. If records are
-            not conversations: `turns`, the column with the list of user turns, or `template`, a format string over the
-            columns that yields the only turn.
+        settings: `path` of a file, folder or Hub dataset; `subset` and `split` of a Hub dataset. If the records are not
+            conversations, also `turns`, the column with the list of user turns, or `template`, a format string that
+            builds a single user turn from the columns.
 
     Raises:
-        UserError: invalid settings or records; the message gives the setting's name or the record's location.
+        UserError: a setting or record is invalid; the message gives the setting's name or the record's location.
     """
     _check(name, settings)
     parse = _parser(settings.get("turns"), settings.get("template"))
@@ -28,7 +28,7 @@ def read_benchmark(name: str, settings: Any, limit: int | None) -> list[Messages
 
 
 def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
-    """Return everything that affects the questions: file contents and parsing settings, not paths or dates."""
+    """Return a fingerprint of the questions: file contents and parsing settings, but not paths or mtimes."""
     _check(name, settings)
     sources = open_sources(_source(settings), split="test", max_records=None, setting=f"benchmarks.{name}.path")
     return [fingerprint(sources), settings.get("turns"), settings.get("template")]
@@ -36,13 +36,13 @@ def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
 
 def _check(name: str, settings: Any) -> None:
     if name == ALL:
-        raise UserError(f"benchmarks.{ALL}: the name is reserved for all benchmarks combined. Choose another name.")
+        raise UserError(f"benchmarks.{ALL}: the name is reserved for all benchmarks combined. Choose a different one.")
     if not isinstance(settings, dict) or not isinstance(settings.get("path"), str):
         raise UserError(f"benchmarks.{name}={settings!r}: expected at least a path; see conf/benchmarks/.")
     if unknown := sorted(settings.keys() - set(KEYS)):
         raise UserError(f"benchmarks.{name}.{unknown[0]}: no such setting; expected one of {', '.join(KEYS)}.")
     if settings.get("turns") and settings.get("template"):
-        raise UserError(f"benchmarks.{name}: set turns or template, not both.")
+        raise UserError(f"benchmarks.{name}: set either turns or template, not both.")
 
 
 def _source(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,13 +59,15 @@ def _parser(turns: str | None, template: str | None) -> Callable[[Any], Messages
         try:
             user_turns = [template.format_map(_columns(record)).strip()] if template else record[turns]
         except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise BadRecord(f"turns or template: {error!r}; found keys: {', '.join(map(str, record))}") from None
+            raise BadRecord(
+                f"cannot apply turns or template: {error!r}; found keys: {', '.join(map(str, record))}"
+            ) from None
         return questions({"turns": user_turns})
 
     return parse
 
 
 def _columns(record: dict[str, Any]) -> dict[str, Any]:
-    """Convert columns for the template: join lists with newlines, replace null with an empty string."""
+    """Convert columns for the template: join lists with newlines and replace null with an empty string."""
     text = {key: "\n".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
     return {key: "" if value is None else value for key, value in text.items()}

@@ -1,17 +1,17 @@
-"""Commit hash of a Hub model, recorded because branches and tags may move."""
+"""Finds the commit hash of a Hub model. Runs record it because branches and tags can move."""
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 
 def commit_of(repository: str, revision: str | None) -> str:
-    """Return the commit hash of the config file that transformers loads, downloading it if it is not cached.
+    """Return the commit hash of the config.json that transformers loads, downloading the file if it is not cached.
 
     Raises:
-        OSError: the model does not exist, or its config is not available.
+        OSError: the model does not exist, or its config.json is not available.
         ValueError: the cache path does not contain a commit hash.
     """
     file = cached_file(repository, "config.json", revision=revision)
     commit = extract_commit_hash(file, None)
     if commit is None:
-        raise ValueError(f"{file}: no commit hash in the cache path. Use a local directory of the model instead.")
+        raise ValueError(f"{file}: the cache path contains no commit hash. Use a local model directory instead.")
     return commit

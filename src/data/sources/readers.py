@@ -1,7 +1,7 @@
-"""Readers for JSONL files, Parquet and Arrow tables and Hub data sets; mixtures of sources.
+"""Readers for JSONL files, Parquet and Arrow tables and Hub datasets, and mixtures of them.
 
-Readers work in chunks, so that processes can work in parallel and memory use stays constant. A chunk stores its
-offset and line numbers; its records are read on demand.
+Sources are read in chunks, so that several processes can work in parallel and memory use stays constant. A chunk holds
+only offsets and line numbers; its records are read on demand.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from data.errors import BadRecord, UserError
 
 CHUNK_RECORDS = 256
 CHUNK_BYTES = 2**23
-MAX_LINE_BYTES = 2**24  # longer lines are rejected: parsing would hold several copies in memory
+MAX_LINE_BYTES = 2**24  # longer lines are rejected: parsing holds several copies of a line in memory
 FORMATS = {".jsonl": "JSONL", ".parquet": "Parquet", ".arrow": "Arrow"}
 FILES = ".jsonl, .parquet or .arrow"
 T = TypeVar("T")
@@ -28,7 +28,7 @@ SETTINGS = ("path", "weight", "split", "subset")
 
 
 class SourceSettings(TypedDict):
-    """Settings of one source in `data.path`, with defaults filled in."""
+    """The settings of a single source, e.g. an entry in `data.path`, with defaults filled in."""
 
     path: Any
     weight: float | None
@@ -38,12 +38,12 @@ class SourceSettings(TypedDict):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A range of consecutive records of a reader."""
+    """A contiguous range of a reader's records."""
 
     start: int  # file: byte offset; table: row index
     size: int  # file: bytes; table: rows
-    line: int  # file: number of the first line, from 1; table: index of the first row, from 0
-    first: int  # number of records before the chunk
+    line: int  # file: 1-based number of the first line; table: 0-based index of the first row
+    first: int  # number of records before this chunk
     records: int
 
 
@@ -51,16 +51,16 @@ class Chunk:
 class RawRecord:
     """A record as stored in a file or table, or the reason why it could not be read."""
 
-    position: int  # line number from 1, or row index from 0
+    position: int  # 1-based line number or 0-based row index
     value: Any
     error: str | None = None
-    text: str | None = None  # the line, if it is not valid JSON
+    text: str | None = None  # the raw line, if it is not valid JSON
 
     def parse(self, parser: Callable[[Any], T]) -> T:
-        """Apply a parser, such as `data.sources.records.conversation`.
+        """Parse the value with `parser`, e.g. `data.sources.records.conversation`.
 
         Raises:
-            BadRecord: the record could not be read, or the parser rejects it.
+            BadRecord: the record could not be read, or the parser rejected it.
         """
         if self.error is not None:
             raise BadRecord(self.error)
@@ -72,12 +72,12 @@ class RawRecord:
 
 
 class Reader(Protocol):
-    """A file, table or data set."""
+    """Interface for reading a file, table or Hub dataset."""
 
     name: str
-    label: str  # short and independent of the data directory; used in sample ids
+    label: str  # short name without the data directory; used in sample ids
     count: int  # number of records
-    fingerprint: str  # hash of the content
+    fingerprint: str  # identifies the content
 
     def chunks(self) -> list[Chunk]: ...
     def read(self, chunk: Chunk) -> Iterator[RawRecord]: ...
@@ -88,10 +88,10 @@ class JsonLines:
     """A file with one JSON object per line. Blank lines are skipped."""
 
     def __init__(self, file: Path, label: str = "") -> None:
-        """Scan the file once: split it into chunks, count the records and hash the content.
+        """Scan the file once to split it into chunks, count its records and hash its content.
 
         Raises:
-            UserError: the file is a JSON array, or compressed.
+            UserError: the file is compressed, or contains a JSON array.
         """
         self.name, self.label, self.count = str(file), label or file.name, 0
         self._chunks: list[Chunk] = []
@@ -139,7 +139,8 @@ class JsonLines:
 
     def read(self, chunk: Chunk) -> Iterator[RawRecord]:
         if chunk.records == 1 and chunk.size > MAX_LINE_BYTES:
-            yield RawRecord(chunk.line, None, f"{chunk.size:,} bytes; expected at most {MAX_LINE_BYTES:,}", "")
+            reason = f"the line is too long; expected at most {MAX_LINE_BYTES:,} bytes, found {chunk.size:,}"
+            yield RawRecord(chunk.line, None, reason, "")
             return
         with open(self.name, "rb") as file:
             file.seek(chunk.start)
@@ -163,7 +164,7 @@ def _decoded(number: int, line: bytes) -> RawRecord:
 
 
 class Table:
-    """A memory-mapped data set from an Arrow file, a Parquet file or the Hub."""
+    """A memory-mapped dataset from an Arrow file, a Parquet file or the Hub."""
 
     def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "") -> None:
         self.label = label or name
@@ -185,24 +186,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    """A reader and the number of records to take from it, spread evenly over its records."""
+    """A reader, and the number of evenly spaced records to take from it."""
 
     reader: Reader
     take: int
 
     def selects(self, index: int) -> bool:
-        """Return whether the record with this index (blank lines not counted) is selected."""
+        """Return whether the record with this index (not counting blank lines) is selected."""
         return (index + 1) * self.take // self.reader.count > index * self.take // self.reader.count
 
     def read(self, chunk: Chunk) -> Iterator[RawRecord]:
-        """Yield the selected records of a chunk."""
+        """Yield the selected records in a chunk."""
         for index, raw in enumerate(self.reader.read(chunk), start=chunk.first):
             if self.selects(index):
                 yield raw
 
 
 def read_all(sources: list[Source]) -> Iterator[tuple[Source, RawRecord]]:
-    """Yield the selected records of all sources, in order."""
+    """Yield the selected records of all sources in order, each with its source."""
     for source in sources:
         for chunk in source.reader.chunks():
             for raw in source.read(chunk):
@@ -210,17 +211,17 @@ def read_all(sources: list[Source]) -> Iterator[tuple[Source, RawRecord]]:
 
 
 def open_sources(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Source]:
-    """Open the sources of a setting: a path, a Hub id, or a list of these or of `{path, weight, split, subset}`.
+    """Open the sources in a setting: a path, a Hub ID, a dict with the keys in `SETTINGS`, or a list of these.
 
-    With weights, take as many records as possible in these proportions without repeating any; without weights, take
-    all records. `max_records` limits the total.
+    If the sources have weights, take as many records as possible in those proportions without repeating any; otherwise
+    take all records. `max_records` caps the total.
 
     Raises:
         UserError: a source is missing or empty, or the mixture is invalid.
     """
     given = [_settings(item, split, setting) for item in (path if isinstance(path, list) else [path])]
     if not given:
-        raise UserError(f"{setting} is an empty list. Specify a file, a folder or a Hub data set.")
+        raise UserError(f"{setting} is an empty list. Specify a file, a folder or a Hub dataset.")
     weights = [item["weight"] for item in given]
     if len({weight is None for weight in weights}) > 1:
         raise UserError(f"{setting}: only some sources have a weight. Set a weight for every source or for none.")
@@ -240,7 +241,7 @@ def open_sources(path: Any, *, split: str, max_records: int | None, setting: str
 
 
 def mix(counts: list[int], weights: list[float | None], max_records: int | None) -> list[int]:
-    """Return the number of records to take from each source: proportional to the weights, without repetition."""
+    """Return how many records to take from each source, in proportion to the weights and without repeating any."""
     ratios = [count if weight is None else weight for count, weight in zip(counts, weights, strict=True)]
     most = min(count * sum(ratios) / ratio for count, ratio in zip(counts, ratios, strict=True) if ratio)
     total = min(round(most), sum(counts), max_records if max_records is not None else sum(counts))
@@ -249,7 +250,7 @@ def mix(counts: list[int], weights: list[float | None], max_records: int | None)
 
 
 def fingerprint(sources: list[Source]) -> list[list[Any]]:
-    """Return everything that affects the records of the sources: file contents, not paths or dates."""
+    """Return each reader's fingerprint with the number of records taken, independent of local paths and mtimes."""
     return [[source.reader.fingerprint, source.take] for source in sources]
 
 
@@ -258,16 +259,16 @@ def _settings(item: Any, split: str, setting: str) -> SourceSettings:
         return {"path": item, "weight": None, "split": split, "subset": None}
     if not isinstance(item, dict) or "path" not in item or item.keys() - set(SETTINGS):
         raise UserError(
-            f"{setting}: invalid source {item!r}; expected a path, or an object with the keys {', '.join(SETTINGS)}."
+            f"{setting}: invalid source {item!r}; expected a path, or a mapping with keys from {', '.join(SETTINGS)}."
         )
     weight = item.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
-        raise UserError(f"{setting}: weight={weight!r} of {item['path']}: expected a number above 0.")
+        raise UserError(f"{setting}: weight={weight!r} for {item['path']}: must be a number > 0.")
     subset = item.get("subset")
     unused = next((key for key in ("split", "subset") if item.get(key)), None)
     if unused and setting == "data.path" and Path(str(item["path"])).exists():
         raise UserError(
-            f"{setting}: {unused}={item[unused]} of {item['path']} has no effect on local files. Remove it."
+            f"{setting}: {unused}={item[unused]} has no effect on the local path {item['path']}. Remove it."
         )
     return {"path": item["path"], "weight": weight, "split": item.get("split") or split, "subset": subset}
 
@@ -282,7 +283,7 @@ def _open(path: str, split: str, subset: str | None) -> list[Reader]:
     if local.is_file():
         return [_open_file(local, local.name)]
     if local.suffix in (*FORMATS, ".json") or local.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise UserError(f"No file at {path}. Specify a file ({FILES}), a folder of files, or a Hub ID (owner/name).")
+        raise UserError(f"{path}: no such file or folder. Specify a file ({FILES}), a folder or a Hub ID (owner/name).")
     return [_open_hub(path, split, subset)]
 
 
@@ -291,7 +292,7 @@ def _open_file(file: Path, label: str) -> Reader:
         return JsonLines(file, label)
     with file.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    # Key the cache by content hash: `datasets` identifies files by path and modification time.
+    # Key the cache by content hash, because `datasets` identifies files by path and mtime.
     cache = str(Path(config.HF_DATASETS_CACHE) / "flexdraft" / "parquet" / sha256)
     try:
         if file.suffix == ".arrow":
@@ -311,17 +312,17 @@ def _open_hub(name: str, split: str, subset: str | None) -> Reader:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"{name}: no such file or folder, and loading split {split!r} from the Hub failed "
-            f"({type(error).__name__}: {error}). Check the name, the network and `hf auth login`."
+            f"({type(error).__name__}: {error}). Check the name, the network and your login (`hf auth login`)."
         ) from error
     label = "/".join(filter(None, (name, subset, split)))
     return Table(label, dataset, f"{label}/{dataset._fingerprint}")
 
 
 def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, limit: int | None, setting: str) -> list[T]:
-    """Read and parse the first `limit` records of a small data set, such as evaluation prompts.
+    """Read and parse the first `limit` records of a small dataset, e.g. evaluation prompts, or all if None.
 
     Raises:
-        UserError: a record is bad; the message gives its file and line.
+        UserError: a record is invalid; the message gives its file and line.
     """
     parsed: list[T] = []
     for source, raw in islice(read_all(open_sources(path, split=split, max_records=None, setting=setting)), limit):

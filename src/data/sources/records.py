@@ -1,4 +1,4 @@
-"""Conversation schema: supported record formats, and the error message for each invalid record."""
+"""Conversation schema: parses all supported record formats and reports why a record is invalid."""
 
 from itertools import pairwise
 from typing import Any
@@ -14,16 +14,16 @@ FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and 
 
 
 def conversation(record: Any) -> Messages:
-    """Parse a training record into messages that end with an answer.
+    """Parse a training record into messages that end with an assistant turn.
 
     Raises:
-        BadRecord: the record has no answer, or is not a valid conversation.
+        BadRecord: the record has no assistant turn, or is not a valid conversation.
     """
     messages = _messages(record)
     if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("no assistant turn; generate answers with python -m data.regenerate")
     while messages[-1]["role"] != "assistant":
-        messages.pop()  # an unanswered turn has no supervision, and templates render the last answer differently
+        messages.pop()  # has nothing to supervise, and templates may render the last answer differently
     return messages
 
 
@@ -37,7 +37,7 @@ def questions(record: Any) -> Messages:
 
 
 def prompt(record: Any) -> Messages:
-    """Return the conversation up to its last user turn. For records without answers, return up to the first user turn.
+    """Return the conversation up to and including its last user turn, or its first if the record has no answers.
 
     Raises:
         BadRecord: the record is not a valid conversation.
@@ -51,17 +51,17 @@ def prompt(record: Any) -> Messages:
 
 
 def _messages(record: Any) -> Messages:
-    """Parse a record into the message format of chat templates and check the order of roles."""
+    """Parse a record into chat messages and check the order of their roles."""
     if not isinstance(record, dict):
         raise BadRecord(f"expected a JSON object, found {_kind(record)}")
     messages = _parse(record)
     roles = [message["role"] for message in messages]
     for number, role in enumerate(roles, start=1):
         if role == "system" and number > 1:
-            raise BadRecord(f"turn {number}: system message after the first turn")
+            raise BadRecord(f"turn {number}: only the first turn may be a system message")
     dialogue = roles[1:] if roles[0] == "system" else roles
     if not dialogue:
-        raise BadRecord("only a system message; expected a user turn")
+        raise BadRecord("has only a system message; expected a user turn")
     if dialogue[0] == "assistant":
         raise BadRecord("starts with an assistant turn; expected a user turn")
     if "assistant" in dialogue:
@@ -72,7 +72,7 @@ def _messages(record: Any) -> Messages:
 
 
 def _parse(record: dict[str, Any]) -> Messages:
-    """Parse any supported record format. Null keys count as missing, since table rows contain every column."""
+    """Parse any supported record format. Null values count as missing, since table rows contain every column."""
     given = {key for key, value in record.items() if value is not None}
     if "messages" in given:
         messages = _turns(record["messages"], "messages", "role", "content", ROLES)
@@ -90,7 +90,7 @@ def _parse(record: dict[str, Any]) -> Messages:
         raise BadRecord(f"`{present}` without `{missing}`")
     else:
         raise BadRecord(f"expected {FORMATS}; found keys: {', '.join(sorted(map(str, record))) or 'none'}")
-    if record.get("system") and messages[0]["role"] != "system":  # ShareGPT files may store it outside the turns
+    if record.get("system") and messages[0]["role"] != "system":  # ShareGPT files may keep it outside the turns
         messages.insert(0, _message("system", record["system"], "system"))
     return messages
 
@@ -112,9 +112,9 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str, roles: dict[str, 
             raise BadRecord(f"{where}: tool calls are not supported")
         role = turn[role_key]
         if not isinstance(role, str) or role not in roles:
-            raise BadRecord(f"{where}: unknown chat role {role!r:.40}; expected one of {', '.join(roles)}")
+            raise BadRecord(f"{where}: unknown role {role!r:.40}; expected one of {', '.join(roles)}")
         messages.append(_message(roles[role], turn[text_key], where))
-        if turn.get("reasoning_content"):  # templates of reasoning models read it separately from the answer
+        if turn.get("reasoning_content"):  # read separately from the answer by templates of reasoning models
             messages[-1]["reasoning_content"] = _message(role, turn["reasoning_content"], where)["content"]
     return messages
 
@@ -127,12 +127,12 @@ def _message(role: str, content: Any, where: str) -> dict[str, str]:
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{where}: contains a lone surrogate, not a valid character") from None
+        raise BadRecord(f"{where}: contains a lone surrogate, which is not valid Unicode") from None
     return {"role": role, "content": content}
 
 
 def _kind(value: Any) -> str:
-    """Return the JSON type name of a value, for error messages."""
+    """Return the JSON type of a value for error messages, e.g. `a list`."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     kind = names.get(type(value), "null" if value is None else type(value).__name__)
     return f"an empty {kind.split()[-1]}" if kind in ("a list", "a string") and not value else kind

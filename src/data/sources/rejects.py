@@ -1,4 +1,4 @@
-"""Handling of bad records: list them in a file, then stop or skip them."""
+"""Handles bad records: lists them in a file, then stops the run or skips them."""
 
 import json
 import os
@@ -11,22 +11,22 @@ from typing import TypedDict
 from data.errors import UserError
 from data.sources.readers import Source
 
-TEXT_CHARACTERS = 2000  # per bad record in the rejects file
-SHOWN = 5  # bad records in the error message; the file lists all
+TEXT_CHARACTERS = 2000  # length limit for each record in the rejects file
+SHOWN = 5  # maximum number of bad records in the error message; the file lists all
 
 
 class Reject(TypedDict):
-    """An entry of the rejects file."""
+    """An entry in the rejects file."""
 
     file: str
-    line: int  # line number from 1, or row index from 0
+    line: int  # 1-based line number or 0-based row index
     where: str  # file and line
     reason: str
-    record: str  # up to TEXT_CHARACTERS of the record
+    record: str  # the record's first TEXT_CHARACTERS characters
 
 
 def reject(source: Source, position: int, reason: str, text: str) -> Reject:
-    """Return the entry of a bad record for the rejects file."""
+    """Return the rejects file's entry for a bad record."""
     return {
         "file": source.reader.name,
         "line": position,
@@ -37,7 +37,7 @@ def reject(source: Source, position: int, reason: str, text: str) -> Reject:
 
 
 def printable(text: str) -> str:
-    """Escape lone surrogates, which reasons may quote from records."""
+    """Escape lone surrogates, which error messages may quote from a record."""
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
@@ -55,7 +55,7 @@ def common_reasons(rejects: Iterable[Reject], limit: int) -> list[tuple[str, int
 def handle_rejects(
     rejects: Iterable[Reject], total: int, policy: str, file: Path, also_listed: Iterable[Reject] = ()
 ) -> None:
-    """Write the rejects of `total` records to `file`. If there are none, delete the file.
+    """Write the rejects to `file`, or delete it if there are none. `total` counts all records, valid or not.
 
     Args:
         rejects: entries of bad records.
@@ -86,5 +86,5 @@ def handle_rejects(
         raise UserError(
             f"{count:,} of {total:,} records in data.path are invalid:\n"
             + "\n".join(shown + (["  ..."] if count > SHOWN else []))
-            + f"\nFull list: {file}. Fix these records, or set data.bad_records=skip to skip them."
+            + f"\nFull list: {file}. Fix the records, or set data.bad_records=skip to skip them."
         )
