@@ -29,7 +29,7 @@ CALLS = {
     "an objective without terms": (["objective.ce=0"], ["ce=0", "one of them positive"]),
     "trainer setting of the stage": (
         ["+trainer.accumulate_grad_batches=2"],
-        ["accumulate_grad_batches", "leave it out"],
+        ["accumulate_grad_batches", "Remove it"],
     ),
     "float32 arithmetic on a bfloat16 target": (
         ["trainer.precision=32-true", "model.target.dtype=bfloat16"],
@@ -46,15 +46,15 @@ CALLS = {
     ),
     "nothing to choose weights by": (
         ["+trainer.limit_val_batches=0"],
-        ["trainer.limit_val_batches", "leave it out"],
+        ["trainer.limit_val_batches", "Remove it"],
     ),
     "no validation": (
         ["data.validation_records=0", "stage.attention_tuning.patience=1"],
         ["patience=1", "data.validation_records=0"],
     ),
-    "validation before training": (["+trainer.num_sanity_val_steps=2"], ["num_sanity_val_steps", "leave it out"]),
+    "validation before training": (["+trainer.num_sanity_val_steps=2"], ["num_sanity_val_steps", "Remove it"]),
     "no skipped step allowed for": (["stage.attention_tuning.max_skipped_steps=0"], ["max_skipped_steps=0", ">= 1"]),
-    "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "leave it out"]),
+    "trainer setting that is taken": (["+trainer.plugins=[]"], ["plugins", "Remove it"]),
     "micro-batches that do not divide a step": (
         ["stage.attention_tuning.micro_batch_size=3"],
         ["micro_batch_size=3", "4 rows"],
@@ -73,7 +73,7 @@ CALLS = {
     ),
     "slot 0 given its label": (
         ["+recipe=beyond", "stage.attention_tuning.module.slot0_loss=true"],
-        ["slot0_loss=true", "bonus_slot=true", "Choose one"],
+        ["slot0_loss=true", "bonus_slot=true", "Set one of them to false"],
     ),
     "all of a low-rank adapter": (
         ["+recipe=beyond", "adapter=lora"],
@@ -83,8 +83,8 @@ CALLS = {
     "unknown stage": (["stages=[evalute]"], ["evalute", "evaluate"]),
     "block of one": (["model.draft.block_size=1"], ["block_size=1", "must be >= 2"]),
     "block longer than any answer": (["model.draft.block_size=300"], ["block_size=300", "longest answer"]),
-    "more draft layers than layers": (["model.draft.num_layers=9"], ["num_layers=9", "8 layers"]),
-    "rows longer than positions": (["data.max_seq_len=2000"], ["2008", "1024 positions"]),
+    "more draft layers than layers": (["model.draft.num_layers=9"], ["num_layers=9", "at most 8, the target's"]),
+    "rows longer than positions": (["data.max_seq_len=2000"], ["2008", "context length of 1024"]),
     "missing data file": (["data.path=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
     "mix with a typo": (["data.path=[{path: a.jsonl, wait: 2}]"], ["wait", "path, weight, split"]),
     "unknown policy": (["data.bad_records=ignore"], ["'ignore'", "stop or skip"]),

@@ -187,7 +187,7 @@ def test_a_run_stopped_at_any_step_resumes_as_if_uninterrupted(tmp_path, monkeyp
     ("override", "message"),
     [
         ("adapter.rank=0", "adapter.rank=0: must be >= 1"),
-        ("adapter.alpha=0", "adapter.alpha=0: expected more than 0"),
+        ("adapter.alpha=0", "adapter.alpha=0: must be > 0"),
         ("adapter.target_modules=q_proj", "adapter.target_modules=q_proj: expected a list"),
         ("trainer=zero3", "Set trainer=zero2 or adapter=none"),
     ],

@@ -320,7 +320,7 @@ def test_a_run_pushes_at_its_end_and_repeats_nothing(hub, trained_run, tmp_path)
     [
         ("export.push_to_hub=drafter", {}, "push to 'drafter': expected a Hub repository name, owner/name"),
         ("export.push_to_hub=owner/drafter", {"HF_TOKEN": "hf_wrong"}, "the Hub rejected the token"),
-        ("stages=[attention_tuning]", {}, "exports no drafter. Add export to stages"),
+        ("stages=[attention_tuning]", {}, "does not export a drafter. Add export to stages"),
     ],
 )
 def test_a_run_is_refused_before_it_trains(hub, tmp_path, setting, environment, text):

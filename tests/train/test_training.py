@@ -135,7 +135,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
         whole, parts = alone.batch(step), [p.batch(step) for p in pair]
         assert torch.equal(whole.input_ids, torch.cat([p.input_ids for p in parts]))
         assert torch.equal(whole.anchors, torch.cat([p.anchors for p in parts]))
-    with pytest.raises(ValueError, match="expected a multiple of 3, the number of ranks"):
+    with pytest.raises(ValueError, match="must be a multiple of 3, the number of ranks"):
         TrainingBatches(packed, settings, rank=0, world_size=3)
 
 

@@ -57,7 +57,7 @@ def _check_stages(config: DictConfig) -> None:
         names = list(again) if isinstance(again, ListConfig) else [again]
         if not names or any(name not in STAGES for name in names):
             raise UserError(
-                f"overwrite={_plain(again)}: expected true, false, or one or more of {', '.join(STAGES)}, such as "
+                f"overwrite={_plain(again)}: expected true, false, or one or more of {', '.join(STAGES)}, e.g. "
                 "overwrite=evaluate or overwrite=[export,evaluate]."
             )
         idle = [name for name in names if name not in config.stages]
@@ -79,7 +79,7 @@ def _check_push(config: DictConfig) -> None:
 
     if not {"export", "evaluate"} & set(config.stages):
         raise UserError(
-            f"export.push_to_hub={config.export.push_to_hub}: stages={list(config.stages)} exports no drafter. "
+            f"export.push_to_hub={config.export.push_to_hub}: stages={list(config.stages)} does not export a drafter. "
             "Add export to stages, or use scripts/push_to_hub.py."
         )
     check_destination(destination(config))
@@ -95,7 +95,7 @@ def check_adapter(config: DictConfig) -> None:
         return
     check_at_least(config, {"adapter.rank": 1})
     if not config.adapter.alpha > 0:
-        raise UserError(f"adapter.alpha={config.adapter.alpha}: expected more than 0.")
+        raise UserError(f"adapter.alpha={config.adapter.alpha}: must be > 0.")
     if config.stage.bonus_calibration.module.joint and "bonus_calibration" in config.stages:
         raise UserError(
             "stage.bonus_calibration.module.joint=true trains the full projectors, so adapter=lora saves no memory. "
@@ -103,7 +103,7 @@ def check_adapter(config: DictConfig) -> None:
         )
     chosen = config.adapter.target_modules
     if chosen is not None and not isinstance(chosen, ListConfig):
-        raise UserError(f"adapter.target_modules={chosen}: expected a list, such as [q_proj, v_proj], or null.")
+        raise UserError(f"adapter.target_modules={chosen}: expected a list, e.g. [q_proj, v_proj], or null.")
     strategy = config.trainer.get("strategy")
     if "attention_tuning" in config.stages and isinstance(strategy, DictConfig) and strategy.get("stage") == 3:
         raise UserError(
@@ -122,7 +122,7 @@ def _check_ranges(config: DictConfig) -> None:
     if precision(config) == "32-true" and config.model.target.dtype not in ("float32", "float64"):
         raise UserError(
             f"model.target.dtype={config.model.target.dtype} with trainer.precision=32-true: the target's layers "
-            "and the float32 projectors have different dtypes. Set trainer.precision=bf16-mixed or "
+            "and the float32 projectors would have different dtypes. Set trainer.precision=bf16-mixed or "
             "model.target.dtype=float32."
         )
     for stage in TRAINED:
@@ -135,8 +135,8 @@ def _check_ranges(config: DictConfig) -> None:
         blocks = config.data.max_seq_len - 2  # neither the first nor the last token of a row can be an anchor
         if settings.num_anchors > blocks:
             raise UserError(
-                f"stage.{stage}.num_anchors={settings.num_anchors}: expected at most {blocks}, the number of blocks "
-                f"that fit in rows of data.max_seq_len={config.data.max_seq_len} tokens."
+                f"stage.{stage}.num_anchors={settings.num_anchors}: expected at most {blocks}, the number of "
+                f"possible anchors in a row of data.max_seq_len={config.data.max_seq_len} tokens."
             )
     unknown = [name for name in config.stage.evaluate.variants if name not in VARIANTS]
     if unknown or not config.stage.evaluate.variants:
@@ -150,7 +150,7 @@ def _check_ranges(config: DictConfig) -> None:
 
 
 def check_decoding(config: DictConfig) -> None:
-    """Check live decoding, best_by and patience of all chosen training stages before the first one starts.
+    """Check live decoding, best_by and patience for all chosen training stages before the first one starts.
 
     Raises:
         UserError: a setting is out of range, or relies on a metric that is not measured.
@@ -161,7 +161,7 @@ def check_decoding(config: DictConfig) -> None:
 
 
 def _check_stage(config: DictConfig, stage: str) -> None:
-    """Check live decoding, best_by and patience of one training stage.
+    """Check live decoding, best_by and patience for one training stage.
 
     Raises:
         UserError: as for `check_decoding`.
@@ -171,30 +171,30 @@ def _check_stage(config: DictConfig, stage: str) -> None:
     check_at_least(config, {f"{here}.{key}": least for key, least in at_least.items()})
     if settings.best_by == TAU and not settings.decode.prompts:
         raise UserError(
-            f"{here}.best_by={TAU} with {here}.decode.prompts=0: {TAU} is not measured. "
+            f"{here}.best_by={TAU} with {here}.decode.prompts=0: {TAU} would not be measured. "
             f"Set {here}.best_by to val/tau_estimate or null, or increase {here}.decode.prompts."
         )
     if settings.patience and not config.data.validation_records:
         raise UserError(
-            f"{here}.patience={settings.patience} with data.validation_records=0: no validation runs. "
+            f"{here}.patience={settings.patience} with data.validation_records=0: validation is disabled. "
             f"Increase data.validation_records or set {here}.patience=null."
         )
     if settings.patience and not settings.best_by:
         raise UserError(
-            f"{here}.patience={settings.patience} with {here}.best_by=null: no metric to monitor. "
+            f"{here}.patience={settings.patience} with {here}.best_by=null: there is no metric to monitor. "
             f"Set {here}.best_by, or {here}.patience=null."
         )
     validations = -(-settings.steps // settings.validate_every)  # including the one at the last step
     if settings.patience and settings.patience > validations:
         raise UserError(
-            f"{here}.patience={settings.patience} has no effect: {here}.steps={settings.steps} with "
-            f"{here}.validate_every={settings.validate_every} runs {validations} validations. Decrease patience or "
-            "validate_every."
+            f"{here}.patience={settings.patience} has no effect: it exceeds the number of validations, {validations} "
+            f"({here}.steps={settings.steps}, {here}.validate_every={settings.validate_every}). Decrease "
+            f"{here}.patience or {here}.validate_every."
         )
 
 
 def check_target(config: DictConfig, target_config: Any, positions: int) -> None:
-    """Check the settings against the target's config and its maximum text length, before its weights are loaded.
+    """Check the settings against the target's config and maximum sequence length, before its weights are loaded.
 
     Raises:
         UserError: too many draft layers, rows too long, or a rank too large.
@@ -202,15 +202,15 @@ def check_target(config: DictConfig, target_config: Any, positions: int) -> None
     layers = config.model.draft.num_layers
     if layers > target_config.num_hidden_layers:
         raise UserError(
-            f"model.draft.num_layers={layers}: expected at most {target_config.num_hidden_layers}, the number of "
-            "layers of the target."
+            f"model.draft.num_layers={layers}: expected at most {target_config.num_hidden_layers}, the target's "
+            "number of layers."
         )
     check_ranks(config, target_config)
     longest = config.data.max_seq_len + config.model.draft.block_size
     if longest > positions:
         raise UserError(
-            f"data.max_seq_len + model.draft.block_size = {longest} exceeds the target's {positions} positions. "
-            "Decrease one of them."
+            f"data.max_seq_len + model.draft.block_size = {longest} exceeds the target's context length of "
+            f"{positions}. Decrease one of them."
         )
 
 
@@ -218,13 +218,13 @@ def check_ranks(config: DictConfig, target_config: Any) -> None:
     """Check the ranks of calibrator, chain and adapter against the target's sizes.
 
     Raises:
-        UserError: a rank exceeds the full rank of its matrix, which would waste memory.
+        UserError: a rank exceeds what a matrix of that size can have, which would waste memory.
     """
     for key in ("calibrator_rank", "chain_rank"):
         if config.model.draft[key] > target_config.vocab_size:
             raise UserError(
-                f"model.draft.{key}={config.model.draft[key]}: expected at most {target_config.vocab_size}, the size "
-                "of the target's vocabulary."
+                f"model.draft.{key}={config.model.draft[key]}: expected at most {target_config.vocab_size}, the "
+                "target's vocabulary size."
             )
     if config.adapter and config.adapter.rank > target_config.hidden_size:
         raise UserError(
@@ -237,13 +237,13 @@ def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
     """Check that the target has the sizes given in the settings, which `plan=true` uses for its estimates.
 
     Raises:
-        UserError: a size differs; the message names the first.
+        UserError: a size differs; the message names the first such size.
     """
     for key, value in expected.items():
         if loaded.get(key) != value:
             raise UserError(
                 f"model.target.architecture.{key}={value!r}, but the target's config has {loaded.get(key)!r}. "
-                "Correct it or use model=custom."
+                "Correct the setting or use model=custom."
             )
 
 
@@ -251,10 +251,10 @@ def check_path(name: str) -> None:
     """Check that a target given as a path exists; otherwise transformers would look for it on the Hub.
 
     Raises:
-        UserError: the path has no config.json.
+        UserError: the path contains no config.json.
     """
     looks_local = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_local and not Path(name, "config.json").exists():
         raise UserError(
-            f"model.target.name={name}: config.json not found. Set a model directory or a Hub ID (owner/name)."
+            f"model.target.name={name}: config.json not found. Expected a model directory or a Hub ID (owner/name)."
         )

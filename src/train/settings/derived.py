@@ -1,4 +1,4 @@
-"""Values derived from the trainer preset and the settings of a stage. Torch is imported only to detect devices."""
+"""Values derived from the trainer preset and a stage's settings. Torch is imported only to detect devices."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from data.errors import UserError
 
 ARITHMETIC = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 PRECISIONS = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}  # Lightning's short names
-ALL = -1  # value of `trainer.devices` for all devices
+ALL = -1  # the value of `trainer.devices` that selects all devices
 
 
 def precision(config: DictConfig) -> Any:
-    """Return `trainer.precision` by Lightning's full name."""
+    """Return `trainer.precision` under Lightning's full name for it."""
     given = config.trainer.get("precision")
     return PRECISIONS.get(given, given) if isinstance(given, str | int | None) else given
 
 
 def arithmetic(config: DictConfig) -> str:
-    """Return the compute dtype of matrix products."""
+    """Return the compute dtype for matrix products."""
     return ARITHMETIC[precision(config)]
 
 
@@ -35,13 +35,13 @@ def accelerator(config: DictConfig) -> str:
 
 
 def devices(config: DictConfig) -> int | list[int]:
-    """Parse `trainer.devices` from any of Lightning's forms into a count, `ALL`, or a list of device indices.
+    """Parse `trainer.devices`, in any form that Lightning accepts, into a count, `ALL`, or a list of device indices.
 
     Raises:
-        UserError: the value has none of these forms.
+        UserError: the value has a different form.
     """
     given = config.trainer.get("devices", "auto")
-    expected = UserError(f"trainer.devices={given}: expected a number, -1 or auto for all, or a list such as [0,1].")
+    expected = UserError(f"trainer.devices={given}: expected a count, -1 or auto for all, or a list, e.g. [0,1].")
     found = ALL if given in (None, "auto") else given
     try:
         if isinstance(found, str):
@@ -62,7 +62,7 @@ def device_count(config: DictConfig, available: int) -> int:
 
     Args:
         config: the composed settings.
-        available: devices of the node, all of which `trainer.devices=-1` uses.
+        available: number of devices on the node; `trainer.devices=-1` uses all of them.
 
     Raises:
         UserError: as for `devices`.
@@ -72,7 +72,7 @@ def device_count(config: DictConfig, available: int) -> int:
 
 
 def device(config: DictConfig) -> str:
-    """Return the device of the first rank, which exports and evaluates: `cpu`, `cuda`, `cuda:1`."""
+    """Return the device of rank 0, which exports and evaluates, e.g. `cpu`, `cuda` or `cuda:1`."""
     kind, chosen = accelerator(config), devices(config)
     return f"{kind}:{chosen[0]}" if isinstance(chosen, list) and kind == "cuda" else kind
 
@@ -91,25 +91,26 @@ def check_device(config: DictConfig) -> None:
     there = {"cuda": CUDAAccelerator, "mps": MPSAccelerator}[kind].auto_device_count()
     if not there:
         asked = config.trainer.get("accelerator")
-        raise UserError(f"trainer.accelerator={asked}: no such GPU found. Use trainer=cpu.")
+        raise UserError(f"trainer.accelerator={asked}: no such GPU found on this machine. Use trainer=cpu.")
     if isinstance(chosen, list) and max(chosen) >= there:
-        raise UserError(f"trainer.devices={config.trainer.devices}: expected at most {there - 1}, the last GPU here.")
+        raise UserError(f"trainer.devices={config.trainer.devices}: GPU indices on this machine end at {there - 1}.")
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int:
     """Return the number of gradient accumulation steps per rank; 1 if `micro_batch_size` is None.
 
     Raises:
-        ValueError: the global batch is not divisible by the ranks, or a rank's rows by the micro-batch size.
+        ValueError: the number of ranks does not divide the global batch size, or the micro-batch size does not divide
+            the rows per rank.
     """
     if global_batch_size % world_size:
         raise ValueError(
-            f"global_batch_size={global_batch_size}: expected a multiple of {world_size}, the number of ranks."
+            f"global_batch_size={global_batch_size}: must be a multiple of {world_size}, the number of ranks."
         )
     per_rank = global_batch_size // world_size
     if micro_batch_size and per_rank % micro_batch_size:
         raise ValueError(
-            f"micro_batch_size={micro_batch_size}: expected a divisor of the {per_rank} rows of each rank "
+            f"micro_batch_size={micro_batch_size}: must evenly divide the {per_rank} rows per rank "
             f"(global_batch_size={global_batch_size}, world size {world_size})."
         )
     return per_rank // (micro_batch_size or per_rank)

@@ -1,6 +1,7 @@
 """Overrides of `python -m train` that would have no effect.
 
-Details of a part that the command turns off (speed.num_prompts=0, decode.prompts=0, stages=[...]) are not reported.
+Settings of a part that the command itself disables (speed.num_prompts=0, decode.prompts=0, stages=[...]) are not
+reported.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ def _local(path: object) -> bool:
 
 
 def _no_splits(path: object) -> bool:
-    """Return whether no source uses `data.split`: each is a file or folder, or names its own split."""
+    """Return whether `data.split` is unused: every source is a file or folder, or sets its own split."""
     if isinstance(path, ListConfig):
         return all(_no_splits(item) for item in path)
     if isinstance(path, DictConfig):
@@ -69,17 +70,17 @@ TABLE = (
     Unused(
         (f"{EVALUATE}.top_k", f"{EVALUATE}.top_p"),
         lambda c: c.stage.evaluate.temperature == 0,
-        f"{EVALUATE}.temperature=0 is greedy",
+        f"{EVALUATE}.temperature=0 decodes greedily",
     ),
     Unused(
         (f"{EVALUATE}.speed.thresholds",), lambda c: c.stage.evaluate.selection == "off", f"{EVALUATE}.selection=off"
     ),
     Unused(("export.private", "export.tag"), lambda c: c.export.push_to_hub is None, "export.push_to_hub=null"),
-    Unused(("runtime.compile",), lambda c: c.runtime.compile and _zero3(c), "ZeRO 3 cannot be compiled"),
+    Unused(("runtime.compile",), lambda c: c.runtime.compile and _zero3(c), "layers are not compiled under ZeRO 3"),
     Unused(
         ("data.split",),
         lambda c: _no_splits(c.data.path),
-        "every source of data.path is a file or folder without splits, or sets its own split",
+        "every source in data.path is a file or folder without splits, or sets its own split",
     ),
     Unused(("data.prompts",), lambda c: not _read_by_benchmarks(c, "data.prompts"), "no benchmark uses it as its path"),
     Unused(

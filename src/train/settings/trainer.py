@@ -1,4 +1,4 @@
-"""Allowed arguments of Lightning's Trainer, callbacks and loggers: those that do not change the training result."""
+"""Check the settings passed on to Lightning: Trainer arguments, callbacks and loggers."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from data.config.compose import unresolved
 from data.errors import UserError
 from train.settings.derived import ALL, ARITHMETIC, devices, precision
 
-INSTANCES = ("callbacks", "logger")  # config groups whose entries are classes to instantiate
+INSTANCES = ("callbacks", "logger")  # config groups whose entries are instantiated
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-# Trainer argument -> allowed values; None: any value that Lightning accepts. Other arguments are set by the stages,
-# would change training without being recorded, or conflict with batches that are a function of the step.
+# Trainer argument -> allowed values; None: any value that Lightning accepts. All other arguments are set by the stages,
+# would change training without being recorded, or would break the rule that batches are a function of the step.
 ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
     "_target_": ("lightning.Trainer",),
     "accelerator": ACCELERATORS,
@@ -44,12 +44,13 @@ def check_trainer(config: DictConfig) -> None:
         if key not in ARGUMENTS:
             known = ", ".join(name for name in ARGUMENTS if name != "_target_")
             raise UserError(
-                f"trainer.{key}: set by the stage (conf/stage/) or not supported; leave it out. Supported: {known}."
+                f"trainer.{key} cannot be set here: it is either controlled by the stage (conf/stage/) or unsupported. "
+                f"Remove it. Supported: {known}."
             )
         check_choice(f"trainer.{key}", value, ARGUMENTS[key])
     if "_target_" not in given:
-        raise UserError("trainer: no _target_. Choose a preset of conf/trainer/, such as trainer=cpu.")
-    check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))  # others keep weights below float32
+        raise UserError("trainer: _target_ is missing. Choose a preset from conf/trainer/, e.g. trainer=cpu.")
+    check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))  # others store weights in less than float32
     chosen, auto = devices(config), given.get("devices") in ("auto", None)
     if given.get("accelerator") == "cpu" and not auto and (chosen == ALL or isinstance(chosen, list)):
         raise UserError(
@@ -58,15 +59,15 @@ def check_trainer(config: DictConfig) -> None:
     for group, instances in zip(INSTANCES, others, strict=True):
         for name, settings in instances.items():
             if not isinstance(settings, dict) or not isinstance(settings.get("_target_"), str):
-                raise UserError(f"{group}.{name}={settings!r}: expected a mapping with a class as its _target_.")
+                raise UserError(f"{group}.{name}={settings!r}: expected a mapping whose _target_ is a class.")
     _check_strategy(given.get("strategy", "auto"))
 
 
 def check_choice(key: str, value: Any, known: tuple[Any, ...] | None) -> None:
-    """Check that a value is one of the known ones, including its type; None as `known` allows any value.
+    """Check that a value and its type match one of the `known` values. If `known` is None, any value is allowed.
 
     Raises:
-        UserError: it is not.
+        UserError: the value matches none of them.
     """
     if known is not None and not any(value is one or (type(value) is type(one) and value == one) for one in known):
         words = " or ".join("null" if one is None else str(one).lower() for one in known)
@@ -77,6 +78,6 @@ def _check_strategy(strategy: Any) -> None:
     if isinstance(strategy, str):
         return  # Lightning validates strategy names
     if not isinstance(strategy, dict) or "_target_" not in strategy:
-        raise UserError(f"trainer.strategy={strategy!r}: expected a name, such as ddp, or a preset: trainer=zero2.")
+        raise UserError(f"trainer.strategy={strategy!r}: expected a name, e.g. ddp, or a preset, e.g. trainer=zero2.")
     if strategy["_target_"].endswith("ZeroStrategy") and strategy.get("stage") not in (1, 2, 3):
-        raise UserError(f"trainer.strategy.stage={strategy.get('stage')!r}: expected 1 or 2 or 3.")
+        raise UserError(f"trainer.strategy.stage={strategy.get('stage')!r}: expected 1, 2 or 3.")
