@@ -23,7 +23,7 @@ def test_a_run_stopped_by_a_callback_resumes_identically(step, micro_batches, nu
     straight, kept, history = run(tmp_path / "straight", micro_batches=micro_batches)
     directory = tmp_path / "attention_tuning" / "checkpoints"
     with pytest.raises(
-        NotFinished, match=f"attention_tuning stopped at step {step} of {STEPS} because of a callback"
+        NotFinished, match=f"attention_tuning is not finished: stopped at step {step} of {STEPS} because of a callback"
     ) as ended:
         run(directory, micro_batches=micro_batches, faults=[StopAt(step, number)])
     assert ended.value.status == 75 and step_of(usable_checkpoint(directory)) == step
@@ -72,7 +72,7 @@ def test_a_run_without_a_step_is_not_requeued(hook, tmp_path):
         run(directory, micro_batches=2, faults=[StopAt(3)])
     for _ in range(2):
         ended = end_of(directory, StopBefore(hook))
-        assert ended.status == 1 and "No step was completed since the start" in str(ended)
+        assert ended.status == 1 and "No step was completed after startup" in str(ended)
         assert "stopped at step 3" in str(ended) and step_of(usable_checkpoint(directory)) == 3
 
 

@@ -1,1 +1,1 @@
-"""Crash-safe checkpoints: weights, optimizer state and the random state of every rank."""
+"""Crash-safe checkpoints of the weights, the optimizer state and every rank's random state."""

@@ -1,4 +1,4 @@
-"""The checkpoint callback: saves at step boundaries and keeps the latest few and the best weights."""
+"""Checkpoint callback that saves at step boundaries and keeps the latest checkpoints and the best weights."""
 
 import math
 from pathlib import Path
@@ -26,10 +26,10 @@ def checkpointer(trainer: lightning.Trainer) -> "Checkpoints":
 
 
 class Checkpoints(Checkpoint):
-    """Save checkpoints and stop on request, at step boundaries only.
+    """Saves checkpoints and stops on request, only at step boundaries.
 
-    At a step with validation, the boundary comes after the validation: if the checkpoint were saved before it, a
-    resumed run would skip that validation and might select different best weights.
+    If a step is followed by validation, its boundary comes after the validation. If the checkpoint were saved earlier,
+    a resumed run would skip that validation and might select different best weights.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class Checkpoints(Checkpoint):
         """
         Args:
             every: steps between checkpoints.
-            keep: number of latest checkpoints to keep.
+            keep: number of most recent checkpoints to keep.
             validate_every: steps between validations; the last step is always validated.
-            best_by: validation metric that selects the best weights: the highest value, the earliest on ties.
-            patience: number of consecutive validations without improvement after which the stage ends; None: never.
+            best_by: validation metric that selects the best weights; higher is better, and the earliest wins ties.
+            patience: number of consecutive validations without improvement that ends the stage; None disables this.
             run: id of the stage's run, stored in every checkpoint.
         """
         self.directory, self.every, self.keep = directory, every, keep
         self.validate_every, self.best_by, self.patience = validate_every, best_by, patience
         self.run = run
         self.resumed_from: Path | None = None
-        self.best: dict[str, Any] = {}  # step, value and file of the best weights, and their validation metrics
+        self.best: dict[str, Any] = {}  # step, metric value, file and validation metrics of the best weights
         self.waited = 0  # validations since the best
         self.last: dict[str, float] = {}  # metrics of the latest validation
         self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of its best weights
         self._random: dict[str, Any] | None = None
         self._saved = 0  # step of the newest checkpoint
-        self.started_at = 0  # step at which this process started
+        self.started_at = 0  # step from which this process started training
 
     def state_dict(self) -> dict[str, Any]:
         known = {"best": self.best, "last": self.last, "best_of": self.best_of, "waited": self.waited}
@@ -71,9 +71,9 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.last, self.best_of = (state_dict[key] for key in ("best", "last", "best_of"))
-        self.waited = state_dict.get("waited", 0)  # missing in checkpoints of earlier versions
+        self.waited = state_dict.get("waited", 0)  # missing in checkpoints from earlier versions
         if self.best and not is_intact(self.directory / self.best["file"]):
-            self.best, self.waited = {}, 0  # `usable_checkpoint` has reported the damage
+            self.best, self.waited = {}, 0  # `usable_checkpoint` has already reported the damage
         self._random = state_dict["random"]
 
     def on_load_checkpoint(
@@ -82,8 +82,8 @@ class Checkpoints(Checkpoint):
         """Adjust Lightning's counters to the current number of micro-batches per step, and reset timers.
 
         Lightning counts micro-batches, and the number of ranks or `micro_batch_size` may have changed. A time limit
-        (`trainer.max_time`) applies to each start of the run: if time accumulated, a resumed run would stop before its
-        first step.
+        (`trainer.max_time`) applies to each start of the run separately. If it were cumulative, a resumed run would
+        stop before its first step.
         """
         for timer in (callback for callback in callbacks_of(trainer) if isinstance(callback, Timer)):
             checkpoint["callbacks"].pop(timer.state_key, None)
@@ -120,7 +120,7 @@ class Checkpoints(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
         if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # makes Lightning validate before it stops, at any step
+            trainer.should_stop = True  # makes Lightning validate before stopping, whatever the step
         if not self._validates(trainer):
             self._boundary(trainer)
 
@@ -138,23 +138,23 @@ class Checkpoints(Checkpoint):
             f"{name} {key}": value for state in states for key, of in state.items() for name, value in of.items()
         }
         moments = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
-        check_state(trainer, moments, self.directory, "optimizer's moments")
+        check_state(trainer, moments, self.directory, "optimizer moments")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = trainer.callback_metrics  # the same on every rank
         self.last = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
         if not (self._validates(trainer) and trainer.lightning_module.ends_step):
-            return  # an extra validation because Lightning was asked to stop; a resumed run would not have it
+            return  # extra validation triggered by a stop request; a resumed run would not repeat it
         bad = [key for key in COUNTED if not math.isfinite(self.last.get(key, 0.0))]
         if bad:
             say(
-                f"    step {trainer.global_step}: warning: {', '.join(bad)} not finite; these weights are not selected "
-                "as the best"
+                f"    step {trainer.global_step}: warning: non-finite {', '.join(bad)}; these weights cannot become "
+                "the best"
             )
         elif self.best_by and self.best_by not in self.last:
             say(
                 f"    step {trainer.global_step}: warning: {self.best_by} was not measured because no validation block "
-                "has a label; these weights are not selected as the best"
+                "has a label; these weights cannot become the best"
             )
         self._judge(trainer, comparable=not bad)
         if self.out_of_patience():
@@ -162,14 +162,14 @@ class Checkpoints(Checkpoint):
         self._boundary(trainer)
 
     def faults(self) -> list[str]:
-        """Return the names of non-finite validation metrics of the weights handed on."""
+        """Return the names of the non-finite validation metrics of the weights that the stage outputs."""
         return [key for key in COUNTED if not math.isfinite(self.figures().get(key, 0.0))]
 
     def _judge(self, trainer: lightning.Trainer, comparable: bool) -> None:
         """Update the best weights if the validated weights are the best so far.
 
         Args:
-            comparable: all validation metrics are finite.
+            comparable: whether all validation metrics are finite.
         """
         value = self.last.get(self.best_by) if self.best_by else None
         better = comparable and value is not None and (not self.best or value > self.best["value"])
@@ -179,19 +179,19 @@ class Checkpoints(Checkpoint):
             self.best = here | {"file": self._save_weights(trainer)}
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Handle a loop that was stopped between two boundaries, for example in the middle of a step."""
+        """Handle a loop that was stopped between two step boundaries, e.g. in the middle of a step."""
         self._end_early(trainer)
 
     def out_of_patience(self) -> bool:
-        """Return whether `patience` ends the stage early. Same on every rank, because the metrics are."""
+        """Return whether `patience` has run out. All ranks agree, because they have the same metrics."""
         return self.patience is not None and self.waited >= self.patience
 
     def best_weights(self) -> dict[str, Tensor]:
-        """Load the trained parameters of the best validation, by exported name; empty if there was none."""
+        """Load the best weights, keyed by exported name; empty if no validation has selected any."""
         return load_file(self.directory / self.best["file"]) if self.best else {}
 
     def figures(self) -> dict[str, float]:
-        """Return the validation metrics of the weights that the stage hands on: the best or the last."""
+        """Return the validation metrics of the weights that the stage outputs: the best, or else the last."""
         return self.best["figures"] if self.best else self.last
 
     def _validates(self, trainer: lightning.Trainer) -> bool:
@@ -200,7 +200,8 @@ class Checkpoints(Checkpoint):
 
     def _boundary(self, trainer: lightning.Trainer) -> None:
         step, signal = trainer.global_step, agreed_signal(trainer.strategy)
-        due = step % self.every == 0 and not latest_step(trainer.lightning_module).fault  # keep the last good one
+        # A skipped step must not replace the last good checkpoint.
+        due = step % self.every == 0 and not latest_step(trainer.lightning_module).fault
         if due or trainer.should_stop or signal:
             self._save(trainer)
         if signal:
@@ -226,13 +227,13 @@ class Checkpoints(Checkpoint):
         step = self._saved = trainer.global_step
         self.best_of[step] = self.best.get("step", 0)
         self.best_of = dict(sorted(self.best_of.items())[-self.keep :])
-        # The full training state, not only weights; plain values and tensors, as `load_checkpoint` requires.
+        # Save the full training state, not just the weights: plain values and tensors, as `load_checkpoint` requires.
         trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt", weights_only=False)
         if trainer.is_global_zero:
             self._forget_old(step)
 
     def _save_weights(self, trainer: lightning.Trainer) -> str | None:
-        """Save the current trained parameters; return the file name on rank 0, None elsewhere."""
+        """Save the current trained parameters and return the file name on rank 0, None on the others."""
         state = trainer.strategy.lightning_module_state_dict()  # on every rank: ZeRO 3 shards the parameters
         check_state(trainer, state, self.directory, "validated weights")
         if not trainer.is_global_zero:
@@ -242,7 +243,7 @@ class Checkpoints(Checkpoint):
         return publish_named(name, lambda temporary: save_file(weights, temporary), bytes_of(weights)).name
 
     def _forget_old(self, step: int) -> None:
-        """Delete files that no kept checkpoint needs, and leftovers of interrupted runs. Keep later checkpoints."""
+        """Delete files that no kept checkpoint needs, and leftovers from interrupted runs. Keep later checkpoints."""
         for path in checkpoints_in(self.directory):
             if step_of(path) < step and step_of(path) not in self.best_of:
                 path.unlink()
@@ -254,9 +255,10 @@ class Checkpoints(Checkpoint):
 
 
 def check_final_weights(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> None:
-    """Check that the weights handed on by a stage and their validation metrics are finite.
+    """Check that the weights that a stage outputs and their validation metrics are finite.
 
-    The best weights were checked when they were saved; here the last weights are checked if there are no best ones.
+    The best weights were already checked when they were saved. The last weights are checked here, if there are no best
+    ones.
 
     Args:
         trained: the parameters after the last step.
@@ -269,25 +271,25 @@ def check_final_weights(trainer: lightning.Trainer, trained: dict[str, Tensor]) 
         check_state(trainer, trained, checkpoints.directory, "trained weights")
     if faults := checkpoints.faults():
         raise Diverged(
-            f"Step {trainer.global_step}: the final weights have a non-finite {', '.join(faults)}. "
+            f"Step {trainer.global_step}: the final weights have non-finite validation metrics: {', '.join(faults)}. "
             f"{advice(checkpoints.directory)}"
         )
 
 
 def not_finished(trainer: lightning.Trainer, directory: Path) -> AgreedEnd:
-    """Return the error for a loop that was stopped by a time limit or a callback before the last step.
+    """Return the error for a loop that a time limit or a callback stopped before the last step.
 
-    `NotFinished` asks for a restart. If the run has made no step since its start, return a plain `AgreedEnd`: a restart
-    would stop at the same step.
+    `NotFinished` asks for a restart. If this process has completed no step, return a plain `AgreedEnd` instead, because
+    a restart would stop at the same step.
     """
     stage = directory.parent.name
     timed = any(isinstance(c, Timer) for c in callbacks_of(trainer))
     limit = "trainer.max_time" if timed else "a callback"
-    text = f"{stage} stopped at step {trainer.global_step} of {trainer.max_steps} because of {limit}: not finished. "
+    text = f"{stage} is not finished: stopped at step {trainer.global_step} of {trainer.max_steps} because of {limit}. "
     early = f"To finish a stage early, set stage.{stage}.patience or decrease stage.{stage}.steps."
     if trainer.global_step > checkpointer(trainer).started_at:
-        return NotFinished(f"{text}Rerun the command to resume, without overwrite if it has that. {early}")
+        return NotFinished(f"{text}Rerun the command to resume, without overwrite if it was set. {early}")
     way = "Allow more time than one step takes" if timed else "Remove the callback that sets trainer.should_stop"
     return AgreedEnd(
-        f"{text}No step was completed since the start, so the same command would stop here again. {way}. {early}"
+        f"{text}No step was completed after startup, so the same command would stop here again. {way}. {early}"
     )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 def random_state() -> dict[str, Any]:
     """Return the generator states of all ranks, in rank order. Must be called on every rank."""
-    numpy_state: Any = np.random.get_state()  # a tuple, as legacy=True is the default
+    numpy_state: Any = np.random.get_state()  # a tuple, because legacy=True is the default
     name, keys, *rest = numpy_state
     mine: dict[str, Any] = {
         "python": random.getstate(),
@@ -27,7 +27,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore this rank's generators. If the number of ranks has changed, they keep their seeded state."""
+    """Restore this rank's generators. If the number of ranks has changed, leave them in their seeded state."""
     ranks = state["ranks"]
     rank, world = (dist.get_rank(), dist.get_world_size()) if _connected() else (0, 1)
     if len(ranks) != world:
