@@ -102,7 +102,7 @@ def faulty(cwd, *overrides: str, said: str):
     done = command(*CALL, *BAD, *overrides, "name=short", cwd=cwd, PYTHONPATH=path, **NO_COMPILER)
     assert done.returncode == 0, done.stderr
     lines = [line[line.index("step") :] for line in done.stdout.splitlines() if "skipped" in line]
-    assert lines == [f"step {step}: skipped, {said} (1 in a row, the stage stops at 5)" for step in (1, 5)]
+    assert lines == [f"step {step}: skipped because {said} (1 in a row; the stage stops at 5)" for step in (1, 5)]
     return cwd / "checkpoints" / "short"
 
 

@@ -124,7 +124,7 @@ def test_a_non_finite_validation_is_never_the_best_and_does_not_reset_patience(t
 def test_final_weights_with_a_non_finite_validation_are_refused(best_by, tmp_path):
     class End(Callback):
         def on_fit_end(self, trainer, pl_module):
-            with pytest.raises(Diverged, match="final weights have a non-finite val/loss"):
+            with pytest.raises(Diverged, match="final weights have non-finite validation metrics: val/loss"):
                 check_final_weights(trainer, pl_module.state_dict())
 
     run(tmp_path, faults=[BadValidation({2, 4, 6, 8}), End()], best_by=best_by)

@@ -38,7 +38,7 @@ def target_says(monkeypatch):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_stage_without_labels_is_an_error_with_a_fix(micro_batches, target_says, tmp_path):
     target_says(0.0)
-    with pytest.raises(AgreedEnd, match=f"none of the [0-9,]+ blocks of {STEPS} steps.*data.regenerate") as ended:
+    with pytest.raises(AgreedEnd, match=f"none of the [0-9,]+ blocks in {STEPS} steps.*data.regenerate") as ended:
         run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks()], micro_batches=micro_batches)
     assert ended.value.status == 1 and not list(tmp_path.glob("best-*"))
 

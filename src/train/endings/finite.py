@@ -1,4 +1,4 @@
-"""Non-finite values: steps with a non-finite loss or gradient are skipped, non-finite weights are never saved."""
+"""Non-finite values: steps with a non-finite loss or gradient are skipped; non-finite weights are never saved."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -21,45 +21,45 @@ from train.terminal import say
 # Gradient clipping squares the norm in float32, both in PyTorch and in DeepSpeed.
 LARGEST_NORM = torch.finfo(torch.float32).max ** 0.5
 SUMS = 4  # number of sums that precede the gradient norms in a rank's row
-COUNTED = ("val/loss", "val/tau_estimate", "val/tau")  # not the interval's bounds: they are NaN with a single prompt
+COUNTED = ("val/loss", "val/tau_estimate", "val/tau")  # not the interval bounds: they are NaN for a single prompt
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Metrics of a step, known to all ranks before the optimizer step."""
+    """Metrics of a training step, known to all ranks before the optimizer step."""
 
     loss: float  # mean over the global batch, in nats per unit of slot weight
-    weight: float  # slot weight summed over the global batch, the divisor of the gradients
-    gradient_norm: float  # norm of the mean loss's gradient, before clipping
+    weight: float  # total slot weight of the global batch, by which the gradients are divided
+    gradient_norm: float  # norm of the gradient of the mean loss, before clipping
     fault: str  # names the non-finite value and its rank; empty if all values are finite
     blocks: float = 0.0  # blocks in the global batch with assistant tokens to predict
-    labelled: float = 0.0  # those of them that have a label in this stage
+    labelled: float = 0.0  # how many of those blocks have a label in this stage
 
 
 def latest_step(module: lightning.LightningModule | None) -> StepMetrics:
-    """Return the metrics of the latest step of a `DraftTraining` module."""
+    """Return a `DraftTraining` module's metrics for its latest step."""
     return cast(StepMetrics, module.step)  # type: ignore[union-attr]  # callbacks get Lightning's base class
 
 
 def callbacks_of(trainer: lightning.Trainer) -> list[Callback]:
-    """Return the callbacks of the trainer."""
+    """Return the trainer's callbacks."""
     return trainer.callbacks  # type: ignore[attr-defined]  # Lightning's types omit the attribute
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the Euclidean norm of each parameter's gradient, 0 where there is none, [parameters]."""
+    """Return the Euclidean norm of each parameter's gradient, [parameters]; 0 for parameters without a gradient."""
     gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in parameters]
     return torch.stack(torch._foreach_norm(gradients))
 
 
 def step_metrics(rows: list[list[float]], names: list[str], *, sharded: bool) -> StepMetrics:
-    """Combine the values of all ranks into the metrics of a step.
+    """Combine the values from all ranks into the metrics of a step.
 
     Args:
         rows: one row per rank: loss sum, weight sum, blocks, labeled blocks, and the norm of each parameter's
             gradient before division by the weight.
         names: parameter names.
-        sharded: each rank holds a shard of the gradients (ZeRO) instead of full gradients summed over the ranks.
+        sharded: whether each rank holds a shard of the gradients (ZeRO) instead of full gradients summed over ranks.
     """
     loss, weight, blocks, labelled = (sum(row[i] for row in rows) for i in range(SUMS))
     weight = max(weight, 1e-6)
@@ -87,12 +87,12 @@ def _on(ranks: list[int], world: int) -> str:
 
 
 def shortened(names: list[str]) -> str:
-    """Return the first name and the number of remaining ones."""
+    """Shorten a list of names to the first name and the number of others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors that contain an infinity or a NaN."""
+    """Return the names of the tensors that contain inf or NaN."""
     if not tensors:
         return []
     finite = torch.stack([tensor.isfinite().all().cpu() for tensor in tensors.values()])
@@ -100,7 +100,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def read_finite(path: Path) -> dict[str, Tensor]:
-    """Load the weights that a stage has written, by exported name, and check that they are finite.
+    """Load a stage's output weights, keyed by exported name, and check that they are finite.
 
     Raises:
         UserError: a weight is not finite, or the file is damaged.
@@ -114,24 +114,24 @@ def read_finite(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite_weights(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Check that the weights that a stage starts from are finite.
+    """Check that a stage's initial weights are finite.
 
     Raises:
         UserError: a weight is not finite.
     """
     if names := not_finite(tensors):
         raise UserError(
-            f"{source}: {shortened(names)} not finite; expected finite weights. The file was modified, or an earlier "
-            f"version saved diverged weights. Rerun stage {source.parent.name} under another name=..., with a lower "
-            "learning rate if training diverged."
+            f"{source}: non-finite values in {shortened(names)}. The file was modified, or an earlier version saved "
+            f"diverged weights. Rerun stage {source.parent.name} under a new name=..., with a lower learning rate if "
+            "training diverged."
         )
 
 
 def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], directory: Path, what: str) -> None:
-    """Check that tensors to be saved are finite. Must be called on every rank, with the same tensors.
+    """Check that the tensors to be saved are finite. Must be called on every rank, with the same tensors.
 
     Raises:
-        Diverged: on every rank, if any rank has a non-finite value.
+        Diverged: a tensor on any rank is not finite; raised on every rank.
     """
     names = not_finite(tensors)
     if not trainer.strategy.reduce_boolean_decision(bool(names), all=False):
@@ -147,15 +147,15 @@ def advice(directory: Path) -> str:
     resume = f"Rerun the command to resume from the last good checkpoint, {last}. " if last else ""
     return (
         f"{resume}If the error recurs, decrease stage.{stage}.module.learning_rate or stage.{stage}.gradient_clip "
-        "under another name=...; if it always names the same rank, check the device of that rank."
+        "under a new name=...; if it always names the same rank, check that rank's device."
     )
 
 
 class SkippedSteps(Callback):
-    """Count, report and log skipped steps, and end a stage that skips too many in a row.
+    """Counts, reports and logs skipped steps, and ends a stage that skips too many in a row.
 
-    A skipped step changes neither weights nor optimizer state. It counts as a step: data and learning rate advance,
-    under every strategy.
+    A skipped step changes neither weights nor optimizer state, but it counts as a step: data and learning rate advance
+    as usual, under every strategy.
     """
 
     def __init__(self, directory: Path, most: int) -> None:
@@ -176,7 +176,7 @@ class SkippedSteps(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record a skipped step.
+        """Record whether the step was skipped.
 
         Raises:
             Diverged: too many consecutive steps, or all steps of the stage, were skipped.
@@ -191,7 +191,7 @@ class SkippedSteps(Callback):
         step = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.total}, step=step)
-        say(f"    step {step}: skipped, {fault} ({self.in_a_row} in a row, the stage stops at {self.most})")
+        say(f"    step {step}: skipped because {fault} ({self.in_a_row} in a row; the stage stops at {self.most})")
         if self.in_a_row >= self.most or (step == trainer.max_steps and self.total == step):
             raise Diverged(
                 f"Step {step}: {self.in_a_row} steps in a row were skipped because {fault}. {advice(self.directory)}"
@@ -199,5 +199,5 @@ class SkippedSteps(Callback):
 
 
 def skipped_steps(trainer: lightning.Trainer) -> int:
-    """Return the number of skipped steps of the stage."""
+    """Return the number of steps that the stage has skipped."""
     return next(callback.total for callback in callbacks_of(trainer) if isinstance(callback, SkippedSteps))

@@ -1,7 +1,8 @@
-"""Monitor the fraction of training blocks that have a label; blocks without one do not contribute to the loss.
+"""Monitoring of the fraction of training blocks that have a label. The other blocks do not contribute to the loss.
 
-Bonus Calibration (stage 2) learns only from blocks whose first token equals the target's own prediction. If another
-model or a person wrote the answers, there are few of them; with another language or format there may be none.
+Bonus Calibration (stage 2) learns only from blocks whose first token equals the target's own prediction. Such blocks
+are rare if the answers were written by a person or a different model, and there may be none if the answers are in a
+different language or format.
 """
 
 from typing import Any
@@ -16,19 +17,19 @@ from train.terminal import say
 LOOK = 20  # steps after which the fraction is checked; shorter stages are checked at their end
 LOW = 0.25  # fraction of labeled blocks below which a warning is printed
 FIX = (
-    "Regenerate the answers with the target (python -m data.regenerate, with the same experiment) and train on them "
-    "with data.path=<its output> under another name=... (docs/guide/data.md)."
+    "Regenerate the answers with the target (python -m data.regenerate, with the same experiment) and train on the "
+    "output (data.path=...) under a new name=... (docs/guide/data.md)."
 )
 
 
 class LabelledBlocks(Callback):
-    """Count blocks and labeled blocks over all ranks since the stage's first step; warn if few are labeled."""
+    """Counts blocks and labeled blocks across all ranks since the stage's first step; warns if few are labeled."""
 
     def __init__(self, *, needed: bool = True) -> None:
         """
         Args:
-            needed: raise an error if a stage has no labels. False for a target with random weights, which only tests
-                a command.
+            needed: whether to raise an error if a stage has no labels. False for a target with random weights, which is
+                used only to try out a command.
         """
         self.needed = needed
         self.steps = 0
@@ -46,7 +47,7 @@ class LabelledBlocks(Callback):
         """Update the counts and check the fraction of labeled blocks when due.
 
         Raises:
-            AgreedEnd: no block of any step had a label.
+            AgreedEnd: no block had a label in any step so far.
         """
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
@@ -58,8 +59,8 @@ class LabelledBlocks(Callback):
             return
         if not self.labelled and self.needed:
             raise AgreedEnd(
-                f"Step {trainer.global_step}: none of the {self.blocks:,.0f} blocks of {self.steps} steps had a label, "
-                f"so no weight was trained. {_why(pl_module)} {FIX}"
+                f"Step {trainer.global_step}: none of the {self.blocks:,.0f} blocks in {self.steps} steps had a label, "
+                f"so no weights were trained. {_why(pl_module)} {FIX}"
             )
         fraction = self.labelled / max(1.0, self.blocks)
         if fraction < LOW and (self.steps == LOOK or trainer.global_step == trainer.max_steps):
@@ -72,4 +73,4 @@ class LabelledBlocks(Callback):
 def _why(module: lightning.LightningModule) -> str:
     if not module.masks_labels:
         return "The rows contain too few assistant tokens."
-    return "A block has a label if the target predicts its first token: the target did not write these answers."
+    return "A block has a label only if the target predicts its first token; the target did not write these answers."

@@ -1,9 +1,9 @@
-"""Signals that stop a run: SIGUSR1 (SLURM, before the time limit), SIGTERM, SIGINT (Ctrl-C).
+"""Signals that stop a run: SIGUSR1 (sent by SLURM before the time limit), SIGTERM and SIGINT (Ctrl-C).
 
-During training, the signal is recorded, and the run stops at the next step boundary with a checkpoint; a second Ctrl-C
-stops it immediately. At any other time all files on disk are consistent, and the run stops immediately. Rank 0 exits
-with a status that identifies the signal. The others exit with 0: the launcher would take any other status for a failure
-and kill rank 0.
+During training, the signal is recorded, and the run saves a checkpoint and stops at the next step boundary; a second
+Ctrl-C stops it immediately. At any other time, all files on disk are consistent, and the run stops immediately. Rank 0
+exits with a status that identifies the signal. The others exit with 0, because the launcher would treat any other
+status as a failure and kill rank 0.
 """
 
 import os
@@ -33,12 +33,12 @@ def watch() -> None:
 
 
 def set_training(training: bool, received: int = 0) -> None:
-    """Enter or leave training, that is, the time in which signals wait for a step boundary.
+    """Mark the start or end of training, during which signals take effect only at step boundaries.
 
-    On leaving, stop the process if this rank has received a signal.
+    At the end, stop the process if this or any other rank has received a signal.
 
     Args:
-        received: signal received by any rank, 0 if none.
+        received: signal received by any rank, or 0.
     """
     global _starting, _training
     _starting, _training = False, training
@@ -49,15 +49,15 @@ def set_training(training: bool, received: int = 0) -> None:
 
 
 def received() -> int:
-    """Return the signal that this process has received, 0 if none."""
+    """Return the signal that this process has received, or 0."""
     return _received
 
 
 def agreed_signal(strategy: Any) -> int:
-    """Return the signal that any rank has received, 0 if none; the same on every rank. Must be called on every rank.
+    """Return the signal that any rank has received, or 0. All ranks must call this and get the same result.
 
     Args:
-        strategy: Lightning's strategy, for world size and device.
+        strategy: Lightning strategy that provides the world size and device.
     """
     if strategy.world_size == 1:
         return _received
@@ -79,7 +79,7 @@ def stop(number: int) -> None:
         status = 0
     else:
         status, reported, _reported = STATUS[signal.Signals(number)], _reported, True
-        text = "rerun the command to resume, without overwrite=<stage> if it has that"
+        text = "rerun the command to resume, without overwrite=<stage> if it was set"
         if not reported:
             print(f"stopped by {signal.Signals(number).name}; {text}", file=sys.stderr, flush=True)
     if _starting:
@@ -98,5 +98,5 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _training or number == signal.SIGINT == again:
         stop(number)
     if number == signal.SIGINT and first_rank():
-        text = "stopping after this step with a checkpoint; press Ctrl-C again to stop immediately"
+        text = "saving a checkpoint and stopping after this step; press Ctrl-C again to stop immediately"
         print(f"\n{text}", file=sys.stderr, flush=True)
