@@ -1,4 +1,4 @@
-"""The module of a training stage without data: its parameters can be counted and its steps traced."""
+"""A training stage's module on the meta device, for counting its parameters and tracing its steps without data."""
 
 from typing import Any
 
@@ -24,12 +24,12 @@ def meta_module(
     execution: Execution | None = None,
     last_layers: int | None = None,
 ) -> DraftTraining:
-    """Build the module of a stage on the meta device.
+    """Build a stage's module on the meta device.
 
     Args:
-        execution: with it, the module has the dtypes and chunks of a run. None: all in float32, the logits in one
-            chunk and nothing recomputed, for the minimum of FLOPs.
-        last_layers: as in `meta_target`.
+        execution: if given, the module has the dtypes and logit chunks of a real run. If None, everything is in
+            float32, the logits are computed in one chunk and nothing is recomputed, for the minimum number of FLOPs.
+        last_layers: see `meta_target`.
 
     Raises:
         ValueError: the drafter does not fit the target.
@@ -51,7 +51,7 @@ def count_parameters(config: DictConfig, stage: str, target_config: PretrainedCo
     """Count the parameters of a stage's module.
 
     Raises:
-        ValueError: as for `meta_module`.
+        ValueError: see `meta_module`.
     """
     module = meta_module(config, stage, target_config)
     target = {id(p) for p in module.target.parameters()}
