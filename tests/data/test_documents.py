@@ -184,7 +184,7 @@ def test_refused_answers_are_listed_and_the_others_kept(tmp_path, tiny_tokenizer
     assert len(listed) == 32 and all(entry["reason"].startswith("turn 2: the prompt opens") for entry in listed)
     assert f"(31 kept, 1 bad, 32 answers refused, listed in {prepared.rejects})" in describe(prepared)
     assert describe_answers(prepared.documents) == (
-        "Of 63 answers, 31 are supervised in the first document of their conversation, 32 are refused."
+        "63 answers: 31 supervised in the first document of a conversation, 32 refused."
     )
 
 

@@ -63,6 +63,7 @@ def report(files, tmp_path_factory):
         "* 2 conversations are exact duplicates of earlier ones.",
         "| the text is empty | 2 |",
         "| user | ",
+        "* 35 answers: 34 supervised in the first document of a conversation, 1 lost to truncation or too short for a",
         "| an identical question | 1 |",
         "| 13 consecutive words in common | 1 |",
         "+ It is four, and that is all there is to say about it.<|im_end|>",

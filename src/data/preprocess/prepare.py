@@ -105,17 +105,15 @@ def describe(prepared: Prepared) -> str:
 def describe_answers(documents: Documents) -> str:
     """Return one sentence that accounts for every answer of the valid records."""
     found = documents.answers()
-    lost = found["answers"] - found["refused"] - found["supervised"]
-    shared = found["supervised"] - found["separate"]
-    parts = [
-        f"{shared:,} are supervised in the first document of their conversation",
-        f"{found['separate']:,} in a further document, because the chat template rewrites earlier turns",
-        f"{lost:,} are lost to truncation or too short for a block",
-        f"{found['refused']:,} are refused",
-    ]
-    counts = (shared, found["separate"], lost, found["refused"])
-    stated = [part for part, count in zip(parts, counts, strict=True) if count]
-    return f"Of {found['answers']:,} answers, {', '.join(stated) or 'none is supervised'}."
+    supervised, further, refused = found["supervised"], found["separate"], found["refused"]
+    parts = {
+        "supervised in the first document of a conversation": supervised - further,
+        "supervised in further documents because later prompts contain earlier turns in another form": further,
+        "lost to truncation or too short for a block": found["answers"] - refused - supervised,
+        "refused": refused,
+    }
+    stated = [f"{count:,} {part}" for part, count in parts.items() if count]
+    return f"{found['answers']:,} answers: {', '.join(stated) or 'none supervised'}."
 
 
 def _check(documents: Documents, block_size: int, max_seq_len: int, validation_records: int, rejects: Path) -> None:

@@ -76,7 +76,9 @@ def _count_roles(counts: Roles, messages: Messages, text: str, document: Documen
         at = text.find(content, cursor)
         if at >= 0:
             owner[at : at + len(content)] = message["role"]
-            cursor = at + len(content)
+            cursor = (
+                cursor if message["role"] == "system" else at + len(content)
+            )  # templates may move the system prompt
     starts = [start for start, _ in encoding.offsets[: len(document.input_ids)]]
     for role, supervised in zip(owner[starts], document.supervised, strict=True):
         counts.tokens[role] += 1
