@@ -148,8 +148,8 @@ def _supervision(documents: Documents, sources: list[Source], encoder: ChatEncod
     ]
     note = (
         f"Counted in {roles.conversations:,} conversations, spread over the data. `template` tokens are those that the "
-        "chat template adds: headers and end-of-turn tokens. End-of-turn tokens of the assistant are supervised. Further "
-        "documents of a conversation repeat earlier answers as history, which is not supervised there."
+        "chat template adds: headers and end-of-turn tokens. End-of-turn tokens of the assistant are supervised. "
+        "Further documents of a conversation repeat earlier answers as history, which is not supervised there."
     )
     notes = [describe_answers(documents), *_answer_notes(documents.answers()), note]
     return Section("Supervised tokens by role", ["role", "tokens", "fraction", "supervised"], rows, notes)
