@@ -157,12 +157,12 @@ def test_a_wrong_baseline_fails_the_stage(trained_run, tmp_path, monkeypatch):
 
     def both_wrong_alike(*arguments, **more):
         evaluation = right(*arguments, **more)
-        evaluation.wrong.append("held_out: prompt 0: the target's answer differs from transformers'")
+        evaluation.wrong.append("held_out: prompt 0: the target's answer differs from that of transformers")
         return evaluation
 
     monkeypatch.setattr(stages, "evaluate_drafter", both_wrong_alike)
     shutil.copytree(trained_run, tmp_path / "short")
-    with pytest.raises(UserError, match="prompt 0: the target's answer differs from transformers'"):
+    with pytest.raises(UserError, match="prompt 0: the target's answer differs from that of transformers"):
         stages.evaluate(config, tmp_path / "short" / "evaluate", Resources(config))
 
 
@@ -254,7 +254,8 @@ def test_a_target_with_different_logits_is_detected(tiny_target, monkeypatch):
     scaled = lambda *a, **k: (2 * prefill(*a, **k)[0], None)  # noqa: E731  as architectures do that scale their logits
     monkeypatch.setattr("models.decoding.forward_passes.prefill", scaled)
     assert (
-        "logits differ from transformers' by 100.0% of the largest" in check_baseline(tiny_target, "x", prompts, how)[0]
+        "logits differ from those of transformers by 100.0% of the largest"
+        in check_baseline(tiny_target, "x", prompts, how)[0]
     )
 
 

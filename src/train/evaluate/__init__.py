@@ -1,1 +1,1 @@
-"""Evaluation by real decoding: acceptance length, losslessness, throughput, tables and plots."""
+"""Evaluation by decoding: acceptance length, losslessness and throughput, with tables and plots."""

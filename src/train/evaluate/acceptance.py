@@ -1,4 +1,4 @@
-"""Acceptance and losslessness: decode benchmarks with the drafter and compare the output with the target's own."""
+"""Acceptance and losslessness, measured by decoding benchmarks with the drafter and with the target alone."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ class Decoding:
     selection: Selection
     batch_size: int
     seed: int = 0
-    tokenizer: PreTrainedTokenizerBase | None = None  # of the target; needed for its stop strings
+    tokenizer: PreTrainedTokenizerBase | None = None  # the target's; required if it has stop strings
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,30 @@ class Variant:
 
     draft: DraftModel
     calibrate: bool
-    mode: str = "auto"  # `mode` of `decoding.generate`
+    mode: str = "auto"  # the `mode` argument of `generate`
 
 
 @dataclass
 class Prompts:
-    """Prompts of a benchmark, one per conversation turn, with the target's own answers."""
+    """A benchmark's prompts, one per conversation turn, with the target's own answers."""
 
     tokens: list[list[int]]
     answers: list[list[int]]
-    left_out: int = 0  # turns skipped because no positions are left for an answer, and all later turns
+    left_out: int = 0  # turns skipped because an answer could exceed the context length, and all turns after them
 
 
 @dataclass
 class Difference:
-    """First position at which an output differs from the target's own."""
+    """First position at which an output differs from the target's own output."""
 
     prompt: int
     token: int
-    margin: float  # between the target's top two scores there; near 0 is a tie, decided by rounding
+    margin: float  # between the target's top two scores at that position; near 0, rounding decides
 
 
 @dataclass
 class VariantReport:
-    """Results of one drafter on all prompts of a benchmark."""
+    """One drafter's results on all prompts of a benchmark."""
 
     tau: float  # mean acceptance length, micro-averaged over verify steps
     low: float  # 95% confidence interval of τ, bootstrapped over prompts
@@ -71,7 +71,7 @@ class VariantReport:
     verified: float  # mean number of verified drafts per step
     identical: int  # prompts whose output equals the target's own
     differences: list[Difference]
-    acceptance_by_slot: list[float]  # slots 1 .. B-1: fraction of verify steps that accepted the slot
+    acceptance_by_slot: list[float]  # for slots 1 .. B-1, the fraction of verify steps that accepted them
     accepted: list[list[int]]  # per prompt, the number of accepted drafts of each verify step
 
 
@@ -85,7 +85,7 @@ class BenchmarkReport:
     variants: dict[str, VariantReport]
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to plain values for JSON."""
+        """Return a JSON-serializable dict."""
         return asdict(self)
 
 
@@ -97,9 +97,10 @@ def own_answers(
     how: Decoding,
     block_size: int = 0,
 ) -> Prompts:
-    """Generate the target's answers to all turns, each conditioned on its own earlier answers.
+    """Generate the target's answers to all turns, each conditioned on the target's earlier answers.
 
-    Skip turns after which the target's positions have no room for an answer and a block of `block_size` drafts.
+    Skip a turn, and all later turns of its conversation, if the target's context length leaves no room for an answer
+    and a block of `block_size` drafts.
     """
     limit = max_text_length(target.config, block_size) - how.max_new_tokens
     prompts = Prompts([], [])
@@ -122,7 +123,7 @@ def own_answers(
 
 
 def _turns(conversation: Messages) -> list[Messages]:
-    """Split a conversation into one list per user turn; a system message joins the first."""
+    """Split a conversation into one list of messages per user turn; a system message goes into the first list."""
     turns: list[Messages] = [[]]
     for message in conversation:
         turns[-1].append(message)
@@ -142,7 +143,7 @@ def decode(
 ) -> GenerationResult:
     """Decode all prompts in batches with a drafter, or with the target alone if `variant` is None.
 
-    Each prompt is seeded by its number; `first` is the number of the first prompt.
+    Each prompt is seeded by its index; `first` is the index of the first prompt.
     """
     decoded = GenerationResult([], [])
     choice: dict[str, Any] = {"calibrate": variant.calibrate, "mode": variant.mode} if variant else {}
@@ -167,12 +168,12 @@ def decode(
 
 
 def prompt_seed(how: Decoding, number: int) -> int:
-    """Return a distinct seed for each prompt, so that its answer does not depend on its batch."""
+    """Return the seed for a prompt. It is distinct for each prompt, so answers do not depend on the batching."""
     return 1_000_003 * how.seed + number
 
 
 def compare(target: PreTrainedModel, variant: Variant, prompts: Prompts, how: Decoding, say: str) -> VariantReport:
-    """Decode with a drafter and compare every token with the target's own."""
+    """Decode with a drafter and compare every token with the target's own output."""
     got = decode(target, variant, prompts.tokens, how, say)
     accepted = [[step.accepted for step in steps] for steps in got.steps]
     scored = [step.verified for steps in got.steps for step in steps]
@@ -181,7 +182,7 @@ def compare(target: PreTrainedModel, variant: Variant, prompts: Prompts, how: De
 
 
 def pooled(reports: list[BenchmarkReport]) -> BenchmarkReport:
-    """Merge the reports of all benchmarks into one over all prompts."""
+    """Merge all benchmark reports into a single report over all prompts."""
     first = [sum(report.prompts for report in reports[:i]) for i in range(len(reports))]
     variants = {}
     for name, one in reports[0].variants.items():
@@ -224,7 +225,7 @@ def first_differences(
     outputs: list[list[int]],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Difference]:
-    """Return the first difference of every prompt whose output is not the target's own."""
+    """Return the first difference for each prompt whose output is not the target's own."""
     differences = []
     for number, (prompt, own, got) in enumerate(zip(prompts.tokens, prompts.answers, outputs, strict=True)):
         if own == got:
@@ -244,24 +245,26 @@ def first_differences(
 def check_baseline(target: PreTrainedModel, name: str, prompts: Prompts, how: Decoding, count: int = 2) -> list[str]:
     """Check that our forward passes of the target match transformers' own model and KV cache.
 
-    Compare the logits after the first prompt in any dtype; in float32 and float64 also the tokens of the first `count`
-    answers.
+    The logits after the first prompt are compared in any dtype; the tokens of the first `count` answers are also
+    compared in float32 and float64.
 
     Returns:
-        A description of each difference.
+        One message per difference.
     """
     off = difference_from_forward(target, prompts.tokens[0])
     exact = target.dtype in (torch.float32, torch.float64)
-    wrong = [f"{name}: the target's logits differ from transformers' by {off:.1%} of the largest"] if off else []
+    wrong = (
+        [f"{name}: the target's logits differ from those of transformers by {off:.1%} of the largest"] if off else []
+    )
     for number, (prompt, own) in enumerate(zip(prompts.tokens[:count], prompts.answers, strict=False)):
         seed = prompt_seed(how, number)
         settings = (how.max_new_tokens, how.sampling, seed, how.tokenizer)
         if exact and autoregressive_generate(target, prompt, *settings) != own:
-            wrong.append(f"{name}: prompt {number}: the target's answer differs from transformers'")
+            wrong.append(f"{name}: prompt {number}: the target's answer differs from that of transformers")
     return wrong
 
 
 def histogram(accepted: list[list[int]]) -> dict[int, int]:
-    """Return acceptance length -> number of verify steps."""
+    """Return the number of verify steps for each acceptance length."""
     counts = Counter(a + 1 for steps in accepted for a in steps)
     return dict(sorted(counts.items()))

@@ -1,4 +1,4 @@
-"""Loss curves of a training run over all restarts."""
+"""Loss curves of a training run across all restarts."""
 
 import csv
 from pathlib import Path
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def plot_losses(stage_dirs: dict[str, Path], path: Path) -> None:
-    """Plot training and validation loss of the trained stages over all restarts."""
+    """Plot the training and validation loss of each trained stage across all restarts."""
     curves = {name: read_metrics(directory) for name, directory in stage_dirs.items()}
     curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
@@ -26,7 +26,7 @@ def plot_losses(stage_dirs: dict[str, Path], path: Path) -> None:
 
 
 def finish(figure, axes, path: Path | None = None) -> None:
-    """Add grid and legend; save and close the figure if a path is given."""
+    """Add a grid and a legend to the axes. If a path is given, save and close the figure."""
     axes.grid(alpha=0.3)
     axes.legend()
     if path:
@@ -36,14 +36,14 @@ def finish(figure, axes, path: Path | None = None) -> None:
 
 
 def read_metrics(stage_dir: Path) -> dict[int, dict[str, float]]:
-    """Read the CSV logs of a stage as step -> metrics. Rows logged by a later restart override earlier ones."""
+    """Read a stage's CSV logs into a dict step -> metrics. Values logged by a later restart override earlier ones."""
     rows: dict[int, dict[str, float]] = {}
     files = sorted((stage_dir / "logs").glob("version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1]))
     for file in files:
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 if None in row or None in row.values() or not row["step"]:
-                    continue  # truncated row of a killed run
+                    continue  # row truncated when the run was killed
                 values = {key: float(value) for key, value in row.items() if value and key not in ("step", "epoch")}
                 rows.setdefault(int(row["step"]), {}).update(values)
     return rows

@@ -34,19 +34,19 @@ class Evaluation:
     target: str
     benchmarks: dict[str, BenchmarkReport]  # includes `all` if there are several
     speed: SpeedReport | None
-    wrong: list[str]  # prompts where our forward passes of the target differ from transformers'
-    generation_settings: dict[str, Any] = field(default_factory=dict)  # the target's; they change its output
+    wrong: list[str]  # differences found by `check_baseline`
+    generation_settings: dict[str, Any] = field(default_factory=dict)  # those of the target that affect its output
 
     @property
     def together(self) -> BenchmarkReport:
-        """Results over all prompts of all benchmarks."""
+        """The report over all prompts of all benchmarks."""
         return next(reversed(self.benchmarks.values()))
 
     def broken(self) -> str | None:
-        """Describe the first correctness failure; None if there is none.
+        """Return a description of the first correctness failure, or None.
 
-        A failure is a difference between our forward passes of the target and transformers', or, in greedy float32 or
-        float64, an output that a drafter changed at a position without a tie.
+        A failure is a difference between our forward passes of the target and those of transformers or, for greedy
+        decoding in float32 or float64, a drafter's output that differs from the target's at a position without a tie.
         """
         if self.wrong:
             return f"{self.wrong[0]}."
@@ -60,7 +60,7 @@ class Evaluation:
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to plain values for JSON."""
+        """Return a JSON-serializable dict."""
         return {
             "target": self.target,
             "dtype": self.dtype,
@@ -89,7 +89,7 @@ Rows = list[list[str]]  # the first row is the header
 
 
 def tables(evaluation: Evaluation) -> dict[str, Rows]:
-    """Return all results as title -> table."""
+    """Return the tables of all results, keyed by title."""
     how, sampling = evaluation.how, evaluation.how.sampling
     settings = "greedy" if sampling.greedy else f"temperature {sampling.temperature}, top_p {sampling.top_p}"
     if sampling.top_k and not sampling.greedy:
@@ -121,7 +121,7 @@ def markdown(evaluation: Evaluation, name: str) -> str:
 
 
 def print_report(evaluation: Evaluation, run_dir: Path) -> None:
-    """Print tables and remarks to the terminal, except the breakdown of step time, which only the Markdown has."""
+    """Print tables and remarks to the terminal. The breakdown of step time appears only in the Markdown report."""
     console = terminal()
     for title, (header, *rows) in tables(evaluation).items():
         if title == STEPS:
@@ -138,7 +138,7 @@ def print_report(evaluation: Evaluation, run_dir: Path) -> None:
 
 
 def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
-    """Plot, for each variant, the fraction of verify steps that accepted each slot and the acceptance lengths."""
+    """Plot each variant's acceptance rate by slot and its distribution of acceptance lengths."""
     figure, (by_slot, lengths) = plt.subplots(1, 2, figsize=(12, 4))
     together = evaluation.together
     width = 0.8 / len(together.variants)
@@ -150,7 +150,7 @@ def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
         places = [length + (number - (len(together.variants) - 1) / 2) * width for length in counts]
         fractions = [count / variant.verify_steps for count in counts.values()]
         lengths.bar(places, fractions, width, label=label, color=COLORS.get(name))
-    by_slot.set(xlabel="slot of the block", ylabel="fraction of verify steps that accepted it", ylim=(0, 1))
+    by_slot.set(xlabel="slot in the block", ylabel="fraction of verify steps that accepted it", ylim=(0, 1))
     by_slot.set_title(f"Acceptance by slot, {together.prompts} prompts")
     lengths.set(xlabel="acceptance length, including the bonus token", ylabel="fraction of verify steps")
     lengths.set_title("Acceptance lengths")
@@ -159,7 +159,7 @@ def plot_acceptance(evaluation: Evaluation, path: Path) -> None:
 
 
 def plot_speed(speed: SpeedReport, path: Path) -> None:
-    """Plot tokens/s over batch size, and the breakdown of step time by phase."""
+    """Plot tokens/s against batch size, and the breakdown of step time by phase."""
     figure, (rates, phases) = plt.subplots(1, 2, figsize=(12, 4))
     for decoder, color in DECODER_COLORS.items():
         points = [s for s in speed.by_rows if s.decoder == decoder]
@@ -238,12 +238,14 @@ def _remarks(evaluation: Evaluation) -> list[str]:
     remarks = [f"lossless: {identical}/{together.prompts} prompts identical"]
     if evaluation.generation_settings:
         followed = ", ".join(f"{name}={value}" for name, value in evaluation.generation_settings.items())
-        remarks.append(f"settings of the target's generation_config, applied with and without drafter: {followed}")
+        remarks.append(f"settings from the target's generation_config, applied with and without a drafter: {followed}")
     margins = [d.margin for variant in together.variants.values() for d in variant.differences]
     if margins:
-        remarks.append(f"largest margin between the target's top two scores at a first difference: {max(margins):.2g}")
+        remarks.append(
+            f"largest margin between the target's top two scores at the first differing token: {max(margins):.2g}"
+        )
     if together.left_out:
-        remarks.append(f"skipped: {together.left_out} turns without room for an answer in the target's positions")
+        remarks.append(f"skipped: {together.left_out} turns whose answers could exceed the target's context length")
     if evaluation.speed:
         best = evaluation.speed.recommended
         chosen = _selection(Selection(best["selection"], best["threshold"]))

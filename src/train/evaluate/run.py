@@ -22,7 +22,7 @@ def decoding_settings(config: DictConfig, tokenizer: PreTrainedTokenizerBase | N
     """Build the evaluation's decoding settings from `stage.evaluate`.
 
     Args:
-        tokenizer: of the target; needed for its stop strings.
+        tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
 
     Raises:
         ValueError: a setting is out of range.
@@ -47,13 +47,13 @@ def evaluate_drafter(
     speed: dict[str, Any],
     name: str,
 ) -> Evaluation:
-    """Measure acceptance of all drafters on all benchmarks, and the speed of the last drafter.
+    """Measure the acceptance of every drafter on every benchmark, and the speed of the last drafter.
 
     Args:
         variants: drafters by name; speed is measured for the last one, in all modes.
-        benchmarks: name -> system and user turns of its conversations.
-        speed: `stage.evaluate.speed`.
-        name: of the target.
+        benchmarks: conversations by benchmark name, containing only system and user turns.
+        speed: the settings in `stage.evaluate.speed`.
+        name: the target's name.
     """
     reports, prompts, wrong = {}, {}, []
     block_size = max(variant.draft.block_size for variant in variants.values())
@@ -81,7 +81,7 @@ def evaluate_drafter(
 
 
 def count_decoding(draft: DraftModel) -> DecodingFlops | None:
-    """Count the FLOPs of decoding with a drafter; None if its target cannot be traced."""
+    """Return the FLOP counts for decoding with a drafter, or None if its target cannot be traced."""
     try:
         return DecodingFlops.of(draft)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Decoding speed of a drafter on this device compared with the target alone, and the recommended settings."""
+"""Decoding speed of a drafter on this device, compared with the target alone, and the recommended settings."""
 
 import time
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from models.draft import DraftModel
 from train.evaluate.acceptance import Decoding
 
 ALONE, DRAFTING = "target alone", ("sequential", "parallel")
-CHANCE = 1.02  # a rate counts as higher above this ratio and if the two spreads do not overlap
-ONE_REPEAT = 1.15  # ratio required of a single measurement, which has no spread
+CHANCE = 1.02  # minimum ratio for one rate to count as higher than the other; their spreads must also not overlap
+ONE_REPEAT = 1.15  # minimum ratio for single measurements, which have no spread
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Speed:
     threshold: float | None
     tau: float
     tokens_per_second: float
-    spread: tuple[float, float]  # lowest and highest rate
-    step_ms: float  # per verify step, without prefill
+    spread: tuple[float, float]  # lowest and highest rate over the repeats
+    step_ms: float  # per verify step, excluding prefill
     phase_ms: dict[str, float]  # per step: verify, draft, calibrate, overhead; from a separate run
     step_flops: float | None  # minimum FLOPs of one step; None if the architecture cannot be traced
     candidates: float  # mean tokens verified per step and row, bonus token included
@@ -50,7 +50,7 @@ class SpeedReport:
     by_benchmark: dict[str, list[Speed]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to plain values for JSON."""
+        """Return a JSON-serializable dict."""
         return asdict(self)
 
 
@@ -76,7 +76,7 @@ def now(device: torch.device) -> float:
 
 @dataclass
 class DecoderComparison:
-    """Comparison of decoders on the same prompts in the same process."""
+    """Compares decoders on the same prompts in the same process."""
 
     target: PreTrainedModel
     draft: DraftModel
@@ -86,14 +86,18 @@ class DecoderComparison:
     repeats: int
 
     def measure(self, decoder: str, prompts: list[list[int]], rows: int, selection: Selection) -> Speed:
-        """Decode all prompts, `rows` at a time: a short warm-up, one run timed by phase, then `repeats` timed runs."""
+        """Measure a decoder's speed on all prompts, decoded `rows` at a time.
+
+        Runs a short warm-up, then one run timed by phase, then `repeats` runs timed as a whole.
+        """
         groups = filled(prompts, rows)
         self._decode(decoder, groups[:1], replace(self.how, max_new_tokens=min(8, self.how.max_new_tokens)), selection)
         watch = Stopwatch(self.target.device)
         seconds, results = self._decode(decoder, groups, self.how, selection, timer=watch)
         times = [self._decode(decoder, groups, self.how, selection)[0] for _ in range(self.repeats)]
         tokens = sum(len(row) for result in results for row in result.tokens)
-        steps = max(1, sum(max(map(len, result.steps)) for result in results))  # those of the longest row
+        # A batch takes as many steps as its longest row.
+        steps = max(1, sum(max(map(len, result.steps)) for result in results))
         row_steps = [step for result in results for row in result.steps for step in row]
         candidates = sum(1 + step.verified for step in row_steps) / max(1, len(row_steps))
         phases = {name: 1e3 * watch.seconds[name] / steps for name in PHASES if name != "prefill"}
@@ -135,7 +139,7 @@ class DecoderComparison:
         return now(self.target.device) - started, results
 
     def _flops(self, decoder: str, rows: float, context: float, candidates: float) -> float | None:
-        """Return the FLOPs of one step with `rows` active rows on average; None if they are unknown."""
+        """Return the FLOPs of one step with an average of `rows` active rows, or None if unknown."""
         if self.flops is None:
             return None
         blocks = {ALONE: 0.0, "sequential": 1.0, "parallel": candidates}[decoder]
@@ -195,7 +199,7 @@ def best_mode(by_rows: list[Speed], rows: int) -> str:
 def recommendation(
     by_rows: list[Speed], by_threshold: list[Speed], chosen: Selection, device: torch.device
 ) -> dict[str, Any]:
-    """Return the fastest arguments of `generate` as plain values.
+    """Return the fastest settings for `generate` as plain values.
 
     `parallel_rows` is the largest batch size up to which parallel drafting always wins; `worth_it` lists the batch
     sizes at which drafting is faster than the target alone. Differences within measurement noise are ignored.
@@ -224,13 +228,13 @@ def recommendation(
 
 
 def filled(prompts: list[list[int]], rows: int) -> list[list[list[int]]]:
-    """Split prompts into the fewest groups of `rows`; fill the last group with prompts from the start."""
+    """Split the prompts into as few groups of `rows` as possible, filling the last with prompts from the start."""
     count = -(-len(prompts) // rows)
     return [[prompts[(rows * group + i) % len(prompts)] for i in range(rows)] for group in range(count)]
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the CPU's thread count."""
+    """Return the GPU's name, or "CPU" with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
