@@ -1,1 +1,1 @@
-"""Training objectives as pure functions, and their sum over all blocks of a batch."""
+"""Training objectives as pure functions, and their sum over all blocks in a batch."""

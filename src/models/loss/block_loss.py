@@ -1,4 +1,4 @@
-"""Chunked computation of the objective over the blocks of a batch, to bound the memory of the logits."""
+"""Chunked computation of the objective over the blocks in a batch, which bounds the memory for logits."""
 
 import functools
 from collections.abc import Callable
@@ -37,11 +37,11 @@ def block_loss(
     Args:
         logits_of: (hidden [n, H], bonus [n] or None, previous [n] or None) -> logits [n, V], independently per slot.
         hidden: [R, A, B, H] draft hidden states.
-        chunk: maximum number of slots whose logits are held at once; at least one block is processed.
+        chunk: maximum number of slots whose logits are held at once, but at least one block.
         slot0_loss: whether to train slot 0, whose prediction is replaced by the bonus token in decoding.
         labels: [R, A, B] overrides the batch's labels, e.g. to mask entire blocks.
         bonus: [R, A] bonus tokens, or None.
-        previous: [R, A, B] tokens of the previous slots, or None.
+        previous: [R, A, B] the token before each slot, or None.
         target_hidden: [R, T, H] target hidden states, required if the objective uses the target's distribution.
         head_trainable: whether `logits_of` has trainable parameters.
         compiled: whether to use the compiled loss.
@@ -70,10 +70,10 @@ def block_loss(
 
 
 def split_into_pieces(batch: Batch, labels: Tensor, *, first: int, chunk: int) -> list[Piece]:
-    """Split the labeled slots `first` onwards into pieces of at most `chunk` slots, but at least one block.
+    """Split the labeled slots from slot `first` on into pieces of at most `chunk` slots, but at least one block.
 
-    The number of pieces does not depend on the labels: under ZeRO 3 each call of the head is a collective gather, so
-    ranks with different numbers of calls would deadlock or gather the wrong layer's weights.
+    The number of pieces does not depend on the labels: under ZeRO 3, each call to the head is a collective gather, so
+    ranks that make different numbers of calls would deadlock or gather the wrong layer's weights.
     """
     slots, before = batch.labelled_slots(first)
     values, size = labels.flatten()[slots], labels.shape[-1]
@@ -89,10 +89,10 @@ def split_into_pieces(batch: Batch, labels: Tensor, *, first: int, chunk: int) -
 
 
 def slots_before(batch: Batch, block_size: int) -> Tensor:
-    """Return for each slot [R*A*B] the flat index into [R*T] of the preceding clean token."""
+    """Return, for each slot [R*A*B], the index of the preceding clean token among all R*T tokens."""
     length = batch.input_ids.shape[1]
     slots = torch.arange(block_size, device=batch.anchors.device)
-    at = (batch.anchors[..., None] + slots - 1).clamp(0, length - 1)  # [R, A, B]; no labels past the row's end
+    at = (batch.anchors[..., None] + slots - 1).clamp(0, length - 1)  # [R, A, B]; slots past the end have no label
     rows = torch.arange(len(batch.input_ids), device=at.device) * length
     return (at + rows[:, None, None]).flatten()
 
@@ -103,7 +103,7 @@ def _flat(tokens: Tensor | None) -> Tensor | None:
 
 @dataclass
 class _LossHead:
-    """Compute logits and loss of a piece from its hidden states."""
+    """Computes the logits and the loss of a piece from its hidden states."""
 
     logits_of: LogitsFunction
     objective: Objective
@@ -121,7 +121,7 @@ class _LossHead:
 
     @torch.no_grad()
     def loss(self, logits: Tensor, piece: Piece, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Run `piece_loss`; return the gradient in the dtype of the logits. May overwrite `logits`."""
+        """Run `piece_loss`, with the gradient in the dtype of the logits. May overwrite `logits`."""
         teacher, wide = None, torch.promote_types(logits.dtype, torch.float32)
         if self.before is not None and self.teacher is not None:
             teacher = self.logits_of(self.teacher[self.before[piece.slots]], None, None)
@@ -138,7 +138,7 @@ class _LossHead:
 
 
 class _LossOfHidden(torch.autograd.Function):
-    """Stage 1: sum the loss over all pieces and compute the gradient of the hidden states in the forward pass.
+    """Loss for stage 1, summed over all pieces. The forward pass also computes the gradient of the hidden states.
 
     This avoids recomputing the logits in the backward pass. The head must be frozen: only the gradient with respect to
     the hidden states is computed.
@@ -161,9 +161,9 @@ class _LossOfHidden(torch.autograd.Function):
 
 
 def _with_gradient(head: _LossHead, flat: Tensor, piece: Piece, gradient: Tensor) -> Sums:
-    """Compute one piece's loss and write its hidden states' gradient into `gradient`.
+    """Compute the loss of one piece and write the gradient of its hidden states into `gradient`.
 
-    A separate function, so that the logits are freed on return.
+    This is a separate function so that the logits are freed on return.
     """
     with torch.enable_grad():
         part = flat[piece.slots].requires_grad_()
@@ -174,10 +174,10 @@ def _with_gradient(head: _LossHead, flat: Tensor, piece: Piece, gradient: Tensor
 
 
 def _loss_of_head(head: _LossHead, part: Tensor, piece: Piece, recompute: bool) -> Sums:
-    """Compute one piece's loss through autograd, for stage 2 and validation.
+    """Compute the loss of one piece through autograd, for stage 2 and validation.
 
-    ZeRO requires that trained parameters get their gradients from autograd. `recompute` recomputes the logits in the
-    backward pass; otherwise autograd would keep those of every piece.
+    ZeRO requires that trained parameters get their gradients from autograd. With `recompute`, the logits are
+    recomputed in the backward pass; otherwise, autograd would keep those of every piece.
     """
 
     def loss() -> Sums:
@@ -187,7 +187,7 @@ def _loss_of_head(head: _LossHead, part: Tensor, piece: Piece, recompute: bool) 
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Autograd function of a piece's loss. Backward can run only once: it overwrites the saved gradient."""
+    """Autograd function for the loss of a piece. Backward can run only once, since it overwrites the saved gradient."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, piece: Piece, head: _LossHead) -> Sums:
@@ -205,7 +205,7 @@ class _LossOfLogits(torch.autograd.Function):
 def _loss_from_head(
     logits: Tensor, teacher: Tensor | None, piece: Piece, objective: Objective, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Variant of `piece_loss` for torch.compile: copies the inputs here, so they are not held twice."""
+    """Compute `piece_loss` under torch.compile. Copies the inputs within the graph, so that they are not held twice."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     wide_logits = logits.to(wide, copy=True)
     teacher = None if teacher is None else teacher.to(wide, copy=True)

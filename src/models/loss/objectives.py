@@ -1,8 +1,8 @@
-"""Losses of drafted slots as pure functions. They return sums; the caller normalizes once, over all ranks.
+"""Losses for drafted slots as pure functions. They return sums; the caller normalizes once, across all ranks.
 
 Gradients with respect to the logits are derived by hand and overwrite the logits in place. Existing fused losses cannot
-be used, since D-PACE weights are known only after the losses of the block. Tests compare the gradients with autograd in
-float64. Shapes as in `data.batch`.
+be used, since D-PACE weights are known only once all losses in a block are. Tests compare the gradients with autograd
+in float64. Shapes as in `data.batch`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ WEIGHTS = ("dpace", "decay", "flat")
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss terms of a slot and the weighting of slots within a block.
+    """Loss terms per slot, and the weighting of slots within a block.
 
     The loss of a slot is `ce * CE + kl * KL + tv * TV` (CE and KL in nats), where q is the draft's distribution and p
     the target's at the same position: CE = -log q(label), KL = KL(p || q), TV = 1/2 sum |p - q|. 1 - TV is the
@@ -37,32 +37,32 @@ class Objective:
         """Validate the fields.
 
         Raises:
-            ValueError: a field is out of range.
+            ValueError: a field is out of range, or the weights are unknown.
         """
         if min(self.ce, self.kl, self.tv) < 0 or not self.ce + self.kl + self.tv > 0:
             raise ValueError(
-                f"ce={self.ce}, kl={self.kl}, tv={self.tv}: expected values of at least 0, one of them positive."
+                f"ce={self.ce}, kl={self.kl}, tv={self.tv}: must be non-negative, at least one of them positive."
             )
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r}: expected one of {', '.join(WEIGHTS)}.")
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha}: expected 0 to 1.")
+            raise ValueError(f"alpha={self.alpha}: must be in [0, 1].")
         if not (self.gamma > 0 and self.temperature > 0):
             raise ValueError(f"gamma={self.gamma}, temperature={self.temperature}: expected positive values.")
 
     @property
     def needs_target(self) -> bool:
-        """Return whether the objective uses the target's distribution."""
+        """Whether the objective uses the target's distribution."""
         return self.kl > 0 or self.tv > 0
 
 
 def dpace_weights(confidence: Tensor, supervised: Tensor, alpha: float) -> Tensor:
-    """Compute D-PACE slot weights (arXiv 2605.18810): the part of the expected acceptance length that needs the slot.
+    """Compute D-PACE slot weights (arXiv 2605.18810): how much of the expected acceptance length depends on a slot.
 
-    q~ = (1 - alpha) q + alpha; w_j = sum over m >= j of the product of q~ up to m. Detached.
+    With q~ = (1 - alpha) q + alpha, w_j is the sum over m >= j of q~_1 * ... * q~_m. Carries no gradient.
 
     Args:
-        confidence: [..., n] acceptance probability q of the drafted slots, in order.
+        confidence: [..., n] acceptance probability q of each drafted slot, in order.
         supervised: [..., n] bool, a prefix of True.
 
     Returns:
@@ -81,7 +81,7 @@ def decay_weights(supervised: Tensor, gamma: float) -> Tensor:
 
 
 def slot_weights(objective: Objective, confidence: Tensor, supervised: Tensor) -> Tensor:
-    """Compute slot weights [..., n] with the objective's rule; arguments as in `dpace_weights`."""
+    """Compute slot weights [..., n] by the objective's rule; see `dpace_weights` for the arguments."""
     if objective.weights == "dpace":
         return dpace_weights(confidence, supervised, objective.alpha)
     if objective.weights == "decay":
@@ -94,7 +94,7 @@ class Piece:
     """Labeled slots of consecutive complete blocks, processed as one chunk."""
 
     slots: Tensor  # [n] indices among all R*A*B slots
-    labels: Tensor  # [n]; IGNORE for labels removed later
+    labels: Tensor  # [n]; IGNORE for labels masked by the caller
     grid_indices: Tensor  # [n] indices into the flattened `shape` grid of trained slots
     shape: tuple[int, int]  # blocks, trained slots per block
 
@@ -105,11 +105,11 @@ def piece_loss(
     """Compute the weighted loss of a piece. Overwrites `logits` and `teacher`.
 
     Args:
-        logits, teacher: [n, V] draft and target logits, at least float32; `teacher` only if the objective needs it.
+        logits, teacher: [n, V] draft and target logits in float32 or wider; `teacher` only if the objective needs it.
 
     Returns:
         Sum of weighted losses, sum of weights, whether the top-1 token is the label [n], and the gradient of the loss
-        sum with respect to `logits`, stored in the memory of `logits` (None without `with_gradient`).
+        sum with respect to `logits`, which reuses their memory (None without `with_gradient`).
     """
     used = piece.labels != IGNORE
     labels = torch.where(used, piece.labels, 0)[:, None]
@@ -148,7 +148,7 @@ def piece_loss(
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Softmax with temperature, computed in place."""
+    """Apply softmax with temperature, in place."""
     if temperature != 1:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)
