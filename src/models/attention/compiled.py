@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-# Variants per function: layer types, times grad/no-grad/inference mode, times the shapes of training, validation
-# and both stages. Beyond the limit (8 by default), Dynamo only warns and runs the remaining variants uncompiled.
+# Variants per function: layer types x grad, no-grad and inference mode x the shapes in training and validation of both
+# stages. Past its limit (8 by default), Dynamo only issues a warning and runs further variants uncompiled.
 VARIANTS = 64
 
 

@@ -1,4 +1,4 @@
-"""Execution of decoder layers: attention kernel, compilation, activation checkpointing. None alters the result."""
+"""Runs decoder layers. Attention kernel, compilation and activation checkpointing do not change the result."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from models.hf_cache import require_arguments
 
 @dataclass(frozen=True)
 class Execution:
-    """Settings of `speed` in conf/config.yaml."""
+    """The `speed` settings of conf/config.yaml."""
 
     attention: str = "auto"  # flex | sdpa | dense; auto: flex on GPUs, else sdpa
     compile: bool = False  # compile layers and loss
@@ -33,9 +33,9 @@ EAGER = Execution()
 
 
 class LayerView(Protocol):
-    """Attention mask of one layer, such as `packed.View`; the layer passes it on to its attention."""
+    """Object passed to a layer as its attention mask, e.g. `packed.View`; the layer hands it on to its attention."""
 
-    stop: bool  # the attention raises LayerStopped, since the layer's output is not needed
+    stop: bool  # attention raises LayerStopped, because the layer's output is not needed
 
 
 def run_layers(
@@ -47,17 +47,17 @@ def run_layers(
     views: Iterable[LayerView],
     execution: Execution = EAGER,
 ) -> Tensor:
-    """Run decoder layers of the target's architecture in sequence, each with its view.
+    """Run decoder layers of the target's architecture in sequence, with one view per layer.
 
     Args:
-        first_layer: index in the target of the first layer (or of the layer it was copied from).
+        first_layer: index of the first layer, or of the layer it was copied from, in the target.
         hidden: [R, tokens, H]. position_ids: [R, tokens].
 
     Returns:
-        [R, tokens, H] output of the last layer, or the input of a layer whose view has `stop` set.
+        Output of the last layer [R, tokens, H], or, if a view has `stop` set, the input of its layer.
 
     Raises:
-        ValueError: the layers of this transformers version do not take the required arguments.
+        ValueError: the layers in this version of transformers do not take the required arguments.
     """
     for layer in layers:  # layers silently drop unknown arguments, and with them the mask
         require_arguments(type(layer), {"attention_mask", "position_ids", "position_embeddings"})
@@ -83,5 +83,5 @@ def _layer(layer: nn.Module, hidden: Tensor, view: LayerView, position_ids: Tens
 
 @functools.cache
 def _compiled_layer() -> Callable[..., Tensor]:
-    """Return the compiled layer call. Layers of a type share one graph: compiling takes seconds, not minutes."""
+    """Return the compiled layer call. Layers of one type share a graph, so compiling takes seconds, not minutes."""
     return compiled(_layer, dynamic=False)

@@ -1,6 +1,6 @@
-"""Attention masks: each rule defined once as a function of indices, and its conversion to the kernels' mask formats.
+"""Mask rules, each defined once as a function of indices, and their conversion to the mask formats of the kernels.
 
-A rule is (row, head, query, key) -> bool on integers or broadcastable tensors, i.e. a `mask_mod` of FlexAttention.
+A rule is (row, head, query, key) -> bool on integers or broadcastable tensors, i.e. a FlexAttention `mask_mod`.
 Shapes as in `data.batch`.
 """
 
@@ -23,7 +23,10 @@ TILE = 256  # approximate queries per tile; tuned in docs/results/performance.md
 
 
 def document_causal(document_ids: Tensor, window: int | None = None) -> Rule:
-    """Mask rule of clean tokens: q attends to k of its document with q - window < k <= q. document_ids is [R, T]."""
+    """Return the mask rule for clean tokens: q attends to each k in its document with q - window < k <= q.
+
+    document_ids is [R, T].
+    """
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = (key <= query) & (document_ids[row, query] == document_ids[row, key])
@@ -33,14 +36,14 @@ def document_causal(document_ids: Tensor, window: int | None = None) -> Rule:
 
 
 def own_block(document_ids: Tensor, anchors: Tensor, block_size: int, window: int | None = None) -> Rule:
-    """Mask rule of mask tokens. A slot of the block anchored at a attends to
+    """Return the mask rule for mask tokens. A slot in a block with anchor `a` attends to
 
-    - clean tokens of the anchor's document at indices < a, since in decoding the tokens from the anchor onwards are not
-      yet known; with a window, slot j only attends to indices > a + j - window, like a token at its position; and
-    - all slots of its own block, in both directions.
+    - clean tokens of the anchor's document at indices < a, since tokens from the anchor on are not yet known in
+      decoding; with a window, slot j attends only to indices > a + j - window, like a token at its position; and
+    - all slots of the same block, in both directions.
 
-    Queries are the A*B slots of a row; keys are its T clean tokens followed by its slots. document_ids is [R, T],
-    anchors [R, A]; in decoding an anchor may be T, one past the last known token.
+    Queries are the A*B slots of a row; keys are the T clean tokens of the row, followed by its slots. document_ids is
+    [R, T] and anchors [R, A]; in decoding, an anchor may be T, one past the last known token.
     """
     length = document_ids.shape[1]
     anchor_document = document_ids.gather(1, anchors.clamp(max=length - 1))  # [R, A]
@@ -57,9 +60,9 @@ def own_block(document_ids: Tensor, anchors: Tensor, block_size: int, window: in
 
 
 def cached_causal(positions: Tensor, window: int | None = None) -> Rule:
-    """Mask rule of decoding: a query at position p attends to cache entries k with p - window < k <= p.
+    """Return the mask rule for decoding: a query at position p attends to cache entries k with p - window < k <= p.
 
-    The cache stores each token at the index of its position. `positions` is [R, queries].
+    Each token is stored at the cache index that equals its position. `positions` is [R, queries].
     """
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ def cached_causal(positions: Tensor, window: int | None = None) -> Rule:
 
 
 def slots_first(rule: Rule, slots: int, tokens: int) -> Rule:
-    """Adapt a rule whose keys are `tokens` tokens followed by `slots` slots to keys with the slots first."""
+    """Adapt a rule for keys of `tokens` tokens followed by `slots` slots to the reverse order, slots first."""
 
     def moved(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return rule(row, head, query, (key - slots) % (slots + tokens))
@@ -86,7 +89,7 @@ def per_window(windows: Iterable[int | None], form: Callable[[int | None], T]) -
 
 
 def dense(rule: Rule, rows: int, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """Materialize a rule as a dense mask [R, 1, queries, keys], for references and kernels without sparse masks."""
+    """Materialize a rule as a dense mask [R, 1, queries, keys], for reference code and kernels without sparse masks."""
     index = torch.arange(max(rows, queries, keys), device=device)
     return rule(index[:rows, None, None, None], index[0], index[:queries, None], index[:keys])
 
@@ -97,23 +100,23 @@ def _mask_builder() -> Callable[..., BlockMask]:
 
 
 def block_sparse(rule: Rule, rows: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """Convert a rule to a FlexAttention BlockMask: which 128 x 128 tiles are computed, and which of them are masked."""
+    """Convert a rule to a FlexAttention BlockMask, which lists the 128 x 128 tiles to compute and those to mask."""
     build = _mask_builder() if device.type == "cuda" else create_block_mask
     return build(rule, rows, None, queries, keys, device=device)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries of one row that share their keys: one call to scaled dot-product attention."""
+    """A set of queries in one row that attend to the same keys; computed by a single SDPA call."""
 
     row: int
     queries: slice
     keys: tuple[slice, ...]
-    mask: Tensor | None  # [queries, keys] bool; None: causal, with keys equal to queries
+    mask: Tensor | None  # [queries, keys] bool; None: causal, where keys and queries are the same tokens
 
 
 def clean_tiles(document_ids: Tensor, window: int | None = None) -> list[Tile]:
-    """Split `document_causal` into tiles that cover all queries in order; a document within the window is one tile."""
+    """Split `document_causal` into tiles that cover all queries in order; documents within the window are one tile."""
     tiles = []
     for row, ids in enumerate(document_ids.tolist()):
         for start, stop in _documents(ids):
@@ -130,9 +133,9 @@ def clean_tiles(document_ids: Tensor, window: int | None = None) -> list[Tile]:
 
 
 def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: int | None = None) -> list[Tile]:
-    """Split `own_block` into tiles of consecutive blocks of one document; they cover all queries in order.
+    """Split `own_block` into tiles that cover all queries in order, each with consecutive blocks from one document.
 
-    Tiles are computed on the CPU, which costs one device synchronization per batch on a GPU.
+    Tiles are built on the CPU, which costs a device synchronization if the inputs are on a GPU.
     """
     device, document_ids, anchors = document_ids.device, document_ids.cpu(), anchors.cpu()
     rule, length = own_block(document_ids, anchors, block_size, window), document_ids.shape[1]
@@ -166,7 +169,7 @@ def tile_pairs(tiles: list[Tile]) -> int:
 
 
 def allowed_pairs(batch: Batch) -> tuple[int, int]:
-    """Count the query-key pairs allowed by `document_causal` (without padding) and by `own_block`, over all rows."""
+    """Count the query-key pairs that `document_causal` (excluding padding) and `own_block` allow, over all rows."""
     size = batch.labels.shape[-1]
     text = batch.document_ids != PADDING_DOCUMENT
     at_anchor = batch.position_ids.gather(1, batch.anchors)

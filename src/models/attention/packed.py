@@ -1,8 +1,8 @@
-"""Attention over packed rows and blocks, registered as an attention function of transformers.
+"""Attention over packed rows and blocks, registered with transformers as an attention function.
 
-This supports every architecture whose attention calls such a function: layers are used unchanged, and the view of the
-queries is passed as `attention_mask`. Any other mask is forwarded to transformers' SDPA function, which is the case
-when transformers' own model and cache are used.
+This supports every architecture whose attention dispatches to registered functions: layers are reused unchanged, with a
+`View` as their `attention_mask`. Any other mask, as built by transformers' own models, is forwarded to transformers'
+SDPA function.
 """
 
 import functools
@@ -28,25 +28,25 @@ KeysValues = tuple[Tensor, Tensor]  # [R, key/value heads, tokens, head size] ea
 
 
 class LayerStopped(Exception):
-    """Raised to stop a layer after its keys and values, when its output is not needed."""
+    """Raised to abort a layer once its keys and values are computed, if its output is not needed."""
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's preallocated cache, with the indices that a pass writes and the range that its queries read."""
+    """One layer's preallocated cache, with the indices that a pass writes to and the range that its queries read."""
 
     keys: Tensor  # [R, key/value heads, capacity, head size], written in place
     values: Tensor
     rows: Tensor  # [R, 1]
-    at: Tensor  # [R or 1, tokens] indices to write
+    at: Tensor  # [R or 1, tokens] indices to write to
     stop: int  # entries before this index are read
-    only_finite: bool = False  # replace non-finite values with 0
+    only_finite: bool = False  # write 0 in place of non-finite numbers
 
     def update(self, key: Tensor, value: Tensor) -> KeysValues:
         """Write the layer's keys and values to the cache and return those its queries read.
 
-        The target may overflow on a draft token. Its non-finite values would turn masked attention into NaN, so a
-        rejected draft would corrupt earlier tokens.
+        The target may overflow on a draft token. Non-finite keys and values turn attention into NaN even where they are
+        masked, so a rejected draft would corrupt earlier tokens.
         """
         for entries, own in ((self.keys, key), (self.values, value)):
             own = own.transpose(1, 2).to(entries.dtype)
@@ -56,11 +56,11 @@ class LayerCache:
 
 @dataclass
 class View:
-    """Keys and values visible to one layer's queries, and handling of the layer's own keys and values."""
+    """What the queries of one layer attend to, and what happens to the layer's own keys and values."""
 
     mask: Mask | None = None  # None: no masking
     context: KeysValues | None = None  # prepended to the layer's own
-    cache: LayerCache | None = None  # in a cache: the layer's own are written, all are read
+    cache: LayerCache | None = None  # the layer's own are written to it, and all are read from it
     keep: bool = False  # store the layer's own keys and values in `kept`
     stop: bool = False  # raise LayerStopped after keys and values are computed
     kept: KeysValues | None = None
@@ -90,7 +90,7 @@ def blocks_mask(document_ids: Tensor, anchors: Tensor, block_size: int, kind: st
 
 
 def resolve_kernel(kind: str, device: torch.device) -> str:
-    """Resolve `auto` to `flex` on GPUs and `sdpa` on CPUs, where FlexAttention has no backward.
+    """Resolve `auto` to `flex` on GPUs and `sdpa` on CPUs, where FlexAttention has no backward pass.
 
     Raises:
         ValueError: the kernel is unknown.
@@ -112,11 +112,11 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function called by transformers. [R, heads, tokens, head size] -> [R, tokens, heads, head size].
+    """Compute attention for transformers: [R, heads, tokens, head size] -> [R, tokens, heads, head size].
 
     Raises:
         LayerStopped: the view has `stop` set.
-        ValueError: the windows of layer and view differ, or the layer uses an unsupported attention feature.
+        ValueError: the window of the view differs from the layer's, or the layer uses an unsupported attention feature.
     """
     view = attention_mask
     if not isinstance(view, View):
@@ -136,7 +136,7 @@ def packed_attention(
 def gather_keys(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, view: View, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a layer's queries with all keys and values of its view, in the dtype of the attention kernel.
+    """Return a layer's queries and all keys and values they attend to, in the dtype of the attention kernel.
 
     Raises:
         LayerStopped, ValueError: as in `packed_attention`.
@@ -158,7 +158,7 @@ def gather_keys(
         value = torch.cat([view.context[1], value.to(view.context[1].dtype)], dim=2)
     if view.cache is not None:
         key, value = view.cache.update(key, value)
-    # Cast once here instead of through autocast in every tile. Query/key norms output their weights' dtype.
+    # Cast once here rather than by autocast in every tile: query/key norms output the dtype of their weights.
     kind = query.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # the meta device has no autocast
     dtype = torch.get_autocast_dtype(kind) if autocast else value.dtype
@@ -172,7 +172,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 @torch.compiler.disable
 def attend_tiles(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float | None) -> Tensor:
-    """Run attention tile by tile. Returns [R, queries, heads, head size]."""
+    """Run attention tile by tile. Return [R, queries, heads, head size]."""
     rows, heads, queries, size = query.shape
     outputs = []
     for tile in tiles:
@@ -192,7 +192,7 @@ def attend_tiles(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], s
 def _scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, causal: bool = False
 ) -> Tensor:
-    """Run SDPA, repeating grouped K/V heads only where fast kernels do not support them: on GPUs with a mask."""
+    """Run SDPA, repeating grouped K/V heads only on GPUs with a mask, where the fast kernels do not support them."""
     groups = query.shape[1] // key.shape[1]
     if mask is not None and query.is_cuda and groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
