@@ -316,7 +316,7 @@ def test_unsupported_requests_are_rejected(tmp_path, artifact):
         "no_such_argument": {"no_such_argument": 1},
         "num_target_layers=8, but this one has 5": {"drafter": str(artifact[1])},
         "not a drafter; expected a config.json": {"drafter": str(tmp_path / "target")},
-        "drafter=None: expected the drafter": {"drafter": None},
+        "drafter=None: no drafter was given": {"drafter": None},
     }
     for message, arguments in refused.items():
         call = {"input_ids": ids, "drafter": str(tmp_path / "drafter"), "max_new_tokens": 4} | arguments

@@ -78,7 +78,7 @@ def test_every_tensor_of_the_fingerprint_is_compared(twin, drafter, name, change
     rows = 5 if name in ("embed_tokens", "lm_head") else 0
     with torch.no_grad():
         module.weight[rows:].mul_(change)
-    with pytest.warns(UserWarning, match=f"1 weights of this model, such as {name}, differ"):
+    with pytest.warns(UserWarning, match=f"1 of this model's weights, e.g. {name}, differ"):
         shipped._compare(twin, json.loads((drafter / "config.json").read_text())["target_fingerprint"])
 
 

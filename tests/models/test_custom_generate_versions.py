@@ -80,7 +80,7 @@ def test_a_swallowed_cache_is_an_error_and_never_garbage(pair, monkeypatch, wher
     twin, drafter, _ = pair
     kind = type(twin) if where == "model" else type(twin.model.layers[0])
     call_it(monkeypatch, kind, "memory", annotation=Cache, keep=False)
-    with pytest.raises(ValueError, match="layers of the cache hold .*; expected"):
+    with pytest.raises(ValueError, match="cache layers hold .*; expected"):
         drafted(twin, drafter)
 
 

@@ -2,15 +2,15 @@
 
     target.generate(**inputs, max_new_tokens=256, custom_generate="<this repository>", trust_remote_code=True)
 
-A draft is kept only if it equals the target's own choice, so the output is the target's own, greedy or, with the same
-seed, sampled; rounding may resolve near ties differently. Method: FlexDraft, arXiv 2605.20022. Rows of a batch run one
-after another, so a batch is no faster than its rows decoded separately.
+A draft is kept only if it equals the target's own choice, so the output is the target's own, whether greedy or sampled
+(with the same seed); rounding may resolve near ties differently. Method: FlexDraft, arXiv 2605.20022. The rows of a
+batch are decoded one after another, so batching does not make decoding faster.
 
-Arguments in addition to those of `generate`; None selects what the drafter's evaluation recommends:
-    drafter: directory or Hub id of the drafter; None: that of `custom_generate`. revision, token: for a Hub id.
-    calibrate: False disables the corrections of the drafter's logits.
-    selection, threshold: which drafts to verify (off | cumulative_product | min_confidence), and its threshold.
-With `return_dict_in_generate` the output has `acceptance_lengths`: per row, the tokens gained by each verify step.
+Arguments beyond those of `generate`; None uses what the drafter's evaluation recommends:
+    drafter: directory or Hub id of the drafter; None: the value of `custom_generate`. revision, token: for a Hub id.
+    calibrate: False disables the corrections to the drafter's logits.
+    selection, threshold: which drafts to verify (off | cumulative_product | min_confidence), and the threshold for it.
+With `return_dict_in_generate`, the output has `acceptance_lengths`: for each row, the tokens gained per verify step.
 """
 
 import copy
@@ -30,7 +30,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "recommended_decoding.json"]
 CACHES = ("cache", "past_key_values")  # names of the cache argument in transformers: since 5.24, and earlier
-TOKENS = torch.arange(3, 91, 11)  # rows of embedding and LM head in the fingerprint
+TOKENS = torch.arange(3, 91, 11)  # rows of the embedding and LM head in the fingerprint
 # Supported arguments of `generate`, generation settings, and model inputs prepared by `generate`. Anything else is
 # rejected by name unless it has its default value: it may require forward passes that this decoder does not run.
 ARGUMENTS = """inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer
@@ -47,17 +47,17 @@ NEUTRAL = {"guidance_scale": 1, "penalty_alpha": 0}  # in addition to transforme
 EXACT = (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")  # unquantized caches
 PREPARED = ("attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep")
 UNKNOWN = f". Tested with transformers 4.57.3 and 5.24.0, not {transformers.__version__}; install one of those."
-RECOMMENDED = {"calibrate": True, "selection": "cumulative_product", "threshold": 0.01}  # without a recommendation
-OWN_LOOP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")  # not called here
+RECOMMENDED = {"calibrate": True, "selection": "cumulative_product", "threshold": 0.01}  # if there is no recommendation
+OWN_LOOP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")  # bypassed here
 
 
 class Refused(ValueError):
-    """Damaged drafter, mismatch between drafter and target, or unsupported request."""
+    """Raised for a damaged drafter, a mismatch between drafter and target, or an unsupported request."""
 
 
 @torch.no_grad()
 def generate(model, *, drafter=None, revision=None, token=None, **arguments):
-    """Decode with drafting; arguments as in the docstring of this file. Raises Refused, a ValueError."""
+    """Decode with drafting; the module docstring lists the arguments. Raises Refused, a ValueError."""
     given = {name: value for name in RECOMMENDED if (value := arguments.pop(name, None)) is not None}
     arguments = _arguments(model, arguments)
     draft, streamer = _drafter(model, drafter, revision, token), arguments.get("streamer")
@@ -68,7 +68,7 @@ def generate(model, *, drafter=None, revision=None, token=None, **arguments):
         end, sampled, pad = (getattr(generation_config, n) for n in ("max_length", "do_sample", "_pad_token_tensor"))
         masks = _token_mask(generation_config, input_ids, prepared)
         rows = [Row(draft, row[m].tolist(), end - len(row), options) for row, m in zip(input_ids, masks, strict=True)]
-        # As in `generate` from here on: with stop tokens, finished rows are padded.
+        # From here on as in `generate`: if there are stop tokens, finished rows are padded.
         padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         ids, active = input_ids, torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
         while active.any():
@@ -94,17 +94,17 @@ def generate(model, *, drafter=None, revision=None, token=None, **arguments):
 
 
 class Row:
-    """Decoding state of one row: yields the target's logits [V] for its next token, several of them from one pass."""
+    """Decoding state of one row. Holds the target's logits [V] for its next token; one pass may compute several."""
 
     def __init__(self, draft, prompt, room, options):
         draft.check_rope(len(prompt), room)
         self.draft, (self.calibrate, self.selection, self.threshold) = draft, options
-        # No config: with one, sliding-window layers would lose the tokens that a rejected draft pushed out.
+        # No config: with one, sliding-window layers would lose tokens that rejected drafts had pushed out.
         self.cache, self.drafts, self.gained = DynamicCache(), [], []
         self.pending, self.length = [*draft.target(self.cache, 0, prompt, 1)], len(prompt)  # tokens in the cache
 
     def advance(self, room):
-        """Set `logits`; draft and verify if none are left, given room for new tokens (None: the row has ended)."""
+        """Set `logits`. If none are left, draft and verify within `room` new tokens; None: the row has ended."""
         if not self.pending and room is not None:
             drafts, confidence = self.draft.block(self.cache, self.length, self.bonus, self.calibrate)
             likely = confidence.cumprod(-1) if self.selection == "cumulative_product" else confidence
@@ -120,7 +120,7 @@ class Row:
         self.logits = self.pending[0] if self.pending else self.logits
 
     def take(self, token):
-        """Append a token: it accepts the next draft, or rejects the remaining drafts."""
+        """Append a token, which either accepts the next draft or rejects all remaining ones."""
         if self.drafts and token == self.drafts[0]:
             self.gained[-1] += 1
             self.drafts, self.pending = self.drafts[1:], self.pending[1:]
@@ -131,17 +131,17 @@ class Row:
 
 def _refuse(given):
     if names := sorted(name for name, value in given.items() if value is not None and value is not False):
-        raise Refused(f"Drafting does not support {', '.join(names)}. Remove it, or decode without the drafter.")
+        raise Refused(f"Drafting does not support {', '.join(names)}. Change the call, or decode without the drafter.")
 
 
 def _arguments(model, arguments):
-    """Convert arguments for `generate`, which does not pass its tokenizer on to a decoding function."""
+    """Check and convert the arguments for `generate`, which does not pass its tokenizer on to a decoding function."""
     others = {*inspect.signature(type(model).generate).parameters, "position_ids", "cache_position"}
     caches = {name: cache for name in CACHES if (cache := arguments.pop(name, None)) is not None}
     empty = [n for n, c in caches.items() if type(c) in (DynamicCache, StaticCache) and not c.get_seq_length()]
     refused = {f"{name} (only an empty cache; pass the full prompt)": name not in empty for name in caches}
     refused |= {name: arguments.get(name) for name in others - set(ARGUMENTS.split())}
-    # PEFT uses hooks to select adapters by row, or by position in Activated LoRA; drafting runs other passes.
+    # PEFT hooks select adapters by row or, for Activated LoRA, by position; drafting runs different passes.
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     hooks = [hook for hook in hooks if str(getattr(hook, "func", hook).__module__).startswith("peft.")]
     refused |= {f"{name} (of PEFT)": True for hook in hooks for name in getattr(hook, "keywords", ())}
@@ -171,18 +171,18 @@ def _token_mask(settings, input_ids, prepared):
     mask = prepared.get("attention_mask")  # None: no padding
     kept = torch.ones_like(input_ids).bool() if mask is None else mask.to(input_ids.device).bool()
     if kept.ndim != 2 or kept.shape != input_ids.shape:
-        raise Refused(f"attention_mask has shape {list(kept.shape)}, but input_ids {list(input_ids.shape)}.")
+        raise Refused(f"attention_mask has shape {list(kept.shape)}, but input_ids has shape {list(input_ids.shape)}.")
     if not kept.any(-1).all():
         raise Refused("A prompt is empty; expected at least one token.")
     return kept
 
 
 def _drafter(model, source, revision, token):
-    """Load the drafter, cached on the model. Its default, `custom_generate`, is read from the frame of `generate`."""
+    """Load the drafter and cache it on the model. Without `source`, reads `custom_generate` from `generate`'s frame."""
     calls = [] if source else [call.frame.f_locals for call in inspect.stack(0) if call.function == "generate"]
     source = next((given for call in calls if isinstance(given := call.get("custom_generate"), str)), source)
     if not source:
-        raise Refused('drafter=None: expected the drafter. Pass drafter="<directory or Hub id>".')
+        raise Refused('drafter=None: no drafter was given. Pass drafter="<directory or Hub id>".')
     hub = {"revision": revision, "token": token, "allow_patterns": FILES}
     directory = Path(source if Path(source).is_dir() else snapshot_download(source, **hub))
     files = sorted(file.resolve() for pattern in FILES for file in directory.glob(pattern))
@@ -194,14 +194,14 @@ def _drafter(model, source, revision, token):
 
 
 def _checked(where, make, *arguments):
-    """Call `make`, with any failure turned into one error that names the file or directory."""
+    """Call `make`, converting any failure into an error that names the file or directory."""
     try:
         return make(*arguments)
     except Exception as error:
         if isinstance(error, (Refused, MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise  # the last is torch's message on a CPU
+            raise  # torch reports running out of CPU memory with this message
         found = f"{where}: damaged, or not a drafter for this target ({type(error).__name__}: {error})"
-        raise Refused(f"{found}. Download or export it again, and use the target it was trained for.") from error
+        raise Refused(f"{found}. Download or export it again, or use the target it was trained for.") from error
 
 
 class Drafter:
@@ -212,7 +212,7 @@ class Drafter:
         self.model, self.inner, self.device, self.size = model, model.model, model.device, config["block_size"]
         if {parameter.device for parameter in model.parameters()} != {model.device} or model.device.type == "meta":
             raise Refused("The target is split across devices or offloaded; load it on a single device.")
-        self.dtype = self._embedded(0).dtype  # compute dtype, which may differ from that of the weights
+        self.dtype = self._embedded(0).dtype  # compute dtype, which may differ from the weights' dtype
         self.tensors = {name: t.to(self.device, self.dtype) for name, t in _tensors(directory).items()}
         self.settings, self.split, self.vocabulary = settings, settings["target_layer_ids"][0], config["vocab_size"]
         self.layers = [self._layer(number) for number in range(self.split, len(self.inner.layers))]
@@ -221,13 +221,13 @@ class Drafter:
         everywhere = ["sliding_attention" if self.window else "full_attention"] * len(self.inner.layers)
         self.kinds = (getattr(model.config, "layer_types", None) or everywhere)[self.split :]
         (self.names, self.cache_name), (self.layer_names, self.layer_cache) = _names(model), _names(self.layers[0])
-        # Trial run: all tensors exist, the cache is read, and splitting a text into two passes changes only rounding.
+        # Trial run: all tensors must exist, the cache must be used, and splitting a text must change only rounding.
         cache, full = DynamicCache(), self.target(DynamicCache(), 0, [1, 2, 3, 4], 1)
         self.target(cache, 0, [1, 2, 3], 1)
         self.block(cache, 3, 4, True)
         change, rounding = (self.target(cache, 3, [4], 1) - full).abs().max(), 0.01 if self.dtype.itemsize > 2 else 0.25
         if not change <= rounding * full.abs().max():
-            raise Refused("The target's logits depend on the other tokens in a pass; quantize only its weights.")
+            raise Refused("The target's logits depend on the other tokens in a pass. Quantize weights only.")
 
     def check_rope(self, length, room):
         """Check that drafts and slots after the text do not reach the length at which RoPE's angles change."""
@@ -237,10 +237,10 @@ class Drafter:
         limit = rope.get(name) or getattr(config, name, None) or config.max_position_embeddings
         if (kind == "dynamic" or (kind == "longrope" and length <= limit)) and length + room + 2 * self.size > limit:
             total = f"{length} prompt tokens, {room} new ones and two blocks of {self.size} exceed {limit} positions"
-            raise Refused(f"{total}, where the target's RoPE changes. Reduce max_new_tokens.")
+            raise Refused(f"{total}, beyond which the target's RoPE changes. Reduce max_new_tokens.")
 
     def target(self, cache, before, tokens, wanted):
-        """Run the target on tokens that follow `before` cached ones. Return the logits [wanted, V] of the last."""
+        """Run the target on tokens that follow `before` cached ones. Return the last `wanted` logits [wanted, V]."""
         after = before + len(tokens)
         positions = torch.arange(before, after, device=self.device)[None]
         given = {"position_ids": positions, "use_cache": True, "logits_to_keep": wanted}
@@ -248,7 +248,7 @@ class Drafter:
         logits = self.model(input_ids=torch.tensor([tokens], device=self.device), **given).logits
         self.crop(cache, after, after, after)
         if logits.shape[1] < wanted:
-            raise Refused(f"A forward pass returned logits of {logits.shape[1]} tokens; expected {wanted}{UNKNOWN}")
+            raise Refused(f"A forward pass returned logits for {logits.shape[1]} tokens; expected {wanted}{UNKNOWN}")
         return logits[0, -wanted:]
 
     def crop(self, cache, length, early, late):
@@ -258,14 +258,14 @@ class Drafter:
         found = [[t.shape[2] for t in pair.values()] for pair in held]
         expected = [early] * self.split + [late] * (len(self.inner.layers) - self.split)
         if found != [[tokens, tokens] for tokens in expected]:
-            raise Refused(f"After a pass, the layers of the cache hold {found} tokens; expected {expected}{UNKNOWN}")
+            raise Refused(f"After a pass, the cache layers hold {found} tokens; expected {expected}{UNKNOWN}")
         for layer, pair in zip(cache.layers, held, strict=True):
             vars(layer).update({name: t[..., :length, :] for name, t in pair.items()})
         if cache.get_seq_length() != length:
-            raise Refused(f"A cache truncated to {length} tokens reports {cache.get_seq_length()}{UNKNOWN}")
+            raise Refused(f"A cache truncated to {length} tokens reports length {cache.get_seq_length()}{UNKNOWN}")
 
     def block(self, cache, anchor, bonus, calibrate):
-        """Return the drafts of slots 1 .. B-1 at an anchor and their probabilities [B-1]. The cache stays unchanged."""
+        """Return the drafts for slots 1 .. B-1 at `anchor`, and their probabilities [B-1]. The cache is unchanged."""
         hidden = self.tensors["mask_embedding"].repeat(1, self.size, 1)
         if self.settings.get("bonus_slot"):
             hidden[:, 0] += nn.functional.linear(self._embedded(bonus), self.tensors["bonus_slot.weight"])
@@ -299,7 +299,7 @@ class Drafter:
         return self.model.get_input_embeddings()(torch.tensor([token], device=self.device))
 
     def _layer(self, number):
-        """Copy a layer of the target with a newly built attention: the target's may be quantized or have adapters."""
+        """Copy a target layer with newly built attention, since the target's may be quantized or have adapters."""
         layer, prefix = copy.copy(self.inner.layers[number]), f"layers.{number - self.split}.self_attn."
         base, config = layer.self_attn, copy.deepcopy(layer.self_attn.config)
         config._attn_implementation = {"eager": "eager"}.get(config._attn_implementation, "sdpa")  # both accept a mask
@@ -330,12 +330,12 @@ def _options(chosen, where=""):
     if selection not in ("off", "cumulative_product", "min_confidence"):
         raise Refused(f"{where}selection={selection!r}: expected one of off, cumulative_product, min_confidence.")
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
-        raise Refused(f"{where}threshold={threshold!r}: expected a number from 0 to 1.")
+        raise Refused(f"{where}threshold={threshold!r}: expected a number in [0, 1].")
     return calibrate, selection, float(threshold)
 
 
 def _compare(model, fingerprint):
-    """Warn if samples of unquantized weights and embeddings differ from those of the drafter's target."""
+    """Warn if sampled unquantized weights or embeddings differ from those of the drafter's target."""
     modules, changed = dict(model.model.named_modules()) | {"lm_head": model.get_output_embeddings()}, []
     for name, values in fingerprint.items():
         weight = getattr(modules.get(name), "weight", None)
@@ -349,8 +349,8 @@ def _compare(model, fingerprint):
         distance = (found.float().cpu().flatten() - expected).norm()
         changed += [] if distance <= 0.005 * expected.norm() else [name]  # NaN counts as changed
     if changed:
-        found = f"{len(changed)} weights of this model, such as {changed[0]}, differ from those of the drafter's target"
-        warnings.warn(f"{found}: expect fewer accepted drafts. The output remains the model's own.", stacklevel=2)
+        found = f"{len(changed)} of this model's weights, e.g. {changed[0]}, differ from those of the drafter's target"
+        warnings.warn(f"{found}: expect fewer accepted drafts. The output is still the model's own.", stacklevel=2)
 
 
 def _names(module):
@@ -372,13 +372,13 @@ def _settings(directory, target):
         raise Refused(f"{directory}: not a drafter; expected a config.json with flexdraft_config.")
     expected = {"model_type": target.model_type, "num_target_layers": target.num_hidden_layers}
     expected |= {name: getattr(target, name, None) for name in ("hidden_size", "num_key_value_heads")}
-    expected["vocab_size"] = min(config["vocab_size"], target.vocab_size)  # the target may have added rows
+    expected["vocab_size"] = min(config["vocab_size"], target.vocab_size)  # the target may have extra rows
     for name, value in expected.items():
         if config.get(name) != value:
             raise Refused(f"{file}: drafter for a target with {name}={config.get(name)}, but this one has {value}.")
     size, layers = config["block_size"], settings["target_layer_ids"]
     if not layers or layers != [*range(target.num_hidden_layers)][-len(layers) :] or size < 2:
-        raise Refused(f"{file}: target_layer_ids={layers}, block_size={size}: expected the last layers, at least 2.")
+        raise Refused(f"{file}: target_layer_ids={layers} are not the last layers, or block_size={size} is below 2.")
     found = settings.get("recommended_decoding") or {}  # written into the config by earlier versions
     if (own := directory / "recommended_decoding.json").exists():
         file, found = own, _checked(own, lambda: json.loads(own.read_text(encoding="utf-8")))
@@ -390,7 +390,7 @@ def _settings(directory, target):
 
 
 def _tensors(directory):
-    """Load the drafter's own tensors, without copies of the target's tensors that an export may contain."""
+    """Load the drafter's own tensors and skip copies of the target's tensors, which an export may contain."""
     index, names, found = directory / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.is_file():
         names = _checked(index, lambda: json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
