@@ -225,10 +225,10 @@ def test_impossible_requests_are_rejected_with_their_value():
     refused = {
         "row 1 is empty": {"input_ids": [[5], []]},
         "input_ids is empty; expected at least one prompt": {"input_ids": []},
-        "row 0 has token id 97; expected 0 to 96": {"input_ids": [[5, 97]]},
-        "row 1 has token id -1": {"input_ids": [[5], [-1]]},
+        "row 0 contains token id 97; token ids range from 0 to 96": {"input_ids": [[5, 97]]},
+        "row 1 contains token id -1": {"input_ids": [[5], [-1]]},
         "max_new_tokens=-1": {"input_ids": [[5]], "max_new_tokens": -1},
-        "250 tokens, which with max_new_tokens=7 makes 257; expected at most 256": {
+        "250 tokens, 257 with max_new_tokens=7; the target supports at most 256": {
             "input_ids": [full],
             "max_new_tokens": 7,
         },
@@ -238,7 +238,7 @@ def test_impossible_requests_are_rejected_with_their_value():
         r"shape \(3,\)": {"input_ids": ids[0]},
         "row 1 is empty;": {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
         "applies only to a padded tensor": {"input_ids": [[5]], "attention_mask": ids},
-        "another target": {"input_ids": [[5]], "draft": random_draft(random_target())},
+        "a different target": {"input_ids": [[5]], "draft": random_draft(random_target())},
     }
     for message, arguments in refused.items():
         with pytest.raises(ValueError, match=message):

@@ -164,7 +164,7 @@ def test_unsupported_generation_settings_are_rejected_by_name(name, value):
         lambda: autoregressive_generate(target, prompts[0], 4),
         lambda: check_untested(target),
     ):
-        with pytest.raises(ValueError, match=f"generation_config has {name}="):
+        with pytest.raises(ValueError, match=f"generation_config sets {name}="):
             call()
     setattr(target.generation_config, name, 1 if name.startswith("num") else None)
     check_generation_config(target)
@@ -175,7 +175,7 @@ def test_unsupported_generation_settings_are_rejected_by_name(name, value):
 )
 def test_zero_and_one_disable_only_settings_with_that_default(name, value):
     target, _ = settled(**{name: value})
-    with pytest.raises(ValueError, match=f"generation_config has {name}="):
+    with pytest.raises(ValueError, match=f"generation_config sets {name}="):
         check_generation_config(target)
 
 

@@ -43,10 +43,10 @@ WRONG = {
     "row 1 is a str": {"input_ids": [[5], "Hello"]},
     "row 0 is a dict": {"input_ids": [{"role": "user"}]},
     "row 0 is a float": {"input_ids": [5.0, 6.0]},
-    "row 0 has 5.5": {"input_ids": [[5.5]]},
-    "row 0 has '5'": {"input_ids": [["5"]]},
-    "row 0 has None": {"input_ids": [[None, 5]]},
-    "such as": {"input_ids": [5, 6]},
+    "row 0 contains 5.5": {"input_ids": [[5.5]]},
+    "row 0 contains '5'": {"input_ids": [["5"]]},
+    "row 0 contains None": {"input_ids": [[None, 5]]},
+    r"single prompt; expected a list of prompts, e\.g\. \[input_ids\]": {"input_ids": [5, 6]},
     r"shape \(2,\)": {"input_ids": torch.tensor([5, 6])},
     "dtype torch.float32": {"input_ids": IDS.float()},
     "attention_mask is a list": {"input_ids": IDS, "attention_mask": [[1, 1]]},
@@ -73,10 +73,10 @@ WRONG = {
         "logits_processor": lambda ids, scores: scores
     },
     r"pass \[logits_processor\] \* 2": {"logits_processor": [lambda ids, scores: scores]},
-    "one per prompt, not 1 for 2 prompts": {"logits_processor": [[lambda ids, scores: scores]]},
-    "one per prompt, not 3 for 2 prompts": {"stopping_criteria": [[], None, []]},
+    "one per prompt; got 1 for 2 prompts": {"logits_processor": [[lambda ids, scores: scores]]},
+    "one per prompt; got 3 for 2 prompts": {"stopping_criteria": [[], None, []]},
     "5 is not callable": {"stopping_criteria": [[5], []]},
-    r"stop_strings=\['a'\] require the target's tokenizer": {"stop_strings": ["a"]},
+    r"stop_strings=\['a'\] requires the target's tokenizer": {"stop_strings": ["a"]},
     r"stop_strings=\[5\]": {"stop_strings": [5]},
     r"stop_strings=\[''\]": {"stop_strings": [""]},
     "streamer: got 1 for 2 prompts": {"streamer": Nothing()},
@@ -144,7 +144,7 @@ def test_a_padded_tensor_without_a_mask_is_interpreted_as_in_transformers(left, 
     if left:
         output = target.generate(ids, do_sample=False, max_new_tokens=5)[:, ids.shape[1] :].tolist()
         assert [row[: len(tokens)] for row, tokens in zip(output, own, strict=True)] == own
-    with pytest.raises(ValueError, match="inferred from the padding token, has padding within a prompt"):
+    with pytest.raises(ValueError, match="inferred from the padding token. has padding within a prompt"):
         generate(target, draft, torch.tensor([[5, 0, 6], [5, 6, 7]]), max_new_tokens=5)
 
 
@@ -152,7 +152,7 @@ def test_ambiguous_padding_requires_a_mask():
     target = random_target()
     target.generation_config.pad_token_id = 2  # which is a stop token
     ids, mask = padded(PROMPTS, left=True, filler=2)
-    with pytest.raises(ValueError, match="stop token, one of .2., which may be padding. Pass attention_mask"):
+    with pytest.raises(ValueError, match="stop token .one of .2.., which may be padding. Pass attention_mask"):
         generate(target, None, ids, max_new_tokens=4)
     own = generate(target, None, PROMPTS, max_new_tokens=4).tokens
     assert generate(target, None, ids, mask, max_new_tokens=4).tokens == own

@@ -116,7 +116,7 @@ def test_every_float_temperature_gives_a_valid_distribution(exponent, scale):
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
 @pytest.mark.parametrize("value", ["1", None, True, float("nan"), float("inf"), -1, -(2.0**-1074), 10**400, 1j])
 def test_non_numeric_settings_are_rejected_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name}=.*: expected"):
+    with pytest.raises(ValueError, match=f"{name}=.*: must be"):
         Sampling(**{"temperature": 1.0, name: value})
 
 
@@ -240,14 +240,14 @@ def test_the_default_rule_is_the_release():
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (Sampling, {"temperature": -0.5}, "temperature=-0.5: expected a finite number, 0 .greedy. or more"),
+        (Sampling, {"temperature": -0.5}, "temperature=-0.5: must be finite and at least 0; 0 decodes greedily"),
         (Sampling, {"temperature": float("inf")}, "temperature=inf"),
         (Sampling, {"temperature": float("nan")}, "temperature=nan"),
-        (Sampling, {"top_k": -1}, "top_k=-1: expected an integer, 0"),
-        (Sampling, {"top_p": 0.0}, "top_p=0.0: expected more than 0"),
+        (Sampling, {"top_k": -1}, "top_k=-1: must be an integer of at least 0"),
+        (Sampling, {"top_p": 0.0}, "top_p=0.0: must be in .0, 1."),
         (Sampling, {"top_p": 1.5}, "top_p=1.5"),
         (Selection, {"rule": "most"}, "selection='most': expected one of off, cumulative_product, min_confidence"),
-        (Selection, {"threshold": -0.1}, "threshold=-0.1: expected a probability"),
+        (Selection, {"threshold": -0.1}, "threshold=-0.1: must be a probability"),
         (Selection, {"threshold": 1.1}, "threshold=1.1"),
         (Selection, {"threshold": float("nan")}, "threshold=nan"),
     ],

@@ -26,7 +26,7 @@ class Step:
     """Result of one verify step for one row."""
 
     verified: int  # drafts that the target scored
-    accepted: int  # leading drafts that the target agreed with and that were committed
+    accepted: int  # leading drafts that equal the target's choices and were committed
 
 
 @dataclass
@@ -37,7 +37,7 @@ class GenerationResult:
     steps: list[list[Step]]
 
     def accepted(self) -> list[int]:
-        """Return the number of accepted drafts of every verify step of every row."""
+        """Return the number of accepted drafts in each verify step, row by row."""
         return [step.accepted for row in self.steps for step in row]
 
     @property
@@ -47,7 +47,7 @@ class GenerationResult:
 
 
 class Streamer(Protocol):
-    """Interface of `BaseStreamer` in transformers."""
+    """The interface of transformers' `BaseStreamer`."""
 
     def put(self, value: Tensor) -> None:
         """Receive a prompt [1, tokens] or a new token [1], on the CPU."""
@@ -57,7 +57,7 @@ class Streamer(Protocol):
 
 
 class Streams:
-    """Forward tokens to the streamer of each row as soon as they are final."""
+    """Forwards tokens to the streamer of their row as soon as they are final."""
 
     def __init__(self, streamers: list[Streamer | None], prompts: list[list[int]]) -> None:
         self._streamers, self._shown = streamers, [0] * len(prompts)
@@ -66,7 +66,7 @@ class Streams:
                 streamer.put(torch.tensor([prompt]))
 
     def show(self, row: int, tokens: list[int], ended: bool) -> None:
-        """Stream the tokens of a row that have not been streamed yet. `tokens` holds all its new tokens so far."""
+        """Stream the tokens that have not been streamed yet. `tokens` holds all new tokens in the row so far."""
         streamer = self._streamers[row]
         if streamer is None:
             return
@@ -120,7 +120,7 @@ class BatchDecoder:
         device = self.target.device
         size = self.draft.block_size if self.draft else 1
         self.rows = list(range(len(prompts)))  # row indices into the result
-        self.max_length = max(map(len, prompts))  # maximum number of cached tokens over the rows
+        self.max_length = max(map(len, prompts))  # cached tokens in the longest row
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R] cached tokens
         self.generated = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus token
         capacity = self.max_length + self.max_new_tokens + size  # candidates may extend past the last committed token
@@ -145,7 +145,7 @@ class BatchDecoder:
             else:
                 logits = self.passes.verify(candidates, positions, kv_length)
             accepted, self.bonus = self.sampler.accept(candidates[:, 1:], self.verified, logits, self.generated + 1)
-            del logits  # free memory before the draft logits, which are as large
+            del logits  # free memory before computing the draft logits, which are as large
             self.lengths = self.lengths + accepted + 1
             self.generated = self.generated + accepted + 1
         verified = self.verified
@@ -153,7 +153,7 @@ class BatchDecoder:
         self._commit_step(candidates, accepted + 1, verified)
 
     def _draft_blocks(self, kv_length: int) -> Tensor | None:
-        """Draft one block per row at the bonus token in a separate pass. Return hidden states [R, B, H]."""
+        """Draft one block per row, anchored at its bonus token, in a separate pass. Return hidden states [R, B, H]."""
         if self.draft is None:
             return None
         with self.timer("draft"):
@@ -173,9 +173,10 @@ class BatchDecoder:
             self.verified = self.selection.count(confidence).minimum(room).clamp(min=0)
 
     def _commit_step(self, candidates: Tensor, kept: Tensor, verified: Tensor) -> None:
-        """Commit the first `kept` [R] candidates of [R, C] and remove finished rows.
+        """Commit the first `kept` [R] of each row's candidates [R, C] and remove finished rows.
 
-        Copies the outcome of the step to the host: the only device synchronization of a step.
+        Copying the outcome to the host is the only device synchronization in a step, unless tokens are chosen one by
+        one.
         """
         outcome = torch.stack([kept, verified, self.bonus, self.verified, self.lengths], dim=1)
         unfinished, max_verified, max_length = [], 0, 0
@@ -190,7 +191,7 @@ class BatchDecoder:
             self._keep(unfinished)
 
     def _commit(self, row: int, tokens: list[int], verified: int, bonus: int) -> bool:
-        """Append the committed tokens of a step to the result of a row. Return whether the row has finished."""
+        """Append the tokens committed in a step to the row's result. Return whether the row has finished."""
         answer = self.result.tokens[row]
         limit = self.states[row].limit if self.states else self.max_new_tokens
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop), len(tokens))
@@ -216,7 +217,7 @@ class BatchDecoder:
         self.sampler.keep(indices)
 
     def _slots(self, rows: int) -> int:
-        """Return the cache slots per row for `rows` rows in flight: B * B if they draft in parallel, otherwise B."""
+        """Return the number of cache slots per row for `rows` rows in flight: B * B in parallel mode, otherwise B."""
         size = self.draft.block_size if self.draft else 0
         return size * size if rows <= self.parallel_rows else size
 

@@ -41,7 +41,7 @@ from models.target import vocabulary
 __all__ = ["MODES", "PHASES", "GenerationResult", "Step", "check_untested", "generate", "stop_tokens"]
 
 MODES = ("auto", "parallel", "sequential")
-PARALLEL_ROWS = 2  # maximum rows in flight for parallel drafting in auto mode on a GPU ("Flex Decoding")
+PARALLEL_ROWS = 2  # row limit for parallel drafting in auto mode on a GPU (paper, "Flex Decoding")
 
 
 @torch.no_grad()
@@ -66,45 +66,45 @@ def generate(
     streamer: Streamer | list[Streamer | None] | None = None,
     timer: Timer | None = None,
 ) -> GenerationResult:
-    """Decode a batch of prompts ("Flex Decoding").
+    """Decode a batch of prompts (paper, "Flex Decoding").
 
     Each step runs the candidates of every row in flight (the bonus token and the drafts after it) through the target in
     one causal pass. It commits the leading drafts that equal the target's own choices; the target's choice after them
-    becomes the next bonus token. The number of accepted drafts differs between rows. The output is therefore lossless,
-    greedy or sampled: with the same seed, the tokens are the same in every drafting mode, except for ties within
-    rounding. It equals the output of `target.generate` in transformers, including the logits processors and stopping
-    criteria of the target's `generation_config` (models/decoding/generation_settings.py). `sampling` sets temperature,
-    top-k and top-p.
+    becomes the next bonus token. The number of accepted drafts may differ between rows. Decoding is therefore lossless,
+    whether greedy or sampled: with the same seed, every drafting mode yields the same tokens, except for ties within
+    rounding. Greedy output equals that of `target.generate` in transformers, and sampled output has the same
+    distribution, including the logits processors and stopping criteria of the target's `generation_config`
+    (models/decoding/generation_settings.py). `sampling` sets temperature, top-k and top-p.
 
     * `sequential`: after verification, one block runs through the draft layers; its slot 0 may hold the bonus token.
-    * `parallel`: the verifying pass also drafts a block for every possible number of accepted drafts; one is used.
+    * `parallel`: the verify pass also drafts a block for every possible number of accepted drafts; one is used.
     * `auto`: parallel while at most `parallel_rows` rows are in flight, otherwise sequential.
 
     Args:
-        draft: the drafter; None: the target decodes alone, one token per pass (the baseline).
+        draft: the drafter; None: decode with the target alone, one token per pass (the baseline).
         input_ids: prompts as lists of token ids, or [R, T] padded on either side.
         attention_mask: [R, T] for padded prompts, 0 for padding; None: inferred from the target's padding token, as in
             transformers.
-        selection: rule that decides how many drafts to verify.
-        seed: sampling seed, or one per prompt. A single seed gives row i the seed `seed + i`. The random numbers of a
-            row depend only on its own seed.
-        stop: ids of stop tokens; None: the target's own.
+        selection: the rule that decides how many drafts to verify.
+        seed: sampling seed, or a list with one per prompt. With a single seed, row i uses `seed + i`. A row's random
+            numbers depend only on the row's seed.
+        stop: ids of the stop tokens; None: those of the target.
         calibrate: False disables the calibrator and the chain.
-        parallel_rows: row limit of `auto`; None: 2 on a GPU, 0 on a CPU.
-        logits_processor, stopping_criteria: functions in addition to the target's own, with the signatures of
-            transformers: ids [1, tokens] of one row, including the prompt and without padding, and scores [1, V] (None
-            for a criterion). They are called once per new token of the row, in order. For several prompts, pass one
+        parallel_rows: row limit for `auto`; None: 2 on a GPU, 0 on a CPU.
+        logits_processor, stopping_criteria: functions in addition to the target's own, with the signatures used by
+            transformers: the ids [1, tokens] of one row, with the prompt but without padding, and scores [1, V] (None
+            for a criterion). They are called once per new token in the row, in order. For several prompts, pass one
             list per prompt.
-        stop_strings: strings that end a row; they require `tokenizer`.
+        stop_strings: strings that end a row; requires `tokenizer`.
         tokenizer: the target's tokenizer.
         streamer: receives the prompt of a row, then each token once it is final. For several prompts, pass one per
             prompt.
-        timer: called with the name of a phase, one of PHASES; returns the context manager that wraps the phase.
+        timer: called with the name of a phase (see PHASES); returns a context manager to run the phase in.
 
     Raises:
-        ValueError: before decoding starts: no prompt, an empty prompt, an unknown token, more tokens than the target
-            has positions, an argument out of range or of the wrong type, or unsupported generation settings of the
-            target.
+        ValueError: before decoding starts, if there is no prompt, a prompt is empty, a token is unknown, a prompt and
+            its new tokens are too long for the target, an argument is out of range or of the wrong type, or the target
+            has unsupported generation settings.
     """
     check_models(target, draft)
     if mode not in MODES:
@@ -159,25 +159,25 @@ def generate(
 
 
 def rows_in_parallel(device: torch.device) -> int:
-    """Return the default row limit of `auto` for a device without measurements.
+    """Return the default row limit for `auto`, used if no evaluation has measured the modes.
 
-    On a GPU a small batch is bound by reading the weights, so redundant blocks are nearly free. A CPU is compute-bound.
+    On a GPU, a small batch is bound by weight reads, so redundant blocks are nearly free. A CPU is compute-bound.
     """
     return 0 if device.type == "cpu" else PARALLEL_ROWS
 
 
 def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Check an architecture that no test covers by decoding a few tokens in every mode.
+    """Check the target by decoding a few tokens in every mode, if no test covers its architecture.
 
-    Detects differences that the config does not show: scaled embeddings or logits, layers that run in another way, and
-    attention that the decoding passes cannot run.
+    Detects differences that the config does not reveal: scaled embeddings or logits, layers that are called
+    differently, and attention that the decoding passes cannot run.
 
     Args:
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
 
     Raises:
-        ValueError: the target cannot be decoded, its logits or tokens differ from those of its own forward, or its
-            generation settings are unsupported.
+        ValueError: the target cannot be decoded, its logits or tokens differ from its own forward's, or its generation
+            settings are unsupported.
     """
     check_generation_config(target, tokenizer)
     kind, known = target.config.model_type, vocabulary(target)
@@ -190,15 +190,15 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         how: dict[str, Any] = {"max_new_tokens": 8, "tokenizer": tokenizer}
         decoded = {m: generate(target, draft, [prompt], mode=m, **how).tokens[0] for m in MODES[1:]}
     except Exception as error:
-        if out_of_memory(error):  # not a fault of the target
+        if out_of_memory(error):  # not the target's fault
             raise
         raise ValueError(
             f"{kind} is not supported as a target: drafting with its layers failed ({type(error).__name__}: {error})."
         ) from error
     if difference:
         raise ValueError(
-            f"{kind} is not supported as a target: its logits differ by {difference:.1%} of the largest when run layer "
-            "by layer, so its forward computes more than its layers do."
+            f"{kind} is not supported as a target: when run layer by layer, its logits differ by {difference:.1%} of "
+            "the largest, so its forward does more than run its layers."
         )
     ids = torch.tensor([prompt], device=target.device)
     mask = torch.ones_like(ids)

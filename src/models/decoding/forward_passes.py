@@ -1,4 +1,4 @@
-"""Forward passes of decoding: prefill, verification, drafting, and joint verification and drafting."""
+"""Forward passes for decoding: prefill, verification, drafting, and joint verification and drafting."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from models.target import clean_views
 
 
 def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int, slots: int = 0) -> tuple[Tensor, KVCache]:
-    """Prefill: run the target over the prompts, packed into one row.
+    """Run the target over the prompts, packed into one row.
 
     Returns:
         Logits [R, V] after the last token of each prompt, and the KV cache with room for `capacity` tokens and `slots`
@@ -46,7 +46,7 @@ def _release_kv(views: list[View]) -> Iterator[KeysValues]:
     """Yield the keys and values of each view in turn and drop the view's reference, so that memory is freed early."""
     for view in views:
         kept, view.kept = view.kept, None
-        yield cast(KeysValues, kept)  # set by layers with `keep`
+        yield cast(KeysValues, kept)  # not None: `keep` was set
 
 
 def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def difference_from_forward(target: PreTrainedModel, tokens: list[int]) -> float:
-    """Return the largest difference between the prefill logits and those of the target's own forward.
+    """Return the largest difference between the prefill's and the target's own logits after the last of `tokens`.
 
-    The logits are those after the last of `tokens`. The difference is relative to the largest absolute logit, and 0
-    within rounding error: below 1e-3 in float32 and float64, below 0.1 in lower precision.
+    The difference is relative to the largest absolute logit. Differences within rounding error are returned as 0: those
+    below 1e-3 in float32 and float64, and below 0.1 in lower precision.
     """
     own = target(input_ids=torch.tensor([tokens], device=target.device), logits_to_keep=1).logits[0, -1].float()
     ours = prefill(target, [tokens], capacity=len(tokens))[0][0].float()
@@ -69,14 +69,14 @@ def difference_from_forward(target: PreTrainedModel, tokens: list[int]) -> float
 
 
 def contiguous_copy(part: Tensor) -> Tensor:
-    """Copy a slice into a contiguous tensor. On a strided slice, PyTorch runs one small matmul per row."""
+    """Copy a slice into a contiguous tensor. On a strided slice, PyTorch would run one small matmul per row."""
     return part.clone(memory_format=torch.contiguous_format)
 
 
 class ForwardPasses:
-    """Forward passes of one batch over its KV cache.
+    """Runs the forward passes of a batch against its KV cache.
 
-    `kv_length`: exclusive upper bound of the token positions that are read, over all rows.
+    Methods take `kv_length`: one past the last token position any row reads.
     """
 
     def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:
@@ -86,19 +86,19 @@ class ForwardPasses:
 
     @property
     def _drafter(self) -> DraftModel:
-        """Drafter of the passes that draft."""
+        """The drafter; only for passes that draft."""
         assert self.draft is not None
         return self.draft
 
     def verify(self, candidates: Tensor, positions: Tensor, kv_length: int) -> Tensor:
-        """Run the target over candidates [R, C] at positions [R, C]. Return its logits [R, C, V]."""
+        """Run the target over candidates [R, C] at positions [R, C]. Return the logits [R, C, V]."""
         views = self._candidate_views(positions, kv_length)
         hidden = self.target.get_input_embeddings()(candidates)
         hidden = run_layers(self.target, self.target.model.layers, 0, hidden, positions, views)
         return target_logits(self.target, hidden)
 
     def draft_blocks(self, anchors: Tensor, kv_length: int, bonus: Tensor | None = None) -> Tensor:
-        """Run one block per anchor through the draft layers: [R, g] -> [R, g, B, H] after the final norm.
+        """Run one block per anchor [R, g] through the draft layers. Return [R, g, B, H] after the final norm.
 
         `bonus` [R, g]: tokens at the anchors, for drafters with a bonus slot; None: unknown.
         """
@@ -137,7 +137,7 @@ class ForwardPasses:
     def _blocks(
         self, anchors: Tensor, kv_length: int, bonus: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[View]]:
-        """Build the slots of blocks at anchors [R, g]: inputs [R, g*B, H], positions [R, g*B], and views per layer."""
+        """Build the slots for blocks at anchors [R, g]: inputs [R, g*B, H], positions [R, g*B], one view per layer."""
         draft, (rows, count), device = self._drafter, anchors.shape, anchors.device
         positions = (anchors[..., None] + torch.arange(draft.block_size, device=device)).flatten(1)
         slots = positions.shape[1]
@@ -156,14 +156,14 @@ class ForwardPasses:
 def _views(
     rule: Callable[[int | None], Rule], windows: list[int | None], shape: tuple[int, int, int], caches: list[LayerCache]
 ) -> list[View]:
-    """Build one view per layer from its dense mask [R, queries, keys] and its cache."""
+    """Build one view per layer, with its cache and a dense mask for `shape`: rows, queries, keys."""
     masks = per_window(windows, lambda window: dense(rule(window), *shape, caches[0].rows.device))
     return [View(mask, cache=cache, window=window) for mask, window, cache in zip(masks, windows, caches, strict=True)]
 
 
 @dataclass
 class _JointView:
-    """Views of candidates and slots that are concatenated along the sequence, candidates first."""
+    """Views for candidates and slots that are concatenated along the sequence, candidates first."""
 
     clean: View
     blocks: View
@@ -172,7 +172,7 @@ class _JointView:
 
 
 class _JointAttention(nn.Module):
-    """Attention with the target's projections for candidates and the drafter's projections for slots."""
+    """Attention that uses the target's projections for candidates and the drafter's projections for slots."""
 
     def __init__(self, clean: nn.Module, blocks: nn.Module) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class _JointAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         view, outputs = attention_mask, []
         parts = ((self.clean, view.clean, slice(view.count)), (self.blocks, view.blocks, slice(view.count, None)))
-        for attention, own_view, part in parts:  # candidates first: slots attend to the keys and values they write
+        for attention, own_view, part in parts:  # candidates first: they write keys and values that slots attend to
             embeddings = tuple(table[:, part] for table in position_embeddings)
             own = attention(
                 contiguous_copy(hidden_states[:, part]),
@@ -201,7 +201,7 @@ class _JointAttention(nn.Module):
 
 
 def _joint_layers(target: PreTrainedModel, draft: DraftModel) -> list[nn.Module]:
-    """Build layers that run norms and FFN over candidates and slots together, so that their weights are read once."""
+    """Build layers whose norms and FFN run once over candidates and slots, so that their weights are read only once."""
     layers = []
     for clean, drafting in zip(target.model.layers[draft.split_layer :], draft.layers, strict=True):
         layer = copy.copy(clean)

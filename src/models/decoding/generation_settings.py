@@ -1,7 +1,7 @@
 """Logits processors and stopping criteria of the target's own `generate`.
 
-The reference output is that of `target.generate` in transformers, one prompt at a time, with the same greedy or
-sampling settings. Logits processors (penalties, bans, forced tokens) come from `target.generation_config` and are built
+The reference is `target.generate` in transformers, called on one prompt at a time with the same greedy or sampling
+settings. Logits processors (penalties, bans, forced tokens) come from `target.generation_config` and are built
 by transformers itself, so their semantics are identical.
 """
 
@@ -45,7 +45,7 @@ SUPPORTED = (
     "stop_strings",
     "suppress_tokens",
 )
-# Set by the decoder's own arguments, which override the target's defaults.
+# Set by arguments of the decoder, which override the target's defaults.
 OVERRIDDEN = (
     "do_sample",
     "epsilon_cutoff",
@@ -105,7 +105,7 @@ LOSSY = {"cache_implementation": ("quantized",)}  # values of settings in IGNORE
 
 
 def stop_tokens(target: PreTrainedModel) -> set[int]:
-    """Return the stop token ids of the target's own `generate`."""
+    """Return the stop token ids that the target's own `generate` uses."""
     stop = target.generation_config.eos_token_id
     return set() if stop is None else set(torch.as_tensor(stop).flatten().tolist())
 
@@ -114,7 +114,7 @@ def check_generation_config(target: PreTrainedModel, tokenizer: PreTrainedTokeni
     """Check that decoding supports the target's `generation_config`.
 
     Raises:
-        ValueError: a setting cannot be applied token by token, or stop strings are set and there is no tokenizer.
+        ValueError: a setting cannot be applied token by token, or stop strings are set but no tokenizer is given.
     """
     config = target.generation_config.to_dict()
     followed = {*SUPPORTED, *OVERRIDDEN, *SPEEDUPS, *IGNORED}
@@ -123,19 +123,19 @@ def check_generation_config(target: PreTrainedModel, tokenizer: PreTrainedTokeni
     found += [name for name, values in LOSSY.items() if config.get(name) in values]
     if found:
         raise ValueError(
-            f"The target's generation_config has {', '.join(f'{name}={config[name]!r}' for name in sorted(found))}, "
+            f"The target's generation_config sets {', '.join(f'{name}={config[name]!r}' for name in sorted(found))}, "
             f"which drafting does not support. Set {'it' if len(found) == 1 else 'them'} to None in "
             "target.generation_config or in the target's generation_config.json."
         )
     if config.get("stop_strings") and tokenizer is None:
         raise ValueError(
-            f"The target's generation_config has stop_strings={config['stop_strings']!r}, which require a tokenizer. "
+            f"The target's generation_config sets stop_strings={config['stop_strings']!r}, which requires a tokenizer. "
             "Pass tokenizer=..., or set stop_strings to None in target.generation_config."
         )
 
 
 def active_settings(target: PreTrainedModel) -> dict[str, Any]:
-    """Return the settings of the target's `generation_config` that change its output, except stop tokens."""
+    """Return the settings in the target's `generation_config` that change the output, except stop tokens."""
     config = target.generation_config.to_dict()
     names = [name for name in SUPPORTED if name != "eos_token_id"]
     return {name: config[name] for name in names if _has_effect(config.get(name), _defaults().get(name))}
@@ -143,7 +143,7 @@ def active_settings(target: PreTrainedModel) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     """Return the settings known to transformers, each with the value that has no effect."""
-    # Since transformers 5 a new config holds None, and `generate` fills in the defaults.
+    # Since transformers 5, a new config holds None, and `generate` fills in the defaults.
     filled_in: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     known = GenerationConfig().to_dict()
     return known | {name: value for name, value in filled_in.items() if name in known} | OFF
@@ -155,9 +155,10 @@ def _has_effect(value: Any, default: Any) -> bool:
 
 
 class SequenceState:
-    """Tokens of one row with its logits processors and stopping criteria.
+    """The tokens, logits processors and stopping criteria of one row.
 
-    Both are called once per new token, in order, as in `generate` of transformers, so they may be stateful.
+    Processors and criteria are called once per new token, in order, as in transformers' `generate`, so they may be
+    stateful.
     """
 
     def __init__(
@@ -177,17 +178,17 @@ class SequenceState:
         self.new_tokens = 0
         self.limit = max_new_tokens  # maximum number of new tokens; lowered once a criterion ends the sequence
         self._prompt_length, self._criteria = len(prompt), criteria
-        self._processors = cast(Processor, processors)  # annotated for LongTensor and FloatTensor, which are no types
+        self._processors = cast(Processor, processors)  # annotated with LongTensor and FloatTensor, which are not types
 
     @property
     def _so_far(self) -> Tensor:
         return self.ids[:, : self._prompt_length + self.new_tokens]
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Apply the logits processors to the target's logits [V]. Return scores of the next token, float32 [V].
+        """Apply the logits processors to the target's logits [V]. Return the next token's scores, float32 [V].
 
         Raises:
-            ValueError: a processor returned a different shape.
+            ValueError: a processor returned scores of a different shape.
         """
         scores = self._processors(self._so_far, logits[None].to(torch.float32, copy=True))
         if scores.shape != (1, len(logits)):
@@ -216,13 +217,13 @@ def sequence_states(
     stop_strings: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[SequenceState] | None:
-    """Create the sequence state of each prompt in a batch of prompts.
+    """Create one sequence state per prompt.
 
     Return None if there are no logits processors and only stop tokens and the length limit end a sequence.
 
     Args:
         stop: stop token ids, passed to transformers as `eos_token_id`.
-        processors, criteria: one list per row, in addition to the target's own.
+        processors, criteria: one list or None per row, in addition to the target's own.
         stop_strings: in addition to those of the target's `generation_config`.
 
     Raises:
@@ -243,7 +244,7 @@ def sequence_states(
 def sequence_state(
     target: PreTrainedModel, prompt: list[int], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> SequenceState:
-    """Create the sequence state of one prompt under the target's own settings.
+    """Create the sequence state for one prompt, with the target's own settings.
 
     Args:
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
@@ -259,10 +260,10 @@ def sequence_state(
 def _stop_strings(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, others: Sequence[str] = ()
 ) -> list[Criterion]:
-    """Return the stopping criterion for the target's stop strings and `others`; an empty list if there are none.
+    """Return a list with one criterion for the target's stop strings and `others`, or an empty list without any.
 
     Raises:
-        ValueError: unsupported settings.
+        ValueError: unsupported settings, or stop strings without a tokenizer.
     """
     check_generation_config(target, tokenizer)
     own = target.generation_config.stop_strings or []
@@ -281,9 +282,9 @@ def _prepared(
     processors: list[Processor],
     criteria: list[Criterion],
 ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
-    """Return the processors and criteria that `generate` of transformers prepares for one prompt.
+    """Return the processors and criteria that transformers' `generate` prepares for one prompt.
 
-    Sampling warpers and the criteria for stop tokens and length are left out.
+    Sampling warpers and the criteria for stop tokens and length are excluded.
 
     Raises:
         ValueError: transformers rejects the settings.
@@ -316,5 +317,5 @@ def _prepared(
             **settings,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"transformers rejects these generation settings: {error}") from error
+        raise ValueError(f"transformers rejected the generation settings: {error}") from error
     return prepared[0], prepared[1]

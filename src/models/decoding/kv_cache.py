@@ -1,4 +1,4 @@
-"""KV cache of a batch in flight: allocated once, written in place."""
+"""KV cache for a batch in flight, allocated up front and written in place."""
 
 from collections.abc import Iterable
 
@@ -10,12 +10,12 @@ from models.attention.packed import KeysValues, LayerCache
 
 
 class KVCache:
-    """KV cache indexed by row and position, with `slots` entries in front of each row for the slots of blocks.
+    """KV cache indexed by row and position, with `slots` entries at the start of each row for block slots.
 
-    The token of row r at position p is stored at index `slots + p` of row r. Rows of different lengths need no padding,
-    and rejected drafts need no removal: later tokens overwrite them. Slots come first because masking does not protect
-    a pass from the entries it reads: a NaN key gives a NaN score, and a NaN value times a weight of 0 is NaN. Passes
-    over tokens read only token entries, so values written by the drafter cannot affect them.
+    The token at position p of row r is stored at index `slots + p` in row r. Rows of different lengths need no padding,
+    and rejected drafts need not be removed, since later tokens overwrite them. Slots come first so that passes over
+    tokens can read token entries alone and are unaffected by what the drafter writes. Masking would not suffice: a NaN
+    key gives a NaN score, and a NaN value times a weight of 0 is NaN.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class KVCache:
     ) -> None:
         """
         Args:
-            layers: keys and values of the packed prompts per layer, [1, key/value heads, tokens, head size] each.
+            layers: keys and values of the packed prompts, per layer, each [1, key/value heads, tokens, head size].
             row_of, positions: [tokens] row and position of each packed token.
-            capacity: tokens per row.
+            capacity: maximum number of tokens per row.
             slots: maximum number of slots per row that one pass may write.
         """
         self.slots = slots
@@ -56,29 +56,29 @@ class KVCache:
 
     @property
     def layers(self) -> list[KeysValues]:
-        """Token keys and values per layer, [R, key/value heads, capacity, head size] each; views, not copies."""
+        """Keys and values of tokens per layer, each [R, key/value heads, capacity, head size]; views, not copies."""
         return [(keys[:, :, self.slots :], values[:, :, self.slots :]) for keys, values in self._layers]
 
     def token_entries(self, at: Tensor, stop: int, *, drafts: bool) -> list[LayerCache]:
-        """Return each layer's cache entries of tokens at positions `at` [R, tokens].
+        """Return each layer's cache entries for tokens at positions `at` [R, tokens].
 
         Args:
-            stop: tokens at positions below `stop` are read.
-            drafts: whether the tokens may include drafts, whose non-finite keys and values are written as finite ones.
+            stop: queries read the tokens at positions below `stop`.
+            drafts: whether the tokens may include drafts; if so, non-finite keys and values are written as 0.
         """
         rows = self._row_numbers(at.device)
         return [LayerCache(keys, values, rows, at, stop, only_finite=drafts) for keys, values in self.layers]
 
     def slot_entries(self, count: int, stop: int, layers: slice) -> list[LayerCache]:
-        """Return the cache entries of `count` slots, immediately in front of the tokens, for a slice of the layers.
+        """Return the cache entries for `count` slots, located directly before the tokens, in a slice of the layers.
 
-        The slots and the tokens at positions below `stop` are read, in this order.
+        Queries read the slots, followed by the tokens at positions below `stop`.
 
         Raises:
             ValueError: the cache has fewer than `count` slots per row.
         """
         if count > self.slots:
-            raise ValueError(f"count={count}: expected at most {self.slots}, the slots that the cache holds per row.")
+            raise ValueError(f"count={count}: expected at most {self.slots}, the number of slots per row in the cache.")
         first = self.slots - count
         rows = self._row_numbers(self._layers[0][0].device)
         at = torch.arange(count, device=rows.device)[None]
@@ -91,7 +91,7 @@ class KVCache:
         return torch.arange(self.rows, device=device)[:, None]
 
     def keep(self, rows: Tensor, slots: int) -> None:
-        """Keep only `rows`, indices [R] in ascending order, and grow the cache to at least `slots` slots per row."""
+        """Keep only the rows at indices `rows` [R], in ascending order, and ensure at least `slots` slots per row."""
         more = max(0, slots - self.slots)
         for number, pair in enumerate(self._layers):  # layer by layer, without a second full copy of the cache
             keys, values = (tensor[rows] for tensor in pair)

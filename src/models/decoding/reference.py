@@ -1,7 +1,7 @@
-"""Reference decoder for tests: one prompt at a time, with the model and cache of transformers.
+"""Reference decoder for tests: one prompt at a time, with transformers' own model and cache.
 
-Slow and simple: the target alone, and sequential draft-then-verify. Used by tests and drills, and by the evaluation for
-its first prompts.
+Slow but simple: decodes with the target alone, or drafts and verifies in sequence. Used by tests and drills, and by the
+evaluation on its first prompts.
 """
 
 import torch
@@ -29,7 +29,7 @@ def autoregressive_generate(
 ) -> list[int]:
     """Decode with the target alone, one token per pass.
 
-    Applies the logits processors and stopping criteria of the target's `generation_config`.
+    Applies the logits processors and stopping criteria from the target's `generation_config`.
 
     Args:
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
@@ -57,11 +57,11 @@ def reference_generate(
     bonus_known: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> GenerationResult:
-    """Draft, verify and commit one prompt. `decoding.generate` must return the same tokens and steps.
+    """Decode one prompt by drafting and verifying. `decoding.generate` must return the same tokens and steps.
 
     Args:
         bonus_known: for drafters with a bonus slot. True matches sequential mode, where slot 0 holds the bonus token;
-            False matches parallel mode, where it does so only in the first block, drafted after the prompt.
+            False matches parallel mode, where it does so only in the first block after the prompt.
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
     """
     cache, own = DynamicCache(), _TargetTokens(target, prompt, max_new_tokens, sampling, seed, tokenizer)
@@ -95,7 +95,7 @@ def reference_generate(
 
 
 class _TargetTokens:
-    """Selects the target's tokens of one sequence, one at a time."""
+    """Chooses the target's tokens for one sequence, one at a time."""
 
     def __init__(
         self,
@@ -125,10 +125,10 @@ def draft_logits(
     calibrate: bool = True,
     bonus_known: bool = True,
 ) -> Tensor:
-    """Return the logits [B, V] of the block at `anchor`. `cache` holds the positions before it.
+    """Return the logits [B, V] of the block at `anchor`. `cache` holds the tokens before the anchor.
 
     Args:
-        bonus: [1] token at the anchor; None: unknown, and the logits are not corrected.
+        bonus: [1] token at the anchor; None: unknown, so the logits are not corrected.
         calibrate: whether the calibrator, and the chain if there is one, correct the logits.
         bonus_known: whether slot 0 holds the bonus token, as in sequential mode (drafters with a bonus slot).
     """
@@ -146,7 +146,7 @@ def draft_logits(
 
 
 def _target_logits(target: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> Tensor:
-    """Run the target over `tokens` and append them to `cache`. Return logits [tokens, V].
+    """Run the target over `tokens` and append them to `cache`. Return the logits [tokens, V].
 
     Raises:
         ValueError: the target does not accept a cache or does not update it.

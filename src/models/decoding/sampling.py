@@ -1,4 +1,4 @@
-"""Greedy decoding, and sampling that gives the same tokens however they were drafted."""
+"""Greedy decoding, and sampling whose tokens do not depend on how they were drafted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
-UNIT = 2**61  # fixed-point scale; cumulative sums fit into 64 bits
+UNIT = 2**61  # fixed-point scale; cumulative sums fit in 64 bits
 Warper = Callable[[None, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings, with the semantics of the same names in transformers."""
+    """Sampling settings, named as in transformers and with the same semantics."""
 
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all tokens
@@ -28,11 +28,11 @@ class Sampling:
             ValueError: a field is out of range.
         """
         if not 0 <= _number(self.temperature) < inf:
-            raise ValueError(f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more.")
+            raise ValueError(f"temperature={self.temperature!r}: must be finite and at least 0; 0 decodes greedily.")
         if not _number(self.top_k).is_integer() or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r}: expected an integer, 0 (all tokens) or more.")
+            raise ValueError(f"top_k={self.top_k!r}: must be an integer of at least 0; 0 keeps all tokens.")
         if not 0 < _number(self.top_p) <= 1:
-            raise ValueError(f"top_p={self.top_p!r}: expected more than 0 and at most 1 (all tokens).")
+            raise ValueError(f"top_p={self.top_p!r}: must be in (0, 1]; 1 keeps all tokens.")
 
     @property
     def greedy(self) -> bool:
@@ -43,7 +43,7 @@ class Sampling:
         if self.greedy:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
         flat = logits.reshape(-1, logits.shape[-1]).double()
-        # Shift the maximum to 0: division by a small temperature would overflow several large logits to inf, as ties.
+        # Shift the maximum to 0: a small temperature could otherwise make several large logits overflow to inf and tie.
         flat = flat - flat.amax(-1, keepdim=True)
         for warp in self._warpers():
             flat = warp(None, flat)
@@ -53,15 +53,15 @@ class Sampling:
         """Choose tokens [...] from logits [..., V], by argmax or by inverse transform sampling.
 
         Args:
-            uniforms: [...] in [0, 1), one per token: its point in the cumulative distribution. A token depends only on
-                its logits and its uniform number, not on the rest of the batch. Unused if greedy.
+            uniforms: [...] uniform samples in [0, 1), one per token, to look up in the cumulative distribution. A token
+                depends only on its logits and its sample, not on the rest of the batch. Unused if greedy.
         """
         if self.greedy:
             return logits.argmax(-1)
         assert uniforms is not None
         cumulative = _cumulative(self.probabilities(logits))
         total = cumulative[..., -1]
-        # Clamp below the total, so that rounding cannot select a token of probability 0 at the end.
+        # Clamp below the total, so that rounding cannot select a token with probability 0 at the end.
         point = (uniforms.double() * total.double()).long().minimum(total - 1)
         return torch.searchsorted(cumulative, point[..., None], right=True)[..., 0]
 
@@ -74,7 +74,7 @@ class Sampling:
         return warpers
 
     def _most_likely(self, ids: None, logits: Tensor) -> Tensor:
-        """Top-p filter as in `TopPLogitsWarper`, but deterministic on a GPU: no float cumsum. [N, V] -> [N, V]."""
+        """Filter by top-p like `TopPLogitsWarper`, but without float cumsum, which is nondeterministic on GPUs."""
         ascending, order = logits.sort(-1)
         unlikely = _cumulative(ascending.softmax(-1)) <= round((1 - self.top_p) * UNIT)
         unlikely[..., -1] = False
@@ -84,7 +84,7 @@ class Sampling:
 def _cumulative(probabilities: Tensor) -> Tensor:
     """Compute the cumulative distribution in fixed point: [..., V] float64 -> [..., V] int64 in units of 1 / UNIT.
 
-    Integer sums are exact, so the result does not depend on the order of summation on a device.
+    Integer sums are exact, so the result does not depend on the device's order of summation.
     """
     return (probabilities * UNIT).long().cumsum(-1)
 

@@ -1,4 +1,4 @@
-"""Selective verification ("Flex Decoding"): verify only the drafts that are likely to be accepted."""
+"""Selective verification (paper, "Flex Decoding"): verify only the drafts that are likely to be accepted."""
 
 from dataclasses import dataclass
 from numbers import Real
@@ -13,7 +13,7 @@ RULES = ("off", "cumulative_product", "min_confidence")
 
 @dataclass(frozen=True)
 class Selection:
-    """Rule that selects the leading drafts to verify. The defaults are those of the paper's release."""
+    """Rule that selects the leading drafts to verify. The defaults are those of the code released with the paper."""
 
     rule: str = "cumulative_product"
     threshold: float = 0.01
@@ -28,10 +28,10 @@ class Selection:
             raise ValueError(f"selection={self.rule!r}: expected one of {', '.join(RULES)}.")
         number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
         if not number or not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold!r}: expected a probability from 0 to 1.")
+            raise ValueError(f"threshold={self.threshold!r}: must be a probability in [0, 1].")
 
     def count(self, confidence: Tensor) -> Tensor:
-        """Return the number of leading drafts to verify [...], at least 1, from their confidence [..., B-1]."""
+        """Return the number of leading drafts to verify [...], at least 1, given their confidence [..., B-1]."""
         if self.rule == "off":
             return torch.full(confidence.shape[:-1], confidence.shape[-1], device=confidence.device)
         likely = running_product(confidence) if self.rule == "cumulative_product" else confidence
@@ -39,7 +39,7 @@ class Selection:
 
 
 OFF = Selection("off")
-RELEASE = Selection()  # defaults of the paper's release
+RELEASE = Selection()  # defaults of the code released with the paper
 
 
 def drafts_and_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:

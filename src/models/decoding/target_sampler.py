@@ -1,4 +1,4 @@
-"""The target's choice of tokens: from logits alone, or with logits processors and stopping criteria on the text."""
+"""Chooses the target's tokens, from logits alone or with logits processors and stopping criteria."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,10 @@ from models.decoding.sampling import Sampling
 
 
 def uniform_numbers(seed: int, count: int) -> Tensor:
-    """Draw one uniform number per new token of a row [count], so that tokens do not depend on earlier acceptances."""
+    """Draw `count` uniform samples, one per new token of a row.
+
+    Sampling therefore does not depend on how many drafts were accepted.
+    """
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
@@ -30,12 +33,12 @@ class TargetSampler:
 
         Args:
             drafts: [R, C-1] candidates without the bonus token.
-            verified: [R] number of drafts of a row that may be accepted.
-            logits: [R, C, V] logits of the target after each candidate.
-            number: [R] index among the new tokens of a row of the first token chosen here.
+            verified: [R] number of drafts that may be accepted.
+            logits: [R, C, V] the target's logits after each candidate.
+            number: [R] index of the first token chosen here among all new tokens of the row.
 
         Returns:
-            Number of accepted drafts [R] and next bonus tokens [R].
+            Numbers of accepted drafts [R] and next bonus tokens [R].
         """
         if self.uniforms is None:
             chosen = self.sampling.choose(logits, None)  # [R, C]
@@ -101,8 +104,8 @@ def next_token(state: SequenceState, logits: Tensor, sampling: Sampling, uniform
     """Choose the target's next token.
 
     Args:
-        logits: [V] logits of the target.
-        uniforms: [max_new_tokens] uniform numbers of the row; unused if greedy.
+        logits: [V] the target's logits.
+        uniforms: [max_new_tokens] uniform samples for the row; unused if greedy.
     """
     scores = state.scores(logits)
     return int(sampling.choose(scores, None if uniforms is None else uniforms[state.new_tokens]))
