@@ -1,1 +1,1 @@
-"""The FlexDraft method on tensors: target pass, draft, losses, decoding, export. Needs torch and transformers."""
+"""FlexDraft on tensors: target pass, drafter, losses, decoding and export. Depends on torch and transformers."""

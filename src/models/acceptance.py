@@ -15,34 +15,34 @@ def accepted_drafts(drafted: Tensor, predicted: Tensor) -> Tensor:
 
 
 def leading_true(correct: Tensor) -> Tensor:
-    """Length of the leading run of True. [..., n] -> [...]."""
+    """Return the length of the leading run of True. [..., n] -> [...]."""
     return correct.long().cumprod(-1).sum(-1)
 
 
 def running_product(values: Tensor) -> Tensor:
-    """Cumulative product along the last dimension, deterministic on GPUs. [..., n] -> [..., n].
+    """Compute the cumulative product along the last dimension, deterministically even on GPUs. [..., n] -> [..., n].
 
-    The reduction order of float `cumprod` (as of `cumsum`) on a GPU is not fixed, and PyTorch has no deterministic
-    implementation.
+    On a GPU, the reduction order of float `cumprod` (as that of `cumsum`) is not fixed, and PyTorch has no
+    deterministic implementation.
     """
     before = torch.ones(values.shape[-1:] * 2, dtype=torch.bool, device=values.device).tril()  # [j, m]: m <= j
     return torch.where(before, values[..., None, :], 1.0).prod(-1)
 
 
 def acceptance_length(accepted: Count) -> Count:
-    """Acceptance length of a verify step: accepted drafts plus the bonus token."""
+    """Return the acceptance length of a verify step: accepted drafts plus the bonus token."""
     return accepted + 1
 
 
 def mean_acceptance_length(accepted: list[int]) -> float:
-    """τ: mean acceptance length over all verify steps of all prompts (micro average); NaN if there are no steps."""
+    """Return τ, the mean acceptance length over the verify steps of all prompts (micro average); NaN without steps."""
     if not accepted:
         return float("nan")
     return sum(acceptance_length(a) for a in accepted) / len(accepted)
 
 
 def acceptance_by_slot(accepted: list[int], block_size: int) -> list[float]:
-    """Fraction of verify steps in which slot j = 1 .. B-1 was accepted; non-increasing in j."""
+    """Return, for each slot j = 1 .. B-1, the fraction of verify steps that accepted it; non-increasing in j."""
     counts = torch.tensor(accepted, dtype=torch.long)
     return [float((counts >= slot).double().mean()) if accepted else float("nan") for slot in range(1, block_size)]
 
@@ -50,23 +50,25 @@ def acceptance_by_slot(accepted: list[int], block_size: int) -> list[float]:
 def tau_interval(
     accepted_by_prompt: list[list[int]], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Compute a percentile bootstrap confidence interval of τ by resampling prompts.
+    """Compute a percentile bootstrap confidence interval for τ by resampling prompts.
 
     Prompts are resampled rather than steps: steps of the same prompt are correlated, so resampling them independently
     would give too narrow an interval. A local random generator makes the result reproducible.
 
     Args:
-        accepted_by_prompt: accepted drafts of each verify step, by prompt; prompts without steps are ignored.
+        accepted_by_prompt: for each prompt, the number of accepted drafts per verify step; prompts without steps are
+            ignored.
         level: confidence level, the fraction of resamples within the interval.
 
     Returns:
-        Lower and upper bound; NaN if fewer than two prompts have steps, since the variance between prompts is unknown.
+        Lower and upper bounds; NaN if fewer than two prompts have steps, since the variance between prompts is then
+        unknown.
 
     Raises:
         ValueError: level or resamples is out of range.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected a fraction between 0 and 1.")
+        raise ValueError(f"level={level}: expected a fraction in (0, 1).")
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1.")
     counted = [accepted for accepted in accepted_by_prompt if accepted]

@@ -1,4 +1,4 @@
-"""Differences between model architectures outside their decoder layers, and checks of supported targets.
+"""Differences between architectures outside the decoder layers, and checks that a target is supported.
 
 Decoder layers are reused unchanged, so norms, FFN or experts, projections, and partial or scaled RoPE need no special
 handling. This module covers the computation *between* layers, which `attention.layers.run_layers` takes over from
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data.errors import out_of_memory
 
-# Compared with transformers' models in tests/models/test_families.py. `decoding.check_untested` checks other families.
+# Tested against transformers in tests/models/test_families.py. `decoding.check_untested` checks other families.
 TESTED = ("gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # RoPE types whose angles depend on the sequence length
 
@@ -24,21 +24,21 @@ _UNSUPPORTED = {
 
 
 def layer_kinds(config: PretrainedConfig) -> list[str]:
-    """Return each layer's attention type [N] in transformers' names; `check_architecture` rejects unsupported ones."""
+    """Return the attention type of each layer [N] as named by transformers, including unsupported types."""
     kinds = getattr(config, "layer_types", None)
     everywhere = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     return list(kinds or [everywhere] * config.num_hidden_layers)
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """Return each layer's window size W [N]: a query at p attends to key positions > p - W; None: no window."""
+    """Return the window size W of each layer [N], or None: a query at p attends only to key positions > p - W."""
     return [config.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
 
 
 def position_embeddings(
     target: PreTrainedModel, hidden: Tensor, position_ids: Tensor, layers: range
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return RoPE's cos and sin, [R, tokens, head size] each, for each of the given target layers.
+    """Return the RoPE cos and sin, each [R, tokens, head size], for each of the given target layers.
 
     Gemma 3 uses a different RoPE base in sliding-window layers; such models key `rope_parameters` by layer type.
     """
@@ -51,11 +51,11 @@ def position_embeddings(
 
 
 def max_text_length(config: PretrainedConfig, block_size: int) -> int:
-    """Return the maximum number of tokens of prompt plus answer during decoding.
+    """Return the maximum combined length of a prompt and its answer, in tokens.
 
     Candidates and the block after them may extend past the end of the text. This is harmless unless RoPE's angles
-    depend on the length: then the extra positions could change the angles of the text itself, so they must fit within
-    the length at which angles start to change.
+    depend on the sequence length: the extra positions could then change the angles of the text itself, so they must
+    also fit below the length at which the angles start to change.
     """
     rope = _rope(config)
     kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]
@@ -79,7 +79,7 @@ def check_trainable(config: PretrainedConfig) -> None:
     if getattr(config, "quantization_config", None):
         raise ValueError(
             "The target is quantized, but training initializes the drafter from unquantized projections. Train with "
-            "the original, unquantized model; its drafter also works with the quantized one."
+            "the original, unquantized model; the drafter also works with the quantized one."
         )
 
 
@@ -109,7 +109,7 @@ def _missing_settings(config: PretrainedConfig) -> list[str]:
 
 
 def _missing_parts(config: PretrainedConfig) -> list[str]:
-    """List required modules that the model lacks, using an instance on the meta device."""
+    """Return the missing or unsupported modules of the model, which is instantiated on the meta device."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

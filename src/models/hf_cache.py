@@ -1,7 +1,7 @@
-"""Access to transformers' KV cache across versions: argument name, contents, cropping.
+"""Access to the KV cache across versions of transformers: argument name, contents and cropping.
 
-Argument names are looked up because they change: `past_key_values` became `cache` in transformers 5.24, and a forward
-silently swallows an unknown name in its `**kwargs`.
+The argument name is looked up because it differs between versions: `past_key_values` became `cache` in transformers
+5.24, and a forward with `**kwargs` silently swallows an unknown name.
 """
 
 import functools
@@ -18,16 +18,16 @@ NAMES = ("cache", "past_key_values")  # since 5.24, and earlier
 
 @functools.cache
 def forward_arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the named parameters of a module class's forward, in order, without `*args` and `**kwargs`."""
+    """Return the parameter names of a forward in order, excluding `*args` and `**kwargs`."""
     parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
 
 def require_arguments(kind: type[nn.Module], names: set[str]) -> None:
-    """Check that a module's forward takes these arguments by name instead of dropping them in `**kwargs`.
+    """Check that a module's forward takes these arguments by name rather than swallowing them in `**kwargs`.
 
     Raises:
-        ValueError: the forward lacks one of the names.
+        ValueError: an argument is missing from the signature of the forward.
     """
     if missing := sorted(names - set(forward_arguments(kind.forward))):
         raise ValueError(
@@ -37,7 +37,7 @@ def require_arguments(kind: type[nn.Module], names: set[str]) -> None:
 
 
 def forward_cached(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, **kwargs: object):
-    """Run a model's forward on tokens [R, T] that follow the cached ones, and append them to the cache.
+    """Run a model on tokens [R, T] that follow the cached ones, and append their keys and values to the cache.
 
     Raises:
         ValueError: the forward takes no cache argument, or the cache did not grow by T tokens.
@@ -52,10 +52,10 @@ def forward_cached(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache, 
 
 
 def keys_values(cache: DynamicCache, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of a layer, [R, key/value heads, tokens, head size] each, by reference.
+    """Return a layer's keys and values, each [R, key/value heads, tokens, head size], without copying them.
 
     Raises:
-        ValueError: the cache does not hold such tensors, or not `length` tokens.
+        ValueError: the cache does not hold such tensors, or holds more or fewer than `length` tokens.
     """
     layers = getattr(cache, "layers", ())
     found = [getattr(layers[layer], name, None) for name in ("keys", "values")] if layer < len(layers) else []
@@ -64,14 +64,14 @@ def keys_values(cache: DynamicCache, layer: int, length: int | None = None) -> t
     length = cache.get_seq_length() if length is None else length
     if sizes != [length, length]:
         raise ValueError(
-            f"Layer {layer} of {type(cache).__name__} holds keys and values of {sizes} tokens; expected {length} each. "
-            f"Install a version allowed by pyproject.toml instead of transformers {transformers.__version__}."
+            f"Layer {layer} of {type(cache).__name__} holds keys and values for {sizes} tokens; expected {length} "
+            f"for each. This is transformers {transformers.__version__}; install a version allowed by pyproject.toml."
         )
     return pair[0], pair[1]
 
 
 def crop(cache: DynamicCache, length: int) -> None:
-    """Truncate the cache to the first `length` tokens. Not `cache.crop`: its meaning differs between versions."""
+    """Truncate the cache to its first `length` tokens. Avoids `cache.crop`, whose semantics differ between versions."""
     held = cache.get_seq_length()
     for number, layer in enumerate(cast(list[Any], cache.layers)):  # `keys_values` rejects layers without attention
         layer.keys, layer.values = (tensor[:, :, :length] for tensor in keys_values(cache, number, held))

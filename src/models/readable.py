@@ -20,15 +20,15 @@ REMEDY = "Copy or download it again."
 
 @contextmanager
 def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
-    """Context manager that turns errors while loading part of a target into errors that name the files.
+    """Context manager that converts errors from loading part of a target into errors that name the files.
 
     Args:
-        name: directory or Hub id; files are checked in local directories only.
-        what: name of the part in error messages.
+        name: directory or Hub id; files are checked only in local directories.
+        what: how error messages refer to this part.
         files: names of the files that transformers reads for this part; missing ones are ignored.
 
     Raises:
-        ValueError: a file is damaged, or transformers cannot use its content.
+        ValueError: a file is damaged, or transformers cannot use its contents.
         OSError: transformers cannot find a file or reach the Hub.
     """
     faults = damaged(Path(name), files) if Path(name).is_dir() else []
@@ -43,19 +43,19 @@ def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
             raise
         found = ", ".join(file for file in files if (Path(name) / file).exists())
         raise UserError(
-            f"{name}: failed to load the {what}{f' from {found}' if found else ''} ({one_line(error)}). Check that its "
+            f"{name}: failed to load the {what}{f' from {found}' if found else ''} ({one_line(error)}). Check that the "
             "files are complete."
         ) from error
 
 
 def damaged(directory: Path, files: Sequence[str]) -> list[str]:
-    """Return the faults of existing files: JSON without an object, unreadable text or tensors, empty files."""
+    """Return the faults of existing files: JSON that is not an object, unreadable text or tensors, and empty files."""
     present = [directory / file for file in files if (directory / file).exists() or (directory / file).is_symlink()]
     return [fault for path in present if (fault := _fault(path))]
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Return the weight files read by transformers: one safetensors file, else shards, else `.bin` files."""
+    """Return the weight files that transformers reads: a single safetensors file, else shards, else `.bin` files."""
     if (directory / WEIGHTS).exists():
         return [WEIGHTS]
     weight_map = read_object(directory / INDEX).get("weight_map")

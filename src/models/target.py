@@ -37,27 +37,28 @@ def load_target(
 
     Args:
         name: directory or Hub id; None for random weights.
-        architecture: config of a randomly initialized model (`model_type` and sizes).
+        architecture: config for a randomly initialized model (`model_type` and sizes).
         dtype: dtype of weights and activations, e.g. `bfloat16` or `torch.bfloat16`; `auto`: the stored dtype.
-        options: arguments of transformers' `from_pretrained`, such as `quantization_config`, or `device_map` with one
-            device. Quantized targets are supported for decoding, not for training.
+        options: further arguments to transformers' `from_pretrained`, e.g. `quantization_config` or a `device_map` with
+            a single device. Quantized targets are supported for decoding but not for training.
 
     Raises:
-        ValueError: not exactly one of `name` and `architecture` is given, the dtype is unknown, `name` is an exported
-            drafter, weights are missing or do not match the config, or the device map spans several devices.
+        ValueError: `name` and `architecture` are both given or both None, the dtype is not a floating-point dtype, an
+            option requires a pretrained model, `name` is an exported drafter, weights are missing or do not match the
+            config, or the device map spans several devices.
         OSError: the directory or Hub id does not exist or has no weights.
     """
     torch_dtype = _resolve_dtype(dtype)
     if (name is None) == (architecture is None):
         raise ValueError(
-            f"name={name!r}, architecture={architecture!r}: expected exactly one, the name of a pretrained model or an "
-            "architecture for random weights."
+            f"name={name!r}, architecture={architecture!r}: expected exactly one of them, the name of a "
+            "pretrained model or an architecture for random weights."
         )
     if architecture is not None:
         if options or torch_dtype == "auto":
             refused = [*options, *(["dtype='auto'"] if torch_dtype == "auto" else [])]
             raise ValueError(
-                f"{', '.join(refused)}: not supported for random weights, which have no checkpoint. Give only an "
+                f"{', '.join(refused)}: not supported for random weights, which have no checkpoint. Pass only an "
                 "explicit dtype, or the name of a pretrained model."
             )
         config = AutoConfig.for_model(**architecture)
@@ -68,7 +69,7 @@ def load_target(
     if len(devices) > 1:
         raise ValueError(
             f"device_map={options.get('device_map')!r} splits the target across {', '.join(sorted(devices))}; drafting "
-            "requires a single device. Set one, such as device_map='cuda:0', or quantize the target so that it fits."
+            "requires a single device. Pass e.g. device_map='cuda:0', and quantize the target if it does not fit."
         )
     return target.requires_grad_(False).eval()
 
@@ -84,7 +85,7 @@ def _resolve_dtype(dtype: Any) -> torch.dtype | str:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
-            f"dtype={dtype!r}: expected a floating-point dtype such as float32, bfloat16 or float16, or auto."
+            f"dtype={dtype!r}: expected auto or a floating-point dtype, e.g. float32, bfloat16 or float16."
         )
     return found
 
@@ -98,19 +99,19 @@ def _load_pretrained(name: str, **settings: Any) -> PreTrainedModel:
     """
     if draft_settings(read_object(Path(name) / CONFIG)) is not None:
         raise ValueError(
-            f"{name}: an exported drafter, not a target. Load its target here, and the drafter with load_draft."
+            f"{name} is an exported drafter, not a target. Load its target instead; load the drafter with load_draft."
         )
     with reading(name, "target", (*MODEL_FILES, *weight_files(Path(name)))):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, attn_implementation=NAME, output_loading_info=True, **settings
         )
-    target, found = loaded  # a pair with `output_loading_info`, which its type omits
-    # transformers initializes missing tensors randomly. Quantized models store theirs under other names.
+    target, found = loaded  # a pair because of `output_loading_info`, contrary to its annotation
+    # transformers initializes missing tensors randomly. Quantized models store theirs under different names.
     missing = sorted(found["missing_keys"])
     if missing and getattr(target.config, "quantization_config", None) is None:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(
-            f"{name}: the target's weights lack {', '.join(missing[:4])}{more}. Download the target again."
+            f"{name}: the target's weights are missing {', '.join(missing[:4])}{more}. Download the target again."
         )
     return target
 
@@ -140,7 +141,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def vocabulary(target: PreTrainedModel) -> int:
-    """Vocabulary size: number of input embeddings of the target, including quantized and adapted ones."""
+    """Return the vocabulary size: the number of input embeddings, even if the target is quantized or has adapters."""
     embeddings = target.get_input_embeddings()
     for module in embeddings.modules():  # an adapter contains the layer it wraps
         if isinstance(size := getattr(module, "num_embeddings", None), int):
@@ -152,12 +153,12 @@ Context = list[KeysValues]  # K/V of the clean tokens, one pair per draft layer
 
 
 def cached_context(cache: DynamicCache, first_layer: int) -> Context:
-    """Return the K/V of layers `first_layer` onwards from a cache filled by the target, by reference."""
+    """Return the K/V of layers `first_layer` and up from a cache filled by the target, without copying them."""
     return [keys_values(cache, number) for number in range(first_layer, len(cache.layers))]
 
 
 def clean_views(target: PreTrainedModel, document_ids: Tensor, kind: str) -> list[View]:
-    """Return the attention views [N] of clean tokens, one per target layer. document_ids is [R, T]."""
+    """Return the attention views for clean tokens, one per target layer [N]. document_ids is [R, T]."""
     windows = layer_windows(target.config)
     masks = per_window(windows, lambda window: clean_mask(document_ids, kind, window))
     return [View(mask, window=window) for mask, window in zip(masks, windows, strict=True)]
@@ -165,7 +166,7 @@ def clean_views(target: PreTrainedModel, document_ids: Tensor, kind: str) -> lis
 
 @dataclass
 class TargetOutput:
-    """Outputs of the target's forward pass over clean tokens that the drafter uses."""
+    """What the drafter uses from the target's forward pass over clean tokens."""
 
     context: Context
     hidden: Tensor | None  # [R, T, H] after the final norm; None if not requested
@@ -182,8 +183,8 @@ def target_pass(
 ) -> TargetOutput:
     """Run the target's layers over packed rows; tokens attend only within their document.
 
-    Keeps keys and values of layers `first_layer` onwards. Without `with_hidden`, the last layer stops after computing
-    its keys and values, which skips the rest of its computation.
+    Keeps the keys and values of layers `first_layer` and up. Without `with_hidden`, the last layer stops once its keys
+    and values are computed, since nothing else is needed from it.
     """
     layers = target.model.layers
     views = clean_views(target, batch.document_ids, execution.attention)
@@ -193,7 +194,7 @@ def target_pass(
     # Embed inside the call: a local variable would keep the embeddings alive until the function returns.
     embed = target.get_input_embeddings()
     hidden = run_layers(target, layers, 0, embed(batch.input_ids), batch.position_ids, views, execution)
-    context = [cast(KeysValues, view.kept) for view in views[first_layer:]]  # set by layers with `keep`
+    context = [cast(KeysValues, view.kept) for view in views[first_layer:]]  # not None: `keep` is set
     return TargetOutput(context, target.model.norm(hidden) if with_hidden else None)
 
 

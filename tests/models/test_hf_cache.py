@@ -68,7 +68,7 @@ def test_a_cache_that_did_not_grow_is_an_error(target, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(target), "forward", swallowing)
-    with pytest.raises(ValueError, match=r"Layer 0 of DynamicCache holds keys and values of \[\] tokens; expected 5"):
+    with pytest.raises(ValueError, match=r"Layer 0 of DynamicCache holds keys and values for \[\] tokens; expected 5"):
         forward_cached(target, IDS, DynamicCache())
 
 

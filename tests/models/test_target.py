@@ -41,7 +41,7 @@ def test_auto_selects_the_stored_dtype():
 
 @pytest.mark.parametrize("dtype", ["int8", torch.int8, "float23", "nn", "", None, 32, "Tensor"])
 def test_a_dtype_that_is_not_floating_point_is_rejected(dtype, saved):
-    with pytest.raises(ValueError, match=f"dtype={dtype!r}: expected a floating-point dtype"):
+    with pytest.raises(ValueError, match=f"dtype={dtype!r}: expected auto or a floating-point dtype"):
         load_target(saved, dtype=dtype)
 
 
@@ -79,7 +79,7 @@ def changed(change):
 
 
 DAMAGES = {
-    "weights missing": (changed(without), "the target's weights lack model.layers.3.mlp"),
+    "weights missing": (changed(without), "the target's weights are missing model.layers.3.mlp"),
     "weights of another shape": (changed(narrow), "failed to load the target"),
     "weights cut": (
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]),
