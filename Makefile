@@ -25,6 +25,7 @@ test-fast: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/mypy
 
 # torch comes before deepspeed, whose build imports it. Without build isolation, the build tools are locked as well.
 define install
