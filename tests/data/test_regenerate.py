@@ -151,7 +151,7 @@ def test_an_unavailable_server_stops_the_run_without_losing_answers(tmp_path):
         printed = run(tmp_path, *call, "regenerate.server.patience=2", status=1)
         assert (
             "No answer from" in printed
-            and "for 2 seconds (status 503" in printed
+            and "for 2 seconds (HTTP 503" in printed
             and "run the same command to resume" in printed
         )
         stub.faults.clear()
@@ -171,9 +171,7 @@ def test_a_server_that_rejects_every_request_is_an_error(status, count, tmp_path
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(count)])
     with StubServer(faults=[status] * 1000) as stub:
         printed = run(tmp_path, *server(stub), status=1)
-        assert (
-            "rejects the requests" in printed and f"status {status}" in printed and "regenerate.server.url" in printed
-        )
+        assert "is rejecting requests" in printed and f"HTTP {status}" in printed and "regenerate.server.url" in printed
         stub.faults.clear()  # fixed
         assert f"{count} conversations: {count} kept" in run(tmp_path, *server(stub))
 
@@ -240,14 +238,14 @@ def test_lone_surrogates_are_rejected(tmp_path):
         printed = run(tmp_path, *server(stub), "data.bad_records=skip", status=1)
     assert "1 conversations: 1 refused" in printed and "No answers were kept" in printed
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "checkpoints/tiny/regenerate_rejects.jsonl").open()]
-    assert reasons[0].startswith("id: contains a lone surrogate") and "found keys: \\ud800" in reasons[1]
+    assert reasons[0].startswith("the id contains a lone surrogate") and "found keys: \\ud800" in reasons[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("regenerate.server.url=localhost:8000", "expected http://"),
+        ("regenerate.server.url=localhost:8000", "starting with http://"),
         ("regenerate.server.key_file=nowhere.txt", "no such file"),
         ("regenerate.server.in_flight=many", "in_flight"),
         ("regenerate.repeat_times=1", "expected 0 (disabled) or at least 2"),
@@ -268,7 +266,7 @@ def test_invalid_settings_are_rejected(setting, message, tmp_path):
 def test_max_new_tokens_without_room_for_a_prompt_is_rejected(tmp_path):
     write(tmp_path, QUESTIONS)
     printed = run(tmp_path, "regenerate.max_new_tokens=1024", status=1)
-    assert "regenerate.max_new_tokens=1024 leaves no room" in printed and "1024 positions" in printed
+    assert "regenerate.max_new_tokens=1024 leaves no room" in printed and "context length is 1024" in printed
     run(tmp_path)  # the rejected settings were not recorded
 
 
@@ -278,7 +276,7 @@ def test_a_rejected_request_is_a_dropped_sample(tmp_path):
         printed = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
     assert "4 kept, 1 refused" in printed
     (dropped,) = read(tmp_path, "regenerated.dropped.jsonl")
-    assert dropped["reason"].startswith("refused: status 400") and dropped["id"] == "questions.jsonl:2"
+    assert dropped["reason"].startswith("refused: HTTP 400") and dropped["id"] == "questions.jsonl:2"
 
 
 def test_answers_are_filtered_and_counted(tmp_path):

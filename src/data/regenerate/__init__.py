@@ -1,1 +1,1 @@
-"""`python -m data.regenerate`: regenerate the answers of a data set with the target."""
+"""`python -m data.regenerate`: lets the target rewrite the answers in a dataset."""

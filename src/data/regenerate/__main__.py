@@ -1,4 +1,4 @@
-"""Entry point of `python -m data.regenerate`."""
+"""Entry point for `python -m data.regenerate`."""
 
 from data.regenerate.run import main
 

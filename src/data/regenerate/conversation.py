@@ -1,4 +1,4 @@
-"""State of a conversation during regeneration, and filters for bad answers."""
+"""Conversation state during regeneration, and filters for bad answers."""
 
 import hashlib
 from collections import Counter
@@ -24,7 +24,7 @@ class Sampling:
     repeat_times: int  # 0 disables the filter
 
     def outcome(self, text: str, complete: bool) -> str:
-        """Return the reason to drop an answer, or KEPT."""
+        """Return KEPT, or the reason for dropping an answer."""
         if self.drop_cut_off and not complete:
             return CUT_OFF
         if not text.strip():
@@ -33,7 +33,7 @@ class Sampling:
 
 
 def repeats(text: str, words: int, times: int) -> bool:
-    """Return whether any n-gram of `words` words occurs at least `times` times, a sign of a repetition loop."""
+    """Return whether any n-gram of `words` words occurs at least `times` times, which indicates a repetition loop."""
     split = text.split()
     counts: Counter[tuple[str, ...]] = Counter()
     for i in range(len(split) - words + 1):
@@ -55,15 +55,15 @@ class Conversation:
     tokens: int = 0
 
     def ask(self) -> Messages:
-        """Append the next question and return the messages so far."""
+        """Append the next question, with its system message if any, and return the messages so far."""
         asked = sum(message["role"] != "assistant" for message in self.messages)
         user = next(i for i in range(asked, len(self.questions)) if self.questions[i]["role"] == "user")
         self.messages += self.questions[asked : user + 1]
         return self.messages
 
     def answer(self, message: dict[str, str], complete: bool, tokens: int, sampling: Sampling) -> None:
-        """Append an answer. Set `outcome` after the last question or if the answer must be dropped."""
-        if not complete:  # servers strip truncated answers; strip here so that both backends match
+        """Append an answer. If it is the last one or must be dropped, set `outcome`."""
+        if not complete:  # servers strip truncated answers; do the same, so that both backends match
             message = {**message, "content": message["content"].rstrip()}
         self.messages.append({"role": "assistant", **message})
         self.tokens += tokens
@@ -77,17 +77,17 @@ OnFinish = Callable[[Conversation], None]
 
 
 class Backend(Protocol):
-    """Answers questions: `LocalBackend` or `ServerBackend`."""
+    """Interface of the backends that generate answers: `LocalBackend` and `ServerBackend`."""
 
     def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
-        """Answer all questions of all conversations.
+        """Answer every question in every conversation.
 
         Args:
-            on_finish: called with each finished conversation.
-            answered_before: an earlier run with these settings has finished conversations.
+            on_finish: called with each conversation when it is finished.
+            answered_before: whether an earlier run with the same settings has finished any conversations.
         """
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """Derive a 31-bit seed from `seed` and `name` alone."""
+    """Derive a 31-bit seed that depends only on `seed` and `name`."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big") >> 1

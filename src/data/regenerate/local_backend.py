@@ -11,13 +11,13 @@ from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, Conversation, OnFinish, Sampling, derive_seed
 
-# Sampling parameters of transformers for which the target's generation config is ignored.
+# Sampling parameters in transformers whose values in the target's generation config are ignored.
 SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-WINDOW = 16  # number of batches whose prompts are sorted by length together
+WINDOW = 16  # number of batches over which prompts are sorted by length
 
 
 class LocalBackend:
-    """Generates answers with the target in this process, in batches of prompts of similar length."""
+    """Generates answers with the target in this process, batching prompts of similar length."""
 
     def __init__(
         self, target: dict[str, Any], tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder, sampling: Sampling,
@@ -26,7 +26,7 @@ class LocalBackend:
         """Load the target and build its generation settings.
 
         Raises:
-            UserError: the target does not load, or `max_new_tokens` leaves no positions for a prompt.
+            UserError: the target cannot be loaded, or `max_new_tokens` leaves no room for a prompt.
         """
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
@@ -44,13 +44,13 @@ class LocalBackend:
         self.limit = positions - sampling.max_new_tokens  # maximum prompt length in tokens
         if self.limit < 1:
             raise UserError(
-                f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the target has "
-                f"{positions} positions. Reduce the setting."
+                f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the target's "
+                f"context length is {positions}. Reduce regenerate.max_new_tokens."
             )
         ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         greedy = sampling.temperature == 0
-        # Other parameters keep the target's defaults, such as penalties, which decoding with the drafter also applies.
+        # Other parameters, e.g. penalties, keep the target's defaults, which decoding with the drafter also uses.
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         self.generation = dict.fromkeys(SAMPLED & GenerationConfig().to_dict().keys()) | {
             "do_sample": not greedy,
@@ -63,7 +63,7 @@ class LocalBackend:
         }
 
     def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
-        """Answer all questions of all conversations. `answered_before` is ignored."""
+        """Answer every question in every conversation. `answered_before` is ignored."""
         conversations = iter(conversations)
         while active := list(islice(conversations, self.batch_size * WINDOW)):
             while active:
@@ -71,13 +71,13 @@ class LocalBackend:
                 active = [conversation for conversation in active if conversation.outcome is None]
 
     def _round(self, active: list[Conversation], on_finish: OnFinish) -> None:
-        """Answer one question of each active conversation."""
+        """Answer the next question in each active conversation."""
         asked = []
         for conversation in active:
             try:
                 prompt = self.encoder.prompt(conversation.ask())
                 if len(prompt) > self.limit:
-                    raise BadRecord(f"a prompt of {len(prompt)} tokens leaves no room for an answer")
+                    raise BadRecord(f"the prompt has {len(prompt)} tokens, which leaves no room for an answer")
                 asked.append((prompt, conversation))
             except BadRecord as error:
                 conversation.outcome = f"{REFUSED}: {error}"
@@ -87,7 +87,7 @@ class LocalBackend:
             batch = asked[start : start + self.batch_size]
             for (_, conversation), tokens in zip(batch, self._generate([prompt for prompt, _ in batch]), strict=True):
                 complete = bool(tokens) and tokens[-1] in self.ends
-                # `str`: annotated as str or list, a list only for a batch.
+                # `decode` is annotated to return str or list, but returns a list only for batches.
                 text = str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
                 conversation.answer({"content": text}, complete, len(tokens), self.sampling)
                 if conversation.outcome:
@@ -95,7 +95,7 @@ class LocalBackend:
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Generate one answer per prompt. Return token ids, including the end token if generated."""
+        """Generate one answer per prompt and return its token ids, including the end token if one was generated."""
         longest = max(map(len, prompts))
         padded = [[self.encoder.pad_id] * (longest - len(p)) + p for p in prompts]
         seen = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]

@@ -1,13 +1,13 @@
-"""Regenerate the answers of a data set with the target, so that the drafter trains on the target's own outputs.
+"""Regenerate the answers in a dataset with the target, so that the drafter trains on the target's own outputs.
 
     python -m data.regenerate +experiment=qwen3_8b                                          # in this process
     python -m data.regenerate +experiment=qwen3_8b regenerate.backend=server \\
-        regenerate.server.url=http://localhost:8000/v1                                     # a running server
+        regenerate.server.url=http://localhost:8000/v1                                     # with a running server
     python -m train +experiment=qwen3_8b data.path=checkpoints/qwen3_8b/regenerated.jsonl
 
 Multi-turn conversations are answered turn by turn. To resume a killed run, repeat the command: every sample has an id,
 and finished samples are skipped. Two files are written next to the output: `.settings.json` (settings and counts by
-outcome) and `.dropped.jsonl` (dropped conversations with the reason). Settings: `regenerate` in conf/config.yaml.
+outcome) and `.dropped.jsonl` (dropped conversations and why). The settings are under `regenerate` in conf/config.yaml.
 """
 
 import hashlib
@@ -37,16 +37,20 @@ from data.sources.rejects import Reject, handle_rejects, printable, reject
 from data.terminal import run_command, say
 
 UNUSED = (
-    Unused(("regenerate.server",), lambda c: c.regenerate.backend != "server", "regenerate.backend=local"),
-    Unused(("regenerate.local",), lambda c: c.regenerate.backend != "local", "regenerate.backend=server"),
-    Unused(("regenerate.top_p",), lambda c: c.regenerate.temperature == 0, "regenerate.temperature=0 is greedy"),
-    Unused(("regenerate.repeat_words",), lambda c: c.regenerate.repeat_times == 0, "regenerate.repeat_times=0"),
+    Unused(("regenerate.server",), lambda c: c.regenerate.backend != "server", "regenerate.backend is local"),
+    Unused(("regenerate.local",), lambda c: c.regenerate.backend != "local", "regenerate.backend is server"),
+    Unused(
+        ("regenerate.top_p",),
+        lambda c: c.regenerate.temperature == 0,
+        "regenerate.temperature=0 selects greedy decoding",
+    ),
+    Unused(("regenerate.repeat_words",), lambda c: c.regenerate.repeat_times == 0, "regenerate.repeat_times is 0"),
 )
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run `python -m data.regenerate`."""
     run_command(_command, "stopped; run the same command to resume")
 
 
@@ -58,7 +62,7 @@ def _command() -> None:
 
 
 def check_regeneration(config: DictConfig) -> None:
-    """Check the `regenerate` settings that depend on each other or on files.
+    """Check the `regenerate` settings for invalid choices, missing files and invalid combinations.
 
     Raises:
         UserError: a setting is invalid.
@@ -71,9 +75,9 @@ def check_regeneration(config: DictConfig) -> None:
         )
     server = config.regenerate.server
     if config.regenerate.backend == "server" and not str(server.url).startswith(("http://", "https://")):
-        raise UserError(f"regenerate.server.url={server.url!r}: expected http://... or https://...")
+        raise UserError(f"regenerate.server.url={server.url!r}: expected a URL starting with http:// or https://.")
     if config.regenerate.backend == "server" and server.model is None:
-        raise UserError("regenerate.server.model=null: expected the model name that the server uses.")
+        raise UserError("regenerate.server.model=null: set it to the target's model name on the server.")
     if server.key_file is not None and not Path(server.key_file).is_file():
         raise UserError(
             f"regenerate.server.key_file={server.key_file!r}: no such file. Set it to an existing file or null."
@@ -81,11 +85,11 @@ def check_regeneration(config: DictConfig) -> None:
 
 
 def regenerate(config: DictConfig) -> None:
-    """Answer all unanswered questions, then write the output in the order of the questions.
+    """Answer all unanswered questions, then write the output in question order.
 
     Raises:
-        UserError: bad records, settings that differ from the interrupted run, an output locked by another process, an
-            unreachable server, or no answer kept.
+        UserError: there are bad records, the settings differ from those of the interrupted run, another process is
+            writing the output, the server is unreachable, or no answer was kept.
     """
     output = Path(config.regenerate.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,7 @@ def regenerate(config: DictConfig) -> None:
             _regenerate(config, output)
     except Timeout:
         raise UserError(
-            f"{output}: another process is writing this file. Wait for it, or choose another regenerate.output."
+            f"{output}: another process is writing this file. Wait for it to finish, or choose a different output."
         ) from None
 
 
@@ -135,13 +139,13 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     summary = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
     say(f"{len(ids):,} conversations: {summary}\n{output}")
     if not outcomes.get(KEPT):
-        raise UserError(f"No answers were kept. The reasons are in {output.with_suffix('.dropped.jsonl')}.")
+        raise UserError(f"No answers were kept. The reasons are listed in {output.with_suffix('.dropped.jsonl')}.")
 
 
 def sample_ids(sources: list[Source], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
-    """Map (source index, position) of each sample to its id: the record's `id` field, otherwise file and line.
+    """Map the (source index, position) of each sample to its id: the record's `id` field, otherwise file and line.
 
-    Bad records are written to `rejects`: records without a question, and duplicate ids.
+    Records that are invalid or have a duplicate id are written to `rejects`.
 
     Raises:
         UserError: there are bad records and `bad_records` is "stop", or no record is usable.
@@ -158,7 +162,7 @@ def sample_ids(sources: list[Source], bad_records: str, rejects: Path) -> dict[t
             record_id = raw.value.get("id")
             sample_id = f"{label}:{raw.position}" if record_id is None else str(record_id)
             if printable(sample_id) != sample_id:
-                raise BadRecord("id: contains a lone surrogate, not a valid character")
+                raise BadRecord("the id contains a lone surrogate, which is not valid Unicode")
             if sample_id in first_use:
                 raise BadRecord(f"duplicate id {sample_id!r}, first used at {first_use[sample_id]}")
         except BadRecord as error:
@@ -177,7 +181,7 @@ def _numbered(sources: list[Source]) -> Iterator[tuple[int, Source, RawRecord]]:
 
 
 def _unfinished(sources: list[Source], ids: dict[tuple[int, int], str], log: SampleLog) -> Iterator[Conversation]:
-    """Lazily yield the unfinished samples."""
+    """Yield the conversations that are not in the log yet."""
     for number, _, raw in _numbered(sources):
         sample_id = ids.get((number, raw.position))
         if sample_id is not None and sample_id not in log:
@@ -188,7 +192,7 @@ def _backend(config: DictConfig) -> Backend:
     chosen = plain(config, "data", "model", "regenerate")
     sampling = Sampling(seed=config.seed, **{key: chosen["regenerate"][key] for key in SAMPLING})
     template_kwargs = chosen["data"]["template_kwargs"]
-    # Lazy imports: the server backend does not need torch.
+    # Imported late, because the server backend does not need torch.
     if chosen["regenerate"]["backend"] == "server":
         from data.regenerate.server_backend import ServerBackend
 
@@ -203,7 +207,7 @@ def _backend(config: DictConfig) -> Backend:
 
 
 def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
-    """Return everything that affects the answers."""
+    """Return all settings and fingerprints that affect the answers."""
     chosen, target = plain(config, "regenerate")["regenerate"], plain(config, "model")["model"]["target"]
     settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
     settings |= {"seed": config.seed, "template_kwargs": plain(config, "data")["data"]["template_kwargs"]}
@@ -214,7 +218,9 @@ def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
     from data.sources.hub_commit import commit_of
 
     if target["name"] is None:
-        raise UserError("model.target.name=null: random weights cannot answer questions. Set it to a path or Hub ID.")
+        raise UserError(
+            "model.target.name=null: a target with random weights cannot answer. Set it to a path or Hub ID."
+        )
     try:
         commit = None if Path(target["name"]).is_dir() else commit_of(target["name"], target["revision"])
     except (OSError, ValueError) as error:
@@ -228,17 +234,17 @@ def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
 
 
 def _written_with(config: DictConfig) -> dict[str, Any]:
-    """Return settings and versions that should not affect the answers, for the record."""
+    """Return settings and versions that should not affect the answers but are recorded with them."""
     chosen = plain(config, "regenerate")["regenerate"]
     where = {key: value for key, value in chosen[chosen["backend"]].items() if key != "key_file"}
     return {**where, "versions": {name: version(name) for name in ("torch", "transformers")}}
 
 
 def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: bool) -> bool:
-    """Return whether the output is complete for these settings. With `overwrite`, discard a finished or different run.
+    """Return whether the output is complete. With `overwrite`, discard a run that finished or used different settings.
 
     Raises:
-        UserError: the output was started with other settings, or exists without a settings record.
+        UserError: the output was started with different settings, or exists without a record of its settings.
     """
     unfinished = output.with_suffix(".unfinished.jsonl")
     if not record.exists():
@@ -246,27 +252,27 @@ def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: b
             return False
         if output.exists():
             raise UserError(
-                f"{output} exists without a record of its settings ({record.name}). Choose another regenerate.output, "
-                "or set overwrite=true to replace the file."
+                f"{output} exists without a record of its settings ({record.name}). Choose a different "
+                "regenerate.output, or set overwrite=true to replace the file."
             )
         return False
-    settings = json.loads(json.dumps(settings))  # JSON round trip, to compare with the stored settings
+    settings = json.loads(json.dumps(settings))  # JSON round trip, for comparison with the stored settings
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(key for key in settings | before["settings"] if settings.get(key) != before["settings"].get(key))
     if overwrite and (changed or not unfinished.exists()):
-        unfinished.unlink(missing_ok=True)  # otherwise resume an interrupted run with the same settings
+        unfinished.unlink(missing_ok=True)  # an interrupted run with the same settings is resumed instead
         return False
     if changed:
         changes = "; ".join(f"{key}: {before['settings'].get(key)} -> {settings.get(key)}" for key in changed)
         raise UserError(
             f"{output} was started with different settings: {changes}.\n"
-            "Choose another regenerate.output, or set overwrite=true to start over."
+            "Choose a different regenerate.output, or set overwrite=true to start over."
         )
     return output.exists() and not unfinished.exists()
 
 
 def _write_output(log: SampleLog, ids: list[str], output: Path) -> dict[str, int]:
-    """Write kept and dropped conversations to their files in question order. Return counts by outcome."""
+    """Write kept and dropped conversations to separate files in question order, and return counts by outcome."""
     outcomes: Counter[str] = Counter()
     files = [output, output.with_suffix(".dropped.jsonl")]
     temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]

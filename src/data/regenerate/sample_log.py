@@ -1,4 +1,4 @@
-"""Append-only log of finished samples, which survives a kill at any time without losing or repeating samples."""
+"""Append-only log of finished samples. No sample is lost or repeated, even if the process is killed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ class SampleLog:
     """A JSONL log of finished samples in completion order, indexed by sample id."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. Truncate an incomplete last line, left by a kill: its sample is not finished."""
+        """Open or create the file. If a killed process left the last line incomplete, remove it."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.offsets: dict[str, tuple[int, int]] = {}  # id -> (byte offset, length) of its line
@@ -41,7 +41,7 @@ class SampleLog:
 
         Raises:
             ValueError: the sample is already in the log.
-            UserError: the write failed, for example because the disk is full.
+            UserError: the write failed, e.g. because the disk is full.
         """
         if sample_id in self:
             raise ValueError(f"sample {sample_id!r} is already in the log")
@@ -53,7 +53,7 @@ class SampleLog:
         if written != len(line):
             os.truncate(self.path, self._end)
             raise UserError(
-                f"{self.path}: writing failed; is the disk full? All samples written so far are intact. Free space "
+                f"{self.path}: write failed; is the disk full? All samples written so far are intact. Free up space "
                 "and run the same command to resume."
             )
         self.offsets[sample_id] = (self._end, len(line))

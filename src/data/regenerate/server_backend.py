@@ -13,13 +13,13 @@ from data.errors import BadRecord, UserError
 from data.regenerate.conversation import REFUSED, Conversation, OnFinish, Sampling, derive_seed
 from data.sources.records import Messages
 
-FIRST_REJECTIONS = 20  # rejections before the first answer after which the request settings are considered invalid
+FIRST_REJECTIONS = 20  # give up after this many rejections if no request has been answered yet
 MAX_FAILURES = 6  # failed attempts (HTTP 500, broken connection, unusable reply) before a request is dropped
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between retries, exponential backoff
 
 
 class ServerBackend:
-    """Generates answers with an OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
+    """Generates answers with an OpenAI-compatible server, e.g. vLLM, SGLang or `transformers serve`."""
 
     def __init__(
         self, sampling: Sampling, template_kwargs: dict[str, Any],
@@ -42,10 +42,10 @@ class ServerBackend:
         self.rejected: list[Conversation] = []
 
     def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
-        """Answer all questions of all conversations, with up to `in_flight` concurrent requests.
+        """Answer every question in every conversation, with up to `in_flight` concurrent requests.
 
-        Rejections are held back until the first successful answer, in this run or (`answered_before`) an earlier one:
-        before that, a rejection may mean that the settings of all requests are invalid.
+        Rejected conversations are held back until the server has answered a request, in this run or in an earlier one
+        (`answered_before`). Until then, a rejection may mean that the settings are invalid for every request.
 
         Raises:
             UserError: the server is unreachable, or rejects every request.
@@ -91,7 +91,7 @@ class ServerBackend:
 
         Raises:
             BadRecord: the server cannot answer this request.
-            UserError: the server rejects all requests, or is unavailable for longer than `patience` seconds.
+            UserError: the server rejects every request, or is unavailable for longer than `patience` seconds.
         """
         pause, failures = FIRST_PAUSE, 0
         while True:
@@ -104,12 +104,12 @@ class ServerBackend:
                     if isinstance(answer, BadRecord):
                         raise answer
                     return answer
-                problem = f"status {response.status_code}: {response.text:.300}"
+                problem = f"HTTP {response.status_code}: {response.text:.300}"
                 self._raise_if_final(response.status_code, problem)
                 failures += response.status_code == 500
             except httpx.ConnectError as error:
                 problem = f"{type(error).__name__}: {error}"
-            except (httpx.TransportError, IncompleteReply) as error:  # the server accepted the connection, then failed
+            except (httpx.TransportError, IncompleteReply) as error:  # failed after accepting the connection
                 problem = f"{type(error).__name__}: {error}"
                 failures += 1
             # If a request fails repeatedly while the server is alive, the request itself is the cause.
@@ -139,31 +139,31 @@ class ServerBackend:
 
     def _rejection_error(self, problem: str) -> UserError:
         return UserError(
-            f"{self.url} rejects the requests ({problem}). Check regenerate.server.url, .model, .key_file and .extra."
+            f"{self.url} is rejecting requests ({problem}). Check regenerate.server.url, .model, .key_file and .extra."
         )
 
 
 class IncompleteReply(Exception):
-    """Incomplete or malformed reply, for example from a server that was stopped during generation. Retried."""
+    """An incomplete or malformed reply, e.g. from a server stopped during generation. The request is retried."""
 
 
 def _read(reply: Any) -> tuple[dict[str, str], bool, int] | BadRecord:
-    """Parse a reply into message, completeness and token count, or return the BadRecord if a retry cannot help.
+    """Parse a reply into (message, is complete, token count), or return a BadRecord if a retry cannot help.
 
     Raises:
-        IncompleteReply: the reply is incomplete; the request should be retried.
+        IncompleteReply: the reply is incomplete or malformed, and the request should be retried.
     """
     try:
         choice = reply["choices"][0]
         answer, ending = choice["message"], choice.get("finish_reason")
         message = {"content": answer.get("content") or ""}
-        # Some servers return the reasoning in a separate field; chat templates expect it under this name.
+        # Some servers return the reasoning separately; chat templates expect it in `reasoning_content`.
         if reasoning := answer.get("reasoning_content") or answer.get("reasoning"):
             message["reasoning_content"] = reasoning
         tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
         "".join(message.values()).encode("utf-8")
     except UnicodeEncodeError:
-        return BadRecord("the answer contains a lone surrogate, not a valid character")
+        return BadRecord("the answer contains a lone surrogate, which is not valid Unicode")
     except (LookupError, TypeError, AttributeError) as error:
         raise IncompleteReply(f"no answer in the reply ({type(error).__name__}: {error})") from error
     if ending in ("tool_calls", "function_call", "content_filter"):
