@@ -57,7 +57,7 @@ def report(files, tmp_path_factory):
     "line",
     [
         "## 38 records",
-        "| kept | 34 | 89.5% | complete |",
+        "| kept | 34 | 89.5% | in full |",
         "| too long | 1 | 2.6% |",
         "| bad | 3 | 7.9% | rejected |",
         "* 2 conversations are exact duplicates of earlier ones.",

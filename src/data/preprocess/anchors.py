@@ -8,27 +8,27 @@ from data.preprocess.packing import Row
 
 
 def valid_anchors(row: Row) -> np.ndarray:
-    """Return the row indices of the anchors: where a block may start."""
+    """Return the token indices in a row at which a block may start."""
     return anchor_indices(row.supervised, row.position_ids)
 
 
 def anchor_indices(supervised: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
-    """Return the indices of the anchors in a row or a single document.
+    """Return the token indices of the valid anchors in a row or a single document.
 
-    The anchor and the next token must both be supervised and belong to the same document: the prediction of slot 0 is
-    discarded for the bonus token, so a block without a label at slot 1 contributes no training signal. A block may
-    extend past the end of its answer, as the last blocks do in decoding; those slots have no label. The first token of
-    a document is never an anchor, because the block would have no context.
+    An anchor and the token after it must both be supervised and belong to the same document: the bonus token replaces
+    the prediction of slot 0, so a block without a label at slot 1 would provide no training signal. A block may extend
+    past the end of its answer, as the last blocks do in decoding; slots past the end have no label. The first token of
+    a document is never an anchor, because its block would have no context.
 
     Args:
         supervised: [tokens] bool.
-        position_ids: [tokens], restarting at 0 for each document. The token after an anchor is at position 2 or later.
+        position_ids: [tokens], restarting at 0 in each document. The token after an anchor has a position >= 2.
     """
     return np.flatnonzero(supervised[:-1] & supervised[1:] & (position_ids[1:] > 1))
 
 
 def block_labels(row: Row, anchors: np.ndarray, block_size: int) -> np.ndarray:
-    """Return [A, B] labels: the token at anchor + slot, or IGNORE from the first unsupervised slot on."""
+    """Return the labels [A, B]: the token at anchor + slot, or IGNORE from the first unsupervised slot onwards."""
     at = anchors[:, None] + np.arange(block_size)  # [A, B]
     inside = at < len(row.input_ids)
     at = np.minimum(at, len(row.input_ids) - 1)
@@ -38,14 +38,14 @@ def block_labels(row: Row, anchors: np.ndarray, block_size: int) -> np.ndarray:
 
 
 def draw_anchors(row: Row, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Sample anchors without replacement. Return [count] ascending indices, padded with -1 if the row has fewer."""
+    """Sample anchors without replacement. Return sorted token indices [count], padded with -1 if the row has fewer."""
     candidates = valid_anchors(row)
     drawn = np.sort(generator.permutation(candidates)[:count])
     return np.append(drawn, np.full(count - len(drawn), -1)).astype(np.int64)
 
 
 def make_batch(rows: list[Row], *, num_anchors: int, block_size: int, seeds: list[tuple[int, ...]]) -> Batch:
-    """Stack rows into a batch and sample their blocks. The anchors of a row depend only on the row and its seed.
+    """Stack rows into a batch and sample their anchors, which depend only on the row and its seed.
 
     If a row has fewer than `num_anchors` valid anchors, the remaining blocks use anchor 0 with all labels IGNORE: they
     are computed but contribute no loss.

@@ -1,4 +1,4 @@
-"""Packing of documents into fixed-length rows."""
+"""Packs documents into fixed-length rows."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Row:
 
 
 def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
-    """Assign documents to rows of at most `max_seq_len` tokens. Return [documents] row indices.
+    """Assign documents to rows of at most `max_seq_len` tokens. Return the row of each document, [documents].
 
     Best-fit decreasing: documents are placed longest first (ties by index), each into the fullest row with enough room.
 
@@ -29,7 +29,7 @@ def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
         ValueError: a document is longer than a row.
     """
     rows = np.empty(len(lengths), np.int32)
-    open_rows: dict[int, list[int]] = {}  # remaining room -> rows
+    open_rows: dict[int, list[int]] = {}  # remaining room in tokens -> rows
     rooms: list[int] = []  # sorted keys of `open_rows`; at most `max_seq_len` entries
     count = 0
     for i in np.argsort(-lengths, kind="stable"):  # no `tolist`: a list of Python ints takes more memory
@@ -55,7 +55,7 @@ def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
 
 
 class PackedRows(Sequence[Row]):
-    """Packed rows, assembled on access. Each document occurs once; only the row assignment is held in memory."""
+    """Packed rows, assembled on access. Each document appears once; only the row assignment is held in memory."""
 
     def __init__(self, documents: Sequence[Document], lengths: np.ndarray, max_seq_len: int, pad_id: int) -> None:
         """Compute the row assignment from `lengths`, the token counts of `documents`, without reading any document."""
@@ -64,7 +64,7 @@ class PackedRows(Sequence[Row]):
         self._members = np.argsort(rows, kind="stable")  # document indices, grouped by row
         self._edges = np.searchsorted(rows[self._members], np.arange(rows.max(initial=-1) + 2))
         self.tokens = int(lengths.sum())
-        # Causal attention pairs (query, key) within documents.
+        # Number of (query, key) pairs in causal attention within documents.
         self.pairs = int((lengths.astype(np.int64) * (lengths.astype(np.int64) + 1)).sum()) // 2
 
     def __len__(self) -> int:
@@ -78,14 +78,14 @@ class PackedRows(Sequence[Row]):
         return fill([self.documents[i] for i in members.tolist()], self.max_seq_len, self.pad_id)
 
     def totals(self, values: np.ndarray) -> np.ndarray:
-        """Sum per-document values over each row. Return [rows]."""
+        """Return the sum of per-document values in each row, [rows]."""
         return np.add.reduceat(values[self._members], self._edges[:-1]) if len(self) else np.zeros(0, np.int64)
 
     def prompts(self, limit: int, max_tokens: int) -> list[list[int]]:
-        """Return up to `limit` prompts: the tokens before the first supervised token of a document.
+        """Return up to `limit` prompts: the tokens before the first supervised token in a document.
 
-        Only prompts of 1 to `max_tokens` tokens are used. Documents are visited in their shuffled order, not in row
-        order, because the first rows hold the longest documents.
+        Empty prompts and those longer than `max_tokens` are skipped. Documents are visited in their shuffled order, not
+        in row order, because the first rows hold the longest documents.
         """
         prompts: list[list[int]] = []
         for i in range(len(self.documents)):
@@ -98,12 +98,12 @@ class PackedRows(Sequence[Row]):
         return prompts
 
     def efficiency(self) -> float:
-        """Packing efficiency: fraction of non-padding tokens."""
+        """Return the packing efficiency: the fraction of tokens that are not padding."""
         return self.tokens / max(1, len(self) * self.max_seq_len)
 
 
 def pack_documents(documents: Sequence[Document], max_seq_len: int, pad_id: int) -> PackedRows:
-    """Pack documents whose lengths are read from the documents themselves."""
+    """Pack documents, reading their lengths from the documents themselves."""
     return PackedRows(documents, np.array([len(d.input_ids) for d in documents], np.int32), max_seq_len, pad_id)
 
 

@@ -1,4 +1,4 @@
-"""Validation of chat template arguments: an argument that the template does not read has no effect."""
+"""Validates chat template arguments: an argument that the template does not read has no effect."""
 
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
@@ -20,7 +20,7 @@ FUNCTIONS = ("raise_exception", "strftime_now")  # provided to templates by tran
 
 
 class Generation(Extension):
-    """Parses the `{% generation %}` tag of transformers as its body alone, which suffices for static analysis."""
+    """Parses the `{% generation %}` tag of transformers as just its body, which is enough for static analysis."""
 
     tags = {"generation"}
 
@@ -30,7 +30,7 @@ class Generation(Extension):
 
 
 def variables_read(template: str) -> set[str] | None:
-    """Return the variables that a chat template reads, or None for an invalid template, which rendering will report."""
+    """Return the variables that a chat template reads, or None if the template is invalid (rendering fails)."""
     environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])  # noqa: S701  nothing is rendered
     environment.globals |= dict.fromkeys(FUNCTIONS)
     try:
@@ -47,10 +47,10 @@ def check_template_kwargs(
     Args:
         template: the target's chat template.
         given: `data.template_kwargs`.
-        overrides: command-line overrides. An unread argument given here is an error. One from a conf/ file may be meant
-            for another target and causes a warning, unless it looks like a typo.
-        warn: prints a warning.
-        also: variables that are always set, such as special tokens; excluded from the suggestions.
+        overrides: command-line overrides. An unread argument set here is an error. One set in a conf/ file may be meant
+            for a different target, so it only causes a warning unless it looks like a typo.
+        warn: called with the text of a warning.
+        also: variables that are always set, e.g. special tokens; excluded from the suggestions.
 
     Raises:
         UserError: an argument is reserved, looks like a typo, or has no effect but was given on the command line.
@@ -65,7 +65,7 @@ def check_template_kwargs(
     for name in sorted(given.keys() - read):
         close = get_close_matches(name, offered, n=1)
         text = f"data.template_kwargs.{name} has no effect: the target's chat template does not read it. "
-        text += f"It reads {', '.join(offered)}." if offered else "It reads no optional arguments."
+        text += f"The template reads {', '.join(offered)}." if offered else "The template reads no optional arguments."
         if close:
             raise UserError(f"{text} Did you mean {close[0]}?")
         if any(name in key or key.endswith("template_kwargs") and name in value for key, _, value in typed):

@@ -1,4 +1,4 @@
-"""Entry point of `python -m data.report`."""
+"""Entry point for `python -m data.report`."""
 
 from data.report.run import main
 

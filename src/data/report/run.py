@@ -4,7 +4,7 @@
 
 Reads, tokenizes and packs the data exactly as training does; training reuses the cached tokens. Reports records by
 outcome, rejection reasons, lengths, supervised tokens, packing efficiency and overlap with the evaluation prompts.
-Prints the report and writes it as Markdown with plots to checkpoints/<name>/data_report/. Bad records are counted and
+Prints the report and writes it to checkpoints/<name>/data_report/ as Markdown with plots. Bad records are counted and
 listed; data.bad_records has no effect here.
 """
 
@@ -35,12 +35,12 @@ from data.terminal import run_command, say, terminal
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-SHOWN_TOKENS = 400  # printed from the example conversation
+SHOWN_TOKENS = 400  # number of tokens of the example conversation to show
 
 
 @dataclass
 class Section:
-    """A table of the report, with a title and notes."""
+    """A table in the report, with its title and notes."""
 
     title: str
     header: list[str]
@@ -49,15 +49,15 @@ class Section:
 
 
 def main() -> None:
-    """Run the command line."""
-    run_command(lambda: write_report(command_line(__doc__)), "stopped; completed tokenization remains in the cache")
+    """Run `python -m data.report`."""
+    run_command(lambda: write_report(command_line(__doc__)), "stopped; if tokenization was complete, it stays cached")
 
 
 def write_report(config: DictConfig) -> None:
     """Print the report and write it to the run directory.
 
     Raises:
-        UserError: the tokenizer or the data do not load, or the data contain no usable conversation.
+        UserError: the tokenizer or the data cannot be loaded, or the data contains no usable conversation.
     """
     settings = plain(config, "data", "model", "stage")
     data, draft = settings["data"], settings["model"]["draft"]
@@ -86,7 +86,7 @@ def write_report(config: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _plot(prepared, data["max_seq_len"], folder)
     example = _example(prepared, tokenizer)
-    title = f"Data report of {config.name}: {data['path']}"
+    title = f"Data report for {config.name}: {data['path']}"
     _print(title, sections, example)
     (folder / "report.md").write_text(_markdown(title, sections, example), encoding="utf-8")
     say(f"\nreport and plots: {folder / 'report.md'}")
@@ -96,9 +96,9 @@ def _records(prepared: Prepared, sources: list[Source]) -> Section:
     documents = prepared.documents
     outcomes = documents.outcomes()
     meaning = {
-        "kept": "complete",
-        "truncated": "after the last turn that fits (data.truncation=turn), or at data.max_seq_len (token)",
-        "too long": "dropped: the first exchange exceeds data.max_seq_len, or data.truncation=drop",
+        "kept": "in full",
+        "truncated": "cut after the last turn that fits (data.truncation=turn) or at data.max_seq_len (token)",
+        "too long": "dropped: the conversation (data.truncation=drop) or its first exchange (turn) is too long",
         "no anchor": "dropped: no two consecutive supervised tokens",
         "bad": "rejected",
     }
@@ -119,7 +119,7 @@ def _rejects(prepared: Prepared, folder: Path) -> list[Section]:
     if not entries:
         return []
     rows = [[reason, f"{count:,}", where] for reason, count, where in common_reasons(entries, 10)]
-    return [Section("Rejected", ["reason", "records", "first"], rows, [f"Full list: {folder / 'rejects.jsonl'}"])]
+    return [Section("Rejected", ["reason", "records", "first at"], rows, [f"Full list: {folder / 'rejects.jsonl'}"])]
 
 
 def _lengths(prepared: Prepared) -> Section:
@@ -133,8 +133,8 @@ def _lengths(prepared: Prepared) -> Section:
         ["longest answer", *(f"{x:,}" for x in statistics.percentiles(documents.column("longest")))],
     ]
     note = (
-        f"{int(after.sum()):,} tokens kept; lost: {truncated:,} to truncation ({truncated / total:.2%}), "
-        f"{dropped:,} in dropped conversations ({dropped / total:.2%})."
+        f"{int(after.sum()):,} tokens kept; {truncated:,} lost to truncation ({truncated / total:.2%}) and "
+        f"{dropped:,} to dropping whole conversations ({dropped / total:.2%})."
     )
     return Section("Length in tokens", ["", "min", "10%", "median", "90%", "max"], rows, [note])
 
@@ -147,21 +147,21 @@ def _supervision(documents: Documents, sources: list[Source], encoder: ChatEncod
         for role, count in sorted(roles.tokens.items())
     ]
     note = (
-        f"Counted in {roles.conversations:,} conversations, spread over the data. `template` tokens are those that the "
-        "chat template adds: headers and end-of-turn tokens. End-of-turn tokens of the assistant are supervised. "
-        "Further documents of a conversation repeat earlier answers as history, which is not supervised there."
+        f"Counted in {roles.conversations:,} conversations spread evenly over the data. `template` tokens are added by "
+        "the chat template: headers and end-of-turn tokens. The assistant's end-of-turn tokens are supervised. If a "
+        "conversation becomes several documents, the later ones repeat earlier answers as unsupervised history."
     )
     notes = [describe_answers(documents), *_answer_notes(documents.answers()), note]
     return Section("Supervised tokens by role", ["role", "tokens", "fraction", "supervised"], rows, notes)
 
 
 def _answer_notes(counts: dict[str, int]) -> list[str]:
-    """Describe the answers that differ from what the target writes, or may do so."""
+    """Return notes on answers that differ, or may differ, from what the target would write."""
     texts = {
-        "no_end": "have no end-of-turn token: the chat template writes none after them.",
-        "other_end": "end with a token that is not a stop token of the target. Check eos_token_id in its "
-        "generation_config.json: generation does not stop there.",
-        "no_reasoning": "are trained on without their reasoning: neither the prompt nor the chat template writes it.",
+        "no_end": "have no end-of-turn token, because the chat template does not write one after them.",
+        "other_end": "end with a token that is not one of the target's stop tokens, so generation does not stop there. "
+        "Check eos_token_id in the target's generation_config.json.",
+        "no_reasoning": "are trained on without their reasoning: neither the prompt nor the chat template renders it.",
     }
     return [f"{counts[name]:,} answers {text}" for name, text in texts.items() if counts[name]]
 
@@ -172,12 +172,15 @@ def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:
     num_anchors, epochs = stage["num_anchors"], stage["steps"] * stage["global_batch_size"] / len(rows)
     least, tenth, median, ninetieth, most = statistics.percentiles(anchors)
     table = [
-        ["training rows", f"{len(rows):,} of {rows.max_seq_len:,} tokens"],
+        ["training rows", f"{len(rows):,}, each {rows.max_seq_len:,} tokens long"],
         ["validation rows", f"{len(prepared.validation):,}"],
         ["packing efficiency", f"{rows.efficiency():.1%}"],
-        ["anchors per row", f"median {median:,}, {least:,} to {most:,}; 80% between {tenth:,} and {ninetieth:,}"],
+        ["anchors per row", f"median {median:,}, range {least:,} to {most:,}; 80% between {tenth:,} and {ninetieth:,}"],
         [f"rows with fewer than num_anchors={num_anchors}", f"{(anchors < num_anchors).mean():.1%}"],
-        ["epochs of attention tuning", f"{epochs:.2f} ({stage['steps']:,} steps of {stage['global_batch_size']} rows)"],
+        [
+            "epochs of attention tuning",
+            f"{epochs:.2f} ({stage['steps']:,} steps, {stage['global_batch_size']} rows each)",
+        ],
     ]
     return Section("Rows", ["", ""], table)
 
@@ -198,7 +201,7 @@ def _overlap(sources: list[Source], prompts: list[Any], path: Any) -> Section:
 
 
 def _example(prepared: Prepared, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Return the first SHOWN_TOKENS tokens of the first training conversation as (text, supervised) spans."""
+    """Return the first SHOWN_TOKENS tokens of the first training conversation, as (text, supervised) spans."""
     document = prepared.training.documents[0]
     ids, supervised = document.input_ids[:SHOWN_TOKENS], document.supervised[:SHOWN_TOKENS]
     edges = [0, *(np.flatnonzero(np.diff(supervised.astype(int))) + 1).tolist(), len(ids)]
@@ -228,7 +231,7 @@ def _markdown(title: str, sections: list[Section], example: list[tuple[str, bool
     for section in sections:
         lines += [f"## {section.title}", "", _table_line(section.header), "|---" * len(section.header) + "|"]
         lines += [*map(_table_line, section.rows), "", *(f"* {note}" for note in section.notes), ""]
-    lines += ["## Example conversation", "", "In the target's chat template. Supervised lines start with a plus sign."]
+    lines += ["## Example conversation", "", "In the target's chat template. Supervised lines start with `+`."]
     lines += ["", "```diff"]
     lines += [("+ " if supervised else "  ") + line for text, supervised in example for line in text.split("\n")]
     return "\n".join([*lines, "```", ""])
@@ -242,7 +245,7 @@ def _plot(prepared: Prepared, max_seq_len: int, folder: Path) -> None:
     documents, rows = prepared.documents, prepared.training
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.hist(documents.column("tokens"), bins=60, color="#2878b5", label="conversations")
-    axes.axvline(max_seq_len, color="#c8443c", linestyle="--", label=f"row of {max_seq_len:,} tokens")
+    axes.axvline(max_seq_len, color="#c8443c", linestyle="--", label=f"row length: {max_seq_len:,} tokens")
     axes.set(xlabel="tokens", ylabel="conversations", title="Length before truncation")
     _save(figure, axes, folder / "lengths.png")
     figure, axes = plt.subplots(figsize=(6, 4))

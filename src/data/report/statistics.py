@@ -1,4 +1,4 @@
-"""Data set statistics for the report."""
+"""Dataset statistics for the report."""
 
 import re
 from collections import Counter
@@ -17,13 +17,13 @@ from data.preprocess.tokenized import Documents
 from data.sources.readers import Source, read_all
 from data.sources.records import Messages, conversation, questions
 
-OVERLAP_WORDS = 13  # length of the word n-grams that count as overlap, as in the GPT-3 paper
-SAMPLED = 1000  # maximum number of conversations for the token counts by role
+OVERLAP_WORDS = 13  # a shared n-gram of this many words counts as overlap, as in the GPT-3 paper
+SAMPLED = 1000  # maximum number of conversations in which tokens are counted by role
 WORD = re.compile(r"\w+")
 
 
 def percentiles(values: np.ndarray) -> list[int]:
-    """Return minimum, 10th percentile, median, 90th percentile and maximum, or zeros without values."""
+    """Return the minimum, 10th percentile, median, 90th percentile and maximum, or zeros if there are no values."""
     return [int(x) for x in np.percentile(values, [0, 10, 50, 90, 100])] if len(values) else [0] * 5
 
 
@@ -35,13 +35,13 @@ def duplicates(documents: Documents) -> int:
 
 
 def anchors_per_row(documents: Documents, rows: PackedRows, order: np.ndarray) -> np.ndarray:
-    """Return [rows] numbers of valid anchors. `order` holds the document indices that the rows were packed from."""
+    """Return the number of valid anchors in each row, [rows]. `order`: indices of the documents that were packed."""
     return rows.totals(documents.column("anchors")[order])
 
 
 @dataclass
 class Roles:
-    """Token counts by role, total and supervised, over a sample of conversations."""
+    """Total and supervised token counts by role, over a sample of conversations."""
 
     tokens: Counter[str] = field(default_factory=Counter)
     supervised: Counter[str] = field(default_factory=Counter)
@@ -51,8 +51,8 @@ class Roles:
 def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
     """Count tokens by role in up to SAMPLED conversations, spread evenly over the data.
 
-    Roles are assigned by searching for the message texts, independently of the supervision mask. Supervised user tokens
-    therefore indicate a bug.
+    Roles are assigned by searching for the message texts, independently of the supervision mask, so supervised user
+    tokens indicate a bug.
     """
     counts = Roles()
     for messages in _sampled(sources):
@@ -69,7 +69,7 @@ def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
 def _count_roles(counts: Roles, messages: Messages, text: str, document: Document, encoder: ChatEncoder) -> None:
     encoding = encoder.boundaries.encode([text])[0]
     if encoding.ids[: len(document.input_ids)] != document.input_ids.tolist():
-        return  # an answer was tokenized separately: the offsets do not match
+        return  # an answer was tokenized separately, so the offsets do not match
     owner, cursor = np.full(len(text) + 1, "template", dtype=object), 0
     for message in messages:
         content = message["content"].strip()
@@ -98,11 +98,11 @@ def _sampled(sources: list[Source]) -> Iterator[Messages]:
 def overlap(
     sources: list[Source], prompts: list[Messages], progress: Callable[[Any], Any]
 ) -> tuple[int, int, list[str]]:
-    """Detect overlap of training questions with evaluation prompts, ignoring case, punctuation and whitespace.
+    """Find overlap between training questions and evaluation prompts, ignoring case, punctuation and whitespace.
 
     Returns:
-        Number of records with an identical question, number of other records that share an OVERLAP_WORDS-gram with a
-        prompt, and the locations of the first five of either kind.
+        The number of records with an identical question, the number of other records that share an OVERLAP_WORDS-gram
+        with a prompt, and the locations of the first five records of either kind.
     """
     evaluated = [_words(turn) for messages in prompts for turn in _user_turns(messages)]
     prompt_texts = {tuple(words) for words in evaluated}

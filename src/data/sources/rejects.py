@@ -42,7 +42,7 @@ def printable(text: str) -> str:
 
 
 def common_reasons(rejects: Iterable[Reject], limit: int) -> list[tuple[str, int, str]]:
-    """Return the `limit` most frequent reasons, numbers removed, with count and first location."""
+    """Return the `limit` most frequent reasons, ignoring numbers, each with its count and first location."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for entry in rejects:
@@ -55,17 +55,17 @@ def common_reasons(rejects: Iterable[Reject], limit: int) -> list[tuple[str, int
 def handle_rejects(
     rejects: Iterable[Reject], total: int, policy: str, file: Path, also_listed: Iterable[Reject] = ()
 ) -> None:
-    """Write the rejects to `file`, or delete it if there are none. `total` counts all records, valid or not.
+    """Write all entries to `file`, or delete the file if there are none.
 
     Args:
-        rejects: entries of bad records.
-        total: number of records.
+        rejects: entries for bad records.
+        total: number of records, valid or not, for the error message.
         policy: `data.bad_records`.
         file: the rejects file.
-        also_listed: entries of records that are partly used.
+        also_listed: entries for records that are only partly usable.
 
     Raises:
-        UserError: there are rejects, and `policy` is "stop".
+        UserError: `rejects` is not empty, and `policy` is "stop".
     """
     temporary, count = file.with_suffix(f".{os.getpid()}.tmp"), 0
     shown: list[str] = []
