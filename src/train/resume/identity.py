@@ -28,7 +28,7 @@ TUNING, CALIBRATION, EXPORT, EVALUATE = STAGES
 INPUTS = {
     TUNING: [],
     CALIBRATION: [f"{TUNING}/{WEIGHTS}"],
-    EXPORT: [],  # the weights of stage 2 if finished, else of stage 1: see `drafter_file.finished_weights`
+    EXPORT: [],  # stage 2 weights if that stage is finished, else stage 1: `drafter_file.finished_weights`
     EVALUATE: ["export/config.json"],
 }
 
@@ -75,7 +75,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
 }
 CONTENT, MEMORY, ROUNDING = "identified by content", "memory and speed", "the same up to rounding"
 COMMAND, PLACE, LOGS = (
-    "selects what a command does, or read by another command",
+    "selects what a command does, or is read by a different command",
     "location of the results",
     "what is logged or saved, and how often",
 )
@@ -86,7 +86,7 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("data.path", "data.split", "data.max_records", "data.bad_records"), CONTENT),
     **dict.fromkeys(("data.prompts", "benchmarks"), CONTENT),
     **dict.fromkeys(("model.target.name", "model.target.revision", "model.target.tokenizer"), CONTENT),
-    "model.target.architecture": "part of the target if its weights are random, else checked against the target",
+    "model.target.architecture": "identifies a target with random weights; otherwise checked against the target",
     **dict.fromkeys(("data.num_proc", "runtime.workers", "runtime.activation_checkpointing"), MEMORY),
     **dict.fromkeys(("runtime.attention", "runtime.compile"), ROUNDING),
     **dict.fromkeys(("logger", "callbacks.progress"), LOGS),
@@ -121,7 +121,7 @@ def rule(setting: str) -> tuple[str, ...] | str | None:
 
 
 def counts(key: str, stage: str) -> bool:
-    """Return whether an entry of a stage's record, such as `stage.steps`, is part of its identity."""
+    """Return whether an entry in a stage's record, e.g. `stage.steps`, is part of the stage's identity."""
     if key.startswith("inputs."):
         return True
     if key.startswith("stage."):
@@ -135,7 +135,7 @@ def settings_of(config: DictConfig, stage: str, run_dir: Path, resources: Resour
     """Return the settings and input hashes to store in a stage's record.
 
     Raises:
-        UserError: an input file differs from the one that its stage wrote.
+        UserError: an input file is not the one that an earlier stage wrote.
     """
     plain: Any = {group: OmegaConf.to_container(config[group], resolve=True) for group in _groups(stage)}
     settings = {"model": plain["model"], "stage": plain["stage"].get(stage)}
@@ -218,7 +218,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[st
 
 
 def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Convert a record of an earlier version, which stored hashes of the target's files under its directory name."""
+    """Convert a record written by an earlier version, with hashes of the target's files under its directory name."""
     inputs = old.get("inputs", {})
     if "target" in inputs:
         return old
@@ -233,7 +233,7 @@ def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]
 
 
 def _with_absent_parts(old: dict[str, Any]) -> dict[str, Any]:
-    """Add the parts of the drafter that an earlier version did not have to its record, as disabled."""
+    """Add drafter parts that did not exist when the record was written, as disabled."""
     model = old.get("model") or {}
     if not model.get("draft"):
         return old
@@ -252,7 +252,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 
 
 def _own_class(target: Any) -> Any:
-    """Reduce a class path of this project to the class name, because modules move between versions."""
+    """Reduce this project's class paths to the class name, because modules move between versions."""
     ours = isinstance(target, str) and target.startswith(("train.", "models."))
     return target.rsplit(".", 1)[-1] if ours else target
 

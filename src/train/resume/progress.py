@@ -1,4 +1,4 @@
-"""Decide from record, settings and files whether a stage is finished, resumed or restarted, before any file changes."""
+"""Decide whether a stage is finished, resumed or restarted, from its record, settings and files. Writes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +15,13 @@ from train.run_dir.state import StageRecord, file_sha256, is_requeue_of, read_re
 from train.terminal import say
 
 FINISHED, RESUME, RESTART = "finished", "resume", "restart"
-# Result files of each stage, for records of earlier versions, which do not list them.
+# Result files of each stage, for records written by earlier versions, which do not list them.
 RESULTS = {stage: [f"{stage}/{WEIGHTS}"] for stage in TRAINED}
 RESULTS |= {"export": ["export/config.json"], "evaluate": ["evaluate/report.json"]}
 
 
 def named(config: DictConfig) -> list[str]:
-    """Return the stages named by `overwrite`; empty for true and false."""
+    """Return the stages named in `overwrite`, or an empty list if it is true or false."""
     given: Any = config.overwrite
     return [] if isinstance(given, bool) else [given] if isinstance(given, str) else list(given)
 
@@ -29,8 +29,8 @@ def named(config: DictConfig) -> list[str]:
 def next_action(config: DictConfig, stage: str, record: StageRecord, say: Callable[[str], None] = say) -> str:
     """Return FINISHED, RESUME or RESTART. Read-only, so that all ranks reach the same decision.
 
-    `overwrite=true` repeats stages whose settings have changed, and always export and evaluation; trained stages with
-    unchanged settings are kept. Stages named by `overwrite` are repeated, except in a requeue of the same SLURM job.
+    `overwrite=true` reruns export and evaluation, and training stages whose settings have changed; the other training
+    stages are kept. Stages named in `overwrite` are rerun, except when SLURM requeues the same job.
 
     Raises:
         UserError: continuing would mix two runs or lose a result; the message names the cheapest fix.
@@ -68,7 +68,7 @@ def _finished(
         return RESTART
     if missing:
         raise UserError(
-            f"{record.run_dir / missing[0]} is missing, although stage {stage} is finished. Restore the file or "
+            f"{record.run_dir / missing[0]} is missing, but stage {stage} is recorded as finished. Restore the file or "
             f"retrain with overwrite={stage}."
         )
     if again and not trained:
@@ -76,14 +76,18 @@ def _finished(
     for name, sha in files.items():
         if sha and file_sha256(record.run_dir / name) != sha:
             raise UserError(
-                f"{record.run_dir / name} is damaged or was replaced: its SHA-256 differs from the record of stage "
+                f"{record.run_dir / name} is damaged or was replaced: its SHA-256 is not the one recorded for stage "
                 f"{stage}. Restore the file or rerun the stage with overwrite={stage}."
             )
     return FINISHED
 
 
 def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str, Any] | None) -> str:
-    """Decide for a training stage that is not finished: RESUME or RESTART. Errors as in `next_action`."""
+    """Return RESUME or RESTART for an unfinished training stage.
+
+    Raises:
+        UserError: as for `next_action`.
+    """
     directory, again = record.run_dir / stage, config.overwrite is True
     checkpoints = checkpoints_in(directory / "checkpoints")
     if checkpoints and "settings" not in (begun or {}):
@@ -101,8 +105,8 @@ def _begun(config: DictConfig, stage: str, record: StageRecord, begun: dict[str,
         return RESTART if changes else RESUME
     if (directory / WEIGHTS).exists() and not (again and changes):
         raise UserError(
-            f"{directory / WEIGHTS} exists, but has no record, and training would replace it. Move it elsewhere or use "
-            f"overwrite={stage}."
+            f"{directory / WEIGHTS} exists but has no record, and training would replace it. Move it elsewhere or "
+            f"retrain with overwrite={stage}."
         )
     return RESTART if changes or not begun else RESUME  # no checkpoint yet, so changed settings lose no work
 
@@ -113,7 +117,7 @@ def _other_settings(config: DictConfig, stage: str, record: StageRecord, file: P
     ways = f"overwrite={stage if len(again) == 1 else '[' + ','.join(again) + ']'}"
     what = "which needs no training" if stage not in TRAINED else "which discards the trained weights"
     text = f"{file}: this stage was run with different settings: {'; '.join(changes)}.\n"
-    text += f"Restore the old values, choose another name=..., or rerun {' and '.join(again)} with {ways}, {what}."
+    text += f"Restore the old values, choose a different name=..., or rerun {' and '.join(again)} with {ways}, {what}."
     if stage in TRAINED:
-        text += " (overwrite=true does the same here: it keeps trained stages with unchanged settings.)"
+        text += " (overwrite=true does the same here; it keeps training stages whose settings are unchanged.)"
     return UserError(text)

@@ -13,5 +13,5 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Parse the training step from a file name such as `step-00000100-...`."""
+    """Return the training step in a checkpoint's file name, e.g. 100 for `step-00000100-...`."""
     return int(path.stem.split("-")[1])

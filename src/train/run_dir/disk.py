@@ -1,4 +1,4 @@
-"""Disk errors as one line with the path, the reason and the sizes. Does not import torch."""
+"""One-line disk errors that give the path, the reason and the sizes. Does not import torch."""
 
 import errno
 import os
@@ -17,14 +17,14 @@ REASONS = {
     errno.EFBIG: "the file exceeds the size limit of the shell (ulimit -f) or the file system",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "missing permission",
-    errno.EPERM: "missing permission, or an immutable file",
+    errno.EPERM: "missing permission, or the file is immutable",
     errno.ENOTDIR: "part of the path is a file, not a directory",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EIO: "the disk reports an I/O error",
     errno.ESTALE: "the file handle on the network file system is stale",
     errno.EBUSY: "the file is in use",
 }
-UNNAMED = ("/dev/shm with runtime.workers", "the cache of datasets, HF_DATASETS_CACHE", "the directory of TMPDIR")
+UNNAMED = ("/dev/shm if runtime.workers > 0", "the datasets cache HF_DATASETS_CACHE", "TMPDIR")
 PROBE = 2**16  # bytes written to find out why a write failed
 
 
@@ -36,13 +36,13 @@ def disk_error(error: OSError, path: Path | None = None, needed: int | None = No
     """Convert an OSError to a one-line DiskError with the path, the reason, and the needed and free space.
 
     Args:
-        path: the file or directory being written; by default the one named by the error.
+        path: the file or directory being written; defaults to the one named in the error.
         needed: size of the content in bytes.
     """
     named = error.filename if isinstance(error.filename, str) else None
     place = Path(path or named or tempfile.gettempdir())
     reason, detail = REASONS.get(error.errno or 0), error.strerror or error
-    unnamed = f"A file whose name the system does not report (possibly in {', '.join(UNNAMED)})"
+    unnamed = f"A file that the system did not name (possibly in {', '.join(UNNAMED)})"
     text = f"{place if path or named else unnamed}: "
     text += f"{reason} ({detail})." if reason else f"{detail}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or needed:
@@ -68,14 +68,14 @@ def as_user_error(error: BaseException) -> BaseException:
             shm = Path("/dev/shm")
             free = size(free_bytes(shm) or 0)
             return UserError(
-                f"runtime.workers: a data loader worker died, and {shm} has {free} free. "
-                f"Enlarge it (docker run --shm-size=1g) or set runtime.workers=0. ({cause})"
+                f"runtime.workers: a data loader worker died; {shm} has {free} free. "
+                f"Enlarge {shm} (docker run --shm-size=1g) or set runtime.workers=0. ({cause})"
             )
     return error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Iterate over an error and its causes as a traceback shows them. `raise ... from None` ends the chain."""
+    """Yield an error and its causes, following the chain that a traceback shows. `raise ... from None` ends it."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -107,7 +107,7 @@ def free_bytes(place: Path) -> int | None:
 
 
 def used_bytes(*places: Path) -> int:
-    """Return the total size in bytes of all files below the directories, without symbolic links."""
+    """Return the total size in bytes of all files below the directories, excluding symbolic links."""
     files = [file for place in places if place.is_dir() for file in place.rglob("*")]
     return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
 
@@ -146,8 +146,8 @@ def check_no_link(*places: Path) -> None:
     for place in places:
         if place.is_symlink():
             raise DiskError(
-                f"{place} is a symbolic link to {os.readlink(place)}. Files behind a link are never deleted. "
-                "Remove the link, or empty the directory behind it and remove the link."
+                f"{place} is a symbolic link to {os.readlink(place)}. Linked files are never deleted. "
+                "Remove the link, and delete the files that it points to if they are no longer needed."
             )
 
 
@@ -155,8 +155,7 @@ def remove_tree(directory: Path) -> None:
     """Delete a directory tree or a file. A missing path is not an error.
 
     Raises:
-        DiskError: something cannot be deleted, or the path is a symbolic link; the files behind it may belong to
-            another run.
+        DiskError: a file cannot be deleted, or the path is a symbolic link, whose files may belong to another run.
     """
     check_no_link(directory)
     try:
@@ -167,6 +166,6 @@ def remove_tree(directory: Path) -> None:
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else directory.name
         raise DiskError(
-            f"{directory}: cannot delete {name}: {error.strerror or error}. It must be deleted before the stage can be "
-            "rerun: delete it manually (as its owner; chattr -i if it is immutable), or choose another name=..."
+            f"{directory}: cannot delete {name}: {error.strerror or error}. Before rerunning the stage, delete it "
+            "manually (as its owner; chattr -i if it is immutable), or choose a different name=..."
         ) from error

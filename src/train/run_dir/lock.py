@@ -24,7 +24,7 @@ from train.run_dir.state import is_requeue_of, job
 
 FILE = ".writer.json"
 BEAT = 20.0  # seconds between heartbeats
-SILENT = 600.0  # seconds without a heartbeat after which a writer on another node counts as dead
+SILENT = 600.0  # seconds without a heartbeat after which a writer on a different node is considered dead
 WAIT = 10.0  # seconds to wait for child processes of a killed writer to release the lock
 
 
@@ -87,7 +87,7 @@ class RunLock:
             raise self._refusal(owner, elsewhere=True)
 
     def _open(self) -> bool | None:
-        """Open and try to lock the file. Return whether this succeeded, or None if the file system has no locks."""
+        """Open the file and try to lock it. Return whether this succeeded; None if the file system has no locks."""
         while True:
             self._close()
             self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -98,7 +98,7 @@ class RunLock:
             except OSError:
                 return None
             if self._is_ours():
-                return True  # otherwise the previous owner has just deleted the file that was locked: retry
+                return True  # otherwise the previous owner deleted the file just before it was locked: retry
 
     def _is_ours(self) -> bool:
         try:
@@ -129,16 +129,16 @@ class RunLock:
         since, slurm = owner.get("since", "an unknown time"), owner.get("job")
         part = f" (SLURM job {slurm['id']})" if slurm else ""
         text = f"{self.file.parent}: in use by another process: {who}{part}, since {since}. "
-        text += "Wait for it to finish, stop it, or choose another name=..."
+        text += "Wait for it to finish, stop it, or choose a different name=..."
         if elsewhere:
             text += (
                 f" Its last heartbeat was {self._silence():.0f} s ago. If that node is down, rerun the command "
-                f"{SILENT / 60:.0f} minutes after the last heartbeat, or immediately after: rm {self.file}"
+                f"{SILENT / 60:.0f} minutes after the last heartbeat, or delete {self.file} and rerun it immediately."
             )
         return UserError(text)
 
     def _silence(self) -> float:
-        """Return the seconds since the owner's last heartbeat by the file system's clock, or 0 if it cannot be read."""
+        """Return the seconds since the owner's last heartbeat by the file system's clock, or 0 if unknown."""
         try:
             with tempfile.NamedTemporaryFile(dir=self.file.parent, prefix=".clock-") as clock:
                 now = os.stat(clock.name).st_mtime
@@ -147,11 +147,11 @@ class RunLock:
             return 0.0
 
     def _is_dead(self, owner: dict[str, Any]) -> bool:
-        """Check whether the owner ran on this host and has terminated."""
+        """Return whether the owner ran on this host and has terminated."""
         return _same_system(owner) and _started(owner["pid"]) != owner.get("started")
 
     def _lives(self, owner: dict[str, Any]) -> bool:
-        """Check whether the owner is known and not dead, so that waiting for the lock is pointless.
+        """Return whether the owner is known and not dead, so that waiting for the lock is pointless.
 
         Waiting helps if the owner has just terminated or has not yet written its identity to the file.
         """
@@ -199,7 +199,7 @@ def _same_system(owner: dict[str, Any]) -> bool:
 def _started(pid: int) -> str | None:
     """Return the boot ID and start time of a process (clock ticks since boot), or None if it is not running.
 
-    This tells a process from a later one with the same PID. A zombie counts as not running.
+    The pair distinguishes a process from a later one with the same PID. A zombie counts as not running.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

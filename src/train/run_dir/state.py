@@ -1,4 +1,4 @@
-"""State of a run directory: the finished stages with their settings and inputs."""
+"""State of a run directory: which stages have started and finished, with which settings and inputs."""
 
 import hashlib
 import json
@@ -33,11 +33,10 @@ def publish(
     Args:
         write: writes the content to the given path.
         name: computes the final path from the temporary file; defaults to `path`.
-        needed: size of the content in bytes, for the error message on a full disk.
+        needed: size of the content in bytes, reported if the disk is full.
 
     Raises:
-        DiskError: the file cannot be written, e.g. the disk is full or read-only, or permission is missing. An
-            existing file is kept.
+        DiskError: the file cannot be written, e.g. because the disk is full or read-only. An existing file is kept.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # unique per writer
     try:
@@ -96,7 +95,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
     """Read a stage record. Settings renamed since it was written get their current names.
 
     Returns:
-        None if there is no file; an empty record if the file is damaged.
+        The record, or None if the file does not exist; an empty record if it is damaged.
     """
     try:
         found = read_json(file)
@@ -110,7 +109,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 class StageRecord:
-    """Record of one stage in `<run>/records/`: `<stage>.begun.json` from its start, `<stage>.done.json` at its end.
+    """Record of one stage in `<run>/records/`: `<stage>.begun.json` at its start, `<stage>.done.json` at its end.
 
     Stored outside the stage's directory so that the export directory contains only the artifact.
     """
@@ -119,20 +118,20 @@ class StageRecord:
         self.run_dir = run_dir
         self.begun = run_dir / "records" / f"{stage}.begun.json"
         self.done = run_dir / "records" / f"{stage}.done.json"
-        self.settings = json.loads(json.dumps(settings))  # normalized to the values that reading the record returns
+        self.settings = json.loads(json.dumps(settings))  # normalized to what reading the record returns
 
     def begin(self, restart: bool) -> None:
         """Record the settings before the first step.
 
         Args:
-            restart: start a new run of the stage. Otherwise the run ID and SLURM job of an earlier start are kept.
+            restart: start a new run of the stage; otherwise keep the run ID and SLURM job of an earlier start.
         """
         before = {} if restart else read_record(self.begun) or {}
         identity = {"id": before.get("id") or uuid.uuid4().hex[:12], "job": before.get("job") if before else job()}
         write_json(self.begun, {"settings": self.settings, "environment": environment(), **identity})
 
     def drop(self) -> None:
-        """Invalidate the records, so that the stage's files may be deleted. Safe against a kill at any point."""
+        """Invalidate the records so that the stage's files can be deleted. The process may be killed at any point."""
         if self.begun.exists() or self.done.exists():
             write_json(self.begun, {"dropped": True})
             self.done.unlink(missing_ok=True)
@@ -143,7 +142,7 @@ class StageRecord:
         Args:
             result: results of the stage, stored in the record.
             files: output files of the stage within the run directory; their hashes are stored in the record.
-            how: additional information for readers of the record; it has no effect on the outcome.
+            how: additional entries for readers of the record; resuming ignores them.
         """
         hashes = {str(file.relative_to(self.run_dir)): file_sha256(file) for file in files}
         record = {"settings": self.settings, "environment": environment(), "result": result, "files": hashes}
@@ -164,8 +163,8 @@ def check_written(run_dir: Path, found: dict[str, str]) -> None:
         record = read_record(run_dir / "records" / f"{stage}.done.json") or {}
         if record.get("files", {}).get(name, sha) != sha:
             raise UserError(
-                f"{run_dir / name} is damaged or was replaced: its SHA-256 is {sha[:12]}, but the record of stage "
-                f"{stage} has {record['files'][name][:12]}. Restore the file or rerun the stage with overwrite={stage}."
+                f"{run_dir / name} is damaged or was replaced: its SHA-256 is {sha[:12]}, but stage {stage} "
+                f"recorded {record['files'][name][:12]}. Restore the file or rerun the stage with overwrite={stage}."
             )
 
 
@@ -185,7 +184,7 @@ def is_requeue_of(earlier: Any) -> bool:
 
 
 def run_id(run_dir: Path, stage: str) -> str | None:
-    """Return the ID of the current run of a stage, which restarts keep, or None before its first start."""
+    """Return the ID of the stage's current run, or None before its first start. Resuming keeps the ID."""
     return (read_record(run_dir / "records" / f"{stage}.begun.json") or {}).get("id")
 
 

@@ -23,8 +23,8 @@ VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vo
 # Config keys that record how the file was saved: by which version, from where, in which dtype. They are ignored; the
 # dtype is set by model.target.dtype.
 SAVED_BY = {"transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "is_local", "backend"}
-JSON = "json:"  # prefix of hashes over a config's values; earlier versions hashed its bytes
-SAMPLED_FROM = 2**30  # bytes; files of this size or larger are hashed in pieces
+JSON = "json:"  # prefix of hashes over a config's values; earlier versions hashed the file's bytes
+SAMPLED_FROM = 2**30  # bytes; of files this size or larger, only samples are hashed
 PIECE, STRIDE = 2**20, 2**24  # bytes
 # Identity keys that give a location on the Hub; all others are content hashes.
 PLACES = {"repository", "commit", "tokenizer"}
@@ -67,15 +67,16 @@ def tokenizer_files(find: Find) -> list[Path]:
 
 
 def hashes(files: list[Path]) -> dict[str, str]:
-    """Map file names to SHA-256 hashes: of the values for configs, of the content for other files."""
+    """Return file name -> SHA-256, of the parsed values for configs and of the content for other files."""
     return {file.name: _content(file) for file in files}
 
 
 def comparable(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Complete the earlier identity `then` for a comparison with `now`: unknown entries are taken from `now`.
+    """Return the earlier identity `then`, completed for comparison with `now`: unknown entries are taken from `now`.
 
-    If both contain content hashes, only these are compared, not the Hub name or the commit, which changes with any
-    file of the repository. Earlier versions identified a Hub target by name and commit or by name alone.
+    If both contain content hashes, only those are compared. The Hub name and the commit are not: the commit
+    changes with any file in the repository. Earlier versions identified a Hub target by name and commit, or by name
+    alone.
     """
     found: dict[str, Any] = {}
     for other in (False, True):  # the target's entries, then those of a separate tokenizer
@@ -95,7 +96,7 @@ def _comparable(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_other_hash(then: Any, now: Any) -> bool:
-    """Check whether `then` is a hash over a config's bytes (earlier versions) and `now` one over its values."""
+    """Return whether `then` hashes a config's bytes, as in earlier versions, and `now` hashes its values."""
     return str(now).startswith(JSON) and not str(then).startswith(JSON)
 
 
@@ -110,7 +111,7 @@ def _there(find: Find, names: tuple[str, ...] | list[str]) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Read the tensor-to-file map of a weight index. Empty if the index is damaged; loading the model will fail."""
+    """Read the tensor-to-file map of a weight index. Empty if it is damaged; loading the model then fails."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError):
@@ -122,7 +123,7 @@ def _content(file: Path) -> str:
     """Hash a file: configs and weight indexes by value, other files by content.
 
     For files of `SAMPLED_FROM` bytes or more, the size, the first 1 MiB of every 16 MiB and the last 1 MiB are hashed.
-    This detects further training, which changes all weights.
+    This still detects further training, which changes all weights.
     """
     if file.name in (*MODEL, *CONFIGS) and file.suffix == ".json" or file.name.endswith(".index.json"):
         return _values(file)
