@@ -289,7 +289,7 @@ def test_insufficient_disk_space_is_reported_before_the_target_is_loaded(tmp_pat
     resources = Resources(config())
     check_disk(config(), resources, tmp_path, ["attention_tuning", "export"])
     monkeypatch.setattr(space, "free_bytes", lambda place: 6 * 10**6)
-    with pytest.raises(UserError, match=r"6.0 MB free.*need \d.*checkpoints of a stage .*MB.*run_dir="):
+    with pytest.raises(UserError, match=r"6.0 MB free.*require an additional \d.*checkpoints of a stage .*MB.*run_dir="):
         check_disk(config(), resources, tmp_path, ["attention_tuning", "export"])
     assert "target" not in vars(resources)
 
@@ -299,7 +299,7 @@ def test_insufficient_shared_memory_is_reported_before_the_workers_start(tmp_pat
 
     check_shared_memory(0, 10**9)
     monkeypatch.setattr(space, "free_bytes", lambda place: 32_000)
-    with pytest.raises(UserError, match="runtime.workers=2: .* has 32.0 kB free.*runtime.workers=0"):
+    with pytest.raises(UserError, match="runtime.workers=2: .* has only 32.0 kB free.*runtime.workers=0"):
         check_shared_memory(2, 100_000, tmp_path)
 
 

@@ -92,8 +92,8 @@ def _check_time_limit(trainer: Trainer) -> None:
     limits = [callback.time_remaining() for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
     if any(limit is not None and limit <= 0 for limit in limits):
         raise UserError(
-            "trainer.max_time (or a Timer's duration) is zero or negative, so no step would run. It must be longer "
-            "than one step takes, e.g. trainer.max_time=00:12:00:00 (days:hours:minutes:seconds)."
+            "trainer.max_time (or a Timer's duration) is zero or negative, so no step would run. Set a positive "
+            "duration, e.g. trainer.max_time=00:12:00:00 (days:hours:minutes:seconds)."
         )
 
 
