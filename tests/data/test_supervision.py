@@ -43,7 +43,8 @@ CONVERSATIONS = {
     "reasoning in the last answer": [user(0), assistant(0), user(1), assistant(1, "1 more.")],
     "reasoning in the text": [message for i in range(3) for message in (user(i), thinking(i))],
 }
-KNOWS_BLOCKS = {"Qwen3", "Qwen3-Thinking", "QwQ", "DeepSeek-R1-Distill", "Qwen3 without thinking"}
+KNOWS_BLOCKS = {"Qwen3", "Qwen3-Thinking", "QwQ", "DeepSeek-R1-Distill", "Qwen3 without thinking", "Nemotron Nano v2"}
+REWRITING = KNOWS_BLOCKS | {"OLMo 3", "gpt-oss"}  # these two end the last answer with another token
 CLOSED = {"Qwen3 without thinking", "SmolLM3 without thinking"}  # the prompt holds an empty reasoning block
 
 
@@ -104,12 +105,12 @@ def test_refused_answers_are_those_of_prompts_that_open_a_reasoning_block(encode
     refused = {
         name for name, (_, encoder) in encoders.items() if encoder.render(CONVERSATIONS["one turn"]).supervision.refused
     }
-    assert refused == {"Qwen3-Thinking", "QwQ", "DeepSeek-R1-Distill"}
+    assert refused == {"Qwen3-Thinking", "QwQ", "DeepSeek-R1-Distill", "Nemotron Nano v2"}
 
 
 def test_a_template_that_only_appends_shares_one_document(encoders):
     separate = {name: len(encoder.documents(CONVERSATIONS["reasoning"])) for name, (_, encoder) in encoders.items()}
-    rewriting = KNOWS_BLOCKS | {"OLMo 3", "gpt-oss"}  # these two end the last answer with another token
+    rewriting = REWRITING | {"Kimi K2 Thinking"}  # only drops reasoning
     assert separate == {name: 3 if name in rewriting else 1 for name in FAMILIES}
 
 
@@ -146,7 +147,7 @@ def test_most_templates_have_a_skeleton(encoders):
         if encoder.supervisor._by_skeleton(CONVERSATIONS["many turns"]) is not None
     }  # fmt: skip
     # The end token of GLM-4 belongs to the next turn; the others rewrite history.
-    assert found == FAMILIES.keys() - KNOWS_BLOCKS - {"OLMo 3", "gpt-oss", "GLM-4"}
+    assert found == FAMILIES.keys() - REWRITING - {"GLM-4"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -213,6 +214,18 @@ def test_a_template_that_misreads_reasoning_is_not_followed(template, encoders):
     text = "2 and 1.\n</think>\n\nShe has 3."
     documents = encoder.documents([user(0), {"role": "assistant", "content": text}])
     assert tokenizer.decode(supervised_runs(documents)[0][1]) == text + "<|im_end|>"
+
+
+def test_a_switch_in_an_earlier_message_applies_to_later_answers(encoders):
+    """Beyond CHECKED answers too, where an answer is rendered after its question alone."""
+    tokenizer, encoder = encoders["Nemotron Nano v2"]
+    switch = {"role": "system", "content": "Count. /no_think"}
+    messages = [switch, *(message for i in range(30) for message in (user(i), assistant(i)))]
+    runs = supervised_runs(encoder.documents(messages))
+    assert [prompt for prompt, _ in runs] == [encoder.prompt(messages[:turn]) for turn in range(2, 61, 2)]
+    assert [tokenizer.decode(answer) for _, answer in runs] == [
+        assistant(i)["content"] + "\n<SPECIAL_12>" for i in range(30)
+    ]
 
 
 def test_an_end_token_that_is_not_a_stop_token(encoders):

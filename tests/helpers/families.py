@@ -21,6 +21,8 @@ LLAMA3 = (
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|endoftext|>")
+KIMI = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
+NEMOTRON = ("<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>")
 R1 = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>")
 
@@ -41,6 +43,10 @@ def block(content: str, reasoning: str | None) -> str:
 def opened(content: str, reasoning: str | None) -> str | None:
     """Continue the reasoning block that the prompt opens; None if there is no reasoning."""
     return None if reasoning is None else f"{reasoning.strip()}\n</think>\n\n{content}"
+
+
+def kimi(content: str, reasoning: str | None) -> str:
+    return content if content.startswith("<think>") else f"<think>{reasoning or ''}</think>{content}"
 
 
 def harmony(content: str, reasoning: str | None) -> str:
@@ -114,6 +120,14 @@ FAMILIES = {
     "SmolLM3": Family("smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK),
     "SmolLM3 without thinking": Family(
         "smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK, kwargs={"enable_thinking": False}
+    ),
+    "Kimi K2 Thinking": Family(
+        "kimi_k2_thinking", KIMI, "<|im_end|>", ("<|im_end|>",), not_special=THINK,
+        writes=kimi,
+    ),
+    "Nemotron Nano v2": Family(
+        "nemotron_nano_v2", NEMOTRON, "\n<SPECIAL_12>", ("<SPECIAL_12>",), eos="<SPECIAL_12>", not_special=THINK,
+        writes=opened,
     ),
     "gpt-oss": Family("gpt_oss", HARMONY, "<|return|>", ("<|return|>", "<|endoftext|>", "<|call|>"), writes=harmony),
     "GLM-4": Family(

@@ -19,6 +19,7 @@ from data.sources.records import Messages
 OPENS_REASONING = re.compile(r"<([\w:]*think\w*)>\s*$")
 CLOSES_REASONING = re.compile(r"</[\w:]*think\w*>\s*$")
 OPENING = re.compile(r"\s*<([\w:]*think\w*)>\n?")
+EMPTY_BLOCK = re.compile(r"\s*<([\w:]*think\w*)>(\s*)</\1>")
 # Messages that show the text that the template writes after an answer.
 ANSWER, NEXT_QUESTION = "It is as follows.", "What follows from this?"
 NO_REASONING = "the prompt opens a reasoning block, but the answer has no reasoning"
@@ -136,6 +137,8 @@ class _AnswerTexts:
             tail = None  # the template drops the reasoning, or reads it as part of the answer
         if tail is not None and message.block is not None and (thought in tail) == bool(closed):
             tail = None  # the template drops the reasoning, or writes it after the empty block of the prompt
+        if tail is not None and thought and (empty := EMPTY_BLOCK.match(tail)):
+            tail = None if message.block is not None else _filled(tail, empty, thought)
         if tail is None:
             tail = message.written(opened, closed) + self._around(turn)[0]
         text, whitespace, notes = self.supervisor.split(tail, lambda: self._around(turn))
@@ -149,19 +152,27 @@ class _AnswerTexts:
         In that case, and in long conversations once the first answers read the same, the answer is rendered after its
         question alone.
         """
-        if self.many and self.local and self.checked >= CHECKED and (tail := self._tail_alone(turn)) is not None:
+        if (
+            self.many
+            and self.local
+            and self.checked >= CHECKED
+            and (tail := self._tail_alone(turn, prompt)) is not None
+        ):
             return tail
         tail = _added(prompt, self.supervisor.render(self.messages[: turn + 1], False))
         if self.many or tail is None:
-            alone = self._tail_alone(turn)
+            alone = self._tail_alone(turn, prompt)
             self.checked, self.local = self.checked + 1, self.local and tail in (alone, None)
             tail = alone if tail is None else tail
         return tail
 
-    def _tail_alone(self, turn: int) -> str | None:
+    def _tail_alone(self, turn: int, prompt: str) -> str | None:
         asked, render = question(self.messages, turn), self.supervisor.render
         try:
-            return _added(render(asked, True), render([*asked, self.messages[turn]], False))
+            alone = render(asked, True)
+            if _reasoning_state(alone) != _reasoning_state(prompt):
+                return None  # an earlier message turns reasoning on or off
+            return _added(alone, render([*asked, self.messages[turn]], False))
         except BadRecord:
             return None  # refused without the turns before it
 
@@ -176,6 +187,11 @@ class _AnswerTexts:
             return "", ""
         between = following.rpartition(NEXT_QUESTION)[0]
         return last.rpartition(ANSWER)[2], between.rpartition(ANSWER)[2] if ANSWER in between else ""
+
+
+def _reasoning_state(prompt: str) -> tuple[bool, bool]:
+    """Return whether a prompt opens a reasoning block, and whether it closes one."""
+    return bool(OPENS_REASONING.search(prompt)), bool(CLOSES_REASONING.search(prompt))
 
 
 @dataclass(frozen=True)
@@ -208,6 +224,12 @@ def _split(message: dict[str, str], tag: str | None) -> _Message:
     block = content[start:]
     reasoning, _, answer = block.partition(f"</{tag}>")
     return _Message(reasoning, answer.lstrip("\n"), block, content[:start])
+
+
+def _filled(tail: str, empty: re.Match[str], reasoning: str) -> str:
+    """Put the reasoning into the empty block that a template writes before every finished answer (Kimi K2)."""
+    middle = (empty.start(2) + empty.end(2)) // 2
+    return tail[:middle] + reasoning + tail[middle:]
 
 
 def _append(texts: list[Rendered], new: Rendered) -> None:
