@@ -9,7 +9,7 @@ batch are decoded one after another, so batching does not make decoding faster.
 Arguments beyond those of `generate`; None uses what the drafter's evaluation recommends:
     drafter: directory or Hub id of the drafter; None: the value of `custom_generate`. revision, token: for a Hub id.
     calibrate: False disables the corrections to the drafter's logits.
-    selection, threshold: which drafts to verify (off | cumulative_product | min_confidence), and the threshold for it.
+    selection, threshold: rule for which drafts to verify (off | cumulative_product | min_confidence) and its threshold.
 With `return_dict_in_generate`, the output has `acceptance_lengths`: for each row, the tokens gained per verify step.
 """
 
@@ -227,7 +227,7 @@ class Drafter:
         self.block(cache, 3, 4, True)
         change, rounding = (self.target(cache, 3, [4], 1) - full).abs().max(), 0.01 if self.dtype.itemsize > 2 else 0.25
         if not change <= rounding * full.abs().max():
-            raise Refused("The target's logits depend on the other tokens in a pass. Quantize weights only.")
+            raise Refused("The target's logits depend on the other tokens in a pass. Quantize only its weights.")
 
     def check_rope(self, length, room):
         """Check that drafts and slots after the text do not reach the length at which RoPE's angles change."""
