@@ -240,10 +240,10 @@ def test_the_default_rule_is_the_release():
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (Sampling, {"temperature": -0.5}, "temperature=-0.5: must be finite and at least 0; 0 decodes greedily"),
+        (Sampling, {"temperature": -0.5}, "temperature=-0.5: must be a finite number >= 0; 0 decodes greedily"),
         (Sampling, {"temperature": float("inf")}, "temperature=inf"),
         (Sampling, {"temperature": float("nan")}, "temperature=nan"),
-        (Sampling, {"top_k": -1}, "top_k=-1: must be an integer of at least 0"),
+        (Sampling, {"top_k": -1}, "top_k=-1: must be an integer >= 0"),
         (Sampling, {"top_p": 0.0}, "top_p=0.0: must be in .0, 1."),
         (Sampling, {"top_p": 1.5}, "top_p=1.5"),
         (Selection, {"rule": "most"}, "selection='most': expected one of off, cumulative_product, min_confidence"),

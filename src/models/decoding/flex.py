@@ -70,10 +70,10 @@ def generate(
 
     Each step runs the candidates of every row in flight (the bonus token and the drafts after it) through the target in
     one causal pass. It commits the leading drafts that equal the target's own choices; the target's choice after them
-    becomes the next bonus token. The number of accepted drafts may differ between rows. Decoding is therefore lossless,
-    whether greedy or sampled: with the same seed, every drafting mode yields the same tokens, except for ties within
-    rounding. Greedy output equals that of `target.generate` in transformers, and sampled output has the same
-    distribution, including the logits processors and stopping criteria of the target's `generation_config`
+    becomes the next bonus token. Rows may accept different numbers of drafts. Decoding is lossless, whether greedy or
+    sampled: with the same seed, every drafting mode yields the same tokens, except for ties within rounding. Greedy
+    output equals that of `target.generate` in transformers, and sampled output has the same distribution. Both apply
+    the logits processors and stopping criteria of the target's `generation_config`
     (models/decoding/generation_settings.py). `sampling` sets temperature, top-k and top-p.
 
     * `sequential`: after verification, one block runs through the draft layers; its slot 0 may hold the bonus token.
@@ -198,7 +198,7 @@ def check_untested(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     if difference:
         raise ValueError(
             f"{kind} is not supported as a target: when run layer by layer, its logits differ by {difference:.1%} of "
-            "the largest, so its forward does more than run its layers."
+            "the largest logit, so its forward does more than run its layers."
         )
     ids = torch.tensor([prompt], device=target.device)
     mask = torch.ones_like(ids)

@@ -56,7 +56,7 @@ def target_logits(target: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def difference_from_forward(target: PreTrainedModel, tokens: list[int]) -> float:
-    """Return the largest difference between the prefill's and the target's own logits after the last of `tokens`.
+    """Return the largest difference between prefill logits and the target's own, both after the last of `tokens`.
 
     The difference is relative to the largest absolute logit. Differences within rounding error are returned as 0: those
     below 1e-3 in float32 and float64, and below 0.1 in lower precision.
@@ -86,7 +86,7 @@ class ForwardPasses:
 
     @property
     def _drafter(self) -> DraftModel:
-        """The drafter; only for passes that draft."""
+        """The drafter, for passes that require one."""
         assert self.draft is not None
         return self.draft
 

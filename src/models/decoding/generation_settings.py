@@ -260,7 +260,7 @@ def sequence_state(
 def _stop_strings(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, others: Sequence[str] = ()
 ) -> list[Criterion]:
-    """Return a list with one criterion for the target's stop strings and `others`, or an empty list without any.
+    """Return one criterion for the target's stop strings and `others`, as a list that is empty if there are none.
 
     Raises:
         ValueError: unsupported settings, or stop strings without a tokenizer.

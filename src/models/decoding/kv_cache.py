@@ -14,8 +14,8 @@ class KVCache:
 
     The token at position p of row r is stored at index `slots + p` in row r. Rows of different lengths need no padding,
     and rejected drafts need not be removed, since later tokens overwrite them. Slots come first so that passes over
-    tokens can read token entries alone and are unaffected by what the drafter writes. Masking would not suffice: a NaN
-    key gives a NaN score, and a NaN value times a weight of 0 is NaN.
+    tokens read only token entries and are unaffected by what the drafter writes. Masking would not suffice: a NaN key
+    gives a NaN score, and a NaN value times a weight of 0 is NaN.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class KVCache:
         return [LayerCache(keys, values, rows, at, stop, only_finite=drafts) for keys, values in self.layers]
 
     def slot_entries(self, count: int, stop: int, layers: slice) -> list[LayerCache]:
-        """Return the cache entries for `count` slots, located directly before the tokens, in a slice of the layers.
+        """Return the cache entries for `count` slots, located directly before the tokens, per layer in `layers`.
 
         Queries read the slots, followed by the tokens at positions below `stop`.
 

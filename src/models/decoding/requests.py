@@ -104,7 +104,7 @@ def parse_prompts(target: PreTrainedModel, input_ids: Any, attention_mask: Tenso
         prompts = _without_padding(target, input_ids, attention_mask)
     elif attention_mask is not None:
         raise ValueError(
-            "attention_mask applies only to a padded tensor; prompts given as lists have no padding. Remove it."
+            "attention_mask applies only to a padded tensor, but the prompts are lists. Remove attention_mask."
         )
     else:
         prompts = _lists(input_ids)

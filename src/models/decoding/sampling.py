@@ -28,9 +28,9 @@ class Sampling:
             ValueError: a field is out of range.
         """
         if not 0 <= _number(self.temperature) < inf:
-            raise ValueError(f"temperature={self.temperature!r}: must be finite and at least 0; 0 decodes greedily.")
+            raise ValueError(f"temperature={self.temperature!r}: must be a finite number >= 0; 0 decodes greedily.")
         if not _number(self.top_k).is_integer() or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r}: must be an integer of at least 0; 0 keeps all tokens.")
+            raise ValueError(f"top_k={self.top_k!r}: must be an integer >= 0; 0 keeps all tokens.")
         if not 0 < _number(self.top_p) <= 1:
             raise ValueError(f"top_p={self.top_p!r}: must be in (0, 1]; 1 keeps all tokens.")
 
@@ -74,7 +74,7 @@ class Sampling:
         return warpers
 
     def _most_likely(self, ids: None, logits: Tensor) -> Tensor:
-        """Filter by top-p like `TopPLogitsWarper`, but without float cumsum, which is nondeterministic on GPUs."""
+        """Apply top-p like `TopPLogitsWarper`, but deterministically on GPUs: no float cumsum. [N, V] -> [N, V]."""
         ascending, order = logits.sort(-1)
         unlikely = _cumulative(ascending.softmax(-1)) <= round((1 - self.top_p) * UNIT)
         unlikely[..., -1] = False
