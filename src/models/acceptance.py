@@ -22,7 +22,7 @@ def leading_true(correct: Tensor) -> Tensor:
 def running_product(values: Tensor) -> Tensor:
     """Compute the cumulative product along the last dimension, deterministically even on GPUs. [..., n] -> [..., n].
 
-    On a GPU, the reduction order of float `cumprod` (as that of `cumsum`) is not fixed, and PyTorch has no
+    On a GPU, the reduction order of float `cumprod` (like that of `cumsum`) is not fixed, and PyTorch has no
     deterministic implementation.
     """
     before = torch.ones(values.shape[-1:] * 2, dtype=torch.bool, device=values.device).tril()  # [j, m]: m <= j

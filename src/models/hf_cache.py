@@ -18,7 +18,7 @@ NAMES = ("cache", "past_key_values")  # since 5.24, and earlier
 
 @functools.cache
 def forward_arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the parameter names of a forward in order, excluding `*args` and `**kwargs`."""
+    """Return the parameter names of a `forward` in order, excluding `*args` and `**kwargs`."""
     parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
@@ -27,7 +27,7 @@ def require_arguments(kind: type[nn.Module], names: set[str]) -> None:
     """Check that a module's forward takes these arguments by name rather than swallowing them in `**kwargs`.
 
     Raises:
-        ValueError: an argument is missing from the signature of the forward.
+        ValueError: an argument is missing from the signature of `forward`.
     """
     if missing := sorted(names - set(forward_arguments(kind.forward))):
         raise ValueError(

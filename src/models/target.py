@@ -51,8 +51,8 @@ def load_target(
     torch_dtype = _resolve_dtype(dtype)
     if (name is None) == (architecture is None):
         raise ValueError(
-            f"name={name!r}, architecture={architecture!r}: expected exactly one of them, the name of a "
-            "pretrained model or an architecture for random weights."
+            f"name={name!r}, architecture={architecture!r}: expected exactly one of them: the name of a "
+            "pretrained model, or an architecture for random weights."
         )
     if architecture is not None:
         if options or torch_dtype == "auto":

@@ -137,7 +137,7 @@ def test_a_forward_with_scaling_outside_its_layers_is_detected(kind):
     target = load_target(None, architecture=SIZES | {"model_type": kind} | scaled)
     check_architecture(target.config)  # no setting of the config shows it
     with pytest.raises(
-        ValueError, match=f"{kind} is not supported as a target: its logits differ by .* when run layer by layer"
+        ValueError, match=f"{kind} is not supported as a target: when run layer by layer, its logits differ by"
     ):
         check_untested(target)
 

@@ -1,4 +1,4 @@
-"""Runs decoder layers. Attention kernel, compilation and activation checkpointing do not change the result."""
+"""Runs decoder layers; attention kernel, compilation and activation checkpointing do not affect the result."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -50,7 +50,7 @@ def run_layers(
     """Run decoder layers of the target's architecture in sequence, with one view per layer.
 
     Args:
-        first_layer: index of the first layer, or of the layer it was copied from, in the target.
+        first_layer: target index of the first layer, or of the layer it was copied from.
         hidden: [R, tokens, H]. position_ids: [R, tokens].
 
     Returns:

@@ -73,7 +73,7 @@ def cached_causal(positions: Tensor, window: int | None = None) -> Rule:
 
 
 def slots_first(rule: Rule, slots: int, tokens: int) -> Rule:
-    """Adapt a rule for keys of `tokens` tokens followed by `slots` slots to the reverse order, slots first."""
+    """Adapt a rule whose keys are `tokens` tokens followed by `slots` slots to keys that start with the slots."""
 
     def moved(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return rule(row, head, query, (key - slots) % (slots + tokens))

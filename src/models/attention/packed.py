@@ -40,7 +40,7 @@ class LayerCache:
     rows: Tensor  # [R, 1]
     at: Tensor  # [R or 1, tokens] indices to write to
     stop: int  # entries before this index are read
-    only_finite: bool = False  # write 0 in place of non-finite numbers
+    only_finite: bool = False  # write non-finite numbers as 0
 
     def update(self, key: Tensor, value: Tensor) -> KeysValues:
         """Write the layer's keys and values to the cache and return those its queries read.
@@ -60,7 +60,7 @@ class View:
 
     mask: Mask | None = None  # None: no masking
     context: KeysValues | None = None  # prepended to the layer's own
-    cache: LayerCache | None = None  # the layer's own are written to it, and all are read from it
+    cache: LayerCache | None = None  # the layer's own are written to it, and queries read from it
     keep: bool = False  # store the layer's own keys and values in `kept`
     stop: bool = False  # raise LayerStopped after keys and values are computed
     kept: KeysValues | None = None
@@ -112,7 +112,7 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention for transformers: [R, heads, tokens, head size] -> [R, tokens, heads, head size].
+    """Compute attention for a transformers layer: [R, heads, tokens, head size] -> [R, tokens, heads, head size].
 
     Raises:
         LayerStopped: the view has `stop` set.

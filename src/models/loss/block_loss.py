@@ -37,7 +37,7 @@ def block_loss(
     Args:
         logits_of: (hidden [n, H], bonus [n] or None, previous [n] or None) -> logits [n, V], independently per slot.
         hidden: [R, A, B, H] draft hidden states.
-        chunk: maximum number of slots whose logits are held at once, but at least one block.
+        chunk: maximum number of slots whose logits are held at once; a chunk has at least one block.
         slot0_loss: whether to train slot 0, whose prediction is replaced by the bonus token in decoding.
         labels: [R, A, B] overrides the batch's labels, e.g. to mask entire blocks.
         bonus: [R, A] bonus tokens, or None.
@@ -121,7 +121,7 @@ class _LossHead:
 
     @torch.no_grad()
     def loss(self, logits: Tensor, piece: Piece, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Run `piece_loss`, with the gradient in the dtype of the logits. May overwrite `logits`."""
+        """Return the results of `piece_loss`, with the gradient in the dtype of `logits`. May overwrite `logits`."""
         teacher, wide = None, torch.promote_types(logits.dtype, torch.float32)
         if self.before is not None and self.teacher is not None:
             teacher = self.logits_of(self.teacher[self.before[piece.slots]], None, None)

@@ -59,7 +59,7 @@ class Objective:
 def dpace_weights(confidence: Tensor, supervised: Tensor, alpha: float) -> Tensor:
     """Compute D-PACE slot weights (arXiv 2605.18810): how much of the expected acceptance length depends on a slot.
 
-    With q~ = (1 - alpha) q + alpha, w_j is the sum over m >= j of q~_1 * ... * q~_m. Carries no gradient.
+    With q~ = (1 - alpha) q + alpha, w_j is the sum over m >= j of q~_1 * ... * q~_m. The weights carry no gradient.
 
     Args:
         confidence: [..., n] acceptance probability q of each drafted slot, in order.
