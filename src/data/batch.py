@@ -53,8 +53,8 @@ class Batch:
         """Select the labeled slots with index `first` or higher in every block.
 
         Returns:
-            The flat indices of the selected slots into R*A*B, ascending, [n]; and R*A + 1 offsets: block i has the
-            selected slots from offset i up to, but excluding, offset i + 1.
+            The flat indices of the selected slots within R*A*B, [n], in ascending order, and R*A + 1 offsets into them:
+            those of block `i` are `indices[offsets[i]:offsets[i + 1]]`.
         """
         counts = [max(0, length - first) for length in self.lengths]
         labelled = self.labels != IGNORE

@@ -139,7 +139,7 @@ INVALID = {
     "empty list": ([], "empty list"),
     "no path": ([{"weight": 1}], "invalid source"),
     "unknown key": ([{"path": "a", "wait": 1}], "invalid source"),
-    "negative weight": ([{"path": "a", "weight": -1}], "weight=-1 for a: must be a number > 0"),
+    "negative weight": ([{"path": "a", "weight": -1}], "weight=-1 for a must be a number > 0"),
     "a split of local files": ([{"path": ".", "split": "test"}], "split=test has no effect on the local path [.]"),
     "a subset of local files": ([{"path": ".", "subset": "main"}], "subset=main has no effect on the local path [.]"),
     "some weights": ([{"path": "a", "weight": 1}, "b"], "Set a weight for every source or for none"),

@@ -60,14 +60,14 @@ def defaults() -> DictConfig:
 
 
 def reference(overrides: list[str]) -> DictConfig:
-    """Compose conf/ with only the overrides that select its files. The result defines the valid keys and types."""
+    """Compose conf/ with only the overrides that select files in it. The result defines the valid keys and types."""
     # Ignore `~group`, which deletes required settings, and `stage=...`, which deletes the settings of other stages.
     groups = set(GROUPS) - {"stage"}
     return _composed_once(tuple(o for o in overrides if "=" in o and o.split("=")[0].lstrip("+") in groups))
 
 
 def preset(group: str, name: str) -> DictConfig:
-    """Return the settings in one file in conf/, e.g. ("trainer", "zero2"), merged with those in its base files."""
+    """Return the settings of one config file, e.g. ("trainer", "zero2"), merged with those of its base files."""
     return _composed_once((f"{group}={name}",))[group]
 
 
@@ -96,7 +96,7 @@ def unresolved(error: OmegaConfBaseException) -> str:
 
 
 def unknown_key(key: str, known: dict[str, Any]) -> str:
-    """Return the error message for an unknown setting, with its new name, similar settings or its group's keys."""
+    """Return the error message for an unknown setting: its new name, similar settings or the keys in its group."""
     if (name := current_name(key)) != key:
         return f"{key}: this setting was renamed to {name}."
     group, _, last = key.rpartition(".")

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 
 STAGES = ("attention_tuning", "bonus_calibration")
-INT32_MAX = 2**31 - 1  # largest integer setting: every library accepts int32
-FLOAT32_MAX = 3e38  # largest float setting: the optimizer computes in float32
+INT32_MAX = 2**31 - 1  # limit for integers: every library accepts int32 values
+FLOAT32_MAX = 3e38  # limit for floats: the optimizer computes in float32
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Range:
 POSITIVE_INT, NON_NEGATIVE_INT, FRACTION = Range(1), Range(0), Range(0.0, 1.0)
 POSITIVE, NON_NEGATIVE = Range(0.0, above=True), Range(0.0)
 PROBABILITY = Range(0.0, 1.0, above=True)  # (0, 1]
-PROCESSES = 1024  # larger values are surely typos and would overload the machine
+PROCESSES = 1024  # larger values are almost certainly typos and would overload the machine
 
 RANGES = {
     "seed": Range(0, 2**32 - 1),  # the seeds that numpy accepts
@@ -127,7 +127,7 @@ LISTS |= {
 
 
 def check_ranges(config: DictConfig) -> None:
-    """Check that every number in `config` is in its range. Null is accepted.
+    """Check that every number in `config` is within its range. Null is accepted.
 
     Raises:
         UserError: a value is out of range or not a number; the message names the first such setting.

@@ -1,4 +1,4 @@
-"""Renamed settings. Old names are rejected with a hint at the new one; records of earlier runs are translated."""
+"""Renamed settings. Old names are rejected with a hint to use the new ones; records of earlier runs are translated."""
 
 from typing import Any
 

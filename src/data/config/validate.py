@@ -143,7 +143,7 @@ def _check_keys(given: Any, known: Any, root: dict[str, Any], path: str) -> None
 
     Raises:
         UserError: a key is unknown or missing, a value is given for a group or vice versa, or a setting
-            that always equals a different one is changed.
+            that is tied to another one is changed.
     """
     # Top-level groups must stay groups, even the free-form ones. Nested free-form settings may be null.
     section = path not in FREE_FORM or "." not in path
@@ -194,7 +194,7 @@ def _check_type(config: DictConfig, sources: tuple[DictConfig, ...], path: str, 
     except OmegaConfBaseException as error:
         raise UserError(f"{path}={written}: {str(error).strip().splitlines()[0]}.") from error
     if path.rpartition(".")[2] in CLASS_KEYS and value != known:
-        raise UserError(f"{path}={value!r}: classes cannot be changed; expected {known!r}. Remove it.")
+        raise UserError(f"{path}={value!r}: expected {known!r}, since classes cannot be changed. Remove it.")
     kind = NULLABLE.get(path) or (str if known is None else type(known))  # only `name` has no default
     if value is None and path in NULLABLE:
         return

@@ -21,7 +21,7 @@ class Row:
 
 
 def best_fit(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
-    """Assign documents to rows of at most `max_seq_len` tokens. Return the row of each document, [documents].
+    """Assign documents to rows of at most `max_seq_len` tokens. Return the row index of each document.
 
     Best-fit decreasing: documents are placed longest first (ties by index), each into the fullest row with enough room.
 

@@ -1,1 +1,1 @@
-"""`python -m data.regenerate`: lets the target rewrite the answers in a dataset."""
+"""`python -m data.regenerate`: regenerates the answers in a dataset with the target."""

@@ -77,7 +77,10 @@ class LocalBackend:
             try:
                 prompt = self.encoder.prompt(conversation.ask())
                 if len(prompt) > self.limit:
-                    raise BadRecord(f"the prompt has {len(prompt)} tokens, which leaves no room for an answer")
+                    raise BadRecord(
+                        f"the prompt has {len(prompt)} tokens, which leaves no room for "
+                        f"max_new_tokens={self.sampling.max_new_tokens}"
+                    )
                 asked.append((prompt, conversation))
             except BadRecord as error:
                 conversation.outcome = f"{REFUSED}: {error}"

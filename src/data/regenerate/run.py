@@ -98,7 +98,7 @@ def regenerate(config: DictConfig) -> None:
             _regenerate(config, output)
     except Timeout:
         raise UserError(
-            f"{output}: another process is writing this file. Wait for it to finish, or choose a different output."
+            f"{output}: another process is writing this file. Wait for it, or set a different regenerate.output."
         ) from None
 
 

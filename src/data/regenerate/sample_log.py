@@ -13,7 +13,7 @@ class SampleLog:
     """A JSONL log of finished samples in completion order, indexed by sample id."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. If a killed process left the last line incomplete, remove it."""
+        """Open or create the file. Remove an incomplete last line left by a kill: its sample counts as unfinished."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.offsets: dict[str, tuple[int, int]] = {}  # id -> (byte offset, length) of its line

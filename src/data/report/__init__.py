@@ -1,1 +1,1 @@
-"""`python -m data.report`: reports statistics of the training data before training."""
+"""`python -m data.report`: reports training data statistics before training."""

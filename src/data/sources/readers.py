@@ -263,7 +263,7 @@ def _settings(item: Any, split: str, setting: str) -> SourceSettings:
         )
     weight = item.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
-        raise UserError(f"{setting}: weight={weight!r} for {item['path']}: must be a number > 0.")
+        raise UserError(f"{setting}: weight={weight!r} for {item['path']} must be a number > 0.")
     subset = item.get("subset")
     unused = next((key for key in ("split", "subset") if item.get(key)), None)
     if unused and setting == "data.path" and Path(str(item["path"])).exists():

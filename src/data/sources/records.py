@@ -23,7 +23,7 @@ def conversation(record: Any) -> Messages:
     if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("no assistant turn; generate answers with python -m data.regenerate")
     while messages[-1]["role"] != "assistant":
-        messages.pop()  # has nothing to supervise, and templates may render the last answer differently
+        messages.pop()  # an unanswered turn is not supervised, and may change how templates render the last answer
     return messages
 
 

@@ -26,7 +26,7 @@ class Reject(TypedDict):
 
 
 def reject(source: Source, position: int, reason: str, text: str) -> Reject:
-    """Return the rejects file's entry for a bad record."""
+    """Return the entry for a bad record in the rejects file."""
     return {
         "file": source.reader.name,
         "line": position,
