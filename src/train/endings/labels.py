@@ -73,4 +73,4 @@ class LabelledBlocks(Callback):
 def _why(module: lightning.LightningModule) -> str:
     if not module.masks_labels:
         return "The rows contain too few assistant tokens."
-    return "A block has a label only if the target predicts its first token; the target did not write these answers."
+    return "A block has a label only if the target predicts its first token, so these answers are not the target's own."

@@ -110,7 +110,7 @@ def tables(evaluation: Evaluation) -> dict[str, Rows]:
 def markdown(evaluation: Evaluation, name: str) -> str:
     """Format the report as a Markdown document."""
     selection = _selection(evaluation.how.selection)
-    lines = [f"# Evaluation of {name}", "", f"Target {evaluation.target}, selective verification {selection}."]
+    lines = [f"# Evaluation of {name}", "", f"Target: {evaluation.target}. Selective verification: {selection}."]
     for title, rows in tables(evaluation).items():
         lines += ["", f"## {title}", "", _line(rows[0]), _line(["---"] * len(rows[0])), *map(_line, rows[1:])]
     lines += ["", *_remarks(evaluation)]

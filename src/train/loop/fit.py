@@ -137,7 +137,7 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     try:
         trainer.fit(module, data, ckpt_path=chosen, weights_only=True)
     except MisconfigurationException as error:
-        raise UserError(f"Lightning rejected the settings of trainer, logger or callbacks: {error}") from error
+        raise UserError(f"Lightning rejected the trainer, logger or callback settings: {error}") from error
     finally:
         data.close()
     early = trainer.global_step < trainer.max_steps

@@ -93,7 +93,7 @@ class StageWandbLogger(WandbLogger):
         super().log_hyperparams(params)
 
     def replay(self, rows: dict[int, dict[str, float]]) -> None:
-        """In offline mode, log again the metrics that an interrupted run logged up to its checkpoint.
+        """In offline mode, re-log the metrics that an interrupted run had logged up to its checkpoint.
 
         Offline, metrics from the last 15 seconds before a kill never reach the disk. Online, the server already has
         all of them.
@@ -173,7 +173,7 @@ def mode(directory: str) -> str:
     try:
         settings = wandb.setup().settings
     except Exception as error:  # e.g. an invalid WANDB_* variable
-        raise UserError(f"W&B rejected its settings (WANDB_* variables): {_line(error)}") from error
+        raise UserError(f"W&B rejected the settings in the WANDB_* variables: {_line(error)}") from error
     if given in (*OFFLINE, "disabled") or settings.mode in (*OFFLINE, "disabled"):
         return given or settings.mode
     if not logged_in(settings.base_url):

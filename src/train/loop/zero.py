@@ -87,7 +87,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Run the optimizer step and check that DeepSpeed skipped it if a fault was found.
 
-        If DeepSpeed skipped the step although no fault was found, the skip is recorded as a fault in `module.step`.
+        If DeepSpeed skipped the step but no fault was found, the skip is recorded as a fault in `module.step`.
 
         Raises:
             RuntimeError: DeepSpeed took a step that should have been skipped.
@@ -113,12 +113,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._zero.loss_scale = divisor
 
     def gradient_norms(self) -> Tensor:
-        """Return the reduced gradient's norm for each trained parameter, over this rank's shard, [parameters]."""
+        """Return the norm of each trained parameter's reduced gradient, over this rank's shard only, [parameters]."""
         zero, trained = self._zero, self._module.trained().values()
         norms = {id(parameter): torch.zeros((), device=self.root_device) for parameter in trained}
         groups = zero.fp16_groups if self.zero_stage_3 else zero.params_in_partition
         for number, parameters in enumerate(groups):
-            # The parameter shards are followed by padding that makes the group equally large on every rank.
+            # The parameter shards are followed by padding, so that the group has the same size on every rank.
             for parameter, piece in zip(parameters, zero.averaged_gradients[number], strict=False):
                 norms[id(parameter)] = torch.linalg.vector_norm(piece.float())
         return torch.stack([norms[id(parameter)] for parameter in trained])
