@@ -144,11 +144,11 @@ def _arguments(model, arguments):
     # PEFT hooks select adapters by row or, for Activated LoRA, by position; drafting runs different passes.
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     hooks = [hook for hook in hooks if str(getattr(hook, "func", hook).__module__).startswith("peft.")]
-    refused |= {f"{name} (of PEFT)": True for hook in hooks for name in getattr(hook, "keywords", ())}
+    refused |= {f"{name} (PEFT)": True for hook in hooks for name in getattr(hook, "keywords", ())}
     for function in (getattr(model, name) for name in OWN_LOOP):
         function = getattr(function, "__func__", function)
         by = getattr(function, "__globals__", {}).get("__name__", "")
-        what = f"inputs prepared by {getattr(function, '__qualname__', function)} of {by}"
+        what = f"inputs prepared by {getattr(function, '__qualname__', function)} in {by}"
         refused[what] = by.split(".")[0] != "transformers"
     _refuse(refused)
     tokenizer, strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
