@@ -198,7 +198,7 @@ def test_a_full_disk_is_reported_with_path_and_sizes_and_older_checkpoints_stay(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     text = str(refused.value)
-    assert str(tmp_path / "step-00000020.ckpt") in text and "4.0 MB are needed" in text and "free" in text
+    assert str(tmp_path / "step-00000020.ckpt") in text and "4.0 MB needed" in text and "free" in text
     assert "unexpected pos" not in text and "exceeds the size limit" in text
     assert [path.name[:13] for path in tmp_path.iterdir()] == ["step-00000010"]  # no partial file
 

@@ -47,9 +47,9 @@ def disk_error(error: OSError, path: Path | None = None, needed: int | None = No
     text += f"{reason} ({detail})." if reason else f"{detail}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or needed:
         free = free_bytes(place)
-        sizes = [f"{size(needed)} are needed"] if needed else []
-        sizes += [] if free is None else [f"{size(free)} are free"]
-        text += f" {' and '.join(sizes)}." if sizes else ""
+        sizes = [f"{size(needed)} needed"] if needed else []
+        sizes += [] if free is None else [f"{size(free)} free"]
+        text += f" {', '.join(sizes)}." if sizes else ""
     return DiskError(f"{text} Earlier files are intact. Fix the problem, then rerun the command to resume.")
 
 

@@ -176,7 +176,7 @@ def job() -> dict[str, Any] | None:
 
 
 def is_requeue_of(earlier: Any) -> bool:
-    """Check whether the current SLURM job is a requeue of `earlier`, a value returned by `job` in another process."""
+    """Return whether the current SLURM job is a requeue of `earlier`, which `job` returned in another process."""
     here = job()
     return bool(
         here and isinstance(earlier, dict) and here["id"] == earlier["id"] and here["restart"] > earlier["restart"]

@@ -1,7 +1,7 @@
 """Identity of a target: content hashes of the files that transformers reads, independent of their location.
 
 A model loaded by its Hub ID or from any local directory is the same target, even if its configs were re-saved by
-another release of transformers.
+a different release of transformers.
 """
 
 import hashlib
