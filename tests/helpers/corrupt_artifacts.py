@@ -104,18 +104,18 @@ DAMAGES = {
     "config cut": ("whole", write(CONFIG, b'{"model_type": "qwe'), "files: config.json: invalid JSON (Unterminated"),
     "config a list": ("whole", write(CONFIG, b"[]"), "files: config.json: contains a JSON list; expected an object"),
     "no weights": ("whole", remove(WEIGHTS), f"files: {WEIGHTS} and {INDEX}: missing; found no *.safetensors"),
-    "weights truncated": ("whole", cut, f"files: {WEIGHTS}: truncated: "),
+    "weights truncated": ("whole", cut, f"files: {WEIGHTS}: truncated; it has "),
     "weights too long": (
         "whole",
         lambda d: (d / WEIGHTS).open("ab").write(b"more"),
-        f"files: {WEIGHTS}: damaged: ",
+        f"files: {WEIGHTS}: damaged; it has ",
     ),
     "weights garbage": (
         "whole",
         write(WEIGHTS, b"\xff" * 300),
-        f"files: {WEIGHTS}: 300 bytes without a safetensors header",
+        f"files: {WEIGHTS}: no safetensors header in 300 bytes",
     ),
-    "weights empty": ("whole", write(WEIGHTS, b""), f"files: {WEIGHTS}: 0 bytes without a safetensors header"),
+    "weights empty": ("whole", write(WEIGHTS, b""), f"files: {WEIGHTS}: no safetensors header in 0 bytes"),
     "pickled weights": ("whole", write("pytorch_model.bin", pickle.dumps({})), "files: pytorch_model.bin: pickled"),
     "second weights": (
         "whole",
@@ -135,19 +135,19 @@ DAMAGES = {
     "index lacks a tensor": (
         "shards",
         change_index(lambda places: places.pop("mask_embedding")),
-        "files: mask_embedding: in model-",
+        "files: mask_embedding: found in model-",
     ),
     "index has a tensor too many": (
         "shards",
         change_index(lambda places: places.update(ghost=places["mask_embedding"])),
         "files: ghost: missing from model-",
     ),
-    "index no JSON": ("shards", write(INDEX, b"{"), f"files: {INDEX}: not JSON with a weight_map"),
+    "index no JSON": ("shards", write(INDEX, b"{"), f"files: {INDEX}: expected JSON with a weight_map"),
     "no decoder": ("whole", remove(DECODER), f"files: {DECODER}: missing. Plain transformers needs it"),
     "decoder altered": (
         "whole",
         lambda d: (d / DECODER).open("a").write("import os"),
-        f"files: {DECODER}: changed after the export (sha256",
+        f"files: {DECODER}: modified after the export (sha256",
     ),
     "decoder a directory": (
         "whole",
@@ -157,9 +157,9 @@ DAMAGES = {
     "code beside the decoder": (
         "whole",
         write("custom_generate/helper.py", b""),
-        "files: custom_generate/helper.py: unexpected code",
+        "files: custom_generate/helper.py: unexpected Python file",
     ),
-    "code for transformers": ("whole", write("modeling_x.py", b""), "files: modeling_x.py: unexpected code"),
+    "code for transformers": ("whole", write("modeling_x.py", b""), "files: modeling_x.py: unexpected Python file"),
     "weights a directory": (
         "whole",
         lambda d: (remove(WEIGHTS)(d), (d / WEIGHTS).mkdir()),
@@ -168,7 +168,7 @@ DAMAGES = {
     "config a directory": (
         "whole",
         lambda d: (remove(CONFIG)(d), (d / CONFIG).mkdir()),
-        "files: config.json: not readable (Is a directory)",
+        "files: config.json: cannot be read (Is a directory)",
     ),
     "config not text": ("whole", write(CONFIG, b"\xff\xfe{"), "files: config.json: invalid JSON ('utf-8' codec"),
     "config nested without end": ("whole", write(CONFIG, b"[" * 100_000), "files: config.json: invalid JSON ("),
@@ -182,7 +182,7 @@ DAMAGES = {
     "block size beyond all positions": (
         "whole",
         change_config(block_size=10**9),
-        "config: config.json: block_size is 1000000000; expected at most 256, the target's positions",
+        "config: config.json: block_size is 1000000000; expected at most 256, the target's context length",
     ),
     "scaling of RoPE that the target has not": (
         "whole",
@@ -193,7 +193,7 @@ DAMAGES = {
     "no FlexDraft settings": (
         "whole",
         change_config(flexdraft_config=None, dflash_config=None),
-        "config: config.json: expected flexdraft_config or dflash_config to be an object",
+        "config: config.json: not a FlexDraft drafter; expected flexdraft_config or dflash_config to be an object",
     ),
     "one of the settings missing": (
         "whole",
@@ -228,17 +228,17 @@ DAMAGES = {
     "number of target layers": (
         "whole",
         change_config(num_target_layers=None),
-        "config: config.json: num_target_layers is None; expected 5, the number of the target's layers",
+        "config: config.json: num_target_layers is None; expected 5, the target's number of layers",
     ),
     "kinds of layers": (
         "whole",
         change_config(layer_types=["full_attention"] * 5),
-        "expected ['full_attention', 'full_attention', 'full_attention'], the target's last 3 layers'",
+        "expected ['full_attention', 'full_attention', 'full_attention'], those of the target's last 3 layers",
     ),
     "calibrator without rank": (
         "whole",
         change_settings(anchor_bias_rank=0),
-        "config: config.json: enable_anchor_bias_logits is true, but anchor_bias_rank is 0; expected 1 or more",
+        "config: config.json: enable_anchor_bias_logits is true, but anchor_bias_rank is 0; expected >= 1",
     ),
     "rank without calibrator": (
         "no_calibrator",
@@ -258,7 +258,7 @@ DAMAGES = {
     "chain of no rank": (
         "beyond",
         change_settings(chain_rank=-1),
-        "config: config.json: chain_rank is -1; expected an integer of 0 or more",
+        "config: config.json: chain_rank is -1; expected an integer >= 0",
     ),
     "biases that the target has not": (
         "whole",
@@ -322,7 +322,7 @@ DAMAGES = {
     "bonus slot that nothing reads": (
         "whole",
         change_tensors(lambda tensors: tensors.update({"bonus_slot.weight": torch.ones(32, 32)})),
-        f"tensors: bonus_slot.weight: unexpected tensor in {WEIGHTS}; config.json has no bonus slot (bonus_slot)",
+        f"tensors: bonus_slot.weight: unexpected tensor in {WEIGHTS}; config.json does not enable the bonus slot",
     ),
     "shape": (
         "whole",

@@ -165,7 +165,7 @@ def test_non_finite_weights_are_not_exported(exported, tmp_path_factory):
     with torch.no_grad():
         draft.mask_embedding[0] = float("nan")
     directory = tmp_path_factory.mktemp("nan")
-    with pytest.raises(ValueError, match="mask_embedding: not finite"):
+    with pytest.raises(ValueError, match="Non-finite values in mask_embedding"):
         export_draft(draft, directory, torch.float32)
     assert not list(directory.iterdir())
 
@@ -223,11 +223,11 @@ def test_a_relative_of_the_target_causes_a_warning_and_the_target_itself_does_no
     load_draft(directory, target)
     load_draft(directory, random_target("bfloat16"))
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="other weights"):
+    with pytest.warns(UserWarning, match="unrelated weights"):
         load_draft(directory, random_target(seed=4))
     with torch.no_grad():
         target.model.layers[1].mlp.up_proj.weight.mul_(1.1)
-    with pytest.warns(UserWarning, match=r"1 of \d+ sampled tensors differ .*up_proj.*: a fine-tuned variant"):
+    with pytest.warns(UserWarning, match=r"1 of \d+ sampled tensors differ .*up_proj.*: probably a fine-tuned variant"):
         load_draft(directory, target)
 
 

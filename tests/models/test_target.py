@@ -145,7 +145,7 @@ def test_a_target_with_fewer_embedding_rows_is_rejected_with_the_same_message(tm
     export_draft(random_draft(target), tmp_path, torch.float32)
     target.resize_token_embeddings(90, mean_resizing=False)
     for load in (lambda: load_draft(tmp_path, target), lambda: shipped._settings(tmp_path, target.config)):
-        with pytest.raises(ValueError, match="drafter for a target with vocab_size=97, but this one has 90"):
+        with pytest.raises(ValueError, match="for a target with vocab_size=97, but this one has 90"):
             load()
 
 

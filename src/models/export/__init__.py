@@ -1,4 +1,4 @@
-"""Export of the drafter: write, load, check, and download from the Hub."""
+"""Writes, loads, checks and downloads exported drafters."""
 
 from models.export.artifact_io import export_draft, load_draft
 from models.export.recommendation import recommended

@@ -1,4 +1,4 @@
-"""Write and load the exported drafter (the artifact), and reject one that does not fit the target."""
+"""Writes and loads exported drafters (artifacts), and rejects those that do not fit the target."""
 
 import json
 import os
@@ -39,26 +39,27 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, complete: bool = False) -> None:
-    """Write the artifact, including the code with which plain transformers decodes. Equal weights give equal bytes.
+    """Write the artifact, including the decoder for plain transformers. Equal weights produce identical bytes.
 
     Args:
-        complete: also write the target's tensors that the public release's module owns but never runs; it warns if
-            they are missing.
+        complete: also write the target's tensors in the draft layers. The public release's module declares but
+            never uses them, and warns if they are missing.
 
     Raises:
-        ValueError: a tensor is not finite.
+        ValueError: a tensor has non-finite values in `dtype`.
     """
     parameters = (draft.shared_parameters() if complete else {}) | draft.own_parameters()
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in sorted(parameters.items())}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{some(broken)}: not finite in {dtype}. Training diverged; lower the learning rate.")
+        raise ValueError(f"Non-finite values in {some(broken)} ({dtype}). Training diverged; lower the learning rate.")
     config = artifact_config(draft.target.config, draft.config, dtype)
     config |= {FINGERPRINT: fingerprint(draft.target), DECODER_SHA256: sha256(OWN_DECODER)}
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as new:
         _write(Path(new), config, tensors)
-        for stale in (*directory.glob("*.safetensors"), directory / INDEX):  # loaders would read an earlier one
+        # Loaders would also read the files of an earlier export.
+        for stale in (*directory.glob("*.safetensors"), directory / INDEX):
             stale.unlink(missing_ok=True)
         for file in [file for file in Path(new).rglob("*") if file.is_file()]:
             place = directory / file.relative_to(new)
@@ -87,23 +88,23 @@ def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
-    shutil.copymode(file.parent / CONFIG, file)  # safetensors creates files readable by the owner only
+    shutil.copymode(file.parent / CONFIG, file)  # safetensors makes files readable only by their owner
 
 
 def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | None = None) -> DraftModel:
-    """Load the drafter from an exported directory or Hub id, for the target that it was trained for.
+    """Load a drafter from an exported directory or a Hub id, for the target it was trained for.
 
-    The exported values are cast to the target's dtype. The target's embeddings may have more rows than in training
-    (resized, padded); the calibrator and the chain do not change the logits of those tokens. Warn if the target's
-    weights differ from those in training, according to the fingerprint in the artifact (`models.export.fingerprint`).
+    The exported values are cast to the target's dtype. The target's embeddings may have more rows than during training
+    (resized or padded); calibrator and chain leave the logits of the added tokens unchanged. If the target's weights
+    differ from the fingerprint in the artifact (`models.export.fingerprint`), an `OtherTarget` warning is issued.
 
     Raises:
-        ValueError: the artifact is missing, damaged, or made for another target.
+        ValueError: the artifact is missing, damaged, or made for a different target.
     """
     if not isinstance(target, PreTrainedModel):
         raise UserError(
             f"The target is a {type(target).__name__}; expected a transformers model, as returned by load_target. For "
-            "a PEFT model, pass target.merge_and_unload(), or target.get_base_model(), which keeps LoRA active. "
+            "a PEFT model, pass target.merge_and_unload() or target.get_base_model(). The latter keeps LoRA active. "
             "Activated LoRA and adapter_names work only in PEFT's own generate."
         )
     directory = artifact_directory(source, revision=revision)
@@ -126,7 +127,7 @@ def load_draft(source: str | Path, target: PreTrainedModel, *, revision: str | N
 
 
 def _with_added_rows(tensors: dict[str, Tensor], own: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """Pad tensors of the given names with zero rows for tokens that were added to the target."""
+    """Pad the named tensors with zero rows for tokens that were added to the target."""
     added = {}
     for name in names:
         if name in tensors and tensors[name].shape[1:] == own[name].shape[1:] and len(tensors[name]) < len(own[name]):
@@ -136,7 +137,7 @@ def _with_added_rows(tensors: dict[str, Tensor], own: Mapping[str, Tensor], name
 
 
 def _checked(directory: Path, target: PreTrainedModel) -> dict[str, Any]:
-    """Check files and config of an artifact against the target. Return the config.
+    """Check an artifact's files and config against the target, and return the config.
 
     Raises:
         UserError: the files or the config are damaged or do not fit the target.
@@ -146,10 +147,10 @@ def _checked(directory: Path, target: PreTrainedModel) -> dict[str, Any]:
         raise UserError(f"{directory}: the drafter is incomplete. {' '.join(faults)}")
     identity = target_identity(target.config) | {"vocab_size": known_tokens(config, target.config)}
     if different := other_target(config, identity):
-        raise UserError(f"{directory}: drafter for a target with {different}.")
+        raise UserError(f"{directory}: the drafter was trained for a target with {different}.")
     if faults := config_faults(config, target.config, complete=False):
-        raise UserError(f"{directory}: damaged, or made for another target. {' '.join(faults)}")
-    # Check before allocation: a wrong rank may be huge.
+        raise UserError(f"{directory}: damaged, or made for a different target. {' '.join(faults)}")
+    # Check shapes before anything is allocated, since a wrong rank may be huge.
     expected = DraftConfig.from_artifact(config).tensors(config["hidden_size"], config["vocab_size"])
     if faults := shape_faults(headers(directory), expected, None):
         raise UserError(f"{directory}: the weights do not match {CONFIG}. {' '.join(faults)}")
@@ -158,7 +159,7 @@ def _checked(directory: Path, target: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_draft_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy tensors into the drafter parameters of the same exported names, such as `own_parameters()`.
+    """Copy tensors into drafter parameters, e.g. `own_parameters()`, matching them by exported name.
 
     Raises:
         ValueError: names or shapes differ.
@@ -166,16 +167,18 @@ def load_draft_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         listed = (f"{names[:4]}{f' and {len(names) - 4} more' * (len(names) > 4)}" for names in (missing, unexpected))
-        raise UserError("{}: tensors missing: {}; unexpected: {}.".format(source, *listed).replace("[]", "none"))
+        raise UserError(
+            "{}: missing tensors: {}; unexpected tensors: {}.".format(source, *listed).replace("[]", "none")
+        )
     for name, parameter in own.items():
         if tensors[name].shape != parameter.shape:
-            shapes = f"{tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+            shapes = f"{tuple(tensors[name].shape)}; expected {tuple(parameter.shape)}"
             raise UserError(f"{source}: {name} has shape {shapes}.")
         parameter.copy_(tensors[name])
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Split tensors, in order, into shards of at most MAX_SHARD_BYTES. A larger tensor gets a separate shard."""
+    """Split tensors, in order, into shards of at most MAX_SHARD_BYTES. A larger tensor gets a shard to itself."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

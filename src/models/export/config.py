@@ -1,4 +1,4 @@
-"""The `config.json` of an exported drafter: its content, and checks of a given one against the content expected."""
+"""Builds and checks the `config.json` of an exported drafter."""
 
 from typing import Any, TypeGuard, cast
 
@@ -19,7 +19,7 @@ from models.draft_config import (
 )
 from models.families import layer_kinds, layer_windows
 
-# Entries that must equal the target's, if its architecture has them.
+# Entries that must equal the target's, where its architecture has them.
 SHARED: tuple[str, ...] = (
     "model_type",
     "hidden_size",
@@ -29,12 +29,12 @@ SHARED: tuple[str, ...] = (
     "head_dim",
 )
 SHARED += ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
-BUILT = ("attention_bias", "hidden_act", "intermediate_size")  # likewise, but may be missing
-ROPE = ("rope_theta", "rope_parameters", "rope_scaling")  # transformers 5 reads the second, 4.57 the others
+BUILT = ("attention_bias", "hidden_act", "intermediate_size")  # must also equal the target's, but may be missing
+ROPE = ("rope_theta", "rope_parameters", "rope_scaling")  # transformers 5 reads rope_parameters, 4.57 the other two
 
 
 def artifact_config(target: PretrainedConfig, draft: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Build `config.json`: the target's architecture with L layers, and the keys that drafter inference needs."""
+    """Build `config.json`: the target's architecture with L layers, plus the keys needed for drafting."""
     config = target.to_dict()
     config |= {"num_target_layers": target.num_hidden_layers, "num_hidden_layers": draft.num_layers}
     config |= {"layer_types": layer_kinds(target)[-draft.num_layers :], "block_size": draft.block_size}
@@ -43,16 +43,16 @@ def artifact_config(target: PretrainedConfig, draft: DraftConfig, dtype: torch.d
     config.update({key: settings for key in FLEXDRAFT_KEYS})
     config |= _rope_of_4_57(config.get("rope_parameters") or {})
     if "num_local_experts" in config:
-        config["num_experts"] = config["num_local_experts"]  # name in transformers 4.57
+        config["num_experts"] = config["num_local_experts"]  # its name in transformers 4.57
     for key in ("_name_or_path", "architectures", "transformers_version", "quantization_config"):
         config.pop(key, None)
     return config
 
 
 def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
-    """Convert the `rope_parameters` of transformers 5 to the keys of transformers 4.57."""
+    """Convert transformers 5's `rope_parameters` to the keys that transformers 4.57 reads."""
     local = {}
-    if "sliding_attention" in rope:  # per layer type: Gemma 3
+    if "sliding_attention" in rope:  # parameters per layer type (Gemma 3)
         local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
         rope = rope["full_attention"]
     if "rope_theta" not in rope:
@@ -68,17 +68,17 @@ def _rope_of_4_57(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_faults(config: dict[str, Any], target: PretrainedConfig, *, complete: bool = True) -> list[str]:
-    """Compare a config with the one that an export for this target writes. Return all contradictions.
+    """Compare a config with the one an export for this target would write, and return all mismatches.
 
     Args:
-        complete: False accepts missing entries that only other readers need, as in the public release, and missing keys
-            in the RoPE parameters, which differ between releases of transformers.
+        complete: whether to reject missing entries that only other readers need (the public release lacks some), and
+            missing RoPE keys (which vary between transformers releases).
     """
     faults = own_faults(config)
     draft = DraftConfig(num_layers=1, block_size=2, calibrator_rank=0) if faults else DraftConfig.from_artifact(config)
     expected = artifact_config(target, draft, torch.float32) | {"vocab_size": known_tokens(config, target)}
-    reasons = dict.fromkeys(SHARED + BUILT, "the target's. Was the drafter trained for another target?")
-    reasons["num_target_layers"] = "the number of the target's layers."
+    reasons = dict.fromkeys(SHARED + BUILT, "the target's value. Was the drafter trained for a different target?")
+    reasons["num_target_layers"] = "the target's number of layers."
     if not faults:
         reasons |= _reasons_of_layers(draft, expected)
         faults += _ids_faults(config, draft, target) + _block_faults(draft, target)
@@ -91,10 +91,12 @@ def config_faults(config: dict[str, Any], target: PretrainedConfig, *, complete:
 
 
 def own_faults(config: dict[str, Any]) -> list[str]:
-    """Return the invalid settings of the drafter, as far as they can be found without the target."""
+    """Return the invalid drafter settings, as far as they can be detected without the target."""
     settings = draft_settings(config)
     if settings is None:
-        return [f"{CONFIG}: expected {FLEXDRAFT_KEYS[0]} or {FLEXDRAFT_KEYS[1]} to be an object. No FlexDraft drafter."]
+        return [
+            f"{CONFIG}: not a FlexDraft drafter; expected {FLEXDRAFT_KEYS[0]} or {FLEXDRAFT_KEYS[1]} to be an object."
+        ]
     ids, enabled = settings.get(IDS), settings.get(ENABLED)
     rank: Any = settings.get(RANK)
     values = {"block_size": config.get("block_size")} | {key: settings.get(key, off) for key, off in EXTRAS.items()}
@@ -102,16 +104,16 @@ def own_faults(config: dict[str, Any]) -> list[str]:
     wanted[RANK] = rank, expectation("calibrator_rank", rank)
     wanted[ENABLED] = enabled, None if isinstance(enabled, bool) else "true or false"
     listed = isinstance(ids, list) and ids and all(_is_int(i) for i in ids)
-    wanted[IDS] = ids, None if listed else "a list of the numbers of the target's last layers"
+    wanted[IDS] = ids, None if listed else "a list with the indices of the target's last layers"
     faults = [f"{CONFIG}: {key} is {value!r}; expected {text}." for key, (value, text) in wanted.items() if text]
     if not wanted[RANK][1] and not wanted[ENABLED][1] and enabled != (rank > 0):
-        expected = "1 or more with a calibrator" if enabled else "0 without a calibrator"
+        expected = ">= 1 with a calibrator" if enabled else "0 without a calibrator"
         faults.append(f"{CONFIG}: {ENABLED} is {str(enabled).lower()}, but {RANK} is {rank}; expected {expected}.")
     return faults
 
 
 def known_tokens(config: dict[str, Any], target: PretrainedConfig) -> int:
-    """Return the `vocab_size` expected of the artifact, which may be below that of a resized or padded target."""
+    """Return the `vocab_size` the artifact should have. It may be smaller than that of a resized or padded target."""
     size, rows = config.get("vocab_size"), cast(int, target.vocab_size)
     return size if _is_int(size) and 0 < size < rows else rows
 
@@ -121,11 +123,11 @@ def _differs(key: str, value: Any, expected: Any, why: str) -> str:
 
 
 def _pair_faults(config: dict[str, Any], complete: bool) -> list[str]:
-    """Check that both keys of the drafter settings hold the same object; one is enough unless `complete`."""
+    """Check that both keys hold the same drafter settings. Unless `complete`, one of the keys is enough."""
     present = [key for key in FLEXDRAFT_KEYS if isinstance(config.get(key), dict)]
     if len(present) == 1 and complete:
         [absent] = set(FLEXDRAFT_KEYS) - set(present)
-        return [f"{CONFIG}: {absent} is missing or not an object, and some readers need it. Copy {present[0]} to it."]
+        return [f"{CONFIG}: {absent} is missing or not an object, but some readers need it. Copy {present[0]} to it."]
     if len(present) < 2:
         return []
     first, second = (config[key] for key in FLEXDRAFT_KEYS)
@@ -135,10 +137,12 @@ def _pair_faults(config: dict[str, Any], complete: bool) -> list[str]:
 
 
 def _reasons_of_layers(draft: DraftConfig, expected: dict[str, Any]) -> dict[str, str]:
-    """Return the entries that describe the draft layers, with the reason for their expected value."""
+    """Return the entries that describe the draft layers, each with the reason for its expected value."""
     reasons = {"num_hidden_layers": f"the length of {IDS}."}
-    reasons["layer_types"] = f"the target's last {draft.num_layers} layers'."
-    return reasons | ({"sliding_window": "the target's."} if "sliding_attention" in expected["layer_types"] else {})
+    reasons["layer_types"] = f"those of the target's last {draft.num_layers} layers."
+    return reasons | (
+        {"sliding_window": "the target's value."} if "sliding_attention" in expected["layer_types"] else {}
+    )
 
 
 def _ids_faults(config: dict[str, Any], draft: DraftConfig, target: PretrainedConfig) -> list[str]:
@@ -149,7 +153,7 @@ def _ids_faults(config: dict[str, Any], draft: DraftConfig, target: PretrainedCo
 
 def _block_faults(draft: DraftConfig, target: PretrainedConfig) -> list[str]:
     limits = {window: "sliding window" for window in layer_windows(target) if window is not None}
-    limits |= {target.max_position_embeddings: "positions"}
+    limits |= {target.max_position_embeddings: "context length"}
     if draft.block_size <= min(limits):
         return []
     most = f"at most {min(limits)}, the target's {limits[min(limits)]}"
@@ -157,7 +161,7 @@ def _block_faults(draft: DraftConfig, target: PretrainedConfig) -> list[str]:
 
 
 def _rope_faults(config: dict[str, Any], expected: dict[str, Any], complete: bool) -> list[str]:
-    """Check that all RoPE entries equal those of an export."""
+    """Check that all RoPE entries equal those an export would write."""
     faults = []
     for key in ROPE:
         found, wanted = config.get(key), expected.get(key)
@@ -166,14 +170,16 @@ def _rope_faults(config: dict[str, Any], expected: dict[str, Any], complete: boo
         if wanted is None and (not found or _is_default(found)):
             continue
         if (found if complete else _filled(found, wanted)) != wanted:
-            faults.append(_differs(key, found, wanted, "the target's. Positions would be rotated by other angles."))
+            faults.append(
+                _differs(key, found, wanted, "the target's value. Other values rotate positions by the wrong angles.")
+            )
     return faults
 
 
 def _filled(found: Any, own: Any) -> Any:
-    """Fill keys that are missing from an artifact's setting with the target's values, and drop other keys.
+    """Return an artifact's setting with missing keys filled in from the target and unknown keys dropped.
 
-    Releases of transformers add keys to the RoPE parameters and remove others.
+    Needed because transformers releases add keys to the RoPE parameters and remove others.
     """
     if not isinstance(found, dict) or not isinstance(own, dict):
         return found

@@ -1,4 +1,4 @@
-"""Resolve drafter names: local directories, or Hugging Face Hub repositories, which are downloaded once."""
+"""Resolves a drafter's name to a directory: a local one, or a Hugging Face Hub repository, downloaded once."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def artifact_directory(source: str | Path, *, revision: str | None = None) -> Path:
-    """Return the directory of an artifact: `source` if it is a directory, otherwise a snapshot of the Hub repository.
+    """Return the directory of an artifact: `source` if it is a directory, else a snapshot of the Hub repository.
 
-    Files in the Hub cache are not downloaded again. `revision` is a branch, tag or commit of the repository and is not
-    allowed for a local directory. Authentication uses the standard Hub login.
+    Files in the Hub cache are not downloaded again. `revision` is a branch, tag or commit of the repository; it must be
+    None for a local directory. Authentication uses the standard Hub login.
 
     Raises:
-        ValueError: `source` is neither a directory nor a readable repository, or a revision is given for a directory.
+        ValueError: `source` is neither a directory nor an accessible repository, or a directory with a `revision`.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -34,9 +34,7 @@ def artifact_directory(source: str | Path, *, revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(name, revision=revision))
     except GatedRepoError as error:
-        raise ValueError(
-            f"{name}: access to this repository is restricted. Request it on the repository's Hub page."
-        ) from error
+        raise ValueError(f"{name}: access to this repository is restricted. Request access on its Hub page.") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"{name}: no such directory, and no Hub repository accessible with this login. For a private repository, "

@@ -1,4 +1,4 @@
-"""Recommended decoding arguments, which the evaluation writes to a file next to the exported drafter."""
+"""Recommended decoding arguments, which the evaluation writes to a file in the export directory."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ FIX = "Evaluate again, or delete the recommendation."
 
 
 def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
-    """Write the arguments of `decoding.generate` that suit a device. None removes those of an earlier evaluation.
+    """Write the recommended arguments of `decoding.generate`. None removes those from an earlier evaluation.
 
     Raises:
         UserError: the directory is not an exported drafter.
@@ -35,7 +35,7 @@ def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
 
 
 def recommended(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """Return the recommended `decoding.generate` arguments of an artifact (directory or Hub id); empty if not measured.
+    """Return the recommended `decoding.generate` arguments for a directory or Hub id; empty if there are none.
 
     Raises:
         ValueError: the artifact is missing or its recommendation is unreadable.
@@ -48,7 +48,7 @@ def recommended(source: str | Path, *, revision: str | None = None) -> dict[str,
 
 
 def read_recommendation(directory: Path) -> dict[str, Any]:
-    """Read the recommendation of an artifact; empty if there is none.
+    """Read an artifact's recommendation; empty if there is none.
 
     Raises:
         UserError: the directory is not an exported drafter, or its recommendation is unreadable.
@@ -60,7 +60,7 @@ def read_recommendation(directory: Path) -> dict[str, Any]:
 
 
 def recommendation_faults(directory: Path) -> list[str]:
-    """Return the reasons why the recommendation of an artifact is unreadable. A missing one is not a fault."""
+    """Return what is wrong with an artifact's recommendation. A missing recommendation is not a fault."""
     place, found = _find(directory)
     if place == RECOMMENDATION and (reason := why_no_object(directory / place, FIX)):
         return [reason]
@@ -70,7 +70,10 @@ def recommendation_faults(directory: Path) -> list[str]:
         Selection(found["selection"], found["threshold"])
         rows, calibrate = found["parallel_rows"], found["calibrate"]
         if type(rows) is not int or rows < 0 or not isinstance(calibrate, bool):
-            raise ValueError(f"parallel_rows is {rows!r}, calibrate is {calibrate!r}")
+            raise ValueError(
+                f"parallel_rows is {rows!r} (expected an integer >= 0), calibrate is {calibrate!r} (expected true or "
+                "false)"
+            )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
         return [f"{place} is invalid: {reason}. {FIX}"]
@@ -78,7 +81,7 @@ def recommendation_faults(directory: Path) -> list[str]:
 
 
 def _find(directory: Path) -> tuple[str, Any]:
-    """Return location and content of the recommendation: its file, or the config in exports of earlier versions."""
+    """Return location and content of the recommendation: its file, or config.json in exports by earlier versions."""
     if (directory / RECOMMENDATION).exists():
         return RECOMMENDATION, read_json(directory / RECOMMENDATION)
     settings = draft_settings(read_object(directory / CONFIG)) or {}

@@ -1,7 +1,7 @@
-"""Checks of an artifact's files and tensors: missing, damaged, of the wrong shape or dtype, not finite, or all zero.
+"""Checks of an artifact's files and tensors for missing or damaged files, wrong shapes or dtypes, and bad values.
 
-Each function returns all faults of its kind, by name. The checks of an artifact directory read one tensor at a time,
-so that a large artifact needs little memory.
+Each function returns all faults of its kind, and each fault names its file or tensor. The checks of a directory read
+one tensor at a time, so that a large artifact needs little memory.
 """
 
 import json
@@ -21,7 +21,7 @@ from models.artifact import CONFIG, INDEX, WEIGHTS, decoder_faults, read_json, w
 from models.draft_config import OPTIONAL
 
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-# safetensors name -> config name
+# dtype name in safetensors -> dtype name in config.json
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -30,12 +30,12 @@ class Header:
     """Header entry of a tensor in a safetensors file."""
 
     shape: tuple[int, ...]
-    dtype: str  # config name; safetensors name if not in DTYPES
+    dtype: str  # name in config.json, or in safetensors if not in DTYPES
     file: str
 
 
 def file_faults(directory: Path) -> list[str]:
-    """Check that all files of an export exist and are readable, and that the artifact has no pickled weights."""
+    """Check that all files of an export exist and are readable, and that none contains pickled weights."""
     faults = [
         f"{path.relative_to(directory)}: pickled weights, which can run arbitrary code when loaded. Delete the file; "
         "weights must be in *.safetensors."
@@ -46,13 +46,13 @@ def file_faults(directory: Path) -> list[str]:
 
 
 def loading_faults(directory: Path) -> list[str]:
-    """Check that config and weights exist, are readable and match the index, as required to load the drafter."""
+    """Check what loading the drafter requires: config and weights exist, are readable and match the index."""
     reason = why_no_object(directory / CONFIG)
     return ([reason] if reason else []) + _weight_file_faults(directory)
 
 
 def headers(directory: Path) -> dict[str, Header]:
-    """Return the headers of all tensors by name. The files must have no faults."""
+    """Return the headers of all tensors by name. The files must have no `loading_faults`."""
     found = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -74,11 +74,11 @@ def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def shape_faults(
     found: dict[str, Header], expected: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]] | None
 ) -> list[str]:
-    """Check names and shapes of the tensors.
+    """Check the names and shapes of the tensors.
 
     Args:
         expected: shapes of the required tensors.
-        optional: shapes of the tensors that an artifact may hold in addition; None: other tensors are not checked.
+        optional: shapes of further tensors that an artifact may contain; if None, other tensors are not checked.
     """
     faults = [
         f"{name}: missing from the weights; expected shape {shape}. Export the drafter again."
@@ -97,10 +97,10 @@ def shape_faults(
 
 
 def dtype_faults(found: dict[str, Header], promised: Any) -> list[str]:
-    """Check that all tensors have the same floating-point dtype, the one in the config.
+    """Check that all tensors have the floating-point dtype that the config gives.
 
     Args:
-        promised: `dtype` of config.json.
+        promised: `dtype` in config.json.
     """
     faults = [
         f"{name}: has dtype {header.dtype} in {header.file}; expected one of {', '.join(DTYPES.values())}."
@@ -113,14 +113,14 @@ def dtype_faults(found: dict[str, Header], promised: Any) -> list[str]:
     common = counts[0][0]
     if len(counts) > 1:
         other = [f"{name} is {header.dtype}" for name, header in sorted(found.items()) if header.dtype != common]
-        return [f"mixed dtypes: {counts[0][1]} tensors are {common}, but {some(other)}. Export them in one dtype."]
+        return [f"mixed dtypes: {counts[0][1]} tensors are {common}, but {some(other)}. Export them in the same dtype."]
     if promised != common:
         return [f"{CONFIG}: dtype is {promised!r}, but the tensors are {common}. Set dtype to {common!r}."]
     return []
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Read all tensors by name. The files must have no faults.
+    """Read all tensors by name. The files must have no `loading_faults`.
 
     Raises:
         UserError: a tensor cannot be read.
@@ -128,23 +128,23 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     try:
         return dict(tensors(directory))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{directory}: the weights are not readable ({error}). Copy or export them again.") from error
+        raise UserError(f"{directory}: the weights cannot be read ({error}). Copy or export them again.") from error
 
 
 def unfit_faults(found: dict[str, Tensor]) -> list[str]:
-    """Check that all tensors of a drafter are finite and have a supported floating-point dtype."""
+    """Check that all of a drafter's tensors are finite and have a supported floating-point dtype."""
     other = sorted(name for name, tensor in found.items() if str(tensor.dtype)[6:] not in DTYPES.values())
     if other:
-        return [f"{some(other)}: dtype {found[other[0]].dtype}; expected one of {', '.join(DTYPES.values())}."]
+        return [f"{some(other)}: has dtype {found[other[0]].dtype}; expected one of {', '.join(DTYPES.values())}."]
     broken = sorted(name for name, tensor in found.items() if not tensor.isfinite().all())
-    return [f"{some(broken)}: not finite. Training diverged, or the file was altered."] if broken else []
+    return [f"non-finite values in {some(broken)}. Training diverged, or the file was altered."] if broken else []
 
 
 def value_faults(directory: Path) -> tuple[list[str], list[str]]:
     """Check that all values are finite.
 
     Returns:
-        Faults, and a warning if tensors are all zeros and may be untrained.
+        Faults, and a warning if there are all-zero tensors, which may be untrained.
     """
     faults, zeros = [], []
     for name, tensor in tensors(directory):
@@ -163,7 +163,7 @@ def value_faults(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def foreign_tensors(directory: Path, own: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of an artifact's tensors that differ from the target's tensors of the same name.
+    """Return the names of the artifact's tensors that differ from the target's tensors of the same name.
 
     Args:
         own: the target's tensors by exported name; other tensors are not compared.
@@ -172,7 +172,7 @@ def foreign_tensors(directory: Path, own: Mapping[str, Tensor]) -> list[str]:
 
 
 def _same(tensor: Tensor, own: Tensor) -> bool:
-    """Compare in the coarser of both dtypes, since either the artifact or the loaded target may have been rounded."""
+    """Compare in the coarser of the two dtypes, since either the artifact or the loaded target may be rounded."""
     coarser = max(tensor.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(tensor.to(coarser), own.to("cpu", coarser))
 
@@ -189,12 +189,12 @@ def _weight_file_faults(directory: Path) -> list[str]:
     index = read_json(directory / INDEX)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        return [*faults, f"{INDEX}: not JSON with a weight_map from tensors to files. Export the drafter again."]
+        return [*faults, f"{INDEX}: expected JSON with a weight_map from tensors to files. Export the drafter again."]
     return faults + _index_faults(directory, places, present)
 
 
 def _index_faults(directory: Path, places: dict[str, str], present: set[str]) -> list[str]:
-    """Check that the index and the files agree."""
+    """Check that the index matches the tensors in the files."""
     files = set(places.values())
     faults = [f"{file}: missing, but {INDEX} lists tensors in it. Copy the file." for file in sorted(files - present)]
     faults += [f"{file}: unexpected weights, not in {INDEX}. Delete the file." for file in sorted(present - files)]
@@ -207,14 +207,14 @@ def _index_faults(directory: Path, places: dict[str, str], present: set[str]) ->
             for name in sorted(promised - held)
         ]
         faults += [
-            f"{name}: in {file}, but not listed there by {INDEX}. Copy or export the files again."
+            f"{name}: found in {file}, but {INDEX} does not list it there. Copy or export the files again."
             for name in sorted(held - promised)
         ]
     return faults
 
 
 def _unreadable(path: Path) -> str | None:
-    """Return the fault of a safetensors file; None if the header is valid and matches the file length."""
+    """Return why a safetensors file is unreadable, or None if its header is valid and matches the file length."""
     try:
         with safe_open(path, "pt"):
             return None
@@ -223,15 +223,15 @@ def _unreadable(path: Path) -> str | None:
             return f"{path.name}: not a readable file ({error}). Copy or export it again."
         promised, size = _promised_bytes(path), path.stat().st_size
         if promised is None:
-            return f"{path.name}: {size} bytes without a safetensors header ({error}). Copy or export it again."
+            return f"{path.name}: no safetensors header in {size} bytes ({error}). Copy or export it again."
         kind = "truncated" if size < promised else "damaged"
-        return f"{path.name}: {kind}: {size} bytes; expected {promised} according to its header. Copy it again."
+        return f"{path.name}: {kind}; it has {size} bytes, but its header describes {promised}. Copy it again."
 
 
 def _promised_bytes(path: Path) -> int | None:
-    """Return the length of a safetensors file according to its header, or None if the header is unreadable.
+    """Return the file length that a safetensors header implies, or None if the header is unreadable.
 
-    The file starts with the header length (8 bytes), then the header: JSON with the byte offsets of each tensor.
+    The file starts with the header length (8 bytes) and the header, which is JSON with the byte offsets of each tensor.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -247,11 +247,11 @@ def _promised_bytes(path: Path) -> int | None:
 
 def _hint(name: str) -> str:
     if part := next((part for part, _ in OPTIONAL if part.owns(name)), None):
-        return f"; {CONFIG} has no {part.name} ({part.setting})"
-    return "; an artifact holds only the drafter's own tensors"
+        return f"; {CONFIG} does not enable the {part.name} ({part.setting})"
+    return "; an artifact contains only the drafter's own tensors"
 
 
 def some(names: list[str], most: int = 4) -> str:
-    """Join the first `most` names and the number of the remaining ones."""
+    """Join the first `most` names and the number of those left out."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
