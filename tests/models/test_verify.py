@@ -79,7 +79,7 @@ def test_disabled_parts_may_be_stated_or_omitted(healthy, tmp_path):
 
 WRONG_TARGETS = {
     "hidden_size": (64, "hidden_size is 32; expected 64, the target's"),
-    "num_hidden_layers": (6, "num_target_layers is 5; expected 6, the number of the target's layers"),
+    "num_hidden_layers": (6, "num_target_layers is 5; expected 6, the target's number of layers"),
     "vocab_size": (90, "vocab_size is 97; expected 90, the target's"),
     "model_type": ("qwen2", "model_type is 'qwen3'; expected 'qwen2', the target's"),
     "num_key_value_heads": (4, "num_key_value_heads is 2; expected 4, the target's"),
@@ -129,7 +129,7 @@ def test_an_untrained_drafter_is_valid_but_causes_a_warning(zeros, healthy, tmp_
     export_draft(draft, tmp_path, torch.float32)
     warnings = warnings_of(tmp_path, healthy / "target")
     assert f"values: all zeros, possibly untrained: {zeros}" in warnings
-    assert "target: the projections equal the target's: the drafter is untrained" in warnings
+    assert "target: the projections equal the target's, so the drafter is untrained" in warnings
 
 
 def test_a_trained_drafter_of_another_target_of_equal_shape_is_detected_by_its_tau(healthy, tmp_path):
@@ -168,7 +168,7 @@ def test_answers_too_short_to_verify_a_draft_prove_nothing():
     check = decoding_check(random_draft(random_target()), [[5, 6]], 1)
     assert "identical" not in check.summary and "nan" not in check.summary
     assert not check.faults and check.warnings == [
-        "no draft was verified. Use other prompts, or increase --max-new-tokens."
+        "no drafts were verified. Use different prompts, or increase --max-new-tokens."
     ]
 
 
@@ -215,7 +215,7 @@ def test_the_command_exits_with_1_after_faults_and_wrong_calls(healthy, tmp_path
     shutil.copytree(healthy / "whole", tmp_path / "artifact")
     change_config(block_size=1)(tmp_path / "artifact")
     done = command(tmp_path / "artifact", healthy / "target")
-    assert done.returncode == 1 and "1 fault; later checks did not run" in done.stderr
+    assert done.returncode == 1 and "1 fault; remaining checks skipped" in done.stderr
     assert done.stdout.splitlines()[1].startswith("fault    config    config.json: block_size is 1")
     done = command(tmp_path / "nothing", healthy / "target")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "no such directory" in done.stderr
@@ -227,7 +227,7 @@ def test_an_out_of_range_number_of_new_tokens_is_rejected_with_the_range(value, 
     monkeypatch.setattr(sys, "argv", call)
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2 and "expected an integer of 1 or more" in capsys.readouterr().err
+    assert ended.value.code == 2 and "expected an integer >= 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="max_new_tokens=0: expected an integer of at least 1"):
         next(verify(healthy / "whole", healthy / "target", max_new_tokens=0))
 
@@ -239,7 +239,7 @@ def test_an_out_of_range_number_of_new_tokens_is_rejected_with_the_range(value, 
         ("{" * 100_000, ":1: invalid JSON"),
         ('{"turns": ["a"]}\n{', ":2: invalid JSON"),
         ('{"text": "a"}', ":1: expected `messages`.*or `turns`"),
-        ('{"messages": [{"role": "system", "content": "a"}]}', ":1: only a system message; expected a user turn"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', ":1: has only a system message; expected a user turn"),
     ],
 )
 def test_invalid_prompts_are_rejected_with_their_line(content, complaint, tmp_path):
@@ -262,14 +262,14 @@ def test_a_tokenizer_with_more_tokens_than_the_target_embeds_is_a_warning_unless
     check, _ = target_check(healthy / "whole", target, tiny_tokenizer)
     assert not check.faults
     assert (
-        "the tokenizer has 2048 tokens, but the target's embeddings have 97 rows. Prompts with other tokens are refused"
-        in check.warnings[0]
+        "the tokenizer has 2048 tokens, but the target's embeddings have 97 rows. "
+        "Prompts with token ids beyond that are rejected" in check.warnings[0]
     )
-    with pytest.raises(ValueError, match=r"Prompt 1 contains token \d+; expected 0 to 96"):
+    with pytest.raises(ValueError, match=r"Prompt 1 contains token id \d+; expected \[0, 96\]"):
         prompt_tokens(None, target, tiny_tokenizer)
     one_too_many = random_target(vocab_size=2047)
     assert len(prompt_tokens(None, one_too_many, tiny_tokenizer)) == 4
-    with pytest.raises(ValueError, match="no tokenizer, so it cannot encode text"):
+    with pytest.raises(ValueError, match="no tokenizer, so text prompts cannot be encoded"):
         prompt_tokens([[{"role": "user", "content": "a"}]], target, None)
 
 

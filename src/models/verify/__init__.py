@@ -1,1 +1,1 @@
-"""`python -m models.verify`: check that an exported drafter is intact, made for this target, and lossless on it."""
+"""`python -m models.verify`: checks that an exported drafter is intact, fits its target, and is lossless."""

@@ -1,4 +1,4 @@
-"""Prompts for verification as token ids of the target: from a file, or built-in questions."""
+"""Prompts for verification, as token ids: from a file, or built-in questions."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ RANDOM_TOKENS = 12  # prompt length for a target without a tokenizer
 
 
 def read_prompts(path: Path) -> list[Messages]:
-    """Read conversations of any format that training reads, each up to its last user turn.
+    """Read conversations in any format that training supports, each up to and including its last user turn.
 
-    Without answers, a conversation ends at its first user turn.
+    Conversations without answers are cut after the first user turn.
 
     Raises:
         UserError: the file is missing, unreadable or empty, or a record is not a conversation.
@@ -33,7 +33,7 @@ def read_prompts(path: Path) -> list[Messages]:
 
 
 def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """Load the target's tokenizer. Return None if it has none.
+    """Load the target's tokenizer, or return None if it has none.
 
     Raises:
         ValueError: the tokenizer files are damaged or incomplete.
@@ -46,15 +46,15 @@ def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
     except OSError as error:
         if present:
             raise ValueError(
-                f"{name}: the tokenizer did not load from {', '.join(present)} ({one_line(error)})."
+                f"{name}: failed to load the tokenizer from {', '.join(present)} ({one_line(error)})."
             ) from error
         return None
-    # Without tokenizer files, transformers returns a tokenizer with special tokens only.
+    # Without tokenizer files, transformers returns a tokenizer that has only special tokens.
     if len(tokenizer) > len(tokenizer.all_special_ids):
         return tokenizer
     if present:
         raise ValueError(
-            f"{name}: the tokenizer's vocabulary is missing; found only {', '.join(present)}. Copy the other files."
+            f"{name}: the tokenizer's vocabulary is missing; found only {', '.join(present)}. Copy the missing files."
         )
     return None
 
@@ -62,17 +62,17 @@ def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
 def prompt_tokens(
     prompts: list[Messages] | None, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[list[int]]:
-    """Encode the prompts, or QUESTIONS if there are none: [prompts][tokens].
+    """Encode the prompts, or QUESTIONS if there are none, and return their token ids [prompts][tokens].
 
-    Without a tokenizer, return one prompt of random tokens per question.
+    Without a tokenizer, return as many prompts of random tokens as there are questions.
 
     Raises:
-        ValueError: a prompt cannot be encoded or has a token without a row in the target's embeddings, or prompts are
-            given but there is no tokenizer.
+        ValueError: a prompt cannot be encoded, a token has no row in the target's embeddings, or prompts are given but
+            there is no tokenizer.
     """
     if tokenizer is None:
         if prompts:
-            raise ValueError("The target has no tokenizer, so it cannot encode text. Omit --prompts.")
+            raise ValueError("The target has no tokenizer, so text prompts cannot be encoded. Remove --prompts.")
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary(target), (len(QUESTIONS), RANDOM_TOKENS), generator=generator).tolist()
     own = [[{"role": "user", "content": text}] for text in QUESTIONS]
@@ -80,7 +80,7 @@ def prompt_tokens(
     for number, tokens in enumerate(found, 1):
         if max(tokens, default=0) >= vocabulary(target):
             raise ValueError(
-                f"Prompt {number} contains token {max(tokens)}; expected 0 to {vocabulary(target) - 1}, the rows of "
+                f"Prompt {number} contains token id {max(tokens)}; expected [0, {vocabulary(target) - 1}], the rows of "
                 "the target's embeddings. Use the target's tokenizer."
             )
     return found
@@ -93,7 +93,7 @@ def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]
         else:
             encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return encoded["input_ids"]
-    except Exception as error:  # a template may raise any exception
+    except Exception as error:  # templates may raise any exception
         raise ValueError(
             f"The target's tokenizer or chat template failed on {messages[-1]['content'][:60]!r}: {error}"
         ) from error

@@ -3,9 +3,9 @@
     python -m models.verify checkpoints/tiny/export src/data/tiny/target
     python -m models.verify owner/drafter owner/target --revision v1 --dtype bfloat16
 
-The cheapest checks run first: files, config, tensors, values; then those that need the target's weights; then
-decoding. A check prints all its faults; the first check with faults is the last one that runs. The exit status is 1 if
-there are faults, otherwise 0. Warnings are not faults: the drafter is valid, but may not be worth using.
+The cheapest checks run first: files, config, tensors and values, then the target's weights, then decoding. Each check
+prints all its faults, and the first check with faults ends the run. The exit status is 1 if there are faults, else 0.
+Warnings are not faults: the drafter is valid, but may not be worth using.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from models.target import load_config, load_target, vocabulary
 from models.verify.prompts import Messages, find_tokenizer, prompt_tokens, read_prompts
 
 MODES = ("parallel", "sequential")
-ROWS = 8  # batch size of decoding
-LITTLE = 1.05  # τ at or below which drafts are almost never accepted; 1 means never
+ROWS = 8  # batch size for decoding
+LITTLE = 1.05  # up to this τ, drafts are almost never accepted; 1 means never
 EXACT = (torch.float32, torch.float64)
 Shapes = dict[str, tuple[int, ...]]
 
@@ -72,18 +72,18 @@ def verify(
     max_new_tokens: int = 32,
     device: str = "cpu",
 ) -> Iterator[Check]:
-    """Run the checks of an artifact lazily and in order, up to and including the first with faults.
+    """Check an artifact, yielding the results in order, up to and including the first check with faults.
 
     Args:
         artifact, target: directories or Hub ids.
         revision, target_revision: branches, tags or commits of their Hub repositories.
-        prompts: conversations to decode, each up to a user turn; None: built-in questions.
-        dtype: dtype of the target. In float32 every differing token is a fault. In lower precision it is a warning,
+        prompts: conversations to decode, each ending with a user turn; None for built-in questions.
+        dtype: dtype of the target. In float32, every differing token is a fault; in lower precision, only a warning,
             since rounding may flip near ties.
 
     Raises:
-        ValueError: the artifact or target does not exist, the model is not supported as a target, the prompts cannot
-            be decoded, or `max_new_tokens` is below 1.
+        ValueError: the artifact or target does not exist, the target's architecture is not supported, the prompts
+            cannot be decoded, or `max_new_tokens` is less than 1.
     """
     parse_integer("max_new_tokens", max_new_tokens, 1)
     directory = artifact_directory(artifact, revision=revision)
@@ -93,9 +93,9 @@ def verify(
         if check.faults:
             return
     loaded = load_target(str(target), revision=target_revision, dtype=dtype)
-    loaded.to(torch.device(device))  # type: ignore[arg-type]  # transformers' wrapper of `to` hides its signature
+    loaded.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
     tokenizer = find_tokenizer(str(target), target_revision)
-    with reading(str(target), "generation settings", ("generation_config.json",)):  # values are validated only on use
+    with reading(str(target), "generation settings", ("generation_config.json",)):  # validated only when used
         stop_tokens(loaded)
         cast(Any, loaded).generate(torch.tensor([[0]], device=loaded.device), max_new_tokens=1, tokenizer=tokenizer)
     check, draft = target_check(directory, loaded, tokenizer)
@@ -106,7 +106,7 @@ def verify(
 
 def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterator[Check]:
     warnings = file_warnings(directory) + decoder_faults(directory)[1]
-    card = "" if (directory / CARD).exists() else f"; no card ({CARD})"
+    card = "" if (directory / CARD).exists() else f"; no model card ({CARD})"
     summary = f"config, weights and decoder are present and readable{card}"
     yield Check("files", summary, weights.file_faults(directory), warnings)
     config = read_json(directory / CONFIG)
@@ -117,15 +117,15 @@ def _without_target_weights(directory: Path, target: PretrainedConfig) -> Iterat
 
 
 def tensor_check(directory: Path, config: dict[str, Any], target: PretrainedConfig) -> Check:
-    """Check names, shapes and dtypes of the tensors from the file headers. The config must have no faults."""
+    """Check the tensors' names, shapes and dtypes from the file headers. The config must have no faults."""
     found = weights.headers(directory)
     faults = weights.shape_faults(found, *contract(config, target))
     faults += weights.dtype_faults(found, config.get("dtype", config.get("torch_dtype")))
-    return Check("tensors", f"{len(found)} tensors, with the names, shapes and dtype expected", faults)
+    return Check("tensors", f"{len(found)} tensors with the expected names, shapes and dtype", faults)
 
 
 def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, Shapes]:
-    """Return the shapes of the required and of the optional tensors, derived from the architecture alone."""
+    """Return the shapes of the required and the optional tensors, derived from the architecture alone."""
     target = copy.deepcopy(target)
     target.vocab_size = config["vocab_size"]  # the target may have been resized
     with torch.device("meta"):  # allocates no weights
@@ -136,33 +136,31 @@ def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, 
 def target_check(
     directory: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[Check, DraftModel | None]:
-    """Check the artifact against the target's weights and tokenizer. The drafter is None if it does not load."""
+    """Check the artifact against the target's weights and tokenizer. The drafter is None if it fails to load."""
     try:
         check_untested(target, tokenizer)
         with catch_warnings():
-            simplefilter("ignore", OtherTarget)  # reported among the warnings of this check
+            simplefilter("ignore", OtherTarget)  # reported as a warning of this check instead
             draft = load_draft(directory, target)
     except ValueError as error:
         return Check("target", faults=[str(error)]), None
     faults = [
-        f"{name}: differs from the target's tensor, which a drafter shares. It was altered, or belongs to another "
-        "target or revision. Export the drafter again with this target."
+        f"{name}: differs from the target's tensor, which the drafter shares. It was altered, or belongs to a "
+        "different target or revision. Export the drafter again with this target."
         for name in weights.foreign_tensors(directory, draft.shared_parameters())
     ]
-    warnings = ["the projections equal the target's: the drafter is untrained."] if is_untrained(draft) else []
+    warnings = ["the projections equal the target's, so the drafter is untrained."] if is_untrained(draft) else []
     stored = read_json(directory / CONFIG).get(FINGERPRINT)
     if stored is not None and (warning := compare(stored, target).warning()):
         warnings.append(warning)
-    known = (
-        "" if stored is not None else "; without a fingerprint, so it may be another target than the one trained for"
-    )
+    known = "" if stored is not None else "; no fingerprint, so this may not be the target the drafter was trained for"
     if tokenizer is not None and len(tokenizer) > vocabulary(target):  # Gemma 3: 262,145 tokens, 262,144 rows
         warnings.append(
             f"the tokenizer has {len(tokenizer)} tokens, but the target's embeddings have {vocabulary(target)} rows. "
-            "Prompts with other tokens are refused. Check that it is the target's tokenizer."
+            "Prompts with token ids beyond that are rejected. Check that this is the target's tokenizer."
         )
     if tokenizer is None:
-        warnings.append("the target has no tokenizer: the prompts are random tokens, so τ is not representative.")
+        warnings.append("the target has no tokenizer, so the prompts are random tokens and τ is not representative.")
     return Check("target", f"target and drafter load and match{known}", faults, warnings), draft
 
 
@@ -170,7 +168,7 @@ def target_check(
 def is_untrained(draft: DraftModel) -> bool:
     """Return whether all projectors still equal the target's, as at initialization.
 
-    With adapters on the target, the base layers are compared. Quantized projectors never compare equal.
+    If the target has adapters, its base layers are compared. Quantized projectors never compare equal.
     """
     originals = draft.target.model.layers[draft.split_layer :]
     return all(
@@ -194,14 +192,14 @@ def decoding_check(
     max_new_tokens: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Check:
-    """Compare greedy decoding in both modes with the target alone, token by token.
+    """Compare greedy decoding with the drafter, in both modes, with the target alone, token by token.
 
     Args:
         prompts: [prompts][tokens].
         tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
 
     Raises:
-        ValueError: the target cannot decode the prompts.
+        ValueError: the prompts cannot be decoded.
     """
     target, differences, tau = draft.target, [], {}
     settings = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
@@ -213,14 +211,14 @@ def decoding_check(
             tau[mode] = result.tau
     figures = ", ".join(f"τ {value:.2f} {mode}" for mode, value in tau.items())
     summary = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, up to {max_new_tokens} new tokens: "
-    summary += figures or "no draft was verified"
+    summary += figures or "no drafts were verified"
     warnings = []
     if tau and max(tau.values()) <= LITTLE:
         warnings.append(
-            f"{figures}: almost no drafts are accepted. The drafter may be untrained, or trained for another target."
+            f"{figures}: almost no drafts are accepted. The drafter may be untrained or trained for a different target."
         )
     if not tau:
-        warnings.append("no draft was verified. Use other prompts, or increase --max-new-tokens.")
+        warnings.append("no drafts were verified. Use different prompts, or increase --max-new-tokens.")
     if not differences and not tau:
         return Check("decoding", summary, warnings=warnings)
     if not differences:
@@ -244,7 +242,7 @@ def _decoded(
 
 
 def _differences(mode: str, answers: list[list[int]], own: list[list[int]]) -> list[str]:
-    """Describe the answers that differ from the target's own, each by its first differing token."""
+    """Describe the first differing token of each answer that differs from the target's own."""
     found = []
     for number, (answer, expected) in enumerate(zip(answers, own, strict=True), 1):
         pairs = itertools.zip_longest(answer, expected)
@@ -268,12 +266,12 @@ def _target_config(name: str, revision: str | None) -> PretrainedConfig:
     try:
         config = load_config(name, revision=revision)
     except OSError as error:
-        raise ValueError(f"{name}: the target's config did not load. {error}") from error
+        raise ValueError(f"{name}: failed to load the target's config. {error}") from error
     try:
         check_architecture(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    except Exception as error:  # value types that the config class does not validate
+    except Exception as error:  # the config class does not validate all value types
         raise ValueError(f"{name}: {CONFIG} does not describe a valid model ({one_line(error)}).") from error
     return config
 
@@ -292,10 +290,10 @@ def _positive(text: str) -> int:
     """Parse a positive integer.
 
     Raises:
-        ArgumentTypeError: not an integer of 1 or more.
+        ArgumentTypeError: `text` is not an integer >= 1.
     """
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
     return int(text)
 
 
@@ -305,20 +303,20 @@ def _arguments() -> argparse.Namespace:
     add("artifact", help="directory of an exported drafter, or its Hub id")
     add("target", help="directory of its target, or its Hub id")
     add("--revision", help="branch, tag or commit of the artifact's repository")
-    add("--target-revision", help="of the target's repository")
+    add("--target-revision", help="branch, tag or commit of the target's repository")
     add(
         "--prompts",
         type=Path,
-        help="conversations in any format of training data; default: built-in questions",
+        help="file of conversations in any format that training supports; default: built-in questions",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the target")
-    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="per prompt; default: 32")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the target; default: float32")
+    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="new tokens per prompt; default: 32")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run the command line: print all checks and exit with status 1 on faults."""
+    """Run the command line: print the result of every check and exit with status 1 if there are faults."""
     settings = vars(_arguments())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -334,7 +332,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print("interrupted; the remaining checks did not run", file=sys.stderr)
+        print("interrupted; remaining checks skipped", file=sys.stderr)
         sys.exit(130)
     if faults:
-        sys.exit(f"{faults} fault{'s' if faults > 1 else ''}; later checks did not run")
+        sys.exit(f"{faults} fault{'s' if faults > 1 else ''}; remaining checks skipped")
