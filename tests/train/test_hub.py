@@ -120,7 +120,7 @@ def test_an_interrupted_upload_goes_on(hub, sharded, tmp_path):
     failed = "error: push to owner/drafter: the Hub is unreachable, or the connection failed."
     message = f"{failed} Error while uploading 'model-0000"
     assert broken.returncode == 1 and message in broken.stderr and "Traceback" not in broken.stderr
-    assert "Nothing was published. Run the same command to resume the upload." in broken.stderr
+    assert "Nothing was published. Rerun the same command to resume the upload." in broken.stderr
     assert nothing_published(hub) and len(hub.objects) == 1
 
     hub.accepted_puts, hub.calls = None, []
@@ -167,7 +167,7 @@ def test_a_connection_that_breaks_publishes_nothing(hub, here, artifact):
 
 def test_a_tag_that_did_not_get_through(hub, here, artifact):
     hub.drop = "/tag/"
-    assert refused("but not tagged. Run the same command to tag it.", artifact, drafter(tag="v1"))
+    assert refused("but not tagged. Rerun the same command to tag it.", artifact, drafter(tag="v1"))
     hub.drop, commit = None, hub.repositories["owner/drafter"].head
     push(artifact, drafter(tag="v1"))
     assert hub.repositories["owner/drafter"].tags == {"v1": commit}  # the same: nothing had changed
@@ -207,7 +207,9 @@ def test_a_token_that_may_only_read(hub, here, artifact):
 
 
 def test_another_owner(hub, here, artifact):
-    text = "push to else/drafter: this login can write to repositories of owner or team. Choose one of these owners."
+    text = (
+        "push to else/drafter: this login can write only to repositories of owner or team. Choose one of these owners."
+    )
     assert refused(text, artifact, drafter(repository="else/drafter"))
     push(artifact, drafter(repository="team/drafter"))
     assert "config.json" in head(hub, "team/drafter")
@@ -231,7 +233,7 @@ def test_no_name_of_a_tag(hub, here, artifact, tag):
 def test_a_tag_that_is_there(hub, here, artifact, sharded):
     push(artifact, drafter(tag="v1"))
     before = hub.repositories["owner/drafter"].head
-    assert refused("owner/drafter already has a tag v1. Choose another.", sharded, drafter(tag="v1"))
+    assert refused("owner/drafter already has a tag v1. Choose a different one.", sharded, drafter(tag="v1"))
     assert hub.repositories["owner/drafter"].head == before
 
 
@@ -249,13 +251,13 @@ def test_a_tag_that_is_there(hub, here, artifact, sharded):
 )
 def test_what_a_repository_holds_stays(hub, here, artifact, files, text):
     hub.repositories["owner/drafter"] = Repository(private=True, commits={"a" * 40: files})
-    assert refused(f"owner/drafter holds {'a drafter for ' * ('target' in text)}{text}", artifact, drafter())
+    assert refused(f"owner/drafter contains {'a drafter for ' * ('target' in text)}{text}", artifact, drafter())
     assert head(hub) == files and not hub.objects
 
 
 def test_a_public_repository_is_no_private_one(hub, here, artifact):
     hub.repositories["owner/drafter"] = Repository(private=False)
-    assert refused("owner/drafter exists and is public, not private. Push as public", artifact, drafter())
+    assert refused("owner/drafter already exists and is public, not private. Push as public", artifact, drafter())
     push(artifact, drafter(private=False))
 
 
@@ -318,7 +320,7 @@ def test_a_run_pushes_at_its_end_and_repeats_nothing(hub, trained_run, tmp_path)
 @pytest.mark.parametrize(
     "setting, environment, text",
     [
-        ("export.push_to_hub=drafter", {}, "push to 'drafter': expected a Hub repository name, owner/name"),
+        ("export.push_to_hub=drafter", {}, "push to 'drafter': expected a Hub repository name (owner/name)"),
         ("export.push_to_hub=owner/drafter", {"HF_TOKEN": "hf_wrong"}, "the Hub rejected the token"),
         ("stages=[attention_tuning]", {}, "does not export a drafter. Add export to stages"),
     ],

@@ -163,13 +163,15 @@ def test_a_drafter_that_is_not_calibrated(run):
 
 @pytest.mark.slow
 def test_what_a_drafter_has_beyond_the_paper(run):
-    assert "Beyond the paper" not in card(run)
+    assert "extends the paper" not in card(run)
     file = run / "export" / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["flexdraft_config"] |= {"bonus_slot": True, "chain_rank": 16}
     file.write_text(json.dumps(config), encoding="utf-8")
     text = card(run)
-    assert "its slot 0 encodes the bonus token" in text and "on the previous draft" in text
+    assert (
+        "This drafter extends the paper: slot 0 encodes the bonus token" in text and "on the previously drafted" in text
+    )
     assert "decoders ignore the additional tensors" in text
 
 

@@ -1,1 +1,1 @@
-"""The model card and the upload to the Hugging Face Hub."""
+"""Model card and upload to the Hugging Face Hub."""

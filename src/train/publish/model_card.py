@@ -21,9 +21,9 @@ from train.run_dir.state import file_sha256, publish, read_json, read_record
 
 TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
 PLOT = "acceptance_by_slot.png"
-MINIMUM = "4.57"  # transformers version required by custom_generate/generate.py
-NOWHERE = "path/to/this/directory"  # placeholder for the drafter's location until it is uploaded
-# Setting groups shown in the card's commands: those that affect the drafter. Others are paths and may be private.
+MINIMUM = "4.57"  # transformers version that custom_generate/generate.py requires
+NOWHERE = "path/to/this/directory"  # stands for the drafter's location until it is uploaded
+# Settings shown in the card's commands, i.e. those that affect the drafter. Others may be private, e.g. paths.
 SHOWN: tuple[str, ...] = (
     "experiment",
     "recipe",
@@ -39,13 +39,13 @@ SHOWN: tuple[str, ...] = (
 SHOWN += ("seed", "name")
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CALIBRATED = ", and a small MLP\ncorrects the draft logits once the bonus token is known"
-LEGEND = """τ is the mean number of tokens per verification step, including the target's own (bonus) token, with a
-bootstrap interval over prompts. Identical: prompts with exactly the target's output. `untuned` drafts with the target's
-attention projections, `attention_tuned` without the calibrator."""
+LEGEND = """τ is the mean number of tokens per verify step, including the target's own (bonus) token; 95% is its
+bootstrap interval over prompts. Identical counts the prompts whose output equals the target's exactly. `untuned` uses
+the target's attention projections, and `attention_tuned` omits the calibrator."""
 
 
 def is_outdated(run_dir: Path) -> bool:
-    """Return whether the export no longer matches the records because a stage has been retrained since."""
+    """Return whether the export is out of date: a stage behind it was retrained since, or has no record."""
     stage: str | None = "export"
     while stage:
         done = read_record(run_dir / "records" / f"{stage}.done.json")
@@ -59,7 +59,7 @@ def is_outdated(run_dir: Path) -> bool:
 
 
 def write_card(run_dir: Path) -> None:
-    """Write the card and its plot to the exported directory. The card is a deterministic function of the records."""
+    """Write the card and its plot to the export directory. Equal records produce an identical card."""
     exported, records = run_dir / "export", {}
     for stage in (*TRAINED, "export", "evaluate"):
         if done := read_record(run_dir / "records" / f"{stage}.done.json"):
@@ -88,18 +88,18 @@ def write_card(run_dir: Path) -> None:
 
 
 def _publish_if_other(file: Path, content: bytes) -> None:
-    """Write a file only if its content changes: the disk of a finished run may be read-only."""
+    """Write a file only if its content changes, since the disk of a finished run may be read-only."""
     if not file.exists() or file.read_bytes() != content:
         publish(file, lambda temporary: temporary.write_bytes(content))
 
 
 def named(card: str, repository: str) -> str:
-    """Return the card with examples that load the drafter from a repository."""
+    """Return the card with its examples changed to load the drafter from a Hub repository."""
     return card.replace(NOWHERE, repository)
 
 
 def _is_of(evaluation: dict[str, Any], exported: Path, config: dict[str, Any]) -> bool:
-    """Return whether the record evaluates the current export."""
+    """Return whether an evaluation record belongs to the current export."""
     inputs = evaluation["settings"]["inputs"]
     now: dict[str, Any] = {f"export/{file.name}": file_sha256(file) for file in exported.glob("*.safetensors")}
     now["export/config.json"] = config
@@ -130,7 +130,7 @@ def _on_hub(name: str | None) -> TypeGuard[str]:
 
 
 def _license(target: dict[str, Any]) -> dict[str, str]:
-    """Return the license entries of the target's model card, if the card is on this machine."""
+    """Return the license entries in the target's model card, if the card is on this machine."""
     if target["name"] is None:
         return {}
     place = Path(target["name"].replace("${embedded:}", str(EMBEDDED)), CARD)
@@ -173,30 +173,30 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
 
 
 def _fingerprint(config: dict[str, Any]) -> str:
-    """Describe the fingerprint of the target's weights; empty for exports by earlier versions, which have none."""
+    """Describe the target's fingerprint; empty for exports by earlier versions, which have none."""
     if FINGERPRINT not in config:
         return ""
     digest = hashlib.sha256(json.dumps(config[FINGERPRINT], sort_keys=True).encode()).hexdigest()
     return (
         f"\n`config.json` contains a fingerprint of the target's weights ({digest[:12]}). Loading the drafter\n"
-        "with other weights, such as a fine-tuned variant's, gives a warning: decoding stays lossless, but accepts\n"
-        "fewer drafts.\n"
+        "with different weights, e.g. a fine-tuned variant's, issues a warning: decoding stays lossless, but fewer\n"
+        "drafts are accepted.\n"
     )
 
 
 def _transformers(record: dict[str, Any]) -> str:
-    """Describe the transformers version that made and evaluated the drafter."""
+    """Describe the transformers version that the drafter was trained and evaluated with."""
     version = record["environment"].get("transformers")
     return f"trained and evaluated with {version}" if version else "the version used is not recorded"
 
 
 def _beyond(draft: DraftConfig) -> str:
-    """Describe the drafter's extensions that some decoders do not support."""
+    """Describe the drafter's extensions beyond the paper, which some decoders do not support."""
     parts = [part.beyond for part in draft.parts() if part.beyond]
     if not parts:
         return ""
     return (
-        f"\nBeyond the paper, {' and '.join(parts)}. Both decoders below support this. Other\n"
+        f"\nThis drafter extends the paper: {' and '.join(parts)}.\nBoth decoders below support this. Other "
         "decoders ignore the additional tensors and accept fewer drafts.\n"
     )
 
@@ -206,12 +206,12 @@ def _place(name: str) -> str:
 
 
 def _template(trained: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the chat template."""
+    """Return the chat template arguments."""
     return next(iter(trained.values()))["settings"]["data"]["template_kwargs"]
 
 
 def _figures(report: dict[str, Any], seed: int) -> str:
-    """Format acceptance, the decoding settings and, if measured, speed."""
+    """Format the acceptance, the decoding settings and, if measured, the speed."""
     how = report["how"]
     sampling, selection = how["sampling"], how["selection"]
     sampled = "greedy"
@@ -235,16 +235,16 @@ def _figures(report: dict[str, Any], seed: int) -> str:
 
 
 def _recommended(exported: Path) -> str:
-    """The recommendation of the evaluation as a paragraph; empty without one."""
+    """Return the evaluation's recommendation as a paragraph; empty if there is none."""
     found = read_recommendation(exported)
     if not found:
         return ""
     rows, rule = found["parallel_rows"], found["selection"]
     modes = f"parallel drafting up to batch size {rows}, sequential above" if rows else "sequential drafting"
     selection = rule if rule == "off" else f"{rule} {found['threshold']:g}"
-    device = found.get("device", "the device of the evaluation")
+    device = found.get("device", "the device used in the evaluation")
     file = f"[`{RECOMMENDATION}`]({RECOMMENDATION})"
-    return f"\n\nFastest on {device}, by {file}: {modes}, selective verification {selection}."
+    return f"\n\nFastest on {device}, according to {file}: {modes}, selective verification {selection}."
 
 
 def _speed(speed: dict[str, Any]) -> list[str]:
@@ -253,7 +253,7 @@ def _speed(speed: dict[str, Any]) -> list[str]:
         rates = [alone["tokens_per_second"], drafted["tokens_per_second"]]
         rows.append([name, *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0]:.2f}x", drafted["decoder"]])
     header = ["benchmark", "target alone, tokens/s", "drafted, tokens/s", "speed-up", "mode"]
-    return [_table(header, rows), f"Speed of one prompt at a time, on {speed['device']}."]
+    return [_table(header, rows), f"Speed is measured with one prompt at a time, on {speed['device']}."]
 
 
 def _training(record: dict[str, Any], target: dict[str, Any]) -> dict[str, str]:
@@ -266,31 +266,31 @@ def _training(record: dict[str, Any], target: dict[str, Any]) -> dict[str, str]:
         "data": ", ".join(map(without_paths, _paths(record))),
         "records, fingerprint": _records(settings["inputs"]["data"]),
         "tokens per row": f"{settings['data']['max_seq_len']:,}",
-        "steps": f"{result['steps']:,}; weights of step {result['weights_of_step']:,}",
+        "steps": f"{result['steps']:,}; weights from step {result['weights_of_step']:,}",
         "rows per step, blocks per row": f"{stage['global_batch_size']}, {stage['num_anchors']}",
         "learning rate": f"{stage['module']['learning_rate']:g}, cosine",
         "objective, slot weights": f"{terms}, {objective['weights']}",
         "arithmetic, seed": f"{settings['arithmetic']}, {settings['seed']}",
         "trained parameters": f"{result['trained_parameters']:,}",
-        "hardware": record.get("hardware", "not recorded"),  # in records of earlier versions
+        "hardware": record.get("hardware", "not recorded"),  # missing from records by earlier versions
     }
 
 
 def _paths(record: dict[str, Any]) -> list[str]:
-    """Return the paths of the data: `data.path` is a path, or a list of paths and sources."""
+    """Return the data paths; `data.path` is a path, or a list of paths and sources."""
     path = record["settings"]["data"]["path"]
     return [one if isinstance(one, str) else one["path"] for one in (path if isinstance(path, list) else [path])]
 
 
 def _records(parts: list[list[Any]]) -> str:
-    """Format the record count and a short hash: the file's, or a hash of all hashes for several files."""
+    """Format the record count and a short hash: the file's, or for several files, a hash of their hashes."""
     hashes = [fingerprint.rsplit("/", 1)[-1] for fingerprint, _ in parts]
     one = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     return f"{sum(taken for _, taken in parts):,}, {one[:12]}"
 
 
 def _revision(target: dict[str, Any]) -> str:
-    """Format the target's name and, for a Hub repository, the commit in the local cache."""
+    """Format the target's name and, for a Hub repository, the locally cached commit."""
     revision = target["revision"]
     if _on_hub(target["name"]):
         cached = try_to_load_from_cache(target["name"], "config.json", revision=revision)
@@ -299,7 +299,7 @@ def _revision(target: dict[str, Any]) -> str:
 
 
 def _commands(records: dict[str, Any]) -> list[str]:
-    """Return the distinct commands of the stages; empty if they were run from Python."""
+    """Return the distinct commands that ran the stages; empty if they were run from Python."""
     commands = []
     for record in records.values():
         given = [o for o in record.get("overrides", []) if o.lstrip("+").split("=")[0].split(".")[0] in SHOWN]
@@ -309,7 +309,7 @@ def _commands(records: dict[str, Any]) -> list[str]:
 
 
 def _versions(record: dict[str, Any]) -> str:
-    return "With " + ", ".join(f"{name} {version}" for name, version in record["environment"].items()) + "."
+    return "Versions: " + ", ".join(f"{name} {version}" for name, version in record["environment"].items()) + "."
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

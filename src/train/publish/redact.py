@@ -1,13 +1,13 @@
-"""Removal of local paths and URLs from text that is published."""
+"""Removes local paths and URLs from text before it is published."""
 
 import re
 from pathlib import Path
 
 
 def without_paths(text: str) -> str:
-    """Anonymise a setting or its value: reduce local paths and URLs to their last part.
+    """Shorten local paths and URLs in a setting or its value to their last component.
 
-    Keep `owner/name` unless it is an existing local path.
+    `owner/name` is kept unless it is an existing local path.
     """
     key, equals, value = text.partition("=") if re.match(r"[+~]*[\w.@]+=", text) else ("", "", text)
     value = value.replace("${embedded:}", "")

@@ -1,7 +1,7 @@
-"""Upload of the exported drafter to the Hugging Face Hub, with access checks before training.
+"""Uploads the exported drafter to the Hugging Face Hub, and checks before training that the upload will be possible.
 
-Authentication uses the standard login (HF_TOKEN or `hf auth login`) through huggingface_hub; this module does not read
-the token.
+Authentication uses the standard login (HF_TOKEN or `hf auth login`) through huggingface_hub; this module never reads
+the token itself.
 """
 
 import json
@@ -26,7 +26,7 @@ from models.export.recommendation import recommendation_faults
 from models.export.weight_checks import file_faults, headers, value_faults
 from train.publish.model_card import named
 
-HARMLESS = {".gitattributes", CARD, "LICENSE"}  # files that a repository may hold before the first upload
+HARMLESS = {".gitattributes", CARD, "LICENSE"}  # files a repository may contain before the first upload
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Destination:
 
     repository: str  # owner/name
     private: bool = True
-    tag: str | None = None  # names the uploaded revision
+    tag: str | None = None  # tag for the uploaded revision
 
 
 def destination(config: DictConfig) -> Destination:
-    """Return the upload destination from a run's settings."""
+    """Return the upload destination in a run's settings."""
     return Destination(config.export.push_to_hub, config.export.private, config.export.tag)
 
 
@@ -50,9 +50,9 @@ def check_destination(to: Destination) -> None:
         UserError: the repository name or the tag is invalid, there is no login, or HF_HUB_OFFLINE is set.
     """
     if not isinstance(to.repository, str) or not is_repository_name(to.repository):
-        raise UserError(f"push to {to.repository!r}: expected a Hub repository name, owner/name.")
+        raise UserError(f"push to {to.repository!r}: expected a Hub repository name (owner/name).")
     if to.tag is not None and not (isinstance(to.tag, str) and re.fullmatch(r"\w[\w.-]*", to.tag)):
-        raise UserError(f"tag {to.tag!r}: expected letters, digits, '.', '_' and '-', such as v1.")
+        raise UserError(f"tag {to.tag!r}: expected letters, digits, '.', '_' and '-', e.g. v1.")
     if constants.is_offline_mode():
         raise UserError(
             f"push to {to.repository}: HF_HUB_OFFLINE is set. Unset it, or push from a machine with network access."
@@ -62,7 +62,7 @@ def check_destination(to: Destination) -> None:
 
 
 def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
-    """Check on the Hub that the drafter can be uploaded: token, owner, contents of the repository, tag.
+    """Check on the Hub that the drafter can be uploaded: token, owner, repository contents, tag.
 
     Args:
         target: `target_identity` of the drafter's target.
@@ -84,12 +84,12 @@ def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
         if files - HARMLESS:
             _check_content(name, found.sha, files, target)
         if to.tag in {tag.name for tag in api.list_repo_refs(name).tags}:
-            raise UserError(f"{name} already has a tag {to.tag}. Choose another.")
+            raise UserError(f"{name} already has a tag {to.tag}. Choose a different one.")
     if bool(found.private) != to.private:
         is_, asked = ("private", "public") if found.private else ("public", "private")
         raise UserError(
-            f"{name} exists and is {is_}, not {asked}. Push as {is_}, or change the visibility in the repository's "
-            "settings."
+            f"{name} already exists and is {is_}, not {asked}. Push as {is_}, or change the visibility in the "
+            "repository's settings."
         )
     return files
 
@@ -97,14 +97,14 @@ def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
 def push(directory: Path, to: Destination) -> str:
     """Upload an exported directory as one commit, and tag it.
 
-    Weights are uploaded before the commit and addressed by content, so a retry after an interruption skips the parts
+    Weights are uploaded before the commit and addressed by content, so a retry after an interruption skips what is
     already uploaded. Nothing is visible before the commit.
 
     Returns:
         The repository's URL.
 
     Raises:
-        UserError: the artifact is incomplete, the upload is not permitted, or the Hub failed.
+        UserError: the artifact is incomplete, the upload is not permitted, or the Hub or the network failed.
     """
     check_destination(to)
     config = check_artifact(directory)
@@ -116,23 +116,23 @@ def push(directory: Path, to: Destination) -> str:
     ]
     if CARD in files:
         operations.append(CommitOperationAdd(CARD, named(files[CARD].read_text(encoding="utf-8"), name).encode()))
-    # Delete shards left over from an earlier, larger upload: they would make the artifact ambiguous.
+    # Delete shards left over from an earlier, larger upload, which would make the artifact ambiguous.
     operations += [CommitOperationDelete(path) for path in sorted(there - files.keys()) if _is_ours(path)]
-    with _hub_errors(name, "Nothing was published. Run the same command to resume the upload."):
+    with _hub_errors(name, "Nothing was published. Rerun the same command to resume the upload."):
         api.create_repo(name, private=to.private, exist_ok=True)
         commit = api.create_commit(name, operations, commit_message="FlexDraft drafter")
     if to.tag:
         with _hub_errors(
-            name, f"The drafter is uploaded as {commit.oid}, but not tagged. Run the same command to tag it."
+            name, f"The drafter was uploaded as {commit.oid}, but not tagged. Rerun the same command to tag it."
         ):
             api.create_tag(name, tag=to.tag, revision=commit.oid)
     return f"{api.endpoint}/{name}"
 
 
 def check_artifact(directory: Path) -> dict[str, Any]:
-    """Check that an exported directory is complete (all tensors present, readable and finite), and return its config.
+    """Check that an export is complete, with all tensors readable and finite, and return its config.
 
-    `python -m models.verify` loads the target and checks that the drafter fits it.
+    Does not load the target; `python -m models.verify` also checks that the drafter fits it.
 
     Raises:
         UserError: the directory is not a complete export.
@@ -154,7 +154,7 @@ def check_artifact(directory: Path) -> dict[str, Any]:
 
 
 def _is_ours(path: str) -> bool:
-    """Return whether a repository file belongs to an exported drafter. Excludes the card: it may have been edited."""
+    """Return whether a repository file belongs to an exported drafter. The card does not: it may have been edited."""
     return path != CARD and any(fnmatch(path, part) and path.count("/") == part.count("/") for part in PARTS)
 
 
@@ -162,7 +162,7 @@ def _check_owner(name: str, login: dict[str, Any]) -> None:
     owners = [login["name"], *(organization["name"] for organization in login.get("orgs", []))]
     if name.split("/")[0] not in owners:
         raise UserError(
-            f"push to {name}: this login can write to repositories of {' or '.join(owners)}. Choose one of these "
+            f"push to {name}: this login can write only to repositories of {' or '.join(owners)}. Choose one of these "
             "owners."
         )
     if login.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -178,14 +178,16 @@ def _check_content(name: str, revision: str | None, files: set[str], target: dic
         with suppress(ValueError):
             config = json.loads(text)
     if not any(key in config for key in FLEXDRAFT_KEYS):
-        raise UserError(f"{name} holds something other than a FlexDraft drafter. Choose another repository name.")
+        raise UserError(
+            f"{name} contains something other than a FlexDraft drafter. Choose a different repository name."
+        )
     if different := other_target(config, target):
-        raise UserError(f"{name} holds a drafter for a target with {different}. Choose another repository name.")
+        raise UserError(f"{name} contains a drafter for a target with {different}. Choose a different repository name.")
 
 
 @contextmanager
 def _hub_errors(name: str, state: str) -> Iterator[None]:
-    """Convert errors of the Hub or the network to a UserError with a fix. `state` describes what was done so far.
+    """Convert Hub and network errors to a UserError with a fix. `state` describes what has been done so far.
 
     Raises:
         UserError: the Hub or the network failed.
@@ -195,20 +197,20 @@ def _hub_errors(name: str, state: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         reasons = {
-            401: "the Hub rejected the token. Set another HF_TOKEN, or run `hf auth login`.",
-            403: "the token has no write access to this repository. Create one that has in the Hub's settings.",
+            401: "the Hub rejected the token. Set a different HF_TOKEN, or run `hf auth login`.",
+            403: "the token has no write access to this repository. Create one that does in the Hub's settings.",
         }
         reason = reasons.get(status) or f"the Hub rejected the request. {error}"
         raise UserError(f"push to {name}: {reason} {state}") from error
     except UserError:
         raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # from the connection or a failed upload
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # connection errors and failed uploads
         raise UserError(
             f"push to {name}: the Hub is unreachable, or the connection failed. {_cause(error)} {state}"
         ) from error
 
 
 def _cause(error: BaseException) -> str:
-    """Format an error and its cause on one line."""
+    """Return the messages of an error and its cause on one line."""
     texts = dict.fromkeys(str(one) for one in (error, error.__cause__) if one)
     return " ".join(texts).replace("\n", " ")
