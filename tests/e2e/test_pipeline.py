@@ -167,7 +167,7 @@ def test_export_refuses_a_calibrator_of_another_attention_tuning(trained_run, tm
     weights = run_dir / "attention_tuning" / "draft.safetensors"
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
     done = command(*SHORT, "name=short", "stages=[export]", "overwrite=true", cwd=tmp_path)
-    assert done.returncode != 0 and "was trained from another version of" in done.stderr
+    assert done.returncode != 0 and "was trained from a different version of" in done.stderr
 
 
 @pytest.mark.slow

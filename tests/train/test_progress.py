@@ -157,7 +157,7 @@ def test_a_drafter_of_another_target_or_another_rank_is_refused(tmp_path):
     facts = facts_in(file, TARGET)
     with pytest.raises(UserError, match="calibrator_rank=256.*calibrator_rank=7"):
         check_fits(file, facts, config(model__draft__calibrator_rank=7), TARGET, "export")
-    with pytest.raises(UserError, match=f"another target.*config.json: {'a' * 12} -> {'b' * 12}"):
+    with pytest.raises(UserError, match=f"a different target.*config.json: {'a' * 12} -> {'b' * 12}"):
         check_fits(file, facts, config(), {"config.json": "b" * 64}, "export")
 
 
@@ -165,7 +165,7 @@ def test_a_drafter_file_without_metadata_needs_its_record(tmp_path):
     file = tmp_path / "attention_tuning" / "draft.safetensors"
     file.parent.mkdir()
     save_file({"a": torch.zeros(2)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="was written by an earlier version without its training setup"):
+    with pytest.raises(UserError, match="was written by an earlier version, which did not store the training setup"):
         facts_in(file, TARGET)
     old = {"model": {"draft": {"num_layers": 6, "block_size": 8}, "target": {"name": "/t"}}}
     old |= {"data": {"template_kwargs": {}}, "inputs": {"t/config.json": "a" * 64, "t/notes.json": "c" * 64}}

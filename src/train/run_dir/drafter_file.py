@@ -17,15 +17,15 @@ from train.run_dir.state import file_sha256, publish, read_record
 from train.run_dir.target_files import comparable, short
 
 WEIGHTS = "draft.safetensors"  # float32, with the parameter names of the export
-FACTS = "flexdraft"  # the only metadata key: safetensors writes several keys in random order
+FACTS = "flexdraft"  # the only metadata key, since safetensors writes multiple keys in random order
 
 
 def facts_of(config: DictConfig, target: dict[str, Any], *, calibrated: bool) -> dict[str, Any]:
-    """Collect the training setup of a drafter: its sizes, the target's identity and the chat template arguments.
+    """Return a drafter's training setup: its sizes, the target's identity and the chat template arguments.
 
     Args:
         target: `Resources.target_identity`.
-        calibrated: whether the drafter has a trained calibrator; without one, its ranks are recorded as 0.
+        calibrated: whether the drafter has finished stage 2; otherwise, the parts trained there are recorded as absent.
     """
     draft = DraftConfig(**config.model.draft)
     template = OmegaConf.to_container(config.data.template_kwargs, resolve=True)
@@ -34,10 +34,10 @@ def facts_of(config: DictConfig, target: dict[str, Any], *, calibrated: bool) ->
 
 
 def save_drafter(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write the drafter file. The output is deterministic: equal tensors and facts give identical bytes.
+    """Write the drafter file. Equal tensors and facts produce identical bytes.
 
     Raises:
-        DiskError: the file cannot be written, e.g. the disk is full or permission is missing.
+        DiskError: the file cannot be written, e.g. because the disk is full or read-only.
     """
     metadata = {FACTS: json.dumps(facts, sort_keys=True)}
     needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -48,22 +48,22 @@ def finished_weights(run_dir: Path) -> Path:
     """Return the drafter file to export: the calibrated one if stage 2 is finished, else the attention-tuned one.
 
     Raises:
-        UserError: neither stage is finished; stage 2 started from a different attention-tuning file than the current
-            one; or the result of stage 2 is missing.
+        UserError: neither stage is finished, the result of stage 2 is missing, or stage 2 started from a different
+            attention-tuning result than the current one.
     """
     tuned, calibrated = (run_dir / stage / WEIGHTS for stage in ("attention_tuning", "bonus_calibration"))
     done = read_record(run_dir / "records" / "bonus_calibration.done.json")
     if done is not None:
         if not calibrated.exists():
             raise UserError(
-                f"{calibrated} is missing, although stage bonus_calibration is finished. Restore the file or retrain "
-                "with overwrite=bonus_calibration."
+                f"{calibrated} is missing, but stage bonus_calibration is recorded as finished. Restore the file, or "
+                "retrain with overwrite=bonus_calibration."
             )
         before = done.get("settings", {}).get("inputs", {}).get(f"attention_tuning/{WEIGHTS}")
         if before and tuned.exists() and file_sha256(tuned) != before:
             raise UserError(
-                f"{calibrated} was trained from another version of {tuned}. "
-                "Run overwrite=[bonus_calibration,export,evaluate]."
+                f"{calibrated} was trained from a different version of {tuned}. "
+                "Rerun with overwrite=[bonus_calibration,export,evaluate]."
             )
         return calibrated
     if (run_dir / "records" / "attention_tuning.done.json").exists() and tuned.exists():
@@ -76,27 +76,28 @@ def finished_weights(run_dir: Path) -> Path:
 def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
     """Read the training setup of a `draft.safetensors`.
 
-    It is in the file's metadata. For files written by earlier versions, it is taken from the stage record.
+    It is stored in the file's metadata; for files written by earlier versions, in the stage record.
 
     Args:
         now: `Resources.target_identity`, which completes records written by earlier versions.
 
     Raises:
-        UserError: the file is damaged, or has no such metadata and no readable stage record.
+        UserError: the file is damaged, or neither its metadata nor a readable stage record has the setup.
     """
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged, not a valid safetensors file ({error}).") from error
+        raise UserError(f"{file} is damaged: not a valid safetensors file ({error}).") from error
     if FACTS in metadata:
         return json.loads(metadata[FACTS])
     stage = file.parent.name
     settings = (read_record(file.parents[1] / "records" / f"{stage}.done.json") or {}).get("settings")
     if not settings:
         raise UserError(
-            f"{file} was written by an earlier version without its training setup, and {stage} has no readable record "
-            f"in this run directory. Use the file in its original run directory, or retrain with overwrite={stage}."
+            f"{file} was written by an earlier version, which did not store the training setup in it, and this run "
+            f"directory has no readable record of {stage}. Use the file in its original run directory, or retrain with "
+            f"overwrite={stage}."
         )
     recorded = settings["model"]["draft"]
     draft = DraftConfig(**{"calibrator_rank": 0} | {key: recorded[key] for key in KINDS if key in recorded})
@@ -105,7 +106,7 @@ def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """Read the sizes of the exported drafter from its config.json and its training setup from the export record.
+    """Read an exported drafter's sizes from its config.json, and its training setup from the export record.
 
     Args:
         now: `Resources.target_identity`, which completes records written by earlier versions.
@@ -118,7 +119,7 @@ def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
         draft = DraftConfig.from_artifact(json.loads((exported / CONFIG).read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{exported / CONFIG}: not the config of an exported drafter ({error!r}). Run overwrite=export."
+            f"{exported / CONFIG}: not the config of an exported drafter ({error!r}). Run with overwrite=export."
         ) from error
     record = read_record(run_dir / "records" / "export.done.json") or {}
     facts = record.get("drafter") or {}
@@ -131,18 +132,18 @@ def facts_of_export(run_dir: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: dict[str, Any], stage: str) -> None:
-    """Check that the settings of a stage match the drafter that it starts from.
+    """Check that a stage's settings match the drafter it starts from.
 
     Args:
-        source: the drafter to start from, named in the error message.
+        source: the drafter file, named in error messages.
         facts: training setup of `source`.
         target: `Resources.target_identity` of the settings.
 
     Raises:
-        UserError: drafter sizes, target or template arguments differ; the message gives both values.
+        UserError: drafter sizes, target or chat template arguments differ. The message gives both values.
     """
     asked = facts_of(config, target, calibrated=facts["calibrator_rank"] > 0)
-    # Facts of an earlier version may lack a part, which was absent then, or the template arguments.
+    # Facts from earlier versions may lack the template arguments, and parts that did not exist yet.
     compared = asked.keys() - {"target"} - ({"template_kwargs"} - facts.keys())
     wrong = [key for key in asked if key in compared and facts.get(key, 0) != asked[key]]
     group = lambda key: f"data.{key}" if key == "template_kwargs" else f"model.draft.{key}"  # noqa: E731
@@ -151,16 +152,16 @@ def check_fits(source: Path, facts: dict[str, Any], config: DictConfig, target: 
             " ".join(f"{group(key)}={_written(of.get(key, 0))}" for key in wrong) for of in (facts, asked)
         )
         raise UserError(
-            f"{source} was trained with {trained}, but the settings of stage {stage} are {given}. "
-            f"Set {trained}, or train another drafter under another name=..."
+            f"{source} was trained with {trained}, but stage {stage} is configured with {given}. "
+            f"Set {trained}, or train a new drafter under a different name=..."
         )
     then = comparable(facts.get("target", target), target)
     changed = [key for key in sorted(then.keys() | target.keys()) if then.get(key) != target.get(key)]
     if changed:
         pairs = "; ".join(f"{key}: {short(then.get(key))} -> {short(target.get(key))}" for key in changed)
         raise UserError(
-            f"{source} was trained for another target than model.target={config.model.target.name} ({pairs}). "
-            "Set the target that it was trained for, or train another drafter under another name=..."
+            f"{source} was trained for a different target than model.target.name={config.model.target.name} ({pairs}). "
+            "Set the target it was trained for, or train a new drafter under a different name=..."
         )
 
 
@@ -169,14 +170,14 @@ def _written(value: Any) -> str:
 
 
 def target_then(settings: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the target's identity at the time of a stage record.
+    """Return the target's identity at the time a stage record was written.
 
-    Earlier versions stored hashes of the target's .json files under the name of its directory. Entries missing from
-    such a record are assumed to be unchanged and are taken from `now`.
+    Earlier versions stored hashes of the target's .json files under the target's directory name. Entries missing from
+    such a record are assumed to be unchanged and taken from `now`.
 
     Args:
-        settings: settings of the stage record.
-        now: `Resources.target_identity`.
+        settings: settings in the stage record.
+        now: the current `Resources.target_identity`.
     """
     inputs = settings.get("inputs", {})
     if "target" in inputs:
