@@ -1,6 +1,6 @@
-"""Files of an exported drafter: names, config, and the files required for a complete export.
+"""The files of an exported drafter: their names, the config, and which ones a complete export requires.
 
-Shared by writing (`export`), loading and verification.
+Shared by the code that writes (`export`), loads and verifies drafters.
 """
 
 import hashlib
@@ -17,18 +17,18 @@ WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.
 CARD = "README.md"
 DECODER = Path("custom_generate", "generate.py")  # path expected by transformers
 OWN_DECODER = Path(__file__).parent / DECODER  # source file copied into exports
-RECOMMENDATION = "recommended_decoding.json"  # written by the evaluation, which never changes exported files
-EARLIER_RECOMMENDATION = "recommended_decoding"  # key within both settings, written by earlier versions
+RECOMMENDATION = "recommended_decoding.json"  # written by the evaluation, which never modifies exported files
+EARLIER_RECOMMENDATION = "recommended_decoding"  # where earlier versions stored it: a key in the drafter settings
 DECODER_SHA256 = "custom_generate_sha256"  # hash of the exported decoder, stored in config.json
 
-# Files written by an export and its run, and published. Config, decoder and weights (one file, or shards plus index)
-# are required; the recommendation is optional; model card and plots are documentation.
+# Files that an export and its run write, and that are published. Config, decoder and weights (a single file, or shards
+# with an index) are required; the recommendation is optional; model card and plots are documentation.
 PARTS = (CONFIG, RECOMMENDATION, CARD, "*.safetensors", INDEX, "*.png", DECODER.as_posix())
 HARMLESS = (".gitattributes", "LICENSE*", ".cache/*", "*/__pycache__/*")  # files added by the Hub, git and Python
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; None if it is missing or unreadable."""
+    """Return the content of a JSON file, or None if it is missing or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -36,19 +36,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty dict if the file is missing, unreadable or holds another type."""
+    """Return the JSON object in a file, or an empty dict if the file is missing, unreadable or not an object."""
     content = read_json(path)
     return content if isinstance(content, dict) else {}
 
 
 def why_no_object(path: Path, fix: str = "Correct the file, or export the drafter again.") -> str | None:
-    """Return the reason why a file does not contain a JSON object; None if it does."""
+    """Return why a file does not contain a JSON object, or None if it does."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{path.name}: missing. Pass the directory of an exported drafter."
     except OSError as error:
-        return f"{path.name}: not readable ({error.strerror}). {fix}"
+        return f"{path.name}: cannot be read ({error.strerror}). {fix}"
     except (ValueError, RecursionError) as error:
         return f"{path.name}: invalid JSON ({error}). {fix}"
     if not isinstance(content, dict):
@@ -57,7 +57,7 @@ def why_no_object(path: Path, fix: str = "Correct the file, or export the drafte
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read the `config.json` of an exported drafter, without the recommendation that earlier versions added to it.
+    """Read an exported drafter's `config.json`, without the recommendation that earlier versions stored in it.
 
     Raises:
         UserError: the file is missing, unreadable, or not the config of an exported drafter.
@@ -66,7 +66,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: not an exported drafter. {reason}")
     config = read_json(directory / CONFIG)
     if draft_settings(config) is None:
-        raise UserError(f"{directory}: not an exported drafter. Expected {CONFIG} with {FLEXDRAFT_KEYS[0]}.")
+        raise UserError(f"{directory}: not an exported drafter. {CONFIG} must contain {FLEXDRAFT_KEYS[0]}.")
     for key in FLEXDRAFT_KEYS:
         if isinstance(config.get(key), dict):
             config[key].pop(EARLIER_RECOMMENDATION, None)
@@ -86,38 +86,38 @@ def sha256(path: Path) -> str:
 
 
 def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
-    """Check that the exported decoding code (for plain transformers) is present and unmodified.
+    """Check that the exported decoder for plain transformers is present and unmodified.
 
-    Users run this code with `trust_remote_code=True`, so additional Python files or changes after the export are
-    faults. An unmodified file from another version of this project only gives a warning.
+    Users run this code with `trust_remote_code=True`, so additional Python files and modifications after the
+    export are faults. An unmodified file from a different version of this project only causes a warning.
 
     Returns:
         Faults and warnings.
     """
     faults = [
-        f"{path.relative_to(directory)}: unexpected code, which transformers may run. Delete the file."
+        f"{path.relative_to(directory)}: unexpected Python file, which transformers may run. Delete it."
         for path in sorted(directory.rglob("*.py"))
         if path.relative_to(directory) != DECODER
     ]
     file = directory / DECODER
     if not file.is_file():
-        return [*faults, f"{DECODER}: missing. Plain transformers needs it for decoding. Export the drafter again."], []
+        return [*faults, f"{DECODER}: missing. Plain transformers needs it to decode. Export the drafter again."], []
     try:
         found = sha256(file)
     except OSError as error:
-        return [*faults, f"{DECODER}: not readable ({error.strerror}). Export the drafter again."], []
+        return [*faults, f"{DECODER}: cannot be read ({error.strerror}). Export the drafter again."], []
     if found == sha256(OWN_DECODER):
         return faults, []
     exported = read_object(directory / CONFIG).get(DECODER_SHA256)
     if exported is not None and found != exported:
-        fault = f"{DECODER}: changed after the export (sha256 {found[:12]}, {CONFIG} records {str(exported)[:12]}). "
+        fault = f"{DECODER}: modified after the export (sha256 {found[:12]}; {CONFIG} has {str(exported)[:12]}). "
         return [*faults, f"{fault}Review the code before running it, or export the drafter again."], []
-    warning = f"{DECODER}: code of another version of this project. Review it before trusting it, or export again."
+    warning = f"{DECODER}: from a different version of this project. Review it before running it, or export again."
     return faults, [warning]
 
 
 def file_warnings(directory: Path) -> list[str]:
-    """Return a warning that lists unexpected files in an export directory, if any."""
+    """Return a warning that lists the unexpected files in an export directory, if there are any."""
     files = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
     other = [name for name in files if not any(fnmatch(name, pattern) for pattern in PARTS + HARMLESS)]
     return [f"unexpected files: {', '.join(other[:4])}{' ...' * (len(other) > 4)}."] if other else []

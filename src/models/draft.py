@@ -18,19 +18,19 @@ from models.families import layer_windows
 from models.target import Context
 
 M = TypeVar("M", bound=nn.Module)
-UNKNOWN = -1  # placeholder for a token that is not given to the drafter
+UNKNOWN = -1  # placeholder for a token the drafter is not given
 
 
 class DraftModel(nn.Module):
-    """Drafter: runs mask tokens through the target's last `L` layers (FlexDraft, arXiv 2605.20022, Attention Tuning).
+    """Drafter that runs mask tokens through the target's last `L` layers (FlexDraft, arXiv 2605.20022).
 
     Each draft layer reuses the target's decoder layer: norms, FFN and attention function are shared by reference and
     frozen; only `self_attn` is a trainable copy, initialized from the target. Attribute names match the exported tensor
     names, so checkpoints and exports need no key mapping.
 
-    Two extensions beyond the paper, both disabled in its recipe: `bonus_slot` feeds a bonus token that is known before
-    drafting (as in sequential mode) into slot 0, where the other slots attend to it; `chain_mlp` conditions each slot's
-    logits on the previously drafted token (docs/results/recipe.md).
+    Two extensions go beyond the paper and are disabled in its recipe (docs/results/recipe.md): `bonus_slot` feeds a
+    bonus token that is known before drafting (as in sequential mode) into slot 0, where the other slots attend to it;
+    `chain_mlp` conditions each slot's logits on the previously drafted token.
     """
 
     target: PreTrainedModel
@@ -47,19 +47,22 @@ class DraftModel(nn.Module):
             dtype: dtype of the drafter's own parameters; defaults to the target's.
 
         Raises:
-            ValueError: the target has fewer layers, the block exceeds a sliding window, or the target is wrapped (e.g.
-                by PEFT).
+            ValueError: the target has fewer than `num_layers` layers, has a sliding window smaller than a block, or is
+                wrapped (e.g. by PEFT).
         """
         super().__init__()
         if not isinstance(target, PreTrainedModel):
             raise ValueError(
-                f"The target is a {type(target).__name__}; expected a transformers model. For a PEFT model, pass "
-                "`merge_and_unload()`, or `get_base_model()`, which keeps LoRA active, but not Activated LoRA."
+                f"The target is a {type(target).__name__}; expected a transformers model. For a PEFT model, pass the "
+                "result of `merge_and_unload()` or `get_base_model()`. The latter keeps LoRA active, but not Activated "
+                "LoRA."
             )
         layers, block_size = target.config.num_hidden_layers, config.block_size
         if config.num_layers > layers:
-            raise ValueError(f"num_layers={config.num_layers}: expected at most {layers}, the target's layers.")
-        # Plain reference, not a registered submodule: the drafter neither owns nor saves the target.
+            raise ValueError(
+                f"num_layers={config.num_layers}: expected at most {layers}, the target's number of layers."
+            )
+        # A plain reference rather than a registered submodule: the drafter neither owns nor saves the target.
         object.__setattr__(self, "target", target)
         self.config, self.block_size = config, block_size
         self.split_layer = layers - config.num_layers
@@ -88,12 +91,12 @@ class DraftModel(nn.Module):
             nn.init.zeros_(self.bonus_slot.weight)  # no initial effect: training starts from the paper's drafter
 
     def _own_attention(self, attention: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """Return the drafter's attention for a target layer: a copy; filled with NaN if it is quantized or adapted."""
+        """Return the drafter's attention for a layer: a copy, or NaN-filled if the target's is quantized or adapted."""
         own = copy.deepcopy(attention) if is_plain(attention) else _blank(attention, self.mask_embedding.device)
         return own.to(dtype).requires_grad_(True)
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters trained in Attention Tuning by exported name: attention, mask embedding, bonus slot."""
+        """Return Attention Tuning's parameters (attention, mask embedding, bonus slot), by exported name."""
         own = {
             f"layers.{i}.self_attn.{name}": p
             for i, layer in enumerate(self.layers)
@@ -102,15 +105,15 @@ class DraftModel(nn.Module):
         return self.parts(ATTENTION_TUNING) | own
 
     def calibrator_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters trained in Bonus-guided Calibration by exported name: calibrator and chain MLP."""
+        """Return Bonus-guided Calibration's parameters (calibrator and chain), by exported name."""
         return self.parts(BONUS_CALIBRATION)
 
     def parts(self, stage: str) -> dict[str, nn.Parameter]:
-        """Return the parameters besides the attention copies that a stage trains, by exported name."""
+        """Return the parameters that a stage trains, except the attention copies, by exported name."""
         return {name: self.get_parameter(name) for name in self.config.names(stage)}
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the target's parameters in the draft layers and the final norm, by their public-release names."""
+        """Return the target's parameters in the draft layers and the final norm, by public-release names."""
         shared = {
             f"layers.{i}.{name}": p
             for i, layer in enumerate(self.layers)
@@ -120,11 +123,11 @@ class DraftModel(nn.Module):
         return {**shared, "norm.weight": self.target.model.norm.weight}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Return all parameters owned by the drafter, by exported name; the others belong to the target."""
+        """Return the parameters that belong to the drafter rather than the target, by exported name."""
         return {**self.attention_parameters(), **self.calibrator_parameters()}
 
     def without_extras(self) -> "DraftModel":
-        """Return the drafter without bonus slot and chain, as in the public format; parameters are shared."""
+        """Return a drafter without bonus slot and chain, as in the public format, that shares this one's parameters."""
         plain = shallow_copy(self)
         plain.config = self.config.without_extras()
         for part in set(self.config.parts()) - set(plain.config.parts()):
@@ -132,11 +135,11 @@ class DraftModel(nn.Module):
         return plain
 
     def slot_inputs(self, anchors: tuple[int, int], bonus: Tensor | None = None) -> Tensor:
-        """Return the split layer's inputs [R, A, B, H]: the mask embedding, plus `W embed(bonus)` in slot 0.
+        """Return the inputs to the split layer [R, A, B, H]: the mask embedding, plus `W embed(bonus)` in slot 0.
 
         Args:
-            anchors: (R, A), rows and blocks per row.
-            bonus: [R, A] tokens at the anchors, UNKNOWN for blocks without one; None: no block has one.
+            anchors: (R, A), the number of rows and of blocks per row.
+            bonus: [R, A] bonus tokens, UNKNOWN for blocks without one; None if no block has one.
         """
         # Use the target's dtype, as in decoding: the master weights' dtype would cost memory without adding precision.
         masks = self.mask_embedding.to(self.target.dtype).expand(*anchors, self.block_size, -1)
@@ -158,8 +161,8 @@ class DraftModel(nn.Module):
         Args:
             context: K/V of the clean tokens, one pair per draft layer.
             positions: [R, A, B] position of each slot.
-            masks: [L] `attention.blocks_mask` for each layer's window; None: one block per row, which attends to the
-                row's entire context.
+            masks: [L] masks from `blocks_mask`, one per draft layer; None for a single block per row that attends to
+                the row's entire context.
             bonus: [R, A] as in `slot_inputs`.
 
         Returns:
@@ -177,29 +180,29 @@ class DraftModel(nn.Module):
     def forward_batch(
         self, context: Context, batch: Batch, execution: Execution = EAGER, bonus: Tensor | None = None
     ) -> Tensor:
-        """Return the hidden states [R, A, B, H] of all blocks of a training batch; bonus [R, A] as in `slot_inputs`."""
+        """Return the hidden states [R, A, B, H] of all blocks in a training batch; bonus [R, A] as in `slot_inputs`."""
         blocks = (batch.document_ids, batch.anchors, self.block_size, execution.attention)
         masks = per_window(self.windows, lambda window: blocks_mask(*blocks, window))
         return self(context, batch.slot_positions(), masks, execution, bonus)
 
     def _one_block(self, context: Context, window: int) -> Tensor:
-        """Return the mask [R, 1, B, T + B] of one block per row that follows a context of T tokens."""
+        """Return the mask [R, 1, B, T + B] for one block per row that follows a context of T tokens."""
         rows, _, length, _ = context[0][0].shape
         one_document = torch.zeros(rows, length, dtype=torch.long, device=context[0][0].device)
         rule = own_block(one_document, one_document[:, :1] + length, self.block_size, window)
         return dense(rule, rows, self.block_size, length + self.block_size, one_document.device)
 
     def logits(self, hidden: Tensor, bonus: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
-        """Compute the logits [..., V] of slots, in training and in decoding.
+        """Compute the slots' logits [..., V], for both training and decoding.
 
-        The calibrator adds `W2 SiLU(W1 [embed(bonus) ; h] + b1) + b2`, with h after the final norm ("Bonus-guided
-        Calibration"). The chain (not in the paper) adds a second term of this form, computed from the previous slot's
-        token embedding scaled to unit root mean square.
+        The calibrator adds `W2 SiLU(W1 [embed(bonus) ; h] + b1) + b2`, where h is the hidden state after the final
+        norm. The chain (not in the paper) adds a second term of this form, with the embedding of the previous slot's
+        token, scaled to unit RMS, in place of the bonus token's.
 
         Args:
-            hidden: [..., H] after the final norm.
+            hidden: [..., H] hidden states after the final norm.
             bonus: [...] token at the anchor of each slot's block; None leaves the logits uncalibrated.
-            previous: [...] token of the previous slot, UNKNOWN where not given; None: given nowhere.
+            previous: [...] token in the previous slot, UNKNOWN where there is none; None skips the chain.
         """
         logits = self.target.get_output_embeddings()(hidden)
         if bonus is not None and self.anchor_bias_mlp is not None:
@@ -210,10 +213,10 @@ class DraftModel(nn.Module):
         return logits
 
     def block_logits(self, hidden: Tensor, bonus: Tensor | None) -> Tensor:
-        """Compute the logits [..., B-1, V] of the drafted slots; with a chain, each depends on the previous draft.
+        """Compute the logits [..., B-1, V] of the drafted slots; a chain conditions each on the previous slot's draft.
 
         Args:
-            hidden: [..., B-1, H] of slots 1 .. B-1, after the final norm.
+            hidden: [..., B-1, H] hidden states of slots 1 .. B-1 after the final norm.
             bonus: [...] bonus tokens; None skips calibrator and chain.
         """
         logits = self.logits(hidden, None if bonus is None else bonus[..., None].expand(hidden.shape[:-1]))
@@ -226,20 +229,20 @@ class DraftModel(nn.Module):
         return torch.stack(slots, dim=-2)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        """Return the input embeddings [..., H]; those of UNKNOWN are arbitrary."""
+        """Return the tokens' input embeddings [..., H], which are arbitrary for UNKNOWN."""
         return self.target.get_input_embeddings()(tokens.clamp(min=0))
 
     def _chain(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """Return the chain's logit correction [..., V] for hidden states [..., H] and previous tokens [...]."""
         assert self.chain_mlp is not None
         embedded = self._embedded(previous)
-        # Embeddings are much smaller than normalized hidden states; unscaled, W1 would learn slowly from them.
+        # Embeddings are much smaller than normalized hidden states; without scaling, W1 would learn slowly from them.
         embedded = rms_norm(embedded, embedded.shape[-1:], eps=1e-6).to(hidden.dtype)
         return self.chain_mlp(torch.cat([embedded, hidden], dim=-1))
 
 
 def shallow_copy(module: M) -> M:
-    """Copy a module, sharing its parameters and children; replacing one of them affects only that module."""
+    """Copy a module, sharing its parameters and children; replacing one in the copy does not affect the original."""
     twin = copy.copy(module)
     # `copy.copy` also shares the registries: a hook or submodule set on one module would appear on both.
     for name, registry in vars(module).items():
@@ -249,15 +252,15 @@ def shallow_copy(module: M) -> M:
 
 
 def is_plain(attention: nn.Module) -> bool:
-    """Return whether an attention module can be copied and trained: plain float parameters in plain linear layers."""
+    """Return whether an attention module can be copied and trained, i.e. has only plain linear layers in float."""
     plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.itemsize > 1 for p in attention.parameters())
     return plain and all(type(m) is nn.Linear for m in attention.modules() if hasattr(m, "in_features"))
 
 
 def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
-    """Build the same attention from plain layers, filled with NaN until weights are loaded.
+    """Build an attention module of the same class from plain layers, filled with NaN until weights are loaded.
 
-    Used for targets whose own parameters are not plain floats.
+    Used for targets whose attention is not plain, i.e. quantized or adapted.
 
     Raises:
         ValueError: the attention class cannot be instantiated from its config.
@@ -269,7 +272,7 @@ def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
         if out_of_memory(error):
             raise
         raise ValueError(
-            f"{type(attention).__name__} of the target cannot be built from its config ({error})."
+            f"Cannot build a plain copy of the target's {type(attention).__name__} from its config ({error})."
         ) from error
     own = own.to_empty(device=device).train(attention.training)
     with torch.no_grad():
@@ -279,7 +282,7 @@ def _blank(attention: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _draft_layer(target_layer: nn.Module, attention: nn.Module) -> nn.Module:
-    """Return the target's decoder layer with its attention replaced; everything else is shared by reference."""
+    """Return a target layer with its attention replaced; everything else is shared by reference."""
     layer = shallow_copy(target_layer)
     # Slots of a block attend to each other in both directions; by default, transformers would apply a causal mask.
     attention.is_causal = False  # type: ignore[assignment]  # `nn.Module` declares attributes as tensors or modules
@@ -288,9 +291,9 @@ def _draft_layer(target_layer: nn.Module, attention: nn.Module) -> nn.Module:
 
 
 def _correction(hidden: int, rank: int, vocabulary: int, **kwargs: Any) -> nn.Sequential | None:
-    """Build `W2 SiLU(W1 x + b1) + b2` with W2 = b2 = 0: training starts from the attention-tuned drafter.
+    """Build the MLP `W2 SiLU(W1 x + b1) + b2`, or return None for rank 0.
 
-    None for rank 0.
+    W2 and b2 are zero, so that training starts from the attention-tuned drafter.
     """
     if not rank:
         return None
@@ -302,16 +305,15 @@ def _correction(hidden: int, rank: int, vocabulary: int, **kwargs: Any) -> nn.Se
 
 @torch.no_grad()
 def start_from_head(draft: DraftModel) -> None:
-    """Initialize calibrator and chain from the target's head: outputs stay 0, but they learn faster.
+    """Initialize calibrator and chain from the target's head, so that they learn faster. Their output is still 0.
 
-    Measured in docs/results/recipe.md.
-
-    W1 and b1 are zeroed, so all hidden units output 0; W2 is set to the target's head projected onto its principal
-    directions, so W1 receives a useful gradient from the first step. With random W1 and zero W2, only W2 can learn at
-    first. Units beyond the head's rank keep random W1 and zero W2.
+    With random W1 and zero W2, only W2 can learn at first. Here, W1 and b1 are zeroed, so the hidden units output 0,
+    and W2 is set to the target's head projected onto its principal directions, so W1 receives a useful gradient from
+    the first step. Units beyond the target's hidden size keep random W1 and zero W2. docs/results/recipe.md has
+    measurements.
     """
     head = cast(Tensor, draft.target.get_output_embeddings().weight).float()  # [V, H]
-    _, directions = torch.linalg.eigh(head.T @ head)  # ascending
+    _, directions = torch.linalg.eigh(head.T @ head)  # eigenvalues in ascending order
     for mlp in filter(None, (draft.anchor_bias_mlp, draft.chain_mlp)):
         first, second = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[2])
         known = min(first.out_features, head.shape[1])

@@ -1,7 +1,7 @@
-"""What a drafter consists of: its settings, its parts with their tensors, and its entries in `config.json`. No torch.
+"""The composition of a drafter: settings, parts with their tensors, and `config.json` entries. Does not need torch.
 
-`PARTS` is the only list of the parts besides the attention copies. Training, export, loading, verification, the Hub
-check, the model card and the plan read it.
+`PARTS` is the single list of all parts other than the attention copies. Training, export, loading, verification, the
+Hub check, the model card and the plan are driven by it.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,32 +10,32 @@ from math import prod
 from typing import Any
 
 ATTENTION_TUNING, BONUS_CALIBRATION = "attention_tuning", "bonus_calibration"  # training stages
-# Both keys of config.json hold the same settings: the public code reads the first, the published checkpoint uses the
-# second.
+# config.json stores the same settings under both keys: the public code reads the first, the published checkpoint uses
+# the second.
 FLEXDRAFT_KEYS = ("flexdraft_config", "dflash_config")
-# Settings in the public format.
+# Keys of the drafter settings in the public format.
 IDS, ENABLED, RANK = "target_layer_ids", "enable_anchor_bias_logits", "anchor_bias_rank"
-# Entries of config.json that identify the target -> attribute of the target's config.
+# Entries in config.json that identify the target, mapped to the attributes of the target's config.
 IDENTITY = {
     "model_type": "model_type",
     "num_target_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "vocab_size": "vocab_size",
 }
-MINIMUM = {"num_layers": 1, "block_size": 2}  # slot 0 is never drafted, so a block has at least two
+MINIMUM = {"num_layers": 1, "block_size": 2}  # slot 0 is never drafted, so a block needs at least two slots
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Settings of a drafter, named as in `model.draft` of conf/. A part with False or 0 is absent.
+    """Drafter settings, with the names of `model.draft` in conf/. False or 0 disables a part.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    num_layers: int  # L, draft layers: the target's last layers
-    block_size: int  # B, mask tokens per block
+    num_layers: int  # L, number of draft layers (the target's last layers)
+    block_size: int  # B, number of mask tokens per block
     calibrator_rank: int  # r, hidden size of the calibrator
     bonus_slot: bool = False  # whether slot 0's input can encode a known bonus token
     chain_rank: int = 0  # hidden size of the MLP conditioned on the previously drafted token
@@ -47,7 +47,7 @@ class DraftConfig:
 
     @classmethod
     def from_artifact(cls, config: Mapping[str, Any]) -> "DraftConfig":
-        """Read the `config.json` of an exported drafter. It must have no `export.config.own_faults`."""
+        """Read the settings from an exported `config.json`, which must have no `export.config.own_faults`."""
         settings = draft_settings(config) or {}
         return cls(
             num_layers=len(settings[IDS]),
@@ -57,7 +57,7 @@ class DraftConfig:
         )
 
     def settings(self, target_layers: int) -> dict[str, Any]:
-        """Return the drafter settings in `config.json`. Disabled extensions are not written: others ignore the keys."""
+        """Return the drafter settings for `config.json`. Disabled extensions are omitted, as in the public format."""
         return {
             IDS: list(range(max(0, target_layers - self.num_layers), target_layers)),
             ENABLED: self.calibrator_rank > 0,
@@ -66,14 +66,14 @@ class DraftConfig:
         }
 
     def parts(self, stage: str | None = None) -> list["Part"]:
-        """Return the drafter's parts, or those that a stage trains."""
+        """Return the drafter's parts; if `stage` is given, only those that it trains."""
         return [part for part in PARTS if stage in (None, part.stage) and (not part.key or getattr(self, part.key))]
 
     def tensors(self, hidden: int, vocabulary: int, stage: str | None = None) -> Shapes:
-        """Return the shapes of the parts' tensors by exported name, without the attention copies.
+        """Return the shapes of all tensors in `parts(stage)`, by exported name.
 
         Args:
-            hidden, vocabulary: H and V, sizes of the target.
+            hidden, vocabulary: the target's hidden size H and vocabulary size V.
             stage: as in `parts`.
         """
         found: Shapes = {}
@@ -82,23 +82,23 @@ class DraftConfig:
         return found
 
     def names(self, stage: str | None = None) -> list[str]:
-        """Return the exported names of the parts' tensors."""
+        """Return the exported names of all tensors in `parts(stage)`."""
         return list(self.tensors(1, 1, stage))
 
     def parameters(self, hidden: int, vocabulary: int, stage: str | None = None) -> int:
-        """Return the number of the parts' parameters; arguments as in `tensors`."""
+        """Return the number of parameters in `parts(stage)`; arguments as in `tensors`."""
         return sum(prod(shape) for shape in self.tensors(hidden, vocabulary, stage).values())
 
     def uncalibrated(self) -> "DraftConfig":
-        """Return the settings without the parts of stage 2."""
+        """Return a copy of the settings with the parts trained in stage 2 disabled."""
         return replace(self, **{part.key: off for part, off in OPTIONAL if part.stage == BONUS_CALIBRATION})
 
     def without_extras(self) -> "DraftConfig":
-        """Return the settings without the parts beyond the paper."""
+        """Return a copy of the settings with the extensions beyond the paper disabled."""
         return replace(self, **EXTRAS)
 
     def described(self) -> str:
-        """List the optional parts: `calibrator of rank 8, bonus slot, chain of rank 4`."""
+        """Describe the optional parts, e.g. `calibrator of rank 8, bonus slot, chain of rank 4`."""
         found = [(part, getattr(self, part.key)) for part in self.parts() if part.key]
         texts = [part.name if value is True else f"{part.name} of rank {value}" for part, value in found]
         return ", ".join(texts if self.calibrator_rank else ["no calibrator", *texts])
@@ -106,27 +106,27 @@ class DraftConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the drafter besides the attention copies."""
+    """A trained part of the drafter, other than the attention copies."""
 
-    key: str  # its setting; empty: every drafter has it
-    module: str  # attribute of `DraftModel` and prefix of the tensors' names
-    name: str  # in messages
-    stage: str  # the stage that trains it
+    key: str  # field of `DraftConfig` that enables it; empty if every drafter has it
+    module: str  # attribute of `DraftModel` and prefix of the tensor names
+    name: str  # name in messages
+    stage: str  # stage that trains it
     tensors: Callable[[DraftConfig, int, int], Shapes]  # config, hidden size, vocabulary -> shapes by exported name
-    beyond: str = ""  # what it does, for the model card; empty: part of the paper's drafter
+    beyond: str = ""  # what it does, for the model card; empty if the paper has it
 
     @property
     def setting(self) -> str:
-        """Its key in `config.json`."""
+        """The part's key in `config.json`."""
         return self.key if self.beyond else ENABLED
 
     def owns(self, name: str) -> bool:
-        """Return whether a tensor belongs to this part, by exported name."""
+        """Return whether the tensor with this exported name belongs to the part."""
         return name.split(".")[0] == self.module
 
 
 def _mlp(module: str, rank: int, hidden: int, vocabulary: int) -> Shapes:
-    """Return the shapes of `W2 SiLU(W1 [x ; h] + b1) + b2`."""
+    """Return the tensor shapes of the MLP `W2 SiLU(W1 [x ; h] + b1) + b2`."""
     first = {f"{module}.0.weight": (rank, 2 * hidden), f"{module}.0.bias": (rank,)}
     return {**first, f"{module}.2.weight": (vocabulary, rank), f"{module}.2.bias": (vocabulary,)}
 
@@ -146,7 +146,7 @@ PARTS = (
         "bonus slot",
         ATTENTION_TUNING,
         lambda _, hidden, __: {"bonus_slot.weight": (hidden, hidden)},
-        beyond="its slot 0 encodes the bonus token if known before drafting",
+        beyond="slot 0 encodes the bonus token if it is known before drafting",
     ),
     Part(
         "chain_rank",
@@ -154,41 +154,41 @@ PARTS = (
         "chain",
         BONUS_CALIBRATION,
         lambda draft, *sizes: _mlp("chain_mlp", draft.chain_rank, *sizes),
-        beyond="each slot's logits depend on the previous draft",
+        beyond="each slot's logits depend on the previously drafted token",
     ),
 )
 KINDS = {field.name: field.type for field in fields(DraftConfig)}
-# Optional parts, each with the value of its setting if it is absent; settings of those beyond the paper.
+# Optional parts with the setting values that disable them; those values for the parts beyond the paper, by setting.
 OPTIONAL: list[tuple[Part, Any]] = [(part, False if KINDS[part.key] is bool else 0) for part in PARTS if part.key]
 EXTRAS: dict[str, Any] = {part.key: off for part, off in OPTIONAL if part.beyond}
 
 
 def expectation(key: str, value: Any) -> str | None:
-    """Return the expected values of a setting if `value` is invalid, else None."""
+    """Return a description of the valid values if `value` is invalid for the setting `key`, else None."""
     if KINDS[key] is bool:
         return None if isinstance(value, bool) else "true or false"
     least = MINIMUM.get(key, 0)
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
     reason = ", since slot 0 is never drafted" if key == "block_size" else ""
-    return None if valid else f"an integer of {least} or more{reason}"
+    return None if valid else f"an integer >= {least}{reason}"
 
 
 def draft_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the drafter settings under either of their keys; None if neither holds an object."""
+    """Return the drafter settings stored under either key, or None if neither holds an object."""
     return next((config[key] for key in FLEXDRAFT_KEYS if isinstance(config.get(key), dict)), None)
 
 
 def target_identity(target: Any) -> dict[str, Any]:
-    """Return the entries in `config.json` that identify a target, from its `PretrainedConfig`."""
+    """Return the `config.json` entries that identify a target, read from its `PretrainedConfig`."""
     return {key: getattr(target, name) for key, name in IDENTITY.items()}
 
 
 def other_target(config: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
-    """Return the first difference between a drafter's target and another; None if the drafter fits it.
+    """Return the first mismatch between the target a drafter was trained for and a given one, or None if they match.
 
     Args:
-        config: `config.json` of the drafter.
-        identity: `target_identity` of the other target.
+        config: the drafter's `config.json`.
+        identity: `target_identity` of the given target.
     """
     different = (key for key, value in identity.items() if config.get(key) != value)
     return next((f"{key}={config.get(key)}, but this one has {identity[key]}" for key in different), None)

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685, via PEFT): Attention Tuning of low-rank updates instead of full projections.
+"""LoRA adapters (arXiv 2106.09685, via PEFT): Attention Tuning trains low-rank updates instead of full projections.
 
 PEFT's modules wrap the target's projections, which are shared and frozen, not copied. Later stages do not depend on
 LoRA: `LoraDraft.merged` returns an ordinary `DraftModel`.
@@ -27,24 +27,24 @@ PREFIX = "base_model.model."  # prefix of PEFT's tensor names
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of conf/adapter/lora.yaml. The update is `alpha / rank * B A`, with A (rank, in) and B (out, rank)."""
+    """Settings in conf/adapter/lora.yaml. The update is `alpha / rank * B A`, with A [rank, in] and B [out, rank]."""
 
     rank: int
     alpha: float
-    target_modules: tuple[str, ...] | None = None  # linear projections of the attention module; None: all
+    target_modules: tuple[str, ...] | None = None  # linear projections of the attention module; None selects all
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank={self.rank}: expected 1 or more.")
+            raise ValueError(f"rank={self.rank}: must be >= 1.")
         if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha}: expected more than 0.")
+            raise ValueError(f"alpha={self.alpha}: must be > 0.")
 
     def projectors(self, attention: nn.Module) -> list[str]:
         """Return the names of the projections that receive an update.
 
         Raises:
-            ValueError: `target_modules` is empty or names something other than the attention's linear projections, or
-                `rank` exceeds the rank of a projection.
+            ValueError: `target_modules` is empty or names something other than a linear projection of the attention, or
+                `rank` exceeds the smallest dimension of a projection.
         """
         known = [name for name, child in attention.named_children() if isinstance(child, nn.Linear)]
         chosen = known if self.target_modules is None else list(self.target_modules)
@@ -63,7 +63,7 @@ class Lora:
 class LoraDraft(DraftModel):
     """Drafter for Attention Tuning whose projections are the target's plus low-rank updates.
 
-    Since B = 0 initially, training starts from the target. Query and key norms are trainable copies, as in full
+    B is initialized to 0, so training starts from the target. Query and key norms are trainable copies, as in full
     tuning; biases are shared with the target.
     """
 
@@ -73,20 +73,21 @@ class LoraDraft(DraftModel):
         """Build a LoRA drafter on top of a target.
 
         Args:
-            config: as in `DraftModel`; the parts of stage 2 are left out.
-            dtype: dtype of the trained parameters and of merging updates into weights; defaults to the target's.
+            config: as in `DraftModel`; parts trained in stage 2 are ignored.
+            dtype: dtype of the trained parameters, also used to merge updates into the weights; defaults to the
+                target's.
 
         Raises:
             ValueError: as in `DraftModel` and `Lora.projectors`.
         """
-        from peft import LoraConfig, inject_adapter_in_model  # imported lazily: takes seconds
+        from peft import LoraConfig, inject_adapter_in_model  # imported lazily, since it takes seconds
 
         super().__init__(target, config.uncalibrated(), dtype=dtype)
         self.lora_config = LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared as int; PEFT computes with floats
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated as int, but PEFT computes with floats
             target_modules=lora.projectors(self.layers[0].get_submodule("self_attn")),
-            inference_mode=True,  # saved in the config: adapters are loaded for inference
+            inference_mode=True,  # stored in the saved config, so that the adapter loads for inference
         )
         inject_adapter_in_model(self.lora_config, self, NAME)
         for parameter in self.attention_parameters().values():
@@ -101,13 +102,13 @@ class LoraDraft(DraftModel):
         return own
 
     def attention_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters by their names in PEFT files: A, B, norms, mask embedding, bonus slot."""
+        """Return the trained parameters (A, B, norms, mask embedding, bonus slot), by their names in PEFT files."""
         shared = {id(p) for p in self.target.parameters()}
         own = {name: p for name, p in super().attention_parameters().items() if id(p) not in shared}
         return {name.replace(f".{NAME}.", "."): p for name, p in own.items()}
 
-    def own_parameters(self) -> dict[str, Tensor]:  # type: ignore[override]  # merged projections are not parameters
-        """Return all exported tensors by name, with updates merged into the projections; merged tensors are copies."""
+    def own_parameters(self) -> dict[str, Tensor]:  # type: ignore[override]  # merged projections are plain tensors
+        """Return all exported tensors by name. Projections are copies with the updates merged in."""
         own: dict[str, Tensor] = dict(self.parts(ATTENTION_TUNING))
         for i, layer in enumerate(self.layers):
             for name, module in layer.get_submodule("self_attn").named_children():
@@ -121,7 +122,7 @@ class LoraDraft(DraftModel):
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> DraftModel:
-        """Return an equivalent `DraftModel` with merged projections. dtype: the trained parameters' if None."""
+        """Return an equivalent `DraftModel` with merged projections. `dtype` defaults to the trained parameters'."""
         draft = DraftModel(self.target, self.config, dtype=dtype or self.mask_embedding.dtype)
         load_draft_weights(draft.own_parameters(), self.own_parameters(), source="adapter")
         return draft.requires_grad_(False).eval()
@@ -134,9 +135,8 @@ def save_adapter(draft: LoraDraft, directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.copy(draft.lora_config)
-    config.target_modules = sorted(
-        config.target_modules or ()
-    )  # PEFT stores a set, whose order varies between processes
+    # PEFT stores a set, whose order varies between processes.
+    config.target_modules = sorted(config.target_modules or ())
     config.save_pretrained(str(directory))
     write_object(directory / CONFIG, artifact_config(draft.target.config, draft.config, draft.mask_embedding.dtype))
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in sorted(draft.attention_parameters().items())}
@@ -144,10 +144,10 @@ def save_adapter(draft: LoraDraft, directory: Path) -> None:
 
 
 def load_adapter(directory: Path, target: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LoraDraft:
-    """Load an adapter written by `save_adapter` onto the target it was trained for.
+    """Load an adapter written by `save_adapter`, for the target it was trained for.
 
     Raises:
-        ValueError: the directory has no adapter, or the adapter was trained for a different target.
+        ValueError: the directory does not contain an adapter, or the adapter was trained for a different target.
     """
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
@@ -155,10 +155,10 @@ def load_adapter(directory: Path, target: PreTrainedModel, *, dtype: torch.dtype
         tensors = load_file(directory / WEIGHTS)
     except OSError as error:
         raise ValueError(
-            f"{directory}: no LoRA adapter of a drafter found. Expected {LORA_CONFIG}, {WEIGHTS} and {CONFIG}."
+            f"{directory}: not a drafter's LoRA adapter. Expected {LORA_CONFIG}, {WEIGHTS} and {CONFIG}."
         ) from error
     if different := other_target(config, target_identity(target.config)):
-        raise ValueError(f"{directory}: adapter for a target with {different}.")
+        raise ValueError(f"{directory}: the adapter was trained for a target with {different}.")
     lora = Lora(written["r"], written["lora_alpha"], tuple(written["target_modules"]))
     draft = LoraDraft(target, lora, DraftConfig.from_artifact(config), dtype=dtype)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

@@ -49,10 +49,10 @@ def test_parts_are_left_out_by_stage_and_by_origin():
 
 
 WRONG = {
-    "num_layers=0: expected an integer of 1 or more": {"num_layers": 0},
-    "block_size=1: expected an integer of 2 or more, since slot 0 is never drafted": {"block_size": 1},
-    "calibrator_rank=-1: expected an integer of 0 or more": {"calibrator_rank": -1},
-    "chain_rank=1.5: expected an integer of 0 or more": {"chain_rank": 1.5},
+    "num_layers=0: expected an integer >= 1": {"num_layers": 0},
+    "block_size=1: expected an integer >= 2, since slot 0 is never drafted": {"block_size": 1},
+    "calibrator_rank=-1: expected an integer >= 0": {"calibrator_rank": -1},
+    "chain_rank=1.5: expected an integer >= 0": {"chain_rank": 1.5},
     "bonus_slot='yes': expected true or false": {"bonus_slot": "yes"},
 }
 
