@@ -126,6 +126,6 @@ def test_all_stages_and_models_verify_run(directory, tmp_path):
     assert report["generation_settings"] == {"stop_strings": STRINGS}
     checks = list(verify(tmp_path / "export", directory, max_new_tokens=12))
     assert not any(check.faults for check in checks)
-    assert checks[-1].name == "decoding" and "identical to the target alone under its generation_config" in (
+    assert checks[-1].name == "decoding" and "identical to the target's output under its generation_config" in (
         checks[-1].summary
     )

@@ -67,7 +67,7 @@ def test_a_healthy_artifact_passes(kind, healthy):
     checks = list(verify(healthy / kind, healthy / "target", max_new_tokens=12))
     assert [check.name for check in checks] == ["files", "config", "tensors", "values", "target", "decoding"]
     assert not [fault for check in checks for fault in check.faults]
-    assert "identical to the target alone" in checks[-1].summary
+    assert "identical to the target's output" in checks[-1].summary
     assert checks[1].summary.endswith(", bonus slot, chain of rank 4") == (kind == "beyond")
 
 
@@ -153,7 +153,7 @@ def test_the_targets_generation_settings_are_applied_and_printed():
     draft = random_draft(random_target(eos_token_id=None))
     draft.target.generation_config.repetition_penalty = 1.3
     check = decoding_check(draft, [[5, 6], [7]], 8)
-    assert "identical to the target alone under its generation_config (repetition_penalty=1.3)" in check.summary
+    assert "identical to the target's output under its generation_config (repetition_penalty=1.3)" in check.summary
 
 
 def test_prompts_in_several_batches_keep_their_order():

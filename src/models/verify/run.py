@@ -128,7 +128,7 @@ def contract(config: dict[str, Any], target: PretrainedConfig) -> tuple[Shapes, 
     """Return the shapes of the required and the optional tensors, derived from the architecture alone."""
     target = copy.deepcopy(target)
     target.vocab_size = config["vocab_size"]  # the target may have been resized
-    with torch.device("meta"):  # allocates no weights
+    with torch.device("meta"):  # without allocating weights
         draft = DraftModel(AutoModelForCausalLM.from_config(target), DraftConfig.from_artifact(config))
     return _shapes(draft.own_parameters()), _shapes(draft.shared_parameters())
 
@@ -192,7 +192,7 @@ def decoding_check(
     max_new_tokens: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Check:
-    """Compare greedy decoding with the drafter, in both modes, with the target alone, token by token.
+    """Compare the drafter's greedy output in both modes with the target's, token by token.
 
     Args:
         prompts: [prompts][tokens].
@@ -223,11 +223,11 @@ def decoding_check(
         return Check("decoding", summary, warnings=warnings)
     if not differences:
         followed = ", ".join(f"{name}={value}" for name, value in active_settings(target).items())
-        alone = f"the target alone under its generation_config ({followed})" if followed else "the target alone"
+        alone = f"the target's output under its generation_config ({followed})" if followed else "the target's output"
         return Check("decoding", f"{summary}; identical to {alone}", warnings=warnings)
     if target.dtype in EXACT:
         return Check("decoding", faults=differences, warnings=warnings)
-    return Check("decoding", f"{summary}; near ties may differ in {target.dtype}", warnings=warnings + differences)
+    return Check("decoding", f"{summary}; near ties may flip in {target.dtype}", warnings=warnings + differences)
 
 
 def _decoded(
@@ -311,7 +311,12 @@ def _arguments() -> argparse.Namespace:
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the target; default: float32")
     add("--max-new-tokens", type=_positive, default=32, metavar="N", help="new tokens per prompt; default: 32")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of target and drafter; default: cuda if available, else cpu",
+    )
     return parser.parse_args()
 
 
