@@ -252,7 +252,7 @@ def shallow_copy(module: M) -> M:
 
 
 def is_plain(attention: nn.Module) -> bool:
-    """Return whether an attention module can be copied and trained, i.e. has only plain linear layers in float."""
+    """Return whether an attention module can be copied and trained: only plain linear layers and float parameters."""
     plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.itemsize > 1 for p in attention.parameters())
     return plain and all(type(m) is nn.Linear for m in attention.modules() if hasattr(m, "in_features"))
 

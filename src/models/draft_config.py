@@ -1,4 +1,4 @@
-"""The composition of a drafter: settings, parts with their tensors, and `config.json` entries. Does not need torch.
+"""The composition of a drafter: settings, parts with their tensors, and `config.json` entries. Does not import torch.
 
 `PARTS` is the single list of all parts other than the attention copies. Training, export, loading, verification, the
 Hub check, the model card and the plan are driven by it.
@@ -38,7 +38,7 @@ class DraftConfig:
     block_size: int  # B, number of mask tokens per block
     calibrator_rank: int  # r, hidden size of the calibrator
     bonus_slot: bool = False  # whether slot 0's input can encode a known bonus token
-    chain_rank: int = 0  # hidden size of the MLP conditioned on the previously drafted token
+    chain_rank: int = 0  # hidden size of the chain, an MLP conditioned on the previously drafted token
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
@@ -110,7 +110,7 @@ class Part:
 
     key: str  # field of `DraftConfig` that enables it; empty if every drafter has it
     module: str  # attribute of `DraftModel` and prefix of the tensor names
-    name: str  # name in messages
+    name: str  # used in messages
     stage: str  # stage that trains it
     tensors: Callable[[DraftConfig, int, int], Shapes]  # config, hidden size, vocabulary -> shapes by exported name
     beyond: str = ""  # what it does, for the model card; empty if the paper has it
@@ -158,8 +158,9 @@ PARTS = (
     ),
 )
 KINDS = {field.name: field.type for field in fields(DraftConfig)}
-# Optional parts with the setting values that disable them; those values for the parts beyond the paper, by setting.
+# Optional parts, each with the setting value that disables it.
 OPTIONAL: list[tuple[Part, Any]] = [(part, False if KINDS[part.key] is bool else 0) for part in PARTS if part.key]
+# Settings of the parts beyond the paper, each with the value that disables it.
 EXTRAS: dict[str, Any] = {part.key: off for part, off in OPTIONAL if part.beyond}
 
 

@@ -58,7 +58,7 @@ def export_draft(draft: DraftModel, directory: Path, dtype: torch.dtype, *, comp
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as new:
         _write(Path(new), config, tensors)
-        # Loaders would also read the files of an earlier export.
+        # Remove the weights of an earlier export, which loaders would read as well.
         for stale in (*directory.glob("*.safetensors"), directory / INDEX):
             stale.unlink(missing_ok=True)
         for file in [file for file in Path(new).rglob("*") if file.is_file()]:

@@ -91,7 +91,7 @@ def config_faults(config: dict[str, Any], target: PretrainedConfig, *, complete:
 
 
 def own_faults(config: dict[str, Any]) -> list[str]:
-    """Return the invalid drafter settings, as far as they can be detected without the target."""
+    """Return the faults in the drafter settings that can be detected without the target."""
     settings = draft_settings(config)
     if settings is None:
         return [

@@ -187,7 +187,7 @@ def _fingerprint(config: dict[str, Any]) -> str:
 def _transformers(record: dict[str, Any]) -> str:
     """Describe the transformers version that the drafter was trained and evaluated with."""
     version = record["environment"].get("transformers")
-    return f"trained and evaluated with {version}" if version else "the version used is not recorded"
+    return f"trained and evaluated with {version}" if version else "the version used was not recorded"
 
 
 def _beyond(draft: DraftConfig) -> str:
