@@ -22,7 +22,7 @@ from rich.table import Table
 from data.config.compose import composed
 from models.draft_config import DraftConfig
 from train.names import TRAINED
-from train.plan.estimate import estimate, machine_of
+from train.plan.estimate import machine_of, peak_memory
 from train.plan.target import local_config
 
 MB = 10**6
@@ -220,7 +220,7 @@ def estimated(config, stage: str) -> tuple[float, str]:
     """Return the estimated bytes without Python and library overhead, and the peak phase. Excludes live decoding."""
     config = config.copy()
     config.stage[stage].decode.prompts = 0
-    result = estimate(config, stage, local_config(config), machine_of(config))
+    result = peak_memory(config, stage, local_config(config), machine_of(config))
     return result.bytes - result.parts["other"], result.phase
 
 

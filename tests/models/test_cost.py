@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from models.loss.objectives import Objective
 from models.target import load_target
 from train.loop.modules import AttentionTuning, BonusCalibration
 from train.names import TRAINED
-from train.plan.estimate import estimate, machine_of, weights_of
+from train.plan.estimate import estimate, machine_of, peak_memory, weights_of
 from train.plan.report import apply, plan, refusal
 from train.plan.target import local_config
 from train.settings.checks import check_sizes
@@ -171,15 +172,16 @@ def test_memory_of_live_decoding(family):
     )
 
 
+@pytest.mark.slow
 def test_longer_validation_prompts_at_a_time_may_be_the_peak():
     config = composed(["+experiment=qwen3_8b", "hardware.gpu=a100-40gb", "trainer=gpu"])
     config.stage.bonus_calibration.decode.batch_size = 32
     target, machine = local_config(config), machine_of(config)
     found = estimate(config, "bonus_calibration", target, machine)
-    assert found.phase == "live decoding" and not found.fits
+    assert found.memory.phase == "live decoding" and not found.memory.fits
     assert "stage.bonus_calibration.decode.batch_size=" in refusal(config, target, machine, found)
     config.stage.bonus_calibration.decode.prompts = 0
-    assert estimate(config, "bonus_calibration", target, machine).fits
+    assert peak_memory(config, "bonus_calibration", target, machine).fits
 
 
 def test_windows_bound_the_arithmetic_of_attention():
@@ -226,7 +228,7 @@ def test_every_larger_size_takes_more_memory(stage):
     def total(*changes) -> float:
         config = composed(["+experiment=tiny", "model=stand_in", "trainer=gpu", *base, *changes])
         config.stage[stage].decode.prompts = 0
-        return estimate(config, stage, local_config(config), machine_of(config)).bytes
+        return peak_memory(config, stage, local_config(config), machine_of(config)).bytes
 
     more = [f"stage.{stage}.{key}" for key in ("global_batch_size=4", "num_anchors=64", "module.chunk=1024")]
     for change in [*more, "data.max_seq_len=512", "model.target.dtype=float32"]:
@@ -241,15 +243,27 @@ def test_every_larger_size_takes_more_memory(stage):
         assert total(sdpa) > total() > total(flex)
 
 
+@pytest.mark.slow(but="[qwen3_8b]")
 @pytest.mark.parametrize("experiment", REAL)
 def test_the_experiments_fit_their_gpus(experiment):
     config = composed([f"+experiment={experiment}"])
     target, machine = local_config(config), machine_of(config)
     assert machine.memory < 80 * 2**30
     for stage in TRAINED:
-        assert estimate(config, stage, target, machine).fits
+        assert peak_memory(config, stage, target, machine).fits
 
 
+def test_a_gpu_that_is_slightly_too_small_is_rejected_with_changes_that_fit(monkeypatch):
+    config = composed(["+experiment=tiny", "model=stand_in", "trainer=gpu", "stages=[attention_tuning]"])
+    need = peak_memory(config, "attention_tuning", local_config(config), machine_of(config)).bytes
+    small = replace(GPUS[config.hardware.gpu], memory=int(need / 0.95 - 2**20))
+    monkeypatch.setitem(GPUS, config.hardware.gpu, small)
+    with pytest.raises(UserError, match="attention_tuning takes .* GiB") as refused:
+        plan(config)
+    assert "\n  runtime.activation_checkpointing=true   (" in str(refused.value)
+
+
+@pytest.mark.slow
 def test_a_gpu_that_is_too_small_is_rejected_with_a_change_that_fits():
     config = composed(["+experiment=qwen3_8b", "plan=true", "hardware.gpu=a100-40gb"])
     with pytest.raises(UserError, match="attention_tuning takes .* GiB") as refused:
@@ -261,7 +275,7 @@ def test_a_gpu_that_is_too_small_is_rejected_with_a_change_that_fits():
     assert any(change.keys() == {"stage.attention_tuning.micro_batch_size"} for change in changes)
     for change in changes:
         changed = apply(config, {key: int(v) if v.isdigit() else v for key, v in change.items()})
-        assert estimate(changed, "attention_tuning", local_config(changed), machine_of(changed)).fits
+        assert peak_memory(changed, "attention_tuning", local_config(changed), machine_of(changed)).fits
 
 
 @pytest.mark.slow
@@ -274,10 +288,11 @@ def test_a_joint_stage_2_may_recompute_its_layers_as_well():
 
 
 def test_rows_longer_than_the_targets_positions_are_rejected_as_in_training():
-    with pytest.raises(UserError, match="= 50016 exceeds the target's 40960 positions"):
+    with pytest.raises(UserError, match="= 50016 exceeds the target's context length of 40960"):
         plan(composed(["+experiment=qwen3_8b", "data.max_seq_len=50000"]))
 
 
+@pytest.mark.slow
 def test_a_reduced_training_is_suggested_if_nothing_else_fits():
     few = ["hardware.gpu=a100-40gb", "hardware.gpus_per_node=1", "data.max_seq_len=400000"]
     few.append("model.target.architecture.max_position_embeddings=500000")
@@ -362,6 +377,7 @@ def test_the_flops_of_a_block_are_those_of_drafting_it():
         assert DecodingFlops.of(draft).drafting(context=40) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_the_plan_never_uses_the_sizes_of_another_target(tmp_path):
     mine = ("+experiment=qwen3_8b", "plan=true", "name=mine", "model.target.name=owner/mine")
     wrong = command(*mine, cwd=tmp_path)

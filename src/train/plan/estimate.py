@@ -52,28 +52,35 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Estimated cost of one training stage."""
+class Memory:
+    """Estimated peak memory of one rank, in bytes."""
 
-    stage: str
-    steps: int
-    rows: int  # of a micro-batch
-    micro_batches: int  # per step and rank
-    weights: Weights
-    flops: dict[str, float]  # per step and rank, by part
-    seconds: float  # per step
     phase: str  # the phase with the highest memory use
-    parts: Parts  # bytes per rank in that phase
-    limit: float  # bytes available to one rank
+    parts: Parts  # in that phase
+    limit: float  # available to one rank
 
     @property
     def bytes(self) -> float:
-        """Peak memory of one rank."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
         return self.bytes <= self.limit
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated cost of one training stage."""
+
+    stage: str
+    steps: int
+    rows: int  # per micro-batch
+    micro_batches: int  # per step and rank
+    weights: Weights
+    flops: dict[str, float]  # per step and rank, by part
+    seconds: float  # per step
+    memory: Memory
 
 
 def machine_of(config: DictConfig) -> Machine:
@@ -103,18 +110,40 @@ def estimate(config: DictConfig, stage: str, target: PretrainedConfig, machine: 
     """Estimate one stage.
 
     Raises:
+        UserError: as for `peak_memory`.
+    """
+    memory = peak_memory(config, stage, target, machine)
+    settings = config.stage[stage]
+    micro_batches = _micro_batches(config, stage, machine)
+    rows = settings.global_batch_size // machine.ranks
+    try:
+        flops = _flops(config, stage, target, rows)
+    except ValueError as error:
+        raise UserError(f"model.target: {error}") from error
+    return Estimate(
+        stage,
+        settings.steps,
+        rows // micro_batches,
+        micro_batches,
+        weights_of(config, stage, target),
+        flops,
+        sum(flops.values()) / (machine.flops * config.hardware.mfu),
+        memory,
+    )
+
+
+def peak_memory(config: DictConfig, stage: str, target: PretrainedConfig, machine: Machine) -> Memory:
+    """Estimate the peak memory of one rank in a stage.
+
+    Raises:
         UserError: the global batch does not divide evenly into ranks and micro-batches, the strategy is not supported,
             or the drafter does not fit the target.
     """
     settings, sharing = config.stage[stage], _sharing(config, machine.ranks)
-    try:
-        micro_batches = micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, machine.ranks)
-    except ValueError as error:
-        raise UserError(f"stage.{stage}.{error}") from error
+    micro_batches = _micro_batches(config, stage, machine)
     rows = settings.global_batch_size // machine.ranks
     weights = weights_of(config, stage, target)
     try:
-        flops = _flops(config, stage, target, rows)
         phases = dict(_micro_batch(config, stage, target, machine, rows // micro_batches, micro_batches > 1))
         if settings.decode.prompts:
             phases["live decoding"] = _live_decoding(config, stage, target, sharing, weights)
@@ -128,18 +157,20 @@ def estimate(config: DictConfig, stage: str, target: PretrainedConfig, machine: 
     phases = {name: {part: held.get(part, 0) + parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}
     phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
     parts["other"] += CONTEXT if machine.gpu else LIBRARIES
-    return Estimate(
-        stage,
-        settings.steps,
-        rows // micro_batches,
-        micro_batches,
-        weights,
-        flops,
-        sum(flops.values()) / (machine.flops * config.hardware.mfu),
-        phase,
-        parts,
-        USABLE * machine.memory,
-    )
+    return Memory(phase, parts, USABLE * machine.memory)
+
+
+def _micro_batches(config: DictConfig, stage: str, machine: Machine) -> int:
+    """Return the number of micro-batches per step and rank.
+
+    Raises:
+        UserError: the global batch does not divide evenly.
+    """
+    settings = config.stage[stage]
+    try:
+        return micro_batches_per_step(settings.global_batch_size, settings.micro_batch_size, machine.ranks)
+    except ValueError as error:
+        raise UserError(f"stage.{stage}.{error}") from error
 
 
 def weights_of(config: DictConfig, stage: str, target: PretrainedConfig) -> Weights:

@@ -16,7 +16,7 @@ from data.terminal import terminal
 from models.cost.hardware import GIB, GPUS
 from models.cost.memory import FLOAT32, PARTS
 from train.names import TRAINED
-from train.plan.estimate import LIBRARIES, Estimate, Machine, disk_parts, estimate, machine_of
+from train.plan.estimate import LIBRARIES, Estimate, Machine, disk_parts, estimate, machine_of, peak_memory
 from train.plan.target import local_config
 
 GB = 10**9
@@ -35,7 +35,7 @@ def plan(config: DictConfig) -> None:
     target, machine = local_config(config), machine_of(config)
     estimates = [estimate(config, stage, target, machine) for stage in chosen]
     print_plan(terminal(), config, target, machine, estimates)
-    refusals = [refusal(config, target, machine, e) for e in estimates if not e.fits]
+    refusals = [refusal(config, target, machine, e) for e in estimates if not e.memory.fits]
     if refusals:
         raise UserError("\n".join(refusals))
 
@@ -63,11 +63,11 @@ def _memory(machine: Machine, estimates: list[Estimate]) -> Table:
     title = f"Memory of one rank at its peak, GiB, on {machine.name}"
     table = _table(title, "part", [e.stage for e in estimates])
     for part in PARTS:
-        table.add_row(part, *(_figure(e.parts[part] / GIB) for e in estimates))
+        table.add_row(part, *(_figure(e.memory.parts[part] / GIB) for e in estimates))
     table.add_section()
-    table.add_row("peak", *(_figure(e.bytes / GIB) for e in estimates))
-    table.add_row("in the phase", *(e.phase for e in estimates))
-    table.add_row("available", *(_figure(e.limit / GIB) for e in estimates))
+    table.add_row("peak", *(_figure(e.memory.bytes / GIB) for e in estimates))
+    table.add_row("in the phase", *(e.memory.phase for e in estimates))
+    table.add_row("available", *(_figure(e.memory.limit / GIB) for e in estimates))
     table.add_row("rows per micro-batch, micro-batches", *(f"{e.rows}, {e.micro_batches}" for e in estimates))
     return table
 
@@ -111,9 +111,9 @@ def _figure(value: float) -> str:
 
 def refusal(config: DictConfig, target: PretrainedConfig, machine: Machine, estimated: Estimate) -> str:
     """Explain why a stage does not fit, and list changes that make it fit."""
-    stage = estimated.stage
+    stage, memory = estimated.stage, estimated.memory
     text = (
-        f"{stage} takes {estimated.bytes / GIB:.1f} GiB on each rank, but {estimated.limit / GIB:.1f} GiB of "
+        f"{stage} takes {memory.bytes / GIB:.1f} GiB on each rank, but {memory.limit / GIB:.1f} GiB of "
         f"{machine.memory / GIB:.1f} are available ({machine.name})."
     )
     ways = []
@@ -147,11 +147,11 @@ def _fitting(config: DictConfig, stage: str, target: PretrainedConfig, change: d
     changed = apply(config, change)
     machine = machine_of(changed)
     try:
-        again = estimate(changed, stage, target, machine)
+        memory = peak_memory(changed, stage, target, machine)
     except UserError:
         return None
     words = " ".join(f"{key}={_as_written(value)}" for key, value in change.items())
-    return f"  {words}   ({again.bytes / GIB:.1f} GiB, {machine.name})" if again.fits else None
+    return f"  {words}   ({memory.bytes / GIB:.1f} GiB, {machine.name})" if memory.fits else None
 
 
 def _as_written(value: Any) -> str:
