@@ -145,7 +145,7 @@ def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
 def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tiny_target):
     """One command trains with the full recipe; the export lists its parts and decodes in both modes."""
     shorter = ("stage.attention_tuning.steps=20", "stage.evaluate.num_prompts=3", "stage.evaluate.speed.repeats=1")
-    done = command(*SHORT, *shorter, "+recipe=beyond", "model.draft.chain_rank=16", "name=short", cwd=tmp_path)
+    done = command(*SHORT, *shorter, "+recipe=beyond", "model.draft.config.chain_rank=16", "name=short", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "checkpoints" / "short"
     assert "lossless: 3/3 prompts identical" in done.stdout and "calibrated_parallel" in done.stdout
@@ -155,7 +155,7 @@ def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tin
     changed = {name for name in tuned if not tuned[name].equal(exported[name])}
     assert changed == tuned.keys()  # stage 2 trained all of it
     draft = load_draft(run_dir / "export", tiny_target)
-    assert float(draft.bonus_slot.weight.detach().abs().max()) > 0 and draft.chain_rank == 16
+    assert float(draft.bonus_slot.weight.detach().abs().max()) > 0 and draft.config.chain_rank == 16
     report = json.loads((run_dir / "evaluate" / "report.json").read_text())
     assert set(report["benchmarks"]["held_out"]["variants"]) == set(VARIANTS)
 
