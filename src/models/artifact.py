@@ -23,7 +23,7 @@ DECODER_SHA256 = "custom_generate_sha256"  # hash of the exported decoder, store
 
 # Files that an export and its run write, and that are published. Config, decoder and weights (a single file, or shards
 # with an index) are required; the recommendation is optional; model card and plots are documentation.
-PARTS = (CONFIG, RECOMMENDATION, CARD, "*.safetensors", INDEX, "*.png", DECODER.as_posix())
+FILES = (CONFIG, RECOMMENDATION, CARD, "*.safetensors", INDEX, "*.png", DECODER.as_posix())
 HARMLESS = (".gitattributes", "LICENSE*", ".cache/*", "*/__pycache__/*")  # files added by the Hub, git and Python
 
 
@@ -119,5 +119,5 @@ def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
 def file_warnings(directory: Path) -> list[str]:
     """Return a warning that lists the unexpected files in an export directory, if there are any."""
     files = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
-    other = [name for name in files if not any(fnmatch(name, pattern) for pattern in PARTS + HARMLESS)]
+    other = [name for name in files if not any(fnmatch(name, pattern) for pattern in FILES + HARMLESS)]
     return [f"unexpected files: {', '.join(other[:4])}{' ...' * (len(other) > 4)}."] if other else []

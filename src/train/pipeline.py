@@ -185,7 +185,7 @@ def _drop_left_over(config: DictConfig, stage: str, record: StageRecord, lock: R
     try:
         lock.acquire()
     except UserError as error:
-        say(f"    {directory / 'checkpoints'} was not deleted: {error}")
+        say(f"    could not delete {directory / 'checkpoints'}: {error}")
         return
     if next_action(config, stage, record, say=lambda text: None) == FINISHED:
         _drop_checkpoints(directory)

@@ -75,6 +75,7 @@ WRONG = {
     r"pass \[logits_processor\] \* 2": {"logits_processor": [lambda ids, scores: scores]},
     "one per prompt; got 1 for 2 prompts": {"logits_processor": [[lambda ids, scores: scores]]},
     "one per prompt; got 3 for 2 prompts": {"stopping_criteria": [[], None, []]},
+    "got lists and functions mixed": {"stopping_criteria": [[], lambda ids, scores: False]},
     "5 is not callable": {"stopping_criteria": [[5], []]},
     r"stop_strings=\['a'\] requires the target's tokenizer": {"stop_strings": ["a"]},
     r"stop_strings=\[5\]": {"stop_strings": [5]},

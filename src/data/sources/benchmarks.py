@@ -60,7 +60,8 @@ def _parser(turns: str | None, template: str | None) -> Callable[[Any], Messages
             user_turns = [template.format_map(_columns(record)).strip()] if template else record[turns]
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise BadRecord(
-                f"cannot apply turns or template: {error!r}; found keys: {', '.join(map(str, record))}"
+                f"`{'template' if template else 'turns'}` does not match the record ({error!r}); "
+                f"found keys: {', '.join(map(str, record))}"
             ) from None
         return questions({"turns": user_turns})
 

@@ -273,7 +273,9 @@ def functions_by_row(name: str, given: Any, rows: int) -> list[list[Callable]] |
                 f"one list per prompt; otherwise, pass [{name}] * {rows}."
             )
         given, lists = [given], [True]
-    if not all(lists) or len(given) != rows:
+    if not all(lists):
+        raise ValueError(f"{expected}; got lists and functions mixed.")
+    if len(given) != rows:
         raise ValueError(f"{expected}; got {len(given)} for {rows} prompts.")
     found = [list(part or []) for part in given]
     wrong = [function for part in found for function in part if not callable(function)]

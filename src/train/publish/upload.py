@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from omegaconf import DictConfig
 
 from data.errors import UserError
-from models.artifact import CARD, CONFIG, PARTS, read_config
+from models.artifact import CARD, CONFIG, FILES, read_config
 from models.draft_config import FLEXDRAFT_KEYS, IDENTITY, DraftConfig, other_target
 from models.export.config import own_faults
 from models.export.download import is_repository_name
@@ -110,7 +110,7 @@ def push(directory: Path, to: Destination) -> str:
     config = check_artifact(directory)
     there = check_access(to, {key: config.get(key) for key in IDENTITY})
     api, name = HfApi(), to.repository
-    files = {file.relative_to(directory).as_posix(): file for part in PARTS for file in sorted(directory.glob(part))}
+    files = {file.relative_to(directory).as_posix(): file for part in FILES for file in sorted(directory.glob(part))}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path, str(file)) for path, file in files.items() if path != CARD
     ]
@@ -155,7 +155,7 @@ def check_artifact(directory: Path) -> dict[str, Any]:
 
 def _is_ours(path: str) -> bool:
     """Return whether a repository file belongs to an exported drafter. The card does not: it may have been edited."""
-    return path != CARD and any(fnmatch(path, part) and path.count("/") == part.count("/") for part in PARTS)
+    return path != CARD and any(fnmatch(path, part) and path.count("/") == part.count("/") for part in FILES)
 
 
 def _check_owner(name: str, login: dict[str, Any]) -> None:
@@ -182,7 +182,10 @@ def _check_content(name: str, revision: str | None, files: set[str], target: dic
             f"{name} contains something other than a FlexDraft drafter. Choose a different repository name."
         )
     if different := other_target(config, target):
-        raise UserError(f"{name} contains a drafter for a target with {different}. Choose a different repository name.")
+        raise UserError(
+            f"{name} already holds a drafter for a different target: {different}. Choose a different repository name, or "
+            "check model.target."
+        )
 
 
 @contextmanager
