@@ -75,7 +75,7 @@ def test_without_a_template_the_user_turns_are_the_prompts(tmp_path):
         ({"path": "x.jsonl", "color": 1}, "benchmarks.mine.color: no such setting"),
         ({"path": "x.jsonl", "turns": "a", "template": "b"}, "turns or template, not both"),
         ({"template": "{problem}"}, "'problem'.*found keys: question"),
-        ({"template": "{question"}, "turns or template"),
+        ({"template": "{question"}, "`template` does not match the record"),
         ({"turns": "question"}, "expected a list of user turns"),
     ],
 )
