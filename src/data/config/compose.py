@@ -72,7 +72,10 @@ def preset(group: str, name: str) -> DictConfig:
 
 
 def plain(config: DictConfig, *groups: str) -> dict[str, Any]:
-    """Resolve these groups into plain values. Resolving others might import packages that a command does not need."""
+    """Return the given groups as plain dictionaries with all interpolations resolved.
+
+    Other groups are left out, because resolving them might import packages that a command does not need.
+    """
     return {group: OmegaConf.to_container(config[group], resolve=True) for group in groups}
 
 
@@ -96,7 +99,7 @@ def unresolved(error: OmegaConfBaseException) -> str:
 
 
 def unknown_key(key: str, known: dict[str, Any]) -> str:
-    """Return the error message for an unknown setting: its new name, similar settings or the keys in its group."""
+    """Return the error message for an unknown setting, with its new name, similar settings or the keys in its group."""
     if (name := current_name(key)) != key:
         return f"{key}: this setting was renamed to {name}."
     group, _, last = key.rpartition(".")

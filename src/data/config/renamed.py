@@ -1,4 +1,4 @@
-"""Renamed settings. Old names are rejected with a hint to use the new ones; records of earlier runs are translated."""
+"""Renamed settings. Old names are rejected with a hint at the new ones, but accepted in settings saved by old runs."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def current_name(path: str) -> str:
 
 
 def with_current_names(settings: Any) -> Any:
-    """Return nested settings from an earlier version under their current names."""
+    """Return a copy of nested settings from an earlier version, with all keys changed to their current names."""
     if not isinstance(settings, dict):
         return settings
     return {KEYS.get(key, key): with_current_names(value) for key, value in settings.items()}

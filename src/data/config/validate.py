@@ -179,7 +179,7 @@ def _check_types(config: DictConfig, given: dict[str, Any], overrides: list[str]
 
 
 def _check_type(config: DictConfig, sources: tuple[DictConfig, ...], path: str, written: Any) -> None:
-    """Check the type of one setting against conf/. If it must be a string, convert a number (`name=1`) in `config`.
+    """Check the type of one setting against conf/. If a string is expected, convert a number in `config` (`name=1`).
 
     Args:
         sources: reference configurations. The first one with a non-null value determines the type.
