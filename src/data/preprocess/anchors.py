@@ -22,7 +22,7 @@ def anchor_indices(supervised: np.ndarray, position_ids: np.ndarray) -> np.ndarr
 
     Args:
         supervised: [tokens] bool.
-        position_ids: [tokens], restarting at 0 in each document. The token after an anchor has a position >= 2.
+        position_ids: [tokens], restarting at 0 in each document. Anchors have positions >= 1.
     """
     return np.flatnonzero(supervised[:-1] & supervised[1:] & (position_ids[1:] > 1))
 

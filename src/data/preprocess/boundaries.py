@@ -1,8 +1,9 @@
-"""Tokenization that keeps prompt and answer apart, and tokenizes shared prefixes once.
+"""Tokenizes conversations so that no token straddles the boundary between a prompt and its answer.
 
-Decoding tokenizes a prompt before the answer exists, so no token may straddle the boundary between them, and the tokens
-before it must be those of the prompt alone. Text is cut at added tokens, such as `<|im_start|>`, which tokenizers split
-off first: the tokens before and after such a cut do not depend on each other.
+In decoding, a prompt is tokenized before its answer exists. Training data must match: no token may straddle the
+boundary, and the tokens before the boundary must be the same as when the prompt is tokenized alone. Prefixes shared by
+several texts are tokenized only once. To make this possible, texts are cut at added tokens such as `<|im_start|>`.
+Tokenizers split these off first, so the tokens before and after a cut do not depend on each other.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from data.preprocess.prompts import common_prefix
 from data.preprocess.spans import Answer, Rendered
 
 MAX_PIECES = 4096
-PROBES = ("\n", ".", "a", " ", "0", "(", "|")  # texts that an answer is tokenized after, in turn
+PROBES = ("\n", ".", "a", " ", "0", "(", "|")  # prefixes to try, in order, when tokenizing a continuation
 
 
 @dataclass(frozen=True)
@@ -24,37 +25,41 @@ class Span:
     """Location of a supervised answer, as token indices."""
 
     start: int
-    end: int  # end of the answer, after its end token
+    end: int  # end of the answer, including its end token
     after: int  # end of the whitespace that the template writes after the answer
 
 
 @dataclass
 class AnswerDocument:
-    """A document and its supervised answers."""
+    """A document and the locations of its supervised answers."""
 
     document: Document
     answers: list[Span]
 
 
 class BoundaryTokenizer:
-    """Tokenizes texts whose answers are located by character."""
+    """Tokenizes texts and maps each answer's character span to tokens."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self.backend = backend
         added = backend.get_added_tokens_decoder().items()
         self.cuts = {number: token.content for number, token in added if _splits(token)}
         self.adds_space = self._ids("\nb")[-1:] != self._ids("b")
-        self.pieces: dict[str, list[int]] = {}  # cache: the ends of prompts repeat
+        self.pieces: dict[str, list[int]] = {}  # cache, since many prompts end with the same text
 
     def encode(self, texts: list[str]) -> list[Encoding]:
-        """Tokenize texts as they are."""
+        """Tokenize texts without adding special tokens."""
         return self.backend.encode_batch(texts, add_special_tokens=False)
 
     def documents(self, texts: list[Rendered], first: Encoding | None = None) -> Iterator[AnswerDocument]:
-        """Tokenize the texts of a conversation. `first` is the encoding of the first text, if it already exists.
+        """Tokenize the texts of a conversation and yield the resulting documents.
 
-        A text yields a document with the answers that it shares, and one for each answer that needs tokens of its own:
-        one that a token of the text joins to its prompt or to the text after it.
+        Each text yields one document for all answers that start and end at token boundaries. An answer gets a separate
+        document if a token straddles its start or end, or if its prompt would be tokenized differently on its own.
+
+        Args:
+            texts: the texts of one conversation, in order.
+            first: the encoding of the first text, if it has already been computed.
         """
         before: _Tokens | None = None
         for text in texts:
@@ -84,19 +89,19 @@ class BoundaryTokenizer:
         return _Tokens(text.text, ids, encoding, token, char, self.cuts)
 
     def _prompt_intact(self, tokens: "_Tokens", answer: Answer, end: int) -> bool:
-        """Return whether the tokens before an answer are those of its prompt alone."""
+        """Return whether the tokens before an answer are the same as when its prompt is tokenized alone."""
         token, char = tokens.cut(answer.start)
         return tokens.ids[token:end].tolist() == self._piece(tokens.text[char : answer.start])
 
     def _apart(self, tokens: "_Tokens", answer: Answer) -> AnswerDocument:
-        """Tokenize prompt and answer apart."""
+        """Return a document in which an answer and its prompt are tokenized separately."""
         token, char = tokens.cut(answer.start)
         prompt = [*tokens.ids[:token].tolist(), *self._piece(tokens.text[char : answer.start])]
         ids = np.array([*prompt, *self.continuation(tokens.text[answer.start : answer.end])], np.int32)
         return _document(ids, [Span(len(prompt), len(ids), len(ids))])
 
     def continuation(self, text: str) -> list[int]:
-        """Tokenize text that continues other text: SentencePiece-like tokenizers would put a space before it."""
+        """Tokenize text that continues other text, without the space that SentencePiece-like tokenizers prepend."""
         if not self.adds_space:
             return self._ids(text)
         for probe in PROBES:
@@ -119,7 +124,7 @@ class BoundaryTokenizer:
 
 @dataclass
 class _Tokens:
-    """A tokenized text. `encoding` holds the text from character `char` on, whose first token is number `first`."""
+    """A tokenized text. `encoding` covers the text from character `char` onwards; its first token has index `first`."""
 
     text: str
     ids: np.ndarray
@@ -129,22 +134,22 @@ class _Tokens:
     cuts: dict[int, str]
 
     def token(self, char: int) -> int:
-        """Return the index of the first token that lies at or after a character, or contains it."""
+        """Return the index of the token that contains a character, or else of the next token."""
         return self.first + _at_or_after(self.encoding, char - self.char)
 
     def span(self, answer: Answer) -> Span | None:
-        """Return the tokens of an answer, or None if a token straddles one of its ends."""
+        """Return the token span of an answer, or None if it is empty or a token straddles its start or end."""
         start, end = self.token(answer.start), self.token(answer.end)
         if start < len(self.ids) and self._chars(start)[0] < answer.start:
             return None
         if end < len(self.ids) and self._chars(end)[0] < answer.end:
             if int(self.ids[end]) not in self.cuts:
                 return None
-            end += 1  # an end token that swallows the whitespace after it
+            end += 1  # the end token also matches the whitespace after it
         return Span(start, end, max(end, self.token(answer.after))) if start < end else None
 
     def cut(self, char: int) -> tuple[int, int]:
-        """Return the last token at which the text can be cut, at or before a character, and the character there."""
+        """Return the last possible cut at or before a character, as (token index, character offset)."""
         for token in range(min(self.token(char), len(self.ids) - 1), self.first, -1):
             content = self.cuts.get(int(self.ids[token]))
             if content:
@@ -166,7 +171,7 @@ def _document(ids: np.ndarray, answers: list[Span]) -> AnswerDocument:
 
 
 def _splits(token: AddedToken) -> bool:
-    """Return whether a text can be cut before an added token: it matches whatever text surrounds it."""
+    """Return whether text can be cut before an added token, i.e. it matches regardless of the surrounding text."""
     return not (token.lstrip or token.single_word or token.normalized)
 
 
@@ -184,5 +189,5 @@ def _at_or_after(encoding: Encoding, char: int) -> int:
 def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
     """Return the character range of a token."""
     span = encoding.token_to_chars(token)
-    assert span is not None  # None only for special tokens added by a post-processor, and there is none
+    assert span is not None  # None only for special tokens added by a post-processor, which the backend lacks
     return span

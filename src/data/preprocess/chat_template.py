@@ -1,4 +1,4 @@
-"""The target's chat template and tokenizer: prompts, and conversations with their supervised answers."""
+"""Renders and tokenizes prompts and training conversations with the target's chat template and tokenizer."""
 
 import bisect
 import hashlib
@@ -25,9 +25,9 @@ class Rendered:
     """A rendered conversation."""
 
     supervision: Supervision
-    answers: int  # of the conversation
-    left_out: int = 0  # last answers, which exceed the token limit
-    tokens: int = 0  # length of the conversation, counted if answers are left out
+    answers: int  # number of answers in the conversation
+    left_out: int = 0  # number of trailing answers left out because of the token limit
+    tokens: int = 0  # length of the whole conversation; computed only if answers are left out
 
 
 class ChatEncoder:
@@ -75,7 +75,7 @@ class ChatEncoder:
         """Check that the chat template reads every argument in `given`.
 
         Raises:
-            UserError: as for `check_template_kwargs`.
+            UserError: see `check_template_kwargs`.
         """
         check_template_kwargs(self.template, given, overrides, warn, also=self.variables.keys() - given.keys())
 
@@ -83,7 +83,7 @@ class ChatEncoder:
         """Return the prompt tokens: the conversation followed by the generation prompt.
 
         Raises:
-            BadRecord: as for `render`.
+            BadRecord: see `render`.
         """
         self._refuse_special_tokens(messages)
         return self._ids(self._render(messages, True))
@@ -93,8 +93,8 @@ class ChatEncoder:
 
         Args:
             messages: the conversation.
-            max_tokens: leave out the last answers if their prompts have more tokens than this. Prompts are assumed to
-                grow from turn to turn if the last one does not fit.
+            max_tokens: in a conversation with more than CHECKED answers, leave out trailing answers whose prompts have
+                more tokens than this. Prompt lengths are assumed to grow from turn to turn. None keeps all answers.
 
         Raises:
             BadRecord: the template rejects the conversation, or a message contains one of the target's special tokens.
@@ -112,16 +112,16 @@ class ChatEncoder:
         return rendered
 
     def tokenize(self, rendered: list[Rendered]) -> list[list[AnswerDocument]]:
-        """Tokenize rendered conversations: the documents of each. Batching many conversations is faster."""
+        """Tokenize rendered conversations and return the documents of each. Passing many at once is faster."""
         texts = [conversation.supervision.texts for conversation in rendered]
         first = iter(self.boundaries.encode([conversation[0].text for conversation in texts if conversation]))
         return [list(self.boundaries.documents(t, next(first))) if t else [] for t in texts]
 
     def documents(self, messages: Messages) -> list[AnswerDocument]:
-        """Render and tokenize a conversation.
+        """Render and tokenize a single conversation, and return its documents.
 
         Raises:
-            BadRecord: as for `render`.
+            BadRecord: see `render`.
         """
         return self.tokenize([self.render(messages)])[0]
 
@@ -155,10 +155,10 @@ class ChatEncoder:
 
 
 def load_encoder(target: dict[str, Any], template_kwargs: dict[str, Any]) -> tuple[ChatEncoder, Any]:
-    """Load the encoder and tokenizer of a target from its settings (`model.target`).
+    """Return the encoder and the tokenizer for a target, given its settings (`model.target`).
 
     Raises:
-        UserError: no tokenizer is named, it does not load, it is a slow tokenizer, or it has no chat template.
+        UserError: the settings name no tokenizer, or the tokenizer fails to load, is slow or has no chat template.
     """
     name = target["tokenizer"] or target["name"]
     if name is None:
@@ -173,7 +173,7 @@ def load_encoder(target: dict[str, Any], template_kwargs: dict[str, Any]) -> tup
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return tokenizer.get_chat_template()
-    except ValueError as error:  # no template, or several and none of them is the default
+    except ValueError as error:  # no template, or several templates without a default
         raise UserError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no {'default ' if tokenizer.chat_template else ''}chat "
             "template. Use the instruction-tuned target, or add a chat template to the tokenizer."
@@ -181,9 +181,9 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _stop_ids(name: str, revision: str | None) -> list[int] | None:
-    """Return the stop tokens of the target's `generate`, or None if neither of its configs names any.
+    """Return the stop tokens that `target.generate` uses, or None if neither config defines any.
 
-    As in transformers, `generation_config.json` comes first, then `config.json`.
+    As in transformers, `generation_config.json` takes precedence over `config.json`.
     """
     try:
         stop = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id

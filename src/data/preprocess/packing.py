@@ -78,11 +78,11 @@ class PackedRows(Sequence[Row]):
         return fill([self.documents[i] for i in members.tolist()], self.max_seq_len, self.pad_id)
 
     def totals(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum of per-document values in each row, [rows]."""
+        """Sum per-document values [documents] within each row. Return the sums [rows]."""
         return np.add.reduceat(values[self._members], self._edges[:-1]) if len(self) else np.zeros(0, np.int64)
 
     def prompts(self, limit: int, max_tokens: int) -> list[list[int]]:
-        """Return up to `limit` prompts: the tokens before the first supervised token in a document.
+        """Return up to `limit` prompts, each the tokens before the first supervised token in a document.
 
         Empty prompts and those longer than `max_tokens` are skipped. Documents are visited in their shuffled order, not
         in row order, because the first rows hold the longest documents.

@@ -29,7 +29,7 @@ class Prepared:
 
 
 class Subset(Sequence[Document]):
-    """View of selected documents, in the order of `indices`."""
+    """A view of the documents at `indices`, in that order."""
 
     def __init__(self, documents: Documents, indices: np.ndarray) -> None:
         self.documents, self.indices = documents, indices
@@ -37,7 +37,7 @@ class Subset(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  # no slices, as `Documents`
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]  # no slices, as in `Documents`
         return self.documents[self.indices[index]]
 
 
@@ -56,18 +56,19 @@ def prepare(
 ) -> Prepared:
     """Tokenize and shuffle conversations, split off `validation_records` of them and pack both sets into rows.
 
-    Bad records are written to `rejects`; they stop the run unless `bad_records` is "skip". Records of which only some
+    Bad records are written to `rejects`; they stop the run unless `bad_records` is "skip". Records in which only some
     answers are refused are also listed there.
 
     Raises:
-        UserError: bad records with policy "stop", no training data, or no answer with at least `block_size` tokens.
+        UserError: there are bad records and `bad_records` is "stop", there is no training data, or no answer has at
+            least `block_size` tokens.
     """
     settings = TokenizeSettings(max_seq_len=max_seq_len, truncation=truncation)
     documents = tokenize(sources, encoder, settings, num_proc=num_processes(num_proc))
     total = sum(documents.outcomes().values())
     handle_rejects(documents.rejects(), total, bad_records, rejects, also_listed=documents.refused())
     _check(documents, block_size, max_seq_len, validation_records, rejects)
-    # Shuffle records, not documents: those of one conversation must not be in both sets.
+    # Shuffle records rather than documents: the documents of one conversation must all end up in the same set.
     num_records = int(documents.records[-1]) + 1
     rank = np.argsort(np.random.default_rng(seed).permutation(num_records))[documents.records]  # [documents]
     order = np.argsort(rank, kind="stable")
@@ -88,7 +89,7 @@ def num_processes(num_proc: int | None) -> int:
 
 
 def describe(prepared: Prepared) -> str:
-    """One-line dataset summary: records by outcome, tokens kept and lost, training rows, packing efficiency."""
+    """Return a one-line dataset summary: records by outcome, tokens kept and lost, rows, packing efficiency."""
     documents, rows = prepared.documents, prepared.training
     outcomes = documents.outcomes()
     answers = documents.answers()
@@ -103,7 +104,7 @@ def describe(prepared: Prepared) -> str:
 
 
 def describe_answers(documents: Documents) -> str:
-    """Return one sentence that accounts for every answer of the valid records."""
+    """Return a one-sentence breakdown of all answers that were read: supervised, lost or refused."""
     found = documents.answers()
     supervised, further, refused = found["supervised"], found["separate"], found["refused"]
     parts = {
@@ -138,7 +139,7 @@ def _check(documents: Documents, block_size: int, max_seq_len: int, validation_r
 
 
 def _cause(documents: Documents, max_seq_len: int, rejects: Path) -> str:
-    """Explain why no document is left: the most common reason of bad records, or the lengths."""
+    """Explain why no document is left: bad records (with the most common reason), lengths or missing anchors."""
     outcomes, text = documents.outcomes(), ""
     if outcomes[OUTCOMES[BAD]]:
         reason, count, where = common_reasons(documents.rejects(), 1)[0]

@@ -1,9 +1,10 @@
-"""Prompts of the answers of a conversation, rendered in time linear in its length where the template allows.
+"""Renders the prompt of every answer in a conversation, in linear time if the template allows it.
 
-Rendering every prompt takes time quadratic in the number of turns. Most templates only append: a prompt is the one
-before it with an answer and a question inserted before the generation prompt. For long conversations, the inserted text
-is rendered from these turns alone, and the resulting prompts are compared with rendered ones: the first `CHECKED`, the
-last, and some between them. If any differs, all are rendered.
+Rendering each prompt from scratch takes time quadratic in the number of turns. With most templates, however, a prompt
+equals the previous prompt with an answer and the next question inserted before the generation prompt. In long
+conversations, only the inserted text is therefore rendered. The first `CHECKED` of the resulting prompts, the last one
+and a few in between are compared with prompts rendered from scratch. If any of them differs, all prompts are rendered
+from scratch.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +17,10 @@ CHECKED = 16
 
 
 def prompts(render: Render, messages: Messages, turns: list[int]) -> Iterator[str]:
-    """Yield the prompt of each answer at the message indices `turns`, ascending.
+    """Yield the prompt of each answer in `turns`, the ascending message indices of the answers.
 
     Raises:
-        BadRecord: the template refuses the conversation.
+        BadRecord: the template rejects the conversation.
     """
     inserted = _inserted(render, messages, turns) if len(turns) > CHECKED else None
     if inserted is not None and _agrees(render, messages, turns, inserted):
@@ -30,13 +31,16 @@ def prompts(render: Render, messages: Messages, turns: list[int]) -> Iterator[st
 
 
 def question(messages: Messages, turn: int) -> Messages:
-    """Return the messages before an answer from the last user turn on."""
+    """Return the messages from the last user turn before an answer up to, but not including, the answer."""
     first = max((i for i in range(turn) if messages[i]["role"] == "user"), default=0)
     return messages[first:turn]
 
 
 def _inserted(render: Render, messages: Messages, turns: list[int]) -> tuple[str, list[str]] | None:
-    """Return the generation prompt and the text that each prompt inserts before it, or None if one is rewritten."""
+    """Return the generation prompt and the text that each later prompt inserts before it.
+
+    Return None if the template does not simply insert text, or rejects the inserted turns without the earlier ones.
+    """
     found = []
     try:
         generation_prompt = _generation_prompt(render, question(messages, turns[0]))
@@ -48,12 +52,12 @@ def _inserted(render: Render, messages: Messages, turns: list[int]) -> tuple[str
                 return None
             found.append(after[len(before) : len(after) - len(generation_prompt)])
     except BadRecord:
-        return None  # refused without the turns before it
+        return None  # rejected without the earlier turns
     return generation_prompt, found
 
 
 def _generation_prompt(render: Render, messages: Messages) -> str:
-    """Return the end of a prompt that only prompts have."""
+    """Return the generation prompt: the text that the template appends for `add_generation_prompt`."""
     without, prompt = render(messages, False), render(messages, True)
     return prompt[common_prefix(without, prompt) :]
 
@@ -67,14 +71,14 @@ def _assembled(first: str, generation_prompt: str, inserted: list[str]) -> Itera
 
 
 def _agrees(render: Render, messages: Messages, turns: list[int], inserted: tuple[str, list[str]]) -> bool:
-    """Compare assembled prompts with rendered ones: the first ones, the last, and those at powers of two."""
+    """Return whether assembled prompts equal rendered ones, checking the first, the last and those at powers of two."""
     checked = {*range(CHECKED), *(1 << power for power in range(len(turns).bit_length())), len(turns) - 1}
     assembled = enumerate(_assembled(render(messages[: turns[0]], True), *inserted))
     return all(prompt == render(messages[: turns[i]], True) for i, prompt in assembled if i in checked)
 
 
 def common_prefix(a: str, b: str) -> int:
-    """Return the length of the longest common prefix, by bisection."""
+    """Return the length of the longest common prefix of two strings, found by bisection."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,8 +1,8 @@
-"""Skeleton of a rendered conversation: the text of the chat template around the messages.
+"""Skeletons of rendered conversations: the text that the chat template writes around the messages.
 
-Locating the answers of a conversation takes two renderings for each answer. For most templates the result depends only
-on the roles of the messages. Their skeleton is taken once from a conversation of placeholders; a conversation that
-renders to this skeleton needs a single rendering.
+In general, locating the answers in a conversation takes two renderings per answer. With most templates, however, the
+text around the messages depends only on their roles. For each sequence of roles, a skeleton is therefore extracted once
+from a conversation of placeholders. Conversations that match their skeleton need only a single rendering.
 """
 
 import re
@@ -12,25 +12,26 @@ from itertools import accumulate
 from data.preprocess.spans import Answer, Rendered, Supervision
 from data.sources.records import Messages
 
-TAG = re.compile(r"think\w*>")  # of a reasoning block, which templates search for
+TAG = re.compile(r"think\w*>")  # tags of reasoning blocks, which templates search for
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Text of the chat template around the messages, and the answers relative to their content."""
+    """The template's text around the messages, and the location of each answer relative to its message's content."""
 
-    pieces: list[str]  # before each message, and after the last
-    answers: list[tuple[int, int, int, int]]  # turn; characters before the content, after it, and whitespace after that
-    supervision: Supervision  # of the placeholders
+    pieces: list[str]  # text before each message, followed by the text after the last one
+    # Per answer: turn, then the numbers of characters before the content, after it, and in the whitespace after those.
+    answers: list[tuple[int, int, int, int]]
+    supervision: Supervision  # supervision of the placeholder conversation
 
     def supervise(self, messages: Messages, rendered: str) -> Supervision | None:
-        """Return the supervision of a conversation, or None if its rendering does not begin with the skeleton."""
+        """Return the supervision of a conversation, or None if its rendering does not match the skeleton."""
         contents = [message["content"] for message in messages]
         text = "".join(part for pair in zip(self.pieces, [*contents, ""], strict=True) for part in pair)
         if not rendered.startswith(text):
             return None
         lengths = [len(piece) + len(content) for piece, content in zip(self.pieces, contents, strict=False)]
-        ends = list(accumulate(lengths))  # of the contents
+        ends = list(accumulate(lengths))  # where each message's content ends in the text
         answers = []
         for turn, before, after, whitespace in self.answers:
             end = ends[turn] + after
@@ -39,7 +40,7 @@ class Skeleton:
 
 
 def regular(messages: Messages) -> bool:
-    """Return whether the contents of a conversation are unlikely to change its skeleton."""
+    """Return whether the contents of the messages are unlikely to affect the text around them."""
     return all(
         len(message) == 2 and message["content"] == message["content"].strip() and not TAG.search(message["content"])
         for message in messages
@@ -47,12 +48,15 @@ def regular(messages: Messages) -> bool:
 
 
 def placeholders(roles: tuple[str, ...]) -> Messages:
-    """Return a conversation of placeholders with the given roles."""
+    """Return a conversation of placeholder messages with the given roles."""
     return [{"role": role, "content": f"Message {i}."} for i, role in enumerate(roles)]
 
 
 def skeleton(messages: Messages, supervision: Supervision) -> Skeleton | None:
-    """Return the skeleton of a conversation of placeholders, or None if it does not contain each once, in order."""
+    """Extract the skeleton from a conversation of placeholders.
+
+    Return None if an answer is refused, there are several texts, or the placeholders do not appear in order, each once.
+    """
     if supervision.refused or len(supervision.texts) != 1:
         return None
     (rendered,) = supervision.texts

@@ -1,4 +1,4 @@
-"""Supervised texts of a conversation, with the location of their answers."""
+"""Supervised texts of a conversation, with the locations of the answers in them."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 class Answer:
     """Location of an answer in its text, as character offsets."""
 
-    turn: int  # index of the message
-    start: int  # end of the prompt
-    end: int  # end of the answer, after its end token
+    turn: int  # index of the answer's message
+    start: int  # start of the answer, i.e. the end of its prompt
+    end: int  # end of the answer, including its end token
     after: int  # end of the whitespace that the template writes after the answer
 
 
@@ -27,5 +27,5 @@ class Supervision:
     """The supervised texts of a conversation."""
 
     texts: list[Rendered] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)  # reasons by turn number, from 1
-    notes: Counter[str] = field(default_factory=Counter)  # answers with NO_END_TOKEN, OTHER_END_TOKEN, ...
+    refused: dict[int, str] = field(default_factory=dict)  # 1-based turn number -> reason
+    notes: Counter[str] = field(default_factory=Counter)  # number of answers with NO_END_TOKEN, OTHER_END_TOKEN, ...

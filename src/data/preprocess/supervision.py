@@ -1,9 +1,9 @@
-"""Supervision: the text of each answer as the target generates it, under any chat template.
+"""Determines the text of each supervised answer as the target would generate it, for any chat template.
 
-A supervised answer follows the prompt that decoding starts from: the messages before it, with the generation prompt.
-It consists of the text that the target writes, and the token at which generation stops. Answers whose prompts extend
-one another are rendered as one text. If the template rewrites history, such as by dropping earlier reasoning, an answer
-gets a separate text. `{% generation %}` markers are ignored: some templates put headers inside them.
+A supervised answer follows the same prompt that decoding starts from: the earlier messages and the generation prompt.
+The answer consists of the text that the target would write and the token at which generation stops. Answers whose
+prompts extend one another share one text. If the template rewrites history, e.g. by dropping earlier reasoning, an
+answer gets a text of its own. `{% generation %}` markers are ignored, because some templates put headers inside them.
 """
 
 import re
@@ -20,36 +20,36 @@ OPENS_REASONING = re.compile(r"<([\w:]*think\w*)>\s*$")
 CLOSES_REASONING = re.compile(r"</[\w:]*think\w*>\s*$")
 OPENING = re.compile(r"\s*<([\w:]*think\w*)>\n?")
 EMPTY_BLOCK = re.compile(r"\s*<([\w:]*think\w*)>(\s*)</\1>")
-# Messages that show the text that the template writes after an answer.
+# Sample messages, used to find the text that the template writes after an answer.
 ANSWER, NEXT_QUESTION = "It is as follows.", "What follows from this?"
 NO_REASONING = "the prompt opens a reasoning block, but the answer has no reasoning"
 
-# Properties of an answer that the data report mentions.
-NO_END_TOKEN = "no end token"  # noqa: S105  the template writes none after the answer
+# Notes on an answer, which the data report counts.
+NO_END_TOKEN = "no end token"  # noqa: S105  the template writes no end token after the answer
 OTHER_END_TOKEN = "not a stop token"  # noqa: S105  the template's end token does not stop generation
-REASONING_DROPPED = "without its reasoning"  # neither prompt nor template write the record's reasoning
+REASONING_DROPPED = "without its reasoning"  # neither the prompt nor the template includes the record's reasoning
 
 
 class Supervisor:
-    """Locates the answers of conversations under one chat template."""
+    """Locates the answers in conversations rendered with a given chat template."""
 
     def __init__(self, render: Render, stop: Iterable[str], added: Iterable[str]) -> None:
-        """Set up the template and its end tokens.
+        """Store the template and compile patterns for the tokens that may end an answer.
 
         Args:
             render: renders messages with the chat template.
             stop: the texts of the target's stop tokens.
-            added: the texts of all added tokens, among them the end token if it is not a stop token.
+            added: the texts of all added tokens. One of them ends an answer if the template writes no stop token.
         """
         self.render, self.stop, self.added = render, _any_of(stop), _any_of(added)
-        self.skeletons: dict[tuple[str, ...], Skeleton | None] = {}  # by the roles of the messages
+        self.skeletons: dict[tuple[str, ...], Skeleton | None] = {}  # keyed by message roles
 
     def supervise(self, messages: Messages, turns: list[int]) -> Supervision:
-        """Render a conversation up to the last of the given answers, and locate them.
+        """Render a conversation up to the last of the given answers and locate these answers.
 
         Args:
             messages: the conversation.
-            turns: the message indices of the first answers, ascending.
+            turns: the ascending message indices of the answers to locate, starting with the first answer.
 
         Raises:
             BadRecord: the template rejects the conversation.
@@ -89,15 +89,18 @@ class Supervisor:
         return found
 
     def split(self, tail: str, around: Callable[[], tuple[str, str]]) -> tuple[str, str, list[str]]:
-        """Split the text after a prompt into the answer, the whitespace after it and notes for the report.
+        """Split the text after a prompt into the answer and the whitespace after it.
 
-        The answer ends with the first stop token. Where the template writes none, it may be the first token of the next
-        turn (GLM), or an added token that generation does not stop at.
+        The answer ends with the first stop token. If the text has none, the stop token may be the first token of the
+        next turn (GLM). Otherwise, the answer ends with the next added token, or without an end token.
 
         Args:
             tail: the text that the template writes after the prompt.
-            around: returns the text that the template writes after a last answer, and between an answer and another
-                question.
+            around: returns the text that the template writes after a final answer, and the text between an answer and
+                the next question.
+
+        Returns:
+            The answer with its end token, the whitespace after it, and notes for the data report.
         """
         if stop := self.stop.search(tail):
             return tail[: stop.end()], _leading_whitespace(tail[stop.end() :]), []
@@ -111,21 +114,21 @@ class Supervisor:
 
 
 class _Refused(ValueError):
-    """The target would not generate this answer after its prompt."""
+    """Raised for an answer that the target would not generate after its prompt."""
 
 
 class _AnswerTexts:
-    """The texts of the answers of one conversation, each after its prompt."""
+    """Determines the text of each answer in one conversation, given the answer's prompt."""
 
     def __init__(self, supervisor: Supervisor, messages: Messages, *, many: bool) -> None:
         self.supervisor, self.messages = supervisor, messages
         self.many, self.checked, self.local = many, 0, True
 
     def of(self, turn: int, prompt: str) -> tuple[str, str, list[str]]:
-        """Return answer `turn` with its end token, the template's whitespace after it, and notes for the report.
+        """Return the answer in message `turn` with its end token, the whitespace after it, and notes for the report.
 
         Raises:
-            _Refused: the prompt demands reasoning and the record has none.
+            _Refused: the prompt opens a reasoning block, but the record has no reasoning.
         """
         opened, closed = OPENS_REASONING.search(prompt), CLOSES_REASONING.search(prompt)
         message = _split(self.messages[turn], opened[1] if opened else None)
@@ -134,9 +137,9 @@ class _AnswerTexts:
         thought = (message.reasoning or "").strip()
         tail = self._tail(turn, prompt)
         if tail is not None and opened and tail.partition(f"</{opened[1]}>")[0].strip() != thought:
-            tail = None  # the template drops the reasoning, or reads it as part of the answer
+            tail = None  # the template drops the reasoning, or treats it as part of the answer
         if tail is not None and message.block is not None and (thought in tail) == bool(closed):
-            tail = None  # the template drops the reasoning, or writes it after the empty block of the prompt
+            tail = None  # the template drops the reasoning, or writes it after the empty block in the prompt
         if tail is not None and thought and (empty := EMPTY_BLOCK.match(tail)):
             tail = None if message.block is not None else _filled(tail, empty, thought)
         if tail is None:
@@ -147,10 +150,10 @@ class _AnswerTexts:
         return text, whitespace, notes
 
     def _tail(self, turn: int, prompt: str) -> str | None:
-        """Return the text that the template writes after the prompt, or None if it rewrites the prompt.
+        """Return the text that the template writes after the prompt, or None if it cannot be determined.
 
-        In that case, and in long conversations once the first answers read the same, the answer is rendered after its
-        question alone.
+        If the template rewrites the prompt, the answer is rendered after its question alone. In long conversations,
+        this is also done once both renderings have agreed for the first `CHECKED` answers.
         """
         if (
             self.many
@@ -174,10 +177,10 @@ class _AnswerTexts:
                 return None  # an earlier message turns reasoning on or off
             return _added(alone, render([*asked, self.messages[turn]], False))
         except BadRecord:
-            return None  # refused without the turns before it
+            return None  # rejected without the earlier turns
 
     def _around(self, turn: int) -> tuple[str, str]:
-        """Return the text that the template writes after a last answer, and between an answer and another question."""
+        """Return the template's text after a final answer, and its text between an answer and the next question."""
         exchange = [*question(self.messages, turn), {"role": "assistant", "content": ANSWER}]
         render = self.supervisor.render
         try:
@@ -190,7 +193,7 @@ class _AnswerTexts:
 
 
 def _reasoning_state(prompt: str) -> tuple[bool, bool]:
-    """Return whether a prompt opens a reasoning block, and whether it closes one."""
+    """Return whether a prompt ends by opening a reasoning block, and whether it ends by closing one."""
     return bool(OPENS_REASONING.search(prompt)), bool(CLOSES_REASONING.search(prompt))
 
 
@@ -200,8 +203,8 @@ class _Message:
 
     reasoning: str | None
     content: str
-    block: str | None = None  # "reasoning</think>content" if the record has the reasoning inside its content
-    opening: str = ""  # the tag before it; may be missing if the prompt opens the block
+    block: str | None = None  # "reasoning</think>content" if the record stores the reasoning inside its content
+    opening: str = ""  # the opening tag before `block`; may be missing if the prompt opens the block
 
     def written(self, opened: re.Match[str] | None, closed: re.Match[str] | None) -> str:
         """Return the answer as the target writes it after a prompt that may open or close a reasoning block."""
@@ -213,7 +216,7 @@ class _Message:
 
 
 def _split(message: dict[str, str], tag: str | None) -> _Message:
-    """Split an assistant message. `tag` names the block that the prompt opens: the content may lack its start."""
+    """Split an assistant message. `tag` is the reasoning tag that the prompt opens; the content may lack that tag."""
     content = message["content"]
     if "reasoning_content" in message:
         return _Message(message["reasoning_content"], content)
@@ -227,13 +230,13 @@ def _split(message: dict[str, str], tag: str | None) -> _Message:
 
 
 def _filled(tail: str, empty: re.Match[str], reasoning: str) -> str:
-    """Put the reasoning into the empty block that a template writes before every finished answer (Kimi K2)."""
+    """Insert the reasoning into the empty block that a template writes before every finished answer (Kimi K2)."""
     middle = (empty.start(2) + empty.end(2)) // 2
     return tail[:middle] + reasoning + tail[middle:]
 
 
 def _append(texts: list[Rendered], new: Rendered) -> None:
-    """Add an answer to the last text if its prompt extends it, else as a text of its own."""
+    """Append an answer to the last text if its prompt extends that text; otherwise, add it as a separate text."""
     if texts:
         last = texts[-1]
         end = last.answers[-1].end
@@ -244,7 +247,7 @@ def _append(texts: list[Rendered], new: Rendered) -> None:
 
 
 def _added(prompt: str, rendered: str) -> str | None:
-    """Return the text that extends a prompt, or None if `rendered` does not begin with the prompt."""
+    """Return the text that `rendered` adds to a prompt, or None if it adds nothing or starts differently."""
     return rendered[len(prompt) :] if len(rendered) > len(prompt) and rendered.startswith(prompt) else None
 
 
@@ -253,5 +256,5 @@ def _leading_whitespace(text: str) -> str:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Compile a pattern for any of the texts, the longest first, or one that never matches."""
+    """Compile a pattern that matches any of the texts and prefers longer ones. Without texts, it never matches."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")

@@ -19,23 +19,23 @@ from data.sources.readers import RawRecord
 from data.sources.records import Messages, conversation
 from data.sources.rejects import TEXT_CHARACTERS, printable
 
-OUTCOMES = ("kept", "truncated", "too long", "no anchor", "bad")  # outcome of a record
+OUTCOMES = ("kept", "truncated", "too long", "no anchor", "bad")  # possible outcomes of a record
 KEPT, TRUNCATED, TOO_LONG, NO_ANCHOR, BAD = range(len(OUTCOMES))
 NOTES = {"no_end": NO_END_TOKEN, "other_end": OTHER_END_TOKEN, "no_reasoning": REASONING_DROPPED}
 FEATURES = Features(
     part=Value("int32"),  # index of the source
-    place=Value("int64"),  # line number or row index in its source
+    place=Value("int64"),  # line number or row index in the source
     outcome=Value("int8"),  # index into OUTCOMES
     document=Value("int32"),  # index of the document within its record
-    reason=Value("string"),  # error message of a bad record, or of its first refused answer
-    raw=Value("string"),  # start of such a record, up to TEXT_CHARACTERS
+    reason=Value("string"),  # error message for a bad record, or for the first refused answer
+    raw=Value("string"),  # first TEXT_CHARACTERS characters of a record that has a reason
     digest=Value("int64"),  # hash of the messages, to find duplicates
-    # Counts of answers: those of the record, in its first row, and those supervised in the document.
+    # Answer counts. `supervised_answers` is per document; the others are per record and 0 in all but its first row.
     answers=Value("int32"),
     refused=Value("int32"),
     **{name: Value("int32") for name in NOTES},
     supervised_answers=Value("int32"),
-    tokens=Value("int32"),  # length of the document before truncation; in the first row, with the dropped documents
+    tokens=Value("int32"),  # document length before truncation; a record's first row also counts dropped documents
     anchors=Value("int32"),  # number of valid anchors
     longest=Value("int32"),  # length of the longest answer in tokens
     input_ids=List(Value("int32")),
@@ -46,7 +46,7 @@ NO_TOKENS = Document(np.zeros(0, np.int32), np.zeros(0, bool))
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """Settings that, with the records and the encoder, determine the tokens."""
+    """The settings that affect the tokens, apart from the records and the encoder."""
 
     max_seq_len: int
     truncation: str  # turn: keep the leading turns that fit; token: cut at max_seq_len; drop: skip the conversation
@@ -57,14 +57,14 @@ class Fitted:
     """A document truncated to the row length."""
 
     document: Document
-    answers: int  # supervised in it
-    tokens: int  # before truncation
+    answers: int  # number of supervised answers in the document
+    tokens: int  # number of tokens before truncation
 
 
 def table_rows(
     records: Iterator[RawRecord], part: int, encoder: ChatEncoder, settings: TokenizeSettings
 ) -> Iterator[dict[str, Any]]:
-    """Yield the table rows of records from source number `part`."""
+    """Yield the table rows for records from the source with index `part`."""
     parsed = [(record, *_render(record, encoder, settings)) for record in records]
     documents = iter(encoder.tokenize([rendered for *_, rendered in parsed if isinstance(rendered, Rendered)]))
     for record, digest, rendered in parsed:
@@ -76,7 +76,7 @@ def table_rows(
 
 
 def _render(record: RawRecord, encoder: ChatEncoder, settings: TokenizeSettings) -> tuple[int, Rendered | str]:
-    """Parse and render a record. Return the digest of its messages and the result, or the reason of a bad record."""
+    """Parse and render a record. Return the messages' digest and the rendering, or (0, reason) for a bad record."""
     try:
         messages = record.parse(conversation)
         return _digest(messages), encoder.render(messages, settings.max_seq_len)
@@ -111,7 +111,7 @@ def _rows(
 
 
 def fit_to_row(documents: list[AnswerDocument], rendered: Rendered, settings: TokenizeSettings) -> list[Fitted | None]:
-    """Truncate the documents of a record to the row length. Those that must be dropped are None."""
+    """Truncate a record's documents to the row length. The result has None for each document that must be dropped."""
     limit = settings.max_seq_len
     too_long = rendered.left_out or any(len(document.document.input_ids) > limit for document in documents)
     if settings.truncation == "drop" and too_long:
@@ -144,7 +144,7 @@ def _rejected(record: RawRecord, reason: str) -> dict[str, Any]:
 
 
 def _counts(rendered: Rendered | None) -> dict[str, int]:
-    """Return the counts of a record's answers, or zeros."""
+    """Return a record's answer counts, or zeros if `rendered` is None."""
     if rendered is None:
         return dict.fromkeys(("answers", "refused", *NOTES), 0)
     notes = {name: rendered.supervision.notes[note] for name, note in NOTES.items()}

@@ -33,7 +33,7 @@ from data.preprocess.table import (
 from data.sources.readers import Chunk, Source, fingerprint
 from data.sources.rejects import Reject, reject
 
-# Modules that determine the table. Their text is part of the cache key.
+# Modules that determine the table. Their source code is part of the cache key.
 PREPROCESS = "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table"
 CODE = (*(f"preprocess/{name}" for name in PREPROCESS), "sources/records", "sources/readers")
 
@@ -48,7 +48,7 @@ class Documents(Sequence[Document]):
         self.table, self.sources = table, sources
         self.indices = np.flatnonzero(np.isin(table.data.column("outcome").to_numpy(), (KEPT, TRUNCATED)))
         self._tokens = table.select_columns(["input_ids", "supervised"]).with_format("numpy")
-        self._first = np.flatnonzero(table.data.column("document").to_numpy() == 0)  # [records] their first rows
+        self._first = np.flatnonzero(table.data.column("document").to_numpy() == 0)  # [records] first row of each
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -58,22 +58,25 @@ class Documents(Sequence[Document]):
         return Document(row["input_ids"], row["supervised"])
 
     def column(self, name: str, *, all_records: bool = False) -> np.ndarray:
-        """Return a numeric column: [documents], or with `all_records` [records] of the first row of each record."""
+        """Return a numeric column for the documents [documents], or, with `all_records`, for the records [records].
+
+        A record's value is the one in its first row.
+        """
         column = self.table.data.column(name).to_numpy()
         return column[self._first if all_records else self.indices]
 
     @cached_property
     def records(self) -> np.ndarray:
-        """[documents] numbers of the kept records, from 0, ascending."""
+        """Index of each document's record among the kept records, ascending, [documents]."""
         return np.cumsum(self.column("document") == 0) - 1
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[documents] token counts after truncation."""
+        """Number of tokens in each document after truncation, [documents]."""
         return _lengths(self.table, "input_ids")[self.indices]
 
     def largest_token(self) -> int:
-        """Return the largest token id of all documents, or -1 if there are no tokens."""
+        """Return the largest token id in any document, or -1 if there are no tokens."""
         chunks = [chunk.flatten() for chunk in self.table.data.column("input_ids").chunks]
         return max((int(compute.max(tokens).as_py()) for tokens in chunks if len(tokens)), default=-1)
 
@@ -83,23 +86,29 @@ class Documents(Sequence[Document]):
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
     def answers(self) -> dict[str, int]:
-        """Return counts of answers: all, refused, supervised, those in a further document of their record, NOTES."""
+        """Return answer counts with the keys `answers` (total), `refused`, `supervised`, `separate` and those of NOTES.
+
+        `separate` counts supervised answers in a record's second or later document.
+        """
         counts = {name: int(self.column(name, all_records=True).sum()) for name in ("answers", "refused", *NOTES)}
         supervised, document = self.column("supervised_answers"), self.column("document")
         return counts | {"supervised": int(supervised.sum()), "separate": int(supervised[document > 0].sum())}
 
     def lost_tokens(self) -> tuple[int, int]:
-        """Return the tokens lost to truncation and those of dropped conversations (too long, or without an anchor)."""
+        """Return the number of tokens lost to truncation, and the number lost with dropped conversations.
+
+        Conversations are dropped if they are too long or have no anchor.
+        """
         tokens, outcome = (self.column(name, all_records=True) for name in ("tokens", "outcome"))
         dropped = np.isin(outcome, (TOO_LONG, NO_ANCHOR))
         return int(self.column("tokens").sum() - self.lengths.sum()), int(tokens[dropped].sum())
 
     def rejects(self) -> Iterator[Reject]:
-        """Yield an entry of the rejects file for each bad record."""
+        """Yield a rejects-file entry for each bad record."""
         return self._rejects(self.column("outcome", all_records=True) == BAD)
 
     def refused(self) -> Iterator[Reject]:
-        """Yield an entry of the rejects file for each other record with a refused answer."""
+        """Yield a rejects-file entry for each remaining record that has a refused answer."""
         outcome, refused = (self.column(name, all_records=True) for name in ("outcome", "refused"))
         return self._rejects((outcome != BAD) & (refused > 0))
 
