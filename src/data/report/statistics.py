@@ -35,7 +35,7 @@ def duplicates(documents: Documents) -> int:
 
 
 def anchors_per_row(documents: Documents, rows: PackedRows, order: np.ndarray) -> np.ndarray:
-    """Return the number of valid anchors in each row, [rows]. `order`: indices of the documents that were packed."""
+    """Return the number of valid anchors in each row, [rows]. `order` holds the indices of the packed documents."""
     return rows.totals(documents.column("anchors")[order])
 
 
