@@ -59,7 +59,7 @@ def handle_rejects(
 
     Args:
         rejects: entries for bad records.
-        total: number of records, valid or not, for the error message.
+        total: total number of records, valid or not; shown in the error message.
         policy: `data.bad_records`.
         file: the rejects file.
         also_listed: entries for records that are only partly usable.
