@@ -1,1 +1,1 @@
-"""The data pipeline from conversations to batches (records, tokens, packed rows, anchors). Independent of models."""
+"""The data pipeline, from conversations to batches: records, tokens, packed rows, anchors. Independent of `models`."""

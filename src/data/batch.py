@@ -28,8 +28,8 @@ class Batch:
     document_ids: Tensor  # [R, T] int64, index of the document within the row; PADDING_DOCUMENT for padding
     anchors: Tensor  # [R, A] int64, each block's anchor as an index into its row, ascending; 0 for unused blocks
     labels: Tensor  # [R, A, B] int64, token at anchor + slot; IGNORE from the first unlabeled slot onwards
-    # Number of labeled slots in each of the R*A blocks. Kept on the host because they determine tensor shapes; reading
-    # them from the device would force a synchronization. Computed from `labels` if omitted.
+    # Number of labeled slots in each of the R*A blocks. Kept on the host because these counts determine tensor shapes,
+    # and reading them from the device would force a synchronization. Computed from `labels` if omitted.
     lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,13 +53,13 @@ class Batch:
         """Select the labeled slots with index `first` or higher in every block.
 
         Returns:
-            The flat indices of the selected slots within R*A*B, [n], in ascending order, and R*A + 1 offsets into them:
-            those of block `i` are `indices[offsets[i]:offsets[i + 1]]`.
+            `indices`, the ascending indices [n] of the selected slots among all R*A*B slots, and `offsets`, a list of
+            R*A + 1 integers: the slots of block `i` are `indices[offsets[i]:offsets[i + 1]]`.
         """
         counts = [max(0, length - first) for length in self.lengths]
         labelled = self.labels != IGNORE
         labelled[..., :first] = False
-        # Stable sort, then take the first n, which the host knows. `nonzero` would force a synchronization.
+        # Sort stably and take the first n; n is known on the host. `nonzero` would force a synchronization.
         order = torch.argsort(~labelled.flatten(), stable=True)
         before = list(accumulate(counts, initial=0))
         return order[: before[-1]], before
