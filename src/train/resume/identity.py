@@ -1,8 +1,9 @@
 """Identity of a stage: the settings and file contents that determine its outcome.
 
-A run directory holds one outcome. Settings that affect only memory, speed or paths are not part of the identity, so a
-run still resumes after an out-of-memory fix or a moved file. `CHANGES` and `WITHOUT_EFFECT` list every setting of conf/
-exactly once (tests/train/test_identity.py). Unlisted settings count as part of the identity, to be safe.
+Each run directory holds a single outcome. Settings that affect only memory, speed or paths are not part of the
+identity, so a run can still be resumed after fixing an out-of-memory error or moving a file. Together, `CHANGES` and
+`WITHOUT_EFFECT` list every setting in conf/ exactly once (enforced by tests/train/test_identity.py). To be safe,
+unlisted settings are treated as part of the identity.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ TUNING, CALIBRATION, EXPORT, EVALUATE = STAGES
 INPUTS = {
     TUNING: [],
     CALIBRATION: [f"{TUNING}/{WEIGHTS}"],
-    EXPORT: [],  # stage 2 weights if that stage is finished, else stage 1: `drafter_file.finished_weights`
+    EXPORT: [],  # stage 2 weights if that stage is finished, else stage 1 weights (`drafter_file.finished_weights`)
     EVALUATE: ["export/config.json"],
 }
 
@@ -53,7 +54,7 @@ MEASURED: tuple[str, ...] = (
     "top_p",
 )
 MEASURED += ("speed.num_prompts", "speed.batch_sizes", "speed.thresholds", "speed.repeats")
-# Setting -> stages whose outcome it changes. A name covers all settings below it; the longest match wins.
+# Maps each setting to the stages whose outcome it changes. A name covers all settings below it; the longest match wins.
 CHANGES: dict[str, tuple[str, ...]] = {
     "seed": (*TRAINED, EVALUATE),
     "data.truncation": TRAINED,
@@ -79,7 +80,7 @@ COMMAND, PLACE, LOGS = (
     "location of the results",
     "what is logged or saved, and how often",
 )
-# Setting -> reason why no outcome depends on it.
+# Maps each setting to the reason why no outcome depends on it.
 WITHOUT_EFFECT = {
     **dict.fromkeys(("name", "run_dir", "export.push_to_hub", "export.private", "export.tag"), PLACE),
     **dict.fromkeys(("stages", "overwrite", "plan", "hydra", "hardware", "regenerate"), COMMAND),
@@ -99,7 +100,8 @@ WITHOUT_EFFECT = {
     **{f"trainer.{k}": LOGS for k in ("profiler", "detect_anomaly", "log_every_n_steps", "max_time", "barebones")},
     **{f"trainer.enable_{k}": LOGS for k in ("progress_bar", "checkpointing", "model_summary", "autolog_hparams")},
 }
-# Lightning callbacks that only observe training. Any other may change the weights, so its settings count.
+# Lightning callbacks that only observe training. Other callbacks may change the weights, so their settings are part of
+# the identity.
 OBSERVERS: tuple[str, ...] = (
     "TQDMProgressBar",
     "RichProgressBar",
@@ -218,7 +220,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], stage: str) -> list[st
 
 
 def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Convert a record written by an earlier version, with hashes of the target's files under its directory name."""
+    """Convert a record from an earlier version, which stored the hashes of the target's files by directory and name."""
     inputs = old.get("inputs", {})
     if "target" in inputs:
         return old
@@ -233,7 +235,7 @@ def _of_this_version(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]
 
 
 def _with_absent_parts(old: dict[str, Any]) -> dict[str, Any]:
-    """Add drafter parts that did not exist when the record was written, as disabled."""
+    """Add drafter parts that were introduced after the record was written, marked as disabled."""
     model = old.get("model") or {}
     if not model.get("draft"):
         return old
@@ -252,7 +254,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 
 
 def _own_class(target: Any) -> Any:
-    """Reduce this project's class paths to the class name, because modules move between versions."""
+    """Reduce a class path of this project to the class name, because classes move between modules across versions."""
     ours = isinstance(target, str) and target.startswith(("train.", "models."))
     return target.rsplit(".", 1)[-1] if ours else target
 

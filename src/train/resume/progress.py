@@ -29,11 +29,11 @@ def named(config: DictConfig) -> list[str]:
 def next_action(config: DictConfig, stage: str, record: StageRecord, say: Callable[[str], None] = say) -> str:
     """Return FINISHED, RESUME or RESTART. Read-only, so that all ranks reach the same decision.
 
-    `overwrite=true` reruns export and evaluation, and training stages whose settings have changed; the other training
-    stages are kept. Stages named in `overwrite` are rerun, except when SLURM requeues the same job.
+    `overwrite=true` reruns export, evaluation and any training stage whose settings have changed; other training stages
+    are kept. Stages named in `overwrite` are rerun, except when SLURM requeues the same job.
 
     Raises:
-        UserError: continuing would mix two runs or lose a result; the message names the cheapest fix.
+        UserError: continuing would mix two runs or lose a result; the message suggests how to proceed.
     """
     begun, done = read_record(record.begun), read_record(record.done)
     if stage in named(config) and not is_requeue_of((begun or {}).get("job")):
