@@ -1,1 +1,1 @@
-"""Early termination: signals, non-finite steps, errors agreed on by all ranks."""
+"""Early termination: signals, non-finite values, and errors raised on all ranks at the same step."""

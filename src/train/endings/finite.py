@@ -114,7 +114,7 @@ def read_finite(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite_weights(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Check that a stage's initial weights are finite.
+    """Check that the weights that a stage starts from are finite.
 
     Raises:
         UserError: a weight is not finite.
@@ -152,7 +152,7 @@ def advice(directory: Path) -> str:
 
 
 class SkippedSteps(Callback):
-    """Counts, reports and logs skipped steps, and ends a stage that skips too many in a row.
+    """Counts, reports and logs skipped steps, and stops a stage that skips too many in a row.
 
     A skipped step changes neither weights nor optimizer state, but it counts as a step: data and learning rate advance
     as usual, under every strategy.
@@ -162,7 +162,7 @@ class SkippedSteps(Callback):
         """
         Args:
             directory: checkpoint directory.
-            most: number of consecutive skipped steps that ends the stage.
+            most: number of consecutive skipped steps after which the stage is stopped.
         """
         self.directory, self.most = directory, most
         self.total = self.in_a_row = 0

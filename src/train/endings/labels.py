@@ -1,4 +1,4 @@
-"""Monitoring of the fraction of training blocks that have a label. The other blocks do not contribute to the loss.
+"""Monitors the fraction of training blocks that have a label. Blocks without one do not contribute to the loss.
 
 Bonus Calibration (stage 2) learns only from blocks whose first token equals the target's own prediction. Such blocks
 are rare if the answers were written by a person or a different model, and there may be none if the answers are in a

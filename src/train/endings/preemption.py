@@ -20,7 +20,7 @@ _watching = False
 _starting = True
 _training = False
 _received = 0
-_reported = False  # the message on how to resume has been printed
+_reported = False  # whether the message on how to resume has been printed
 _process = 0  # pid of the process that called `watch`; forked children inherit the handlers
 
 
