@@ -48,7 +48,7 @@ class Prompts:
 
     tokens: list[list[int]]
     answers: list[list[int]]
-    left_out: int = 0  # turns skipped because an answer could exceed the context length, and all turns after them
+    left_out: int = 0  # skipped turns: those whose answer could exceed the context length, and all turns after them
 
 
 @dataclass
@@ -69,10 +69,10 @@ class VariantReport:
     high: float
     verify_steps: int
     verified: float  # mean number of verified drafts per step
-    identical: int  # prompts whose output equals the target's own
+    identical: int  # number of prompts whose output equals the target's own
     differences: list[Difference]
     acceptance_by_slot: list[float]  # for slots 1 .. B-1, the fraction of verify steps that accepted them
-    accepted: list[list[int]]  # per prompt, the number of accepted drafts of each verify step
+    accepted: list[list[int]]  # per prompt, the number of accepted drafts in each verify step
 
 
 @dataclass
@@ -100,7 +100,7 @@ def own_answers(
     """Generate the target's answers to all turns, each conditioned on the target's earlier answers.
 
     Skip a turn, and all later turns of its conversation, if the target's context length leaves no room for an answer
-    and a block of `block_size` drafts.
+    followed by a block of `block_size` slots.
     """
     limit = max_text_length(target.config, block_size) - how.max_new_tokens
     prompts = Prompts([], [])
@@ -168,7 +168,7 @@ def decode(
 
 
 def prompt_seed(how: Decoding, number: int) -> int:
-    """Return the seed for a prompt. It is distinct for each prompt, so answers do not depend on the batching."""
+    """Return the seed for a prompt. Each prompt has its own seed, so answers do not depend on the batching."""
     return 1_000_003 * how.seed + number
 
 

@@ -36,7 +36,11 @@ def finish(figure, axes, path: Path | None = None) -> None:
 
 
 def read_metrics(stage_dir: Path) -> dict[int, dict[str, float]]:
-    """Read a stage's CSV logs into a dict step -> metrics. Values logged by a later restart override earlier ones."""
+    """Read a stage's CSV logs. Values logged after a restart override earlier ones.
+
+    Returns:
+        Metrics of each step: step -> metric name -> value.
+    """
     rows: dict[int, dict[str, float]] = {}
     files = sorted((stage_dir / "logs").glob("version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1]))
     for file in files:

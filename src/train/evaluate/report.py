@@ -32,14 +32,14 @@ class Evaluation:
     how: Decoding
     dtype: str
     target: str
-    benchmarks: dict[str, BenchmarkReport]  # includes `all` if there are several
+    benchmarks: dict[str, BenchmarkReport]  # plus the pooled report `all`, if there are several
     speed: SpeedReport | None
     wrong: list[str]  # differences found by `check_baseline`
-    generation_settings: dict[str, Any] = field(default_factory=dict)  # those of the target that affect its output
+    generation_settings: dict[str, Any] = field(default_factory=dict)  # the target's settings that affect its output
 
     @property
     def together(self) -> BenchmarkReport:
-        """The report over all prompts of all benchmarks."""
+        """The report on all prompts of all benchmarks."""
         return next(reversed(self.benchmarks.values()))
 
     def broken(self) -> str | None:

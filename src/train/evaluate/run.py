@@ -1,4 +1,4 @@
-"""End-to-end evaluation: acceptance of every drafter on every benchmark, then speed."""
+"""End-to-end evaluation: acceptance of every drafter on every benchmark, then the speed of the last drafter."""
 
 from typing import Any
 
