@@ -1,1 +1,1 @@
-"""`plan=true`: estimated memory, time and disk of the training stages."""
+"""`plan=true`: estimates of the memory, time and disk space that the training stages need."""

@@ -91,7 +91,7 @@ def machine_of(config: DictConfig) -> Machine:
     """
     trainer, hardware = config.trainer, config.hardware
     nodes = trainer.get("num_nodes", 1)
-    # Plans for GPUs must work on a machine without any, so only `auto` detects the hardware.
+    # It must be possible to plan for GPUs on a machine without any, so only `auto` detects the hardware.
     kind = "cuda" if trainer.get("accelerator") == "gpu" else accelerator(config)
     if kind == "mps":
         raise UserError(
@@ -107,7 +107,7 @@ def machine_of(config: DictConfig) -> Machine:
 
 
 def estimate(config: DictConfig, stage: str, target: PretrainedConfig, machine: Machine) -> Estimate:
-    """Estimate one stage.
+    """Estimate the cost of one training stage.
 
     Raises:
         UserError: as for `peak_memory`.
@@ -174,7 +174,7 @@ def _micro_batches(config: DictConfig, stage: str, machine: Machine) -> int:
 
 
 def weights_of(config: DictConfig, stage: str, target: PretrainedConfig) -> Weights:
-    """Count the parameters of a stage.
+    """Count the parameters of a stage's module.
 
     Raises:
         UserError: the drafter does not fit the target.
@@ -185,13 +185,13 @@ def weights_of(config: DictConfig, stage: str, target: PretrainedConfig) -> Weig
         raise UserError(f"{'adapter.' if config.adapter else 'model.draft.'}{error}") from error
 
 
-_RESULTS: dict[tuple, Any] = {}  # alternatives to a setting share most of their parts
+_RESULTS: dict[tuple, Any] = {}  # cache of `_once`; the changes that a plan tries have most results in common
 
 
 def _once(
     config: DictConfig, stage: str, target: PretrainedConfig, arguments: tuple, compute: Callable[[], Any]
 ) -> Any:
-    """Return the result of a function of a stage's module and of other arguments, computed once."""
+    """Return the cached result of `compute`, which must depend only on the stage's module and on `arguments`."""
     module = OmegaConf.to_yaml(config.stage[stage].module, resolve=True)
     model = OmegaConf.to_yaml(OmegaConf.create([config.model.draft, config.adapter, config.model.target.dtype]))
     key = (compute.__qualname__, stage, module, model, target.to_json_string(), *arguments)
@@ -213,7 +213,11 @@ def _flops(config: DictConfig, stage: str, target: PretrainedConfig, rows: int) 
 def _micro_batch(
     config: DictConfig, stage: str, target: PretrainedConfig, machine: Machine, rows: int, several: bool
 ) -> dict[str, Parts]:
-    """Return the memory phases of a micro-batch: bytes by part. `several`: a step has more than one."""
+    """Return the memory use of a micro-batch in bytes, by phase and part.
+
+    Args:
+        several: whether a step consists of more than one micro-batch.
+    """
     sharing, runtime, draft = _sharing(config, machine.ranks), config.runtime, config.model.draft
     kernel = runtime.attention if runtime.attention != "auto" else "flex" if machine.gpu else "sdpa"
     execution = Execution(
@@ -237,7 +241,7 @@ def _live_decoding(
 ) -> Parts:
     """Return the memory of live decoding, in bytes by part.
 
-    Prompts are beginnings of conversations of unknown length; a full row is assumed.
+    The prompts are not read, so each is assumed to be as long as a full row.
     """
     settings, draft = config.stage[stage].decode, config.model.draft
     ranks = 1 if sharing.zero == 3 else sharing.ranks  # under ZeRO 3 every rank decodes all prompts
@@ -251,12 +255,12 @@ def _live_decoding(
         return decoding_memory(built, target.num_hidden_layers, **shape)
 
     parts = _once(config, stage, target, tuple(shape.values()), compute)
-    copy = weights.exported * _word(config)  # the drafter in the target's dtype, as it is exported
+    copy = weights.exported * _word(config)  # copy of the drafter in the target's dtype
     return parts | {"gradients": weights.gradients(sharing), "drafter weights": copy}
 
 
 def _word(config: DictConfig) -> int:
-    """Return the bytes of one of the target's weights."""
+    """Return the size of one target weight in bytes."""
     return getattr(torch, config.model.target.dtype).itemsize
 
 

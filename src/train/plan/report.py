@@ -26,8 +26,8 @@ def plan(config: DictConfig) -> None:
     """Print the estimated cost of the chosen training stages.
 
     Raises:
-        UserError: the target's sizes are unknown, the global batch does not divide evenly, or a stage does not fit; the
-            message then lists changes that make it fit.
+        UserError: the target's sizes are unknown, the global batch does not divide evenly, or a stage does not fit in
+            memory. In the last case, the message lists changes that would make it fit.
     """
     chosen = [stage for stage in TRAINED if stage in config.stages]
     if not chosen:
@@ -43,7 +43,7 @@ def plan(config: DictConfig) -> None:
 def print_plan(
     console: Console, config: DictConfig, target: PretrainedConfig, machine: Machine, estimates: list[Estimate]
 ) -> None:
-    """Print memory, FLOPs and time of the stages, and host memory and disk usage."""
+    """Print the memory, FLOPs and time of each stage, and the run's host memory and disk usage."""
     tables = _memory(machine, estimates), _arithmetic(config, machine, estimates)
     for table in (*tables, _elsewhere(config, target, machine, estimates)):
         console.print(table)
@@ -110,7 +110,7 @@ def _figure(value: float) -> str:
 
 
 def refusal(config: DictConfig, target: PretrainedConfig, machine: Machine, estimated: Estimate) -> str:
-    """Explain why a stage does not fit, and list changes that make it fit."""
+    """Return a message that explains why a stage does not fit in memory and lists changes that would make it fit."""
     stage, memory = estimated.stage, estimated.memory
     text = (
         f"{stage} takes {memory.bytes / GIB:.1f} GiB on each rank, but {memory.limit / GIB:.1f} GiB of "
@@ -133,9 +133,12 @@ def refusal(config: DictConfig, target: PretrainedConfig, machine: Machine, esti
 def first_that_fits(
     config: DictConfig, stage: str, target: PretrainedConfig, changes: list[dict[str, Any]]
 ) -> list[str]:
-    """Describe the first change with which the stage fits, including its new estimate. Empty if none fits.
+    """Find the first change that makes the stage fit in memory.
 
-    The last change saves the most, so if that does not fit, the others are not tried.
+    The last change saves the most memory, so the others are not tried if it does not suffice.
+
+    Returns:
+        One line with the change and the new estimate; an empty list if no change suffices.
     """
     if not changes or _fitting(config, stage, target, changes[-1]) is None:
         return []
@@ -143,7 +146,7 @@ def first_that_fits(
 
 
 def _fitting(config: DictConfig, stage: str, target: PretrainedConfig, change: dict[str, Any]) -> str | None:
-    """Describe a change and its estimate; None if the stage does not fit, or its rows do not divide evenly."""
+    """Describe a change and its new estimate. Return None if the stage still does not fit or cannot be estimated."""
     changed = apply(config, change)
     machine = machine_of(changed)
     try:
@@ -187,7 +190,7 @@ def ways_out(config: DictConfig, stage: str, machine: Machine) -> Iterator[list[
         yield [{"runtime.activation_checkpointing": True} | change for change in ({}, *smaller)]
     if not machine.gpu:
         return
-    # One rank per GPU of a node, each with an equal part of the rows.
+    # These presets use every GPU of a node, so each rank gets fewer rows.
     presets = [{"trainer": "zero2"}, *([] if config.adapter else [{"trainer": "zero3"}])]
     yield [*presets, *(preset | least for preset in presets)]
 
@@ -211,7 +214,7 @@ def lesser_training(config: DictConfig, stage: str) -> Iterator[list[dict[str, A
 
 
 def _halves(value: int, least: int) -> list[int]:
-    """Return the value halved repeatedly, down to `least`."""
+    """Return the results of repeatedly halving `value`, as long as they are at least `least`."""
     found = []
     while (value := value // 2) >= least:
         found.append(value)

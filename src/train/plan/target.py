@@ -16,11 +16,12 @@ from train.settings.checks import check_path, check_sizes, check_target
 def local_config(config: DictConfig) -> PretrainedConfig:
     """Return the target's config and check the settings against it.
 
-    It comes from config.json in the target's directory or the Hub cache, else from `model.target.architecture`.
+    The config is read from config.json in the target's directory or the Hub cache, or else built from
+    `model.target.architecture`.
 
     Raises:
-        UserError: neither exists, config.json is damaged, they differ, the architecture belongs to another target or
-            cannot be a target, or the settings do not fit it.
+        UserError: neither source is available, config.json is damaged or contradicts `model.target.architecture`, the
+            architecture describes a different target or is not supported, or the settings do not fit the target.
     """
     found = _find(config.model.target)
     try:
@@ -50,10 +51,10 @@ def _find(target: DictConfig) -> PretrainedConfig:
 
 
 def _check_given(name: str, given: dict[str, Any] | None) -> None:
-    """Check that the settings have the sizes of a target which is not on this machine.
+    """Check that `model.target.architecture` describes a target whose config is not on this machine.
 
     Raises:
-        UserError: there are none, or they are those of another target.
+        UserError: the setting is null, or it describes a different target.
     """
     if given is None:
         raise UserError(
