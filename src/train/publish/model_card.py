@@ -21,9 +21,9 @@ from train.run_dir.state import file_sha256, publish, read_json, read_record
 
 TRAINED_FILES = [f"{stage}/draft.safetensors" for stage in TRAINED]
 PLOT = "acceptance_by_slot.png"
-MINIMUM = "4.57"  # transformers version that custom_generate/generate.py requires
-NOWHERE = "path/to/this/directory"  # stands for the drafter's location until it is uploaded
-# Settings shown in the card's commands, i.e. those that affect the drafter. Others may be private, e.g. paths.
+MINIMUM = "4.57"  # minimum transformers version for custom_generate/generate.py
+NOWHERE = "path/to/this/directory"  # placeholder for the drafter's location until it is uploaded
+# Settings shown in the card's commands, i.e. those that affect the drafter. Others, such as paths, may be private.
 SHOWN: tuple[str, ...] = (
     "experiment",
     "recipe",
@@ -45,7 +45,7 @@ the target's attention projections, and `attention_tuned` omits the calibrator."
 
 
 def is_outdated(run_dir: Path) -> bool:
-    """Return whether the export is out of date: a stage behind it was retrained since, or has no record."""
+    """Return whether the export is outdated: a stage that it depends on was rerun since, or has no record."""
     stage: str | None = "export"
     while stage:
         done = read_record(run_dir / "records" / f"{stage}.done.json")
@@ -59,7 +59,7 @@ def is_outdated(run_dir: Path) -> bool:
 
 
 def write_card(run_dir: Path) -> None:
-    """Write the card and its plot to the export directory. Equal records produce an identical card."""
+    """Write the card and its plot to the export directory. The same records always produce the same card."""
     exported, records = run_dir / "export", {}
     for stage in (*TRAINED, "export", "evaluate"):
         if done := read_record(run_dir / "records" / f"{stage}.done.json"):
@@ -173,7 +173,7 @@ def _body(records: dict[str, Any], config: dict[str, Any], figures: str) -> str:
 
 
 def _fingerprint(config: dict[str, Any]) -> str:
-    """Describe the target's fingerprint; empty for exports by earlier versions, which have none."""
+    """Describe the target's fingerprint. Return an empty string if the export, made by an earlier version, has none."""
     if FINGERPRINT not in config:
         return ""
     digest = hashlib.sha256(json.dumps(config[FINGERPRINT], sort_keys=True).encode()).hexdigest()
@@ -283,7 +283,7 @@ def _paths(record: dict[str, Any]) -> list[str]:
 
 
 def _records(parts: list[list[Any]]) -> str:
-    """Format the record count and a short hash: the file's, or for several files, a hash of their hashes."""
+    """Format the record count and a short hash: the file's own or, for several files, a hash of their hashes."""
     hashes = [fingerprint.rsplit("/", 1)[-1] for fingerprint, _ in parts]
     one = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     return f"{sum(taken for _, taken in parts):,}, {one[:12]}"
@@ -299,7 +299,7 @@ def _revision(target: dict[str, Any]) -> str:
 
 
 def _commands(records: dict[str, Any]) -> list[str]:
-    """Return the distinct commands that ran the stages; empty if they were run from Python."""
+    """Return the distinct commands that ran the stages; empty if the stages were run from Python."""
     commands = []
     for record in records.values():
         given = [o for o in record.get("overrides", []) if o.lstrip("+").split("=")[0].split(".")[0] in SHOWN]

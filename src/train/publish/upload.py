@@ -39,7 +39,7 @@ class Destination:
 
 
 def destination(config: DictConfig) -> Destination:
-    """Return the upload destination in a run's settings."""
+    """Return the upload destination configured in a run's settings."""
     return Destination(config.export.push_to_hub, config.export.private, config.export.tag)
 
 
@@ -95,7 +95,7 @@ def check_access(to: Destination, target: dict[str, Any]) -> set[str]:
 
 
 def push(directory: Path, to: Destination) -> str:
-    """Upload an exported directory as one commit, and tag it.
+    """Upload an exported drafter in one commit, and tag the commit if `to.tag` is set.
 
     Weights are uploaded before the commit and addressed by content, so a retry after an interruption skips what is
     already uploaded. Nothing is visible before the commit.
@@ -104,7 +104,7 @@ def push(directory: Path, to: Destination) -> str:
         The repository's URL.
 
     Raises:
-        UserError: the artifact is incomplete, the upload is not permitted, or the Hub or the network failed.
+        UserError: the artifact is incomplete, the upload is not permitted, or a Hub or network request failed.
     """
     check_destination(to)
     config = check_artifact(directory)
@@ -154,7 +154,7 @@ def check_artifact(directory: Path) -> dict[str, Any]:
 
 
 def _is_ours(path: str) -> bool:
-    """Return whether a repository file belongs to an exported drafter. The card does not: it may have been edited."""
+    """Return whether a repository file is part of a drafter. The model card is excluded: it may have been edited."""
     return path != CARD and any(fnmatch(path, part) and path.count("/") == part.count("/") for part in FILES)
 
 
