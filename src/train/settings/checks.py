@@ -31,7 +31,7 @@ def check_config(config: DictConfig) -> None:
 
 
 def _check(config: DictConfig, overrides: list[str]) -> None:
-    """Implement `check_config`.
+    """Run all checks of `check_config`.
 
     Raises:
         UserError: as for `check_config`.
@@ -197,7 +197,7 @@ def check_target(config: DictConfig, target_config: Any, positions: int) -> None
     """Check the settings against the target's config and maximum sequence length, before its weights are loaded.
 
     Raises:
-        UserError: too many draft layers, rows too long, or a rank too large.
+        UserError: there are too many draft layers, the rows are too long, or a rank is too large.
     """
     layers = config.model.draft.num_layers
     if layers > target_config.num_hidden_layers:
@@ -218,7 +218,7 @@ def check_ranks(config: DictConfig, target_config: Any) -> None:
     """Check the ranks of calibrator, chain and adapter against the target's sizes.
 
     Raises:
-        UserError: a rank exceeds what a matrix of that size can have, which would waste memory.
+        UserError: a rank exceeds the largest possible rank of its matrix, which would waste memory.
     """
     for key in ("calibrator_rank", "chain_rank"):
         if config.model.draft[key] > target_config.vocab_size:
@@ -237,7 +237,7 @@ def check_sizes(expected: dict[str, Any], loaded: dict[str, Any]) -> None:
     """Check that the target has the sizes given in the settings, which `plan=true` uses for its estimates.
 
     Raises:
-        UserError: a size differs; the message names the first such size.
+        UserError: a size differs; the message names the first mismatch.
     """
     for key, value in expected.items():
         if loaded.get(key) != value:

@@ -12,7 +12,7 @@ ALL = -1  # the value of `trainer.devices` that selects all devices
 
 
 def precision(config: DictConfig) -> Any:
-    """Return `trainer.precision` under Lightning's full name for it."""
+    """Return `trainer.precision`, with short names replaced by Lightning's full names."""
     given = config.trainer.get("precision")
     return PRECISIONS.get(given, given) if isinstance(given, str | int | None) else given
 
@@ -38,7 +38,7 @@ def devices(config: DictConfig) -> int | list[int]:
     """Parse `trainer.devices`, in any form that Lightning accepts, into a count, `ALL`, or a list of device indices.
 
     Raises:
-        UserError: the value has a different form.
+        UserError: the value has none of these forms.
     """
     given = config.trainer.get("devices", "auto")
     expected = UserError(f"trainer.devices={given}: expected a count, -1 or auto for all, or a list, e.g. [0,1].")

@@ -1,6 +1,6 @@
 """Overrides of `python -m train` that would have no effect.
 
-Settings of a part that the command itself disables (speed.num_prompts=0, decode.prompts=0, stages=[...]) are not
+Settings of a part that the same command disables (with speed.num_prompts=0, decode.prompts=0 or stages=[...]) are not
 reported.
 """
 

@@ -50,7 +50,8 @@ def check_trainer(config: DictConfig) -> None:
         check_choice(f"trainer.{key}", value, ARGUMENTS[key])
     if "_target_" not in given:
         raise UserError("trainer: _target_ is missing. Choose a preset from conf/trainer/, e.g. trainer=cpu.")
-    check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))  # others store weights in less than float32
+    # Other modes are not supported. For example, 16-true and bf16-true store the weights in 16 bits.
+    check_choice("trainer.precision", precision(config), tuple(ARITHMETIC))
     chosen, auto = devices(config), given.get("devices") in ("auto", None)
     if given.get("accelerator") == "cpu" and not auto and (chosen == ALL or isinstance(chosen, list)):
         raise UserError(
