@@ -68,7 +68,7 @@ def build_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
         gradient_clip_val=settings.gradient_clip,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the datasets shard by rank themselves
+        use_distributed_sampler=False,  # the datasets already shard by rank
         enable_model_summary=False,
         log_every_n_steps=1,  # Monitor decides what is logged and how often
         default_root_dir=str(directory),
@@ -117,7 +117,8 @@ def fit(trainer: Trainer, module: DraftTraining, data: DraftData, directory: Pat
     Training may stop earlier if `patience` is set.
 
     Returns:
-        Validation metrics of the weights that the stage outputs: the best weights, or the last if there are none.
+        Validation metrics of the weights that the stage outputs: the best weights, or the last ones if no validation
+            selected any.
 
     Raises:
         UserError: Lightning rejects the trainer, logger or callback configuration.

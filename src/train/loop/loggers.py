@@ -34,7 +34,7 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
             return
         try:
             method(self, *args, **kwargs)
-        except Exception as error:  # network or W&B service errors are never worth losing the training run
+        except Exception as error:  # a network or W&B error must not end the training run
             self.lost = True
             say(f"W&B: {_line(error)} Logging to W&B is disabled for this stage; the run continues.")
 

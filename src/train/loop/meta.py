@@ -28,7 +28,7 @@ def meta_module(
 
     Args:
         execution: if given, the module has the dtypes and logit chunks of a real run. If None, everything is in
-            float32, the logits are computed in one chunk and nothing is recomputed, for the minimum number of FLOPs.
+            float32, the logits are computed in one chunk and nothing is recomputed, which minimizes the FLOPs.
         last_layers: see `meta_target`.
 
     Raises:

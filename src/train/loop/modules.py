@@ -34,9 +34,10 @@ class Features:
 
 
 class DraftTraining(lightning.LightningModule, ABC):
-    """Base class for both training stages, with frozen target, loss over a global batch, optimizer and validation.
+    """Base class for both training stages.
 
-    Subclasses define which parameters are trained and how the loss inputs are computed.
+    Freezes the target, averages the loss over the global batch, and defines the optimizer and validation. Subclasses
+    define which parameters are trained and how the loss inputs are computed.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class DraftTraining(lightning.LightningModule, ABC):
         """
         Args:
             slot0_loss: whether to include slot 0 in the loss.
-            bonus_slot_fraction: fraction of blocks that see their bonus token. With a bonus slot, it is the input of
-                slot 0; with a chain, these blocks also see the token before each slot.
+            bonus_slot_fraction: fraction of blocks that see their bonus token. With a bonus slot, this token is the
+                input of slot 0; with a chain, these blocks also see the token before each slot.
         """
         super().__init__()
         self.target, self.draft = target, draft

@@ -48,7 +48,7 @@ class LiveDecoding(Callback):
     ) -> None:
         """
         Args:
-            prompts: token ids of the prompts for all ranks together; at least one prompt.
+            prompts: token ids of the prompts that all ranks decode together; at least one prompt.
             batch_size: prompts per decoding batch on each rank.
             tokenizer: the target's tokenizer; required if its `generation_config` has stop strings.
         """
