@@ -26,7 +26,7 @@ def checkpointer(trainer: lightning.Trainer) -> "Checkpoints":
 
 
 class Checkpoints(Checkpoint):
-    """Saves checkpoints and stops on request, only at step boundaries.
+    """Saves checkpoints and handles stop requests, both only at step boundaries.
 
     If a step is followed by validation, its boundary comes after the validation. If the checkpoint were saved earlier,
     a resumed run would skip that validation and might select different best weights.
@@ -49,7 +49,7 @@ class Checkpoints(Checkpoint):
             keep: number of most recent checkpoints to keep.
             validate_every: steps between validations; the last step is always validated.
             best_by: validation metric that selects the best weights; higher is better, and the earliest wins ties.
-            patience: number of consecutive validations without improvement that ends the stage; None disables this.
+            patience: number of consecutive validations without improvement after which the stage ends; None: no limit.
             run: id of the stage's run, stored in every checkpoint.
         """
         self.directory, self.every, self.keep = directory, every, keep
@@ -57,7 +57,7 @@ class Checkpoints(Checkpoint):
         self.run = run
         self.resumed_from: Path | None = None
         self.best: dict[str, Any] = {}  # step, metric value, file and validation metrics of the best weights
-        self.waited = 0  # validations since the best
+        self.waited = 0  # number of validations since the best weights
         self.last: dict[str, float] = {}  # metrics of the latest validation
         self.best_of: dict[int, int] = {}  # step of a kept checkpoint -> step of its best weights
         self._random: dict[str, Any] | None = None
@@ -187,11 +187,11 @@ class Checkpoints(Checkpoint):
         return self.patience is not None and self.waited >= self.patience
 
     def best_weights(self) -> dict[str, Tensor]:
-        """Load the best weights, keyed by exported name; empty if no validation has selected any."""
+        """Load the best weights, keyed by exported name. Return an empty dict if no validation has selected any."""
         return load_file(self.directory / self.best["file"]) if self.best else {}
 
     def figures(self) -> dict[str, float]:
-        """Return the validation metrics of the weights that the stage outputs: the best, or else the last."""
+        """Return the validation metrics of the weights that the stage outputs: the best weights, or else the last."""
         return self.best["figures"] if self.best else self.last
 
     def _validates(self, trainer: lightning.Trainer) -> bool:
@@ -257,8 +257,7 @@ class Checkpoints(Checkpoint):
 def check_final_weights(trainer: lightning.Trainer, trained: dict[str, Tensor]) -> None:
     """Check that the weights that a stage outputs and their validation metrics are finite.
 
-    The best weights were already checked when they were saved. The last weights are checked here, if there are no best
-    ones.
+    The best weights were already checked when they were saved. If there are none, the last weights are checked here.
 
     Args:
         trained: the parameters after the last step.

@@ -13,7 +13,10 @@ from train.run_dir.state import file_sha256, publish
 
 
 class CheckpointFiles(CheckpointIO):
-    """Checkpoint I/O with one file per checkpoint, `step-00000050-<sha256>.ckpt`, whose digest verifies its content."""
+    """Lightning plugin that stores each checkpoint in a file whose name contains a digest of its content.
+
+    Example: `step-00000050-<sha256>.ckpt`.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save a checkpoint, adding its digest to the file name in `path`."""
