@@ -76,13 +76,13 @@ def finished_weights(run_dir: Path) -> Path:
 def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
     """Read the training setup of a `draft.safetensors`.
 
-    It is stored in the file's metadata; for files written by earlier versions, in the stage record.
+    The setup is stored in the file's metadata or, for files written by earlier versions, in the stage record.
 
     Args:
         now: `Resources.target_identity`, which completes records written by earlier versions.
 
     Raises:
-        UserError: the file is damaged, or neither its metadata nor a readable stage record has the setup.
+        UserError: the file is damaged, or neither its metadata nor the stage record contains the setup.
     """
     try:
         with safe_open(file, "pt") as opened:

@@ -87,7 +87,7 @@ class RunLock:
             raise self._refusal(owner, elsewhere=True)
 
     def _open(self) -> bool | None:
-        """Open the file and try to lock it. Return whether this succeeded; None if the file system has no locks."""
+        """Open the file and try to lock it. Return whether this succeeded, or None if locks are not supported."""
         while True:
             self._close()
             self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)

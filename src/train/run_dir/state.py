@@ -153,7 +153,8 @@ def check_written(run_dir: Path, found: dict[str, str]) -> None:
     """Check that the input files of a stage are unchanged since earlier stages wrote them.
 
     Args:
-        found: path within the run directory -> SHA-256. Files without a recorded hash are skipped.
+        found: SHA-256 of each file, keyed by its path within the run directory. Files without a recorded hash are
+            skipped.
 
     Raises:
         UserError: a file is damaged or was replaced.

@@ -19,7 +19,7 @@ MODEL = ("config.json", "generation_config.json", "adapter_config.json", "adapte
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER = ("tokenizer.json", *CONFIGS, "chat_template.jinja")
-VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")  # without a tokenizer.json
+VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")  # if tokenizer.json is absent
 # Config keys that record how the file was saved: by which version, from where, in which dtype. They are ignored; the
 # dtype is set by model.target.dtype.
 SAVED_BY = {"transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "is_local", "backend"}
@@ -67,7 +67,7 @@ def tokenizer_files(find: Find) -> list[Path]:
 
 
 def hashes(files: list[Path]) -> dict[str, str]:
-    """Return file name -> SHA-256, of the parsed values for configs and of the content for other files."""
+    """Return the SHA-256 of each file, keyed by file name. Configs are hashed by value, other files by content."""
     return {file.name: _content(file) for file in files}
 
 
@@ -111,7 +111,10 @@ def _there(find: Find, names: tuple[str, ...] | list[str]) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Read the tensor-to-file map of a weight index. Empty if it is damaged; loading the model then fails."""
+    """Read the tensor-to-file map of a weight index.
+
+    Return an empty dict if the index is damaged; loading the model will report the error.
+    """
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError):
