@@ -24,7 +24,7 @@ MULTIRUN = {"-m", "--multirun"}
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> float | None:
-    """Run the pipeline once. In a sweep, return the τ of this job's drafter."""
+    """Run the pipeline once. Return the τ of the job's drafter in a sweep, and None otherwise."""
     try:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_job(config, work)
@@ -43,7 +43,7 @@ def main(config: DictConfig) -> float | None:
 
 
 def work(config: DictConfig) -> None:
-    """Check the settings, then run the chosen stages.
+    """Check the settings, then run the chosen stages or, with `plan=true`, estimate their cost.
 
     Raises:
         UserError: the settings, data or run directory are invalid.
@@ -63,7 +63,7 @@ def work(config: DictConfig) -> None:
 
 
 def check_overrides(arguments: list[str]) -> None:
-    """Compose the configuration before Hydra does, for errors that name the setting and suggest similar names.
+    """Compose the configuration before Hydra does, so that errors name the setting and suggest similar names.
 
     Raises:
         SystemExit: the configuration cannot be composed from the overrides.

@@ -38,8 +38,7 @@ class Resources:
         self.architecture = self.target_settings["architecture"]
 
     def check(self, stage: str) -> None:
-        """Check everything that can be checked without loading the target's weights, for this stage and for a later
-        evaluation.
+        """Check a stage, and an evaluation that runs after it, as far as possible without loading the target's weights.
 
         Raises:
             UserError: the target, tokenizer, data or settings are invalid or incompatible.
@@ -98,8 +97,11 @@ class Resources:
 
     @cached_property
     def target_identity(self) -> dict[str, Any]:
-        """Identity of the target, independent of its path: hashes of the files that loading it reads and, for a Hub
-        target, the repository and commit. Computing it downloads a Hub target.
+        """Identity of the target, independent of its local path.
+
+        Contains the hashes of all files that are read when the target is loaded and, for a Hub target, the repository
+        and commit; for a target with random weights, the architecture and seed. A Hub target is downloaded to compute
+        the hashes.
 
         Raises:
             UserError: as for `check_shape`.
@@ -202,7 +204,10 @@ class Resources:
 
     @cached_property
     def benchmarks(self) -> dict[str, list[Messages]]:
-        """Conversations per benchmark, without assistant turns. At least one in each leaves room for an answer."""
+        """Conversations of each benchmark, without assistant turns.
+
+        In every benchmark, at least one prompt leaves room for an answer within the target's context length.
+        """
         settings = self.config.stage.evaluate
         found = {}
         benchmarks: Any = OmegaConf.to_container(self.config.benchmarks, resolve=True)

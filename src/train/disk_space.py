@@ -1,4 +1,4 @@
-"""Check that the stages fit on disk, by the plan's size estimates, and that batches fit in shared memory."""
+"""Checks that stage outputs fit on disk (using the estimates of `plan=true`) and that batches fit in shared memory."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,8 @@ from train.names import TRAINED
 from train.plan.estimate import disk_parts
 from train.run_dir.disk import check_access, check_no_link, free_bytes, size, used_bytes
 
-ADAPTER = "adapter"  # subdirectory of the run: the PEFT adapter that stage 1 trains with adapter=lora
-# Stage -> subdirectories of the run that it replaces with its result when it finishes.
+ADAPTER = "adapter"  # run subdirectory for the PEFT adapter that stage 1 trains with adapter=lora
+# Maps each stage to the run subdirectories that it replaces with its result when it finishes.
 REPLACED = {"attention_tuning": (ADAPTER, f"{ADAPTER}.new"), "export": ("export", "export.new")}
 
 
@@ -33,7 +33,7 @@ def check_disk(config: DictConfig, resources: Resources, run_dir: Path, stages: 
     try:
         parts = disk_parts(config, resources.target_config, stages)
     except UserError:
-        return  # settings that another check rejects
+        return  # invalid settings are reported by another check
     parts = {name: count for name, count in parts.items() if count}
     needed, free = sum(parts.values()), free_bytes(run_dir)
     held = used_bytes(*(run_dir / stage for stage in stages))  # earlier output of these stages is replaced

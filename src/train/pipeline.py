@@ -139,7 +139,7 @@ def _checked_drafter(config: DictConfig, stage: str, run_dir: Path, resources: R
     """Return the training setup of the drafter that a stage starts from, or an empty dict for the first stage.
 
     Raises:
-        UserError: the settings describe a different drafter, or the drafter's files are damaged or do not record it.
+        UserError: the settings describe a different drafter, or the drafter's files are damaged or contain no setup.
     """
     target = resources.target_identity
     if stage == "attention_tuning":
@@ -172,7 +172,7 @@ def _clear(config: DictConfig, stage: str, record: StageRecord, later: list[str]
 
 
 def _drop_checkpoints(directory: Path) -> None:
-    """Delete the checkpoints of a finished stage. If that fails, their run IDs still keep them from being used."""
+    """Delete the checkpoints of a finished stage. If this fails, their run ID keeps later runs from using them."""
     try:
         remove_tree(directory / "checkpoints")
     except DiskError as error:

@@ -1,4 +1,4 @@
-"""The four stages. Each takes the configuration and its output directory, and writes its result there."""
+"""The four pipeline stages. Each writes its output to its own directory and returns a summary for the stage record."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ from train.run_dir.state import publish, sync, write_json
 from train.settings.derived import device
 from train.terminal import say
 
-CONTEXT = 256  # context length for the recorded FLOPs of a block
+CONTEXT = 256  # context length at which the FLOPs of drafting a block are recorded
 
 
 def attention_tuning(config: DictConfig, directory: Path, resources: Resources) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     """Load the exported drafter and decode the benchmarks with it.
 
     Raises:
-        UserError: in float32, an output differs from the target's own, which drafting must never change.
+        UserError: the export cannot be loaded, or decoding is not lossless (see `Evaluation.broken`).
     """
     settings, exported = config.stage.evaluate, directory.parent / "export"
     target = cast(Any, resources.target).to(device(config))  # transformers' type hints reject a string
@@ -119,13 +119,14 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
 
 
 def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
-    """Return the chosen variants by name, from the least to the most trained.
+    """Return the chosen variants, keyed by name and ordered from untrained to fully trained.
 
     Raises:
         UserError: the exported drafter has none of the chosen variants.
     """
     untuned = DraftModel(draft.target, draft.config.without_extras().uncalibrated())
-    # With a bonus slot, the two modes produce different drafts. Without one, a row may switch between them.
+    # With a bonus slot, sequential and parallel mode produce different drafts, so the mode must not change during
+    # decoding. Without one, `auto` may switch between them.
     mode = "sequential" if draft.bonus_slot else "auto"
     known = {"untuned": Variant(untuned, calibrate=False), "attention_tuned": Variant(draft, False, mode)}
     if draft.config.calibrator_rank:
@@ -136,15 +137,15 @@ def _variants(draft: DraftModel, chosen: list[str]) -> dict[str, Variant]:
         raise UserError(
             f"stage.evaluate.variants={chosen}: the exported drafter has none of these. Choose from {', '.join(known)}."
         )
-    return {name: variant for name, variant in known.items() if name in chosen}  # the most trained variant comes last
+    return {name: variant for name, variant in known.items() if name in chosen}  # ordered as in `known`
 
 
 def checked_trainer(config: DictConfig, stage: str, directory: Path) -> Trainer:
     """Build the trainer for a training stage.
 
     Raises:
-        UserError: the preset does not suit this machine, the global batch size is not divisible by the number of ranks,
-            or the objective is invalid.
+        UserError: the trainer preset cannot be used on this machine, the global batch size is not divisible by the
+            number of ranks, or the objective is invalid.
     """
     try:
         instantiate(config.objective)
@@ -237,7 +238,7 @@ def result_files(stage: str, directory: Path) -> list[Path]:
 def _merged(draft: DraftModel, trained: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
     """Return the stage 1 weights, keyed by exported name. With LoRA, save the adapter to `directory` and merge it."""
     if not isinstance(draft, LoraDraft):
-        remove_tree(directory)  # the adapter left by the run that this one replaces
+        remove_tree(directory)  # left by an earlier run of this stage that used an adapter
         return trained
     load_draft_weights(draft.attention_parameters(), trained, source="the trained weights")
     _publish_directory(directory, lambda new: save_adapter(draft, new))
@@ -297,7 +298,7 @@ def untrained(config: DictConfig, stage: str, resources: Resources) -> DraftMode
 def _new_draft(
     config: DictConfig, resources: Resources, *, calibrated: bool, adapted: bool = False
 ) -> DraftModel | LoraDraft:
-    """Build an untrained drafter. Its parameters are master weights, in float32 or wider whatever the target's dtype.
+    """Build an untrained drafter with master weights in float32, or in the target's dtype if that is wider.
 
     Args:
         adapted: apply the configured adapter, if any.

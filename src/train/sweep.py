@@ -29,7 +29,10 @@ DECODED = ("attention_tuned", "calibrated_parallel", "calibrated")
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
-    """Expand a sweep into the overrides of each job. Empty if values are chosen during the sweep: `interval(...)`.
+    """Expand a sweep into one list of overrides per job.
+
+    Returns:
+        The overrides of all jobs; empty if the sweeper chooses values during the sweep, as for `interval(...)`.
 
     Raises:
         UserError: the overrides cannot be parsed.
@@ -73,7 +76,8 @@ def run_job(config: DictConfig, work: Callable[[DictConfig], None]) -> float:
     """Run one job of a sweep. A failure is recorded in the job's directory and does not affect the other jobs.
 
     Returns:
-        τ of the most trained drafter evaluated, for optimizing sweepers; NaN if the job failed or did not evaluate one.
+        τ of the last-stage drafter that was evaluated, used as the objective by optimizing Hydra sweepers; NaN if the
+            job failed or evaluated no drafter.
     """
     hydra = HydraConfig.get()
     file = Path(hydra.runtime.output_dir) / SUMMARY
@@ -104,10 +108,10 @@ def _decoded(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_ranks(config: DictConfig) -> None:
-    """Check that a job would not launch additional ranks.
+    """Check that a job would not launch additional ranks: Lightning launches them by rerunning the entire sweep.
 
     Raises:
-        UserError: it would, because Lightning launches ranks by rerunning the command, i.e. the entire sweep.
+        UserError: the job is configured to use several devices and was not started by a launcher such as SLURM.
     """
     started = {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if not started and device_count(config, 1 if accelerator(config) == "cpu" else 2) > 1:
@@ -124,12 +128,12 @@ def _record(file: Path, summary: dict[str, Any]) -> None:
 
 
 def _first_rank() -> bool:
-    # From the environment: Lightning cannot be imported during interpreter shutdown.
+    # Environment variables are used because Lightning cannot be imported during interpreter shutdown.
     return all(os.environ.get(variable, "0") == "0" for variable in ("SLURM_PROCID", "RANK"))
 
 
 class SweepTable(Callback):
-    """Hydra callback that prints the table in the process that launched the jobs (`hydra.callbacks` in conf/)."""
+    """Hydra callback that prints the table of all jobs in the process that launched them (see conf/config.yaml)."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Not in `on_multirun_end`: Hydra skips it if a job was killed, which is when the table is needed most.
