@@ -1,14 +1,14 @@
-"""Time of a verify step by decoding mode and batch size, compared with its compute and memory floor.
+"""Measure the time of a verify step by decoding mode and batch size, and compare it with its compute and memory floor.
 
     python scripts/bench/bench_decoding.py --preset cpu                  # a minute on 2 cores
     python scripts/bench/bench_decoding.py --preset 8b --dtype bfloat16  # on a GPU
 
-Weights and KV cache are random: timings do not depend on the decoded text. The floor of a forward pass is the larger of
-two times, at rates measured in the same run: its FLOPs (`models.cost.flops.DecodingFlops`) at the rate of large matrix
-products, and its minimum memory traffic (weights and KV cache) at the rate of a large matrix-vector product. The
-"break-even τ" is the number of tokens that a step must gain to match the speed of the target alone.
+Weights and KV cache are random, since timings do not depend on the decoded text. The floor of a forward pass is the
+larger of two times, based on rates measured in the same run: its FLOPs (`models.cost.flops.DecodingFlops`) at the rate
+of large matrix products, and its minimum memory traffic (weights and KV cache) at the rate of a large matrix-vector
+product. The "break-even τ" is the number of tokens that a step must yield to match the speed of the target alone.
 
-Needs torch and transformers. Works without an install, with PYTHONPATH=src.
+Requires torch and transformers. Works without installing the project if PYTHONPATH=src is set.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Reports of `bench_train_step.py`: plain tables, fits over a sweep, JSON and PNG. Units: seconds, bytes, FLOPs."""
+"""Reports for `bench_train_step.py`: plain-text tables, fits over a sweep, JSON, PNG. Units: seconds, bytes, FLOPs."""
 
 import json
 import math

@@ -1,6 +1,6 @@
-"""Targets and batches of `bench_train_step.py`, with their FLOPs and minimum memory.
+"""Targets and batches for `bench_train_step.py`, with their FLOPs and minimum memory.
 
-Shapes as in `data.batch`.
+Shape names are defined in `data.batch`.
 """
 
 from collections.abc import Iterable

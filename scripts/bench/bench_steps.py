@@ -1,6 +1,6 @@
 """Steps measured by `bench_train_step.py`: a stage 1 training step as in `train`, and two straightforward baselines.
 
-Needs only torch and transformers. Shapes as in `data.batch`; all times in seconds, all memory in bytes.
+Requires only torch and transformers. Shape names are defined in `data.batch`; times are in seconds, memory is in bytes.
 """
 
 import gc

@@ -1,9 +1,9 @@
-"""Cost of spin-waiting OpenMP threads, on idle cores and on cores shared with busy processes.
+"""Measure the cost of spin-waiting OpenMP threads on idle cores and on cores shared with busy processes.
 
     python scripts/bench/bench_threads.py             # on otherwise idle cores: about 3 minutes
 
-For each spin count of GNU's OpenMP runtime, a new process times a forward and backward pass of the embedded target over
-4 x 320 tokens, and a forward pass over 8 tokens, first on idle cores and then with one busy loop per core.
+For each spin count of the GNU OpenMP runtime, a new process times a forward and backward pass of the embedded target
+over 4 x 320 tokens, and a forward pass over 8 tokens, first on idle cores and then with one busy loop per core.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time and memory of one stage 1 optimizer step, compared with its FLOP floor.
+"""Measure the time and memory of one stage 1 optimizer step, and compare the time with its FLOP floor.
 
     python scripts/bench/bench_train_step.py --preset cpu                    # a step and its phases: minutes on 2 cores
     python scripts/bench/bench_train_step.py --preset 8b --compile            # on a GPU
@@ -6,17 +6,19 @@
     python scripts/bench/bench_train_step.py --preset cpu --sweep anchors     # does time grow as its FLOPs do?
     python scripts/bench/bench_train_step.py --preset cpu --sweep vocabulary  # memory cost of a large vocabulary
 
-The floor is the FLOPs of `models.cost.flops.step_flops`, counting the query-key pairs that the masks of these batches
-allow, at the rate of large matrix products. The rate is measured before and after the steps; the higher value is used.
-The step is that of `train` without Lightning: forward pass of the target, forward pass of the mask tokens, chunked
-loss, backward, clipping, AdamW. Weights and tokens are random; all slots are labeled. Steps cycle through several
-batches, which are moved to the device beforehand. Full steps, phases and memory are measured separately, because phases
-require device synchronization. Memory is the peak of all allocations of PyTorch's allocator.
+The floor is the time that the step's FLOPs (`models.cost.flops.step_flops`, counting only the query-key pairs that the
+masks of these batches allow) would take at the rate of large matrix products. This rate is measured before and after
+the steps; the higher value is used. The step is that of `train` without Lightning: forward pass of the target, forward
+pass of the mask tokens, chunked loss, backward, clipping, AdamW. Weights and tokens are random; all slots are labeled.
+Steps cycle through several batches, which are moved to the device beforehand. Full steps, phases and memory are
+measured separately, because timing the phases requires device synchronization. Memory is the peak of all allocations by
+PyTorch's allocator.
 
 Baselines: `dense` materializes the masks and the logits of all slots and leaves the rest to autograd; `naive` also
-reruns the target for every anchor, measured on a few anchors and extrapolated to all.
+reruns the target for every anchor, and is measured on a few anchors and extrapolated to all.
 
-Needs torch and transformers, and matplotlib for the plot. Works without an install, with PYTHONPATH=src.
+Requires torch and transformers, and matplotlib for the plot. Works without installing the project if PYTHONPATH=src is
+set.
 """
 
 import argparse

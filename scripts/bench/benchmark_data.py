@@ -1,10 +1,10 @@
-"""Speed and memory of preprocessing conversations into rows: 50,000 and 200,000 records, 1 and 2 processes.
+"""Measure speed and memory of preprocessing 50,000 and 200,000 conversations into rows, with 1 and 2 processes.
 
     python scripts/bench/benchmark_data.py
 
 The records are distinct conversations of one to six turns, composed from the embedded ones. Each measurement runs in a
-separate process with an empty cache; its second call reuses the cache of the first. "One row" is the time to assemble
-one row of 4,096 tokens. Takes about 15 minutes and 4 GB of temporary disk; Linux only.
+separate process with an empty cache; a second call then reuses the cache of the first. "One row" is the time to
+assemble one row of 4,096 tokens. Takes about 15 minutes and 4 GB of temporary disk space. Linux only.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Measured peak memory of training steps on CPU, compared with the estimate of `models.cost.memory`.
+"""Measure the peak memory of training steps on CPU and compare it with the estimate of `models.cost.memory`.
 
     python scripts/bench/measure_memory.py                       # the tiny experiment, and other shapes and dtypes
     python scripts/bench/measure_memory.py +experiment=tiny ...  # one configuration, both stages
 
-Each measurement is a fresh process that trains a few steps through Lightning. Tensor memory is computed from all
-allocations and releases of PyTorch's CPU allocator reported by the profiler, plus the weights, which are allocated
-earlier. The kernel's peak resident size, less its value before training, is a cross-check: it also includes allocations
-of other libraries and memory that the C library retains. All slots are labeled, as the estimate assumes.
+Each measurement runs in a new process that trains a few steps with Lightning. Tensor memory is computed from the
+allocations and releases that the profiler reports for PyTorch's CPU allocator, plus the weights, which are allocated
+earlier. As a cross-check, the growth of the peak resident set size is reported as well; it also includes allocations by
+other libraries and memory that the C library retains. All slots are labeled, as the estimate assumes.
 """
 
 import json
