@@ -1,11 +1,11 @@
-"""Compare plain transformers with an exported drafter against the target alone.
+"""Compare decoding with an exported drafter in plain transformers to decoding with the target alone.
 
     python scripts/checks/check_custom_generate.py checkpoints/tiny/export --also /path/to/other/python
 
 Prints one row for each kind of target that the installed packages support, over GSM8K prompts: identical outputs and
-tokens per verify step. In rows with a star, rounding depends on the other tokens in a pass, so near ties may be decided
-differently. `--also` adds rows of other environments (transformers 4.57.3, bitsandbytes, torchao, peft), which need not
-have this project. The exit status is not 0 if an output without a star differs.
+tokens per verify step. In rows marked with a star, rounding depends on the other tokens in a forward pass, so near ties
+may be resolved differently. `--also` adds rows for other environments (transformers 4.57.3, bitsandbytes, torchao,
+peft), in which this project need not be installed. The exit status is nonzero if an output in an unmarked row differs.
 """
 
 import argparse

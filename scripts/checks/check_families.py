@@ -1,8 +1,9 @@
-"""Check every tested family with random weights: parity of training and decoding, losslessness, export round trip.
+"""Check each tested family with random weights: training-decoding parity, losslessness and export round trip.
 
     python scripts/checks/check_families.py
 
-Prints one table; the exit status is not 0 if a family fails. Windows are shorter than the texts.
+Prints a table and exits with a nonzero status if a family fails. Sliding windows are shorter than the texts, so that
+they take effect.
 """
 
 import argparse

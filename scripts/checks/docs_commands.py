@@ -1,7 +1,7 @@
-"""Extract the commands of README.md and docs/**/*.md: joined lines, without prompts and comments.
+"""Extract commands from README.md and docs/**/*.md, joining continued lines and removing prompts and comments.
 
 A command is a line of a shell block, a line of settings in a separate block, an entire Python block, or inline code
-that starts with a program. Program output is skipped.
+that starts with the name of a program. Program output is skipped.
 """
 
 import re

@@ -3,7 +3,7 @@
     python scripts/checks/import_graph.py            # update the graph
     python scripts/checks/import_graph.py --check    # status 1 if the graph is out of date
 
-A room is a folder of a package, or a module next to the folders. Imports inside functions count.
+A "room" is a folder in a package, or a module next to these folders. Imports inside functions are included.
 """
 
 import argparse

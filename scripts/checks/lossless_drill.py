@@ -4,9 +4,9 @@
     python scripts/checks/lossless_drill.py --prompts 100 --new-tokens 16      # an untrained drafter, faster
     python scripts/checks/lossless_drill.py --families                         # random targets of several architectures
 
-Each combination decodes the same prompts. The reference is `generate` of transformers, one prompt at a time. Prints the
-number of identical outputs. Any difference is an error, reported with the margin by which the target preferred its own
-token: rounding can only reverse a margin of about 1e-5.
+All combinations decode the same prompts. The reference is transformers' `generate`, run on one prompt at a time. Prints
+the number of identical outputs. Any difference is an error and is reported with the margin by which the target
+preferred its own token; rounding can only reverse margins of about 1e-5.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Run every command in README.md and docs/, shortened for 2 CPU cores without a network.
 
     python scripts/checks/run_docs.py                 # all commands: about 30 minutes
-    python scripts/checks/run_docs.py --only data.md  # commands whose location or text contains this
+    python scripts/checks/run_docs.py --only data.md  # commands whose location or text contains "data.md"
     python scripts/checks/run_docs.py --list          # dry run
 
-Prints a table and exits with status 1 if a command failed. RULES defines the arguments appended to a command, or the
-reason why it is not run; a command without a matching rule is an error. The commands of a page run in order, in a
-separate directory that resembles the root of a checkout, with conf/, scripts/, src/ and the files that the pages name.
+Prints a table and exits with status 1 if a command failed. RULES defines the arguments appended to each command, or the
+reason why it is not run; a command without a matching rule is an error. The commands on a page run in order, in a
+separate directory that resembles the root of a checkout, with conf/, scripts/, src/ and the files named on the pages.
 SLURM, the Hub and a chat server are replaced by local stand-ins.
 """
 
