@@ -3,9 +3,10 @@
     python scripts/drills/compare_strategies.py                               # about 8 minutes on 2 cores
     python scripts/drills/compare_strategies.py --learning-rate 5e-3 --eps 1e-8
 
-Data and global batch are the same; only the summation order differs. With its default eps, AdamW turns a gradient of
-pure rounding error into a full step (the second command); with an eps above the rounding error, weights agree as well
-as gradients do. bfloat16 runs follow, to check that they work and to show their difference.
+The data and the global batch are the same; only the summation order differs. With its default eps, AdamW turns a
+gradient that is pure rounding error into a full step (second command). With an eps above the rounding error, the
+weights agree as closely as the gradients. Runs in bfloat16 follow, to check that they work and to show how far they
+differ.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python scripts/drills/crash_drill.py                     # 30 runs, about 40 minutes on 2 cores
     python scripts/drills/crash_drill.py --runs 4 --only zero2
 
-Each run is started, killed with SIGKILL (all ranks at once) and restarted with the same command, several times, then
-left to finish. Half of the kills happen at a random time, half while a checkpoint is being written. The weights of both
+Each run is killed with SIGKILL (all ranks at once) and restarted with the same command several times, and then left to
+finish. Half of the kills happen at a random time, half while a checkpoint is being written. The weights of both
 stages and the exported file must be byte-identical to those of an uninterrupted run, and the logged losses and
 validation metrics must be equal.
 """

@@ -5,8 +5,9 @@
 
 A fault counts as handled if the run exits with status 0, or with one message and no traceback; if existing weights are
 still present and byte-identical; and if the same command, once the fault is removed, produces the weights of an
-uninterrupted run. If the message advises another command (for a changed setting), the drill follows that advice. Full
-and read-only disks are separate mounts, which need root; without root, these kinds are skipped and listed.
+uninterrupted run. If the message suggests a different command (for a changed setting), the drill follows that advice.
+Full and read-only disks are simulated with separate mounts, which require root; without root, these kinds of faults are
+listed as skipped.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Run the shortened tiny experiment in forks of this process, which share its imported modules."""
+"""Run a shortened version of the tiny experiment in forks of this process, which share its imported modules."""
 
 import atexit
 import os

@@ -1,12 +1,12 @@
-"""Regeneration with a real server, killing client and server: no answer may be lost or duplicated.
+"""Test regeneration with a real server while killing client and server: no answer may be lost or duplicated.
 
     pip install "transformers[serving]"
     python scripts/drills/regeneration_drill.py
 
 Starts `transformers serve` with the embedded target on loopback, regenerates answers to held-out prompts through it
 with `python -m data.regenerate`, kills the client (SIGKILL) at ten random times and the server at three of them, and
-compares the result with the in-process backend's: each id exactly once, and identical greedy answers. About 5 minutes
-on 2 cores.
+compares the result with that of the in-process backend: each id must occur exactly once, with the same greedy answer.
+Takes about 5 minutes on 2 cores.
 """
 
 import argparse
