@@ -2,8 +2,9 @@
 
     python scripts/research/ablate_layers.py +experiment=tiny name=whole_0 seed=0
 
-A regular run with all stages and settings, but another drafter. Decoding is sequential, because parallel mode runs one
-FFN over candidates and slots, and this drafter has a separate FFN. Only this script can read the artifact.
+All stages and settings work as in a regular run; only the drafter differs. Decoding is sequential because parallel mode
+runs a single FFN over candidates and slots, whereas this drafter has its own FFN. Only this script can load the
+exported drafter.
 """
 
 import copy

@@ -1,10 +1,11 @@
-"""Train a DFlash-like reference drafter on the batches of an experiment and decode its prompts, to compare τ.
+"""Train a DFlash-like reference drafter on an experiment's batches and decode the experiment's prompts to compare τ.
 
     python scripts/research/dflash_reference.py --learning-rate 2e-3 +experiment=tiny name=dflash_0 seed=0
 
-After z-lab's DFlash (arXiv 2602.06036): separate decoder layers with attention, FFN and norms. Their attention sees the
-context as the fused hidden states of several target layers. Slot 0 holds the bonus token. Embedding and head are the
-target's, frozen. Training uses the same batches as both stages of the experiment, in one schedule over all their steps.
+The drafter follows z-lab's DFlash (arXiv 2602.06036). It has separate decoder layers with attention, FFN and norms,
+whose attention sees the context as the fused hidden states of several target layers. Slot 0 holds the bonus token. The
+embedding and the head are the target's and stay frozen. Training uses the same batches as the two training stages of
+the experiment, with a single schedule over all their steps.
 Supports Qwen3 targets.
 """
 
