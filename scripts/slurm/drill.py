@@ -1,4 +1,4 @@
-"""Test preemption, requeueing and sweeps on a real SLURM: the weights must equal those of an uninterrupted run.
+"""Test preemption, requeueing and sweeps on a SLURM cluster: the weights must equal those of an uninterrupted run.
 
     pip install -e ".[slurm]"
     export CLUSTER_NODES=2                        # or 1, which skips two_nodes
@@ -8,10 +8,10 @@
 
 time_limit   one task; SLURM signals it before each time limit until it finishes
 zero2        two tasks with ZeRO 2, signaled once in each training stage
-two_nodes    the same with one task on each of two nodes
-sweep        two learning rates with submitit, and the table at the end
+two_nodes    the same as zero2, with one task on each of two nodes
+sweep        a sweep over two learning rates with submitit, including the table at the end
 
-About 12 minutes on 2 cores.
+Takes about 12 minutes on 2 cores.
 """
 
 import argparse
