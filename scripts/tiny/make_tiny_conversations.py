@@ -1,4 +1,4 @@
-"""Generate the embedded conversations: GSM8K's training questions with the target's answers, and held-out prompts.
+"""Generate the embedded conversations (GSM8K training questions with the target's answers) and the held-out prompts.
 
     python scripts/tiny/make_tiny_conversations.py --train gsm8k_train.jsonl --test gsm8k_test.jsonl --out src/data/tiny
 

@@ -3,9 +3,9 @@
     python scripts/tiny/make_tiny_target.py --train gsm8k_train.jsonl --out src/data/tiny/target
 
 `--train` is GSM8K's `train.jsonl` (openai/grade-school-math, MIT license): one `question` and one `answer` per line.
-8 layers, hidden size 192, vocabulary 2048: 3.6M parameters, 7.3 MB in bfloat16. Takes about 20 minutes on 2 cores.
-Tokenizer and template of the embedded target are byte-identical to this script's output; for its weights, see
-`src/data/tiny/README.md`.
+The model has 8 layers, hidden size 192, vocabulary size 2048 and 3.6M parameters (7.3 MB in bfloat16). Training takes
+about 20 minutes on 2 cores. The embedded target's tokenizer and template are byte-identical to this script's output;
+for its weights, see `src/data/tiny/README.md`.
 """
 
 import argparse
