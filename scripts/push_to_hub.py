@@ -3,7 +3,7 @@
     python scripts/push_to_hub.py checkpoints/tiny/export owner/name              # private
     python scripts/push_to_hub.py checkpoints/tiny/export owner/name --public --tag v1
 
-Uses the token of HF_TOKEN or `hf auth login`. A run with export.push_to_hub=owner/name uploads its export at the end.
+Uses the token from HF_TOKEN or `hf auth login`. A run with export.push_to_hub=owner/name uploads its export at the end.
 """
 
 import argparse
