@@ -107,8 +107,9 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
     print_report(evaluation, directory.parent)
     if broken := evaluation.broken():
         raise UserError(
-            f"Decoding with the drafter did not reproduce the target's output in {evaluation.dtype}: {broken} This is a "
-            f"bug, or the architecture is unsupported. See {directory / 'report.json'} for all differences."
+            f"Decoding with the drafter did not reproduce the target's output in {evaluation.dtype}: {broken} "
+            "This is a bug, or the architecture is unsupported. "
+            f"See {directory / 'report.json'} for all differences."
         )
     recommend(exported, evaluation.speed.recommended if evaluation.speed and set(variants) != {"untuned"} else None)
     for logger in wandb_loggers(config, "evaluate", directory):

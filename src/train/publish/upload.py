@@ -183,8 +183,8 @@ def _check_content(name: str, revision: str | None, files: set[str], target: dic
         )
     if different := other_target(config, target):
         raise UserError(
-            f"{name} already holds a drafter for a different target: {different}. Choose a different repository name, or "
-            "check model.target."
+            f"{name} already holds a drafter for a different target: {different}. Choose a different repository name, "
+            "or check model.target."
         )
 
 
