@@ -1,12 +1,12 @@
-"""torch.compile with a recompile limit that covers all variants of a run."""
+"""A wrapper around torch.compile that raises the recompile limit to cover all variants in a run."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-# Variants per function: layer types x grad, no-grad and inference mode x the shapes in training and validation of both
-# stages. Past its limit (8 by default), Dynamo only issues a warning and runs further variants uncompiled.
+# Upper bound on the variants per function: layer types x autograd modes (grad, no-grad, inference) x shapes (training
+# and validation in both stages). Beyond the limit, which is 8 by default, Dynamo only warns and stops compiling.
 VARIANTS = 64
 
 

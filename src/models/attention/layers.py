@@ -1,4 +1,4 @@
-"""Runs decoder layers; attention kernel, compilation and activation checkpointing do not affect the result."""
+"""Runs decoder layers. The attention kernel, compilation and activation checkpointing do not affect the result."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +18,11 @@ from models.hf_cache import require_arguments
 
 @dataclass(frozen=True)
 class Execution:
-    """The `speed` settings of conf/config.yaml."""
+    """How to execute decoder layers: the settings of the same names under `runtime` in conf/config.yaml."""
 
     attention: str = "auto"  # flex | sdpa | dense; auto: flex on GPUs, else sdpa
     compile: bool = False  # compile layers and loss
-    activation_checkpointing: bool = False  # for the draft layers
+    activation_checkpointing: bool = False  # applies to the draft layers
 
     def __post_init__(self) -> None:
         if self.attention not in KINDS:
@@ -33,9 +33,9 @@ EAGER = Execution()
 
 
 class LayerView(Protocol):
-    """Object passed to a layer as its attention mask, e.g. `packed.View`; the layer hands it on to its attention."""
+    """The object passed to a layer as its attention mask, e.g. `packed.View`. The layer passes it to its attention."""
 
-    stop: bool  # attention raises LayerStopped, because the layer's output is not needed
+    stop: bool  # whether attention raises LayerStopped, because the layer's output is not needed
 
 
 def run_layers(
@@ -51,10 +51,11 @@ def run_layers(
 
     Args:
         first_layer: target index of the first layer, or of the layer it was copied from.
-        hidden: [R, tokens, H]. position_ids: [R, tokens].
+        hidden: [R, tokens, H] input to the first layer.
+        position_ids: [R, tokens].
 
     Returns:
-        Output of the last layer [R, tokens, H], or, if a view has `stop` set, the input of its layer.
+        The output [R, tokens, H] of the last layer or, if a view has `stop` set, the input to that view's layer.
 
     Raises:
         ValueError: the layers in this version of transformers do not take the required arguments.

@@ -1,7 +1,7 @@
 """Mask rules, each defined once as a function of indices, and their conversion to the mask formats of the kernels.
 
 A rule is (row, head, query, key) -> bool on integers or broadcastable tensors, i.e. a FlexAttention `mask_mod`.
-Shapes as in `data.batch`.
+The letters in shapes are defined in `data.batch`.
 """
 
 import functools
@@ -116,7 +116,7 @@ class Tile:
 
 
 def clean_tiles(document_ids: Tensor, window: int | None = None) -> list[Tile]:
-    """Split `document_causal` into tiles that cover all queries in order; documents within the window are one tile."""
+    """Split `document_causal` into tiles that cover all queries in order. Documents within the window are one tile."""
     tiles = []
     for row, ids in enumerate(document_ids.tolist()):
         for start, stop in _documents(ids):
@@ -162,14 +162,14 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: 
 
 
 def tile_pairs(tiles: list[Tile]) -> int:
-    """Count the query-key pairs computed by the tiles; causal tiles count in full."""
+    """Count the query-key pairs in the tiles, including masked ones."""
     return sum(
         (tile.queries.stop - tile.queries.start) * sum(part.stop - part.start for part in tile.keys) for tile in tiles
     )
 
 
 def allowed_pairs(batch: Batch) -> tuple[int, int]:
-    """Count the query-key pairs that `document_causal` (excluding padding) and `own_block` allow, over all rows."""
+    """Count the query-key pairs allowed by `document_causal` (excluding padding) and by `own_block`, over all rows."""
     size = batch.labels.shape[-1]
     text = batch.document_ids != PADDING_DOCUMENT
     at_anchor = batch.position_ids.gather(1, batch.anchors)

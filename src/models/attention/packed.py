@@ -43,10 +43,10 @@ class LayerCache:
     only_finite: bool = False  # write non-finite numbers as 0
 
     def update(self, key: Tensor, value: Tensor) -> KeysValues:
-        """Write the layer's keys and values to the cache and return those its queries read.
+        """Write the layer's keys and values to the cache and return the entries that its queries read.
 
-        The target may overflow on a draft token. Non-finite keys and values turn attention into NaN even where they are
-        masked, so a rejected draft would corrupt earlier tokens.
+        The target may overflow on a draft token, and non-finite keys and values turn attention into NaN even where they
+        are masked. `only_finite` therefore prevents rejected drafts from corrupting earlier tokens.
         """
         for entries, own in ((self.keys, key), (self.values, value)):
             own = own.transpose(1, 2).to(entries.dtype)
@@ -59,8 +59,8 @@ class View:
     """What the queries of one layer attend to, and what happens to the layer's own keys and values."""
 
     mask: Mask | None = None  # None: no masking
-    context: KeysValues | None = None  # prepended to the layer's own
-    cache: LayerCache | None = None  # the layer's own are written to it, and queries read from it
+    context: KeysValues | None = None  # prepended to the layer's own keys and values
+    cache: LayerCache | None = None  # the layer's keys and values are written to it, and its queries read from it
     keep: bool = False  # store the layer's own keys and values in `kept`
     stop: bool = False  # raise LayerStopped after keys and values are computed
     kept: KeysValues | None = None
@@ -139,7 +139,7 @@ def gather_keys(
     """Return a layer's queries and all keys and values they attend to, in the dtype of the attention kernel.
 
     Raises:
-        LayerStopped, ValueError: as in `packed_attention`.
+        LayerStopped, ValueError: see `packed_attention`.
     """
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
@@ -192,7 +192,7 @@ def attend_tiles(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], s
 def _scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, causal: bool = False
 ) -> Tensor:
-    """Run SDPA, repeating grouped K/V heads only on GPUs with a mask, where the fast kernels do not support them."""
+    """Run SDPA. Repeat grouped K/V heads only on GPUs with a mask, where the fast kernels do not support grouping."""
     groups = query.shape[1] // key.shape[1]
     if mask is not None and query.is_cuda and groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
