@@ -1,1 +1,1 @@
-"""Analytical FLOPs and memory of a run, and GPU specifications. Needs no torch."""
+"""FLOPs and memory of a run, computed without running it, and GPU specifications."""

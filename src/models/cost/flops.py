@@ -1,7 +1,8 @@
-"""FLOPs of one optimizer step and of one decoding step, counted on the real modules without data.
+"""Counts the FLOPs of an optimizer step and of a decoding step by tracing the real modules without data.
 
-Matrix products, including attention, at 2 FLOPs per multiply-add, with the formulas of `torch.utils.flop_counter`. For
-attention, these assume dense masks; here, the pairs that the masks allow are counted.
+Only matrix products, including those in attention, are counted, at 2 FLOPs per multiply-add. The formulas are those of
+`torch.utils.flop_counter`, except for attention: PyTorch's formula assumes a dense mask, while this module counts only
+the given numbers of query-key pairs.
 """
 
 from collections.abc import Callable
@@ -23,13 +24,13 @@ WITHOUT_MASKS = Execution("dense")  # on the meta device, masks have no data
 def traced_step(
     trace: Trace, loss: Callable[[Batch], Any], draft: DraftModel, batch: Batch, *, autocast: bool = False
 ) -> None:
-    """Run forward and backward pass of a micro-batch in a `Trace`.
+    """Run the forward and backward passes of a micro-batch in a `Trace`.
 
-    Phases: `target pass`, `mask pass`, `loss`, `backward of the loss`, `backward`.
+    The phases of the trace are `target pass`, `mask pass`, `loss`, `backward of the loss` and `backward`.
 
     Args:
-        loss: returns the loss sum as the first of its outputs.
-        draft: the drafter that `loss` runs; the trace's hooks stay on it.
+        loss: a function that returns the loss sum as its first output.
+        draft: the drafter that `loss` runs. The hooks added to it are not removed.
 
     Raises:
         ValueError: the target's layers cannot be traced.
@@ -65,17 +66,19 @@ def step_flops(
 ) -> dict[str, float]:
     """Return the FLOPs of one optimizer step on one rank, by part.
 
-    If nothing is computed twice, they are a lower bound on its time.
+    If `loss` recomputes nothing, these are the minimum FLOPs of the step.
 
     Args:
-        loss: loss of a stage, for a drafter on the meta device. All labels are set.
+        loss: the loss function of a training stage. It is called with a batch in which all slots are labeled.
+        draft: the drafter that `loss` runs, on the meta device.
         rows: rows per step on this rank.
         labeled: fraction of the trainable slots that have a label.
         clean_pairs, mask_pairs: query-key pairs computed by attention in a layer without a window, over all rows;
             None: the pairs allowed by the masks if each row is a single document with evenly spread anchors.
 
     Returns:
-        `target pass`, `mask pass`, `head and loss`, `calibrator` (with the chain; 0 in stage 1); their sum is the step.
+        Dict with keys `target pass`, `mask pass`, `head and loss` and `calibrator` (includes the chain; 0 in stage 1),
+        whose values add up to the FLOPs of the whole step.
     """
     masks = rows * num_anchors * draft.block_size
     if clean_pairs is None:
@@ -96,19 +99,19 @@ def step_flops(
 
 @dataclass(frozen=True)
 class DecodingFlops:
-    """FLOPs of decoding with a drafter: those of a token or a block, from which the methods add up a step."""
+    """FLOPs of decoding with a drafter, per token, slot or block. The methods combine them into totals per step."""
 
     block_size: int
     token: float  # the target's layers, for one token
     block: float  # the draft layers, for one block
-    head: float  # for one token or slot
+    head: float  # the LM head, for one token or slot
     corrections: float  # calibrator and chain, for one slot
-    bonus_slot: float  # for one block in sequential mode
+    bonus_slot: float  # the bonus slot's projection, for one block in sequential mode
     attention: tuple[AttentionCall, ...]
 
     @classmethod
     def of(cls, draft: DraftModel) -> "DecodingFlops":
-        """Count for a drafter and its target, on any device.
+        """Count the FLOPs for a drafter and its target, which may be on any device.
 
         Raises:
             ValueError: the target's layers cannot be traced.
@@ -136,14 +139,14 @@ class DecodingFlops:
         """Return the minimum FLOPs of one decoding step for one row, by part.
 
         Args:
-            context: tokens in the cache.
-            candidates: C, tokens scored by the target, including the bonus token.
-            blocks: blocks run through the draft layers: 0 without a drafter, 1 in sequential mode, C in parallel mode.
-                All but one are redundant.
+            context: number of tokens in the cache.
+            candidates: C, the number of tokens scored by the target, including the bonus token.
+            blocks: number of blocks run through the draft layers: 0 without a drafter, 1 in sequential mode, C in
+                parallel mode. All but one are redundant.
 
         Returns:
-            `target`, `draft`, `redundant blocks`, `head` (of candidates and of one block), `calibrator` (with the
-            chain).
+            Dict with keys `target`, `draft`, `redundant blocks`, `head` (for the candidates plus one block) and
+            `calibrator` (includes the chain).
         """
         slots = self.block_size
         block = self.block + self._attention(True, slots, context + slots) + self.bonus_slot * (blocks == 1)
@@ -166,5 +169,5 @@ class DecodingFlops:
 
 
 def _linear(*modules: nn.Module | None) -> float:
-    """Return the FLOPs of linear layers for one token."""
+    """Return the FLOPs of the linear layers in the given modules, for one token. None counts as 0."""
     return sum(2 * p.numel() for module in modules if module is not None for p in module.parameters() if p.ndim == 2)

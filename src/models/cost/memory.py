@@ -1,7 +1,7 @@
-"""Peak memory of one rank in a training step and in live decoding, by part, in bytes.
+"""Computes the peak memory of one rank in a training step and in live decoding, by part, in bytes.
 
-What a micro-batch allocates is traced on the real modules (`models.cost.trace`); weights, optimizer state and their
-sharding are formulas. docs/results/preflight.md compares the sums with peaks measured on CPUs.
+The allocations of a micro-batch are traced on the real modules (`models.cost.trace`), while weights, optimizer state
+and their sharding follow formulas. docs/results/preflight.md compares the totals with peaks measured on CPUs.
 """
 
 from contextlib import nullcontext
@@ -19,8 +19,8 @@ from models.cost.trace import Trace, full_batch, on_fake_cpu, traceable
 from models.target import target_pass
 
 FLOAT32 = 4
-LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: limit of gathered parameters
-REDUCE_BUCKET = 2 * 10**8  # Lightning's reduce_bucket_size for DeepSpeed: elements
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: maximum number of gathered parameters
+REDUCE_BUCKET = 2 * 10**8  # Lightning's reduce_bucket_size for DeepSpeed, in elements
 PARTS = (
     *("target weights", "drafter weights", "bfloat16 copies", "gradients", "optimizer"),
     *("activations", "logits", "K/V and masks", "other"),
@@ -31,7 +31,7 @@ Parts = dict[str, float]
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the strategy divides memory between the ranks."""
+    """How the training strategy divides memory among the ranks."""
 
     ranks: int = 1
     ddp: bool = False
@@ -46,16 +46,16 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of parameters in a training stage, and the bytes that they take."""
+    """Parameter counts of a training stage. The methods convert them to bytes."""
 
     target: int
-    drafter: int  # not shared with the target
+    drafter: int  # parameters not shared with the target
     trained: int
-    largest: int  # of the trained tensors
+    largest: int  # size of the largest trained tensor
     exported: int
 
     def held(self, sharing: Sharing, word: int) -> Parts:
-        """Return the bytes held all the time: weights, optimizer state, buffers of the strategy.
+        """Return the bytes that are held throughout training: weights, optimizer state and the strategy's buffers.
 
         Args:
             word: bytes per element of the target.
@@ -79,7 +79,11 @@ class Weights:
         return self.trained * FLOAT32 * sharing.gradients
 
     def optimizer_step(self, sharing: Sharing, multi_tensor: bool) -> Parts:
-        """Return the bytes of AdamW's denominator, of all tensors at once or of the largest, and of the gradients."""
+        """Return the bytes of the gradients and of AdamW's temporary tensors during an optimizer step.
+
+        Args:
+            multi_tensor: whether AdamW updates all tensors at once rather than one by one; ignored with ZeRO.
+        """
         trained, gradients = self.trained * FLOAT32, self.gradients(sharing)
         if sharing.zero:
             flat = 0 if sharing.zero == 3 else trained / sharing.ranks
@@ -97,16 +101,19 @@ def micro_batch_memory(
     waiting: bool,
     gradient_fraction: float = 1,
 ) -> dict[str, Parts]:
-    """Return the bytes that a micro-batch allocates, by phase and part, each at the phase's peak.
+    """Return the bytes that a micro-batch allocates.
 
     Args:
-        module: training module of a stage on the meta device: `draft`, `trained()` and `loss(batch)`. Its use is over
-            afterwards.
-        execution: the module's.
-        flex: for FlexAttention instead of the dense masks of `execution`.
-        autocast: bfloat16 arithmetic.
-        waiting: gradients of earlier micro-batches exist.
-        gradient_fraction: as in `Trace`.
+        module: a stage's training module on the meta device, with `draft`, `trained()` and `loss(batch)`. It cannot be
+            used again afterwards.
+        execution: the execution settings of `module`.
+        flex: whether to leave out dense masks, because FlexAttention will be used instead.
+        autocast: whether to compute in bfloat16.
+        waiting: whether gradients from earlier micro-batches already exist.
+        gradient_fraction: see `Trace`.
+
+    Returns:
+        For each phase, the bytes by part at the phase's peak.
 
     Raises:
         ValueError: the target's layers cannot be traced.
@@ -146,14 +153,15 @@ def decoding_memory(
 ) -> Parts:
     """Return the peak bytes that live decoding allocates, by part.
 
-    The peak is in a layer during prefill; or after it, when K/V move layer by layer from the packed pass to the cache;
-    or at the draft logits.
+    The peak occurs inside a layer during prefill, after prefill when K/V are moved layer by layer from the packed pass
+    to the cache, or when the draft logits are computed.
 
     Args:
-        target: on the meta device, with some of its layers; it can be used only once.
-        layers: number of layers of the complete target.
-        prompts, new_tokens: as in `train.loop.validation_decoding`, for one batch on this rank.
-        prompt_length: tokens per prompt.
+        target: a target on the meta device, possibly with only some of its layers. It cannot be used again afterwards.
+        layers: number of layers in the complete target.
+        prompts: number of prompts in a batch on this rank.
+        prompt_length: number of tokens per prompt.
+        new_tokens: maximum number of new tokens per prompt.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     on_fake_cpu(target, mode)

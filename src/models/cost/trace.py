@@ -1,7 +1,7 @@
-"""Run the code of a step on tensors without data, and record its FLOPs and the memory of its tensors.
+"""Runs the code of a step on tensors without data, and records its FLOPs and memory.
 
-`meta_target` builds a target without weights, whose attention is `traced_attention`. A `Trace` around the step sees
-each operation with its shapes, dtypes and storages, so new architectures and parts of the drafter need no formulas.
+`meta_target` builds a target that has no weight data and uses `traced_attention`. A `Trace` around the step records
+the shapes, dtypes and storages of every operation, so new architectures and new parts of the drafter need no formulas.
 """
 
 import copy
@@ -33,7 +33,7 @@ PRODUCTS |= {ATEN._scaled_dot_product_flash_attention_for_cpu}
 
 
 def _experts_flops(tokens: Tensor, weights: Tensor, *_: Any, **__: Any) -> int:
-    """Count the product of tokens [n, in], one for each active expert, with the experts' weights [experts, in, out]."""
+    """Return the FLOPs of multiplying tokens [n, in], repeated per active expert, by weights [experts, in, out]."""
     return 2 * tokens.shape[0] * tokens.shape[1] * weights.shape[2]
 
 
@@ -47,10 +47,10 @@ class AttentionCall:
     queries: int
     keys_values: int
     window: int | None
-    of_blocks: bool  # of mask tokens, else of clean tokens
+    of_blocks: bool  # whether the queries are mask tokens rather than clean tokens
 
     def flops(self, pairs: float, tokens: float) -> float:
-        """Return the forward FLOPs; a window bounds the pairs, assuming a full window for every query."""
+        """Return the forward FLOPs for `pairs` query-key pairs; a window limits these to `tokens` full windows."""
         return 4 * self.queries * (pairs if self.window is None else min(pairs, tokens * self.window))
 
 
@@ -59,8 +59,8 @@ class _Storage:
     size: float
     part: str
     product: bool = False  # input or output of a matrix product
-    source: weakref.ref | None = None  # the storage of which this is a wider copy
-    original: weakref.ref | None = None  # the storage of which this is a copy, maybe by way of other dtypes
+    source: weakref.ref | None = None  # the storage that was copied to this one, if its dtype is narrower
+    original: weakref.ref | None = None  # the storage at the start of the chain of copies that led to this one
 
 
 @dataclass
@@ -68,11 +68,11 @@ class Trace(TorchDispatchMode):
     """Dispatch mode that counts FLOPs by phase, and live memory by phase and part.
 
     Args:
-        given: tensors that exist before, such as weights; not counted.
-        head: the target's head: products with it are recorded as `head`, those of other weights by phase.
+        given: tensors that exist beforehand, such as weights; they are not counted.
+        head: weight of the target's LM head. In the loss phases, its products are recorded under `head`.
         clean_pairs, mask_pairs: query-key pairs that attention computes in a layer without a window, over all rows.
         gradient_fraction: fraction of each gradient that this rank stores.
-        without_masks: do not count boolean tensors: FlexAttention's masks are much smaller.
+        without_masks: whether to ignore boolean tensors, since FlexAttention's masks are much smaller.
     """
 
     given: Iterable[Tensor] = ()
@@ -82,9 +82,9 @@ class Trace(TorchDispatchMode):
     gradient_fraction: float = 1
     without_masks: bool = False
     phase: str = "target pass"
-    flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by phase, and `head`
-    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # bytes now
-    peaks: dict[str, dict[str, float]] = field(default_factory=dict)  # phase -> bytes by part at its peak
+    flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # FLOPs by phase, or under `head`
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # current bytes by part
+    peaks: dict[str, dict[str, float]] = field(default_factory=dict)  # phase -> bytes by part at the phase's peak
     attention: list[AttentionCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         packet = func._overloadpacket
-        if packet is ATEN._grouped_mm:  # without data, torch allows bfloat16 alone
+        if packet is ATEN._grouped_mm:  # without data, torch supports only bfloat16
             out = args[0].new_empty(args[0].shape[0], args[1].shape[2])
         else:
             out = func(*args, **(kwargs or {}))
@@ -140,7 +140,7 @@ class Trace(TorchDispatchMode):
             self.peaks[self.phase] = dict(self.parts)
 
     def move(self, part: str, *tensors: Tensor, fraction: float = 1) -> None:
-        """Count tensors in another part, and only a fraction of them."""
+        """Reassign tensors to another part, counting only a fraction of their size."""
         for tensor in tensors:
             if seen := self._storages.get(tensor.untyped_storage()):
                 self._change(seen, -1)
@@ -148,20 +148,20 @@ class Trace(TorchDispatchMode):
                 self._change(seen, 1)
 
     def store_gradient(self, parameter: Tensor) -> None:
-        """Count a parameter's gradient, once it is complete."""
+        """Reassign a parameter's complete gradient to the part `gradients`."""
         assert parameter.grad is not None
         seen = self._storages[parameter.grad.untyped_storage()]
         if seen.part != "gradients":
             self.move("gradients", parameter.grad, fraction=self.gradient_fraction)
 
     def keep(self, *tensors: Tensor) -> None:
-        """Mark inputs or outputs of a matrix product."""
+        """Mark tensors as inputs or outputs of a matrix product."""
         for tensor in tensors:
             if seen := self._storages.get(tensor.untyped_storage()):
                 seen.product = True
 
     def compile(self, layer: nn.Module) -> None:
-        """Let a layer save for its backward pass what a compiled one saves: inputs and outputs of products."""
+        """Make a layer save only what a compiled layer saves for its backward pass: inputs and outputs of products."""
         saved: list[_Saved] = []
 
         def pack(tensor: Tensor) -> _Saved:
@@ -182,7 +182,7 @@ class Trace(TorchDispatchMode):
 
 
 class _Saved:
-    """A tensor saved for the backward pass of a compiled layer, or its shape, if the backward pass recomputes it."""
+    """A tensor saved for the backward pass of a compiled layer, or just its shape if it would be recomputed."""
 
     def __init__(self, tensor: Tensor, seen: _Storage | None) -> None:
         self.tensor: Tensor | None = tensor
@@ -191,7 +191,10 @@ class _Saved:
         self.original = seen and seen.original or weakref.ref(tensor.untyped_storage())
 
     def settle(self, kept: set) -> None:
-        """Drop what a compiled layer computes again: results of other operations than products, and second copies."""
+        """Drop the tensor if a compiled layer would recompute it.
+
+        A compiled layer keeps only inputs and outputs of matrix products, and only one copy of each.
+        """
         copy_of = (id(self.original), self.dtype, self.like[0].numel())
         if self.seen and (not self.seen.product or copy_of in kept):
             self.tensor = None
@@ -208,7 +211,10 @@ def _same_storage(tensor: Tensor, other: Tensor) -> bool:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """A fused attention kernel without its arithmetic: it saves its inputs, output and log-sum-exp of the scores."""
+    """A stand-in for a fused attention kernel.
+
+    It computes nothing, but saves the same tensors as the kernel: inputs, output and log-sum-exp of the scores.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, trace: Trace, flops: float) -> Tensor:
@@ -221,14 +227,14 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.trace.flops[ctx.trace.phase] += 2 * ctx.flops  # both factors of the two products
+        ctx.trace.flops[ctx.trace.phase] += 2 * ctx.flops  # gradients of both factors in each of the two products
         return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None, None
 
 
 def traced_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: View, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Do what `models.attention.packed.packed_attention` does, in the current `Trace`."""
+    """Stand in for `models.attention.packed.packed_attention` and record the call in the current `Trace`."""
     trace, view = torch.utils._python_dispatch._get_current_dispatch_mode(), attention_mask
     assert isinstance(trace, Trace)
     call = AttentionCall(
@@ -254,7 +260,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def meta_target(config: PretrainedConfig, dtype: torch.dtype, last_layers: int | None = None) -> PreTrainedModel:
-    """Build a target without data on the meta device; of its layers only the last, if their number is given."""
+    """Build a target without data on the meta device, with all its layers or only the last `last_layers`."""
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=NAME)
     if last_layers is not None:
@@ -265,8 +271,8 @@ def meta_target(config: PretrainedConfig, dtype: torch.dtype, last_layers: int |
 
 
 def on_fake_cpu(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace a module's meta tensors by fake tensors of a CPU, for which autocast works as for real ones."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, whose id must not be reused
+    """Replace a module's meta tensors with fake CPU tensors, for which autocast works as it does for real ones."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (original, fake); keeps the original, so its id is not reused
 
     def fake(tensor: Tensor) -> Any:
         if id(tensor) not in made:
@@ -292,7 +298,7 @@ def full_batch(rows: int, max_seq_len: int, num_anchors: int, block_size: int) -
 
 @contextmanager
 def traceable(target: PreTrainedModel) -> Iterator[None]:
-    """Name the architecture if its code needs data.
+    """Context manager that turns errors of operations that need data into one that names the architecture.
 
     Raises:
         ValueError: an operation of the target's layers depends on values, such as a loop over the experts in use.
