@@ -160,7 +160,7 @@ class BatchDecoder:
             return self.passes.draft_blocks(self.lengths[:, None], kv_length, self.bonus[:, None])[:, 0]
 
     def _propose(self, block: Tensor | None) -> None:
-        """Compute drafts [R, B-1] and the number to verify [R] from blocks [R, B, H] and the bonus tokens."""
+        """Set the drafts [R, B-1] and how many of them to verify [R], given blocks [R, B, H] and the bonus tokens."""
         if block is None or self.draft is None:
             self.drafts, self.verified = self.bonus.new_empty(len(self.bonus), 0), torch.zeros_like(self.bonus)
             return

@@ -76,7 +76,7 @@ def contiguous_copy(part: Tensor) -> Tensor:
 class ForwardPasses:
     """Runs the forward passes of a batch against its KV cache.
 
-    Methods take `kv_length`: one past the last token position any row reads.
+    The argument `kv_length` is one past the last token position that any row reads.
     """
 
     def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:

@@ -70,7 +70,7 @@ class KVCache:
         return [LayerCache(keys, values, rows, at, stop, only_finite=drafts) for keys, values in self.layers]
 
     def slot_entries(self, count: int, stop: int, layers: slice) -> list[LayerCache]:
-        """Return the cache entries for `count` slots, located directly before the tokens, per layer in `layers`.
+        """Return the cache entries for `count` slots, located directly before the tokens, for each layer in `layers`.
 
         Queries read the slots, followed by the tokens at positions below `stop`.
 

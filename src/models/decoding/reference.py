@@ -1,7 +1,7 @@
-"""Reference decoder for tests: one prompt at a time, with transformers' own model and cache.
+"""Reference decoder: one prompt at a time, with transformers' own model and cache.
 
 Slow but simple: decodes with the target alone, or drafts and verifies in sequence. Used by tests and drills, and by the
-evaluation on its first prompts.
+evaluation for its first prompts.
 """
 
 import torch
