@@ -19,7 +19,7 @@ from models.draft_config import (
 )
 from models.families import layer_kinds, layer_windows
 
-# Entries that must equal the target's, where its architecture has them.
+# Entries that must equal the target's, if its architecture has them.
 SHARED: tuple[str, ...] = (
     "model_type",
     "hidden_size",
@@ -71,8 +71,8 @@ def config_faults(config: dict[str, Any], target: PretrainedConfig, *, complete:
     """Compare a config with the one an export for this target would write, and return all mismatches.
 
     Args:
-        complete: whether to reject missing entries that only other readers need (the public release lacks some), and
-            missing RoPE keys (which vary between transformers releases).
+        complete: whether to also reject missing entries that loading here does not need (the public release lacks
+            some), and missing RoPE keys (which vary between transformers releases).
     """
     faults = own_faults(config)
     draft = DraftConfig(num_layers=1, block_size=2, calibrator_rank=0) if faults else DraftConfig.from_artifact(config)

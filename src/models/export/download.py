@@ -1,4 +1,4 @@
-"""Resolves a drafter's name to a directory: a local one, or a Hugging Face Hub repository, downloaded once."""
+"""Resolves a drafter's name to a local directory, downloading it from the Hugging Face Hub if necessary."""
 
 from pathlib import Path
 

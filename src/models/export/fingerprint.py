@@ -18,9 +18,9 @@ LAYERS = 8  # number of sampled layers, evenly spaced
 TOKENS = tuple(range(3, 91, 11))  # sampled rows of embeddings and head, below any padding; modulo the vocabulary size
 POINTS = 4  # sampled rows and columns per matrix
 SAME = 0.005  # maximum relative distance of an unchanged tensor; casting the dtype stays below 0.004
-QUANTIZED = 0.4  # the same for the median over quantized tensors; 4-bit weights are at about 0.1
-UNRELATED = 0.7  # larger distances mean unrelated weights; independent tensors are at 1.4
-# Up to this relative distance, this fraction of the gain in tokens per step is lost (docs/guide/families.md).
+QUANTIZED = 0.4  # maximum median distance of unchanged quantized tensors; 4-bit weights are at about 0.1
+UNRELATED = 0.7  # larger distances mean unrelated weights; independent tensors are at about 1.4
+# (maximum relative distance, fraction of the gain in tokens per step that is lost up to it); docs/guide/families.md
 LOSS = ((0.1, 0.12), (0.25, 0.3), (0.5, 0.6), (UNRELATED, 0.9))
 
 
@@ -30,14 +30,17 @@ class OtherTarget(UserWarning):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Distance between a target and the one a drafter was trained for."""
+    """Result of comparing a target with the one that a drafter was trained for."""
 
     distance: float  # root mean square of the relative distances of the changed tensors
     changed: tuple[str, ...]  # names of the tensors that differ by more than rounding
     compared: int  # number of compared tensors
 
     def warning(self) -> str | None:
-        """Return the warning, or None if this is the drafter's target or no tensor could be compared."""
+        """Return a warning if the target differs from the one the drafter was trained for.
+
+        Return None if it matches or no tensor could be compared.
+        """
         if not self.changed:
             return None
         found = f"{len(self.changed)} of {self.compared} sampled tensors differ from the target the drafter was "

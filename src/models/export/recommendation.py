@@ -22,7 +22,7 @@ FIX = "Evaluate again, or delete the recommendation."
 
 
 def recommend(directory: Path, settings: dict[str, Any] | None) -> None:
-    """Write the recommended arguments of `decoding.generate`. None removes those from an earlier evaluation.
+    """Write the recommended arguments for `decoding.generate`. None removes those from an earlier evaluation.
 
     Raises:
         UserError: the directory is not an exported drafter.
@@ -60,7 +60,7 @@ def read_recommendation(directory: Path) -> dict[str, Any]:
 
 
 def recommendation_faults(directory: Path) -> list[str]:
-    """Return what is wrong with an artifact's recommendation. A missing recommendation is not a fault."""
+    """Return the faults in an artifact's recommendation. A missing recommendation is not a fault."""
     place, found = _find(directory)
     if place == RECOMMENDATION and (reason := why_no_object(directory / place, FIX)):
         return [reason]
@@ -81,7 +81,7 @@ def recommendation_faults(directory: Path) -> list[str]:
 
 
 def _find(directory: Path) -> tuple[str, Any]:
-    """Return location and content of the recommendation: its file, or config.json in exports by earlier versions."""
+    """Return the recommendation's location (config.json in exports by earlier versions) and its content, if any."""
     if (directory / RECOMMENDATION).exists():
         return RECOMMENDATION, read_json(directory / RECOMMENDATION)
     settings = draft_settings(read_object(directory / CONFIG)) or {}

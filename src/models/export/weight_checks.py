@@ -1,7 +1,7 @@
-"""Checks of an artifact's files and tensors for missing or damaged files, wrong shapes or dtypes, and bad values.
+"""Checks an artifact for missing or damaged files, tensors with wrong shapes or dtypes, and bad values.
 
-Each function returns all faults of its kind, and each fault names its file or tensor. The checks of a directory read
-one tensor at a time, so that a large artifact needs little memory.
+Each function returns all faults of its kind, and each fault names its file or tensor. Functions that take a directory
+read one tensor at a time, except for `read_tensors`, so that checking a large artifact needs little memory.
 """
 
 import json
@@ -97,7 +97,7 @@ def shape_faults(
 
 
 def dtype_faults(found: dict[str, Header], promised: Any) -> list[str]:
-    """Check that all tensors have the floating-point dtype that the config gives.
+    """Check that all tensors have the floating-point dtype stated in the config.
 
     Args:
         promised: `dtype` in config.json.
@@ -252,6 +252,6 @@ def _hint(name: str) -> str:
 
 
 def some(names: list[str], most: int = 4) -> str:
-    """Join the first `most` names and the number of those left out."""
+    """Format a list of names as text: the first `most` names, followed by the number of names left out."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
