@@ -138,7 +138,7 @@ class _LossHead:
 
 
 class _LossOfHidden(torch.autograd.Function):
-    """Loss for stage 1, summed over all pieces. The forward pass also computes the gradient of the hidden states.
+    """Loss for stage 1, summed over all pieces. The forward pass also computes the gradient.
 
     This avoids recomputing the logits in the backward pass. The head must be frozen: only the gradient with respect to
     the hidden states is computed.
@@ -161,7 +161,7 @@ class _LossOfHidden(torch.autograd.Function):
 
 
 def _with_gradient(head: _LossHead, flat: Tensor, piece: Piece, gradient: Tensor) -> Sums:
-    """Compute the loss of one piece and write the gradient of its hidden states into `gradient`.
+    """Compute the loss of one piece and write its gradient with respect to the hidden states into `gradient`.
 
     This is a separate function so that the logits are freed on return.
     """

@@ -156,7 +156,7 @@ def _softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _piece_weights(confidence: Tensor, used: Tensor, piece: Piece, objective: Objective) -> Tensor:
-    """Compute the weights [n] of a piece's slots by scattering them into the [blocks, slots] grid."""
+    """Compute the weights [n] of a piece's slots by arranging their confidence in a [blocks, slots] grid."""
     empty = torch.zeros(piece.shape, dtype=confidence.dtype, device=confidence.device)
     grid = empty.flatten().scatter(0, piece.grid_indices, confidence).view(piece.shape)
     supervised = (
