@@ -1,4 +1,4 @@
-"""Entry point of `python -m models.verify`."""
+"""Entry point for `python -m models.verify`."""
 
 from models.verify.run import main
 
