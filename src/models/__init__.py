@@ -1,1 +1,4 @@
-"""FlexDraft on tensors: target pass, drafter, losses, decoding and export. Depends on torch and transformers."""
+"""The tensor-level FlexDraft implementation: target pass, drafter, losses, decoding and export.
+
+Depends on torch and transformers.
+"""

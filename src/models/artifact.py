@@ -1,4 +1,4 @@
-"""The files of an exported drafter: their names, the config, and which ones a complete export requires.
+"""The files of an exported drafter: their names, how to read and write the config, and which files are required.
 
 Shared by the code that writes (`export`), loads and verifies drafters.
 """
@@ -18,11 +18,11 @@ CARD = "README.md"
 DECODER = Path("custom_generate", "generate.py")  # path expected by transformers
 OWN_DECODER = Path(__file__).parent / DECODER  # source file copied into exports
 RECOMMENDATION = "recommended_decoding.json"  # written by the evaluation, which never modifies exported files
-EARLIER_RECOMMENDATION = "recommended_decoding"  # where earlier versions stored it: a key in the drafter settings
+EARLIER_RECOMMENDATION = "recommended_decoding"  # key in the drafter settings under which earlier versions stored it
 DECODER_SHA256 = "custom_generate_sha256"  # hash of the exported decoder, stored in config.json
 
-# Files that an export and its run write, and that are published. Config, decoder and weights (a single file, or shards
-# with an index) are required; the recommendation is optional; model card and plots are documentation.
+# Files that training runs and exports write to the directory and that are published. Config, decoder and weights (a
+# single file, or shards with an index) are required. The recommendation, model card and plots are optional.
 FILES = (CONFIG, RECOMMENDATION, CARD, "*.safetensors", INDEX, "*.png", DECODER.as_posix())
 HARMLESS = (".gitattributes", "LICENSE*", ".cache/*", "*/__pycache__/*")  # files added by the Hub, git and Python
 
@@ -88,11 +88,11 @@ def sha256(path: Path) -> str:
 def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
     """Check that the exported decoder for plain transformers is present and unmodified.
 
-    Users run this code with `trust_remote_code=True`, so additional Python files and modifications after the
-    export are faults. An unmodified file from a different version of this project only causes a warning.
+    Users run this code with `trust_remote_code=True`, so extra Python files and edits made after the export are
+    reported as errors. An unmodified file from a different version of this project only causes a warning.
 
     Returns:
-        Faults and warnings.
+        A list of faults and a list of warnings.
     """
     faults = [
         f"{path.relative_to(directory)}: unexpected Python file, which transformers may run. Delete it."
@@ -117,7 +117,7 @@ def decoder_faults(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def file_warnings(directory: Path) -> list[str]:
-    """Return a warning that lists the unexpected files in an export directory, if there are any."""
+    """Return a list with one warning that names the unexpected files in an export directory, or an empty list."""
     files = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
     other = [name for name in files if not any(fnmatch(name, pattern) for pattern in FILES + HARMLESS)]
     return [f"unexpected files: {', '.join(other[:4])}{' ...' * (len(other) > 4)}."] if other else []

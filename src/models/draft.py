@@ -91,7 +91,7 @@ class DraftModel(nn.Module):
             nn.init.zeros_(self.bonus_slot.weight)  # no initial effect: training starts from the paper's drafter
 
     def _own_attention(self, attention: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """Return the drafter's attention for a layer: a copy, or NaN-filled if the target's is quantized or adapted."""
+        """Return the drafter's copy of a layer's attention; NaN-filled if the target's is quantized or adapted."""
         own = copy.deepcopy(attention) if is_plain(attention) else _blank(attention, self.mask_embedding.device)
         return own.to(dtype).requires_grad_(True)
 
@@ -113,7 +113,7 @@ class DraftModel(nn.Module):
         return {name: self.get_parameter(name) for name in self.config.names(stage)}
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the target's parameters in the draft layers and the final norm, by public-release names."""
+        """Return the target's parameters in the draft layers and the final norm, by name as in the public release."""
         shared = {
             f"layers.{i}.{name}": p
             for i, layer in enumerate(self.layers)

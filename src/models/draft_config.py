@@ -1,7 +1,7 @@
 """The composition of a drafter: settings, parts with their tensors, and `config.json` entries. Does not import torch.
 
-`PARTS` is the single list of all parts other than the attention copies. Training, export, loading, verification, the
-Hub check, the model card and the plan are driven by it.
+`PARTS` is the single list of all parts other than the attention copies. It drives training, export, loading,
+verification, the Hub check, the model card and the plan.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Drafter settings, with the names of `model.draft` in conf/. False or 0 disables a part.
+    """Drafter settings, named as in `model.draft` in conf/. A value of False or 0 disables the corresponding part.
 
     Raises:
         ValueError: a value is out of range.
@@ -47,7 +47,7 @@ class DraftConfig:
 
     @classmethod
     def from_artifact(cls, config: Mapping[str, Any]) -> "DraftConfig":
-        """Read the settings from an exported `config.json`, which must have no `export.config.own_faults`."""
+        """Read the settings from an exported `config.json` in which `export.config.own_faults` finds no faults."""
         settings = draft_settings(config) or {}
         return cls(
             num_layers=len(settings[IDS]),
@@ -66,7 +66,7 @@ class DraftConfig:
         }
 
     def parts(self, stage: str | None = None) -> list["Part"]:
-        """Return the drafter's parts; if `stage` is given, only those that it trains."""
+        """Return the drafter's parts or, if `stage` is given, only those that the stage trains."""
         return [part for part in PARTS if stage in (None, part.stage) and (not part.key or getattr(self, part.key))]
 
     def tensors(self, hidden: int, vocabulary: int, stage: str | None = None) -> Shapes:
@@ -113,7 +113,7 @@ class Part:
     name: str  # used in messages
     stage: str  # stage that trains it
     tensors: Callable[[DraftConfig, int, int], Shapes]  # config, hidden size, vocabulary -> shapes by exported name
-    beyond: str = ""  # what it does, for the model card; empty if the paper has it
+    beyond: str = ""  # for extensions beyond the paper: what the part does, for the model card
 
     @property
     def setting(self) -> str:

@@ -1,4 +1,4 @@
-"""Load a target's files with transformers and report damaged files by name."""
+"""Reports damaged files by name when transformers fails to load part of a target."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ def reading(name: str, what: str, files: Sequence[str]) -> Iterator[None]:
 
 
 def damaged(directory: Path, files: Sequence[str]) -> list[str]:
-    """Return the faults of existing files: JSON that is not an object, unreadable text or tensors, and empty files."""
+    """Return the faults in those files that exist: JSON other than objects, unreadable text or tensors, empty files."""
     present = [directory / file for file in files if (directory / file).exists() or (directory / file).is_symlink()]
     return [fault for path in present if (fault := _fault(path))]
 

@@ -1,4 +1,4 @@
-"""Load the frozen target and run its forward pass over clean tokens."""
+"""Loads the frozen target and runs its forward pass over clean tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,7 @@ def clean_views(target: PreTrainedModel, document_ids: Tensor, kind: str) -> lis
 
 @dataclass
 class TargetOutput:
-    """What the drafter uses from the target's forward pass over clean tokens."""
+    """The parts of the target's output for clean tokens that the drafter uses."""
 
     context: Context
     hidden: Tensor | None  # [R, T, H] after the final norm; None if not requested
