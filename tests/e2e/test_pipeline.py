@@ -145,7 +145,7 @@ def test_attention_tuning_alone_can_be_exported(trained_run, tmp_path):
 def test_a_drafter_beyond_the_paper_from_conversations_to_decoding(tmp_path, tiny_target):
     """One command trains with the full recipe; the export lists its parts and decodes in both modes."""
     shorter = ("stage.attention_tuning.steps=20", "stage.evaluate.num_prompts=3", "stage.evaluate.speed.repeats=1")
-    done = command(*SHORT, *shorter, "+recipe=beyond", "model.draft.config.chain_rank=16", "name=short", cwd=tmp_path)
+    done = command(*SHORT, *shorter, "+recipe=beyond", "model.draft.chain_rank=16", "name=short", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "checkpoints" / "short"
     assert "lossless: 3/3 prompts identical" in done.stdout and "calibrated_parallel" in done.stdout

@@ -72,4 +72,4 @@ def test_tokenizer_of_another_target(tmp_path):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
     done = command("+experiment=tiny", f"model.target.name={other}", cwd=tmp_path)
-    assert_refused(done, ["token 2047", "vocabulary ends at 999", "model.target.tokenizer"], tmp_path)
+    assert_refused(done, ["token id 2047", "largest token id is 999", "model.target.tokenizer"], tmp_path)

@@ -383,7 +383,7 @@ def test_the_plan_never_uses_the_sizes_of_another_target(tmp_path):
     wrong = command(*mine, cwd=tmp_path)
     assert wrong.returncode == 1 and "has the sizes of Qwen/Qwen3-8B. Choose model=custom" in wrong.stderr
     absent = command(*mine, "model=custom", cwd=tmp_path)
-    assert absent.returncode == 1 and "the plan downloads nothing" in absent.stderr
+    assert absent.returncode == 1 and "plan=true downloads nothing" in absent.stderr
     here = ("model=custom", f"model.target.name={TINY / 'target'}", "data.max_seq_len=320", "model.draft.num_layers=6")
     own = command("+experiment=qwen3_8b", "plan=true", "name=mine", *here, cwd=tmp_path)
     assert own.returncode == 0 and "Qwen3-8B" not in own.stdout, own.stderr

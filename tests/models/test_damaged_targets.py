@@ -154,6 +154,6 @@ def test_a_config_that_is_not_an_object_is_one_fault_even_with_altered_code(heal
     for content in ("[]", "7", "null", '"a"'):
         (export / "config.json").write_text(content)
         kind, text = outcome(export, healthy / "target")
-        assert kind == "fault" and "config.json: holds a JSON" in text
-        with pytest.raises(ValueError, match="config.json: holds a JSON"):
+        assert kind == "fault" and "config.json: contains a JSON" in text
+        with pytest.raises(ValueError, match="config.json: contains a JSON"):
             load_target(str(export))

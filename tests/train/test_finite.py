@@ -89,7 +89,7 @@ def test_too_many_consecutive_skipped_steps_end_the_run_and_the_last_good_state_
     with pytest.raises(Diverged) as ended:
         run(directory, faults=[BadLoss(range(3, 8))], most=4, keep=1)
     last = usable_checkpoint(directory)
-    assert step_of(last) == 3 and f"last good checkpoint is {last}" in str(ended.value)
+    assert step_of(last) == 3 and f"last good checkpoint, {last}." in str(ended.value)
     for part in ("Step 7: 4 steps in a row", "the loss is not finite", "stage.attention_tuning.module.learning_rate"):
         assert part in str(ended.value)
     # Without the fault, the run ends as if it had never occurred.

@@ -134,7 +134,7 @@ def test_an_interrupted_upload_goes_on(hub, sharded, tmp_path):
 @pytest.mark.slow
 def test_a_wrong_token(hub, artifact, tmp_path):
     done = script(hub, tmp_path, artifact, HF_TOKEN="hf_wrong")
-    message = "error: push to owner/drafter: the Hub rejected the token. Set another HF_TOKEN, or run "
+    message = "error: push to owner/drafter: the Hub rejected the token. Set a different HF_TOKEN, or run "
     assert done.returncode == 1 and done.stderr == message + "`hf auth login`. Nothing was uploaded.\n"
     assert not hub.repositories
 

@@ -277,8 +277,8 @@ def test_the_settings_determine_the_prompts():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"best_by": "val/tau", "decode.prompts": 0}, r"best_by=val/tau, but .*decode.prompts=0"),
-        ({"best_by": "null", "patience": 3}, "patience=3 needs .*best_by"),
+        ({"best_by": "val/tau", "decode.prompts": 0}, r"best_by=val/tau with .*decode.prompts=0"),
+        ({"best_by": "null", "patience": 3}, "patience=3 with .*best_by=null"),
         ({"patience": 0}, "patience=0: must be >= 1"),
         ({"decode.max_new_tokens": 1}, "max_new_tokens=1: must be >= 2"),
         ({"decode.batch_size": 0}, "batch_size=0: must be >= 1"),

@@ -136,4 +136,4 @@ print(stage_loggers(config, "attention_tuning", Path(sys.argv[1])))
 """
     done = run(code, tmp_path)
     assert (done.returncode == 0) == (logger == "csv"), done.stderr
-    assert logger == "csv" or "choose logger=csv" in done.stderr
+    assert logger == "csv" or "use logger=csv" in done.stderr
