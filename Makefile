@@ -20,7 +20,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check $(LINTED)

@@ -11,9 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests must not need the network
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="flexdraft-tests-")  # for this worker and its subprocesses
 
 import pytest
-from helpers.shared import SHORT, TINY, command
 
-from models.target import load_target, load_tokenizer
+# Fixtures import torch and transformers themselves: the process that only distributes the tests does not need them.
 
 # Files that take minutes run first, so that no worker starts one of them last.
 LONG = ("test_ranks", "test_wrong_calls", "test_decoding", "test_slurm", "test_configs", "test_pipeline")
@@ -35,18 +34,28 @@ def pytest_sessionfinish():
 @pytest.fixture(scope="session")
 def tiny_target():
     """The embedded target."""
+    from helpers.shared import TINY
+
+    from models.target import load_target
+
     return load_target(str(TINY / "target"))
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """The embedded target's tokenizer."""
+    from helpers.shared import TINY
+
+    from models.target import load_tokenizer
+
     return load_tokenizer(str(TINY / "target"))
 
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> Path:
     """Run directory of the short tiny experiment, all stages by one command."""
+    from helpers.shared import SHORT, command
+
     cwd = tmp_path_factory.mktemp("trained")
     done = command(*SHORT, "name=short", cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -40,7 +40,7 @@ SHAPE = DraftConfig(num_layers=3, block_size=6, calibrator_rank=0)
 OTHER_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_key_value_heads": 4, "num_hidden_layers": 4}
 
 
-@pytest.mark.slow(but="[paper-")
+@pytest.mark.slow(but="[paper-shape0-")
 @pytest.mark.parametrize("stage", TRAINED)
 @pytest.mark.parametrize("objective", [Objective(), Objective(ce=0.1, tv=0.9)], ids=["ce", "mixture"])
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_every_larger_size_takes_more_memory(stage):
         assert total(sdpa) > total() > total(flex)
 
 
-@pytest.mark.slow(but="[qwen3_8b]")
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", REAL)
 def test_the_experiments_fit_their_gpus(experiment):
     config = composed([f"+experiment={experiment}"])
@@ -253,6 +253,7 @@ def test_the_experiments_fit_their_gpus(experiment):
         assert peak_memory(config, stage, target, machine).fits
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_slightly_too_small_is_rejected_with_changes_that_fit(monkeypatch):
     config = composed(["+experiment=tiny", "model=stand_in", "trainer=gpu", "stages=[attention_tuning]"])
     need = peak_memory(config, "attention_tuning", local_config(config), machine_of(config)).bytes
@@ -335,6 +336,7 @@ def test_an_unsupported_family_is_rejected_by_the_plan():
         local_config(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smollm3", "olmo3", "granite"])
 def test_an_untested_architecture_is_planned(kind, capsys):
     assert kind not in TESTED

@@ -363,6 +363,7 @@ def test_settings_come_from_the_call_then_its_config_then_the_models_config(tmp_
     assert here(twin, draft, tmp_path / "drafter", ids, generation_config=config).shape[1] == 4
 
 
+@pytest.mark.slow
 def test_defaults_are_those_of_generate(tmp_path):
     """20 new tokens, top-k of 50 when sampling, repetition penalties."""
     target, draft = random_pair("qwen3")

@@ -142,6 +142,7 @@ def test_calibrate_must_be_a_bool(twin, drafter, calibrate):
         drafted(twin, drafter, calibrate=calibrate)
 
 
+@pytest.mark.slow(but="[0.2]")
 @pytest.mark.parametrize("threshold", [np.float64(0.2), np.float32(0.2), np.float16(0.2), np.int64(1), 0, 1])
 def test_a_threshold_may_be_any_real_number(twin, drafter, threshold):
     assert torch.equal(drafted(twin, drafter, threshold=threshold), own(twin))
@@ -174,6 +175,7 @@ ASSISTED = {
 }
 
 
+@pytest.mark.slow(but="[all]")
 @pytest.mark.parametrize("name", [*ASSISTED, "all"])
 def test_settings_of_assisted_decoding_have_no_effect(twin, drafter, name):
     for one in ASSISTED if name == "all" else [name]:

@@ -78,6 +78,7 @@ PER_ROW = {
 }
 
 
+@pytest.mark.slow(but="[state]")
 @pytest.mark.parametrize("name", PER_ROW)
 def test_row_dependent_processors_and_criteria_work_as_in_generate(twin, drafter, name):
     torch.manual_seed(1)
@@ -184,6 +185,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow(but="[LoRA merged]")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", TARGETS)
 def test_drafting_works_for_targets_with_quantized_or_adapted_projectors(twin, drafter, kind):

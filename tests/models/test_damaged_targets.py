@@ -118,6 +118,7 @@ def test_garbage_weights_are_named_and_unused_files_are_not_read(name, content, 
 VALUES = (None, "text", -1, 0, 1.5, True, [], {}, [1, "a"], {"a": 1}, float("nan"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
 def test_no_value_in_the_targets_configs_causes_a_raw_error(name, healthy, tmp_path):
     """Each value gives a result or one error that names the target or the setting."""

@@ -68,6 +68,7 @@ def of_transformers(target, prompts, **settings):
     return answers
 
 
+@pytest.mark.slow
 def test_decoders_and_the_reference_stop_where_transformers_does(target, words, prompts):
     own = of_transformers(target, prompts, tokenizer=words)
     assert sum(len(answer) < NEW_TOKENS and answer[-1] != 2 for answer in own) > 1  # the strings ended some
@@ -106,6 +107,7 @@ def test_decoding_in_training_stops_where_the_target_does(target, words, prompts
     assert all(len(answer) - 1 <= tokens <= len(answer) for tokens, answer in zip(gained, own, strict=True))
 
 
+@pytest.mark.slow
 def test_the_evaluation_compares_outputs_ended_by_stop_strings(target, words):
     talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=3, setting="x")
     how = replace(HOW, max_new_tokens=NEW_TOKENS, tokenizer=words)
@@ -118,6 +120,7 @@ def test_the_evaluation_compares_outputs_ended_by_stop_strings(target, words):
     assert found.as_dict()["generation_settings"] == {"stop_strings": STRINGS}
 
 
+@pytest.mark.slow
 def test_all_stages_and_models_verify_run(directory, tmp_path):
     few = ["stage.evaluate.num_prompts=2", "stage.evaluate.max_new_tokens=12", "stage.evaluate.speed.num_prompts=1"]
     config = composed([*SHORT, *FEW_STEPS, *few, f"model.target.name={directory}", f"run_dir={tmp_path}"])

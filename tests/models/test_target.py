@@ -111,6 +111,7 @@ def test_a_wrapped_target_is_rejected_with_a_fix(tmp_path):
         load_draft(tmp_path, None)
 
 
+@pytest.mark.slow(but="[{}-98]")
 @pytest.mark.parametrize("rows", [98, 128])
 @pytest.mark.parametrize("beyond", [{}, {"bonus_slot": True, "chain_rank": 4}, {"rank": 0}], ids=str)
 def test_a_target_with_added_embedding_rows_is_decoded_losslessly(rows, beyond, tmp_path):

@@ -40,6 +40,7 @@ def files_of(place: Path) -> set[str]:
     return {name for name in files if not name.split("/")[0].endswith((".egg-info", ".dist-info"))}
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_module_and_file_of_data_and_nothing_else(installed):
     source = installed.parent / "source"
     expected = files_of(source / "src") | {f"data/conf/{name}" for name in files_of(source / "conf")}

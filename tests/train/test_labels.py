@@ -35,6 +35,7 @@ def target_says(monkeypatch):
     return says
 
 
+@pytest.mark.slow(but="[2]")
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_stage_without_labels_is_an_error_with_a_fix(micro_batches, target_says, tmp_path):
     target_says(0.0)
@@ -60,6 +61,7 @@ def test_a_long_stage_is_checked_before_its_end(target_says, tmp_path, monkeypat
         run(tmp_path, stage=BonusCalibration, faults=[LabelledBlocks()])
 
 
+@pytest.mark.slow(but="[0.2]")
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 1.0])
 def test_a_low_fraction_of_labeled_blocks_is_a_warning_with_the_fraction(share, target_says, tmp_path, capsys):
     target_says(share)
