@@ -208,7 +208,8 @@ def test_a_token_that_may_only_read(hub, here, artifact):
 
 def test_another_owner(hub, here, artifact):
     text = (
-        "push to else/drafter: this login can write only to repositories of owner or team. Choose one of these owners."
+        "push to else/drafter: your account can write only to repositories owned by owner or team. "
+        "Choose one of those owners."
     )
     assert refused(text, artifact, drafter(repository="else/drafter"))
     push(artifact, drafter(repository="team/drafter"))
@@ -334,7 +335,7 @@ def test_a_run_is_refused_before_it_trains(hub, tmp_path, setting, environment, 
 
 def test_nothing_to_download(hub, here, tmp_path):
     cases = {
-        "owner/none": "no such directory, and no Hub repository accessible with this login",
+        "owner/none": "neither a local directory nor a Hub repository that you have access to",
         str(tmp_path / "none"): "no such directory, and not a Hub repository name",
         "none": "no such directory, and not a Hub repository name",
     }

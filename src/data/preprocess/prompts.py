@@ -71,7 +71,7 @@ def _assembled(first: str, generation_prompt: str, inserted: list[str]) -> Itera
 
 
 def _agrees(render: Render, messages: Messages, turns: list[int], inserted: tuple[str, list[str]]) -> bool:
-    """Return whether assembled prompts equal rendered ones, checking the first, the last and those at powers of two."""
+    """Spot-check that assembled prompts match rendered ones: the first `CHECKED`, the last, those at powers of two."""
     checked = {*range(CHECKED), *(1 << power for power in range(len(turns).bit_length())), len(turns) - 1}
     assembled = enumerate(_assembled(render(messages[: turns[0]], True), *inserted))
     return all(prompt == render(messages[: turns[i]], True) for i, prompt in assembled if i in checked)

@@ -60,7 +60,7 @@ class SampleLog:
         self._end += len(line)
 
     def read(self, ids: list[str]) -> Iterator[dict[str, Any]]:
-        """Yield the entries of these samples in the given order."""
+        """Yield the log entries for the given sample ids, in order."""
         with self.path.open("rb") as file:
             for sample_id in ids:
                 start, size = self.offsets[sample_id]

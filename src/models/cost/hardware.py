@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """Specification of a GPU model, from its datasheet."""
+    """Specification of a GPU model: memory as reported by CUDA, peak rates from the datasheet."""
 
     pattern: str  # regex matched against `torch.cuda.get_device_name()`
-    memory: int  # bytes reported by CUDA
+    memory: int  # bytes
     bfloat16: float  # FLOP/s of dense matrix products, without sparsity
     float32: float  # FLOP/s outside the tensor cores: PyTorch does not use TF32 unless asked to
 

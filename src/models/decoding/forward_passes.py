@@ -156,7 +156,7 @@ class ForwardPasses:
 def _views(
     rule: Callable[[int | None], Rule], windows: list[int | None], shape: tuple[int, int, int], caches: list[LayerCache]
 ) -> list[View]:
-    """Build one view per layer, with its cache and a dense mask for `shape`: rows, queries, keys."""
+    """Build one view per layer from the layer's cache and a dense mask of shape (rows, queries, keys)."""
     masks = per_window(windows, lambda window: dense(rule(window), *shape, caches[0].rows.device))
     return [View(mask, cache=cache, window=window) for mask, window, cache in zip(masks, windows, caches, strict=True)]
 

@@ -94,11 +94,12 @@ def parse_prompts(target: PreTrainedModel, input_ids: Any, attention_mask: Tenso
 
     Args:
         input_ids: a list of prompts, or [R, T] padded on either side.
-        attention_mask: [R, T] for padded prompts; None: inferred from the target's padding token, as in transformers.
+        attention_mask: [R, T] for padded prompts. If None, it is inferred from the target's padding token, as in
+            transformers.
 
     Raises:
-        ValueError: the type is wrong, there is no prompt, a prompt is empty, a token is unknown, or the mask has the
-            wrong shape or gaps.
+        ValueError: the input has the wrong type, no prompts are given, a prompt is empty, a token id is out of range,
+            or the mask has gaps or the wrong shape.
     """
     if isinstance(input_ids, Tensor):
         prompts = _without_padding(target, input_ids, attention_mask)

@@ -91,7 +91,7 @@ def config_faults(config: dict[str, Any], target: PretrainedConfig, *, complete:
 
 
 def own_faults(config: dict[str, Any]) -> list[str]:
-    """Return the faults in the drafter settings that can be detected without the target."""
+    """Return the problems in the drafter settings that can be found without loading the target."""
     settings = draft_settings(config)
     if settings is None:
         return [

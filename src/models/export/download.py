@@ -37,8 +37,8 @@ def artifact_directory(source: str | Path, *, revision: str | None = None) -> Pa
         raise ValueError(f"{name}: access to this repository is restricted. Request access on its Hub page.") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{name}: no such directory, and no Hub repository accessible with this login. For a private repository, "
-            "set HF_TOKEN or run `hf auth login`."
+            f"{name}: neither a local directory nor a Hub repository that you have access to. If it is private, set "
+            "HF_TOKEN or run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{name}: revision {revision} does not exist in this repository.") from error

@@ -121,9 +121,9 @@ def check_finite_weights(tensors: Mapping[str, Tensor], source: Path) -> None:
     """
     if names := not_finite(tensors):
         raise UserError(
-            f"{source}: non-finite values in {shortened(names)}. The file was modified, or an earlier version saved "
-            f"diverged weights. Rerun stage {source.parent.name} under a new name=..., with a lower learning rate if "
-            "training diverged."
+            f"{source}: non-finite values in {shortened(names)}. Either the file was modified, or it was saved by "
+            f"an older version of this code after training diverged. Rerun stage {source.parent.name} with a different "
+            "`name`; if training diverged, lower the learning rate."
         )
 
 

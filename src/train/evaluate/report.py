@@ -89,7 +89,7 @@ Rows = list[list[str]]  # the first row is the header
 
 
 def tables(evaluation: Evaluation) -> dict[str, Rows]:
-    """Return the tables of all results, keyed by title."""
+    """Return all result tables, keyed by title."""
     how, sampling = evaluation.how, evaluation.how.sampling
     settings = "greedy" if sampling.greedy else f"temperature {sampling.temperature}, top_p {sampling.top_p}"
     if sampling.top_k and not sampling.greedy:

@@ -1,4 +1,7 @@
-"""Lightning modules for the two training stages: trained parameters, drafter inputs, shared loss and optimizer."""
+"""Lightning modules for the two training stages.
+
+Each defines its trainable parameters and drafter inputs; the loss and the optimizer are shared.
+"""
 
 import math
 from abc import ABC, abstractmethod

@@ -95,7 +95,8 @@ def machine_of(config: DictConfig) -> Machine:
     kind = "cuda" if trainer.get("accelerator") == "gpu" else accelerator(config)
     if kind == "mps":
         raise UserError(
-            "trainer.accelerator: plan=true does not support Apple GPUs. Set cpu, or gpu with hardware.gpu."
+            "plan=true does not support Apple GPUs. Set trainer.accelerator=cpu, or trainer.accelerator=gpu with "
+            "hardware.gpu set to the GPU to plan for."
         )
     if kind == "cpu":
         count = device_count(config, 1)

@@ -162,8 +162,8 @@ def _check_owner(name: str, login: dict[str, Any]) -> None:
     owners = [login["name"], *(organization["name"] for organization in login.get("orgs", []))]
     if name.split("/")[0] not in owners:
         raise UserError(
-            f"push to {name}: this login can write only to repositories of {' or '.join(owners)}. Choose one of these "
-            "owners."
+            f"push to {name}: your account can write only to repositories owned by {' or '.join(owners)}. Choose one "
+            "of those owners."
         )
     if login.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(
