@@ -1,12 +1,11 @@
 """The composition of a drafter: settings, parts with their tensors, and `config.json` entries. Does not import torch.
 
 `PARTS` is the single list of all parts other than the attention copies. It drives training, export, loading,
-verification, the Hub check, the model card and the plan.
+verification, the Hub check and the model card.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from math import prod
 from typing import Any
 
 ATTENTION_TUNING, BONUS_CALIBRATION = "attention_tuning", "bonus_calibration"  # training stages
@@ -84,10 +83,6 @@ class DraftConfig:
     def names(self, stage: str | None = None) -> list[str]:
         """Return the exported names of all tensors in `parts(stage)`."""
         return list(self.tensors(1, 1, stage))
-
-    def parameters(self, hidden: int, vocabulary: int, stage: str | None = None) -> int:
-        """Return the number of parameters in `parts(stage)`; arguments as in `tensors`."""
-        return sum(prod(shape) for shape in self.tensors(hidden, vocabulary, stage).values())
 
     def uncalibrated(self) -> "DraftConfig":
         """Return a copy of the settings with the parts trained in stage 2 disabled."""

@@ -26,7 +26,7 @@ from models.lora import LoraDraft, save_adapter
 from train.checkpoint.checkpoints import check_final_weights, checkpointer
 from train.context import Resources
 from train.disk_space import ADAPTER, check_shared_memory
-from train.endings.finite import callbacks_of, check_finite_weights, read_finite, skipped_steps
+from train.endings.finite import callbacks_of, read_finite, skipped_steps
 from train.endings.preemption import agreed_signal, set_training
 from train.evaluate.acceptance import Variant
 from train.evaluate.report import markdown, plot_acceptance, plot_speed, print_report
@@ -87,7 +87,6 @@ def evaluate(config: DictConfig, directory: Path, resources: Resources) -> dict[
         draft = load_draft(exported, target).to(target.device)
     except ValueError as error:
         raise UserError(f"{exported}: failed to load the exported drafter. {error}") from error
-    check_finite_weights(draft.own_parameters(), exported / "model.safetensors")
     variants = _variants(draft, list(settings.variants))
     evaluation = evaluate_drafter(
         target,

@@ -191,7 +191,7 @@ def test_a_large_vocabulary_costs_its_head_and_one_chunk_of_logits(tmp_path, mon
         pytest.param(["--device=cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
     ],
 )
-def test_wrong_calls_are_told_in_a_line_before_anything_is_made(options, said, monkeypatch, capsys):
+def test_a_wrong_call_is_a_one_line_error_before_any_work(options, said, monkeypatch, capsys):
     monkeypatch.setattr(bench_train_step, "Training", None)
     with pytest.raises(SystemExit) as stopped:
         called(monkeypatch, *SMALL, *options)

@@ -182,11 +182,11 @@ def test_its_examples_load_it_by_name():
 @pytest.mark.parametrize(
     "given, shown",
     [
-        ("data.path=/home/me/private/talk.jsonl", "data.path=talk.jsonl"),
+        ("data.path=/srv/private/talk.jsonl", "data.path=talk.jsonl"),
         ("data.path=~/talk.jsonl", "data.path=talk.jsonl"),
         ("data.path=../talk.jsonl", "data.path=talk.jsonl"),
         ("data.path=[{path: /a/b.jsonl, weight: 2}, c/d/e.jsonl]", "data.path=[{path: b.jsonl, weight: 2}, e.jsonl]"),
-        ("data.path=/home/anna b/my data/secret project/x.jsonl", "data.path=x.jsonl"),
+        ("data.path=/srv/anna b/my data/secret project/x.jsonl", "data.path=x.jsonl"),
         ("data.path=https://host/x.jsonl?token=abc123", "data.path=x.jsonl"),
         ("data.path=C:\\Users\\me\\x.jsonl", "data.path=x.jsonl"),
         ("model.target.name=Qwen/Qwen3-8B", "model.target.name=Qwen/Qwen3-8B"),

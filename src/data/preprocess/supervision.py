@@ -3,7 +3,7 @@
 A supervised answer follows the same prompt that decoding starts from: the earlier messages and the generation prompt.
 The answer consists of the text that the target would write and the token at which generation stops. Answers whose
 prompts extend one another share one text. If the template rewrites history, e.g. by dropping earlier reasoning, an
-answer gets a text of its own. `{% generation %}` markers are ignored, because some templates put headers inside them.
+answer gets a separate text. `{% generation %}` markers are ignored, because some templates put headers inside them.
 """
 
 import re

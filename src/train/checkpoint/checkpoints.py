@@ -120,7 +120,7 @@ class Checkpoints(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
         if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # makes Lightning validate before stopping, whatever the step
+            trainer.should_stop = True  # Lightning then validates before stopping, even between validations
         if not self._validates(trainer):
             self._boundary(trainer)
 

@@ -109,22 +109,13 @@ def read_finite(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: not a valid safetensors file ({error}).") from error
-    check_finite_weights(tensors, path)
-    return tensors
-
-
-def check_finite_weights(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Check that the weights that a stage starts from are finite.
-
-    Raises:
-        UserError: a weight is not finite.
-    """
     if names := not_finite(tensors):
         raise UserError(
-            f"{source}: non-finite values in {shortened(names)}. Either the file was modified, or it was saved by "
-            f"an older version of this code after training diverged. Rerun stage {source.parent.name} with a different "
+            f"{path}: non-finite values in {shortened(names)}. Either the file was modified, or it was saved by an "
+            f"older version of this code after training diverged. Rerun stage {path.parent.name} with a different "
             "`name`; if training diverged, lower the learning rate."
         )
+    return tensors
 
 
 def check_state(trainer: lightning.Trainer, tensors: dict[str, Tensor], directory: Path, what: str) -> None:

@@ -54,11 +54,7 @@ def finished_weights(run_dir: Path) -> Path:
     tuned, calibrated = (run_dir / stage / WEIGHTS for stage in ("attention_tuning", "bonus_calibration"))
     done = read_record(run_dir / "records" / "bonus_calibration.done.json")
     if done is not None:
-        if not calibrated.exists():
-            raise UserError(
-                f"{calibrated} is missing, but stage bonus_calibration is recorded as finished. Restore the file, or "
-                "retrain with overwrite=bonus_calibration."
-            )
+        _check_present(calibrated)
         before = done.get("settings", {}).get("inputs", {}).get(f"attention_tuning/{WEIGHTS}")
         if before and tuned.exists() and file_sha256(tuned) != before:
             raise UserError(
@@ -66,11 +62,21 @@ def finished_weights(run_dir: Path) -> Path:
                 "Rerun with overwrite=[bonus_calibration,export,evaluate]."
             )
         return calibrated
-    if (run_dir / "records" / "attention_tuning.done.json").exists() and tuned.exists():
+    if (run_dir / "records" / "attention_tuning.done.json").exists():
+        _check_present(tuned)
         return tuned
     raise UserError(
         f"{run_dir} contains no trained drafter. Run with stages=[attention_tuning,bonus_calibration] first."
     )
+
+
+def _check_present(weights: Path) -> None:
+    stage = weights.parent.name
+    if not weights.exists():
+        raise UserError(
+            f"{weights} is missing, but stage {stage} is recorded as finished. Restore the file, or retrain with "
+            f"overwrite={stage}."
+        )
 
 
 def facts_in(file: Path, now: dict[str, Any]) -> dict[str, Any]:
