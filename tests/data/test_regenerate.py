@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import data.regenerate.run
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.regenerate.conversation import Conversation, Sampling, repeats
+from data.regenerate.conversation import Sample, Sampling, repeats
 from data.regenerate.local_backend import LocalBackend
 from data.regenerate.sample_log import SampleLog
 
@@ -196,7 +196,7 @@ def test_a_question_that_always_breaks_the_server_does_not_block_the_others(tmp_
             Sampling(**how, repeat_words=9, repeat_times=3), {}, url=stub.url, model="m", in_flight=2, patience=60,
             timeout=10, key_file=None, extra={},
         )  # fmt: skip
-        conversations = [Conversation(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
+        conversations = [Sample(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
         backend.run(conversations, lambda e: found.update({e.id: e.outcome}), answered_before=False)
     assert found.pop("1").startswith("refused: no answer after 6 attempts") and set(found.values()) == {"kept"}
 
@@ -351,7 +351,7 @@ def local(tokenizer, name=TINY / "target", **changes):
 def answers(backend, questions):
     found = {}
     backend.run(
-        [Conversation(str(i), list(q)) for i, q in enumerate(questions)],
+        [Sample(str(i), list(q)) for i, q in enumerate(questions)],
         lambda c: found.update({c.id: c}),
         answered_before=False,
     )

@@ -1,4 +1,4 @@
-"""Conversation state during regeneration, and filters for bad answers."""
+"""State of a sample during regeneration, and filters for bad answers."""
 
 import hashlib
 from collections import Counter
@@ -45,12 +45,13 @@ def repeats(text: str, words: int, times: int) -> bool:
 
 
 @dataclass
-class Conversation:
+class Sample:
     """A conversation that is answered turn by turn."""
 
     id: str
     questions: Messages  # system and user turns
     messages: Messages = field(default_factory=list)
+    token_ids: dict[int, list[int]] = field(default_factory=dict)  # answers as the target wrote them, by message index
     outcome: str | None = None
     tokens: int = 0
 
@@ -61,10 +62,23 @@ class Conversation:
         self.messages += self.questions[asked : user + 1]
         return self.messages
 
-    def answer(self, message: dict[str, str], complete: bool, tokens: int, sampling: Sampling) -> None:
-        """Append an answer. If it is the last one or must be dropped, set `outcome`."""
+    def answer(
+        self, message: dict[str, str], token_ids: list[int] | None, complete: bool, tokens: int, sampling: Sampling
+    ) -> None:
+        """Append an answer. If it is the last one or must be dropped, set `outcome`.
+
+        Args:
+            message: the answer's text, with the keys of an assistant message except its role.
+            token_ids: the answer's tokens as the target wrote them, with the stop token if it wrote one. None if the
+                server does not return them.
+            complete: whether the target ended the answer. False at the token limit.
+            tokens: number of tokens generated.
+            sampling: the answer filters.
+        """
         if not complete:  # servers strip truncated answers; do the same, so that both backends match
             message = {**message, "content": message["content"].rstrip()}
+        if token_ids is not None:
+            self.token_ids[len(self.messages)] = token_ids
         self.messages.append({"role": "assistant", **message})
         self.tokens += tokens
         outcome = sampling.outcome(message["content"], complete)
@@ -73,13 +87,13 @@ class Conversation:
             self.outcome = outcome
 
 
-OnFinish = Callable[[Conversation], None]
+OnFinish = Callable[[Sample], None]
 
 
 class Backend(Protocol):
     """Interface of the backends that generate answers: `LocalBackend` and `ServerBackend`."""
 
-    def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
+    def run(self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool) -> None:
         """Answer every question in every conversation.
 
         Args:

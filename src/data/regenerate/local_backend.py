@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.regenerate.conversation import REFUSED, Conversation, OnFinish, Sampling, derive_seed
+from data.regenerate.conversation import REFUSED, OnFinish, Sample, Sampling, derive_seed
 
 # Sampling parameters in transformers whose values in the target's generation config are ignored.
 SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -62,39 +62,39 @@ class LocalBackend:
             **({} if greedy else sampled),
         }
 
-    def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
-        """Answer every question in every conversation. `answered_before` is ignored."""
-        conversations = iter(conversations)
-        while active := list(islice(conversations, self.batch_size * WINDOW)):
+    def run(self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool) -> None:
+        """Answer every question in every sample. `answered_before` is ignored."""
+        samples = iter(samples)
+        while active := list(islice(samples, self.batch_size * WINDOW)):
             while active:
                 self._round(active, on_finish)
-                active = [conversation for conversation in active if conversation.outcome is None]
+                active = [sample for sample in active if sample.outcome is None]
 
-    def _round(self, active: list[Conversation], on_finish: OnFinish) -> None:
-        """Answer the next question in each active conversation."""
+    def _round(self, active: list[Sample], on_finish: OnFinish) -> None:
+        """Answer the next question in each active sample."""
         asked = []
-        for conversation in active:
+        for sample in active:
             try:
-                prompt = self.encoder.prompt(conversation.ask())
+                prompt = self.encoder.prompt(sample.ask())
                 if len(prompt) > self.limit:
                     raise BadRecord(
                         f"the prompt has {len(prompt)} tokens, which leaves no room for "
                         f"max_new_tokens={self.sampling.max_new_tokens}"
                     )
-                asked.append((prompt, conversation))
+                asked.append((prompt, sample))
             except BadRecord as error:
-                conversation.outcome = f"{REFUSED}: {error}"
-                on_finish(conversation)
+                sample.outcome = f"{REFUSED}: {error}"
+                on_finish(sample)
         asked.sort(key=lambda pair: -len(pair[0]))
         for start in range(0, len(asked), self.batch_size):
             batch = asked[start : start + self.batch_size]
-            for (_, conversation), tokens in zip(batch, self._generate([prompt for prompt, _ in batch]), strict=True):
+            for (_, sample), tokens in zip(batch, self._generate([prompt for prompt, _ in batch]), strict=True):
                 complete = bool(tokens) and tokens[-1] in self.ends
                 # `decode` is annotated to return str or list, but returns a list only for batches.
                 text = str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-                conversation.answer({"content": text}, complete, len(tokens), self.sampling)
-                if conversation.outcome:
-                    on_finish(conversation)
+                sample.answer({"content": text}, tokens, complete, len(tokens), self.sampling)
+                if sample.outcome:
+                    on_finish(sample)
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]]) -> list[list[int]]:

@@ -29,7 +29,7 @@ from data.config.compose import plain
 from data.config.unused import Unused, check_unused
 from data.config.validate import check_choices, command_line
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import KEPT, Backend, Conversation, Sampling
+from data.regenerate.conversation import KEPT, Backend, Sample, Sampling
 from data.regenerate.sample_log import SampleLog
 from data.sources.readers import RawRecord, Source, fingerprint, open_sources, read_all
 from data.sources.records import questions
@@ -121,11 +121,11 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     counts: Counter[str] = Counter()
     with tqdm(total=len(ids), initial=len(ids) - remaining, desc="regenerating", unit=" conversations") as bar:
 
-        def on_finish(conversation: Conversation) -> None:
-            outcome = str(conversation.outcome)
-            entry = {"outcome": outcome, "tokens": conversation.tokens, "messages": conversation.messages}
-            log.add(conversation.id, entry)
-            counts["tokens"] += conversation.tokens
+        def on_finish(sample: Sample) -> None:
+            outcome = str(sample.outcome)
+            entry = {"outcome": outcome, "tokens": sample.tokens, "messages": sample.messages}
+            log.add(sample.id, entry)
+            counts["tokens"] += sample.tokens
             counts["dropped"] += outcome != KEPT
             bar.update()
             speed = counts["tokens"] / max(1e-9, bar.format_dict["elapsed"])
@@ -180,12 +180,12 @@ def _numbered(sources: list[Source]) -> Iterator[tuple[int, Source, RawRecord]]:
     return ((number, source, raw) for number, source in enumerate(sources) for _, raw in read_all([source]))
 
 
-def _unfinished(sources: list[Source], ids: dict[tuple[int, int], str], log: SampleLog) -> Iterator[Conversation]:
+def _unfinished(sources: list[Source], ids: dict[tuple[int, int], str], log: SampleLog) -> Iterator[Sample]:
     """Yield the conversations that are not in the log yet."""
     for number, _, raw in _numbered(sources):
         sample_id = ids.get((number, raw.position))
         if sample_id is not None and sample_id not in log:
-            yield Conversation(sample_id, raw.parse(questions))
+            yield Sample(sample_id, raw.parse(questions))
 
 
 def _backend(config: DictConfig) -> Backend:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import REFUSED, Conversation, OnFinish, Sampling, derive_seed
+from data.regenerate.conversation import REFUSED, OnFinish, Sample, Sampling, derive_seed
 from data.sources.records import Messages
 
 FIRST_REJECTIONS = 20  # give up after this many rejections if no request has been answered yet
@@ -39,10 +39,10 @@ class ServerBackend:
         self.headers = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
         self.unavailable_since: float | None = None
         self.answered = False
-        self.rejected: list[Conversation] = []
+        self.rejected: list[Sample] = []
 
-    def run(self, conversations: Iterable[Conversation], on_finish: OnFinish, *, answered_before: bool) -> None:
-        """Answer every question in every conversation, with up to `in_flight` concurrent requests.
+    def run(self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool) -> None:
+        """Answer every question in every sample, with up to `in_flight` concurrent requests.
 
         Rejected conversations are held back until the server has answered a request, in this run or in an earlier one
         (`answered_before`). Until then, a rejection may mean that the settings are invalid for every request.
@@ -52,39 +52,38 @@ class ServerBackend:
         """
         self.answered, self.rejected = answered_before, []
         try:
-            asyncio.run(self._all(iter(conversations), on_finish))
+            asyncio.run(self._all(iter(samples), on_finish))
         except* UserError as errors:
             raise errors.exceptions[0] from None
         if self.rejected:
             raise self._rejection_error(str(self.rejected[0].outcome))
 
-    async def _all(self, conversations: Iterator[Conversation], on_finish: OnFinish) -> None:
+    async def _all(self, samples: Iterator[Sample], on_finish: OnFinish) -> None:
         limits = httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
         async with (
             httpx.AsyncClient(timeout=self.timeout, limits=limits, headers=self.headers) as client,
             asyncio.TaskGroup() as workers,
         ):
             for _ in range(self.in_flight):
-                workers.create_task(self._worker(client, conversations, on_finish))
+                workers.create_task(self._worker(client, samples, on_finish))
 
-    async def _worker(
-        self, client: httpx.AsyncClient, conversations: Iterator[Conversation], on_finish: OnFinish
-    ) -> None:
-        for conversation in conversations:  # iterator shared by all workers
-            while conversation.outcome is None:
-                seed = derive_seed(self.sampling.seed, f"{conversation.id}/{len(conversation.messages)}")
+    async def _worker(self, client: httpx.AsyncClient, samples: Iterator[Sample], on_finish: OnFinish) -> None:
+        for sample in samples:  # iterator shared by all workers
+            while sample.outcome is None:
+                seed = derive_seed(self.sampling.seed, f"{sample.id}/{len(sample.messages)}")
                 try:
-                    conversation.answer(*await self._ask(client, conversation.ask(), seed), self.sampling)
+                    message, complete, tokens = await self._ask(client, sample.ask(), seed)
+                    sample.answer(message, None, complete, tokens, self.sampling)
                 except BadRecord as error:
-                    conversation.outcome = f"{REFUSED}: {error}"
+                    sample.outcome = f"{REFUSED}: {error}"
             if self.answered:
-                for finished in (*self.rejected, conversation):
+                for finished in (*self.rejected, sample):
                     on_finish(finished)
                 self.rejected = []
             else:
-                self.rejected.append(conversation)
+                self.rejected.append(sample)
                 if len(self.rejected) >= FIRST_REJECTIONS:
-                    raise self._rejection_error(str(conversation.outcome))
+                    raise self._rejection_error(str(sample.outcome))
 
     async def _ask(self, client: httpx.AsyncClient, messages: Messages, seed: int) -> tuple[dict[str, str], bool, int]:
         """Request an answer and parse it with `_read`. Retry with backoff while the server is unavailable.
