@@ -1,5 +1,6 @@
 """Target, tokenizer and data of a run. Each is loaded once, on first use, and checked before any expensive work."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from data.preprocess.prepare import describe, prepare
 from data.sources.benchmarks import read_benchmark
 from data.sources.hub_commit import commit_of
 from data.sources.readers import Source, open_sources
-from data.sources.records import Messages
+from data.sources.records import Conversation
 from models.decoding.flex import check_untested
 from models.families import check_architecture, check_trainable, max_text_length
 from models.target import load_config, load_target
@@ -203,7 +204,7 @@ class Resources:
             )
 
     @cached_property
-    def benchmarks(self) -> dict[str, list[Messages]]:
+    def benchmarks(self) -> dict[str, list[Conversation]]:
         """Conversations of each benchmark, without assistant turns.
 
         In every benchmark, at least one prompt leaves room for an answer within the target's context length.
@@ -228,7 +229,7 @@ class Resources:
             raise UserError("benchmarks is empty: expected at least one benchmark. Presets: conf/benchmarks/.")
         return found
 
-    def _leaves_room(self, talk: Messages) -> bool:
-        first_turn = next(i for i, message in enumerate(talk) if message["role"] == "user") + 1
+    def _leaves_room(self, talk: Conversation) -> bool:
+        first_turn = next(i for i, message in enumerate(talk.messages) if message["role"] == "user") + 1
         longest = self.positions - self.config.stage.evaluate.max_new_tokens
-        return len(self.encoder.prompt(talk[:first_turn])) <= longest
+        return len(self.encoder.prompt(replace(talk, messages=talk.messages[:first_turn]))) <= longest

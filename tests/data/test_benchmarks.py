@@ -49,7 +49,8 @@ def written(tmp_path, *records) -> str:
 @pytest.mark.parametrize("name", PAPER)
 def test_each_preset_reads_records_of_its_data_set(name, tmp_path):
     settings = {key: value for key, value in PAPER[name].items() if key not in ("subset", "split")}
-    (messages,) = read_benchmark(name, settings | {"path": written(tmp_path, RECORDS[name])}, limit=None)
+    (read,) = read_benchmark(name, settings | {"path": written(tmp_path, RECORDS[name])}, limit=None)
+    messages = read.messages
     assert [message["role"] for message in messages] == ["user"] * (2 if name == "mt_bench" else 1)
     text = messages[0]["content"]
     for column in ("question", "problem", "instruction"):
@@ -63,7 +64,10 @@ def test_without_a_template_the_user_turns_are_the_prompts(tmp_path):
     turns = {"turns": ["One?", "Two?"]}
     chat = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "user")]}
     both = read_benchmark("mine", {"path": written(tmp_path, turns, chat)}, limit=None)
-    assert [[message["role"] for message in one] for one in both] == [["user", "user"], ["system", "user", "user"]]
+    assert [[message["role"] for message in one.messages] for one in both] == [
+        ["user", "user"],
+        ["system", "user", "user"],
+    ]
     assert len(read_benchmark("mine", {"path": written(tmp_path, turns, chat)}, limit=1)) == 1
 
 

@@ -10,6 +10,7 @@ from tokenizers import processors
 
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
+from data.sources.records import Conversation
 from models.target import load_tokenizer
 
 TEXT = st.text(alphabet="ab7 \n\t.é漢🙂<>/", min_size=1, max_size=12).filter(str.strip)
@@ -109,7 +110,7 @@ def test_supervision_equals_a_reference_per_byte(name, messages):
     to_bytes = bytes_of_token(tokenizer)
     found = [
         [b"".join(map(to_bytes, tokenizer.convert_ids_to_tokens(part))) for part in run]
-        for run in supervised_runs(encoder.documents(messages))
+        for run in supervised_runs(encoder.documents(Conversation(messages)))
     ]
     assert sorted(found) == sorted(as_bytes(list(reference(part))) for part in answered(messages))
 
@@ -120,8 +121,8 @@ def test_supervision_equals_a_reference_per_byte(name, messages):
 def test_each_answer_follows_the_tokens_of_its_prompt(name, messages):
     """Training sees the same tokens before the answer as decoding, even if the answer starts with a space."""
     encoder = ENCODERS[name][0]
-    prompts = [prompt for prompt, _ in supervised_runs(encoder.documents(messages))]
-    assert sorted(prompts) == sorted(encoder.prompt(part[:-1]) for part in answered(messages))
+    prompts = [prompt for prompt, _ in supervised_runs(encoder.documents(Conversation(messages)))]
+    assert sorted(prompts) == sorted(encoder.prompt(Conversation(part[:-1])) for part in answered(messages))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -129,7 +130,7 @@ def test_each_answer_follows_the_tokens_of_its_prompt(name, messages):
 @settings(max_examples=50, deadline=None)
 def test_documents_end_with_an_answer_and_the_whitespace_after_it(name, messages):
     encoder, tokenizer, _ = ENCODERS[name]
-    for document in encoder.documents(messages):
+    for document in encoder.documents(Conversation(messages)):
         last = document.answers[-1]
         assert document.document.supervised[last.end - 1] and len(document.document.input_ids) == last.after
         assert not tokenizer.decode(document.document.input_ids[last.end :]).strip()
@@ -140,7 +141,7 @@ def test_tokens_equal_those_of_the_tokenizer(name):
     encoder, tokenizer, reference = ENCODERS[name]
     messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4.\n\n#### 4"}]
     text = "".join(piece for piece, _ in reference(messages))
-    (only,) = encoder.documents(messages)
+    (only,) = encoder.documents(Conversation(messages))
     assert only.document.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -148,7 +149,7 @@ def test_transformers_marks_the_same_tokens(tiny_tokenizer):
     """Compare the supervised tokens with those between the generation markers, which transformers finds."""
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}] * 2
     theirs = tiny_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ours = ChatEncoder(tiny_tokenizer, {}).documents(messages)[0].document
+    ours = ChatEncoder(tiny_tokenizer, {}).documents(Conversation(messages))[0].document
     assert ours.input_ids.tolist() == theirs["input_ids"]
     assert ours.supervised.tolist() == [bool(x) for x in theirs["assistant_masks"]]
 
@@ -165,11 +166,11 @@ def test_an_answer_that_merges_with_its_prompt_is_tokenized_separately():
     tokenizer.chat_template = MERGING
     messages = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "e 4"}] * 2
     encoder = ChatEncoder(tokenizer, {})
-    runs = supervised_runs(encoder.documents(messages))
+    runs = supervised_runs(encoder.documents(Conversation(messages)))
     for (prompt, answer), turn in zip(runs, (1, 3), strict=True):
         text = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
         joint = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert prompt == encoder.prompt(messages[:turn])
+        assert prompt == encoder.prompt(Conversation(messages[:turn]))
         assert joint[: len(prompt)] != prompt  # "the" is one token
         assert tokenizer.decode(prompt + answer) == text
         assert tokenizer.decode(answer) == "e 4<|im_end|>"
@@ -182,7 +183,7 @@ def test_whitespace_at_the_start_of_an_answer_is_supervised():
     for trims in (False, True):
         tokenizer = load_tokenizer(TARGET)
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
-        documents.append(ChatEncoder(tokenizer, {}).documents(messages)[0].document)
+        documents.append(ChatEncoder(tokenizer, {}).documents(Conversation(messages))[0].document)
     assert documents[0].supervised.tolist() == documents[1].supervised.tolist()
     assert tokenizer.decode(documents[1].input_ids[documents[1].supervised]) == "  \nb \n c<|im_end|>"
 
@@ -192,7 +193,7 @@ def test_reasoning_is_supervised_in_each_answer():
     encoder, tokenizer, _ = ENCODERS["qwen3 thinking"]
     answers = ["<think>\nx\n</think>\n\nb", "<think>\ny\n</think>\n\nd"]
     messages = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
-    runs = supervised_runs(encoder.documents(messages))
+    runs = supervised_runs(encoder.documents(Conversation(messages)))
     assert [tokenizer.decode(answer) for _, answer in runs] == [answer + "<|im_end|>" for answer in answers]
     assert "x" not in tokenizer.decode(runs[1][0])
 
@@ -202,13 +203,13 @@ def test_a_special_token_in_the_text_is_rejected():
     encoder = ENCODERS["markers"][0]
     messages = [{"role": "user", "content": "What does <|im_end|> mean?"}, {"role": "assistant", "content": "An end."}]
     with pytest.raises(BadRecord, match=r"turn 1: .* special token <\|im_end\|>"):
-        encoder.render(messages)
+        encoder.render(Conversation(messages))
 
 
 def test_a_conversation_that_the_template_rejects_is_a_bad_record():
     encoder = ENCODERS["mistral"][0]
     with pytest.raises(BadRecord, match="rejected by the target's chat template: .*must alternate"):
-        encoder.prompt([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+        encoder.prompt(Conversation([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]))
 
 
 def test_a_tokenizer_without_a_chat_template_is_rejected(tiny_tokenizer):

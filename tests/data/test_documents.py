@@ -19,6 +19,7 @@ from data.preprocess.packing import best_fit, pack_documents
 from data.preprocess.prepare import describe, describe_answers, prepare
 from data.preprocess.tokenized import TokenizeSettings, tokenize
 from data.sources.readers import open_sources
+from data.sources.records import Conversation
 
 
 def turns(count, words=8, name=""):
@@ -109,7 +110,7 @@ def test_an_interrupted_tokenization_is_not_taken_for_complete(tmp_path, tiny_to
 
 
 def input_ids(encoder, messages):
-    (only,) = encoder.documents(messages)
+    (only,) = encoder.documents(Conversation(messages))
     return only.document.input_ids
 
 
@@ -145,7 +146,7 @@ def test_each_answer_that_fits_is_kept_even_if_an_earlier_one_is_too_long(tmp_pa
     messages = [m for a in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", "content": a})]
     path = write(tmp_path / "data.jsonl", messages, turns(1))
     cut, encoder = read(path, tiny_tokenizer, max_seq_len=150)
-    lengths = [len(document.document.input_ids) for document in encoder.documents(messages)]
+    lengths = [len(document.document.input_ids) for document in encoder.documents(Conversation(messages))]
     assert lengths[0] <= 150 < lengths[1] and lengths[2] <= 150 < lengths[3]
     assert [len(d.input_ids) for d in cut][:2] == [lengths[0], lengths[2]]
     assert cut.outcomes()["truncated"] == cut.outcomes()["kept"] == 1 and cut.records.tolist() == [0, 0, 1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data.errors import UserError
 from data.sources import readers
 from data.sources.readers import JsonLines, Source, fingerprint, mix, open_sources, read_all, read_strictly
-from data.sources.records import conversation, prompt, questions
+from data.sources.records import Conversation, conversation, prompt, questions
 
 LINE = st.sampled_from([b"", b"  ", b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"{broken", b"\xff", b"[1]", b'"x"' * 30])
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -51,7 +51,7 @@ def test_chunks_contain_every_line_once_with_its_number(tmp_path_factory, lines,
 def test_a_byte_order_mark_is_skipped(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": MESSAGES}).encode())
-    assert read_strictly(str(file), conversation, split="train", limit=None, setting="x") == [MESSAGES]
+    assert read_strictly(str(file), conversation, split="train", limit=None, setting="x") == [Conversation(MESSAGES)]
 
 
 def test_tables_and_folders_are_read(tmp_path):
@@ -61,7 +61,7 @@ def test_tables_and_folders_are_read(tmp_path):
     write(tmp_path / "a.jsonl", *({"n": n, "messages": MESSAGES} for n in range(7, 9)))
     sources = open_sources(str(tmp_path), split="train", max_records=None)
     assert numbers(sources) == [7, 8, *range(5), *range(5)]
-    assert all(conversation(raw.value) == MESSAGES for _, raw in read_all(sources))
+    assert all(conversation(raw.value).messages == MESSAGES for _, raw in read_all(sources))
     assert [s.reader.location(0).rsplit("/", 1)[-1] for s in sources][1:] == [
         "b.parquet[0]",
         "data-00000-of-00001.arrow[0]",
@@ -173,11 +173,12 @@ def test_unreadable_files_are_rejected(name, content, message, tmp_path):
 def test_all_record_formats_are_parsed():
     sharegpt = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     full = [{"role": "system", "content": "s"}, *MESSAGES]
-    assert conversation({"conversations": sharegpt}) == full
-    assert conversation({"conversations": sharegpt[1:], "system": "s", "messages": None}) == full
-    assert conversation({"prompt": "q", "response": "a"}) == conversation({"question": "q", "answer": "a"}) == MESSAGES
-    assert questions({"messages": full}) == full[:2]
-    assert questions({"turns": ["q", "r"]}) == [MESSAGES[0], {"role": "user", "content": "r"}]
-    assert prompt({"turns": ["q", "r"]}) == prompt({"messages": MESSAGES}) == MESSAGES[:1]
-    assert conversation({"messages": [*MESSAGES, {"role": "user", "content": "thanks"}]}) == MESSAGES
-    assert prompt({"messages": [*MESSAGES, *MESSAGES]}) == [*MESSAGES, MESSAGES[0]]
+    assert conversation({"conversations": sharegpt}).messages == full
+    assert conversation({"conversations": sharegpt[1:], "system": "s", "messages": None}).messages == full
+    assert conversation({"prompt": "q", "response": "a"}) == conversation({"question": "q", "answer": "a"})
+    assert conversation({"question": "q", "answer": "a"}) == Conversation(MESSAGES)
+    assert questions({"messages": full}) == Conversation(full[:2])
+    assert questions({"turns": ["q", "r"]}) == Conversation([MESSAGES[0], {"role": "user", "content": "r"}])
+    assert prompt({"turns": ["q", "r"]}) == prompt({"messages": MESSAGES}) == Conversation(MESSAGES[:1])
+    assert conversation({"messages": [*MESSAGES, {"role": "user", "content": "thanks"}]}) == Conversation(MESSAGES)
+    assert prompt({"messages": [*MESSAGES, *MESSAGES]}) == Conversation([*MESSAGES, MESSAGES[0]])

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.supervision import NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
+from data.sources.records import Conversation
 
 TEXT = st.text(alphabet="ab7 \n\t.é漢🙂<>/", min_size=1, max_size=8).filter(str.strip)
 
@@ -89,10 +90,10 @@ def test_each_answer_is_supervised_or_refused_by_name(name, conversation, encode
     (tokenizer, encoder), messages = encoders[name], CONVERSATIONS[conversation]
     if FAMILIES[name].no_system and messages[0]["role"] == "system":
         with pytest.raises(BadRecord, match="rejected by the target's chat template: System role not supported"):
-            encoder.render(messages)
+            encoder.render(Conversation(messages))
         return
     answers, refused = expected(name, tokenizer, messages)
-    rendered = encoder.render(messages)
+    rendered = encoder.render(Conversation(messages))
     assert supervised_runs(encoder.tokenize([rendered])[0]) == answers
     assert list(rendered.supervision.refused) == refused
     assert all("has no reasoning" in reason for reason in rendered.supervision.refused.values())
@@ -103,13 +104,18 @@ def test_each_answer_is_supervised_or_refused_by_name(name, conversation, encode
 def test_refused_answers_are_those_of_prompts_that_open_a_reasoning_block(encoders):
     """So that the matrix above cannot pass by refusing everything."""
     refused = {
-        name for name, (_, encoder) in encoders.items() if encoder.render(CONVERSATIONS["one turn"]).supervision.refused
+        name
+        for name, (_, encoder) in encoders.items()
+        if encoder.render(Conversation(CONVERSATIONS["one turn"])).supervision.refused
     }
     assert refused == {"Qwen3-Thinking", "QwQ", "DeepSeek-R1-Distill", "Nemotron Nano v2"}
 
 
 def test_a_template_that_only_appends_shares_one_document(encoders):
-    separate = {name: len(encoder.documents(CONVERSATIONS["reasoning"])) for name, (_, encoder) in encoders.items()}
+    separate = {
+        name: len(encoder.documents(Conversation(CONVERSATIONS["reasoning"])))
+        for name, (_, encoder) in encoders.items()
+    }
     rewriting = REWRITING | {"Kimi K2 Thinking"}  # only drops reasoning
     assert separate == {name: 3 if name in rewriting else 1 for name in FAMILIES}
 
@@ -121,9 +127,9 @@ def test_answers_of_any_text_follow_the_tokens_of_their_prompt(name, texts, enco
     tokenizer, encoder = encoders[name]
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts[: len(texts) // 2 * 2])]
-    runs = sorted(supervised_runs(encoder.documents(messages)), key=lambda run: len(run[0]))
+    runs = sorted(supervised_runs(encoder.documents(Conversation(messages))), key=lambda run: len(run[0]))
     for (prompt, answer), turn in zip(runs, range(1, len(messages), 2), strict=True):
-        assert prompt == encoder.prompt(messages[:turn])
+        assert prompt == encoder.prompt(Conversation(messages[:turn]))
         text = tokenizer.decode(answer)
         assert text.endswith(FAMILIES[name].end) and messages[turn]["content"].strip() in text
 
@@ -156,7 +162,7 @@ def test_long_conversations_equal_short_ones(name, encoders):
     tokenizer, encoder = encoders[name]
     messages = [message for i in range(40) for message in (user(i), assistant(i, "One more."))]
     answers, _ = expected(name, tokenizer, messages)
-    assert supervised_runs(encoder.documents(messages)) == answers
+    assert supervised_runs(encoder.documents(Conversation(messages))) == answers
 
 
 @pytest.mark.parametrize("name", ["Llama 3.1", "Qwen3", "Mistral 7B v0.3"])
@@ -164,7 +170,7 @@ def test_a_thousand_turns_take_seconds(name, encoders):
     encoder = encoders[name][1]
     messages = [SYSTEM, *(message for i in range(500) for message in (user(i), assistant(i)))]
     start = time.process_time()
-    documents = encoder.tokenize([encoder.render(messages, 4096)])[0]
+    documents = encoder.tokenize([encoder.render(Conversation(messages), 4096)])[0]
     assert time.process_time() - start < 10
     assert len(supervised_runs(documents)) > 40
 
@@ -173,16 +179,18 @@ def test_a_thousand_turns_take_seconds(name, encoders):
 def test_the_answers_within_the_token_limit_are_found_by_bisection(limit, encoders):
     encoder = encoders["Qwen2.5"][1]
     messages = [message for i in range(60) for message in (user(i), assistant(i))]
-    rendered = encoder.render(messages, limit)
-    prompts = [len(encoder.prompt(messages[:turn])) for turn in range(1, 120, 2)]
+    rendered = encoder.render(Conversation(messages), limit)
+    prompts = [len(encoder.prompt(Conversation(messages[:turn]))) for turn in range(1, 120, 2)]
     assert rendered.left_out == sum(length > limit for length in prompts) > 0
     assert sum(len(text.answers) for text in rendered.supervision.texts) == 60 - rendered.left_out
-    assert rendered.answers == 60 and rendered.tokens == len(encoder.documents(messages)[0].document.input_ids)
+    assert rendered.answers == 60 and rendered.tokens == len(
+        encoder.documents(Conversation(messages))[0].document.input_ids
+    )
 
 
 def test_reasoning_that_the_template_does_not_write_is_counted(encoders):
     counts = {
-        name: encoder.render(CONVERSATIONS["reasoning"]).supervision.notes[REASONING_DROPPED]
+        name: encoder.render(Conversation(CONVERSATIONS["reasoning"])).supervision.notes[REASONING_DROPPED]
         for name, (_, encoder) in encoders.items()
     }
     assert counts["Llama 3.1"] == counts["Qwen3 without thinking"] == 3
@@ -195,10 +203,10 @@ def test_reasoning_whose_opening_tag_is_in_the_prompt(encoders):
     text = "Day 0: add 1.\n</think>\n\nShe has 1."
     for content in (text, "<think>\n" + text):
         messages = [user(0), {"role": "assistant", "content": content}]
-        assert tokenizer.decode(supervised_runs(encoder.documents(messages))[0][1]) == text + "<|im_end|>"
+        assert tokenizer.decode(supervised_runs(encoder.documents(Conversation(messages)))[0][1]) == text + "<|im_end|>"
     nothing = "\n</think>\n\nShe has 1."  # it thought nothing
     messages = [user(0), {"role": "assistant", "content": nothing}]
-    assert tokenizer.decode(supervised_runs(encoder.documents(messages))[0][1]) == nothing + "<|im_end|>"
+    assert tokenizer.decode(supervised_runs(encoder.documents(Conversation(messages)))[0][1]) == nothing + "<|im_end|>"
 
 
 @pytest.mark.parametrize("template", ["qwen3_thinking", "guarded"])
@@ -212,7 +220,7 @@ def test_a_template_that_misreads_reasoning_is_not_followed(template, encoders):
         )
     encoder = ChatEncoder(tokenizer, {}, family.stop_ids(tokenizer))
     text = "2 and 1.\n</think>\n\nShe has 3."
-    documents = encoder.documents([user(0), {"role": "assistant", "content": text}])
+    documents = encoder.documents(Conversation([user(0), {"role": "assistant", "content": text}]))
     assert tokenizer.decode(supervised_runs(documents)[0][1]) == text + "<|im_end|>"
 
 
@@ -221,8 +229,8 @@ def test_a_switch_in_an_earlier_message_applies_to_later_answers(encoders):
     tokenizer, encoder = encoders["Nemotron Nano v2"]
     switch = {"role": "system", "content": "Count. /no_think"}
     messages = [switch, *(message for i in range(30) for message in (user(i), assistant(i)))]
-    runs = supervised_runs(encoder.documents(messages))
-    assert [prompt for prompt, _ in runs] == [encoder.prompt(messages[:turn]) for turn in range(2, 61, 2)]
+    runs = supervised_runs(encoder.documents(Conversation(messages)))
+    assert [prompt for prompt, _ in runs] == [encoder.prompt(Conversation(messages[:turn])) for turn in range(2, 61, 2)]
     assert [tokenizer.decode(answer) for _, answer in runs] == [
         assistant(i)["content"] + "\n<SPECIAL_12>" for i in range(30)
     ]
@@ -233,7 +241,7 @@ def test_an_end_token_that_is_not_a_stop_token(encoders):
     for name in ("Phi-3", "Gemma 3"):
         tokenizer, _ = encoders[name]
         encoder = ChatEncoder(tokenizer, {}, [])
-        rendered = encoder.render(CONVERSATIONS["many turns"])
+        rendered = encoder.render(Conversation(CONVERSATIONS["many turns"]))
         assert rendered.supervision.notes[OTHER_END_TOKEN] == 5
         answers, _ = expected(name, tokenizer, CONVERSATIONS["many turns"])
         assert supervised_runs(encoder.tokenize([rendered])[0]) == answers
@@ -242,7 +250,7 @@ def test_an_end_token_that_is_not_a_stop_token(encoders):
 def test_an_answer_without_an_end_token(encoders):
     tokenizer = FAMILIES["GLM-4"].tokenizer()
     encoder = ChatEncoder(tokenizer, {}, tokenizer.convert_tokens_to_ids(["<|endoftext|>"]))
-    rendered = encoder.render(CONVERSATIONS["many turns"])
+    rendered = encoder.render(Conversation(CONVERSATIONS["many turns"]))
     assert rendered.supervision.notes[NO_END_TOKEN] == 5
     texts = [tokenizer.decode(answer) for _, answer in supervised_runs(encoder.tokenize([rendered])[0])]
     assert texts == [assistant(i)["content"] for i in range(5)]
@@ -259,8 +267,8 @@ def test_a_template_that_depends_on_the_position_of_a_message_is_rendered_in_ful
     monkeypatch.setattr(tiny_tokenizer, "chat_template", NUMBERED)
     encoder = ChatEncoder(tiny_tokenizer, {})
     messages = [message for i in range(20) for message in (user(i), assistant(i))]
-    prompts = [prompt for prompt, _ in supervised_runs(encoder.documents(messages))]
-    assert prompts == [encoder.prompt(messages[:turn]) for turn in range(1, 40, 2)]
+    prompts = [prompt for prompt, _ in supervised_runs(encoder.documents(Conversation(messages)))]
+    assert prompts == [encoder.prompt(Conversation(messages[:turn])) for turn in range(1, 40, 2)]
 
 
 def test_prompt_tokens_that_depend_on_the_answer():
@@ -274,8 +282,8 @@ def test_prompt_tokens_that_depend_on_the_answer():
     )
     encoder = ChatEncoder(tokenizer, {})
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "5"}]
-    assert tokenizer("a  5")["input_ids"] == [3, 0, 0, 2] and encoder.prompt(messages[:1]) == [3, 1]
-    assert supervised_runs(encoder.documents(messages)) == [([3, 1], [2, 4])]
+    assert tokenizer("a  5")["input_ids"] == [3, 0, 0, 2] and encoder.prompt(Conversation(messages[:1])) == [3, 1]
+    assert supervised_runs(encoder.documents(Conversation(messages))) == [([3, 1], [2, 4])]
 
 
 def sentencepiece_like(kind):
@@ -303,8 +311,10 @@ def test_no_space_is_added_between_prompt_and_answer(kind, content):
     tokenizer = sentencepiece_like(kind)
     encoder = ChatEncoder(tokenizer, {})
     question = [{"role": "user", "content": "How many?"}]
-    ((prompt, answer),) = supervised_runs(encoder.documents([*question, {"role": "assistant", "content": content}]))
-    assert prompt == encoder.prompt(question)
+    ((prompt, answer),) = supervised_runs(
+        encoder.documents(Conversation([*question, {"role": "assistant", "content": content}]))
+    )
+    assert prompt == encoder.prompt(Conversation(question))
     pieces = "".join(tokenizer.convert_ids_to_tokens(answer)).replace("▁", " ")
     assert pieces == content + "</s>"
 
@@ -313,4 +323,4 @@ def test_no_space_is_added_between_prompt_and_answer(kind, content):
 def test_any_error_of_a_template_is_a_bad_record(code, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ " + code + " }}")
     with pytest.raises(BadRecord, match="rejected by the target's chat template"):
-        ChatEncoder(tiny_tokenizer, {}).prompt([user(0)])
+        ChatEncoder(tiny_tokenizer, {}).prompt(Conversation([user(0)]))

@@ -13,7 +13,7 @@ from helpers.shared import SHORT, TINY, random_draft
 from data.config.compose import composed
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.readers import read_strictly
-from data.sources.records import questions
+from data.sources.records import Conversation, questions
 from models.decoding.flex import MODES, check_untested, generate
 from models.decoding.reference import autoregressive_generate, reference_generate
 from models.decoding.sampling import Sampling
@@ -56,7 +56,7 @@ def words(directory):
 @pytest.fixture(scope="module")
 def prompts(words):
     talks = read_strictly(str(TINY / "prompts.jsonl"), questions, split="test", limit=4, setting="x")
-    return [ChatEncoder(words, {}).prompt(talk[:1]) for talk in talks]
+    return [ChatEncoder(words, {}).prompt(Conversation(talk.messages[:1])) for talk in talks]
 
 
 def of_transformers(target, prompts, **settings):

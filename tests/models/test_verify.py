@@ -13,6 +13,7 @@ from helpers.shared import ARCHITECTURE, ROOT, TINY, random_draft, random_target
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from data.sources.records import Conversation
 from models.decoding.flex import generate
 from models.draft import DraftModel
 from models.draft_config import DraftConfig
@@ -251,7 +252,7 @@ def test_invalid_prompts_are_rejected_with_their_line(content, complaint, tmp_pa
 def test_a_conversation_is_a_prompt_up_to_its_last_question(tmp_path):
     messages = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": messages}))
-    assert read_prompts(tmp_path / "prompts.jsonl") == [messages[:3]]
+    assert read_prompts(tmp_path / "prompts.jsonl") == [Conversation(messages[:3])]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_target_embeds_is_a_warning_unless_a_prompt_has_one(

@@ -14,7 +14,7 @@ from data.config.compose import composed
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.readers import read_strictly
-from data.sources.records import questions
+from data.sources.records import Conversation, questions
 from models.artifact import EARLIER_RECOMMENDATION, FLEXDRAFT_KEYS, RECOMMENDATION
 from models.cost.flops import DecodingFlops
 from models.decoding.flex import generate
@@ -117,15 +117,16 @@ def test_later_turns_are_conditioned_on_the_targets_own_answers(tiny_target, tra
         [{"role": "user", "content": text} for text in ("Tom has 3 apples. How many?", "And with 2 more?")],
         [{"role": "user", "content": "Ann has 4 pens. How many?"}],
     ]
-    prompts = own_answers(tiny_target, encoder, "talks", talks, HOW)
+    conversations = [Conversation(talk) for talk in talks]
+    prompts = own_answers(tiny_target, encoder, "talks", conversations, HOW)
     first, other, second = prompts.tokens
-    assert other == encoder.prompt(talks[1])
+    assert other == encoder.prompt(Conversation(talks[1]))
     said = encoder.backend.decode(prompts.answers[0], skip_special_tokens=True)
-    assert second == encoder.prompt([talks[0][0], {"role": "assistant", "content": said}, talks[0][1]])
+    assert second == encoder.prompt(Conversation([talks[0][0], {"role": "assistant", "content": said}, talks[0][1]]))
     for prompt, answer in zip(prompts.tokens, prompts.answers, strict=True):
         assert answer == autoregressive_generate(tiny_target, prompt, HOW.max_new_tokens)
     sampled = replace(HOW, sampling=Sampling(1.0), batch_size=2)  # comparison batches the turns differently
-    prompts = own_answers(tiny_target, encoder, "talks", talks, sampled)
+    prompts = own_answers(tiny_target, encoder, "talks", conversations, sampled)
     untuned = DraftModel(tiny_target, DraftConfig(num_layers=6, block_size=8, calibrator_rank=0))
     assert compare(tiny_target, Variant(untuned, False), prompts, sampled, "talks").identical == 3
 

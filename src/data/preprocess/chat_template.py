@@ -17,7 +17,7 @@ from data.preprocess.prompts import CHECKED
 from data.preprocess.spans import Supervision
 from data.preprocess.supervision import Supervisor
 from data.preprocess.templates import check_template_kwargs
-from data.sources.records import Messages
+from data.sources.records import Conversation, Messages
 
 
 @dataclass
@@ -79,26 +79,27 @@ class ChatEncoder:
         """
         check_template_kwargs(self.template, given, overrides, warn, also=self.variables.keys() - given.keys())
 
-    def prompt(self, messages: Messages) -> list[int]:
+    def prompt(self, conversation: Conversation) -> list[int]:
         """Return the prompt tokens: the conversation followed by the generation prompt.
 
         Raises:
             BadRecord: see `render`.
         """
-        self._refuse_special_tokens(messages)
-        return self._ids(self._render(messages, True))
+        self._refuse_special_tokens(conversation.messages)
+        return self._ids(self._render(conversation.messages, True))
 
-    def render(self, messages: Messages, max_tokens: int | None = None) -> Rendered:
+    def render(self, conversation: Conversation, max_tokens: int | None = None) -> Rendered:
         """Render a conversation with the target's chat template and locate its answers.
 
         Args:
-            messages: the conversation.
+            conversation: the conversation.
             max_tokens: in a conversation with more than CHECKED answers, leave out trailing answers whose prompts have
                 more tokens than this. Prompt lengths are assumed to grow from turn to turn. None keeps all answers.
 
         Raises:
             BadRecord: the template rejects the conversation, or a message contains one of the target's special tokens.
         """
+        messages = conversation.messages
         self._refuse_special_tokens(messages)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         within = turns
@@ -117,13 +118,13 @@ class ChatEncoder:
         first = iter(self.boundaries.encode([conversation[0].text for conversation in texts if conversation]))
         return [list(self.boundaries.documents(t, next(first))) if t else [] for t in texts]
 
-    def documents(self, messages: Messages) -> list[AnswerDocument]:
+    def documents(self, conversation: Conversation) -> list[AnswerDocument]:
         """Render and tokenize a single conversation, and return its documents.
 
         Raises:
             BadRecord: see `render`.
         """
-        return self.tokenize([self.render(messages)])[0]
+        return self.tokenize([self.render(conversation)])[0]
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that affects the tokens of a conversation, including the date if the template reads it."""

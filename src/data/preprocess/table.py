@@ -78,8 +78,8 @@ def table_rows(
 def _render(record: RawRecord, encoder: ChatEncoder, settings: TokenizeSettings) -> tuple[int, Rendered | str]:
     """Parse and render a record. Return the messages' digest and the rendering, or (0, reason) for a bad record."""
     try:
-        messages = record.parse(conversation)
-        return _digest(messages), encoder.render(messages, settings.max_seq_len)
+        parsed = record.parse(conversation)
+        return _digest(parsed.messages), encoder.render(parsed, settings.max_seq_len)
     except BadRecord as error:
         return 0, str(error)
 

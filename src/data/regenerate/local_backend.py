@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, OnFinish, Sample, Sampling, derive_seed
+from data.sources.records import Conversation
 
 # Sampling parameters in transformers whose values in the target's generation config are ignored.
 SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -75,7 +76,7 @@ class LocalBackend:
         asked = []
         for sample in active:
             try:
-                prompt = self.encoder.prompt(sample.ask())
+                prompt = self.encoder.prompt(Conversation(sample.ask()))
                 if len(prompt) > self.limit:
                     raise BadRecord(
                         f"the prompt has {len(prompt)} tokens, which leaves no room for "

@@ -185,7 +185,7 @@ def _unfinished(sources: list[Source], ids: dict[tuple[int, int], str], log: Sam
     for number, _, raw in _numbered(sources):
         sample_id = ids.get((number, raw.position))
         if sample_id is not None and sample_id not in log:
-            yield Sample(sample_id, raw.parse(questions))
+            yield Sample(sample_id, raw.parse(questions).messages)
 
 
 def _backend(config: DictConfig) -> Backend:

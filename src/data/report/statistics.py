@@ -15,7 +15,7 @@ from data.preprocess.packing import PackedRows
 from data.preprocess.table import BAD
 from data.preprocess.tokenized import Documents
 from data.sources.readers import Source, read_all
-from data.sources.records import Messages, conversation, questions
+from data.sources.records import Conversation, Messages, conversation, questions
 
 OVERLAP_WORDS = 13  # a shared n-gram of this many words counts as overlap, as in the GPT-3 paper
 SAMPLED = 1000  # maximum number of conversations in which tokens are counted by role
@@ -55,14 +55,14 @@ def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
     tokens indicate a bug.
     """
     counts = Roles()
-    for messages in _sampled(sources):
+    for sampled in _sampled(sources):
         try:
-            rendered = encoder.render(messages)
+            rendered = encoder.render(sampled)
         except BadRecord:
             continue
         counts.conversations += 1
         for text, document in zip(rendered.supervision.texts, encoder.tokenize([rendered])[0], strict=False):
-            _count_roles(counts, messages, text.text, document.document, encoder)
+            _count_roles(counts, sampled.messages, text.text, document.document, encoder)
     return counts
 
 
@@ -85,7 +85,7 @@ def _count_roles(counts: Roles, messages: Messages, text: str, document: Documen
         counts.supervised[role] += bool(supervised)
 
 
-def _sampled(sources: list[Source]) -> Iterator[Messages]:
+def _sampled(sources: list[Source]) -> Iterator[Conversation]:
     total = sum(source.take for source in sources)
     for index, (_, raw) in enumerate(read_all(sources)):
         if (index + 1) * SAMPLED // total > index * SAMPLED // total or total <= SAMPLED:
@@ -96,7 +96,7 @@ def _sampled(sources: list[Source]) -> Iterator[Messages]:
 
 
 def overlap(
-    sources: list[Source], prompts: list[Messages], progress: Callable[[Any], Any]
+    sources: list[Source], prompts: list[Conversation], progress: Callable[[Any], Any]
 ) -> tuple[int, int, list[str]]:
     """Find overlap between training questions and evaluation prompts, ignoring case, punctuation and whitespace.
 
@@ -104,14 +104,14 @@ def overlap(
         The number of records with an identical question, the number of other records that share an OVERLAP_WORDS-gram
         with a prompt, and the locations of the first five records of either kind.
     """
-    evaluated = [_words(turn) for messages in prompts for turn in _user_turns(messages)]
+    evaluated = [_words(turn) for asked in prompts for turn in _user_turns(asked.messages)]
     prompt_texts = {tuple(words) for words in evaluated}
     prompt_ngrams = {ngram for words in evaluated for ngram in _ngrams(words)}
     identical, partial = 0, 0
     locations: list[str] = []
     for source, raw in progress(read_all(sources)):
         try:
-            texts = [_words(turn) for turn in _user_turns(raw.parse(questions))]
+            texts = [_words(turn) for turn in _user_turns(raw.parse(questions).messages)]
         except BadRecord:
             continue
         is_identical = any(tuple(words) in prompt_texts for words in texts)

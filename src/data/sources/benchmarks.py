@@ -5,13 +5,13 @@ from typing import Any
 
 from data.errors import BadRecord, UserError
 from data.sources.readers import fingerprint, open_sources, read_strictly
-from data.sources.records import Messages, questions
+from data.sources.records import Conversation, questions
 
 ALL = "all"  # reserved name for all benchmarks combined
 KEYS = ("path", "subset", "split", "turns", "template")
 
 
-def read_benchmark(name: str, settings: Any, limit: int | None) -> list[Messages]:
+def read_benchmark(name: str, settings: Any, limit: int | None) -> list[Conversation]:
     """Read the system and user turns of the first `limit` conversations in a benchmark, or of all if None.
 
     Args:
@@ -49,11 +49,11 @@ def _source(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: settings[key] for key in ("path", "subset", "split") if settings.get(key)}]
 
 
-def _parser(turns: str | None, template: str | None) -> Callable[[Any], Messages]:
+def _parser(turns: str | None, template: str | None) -> Callable[[Any], Conversation]:
     if not turns and not template:
         return questions
 
-    def parse(record: Any) -> Messages:
+    def parse(record: Any) -> Conversation:
         if not isinstance(record, dict):
             raise BadRecord("expected a JSON object")
         try:

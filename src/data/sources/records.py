@@ -1,11 +1,14 @@
 """Conversation schema: parses all supported record formats and reports why a record is invalid."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from data.errors import BadRecord
 
-Messages = list[dict[str, str]]
+Message = dict[str, Any]  # the keys that chat templates read: role, content, reasoning_content, tool_calls, ...
+Messages = list[Message]
 
 ROLES = {role: role for role in ("system", "user", "assistant")}
 SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
@@ -13,8 +16,26 @@ PAIRS = (("prompt", "response"), ("question", "answer"))
 FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
 
 
-def conversation(record: Any) -> Messages:
-    """Parse a training record into messages that end with an assistant turn.
+@dataclass(frozen=True)
+class Written:
+    """An answer as the target wrote it."""
+
+    token_ids: list[int] | None  # including the stop token, if the target wrote one; None if only the text is known
+    truncated: bool  # generation ended at the token limit, so the answer has no end token
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation, with everything that affects its rendering and supervision."""
+
+    messages: Messages
+    tools: list[dict[str, Any]] | None = None  # JSON schemas, passed to the chat template as `tools`
+    untrained: frozenset[int] = frozenset()  # indices of assistant messages that are history only, not supervised
+    written: Mapping[int, Written] = field(default_factory=dict)  # by message index
+
+
+def conversation(record: Any) -> Conversation:
+    """Parse a training record into a conversation that ends with an assistant turn.
 
     Raises:
         BadRecord: the record has no assistant turn, or is not a valid conversation.
@@ -24,19 +45,19 @@ def conversation(record: Any) -> Messages:
         raise BadRecord("no assistant turn; generate answers with python -m data.regenerate")
     while messages[-1]["role"] != "assistant":
         messages.pop()  # an unanswered turn is not supervised, and may change how templates render the last answer
-    return messages
+    return Conversation(messages)
 
 
-def questions(record: Any) -> Messages:
+def questions(record: Any) -> Conversation:
     """Return the system and user turns of a record, for the target to answer turn by turn.
 
     Raises:
         BadRecord: the record is not a valid conversation.
     """
-    return [message for message in _messages(record) if message["role"] != "assistant"]
+    return Conversation([message for message in _messages(record) if message["role"] != "assistant"])
 
 
-def prompt(record: Any) -> Messages:
+def prompt(record: Any) -> Conversation:
     """Return the conversation up to and including its last user turn, or its first if the record has no answers.
 
     Raises:
@@ -47,7 +68,7 @@ def prompt(record: Any) -> Messages:
         messages.pop()
     answered = any(message["role"] == "assistant" for message in messages)
     first_user = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    return messages if answered else messages[: first_user + 1]
+    return Conversation(messages if answered else messages[: first_user + 1])
 
 
 def _messages(record: Any) -> Messages:

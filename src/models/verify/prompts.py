@@ -1,12 +1,12 @@
 """Prompts for verification, as token ids: from a file, or built-in questions."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.sources.records import Messages, prompt
+from data.sources.records import Conversation, prompt
 from models.readable import TOKENIZER_FILES, one_line
 from models.target import load_tokenizer, vocabulary
 
@@ -19,7 +19,7 @@ QUESTIONS = (
 RANDOM_TOKENS = 12  # prompt length for a target without a tokenizer
 
 
-def read_prompts(path: Path) -> list[Messages]:
+def read_prompts(path: Path) -> list[Conversation]:
     """Read conversations in any format that training supports, each up to and including its last user turn.
 
     Conversations without answers are cut after the first user turn.
@@ -60,7 +60,7 @@ def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
 
 
 def prompt_tokens(
-    prompts: list[Messages] | None, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    prompts: list[Conversation] | None, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[list[int]]:
     """Encode the prompts, or QUESTIONS if there are none, and return their token ids [prompts][tokens].
 
@@ -75,8 +75,8 @@ def prompt_tokens(
             raise ValueError("The target has no tokenizer, so text prompts cannot be encoded. Remove --prompts.")
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary(target), (len(QUESTIONS), RANDOM_TOKENS), generator=generator).tolist()
-    own = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    found = [_encode(messages, tokenizer) for messages in prompts or own]
+    own = [Conversation([{"role": "user", "content": text}]) for text in QUESTIONS]
+    found = [_encode(conversation, tokenizer) for conversation in prompts or own]
     for number, tokens in enumerate(found, 1):
         if max(tokens, default=0) >= vocabulary(target):
             raise ValueError(
@@ -86,12 +86,13 @@ def prompt_tokens(
     return found
 
 
-def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    messages, tools = conversation.messages, cast(Any, conversation.tools)  # annotated with an invariant list type
     try:
         if not tokenizer.chat_template:
             encoded: Any = tokenizer("\n".join(message["content"] for message in messages))
         else:
-            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            encoded = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=True)
         return encoded["input_ids"]
     except Exception as error:  # templates may raise any exception
         raise ValueError(

@@ -42,7 +42,7 @@ from models.export.recommendation import recommendation_faults
 from models.families import check_architecture
 from models.readable import one_line, reading
 from models.target import load_config, load_target, vocabulary
-from models.verify.prompts import Messages, find_tokenizer, prompt_tokens, read_prompts
+from models.verify.prompts import Conversation, find_tokenizer, prompt_tokens, read_prompts
 
 MODES = ("parallel", "sequential")
 ROWS = 8  # batch size for decoding
@@ -67,7 +67,7 @@ def verify(
     *,
     revision: str | None = None,
     target_revision: str | None = None,
-    prompts: list[Messages] | None = None,
+    prompts: list[Conversation] | None = None,
     dtype: str = "float32",
     max_new_tokens: int = 32,
     device: str = "cpu",

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.preprocess.chat_template import ChatEncoder
-from data.sources.records import Messages
+from data.sources.records import Conversation, Messages
 from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import GenerationResult, generate
 from models.decoding.forward_passes import difference_from_forward
@@ -93,7 +93,7 @@ def own_answers(
     target: PreTrainedModel,
     encoder: ChatEncoder,
     name: str,
-    conversations: list[Messages],
+    conversations: list[Conversation],
     how: Decoding,
     block_size: int = 0,
 ) -> Prompts:
@@ -105,11 +105,11 @@ def own_answers(
     limit = max_text_length(target.config, block_size) - how.max_new_tokens
     prompts = Prompts([], [])
     talks: list[Messages] = [[] for _ in conversations]
-    turns = [_turns(conversation) for conversation in conversations]
+    turns = [_turns(conversation.messages) for conversation in conversations]
     going = list(range(len(conversations)))
     for turn in range(max(map(len, turns))):
         going = [i for i in going if turn < len(turns[i])]
-        asked = {i: encoder.prompt(talks[i] + turns[i][turn]) for i in going}
+        asked = {i: encoder.prompt(replace(conversations[i], messages=talks[i] + turns[i][turn])) for i in going}
         going = [i for i in going if len(asked[i]) <= limit]
         prompts.left_out += sum(len(turns[i]) - turn for i in asked if i not in going)
         asking = [asked[i] for i in going]
@@ -122,10 +122,10 @@ def own_answers(
     return prompts
 
 
-def _turns(conversation: Messages) -> list[Messages]:
+def _turns(messages: Messages) -> list[Messages]:
     """Split a conversation into one list of messages per user turn; a system message goes into the first list."""
     turns: list[Messages] = [[]]
-    for message in conversation:
+    for message in messages:
         turns[-1].append(message)
         if message["role"] == "user":
             turns.append([])

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.benchmarks import ALL
-from data.sources.records import Messages
+from data.sources.records import Conversation
 from models.cost.flops import DecodingFlops
 from models.decoding.generation_settings import active_settings
 from models.decoding.sampling import Sampling
@@ -41,7 +41,7 @@ def decoding_settings(config: DictConfig, tokenizer: PreTrainedTokenizerBase | N
 def evaluate_drafter(
     target: PreTrainedModel,
     variants: dict[str, Variant],
-    benchmarks: dict[str, list[Messages]],
+    benchmarks: dict[str, list[Conversation]],
     encoder: ChatEncoder,
     how: Decoding,
     speed: dict[str, Any],
