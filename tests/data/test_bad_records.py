@@ -9,7 +9,7 @@ from helpers.shared import command
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.prepare import prepare
-from data.sources import readers
+from data.sources import jsonl
 from data.sources.readers import open_sources
 
 U, A = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4. That is all there is."}
@@ -107,7 +107,7 @@ def rejects(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("bad")
     path = write(folder / "data.jsonl", *(record for bad, _ in BAD.values() for record in (GOOD, bad)), GOOD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "MAX_LINE_BYTES", 1500)
+        patch.setattr(jsonl, "MAX_LINE_BYTES", 1500)
         done = prepared(path, tiny_tokenizer, "skip", folder / "rejects.jsonl")
     assert done.documents.outcomes()["kept"] == len(BAD) + 1 and done.documents.outcomes()["bad"] == len(BAD)
     return path, [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]

@@ -55,7 +55,7 @@ def as_bytes(rows):
 
 
 def test_rows_do_not_depend_on_the_number_of_processes(tmp_path, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr("data.sources.readers.CHUNK_RECORDS", 32)
+    monkeypatch.setattr("data.sources.jsonl.CHUNK_RECORDS", 32)
     path = write(tmp_path / "data.jsonl", *(turns(1 + i % 3, words=i % 40, name=str(i)) for i in range(300)), [])
     found = []
     for num_proc in (1, 2):
@@ -100,7 +100,7 @@ def test_the_cache_is_reused_unless_an_input_changes(tmp_path, tiny_tokenizer, m
 
 def test_an_interrupted_tokenization_is_not_taken_for_complete(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("data.sources.readers.CHUNK_RECORDS", 2)
+    monkeypatch.setattr("data.sources.jsonl.CHUNK_RECORDS", 2)
     path = write(tmp_path / "data.jsonl", *(turns(1, name=str(i)) for i in range(5)))
     with monkeypatch.context() as patch:
         patch.setattr(table, "fit_to_row", lambda *_: 1 / 0)

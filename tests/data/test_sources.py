@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError
-from data.sources import readers
-from data.sources.readers import JsonLines, Source, fingerprint, mix, open_sources, read_all, read_strictly
+from data.sources import jsonl
+from data.sources.jsonl import JsonLines
+from data.sources.readers import Source, fingerprint, mix, open_sources, read_all, read_strictly
 from data.sources.records import Conversation, conversation, prompt, questions
 
 LINE = st.sampled_from([b"", b"  ", b'{"a": 1}', b'{"a": "\xc3\xa9"}', b"{broken", b"\xff", b"[1]", b'"x"' * 30])
@@ -34,9 +35,9 @@ def test_chunks_contain_every_line_once_with_its_number(tmp_path_factory, lines,
     if (lines or [b""])[next((i for i, line in enumerate(lines) if line.strip()), 0)].startswith(b"["):
         return  # rejected as a JSON array
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "CHUNK_RECORDS", 3)
-        patch.setattr(readers, "CHUNK_BYTES", 50)
-        patch.setattr(readers, "MAX_LINE_BYTES", 70)
+        patch.setattr(jsonl, "CHUNK_RECORDS", 3)
+        patch.setattr(jsonl, "CHUNK_BYTES", 50)
+        patch.setattr(jsonl, "MAX_LINE_BYTES", 70)
         reader = JsonLines(file)
         records = [record for chunk in reader.chunks() for record in reader.read(chunk)]
     expected = [number for number, line in enumerate(lines, start=1) if line.strip()]

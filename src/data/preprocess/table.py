@@ -15,7 +15,7 @@ from data.preprocess.boundaries import AnswerDocument
 from data.preprocess.chat_template import ChatEncoder, Rendered
 from data.preprocess.document import Document
 from data.preprocess.supervision import NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
-from data.sources.readers import RawRecord
+from data.sources.chunks import RawRecord
 from data.sources.records import Messages, conversation
 from data.sources.rejects import TEXT_CHARACTERS, printable
 

@@ -30,12 +30,14 @@ from data.preprocess.table import (
     TokenizeSettings,
     table_rows,
 )
-from data.sources.readers import Chunk, Source, fingerprint
+from data.sources.chunks import Chunk
+from data.sources.readers import Source, fingerprint
 from data.sources.rejects import Reject, reject
 
 # Modules that determine the table. Their source code is part of the cache key.
 PREPROCESS = "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table"
-CODE = (*(f"preprocess/{name}" for name in PREPROCESS), "sources/records", "sources/readers")
+SOURCES = "chunks", "jsonl", "readers", "records", "tables"
+CODE = (*(f"preprocess/{name}" for name in PREPROCESS), *(f"sources/{name}" for name in SOURCES))
 
 
 class Documents(Sequence[Document]):

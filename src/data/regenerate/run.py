@@ -31,7 +31,8 @@ from data.config.validate import check_choices, command_line
 from data.errors import BadRecord, UserError
 from data.regenerate.conversation import KEPT, Backend, Sample, Sampling
 from data.regenerate.sample_log import SampleLog
-from data.sources.readers import RawRecord, Source, fingerprint, open_sources, read_all
+from data.sources.chunks import RawRecord
+from data.sources.readers import Source, fingerprint, open_sources, read_all
 from data.sources.records import questions
 from data.sources.rejects import Reject, handle_rejects, printable, reject
 from data.terminal import run_command, say

@@ -1,29 +1,18 @@
-"""Readers for JSONL files, Parquet and Arrow tables and Hub datasets, and mixtures of them.
+"""Opens data sources (files, folders, Hub datasets) and mixes them."""
 
-Sources are read in chunks, so that several processes can work in parallel and memory use stays constant. A chunk holds
-only offsets and line numbers; its records are read on demand.
-"""
-
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, TypeVar
-
-from datasets import Dataset, config, load_dataset
-from datasets.exceptions import DatasetsError
-from pyarrow.parquet import read_metadata
+from typing import Any, TypedDict
 
 from data.errors import BadRecord, UserError
+from data.sources.chunks import Chunk, RawRecord, Reader, T
+from data.sources.jsonl import JsonLines
+from data.sources.tables import open_hub, open_table
 
-CHUNK_RECORDS = 256
-CHUNK_BYTES = 2**23
-MAX_LINE_BYTES = 2**24  # longer lines are rejected: parsing holds several copies of a line in memory
-FORMATS = {".jsonl": "JSONL", ".parquet": "Parquet", ".arrow": "Arrow"}
+SUFFIXES = (".jsonl", ".parquet", ".arrow")
 FILES = ".jsonl, .parquet or .arrow"
-T = TypeVar("T")
 SETTINGS = ("path", "weight", "split", "subset")
 
 
@@ -34,154 +23,6 @@ class SourceSettings(TypedDict):
     weight: float | None
     split: str
     subset: str | None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A contiguous range of a reader's records."""
-
-    start: int  # file: byte offset; table: row index
-    size: int  # file: bytes; table: rows
-    line: int  # file: 1-based number of the first line; table: 0-based index of the first row
-    first: int  # number of records before this chunk
-    records: int
-
-
-@dataclass(frozen=True)
-class RawRecord:
-    """A record as stored in a file or table, or the reason why it could not be read."""
-
-    position: int  # 1-based line number or 0-based row index
-    value: Any
-    error: str | None = None
-    text: str | None = None  # the raw line, if it is not valid JSON
-
-    def parse(self, parser: Callable[[Any], T]) -> T:
-        """Parse the value with `parser`, e.g. `data.sources.records.conversation`.
-
-        Raises:
-            BadRecord: the record could not be read, or the parser rejected it.
-        """
-        if self.error is not None:
-            raise BadRecord(self.error)
-        return parser(self.value)
-
-    def as_text(self) -> str:
-        """Return the record as text for the rejects file."""
-        return json.dumps(self.value, ensure_ascii=True, default=str) if self.text is None else self.text
-
-
-class Reader(Protocol):
-    """Interface for reading a file, table or Hub dataset."""
-
-    name: str
-    label: str  # short name without the data directory; used in sample ids
-    count: int  # number of records
-    fingerprint: str  # identifies the content
-
-    def chunks(self) -> list[Chunk]: ...
-    def read(self, chunk: Chunk) -> Iterator[RawRecord]: ...
-    def location(self, position: int) -> str: ...
-
-
-class JsonLines:
-    """A file with one JSON object per line. Blank lines are skipped."""
-
-    def __init__(self, file: Path, label: str = "") -> None:
-        """Scan the file once to split it into chunks, count its records and hash its content.
-
-        Raises:
-            UserError: the file is compressed, or contains a JSON array.
-        """
-        self.name, self.label, self.count = str(file), label or file.name, 0
-        self._chunks: list[Chunk] = []
-        sha256 = hashlib.sha256()
-        with file.open("rb") as lines:
-            start = size = records = number = 0
-            line = 1
-            while piece := lines.readline(MAX_LINE_BYTES + 1):
-                if number == 0:
-                    self._check_beginning(piece)
-                number += 1
-                here, huge = len(piece), len(piece) > MAX_LINE_BYTES
-                sha256.update(piece)
-                blank = not piece.strip()
-                while huge and not piece.endswith(b"\n") and (piece := lines.readline(MAX_LINE_BYTES)):
-                    sha256.update(piece)
-                    here += len(piece)
-                if huge or records == CHUNK_RECORDS or size > CHUNK_BYTES:
-                    self._add(start, size, line, records)
-                    start, size, line, records = start + size, 0, number, 0
-                size += here
-                records += not blank
-                if huge:
-                    self._add(start, size, line, records)
-                    start, size, line, records = start + size, 0, number + 1, 0
-            self._add(start, size, line, records)
-        self.fingerprint = sha256.hexdigest()
-
-    def _add(self, start: int, size: int, line: int, records: int) -> None:
-        if records:
-            self._chunks.append(Chunk(start, size, line, self.count, records))
-            self.count += records
-
-    def _check_beginning(self, piece: bytes) -> None:
-        if piece.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
-            raise UserError(f"{self.name} is compressed. Decompress it first.")
-        if piece.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            raise UserError(
-                f"{self.name} starts with a JSON array; expected one JSON object per line. "
-                f"Convert it with: jq -c '.[]' {self.name} > conversations.jsonl"
-            )
-
-    def chunks(self) -> list[Chunk]:
-        return self._chunks
-
-    def read(self, chunk: Chunk) -> Iterator[RawRecord]:
-        if chunk.records == 1 and chunk.size > MAX_LINE_BYTES:
-            reason = f"the line is too long; expected at most {MAX_LINE_BYTES:,} bytes, found {chunk.size:,}"
-            yield RawRecord(chunk.line, None, reason, "")
-            return
-        with open(self.name, "rb") as file:
-            file.seek(chunk.start)
-            block = file.read(chunk.size)
-        for number, line in enumerate(block.split(b"\n"), start=chunk.line):
-            if line.strip():
-                yield _decoded(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-
-    def location(self, position: int) -> str:
-        return f"{self.name}:{position}"
-
-
-def _decoded(number: int, line: bytes) -> RawRecord:
-    try:
-        return RawRecord(number, json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        reason = f"invalid UTF-8: byte 0x{line[error.start]:02x} at offset {error.start}"
-    except (ValueError, RecursionError) as error:
-        reason = f"invalid JSON: {error}"
-    return RawRecord(number, None, reason, line.decode("utf-8", errors="backslashreplace").strip())
-
-
-class Table:
-    """A memory-mapped dataset from an Arrow file, a Parquet file or the Hub."""
-
-    def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "") -> None:
-        self.label = label or name
-        self.name, self.dataset, self.fingerprint, self.count = name, dataset, fingerprint, len(dataset)
-
-    def chunks(self) -> list[Chunk]:
-        starts = range(0, self.count, CHUNK_RECORDS)
-        return [Chunk(s, n := min(CHUNK_RECORDS, self.count - s), s, s, n) for s in starts]
-
-    def read(self, chunk: Chunk) -> Iterator[RawRecord]:
-        columns = self.dataset[chunk.start : chunk.start + chunk.size]
-        for i in range(chunk.size):
-            record = {name: values[i] for name, values in columns.items()}
-            yield RawRecord(chunk.start + i, record)
-
-    def location(self, position: int) -> str:
-        return f"{self.name}[{position}]"
 
 
 @dataclass(frozen=True)
@@ -276,46 +117,19 @@ def _settings(item: Any, split: str, setting: str) -> SourceSettings:
 def _open(path: str, split: str, subset: str | None) -> list[Reader]:
     local = Path(path)
     if local.is_dir():
-        files = sorted(file for file in local.rglob("*") if file.suffix in FORMATS and file.is_file())
+        files = sorted(file for file in local.rglob("*") if file.suffix in SUFFIXES and file.is_file())
         if not files:
             raise UserError(f"{path}: the folder contains no {FILES} files.")
         return [_open_file(file, str(file.relative_to(local))) for file in files]
     if local.is_file():
         return [_open_file(local, local.name)]
-    if local.suffix in (*FORMATS, ".json") or local.is_absolute() or path.startswith(".") or path.count("/") != 1:
+    if local.suffix in (*SUFFIXES, ".json") or local.is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise UserError(f"{path}: no such file or folder. Specify a file ({FILES}), a folder or a Hub ID (owner/name).")
-    return [_open_hub(path, split, subset)]
+    return [open_hub(path, split, subset)]
 
 
 def _open_file(file: Path, label: str) -> Reader:
-    if file.suffix not in (".parquet", ".arrow"):
-        return JsonLines(file, label)
-    with file.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    # Key the cache by content hash, because `datasets` identifies files by path and mtime.
-    cache = str(Path(config.HF_DATASETS_CACHE) / "flexdraft" / "parquet" / sha256)
-    try:
-        if file.suffix == ".arrow":
-            dataset = Dataset.from_file(str(file))
-        elif read_metadata(file).num_rows:
-            dataset = Dataset.from_parquet(str(file), cache_dir=cache)
-        else:
-            dataset = Dataset.from_dict({})  # `datasets` cannot read an empty shard
-    except (OSError, ValueError, DatasetsError) as error:  # pyarrow errors are ValueErrors
-        raise UserError(f"{file}: invalid {FORMATS[file.suffix]} file ({error}). Replace or remove it.") from error
-    return Table(str(file), dataset, sha256, label)
-
-
-def _open_hub(name: str, split: str, subset: str | None) -> Reader:
-    try:
-        dataset = load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise UserError(
-            f"{name}: no such file or folder, and loading split {split!r} from the Hub failed "
-            f"({type(error).__name__}: {error}). Check the name, the network and your login (`hf auth login`)."
-        ) from error
-    label = "/".join(filter(None, (name, subset, split)))
-    return Table(label, dataset, f"{label}/{dataset._fingerprint}")
+    return open_table(file, label) if file.suffix in (".parquet", ".arrow") else JsonLines(file, label)
 
 
 def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, limit: int | None, setting: str) -> list[T]:
