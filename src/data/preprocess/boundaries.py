@@ -6,7 +6,7 @@ several texts are tokenized only once. To make this possible, texts are cut at a
 Tokenizers split these off first, so the tokens before and after a cut do not depend on each other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from data.preprocess.document import Document
 from data.preprocess.prompts import common_prefix
 from data.preprocess.spans import Answer, Rendered
+from data.sources.records import Written
 
 MAX_PIECES = 4096
 PROBES = ("\n", ".", "a", " ", "0", "(", "|")  # prefixes to try, in order, when tokenizing a continuation
@@ -35,6 +36,7 @@ class AnswerDocument:
 
     document: Document
     answers: list[Span]
+    by_ids: bool = False  # holds the tokens that the target wrote, because the text reads back as other tokens
 
 
 class BoundaryTokenizer:
@@ -51,16 +53,21 @@ class BoundaryTokenizer:
         """Tokenize texts without adding special tokens."""
         return self.backend.encode_batch(texts, add_special_tokens=False)
 
-    def documents(self, texts: list[Rendered], first: Encoding | None = None) -> Iterator[AnswerDocument]:
+    def documents(
+        self, texts: list[Rendered], first: Encoding | None = None, written: Mapping[int, Written] | None = None
+    ) -> Iterator[AnswerDocument]:
         """Tokenize the texts of a conversation and yield the resulting documents.
 
         Each text yields one document for all answers that start and end at token boundaries. An answer gets a separate
-        document if a token straddles its start or end, or if its prompt would be tokenized differently on its own.
+        document if a token straddles its start or end, if its prompt would be tokenized differently on its own, or if
+        the target wrote other tokens than its text reads back as.
 
         Args:
             texts: the texts of one conversation, in order.
             first: the encoding of the first text, if it has already been computed.
+            written: answers as the target wrote them, by message index.
         """
+        written = written or {}
         before: _Tokens | None = None
         for text in texts:
             before = tokens = self._tokens(text, before, first)
@@ -68,15 +75,21 @@ class BoundaryTokenizer:
             shared: list[Span] = []
             separate: list[Answer] = []
             for answer in text.answers:
-                span = tokens.span(answer)
-                if span and self._prompt_intact(tokens, answer, span.start):
+                span, known = tokens.span(answer), written.get(answer.turn)
+                if not span or not self._prompt_intact(tokens, answer, span.start):
+                    separate.append(answer)
+                elif known is None:
+                    shared.append(span)
+                elif known.token_ids is None:
+                    shared += _cut_off(span)
+                elif tokens.ids[span.start : span.end].tolist() == known.token_ids:
                     shared.append(span)
                 else:
                     separate.append(answer)
             if shared:
                 yield _document(tokens.ids[: shared[-1].after], shared)
             for answer in separate:
-                yield self._apart(tokens, answer)
+                yield from self._apart(tokens, answer, written.get(answer.turn))
 
     def _tokens(self, text: Rendered, before: "_Tokens | None", encoding: Encoding | None) -> "_Tokens":
         if before is None:
@@ -93,12 +106,17 @@ class BoundaryTokenizer:
         token, char = tokens.cut(answer.start)
         return tokens.ids[token:end].tolist() == self._piece(tokens.text[char : answer.start])
 
-    def _apart(self, tokens: "_Tokens", answer: Answer) -> AnswerDocument:
-        """Return a document in which an answer and its prompt are tokenized separately."""
+    def _apart(self, tokens: "_Tokens", answer: Answer, known: Written | None) -> Iterator[AnswerDocument]:
+        """Yield a document in which an answer is not tokenized with its prompt. It may have no tokens if cut off."""
         token, char = tokens.cut(answer.start)
         prompt = [*tokens.ids[:token].tolist(), *self._piece(tokens.text[char : answer.start])]
-        ids = np.array([*prompt, *self.continuation(tokens.text[answer.start : answer.end])], np.int32)
-        return _document(ids, [Span(len(prompt), len(ids), len(ids))])
+        as_text = self.continuation(tokens.text[answer.start : answer.end])
+        continued = as_text if known is None or known.token_ids is None else known.token_ids
+        ids = np.array([*prompt, *continued], np.int32)
+        span = Span(len(prompt), len(ids), len(ids))
+        spans = _cut_off(span) if known is not None and known.token_ids is None else [span]
+        if spans:
+            yield _document(ids[: spans[0].end], spans, by_ids=continued != as_text)
 
     def continuation(self, text: str) -> list[int]:
         """Tokenize text that continues other text, without the space that SentencePiece-like tokenizers prepend."""
@@ -163,11 +181,19 @@ class _Tokens:
         return start + self.char, end + self.char
 
 
-def _document(ids: np.ndarray, answers: list[Span]) -> AnswerDocument:
+def _cut_off(span: Span) -> list[Span]:
+    """Return the span of a truncated answer whose tokens are unknown, without its last token, or no span if empty.
+
+    The cut may have fallen inside a word or a character, where the text reads back as another token.
+    """
+    return [Span(span.start, span.end - 1, span.end - 1)] if span.end - 1 > span.start else []
+
+
+def _document(ids: np.ndarray, answers: list[Span], by_ids: bool = False) -> AnswerDocument:
     supervised = np.zeros(len(ids), bool)
     for answer in answers:
         supervised[answer.start : answer.end] = True
-    return AnswerDocument(Document(ids, supervised), answers)
+    return AnswerDocument(Document(ids, supervised), answers, by_ids)
 
 
 def _splits(token: AddedToken) -> bool:

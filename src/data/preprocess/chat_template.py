@@ -2,8 +2,9 @@
 
 import bisect
 import hashlib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
@@ -15,9 +16,10 @@ from data.errors import BadRecord, UserError
 from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
 from data.preprocess.prompts import CHECKED
 from data.preprocess.spans import Supervision
-from data.preprocess.supervision import Supervisor
+from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, Supervisor
 from data.preprocess.templates import check_template_kwargs
-from data.sources.records import Conversation, Messages
+from data.preprocess.written import TokenIdChecker
+from data.sources.records import Conversation, Messages, Written
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Rendered:
     answers: int  # number of answers in the conversation
     left_out: int = 0  # number of trailing answers left out because of the token limit
     tokens: int = 0  # length of the whole conversation; computed only if answers are left out
+    written: Mapping[int, Written] = field(default_factory=dict)  # answers as the target wrote them, by message index
 
 
 class ChatEncoder:
@@ -70,6 +73,7 @@ class ChatEncoder:
         self.backend.no_padding()
         self.boundaries = BoundaryTokenizer(self.backend)
         self.supervisor = Supervisor(self._render, self.stop_tokens, added)
+        self.token_ids = TokenIdChecker(self.backend, stop_ids)
 
     def check_kwargs(self, given: dict[str, Any], overrides: list[str], warn: Callable[[str], None]) -> None:
         """Check that the chat template reads every argument in `given`.
@@ -97,26 +101,32 @@ class ChatEncoder:
                 more tokens than this. Prompt lengths are assumed to grow from turn to turn. None keeps all answers.
 
         Raises:
-            BadRecord: the template rejects the conversation, or a message contains one of the target's special tokens.
+            BadRecord: the template rejects the conversation, a message contains one of the target's special tokens, or
+                the token ids of an answer do not belong to its text.
         """
-        messages = conversation.messages
-        self._refuse_special_tokens(messages)
+        messages, written = conversation.messages, conversation.written
+        last_by_ids = written and len(messages) - 1 in written and written[len(messages) - 1].token_ids is not None
+        self._refuse_special_tokens(messages[:-1] if last_by_ids else messages)  # that text is not rendered as history
+        for turn, answer in written.items():
+            self._check_token_ids(messages, turn, answer)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         within = turns
         if max_tokens is not None and len(turns) > CHECKED and self._prompt_length(messages, turns[-1]) > max_tokens:
             within = turns[
                 : bisect.bisect_right(turns, max_tokens, key=lambda turn: self._prompt_length(messages, turn))
             ]
-        rendered = Rendered(self.supervisor.supervise(messages, within), len(turns), len(turns) - len(within))
+        supervision = self.supervisor.supervise(messages, within, written)
+        supervision.notes = supervision.notes + self._notes(within, written)
+        rendered = Rendered(supervision, len(turns), len(turns) - len(within), written=written)
         if rendered.left_out:
             rendered.tokens = len(self._ids(self._render(messages, False)))
         return rendered
 
     def tokenize(self, rendered: list[Rendered]) -> list[list[AnswerDocument]]:
         """Tokenize rendered conversations and return the documents of each. Passing many at once is faster."""
-        texts = [conversation.supervision.texts for conversation in rendered]
-        first = iter(self.boundaries.encode([conversation[0].text for conversation in texts if conversation]))
-        return [list(self.boundaries.documents(t, next(first))) if t else [] for t in texts]
+        found = [(conversation.supervision.texts, conversation.written) for conversation in rendered]
+        first = iter(self.boundaries.encode([texts[0].text for texts, _ in found if texts]))
+        return [list(self.boundaries.documents(t, next(first), written)) if t else [] for t, written in found]
 
     def documents(self, conversation: Conversation) -> list[AnswerDocument]:
         """Render and tokenize a single conversation, and return its documents.
@@ -139,6 +149,21 @@ class ChatEncoder:
             special = next((token for token in self.special_tokens if token in text), None)
             if special:  # would be tokenized as a control token, such as end of turn
                 raise BadRecord(f"turn {number}: the text contains the target's special token {special}")
+
+    def _check_token_ids(self, messages: Messages, turn: int, answer: Written) -> None:
+        try:
+            if answer.token_ids is not None:
+                self.token_ids.check(messages[turn], answer.token_ids)
+        except BadRecord as error:
+            raise BadRecord(f"turn {turn + 1}: {error}") from None
+
+    def _notes(self, turns: list[int], written: Mapping[int, Written]) -> Counter[str]:
+        """Return the notes on the answers whose tokens or end are known."""
+        known = [written[turn] for turn in turns if turn in written] if written else []
+        ends = self.token_ids.stop_ids
+        complete = [answer.token_ids for answer in known if answer.token_ids and not answer.truncated]
+        without_end = sum(token_ids[-1] not in ends for token_ids in complete)
+        return Counter({CUT_OFF: sum(answer.truncated for answer in known), NO_END_TOKEN: without_end})
 
     def _prompt_length(self, messages: Messages, turn: int) -> int:
         return len(self._ids(self._render(messages[:turn], True)))

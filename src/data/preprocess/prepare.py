@@ -106,10 +106,11 @@ def describe(prepared: Prepared) -> str:
 def describe_answers(documents: Documents) -> str:
     """Return a one-sentence breakdown of all answers that were read: supervised, lost or refused."""
     found = documents.answers()
-    supervised, further, refused = found["supervised"], found["separate"], found["refused"]
+    supervised, by_ids, further, refused = (found[key] for key in ("supervised", "by_ids", "separate", "refused"))
     parts = {
-        "supervised in the first document of a conversation": supervised - further,
+        "supervised in the first document of a conversation": supervised - by_ids - further,
         "supervised in further documents because later prompts contain earlier turns in another form": further,
+        "supervised by their token ids, where the text reads back differently": by_ids,
         "lost to truncation or too short for a block": found["answers"] - refused - supervised,
         "refused": refused,
     }

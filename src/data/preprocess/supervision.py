@@ -7,14 +7,14 @@ answer gets a separate text. `{% generation %}` markers are ignored, because som
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from data.errors import BadRecord
 from data.preprocess.prompts import CHECKED, Render, prompts, question
 from data.preprocess.skeleton import Skeleton, placeholders, regular, skeleton
 from data.preprocess.spans import Answer, Rendered, Supervision
-from data.sources.records import Messages
+from data.sources.records import Messages, Written
 
 OPENS_REASONING = re.compile(r"<([\w:]*think\w*)>\s*$")
 CLOSES_REASONING = re.compile(r"</[\w:]*think\w*>\s*$")
@@ -28,6 +28,7 @@ NO_REASONING = "the prompt opens a reasoning block, but the answer has no reason
 NO_END_TOKEN = "no end token"  # noqa: S105  the template writes no end token after the answer
 OTHER_END_TOKEN = "not a stop token"  # noqa: S105  the template's end token does not stop generation
 REASONING_DROPPED = "without its reasoning"  # neither the prompt nor the template includes the record's reasoning
+CUT_OFF = "cut off"  # generation ended at the token limit, so no end token is supervised
 
 
 class Supervisor:
@@ -41,22 +42,33 @@ class Supervisor:
             stop: the texts of the target's stop tokens.
             added: the texts of all added tokens. One of them ends an answer if the template writes no stop token.
         """
+        stop, added = list(stop), list(added)
         self.render, self.stop, self.added = render, _any_of(stop), _any_of(added)
+        self.ends = sorted({*stop, *added}, key=len, reverse=True)
         self.skeletons: dict[tuple[str, ...], Skeleton | None] = {}  # keyed by message roles
 
-    def supervise(self, messages: Messages, turns: list[int]) -> Supervision:
+    def supervise(
+        self, messages: Messages, turns: list[int], written: Mapping[int, Written] | None = None
+    ) -> Supervision:
         """Render a conversation up to the last of the given answers and locate these answers.
 
         Args:
             messages: the conversation.
             turns: the ascending message indices of the answers to locate, starting with the first answer.
+            written: answers as the target wrote them, by message index. If the tokens of one are known, its text is
+                only a guess at where they are, to share a document: it may be empty, and gets no notes.
 
         Raises:
             BadRecord: the template rejects the conversation.
         """
         messages = messages[: turns[-1] + 1] if turns else []
-        found = self._by_skeleton(messages) if 0 < len(turns) <= CHECKED else None
-        return found or self._by_answer(messages, turns)
+        # A skeleton gives all answers the same notes and ends.
+        known = written or {}
+        by_ids = bool(known) and all(turn in known and known[turn].token_ids is not None for turn in turns)
+        found = self._by_skeleton(messages) if 0 < len(turns) <= CHECKED and (by_ids or not known) else None
+        if found is None:
+            return self._by_answer(messages, turns, known)
+        return Supervision(found.texts) if by_ids else found
 
     def _by_skeleton(self, messages: Messages) -> Supervision | None:
         if not regular(messages):
@@ -74,11 +86,14 @@ class Supervisor:
         except BadRecord:
             return None
 
-    def _by_answer(self, messages: Messages, turns: list[int]) -> Supervision:
+    def _by_answer(
+        self, messages: Messages, turns: list[int], written: Mapping[int, Written] | None = None
+    ) -> Supervision:
+        written = written or {}
         found, texts = Supervision(), _AnswerTexts(self, messages, many=len(turns) > CHECKED)
         for turn, prompt in zip(turns, prompts(self.render, messages, turns), strict=True):
             try:
-                text, whitespace, notes = texts.of(turn, prompt)
+                text, whitespace, notes = self._answer(texts, turn, prompt, written.get(turn))
             except _Refused as error:
                 found.refused[turn + 1] = str(error)
                 continue
@@ -87,6 +102,21 @@ class Supervisor:
             answer = Answer(turn, len(prompt), end, end + len(whitespace))
             _append(found.texts, Rendered(prompt + text + whitespace, [answer]))
         return found
+
+    def _answer(
+        self, texts: "_AnswerTexts", turn: int, prompt: str, known: Written | None
+    ) -> tuple[str, str, list[str]]:
+        """Return an answer, the whitespace after it, and notes, as `_AnswerTexts.of` does."""
+        if known is not None and known.token_ids is not None:
+            try:
+                return (*texts.of(turn, prompt)[:2], [])
+            except (_Refused, BadRecord):
+                return "", "", []  # the tokens suffice
+        text, whitespace, notes = texts.of(turn, prompt)
+        if known is not None and known.truncated:
+            end = next((token for token in self.ends if text.endswith(token)), "")
+            return text.removesuffix(end).rstrip(), "", []
+        return text, whitespace, notes
 
     def split(self, tail: str, around: Callable[[], tuple[str, str]]) -> tuple[str, str, list[str]]:
         """Split the text after a prompt into the answer and the whitespace after it.

@@ -14,14 +14,19 @@ from data.preprocess.anchors import anchor_indices
 from data.preprocess.boundaries import AnswerDocument
 from data.preprocess.chat_template import ChatEncoder, Rendered
 from data.preprocess.document import Document
-from data.preprocess.supervision import NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
+from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
 from data.sources.chunks import RawRecord
 from data.sources.records import Messages, conversation
 from data.sources.rejects import TEXT_CHARACTERS, printable
 
 OUTCOMES = ("kept", "truncated", "too long", "no anchor", "bad")  # possible outcomes of a record
 KEPT, TRUNCATED, TOO_LONG, NO_ANCHOR, BAD = range(len(OUTCOMES))
-NOTES = {"no_end": NO_END_TOKEN, "other_end": OTHER_END_TOKEN, "no_reasoning": REASONING_DROPPED}
+NOTES = {
+    "no_end": NO_END_TOKEN,
+    "other_end": OTHER_END_TOKEN,
+    "no_reasoning": REASONING_DROPPED,
+    "cut_off": CUT_OFF,
+}
 FEATURES = Features(
     part=Value("int32"),  # index of the source
     place=Value("int64"),  # line number or row index in the source
@@ -30,11 +35,13 @@ FEATURES = Features(
     reason=Value("string"),  # error message for a bad record, or for the first refused answer
     raw=Value("string"),  # first TEXT_CHARACTERS characters of a record that has a reason
     digest=Value("int64"),  # hash of the messages, to find duplicates
-    # Answer counts. `supervised_answers` is per document; the others are per record and 0 in all but its first row.
+    # Answer counts. `supervised_answers` and `by_ids` are per document; the others are per record and 0 in all but its
+    # first row.
     answers=Value("int32"),
     refused=Value("int32"),
     **{name: Value("int32") for name in NOTES},
     supervised_answers=Value("int32"),
+    by_ids=Value("int32"),  # of these, answers whose text reads back as other tokens than the target wrote
     tokens=Value("int32"),  # document length before truncation; a record's first row also counts dropped documents
     anchors=Value("int32"),  # number of valid anchors
     longest=Value("int32"),  # length of the longest answer in tokens
@@ -59,6 +66,7 @@ class Fitted:
     document: Document
     answers: int  # number of supervised answers in the document
     tokens: int  # number of tokens before truncation
+    by_ids: bool = False  # see `AnswerDocument`
 
 
 def table_rows(
@@ -123,14 +131,14 @@ def _truncate(document: AnswerDocument, limit: int, truncation: str) -> Fitted |
     """Cut a document after the last answer that fits (turn) or at the limit (token), if it is too long."""
     tokens, end = len(document.document.input_ids), limit
     if tokens <= limit:
-        return Fitted(document.document, len(document.answers), tokens)
+        return Fitted(document.document, len(document.answers), tokens, document.by_ids)
     if truncation == "turn":
         end = max((answer.after for answer in document.answers if answer.after <= limit), default=0)
     if not end:
         return None
     answers = sum(answer.start < end for answer in document.answers)
     cut = Document(document.document.input_ids[:end], document.document.supervised[:end])
-    return Fitted(cut, answers, tokens)
+    return Fitted(cut, answers, tokens, document.by_ids)
 
 
 def _outcome(kept: list[Fitted], fitted: list[Fitted | None], total: int) -> int:
@@ -156,6 +164,7 @@ def _content(index: int, fitted: Fitted | None) -> dict[str, Any]:
     return {
         "document": index,
         "supervised_answers": fitted.answers if fitted else 0,
+        "by_ids": fitted.answers if fitted and fitted.by_ids else 0,
         "tokens": fitted.tokens if fitted else 0,
         "anchors": _num_anchors(document),
         "longest": longest_answer(document.supervised),

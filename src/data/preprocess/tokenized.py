@@ -35,7 +35,7 @@ from data.sources.readers import Source, fingerprint
 from data.sources.rejects import Reject, reject
 
 # Modules that determine the table. Their source code is part of the cache key.
-PREPROCESS = "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table"
+PREPROCESS = "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table", "written"
 SOURCES = "chunks", "jsonl", "readers", "records", "tables"
 CODE = (*(f"preprocess/{name}" for name in PREPROCESS), *(f"sources/{name}" for name in SOURCES))
 
@@ -88,13 +88,19 @@ class Documents(Sequence[Document]):
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
     def answers(self) -> dict[str, int]:
-        """Return answer counts with the keys `answers` (total), `refused`, `supervised`, `separate` and those of NOTES.
+        """Return answer counts: `answers` (total), `refused`, `supervised`, `by_ids`, `separate` and those of NOTES.
 
-        `separate` counts supervised answers in a record's second or later document.
+        `by_ids` counts supervised answers whose text reads back as other tokens than the target wrote, and `separate`
+        the other supervised answers in a record's second or later document.
         """
         counts = {name: int(self.column(name, all_records=True).sum()) for name in ("answers", "refused", *NOTES)}
-        supervised, document = self.column("supervised_answers"), self.column("document")
-        return counts | {"supervised": int(supervised.sum()), "separate": int(supervised[document > 0].sum())}
+        supervised, by_ids = self.column("supervised_answers"), self.column("by_ids")
+        separate = supervised[(self.column("document") > 0) & (by_ids == 0)]
+        return counts | {
+            "supervised": int(supervised.sum()),
+            "by_ids": int(by_ids.sum()),
+            "separate": int(separate.sum()),
+        }
 
     def lost_tokens(self) -> tuple[int, int]:
         """Return the number of tokens lost to truncation, and the number lost with dropped conversations.

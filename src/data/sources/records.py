@@ -41,11 +41,12 @@ def conversation(record: Any) -> Conversation:
         BadRecord: the record has no assistant turn, or is not a valid conversation.
     """
     messages = _messages(record)
+    written = _written(record, messages)
     if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("no assistant turn; generate answers with python -m data.regenerate")
     while messages[-1]["role"] != "assistant":
         messages.pop()  # an unanswered turn is not supervised, and may change how templates render the last answer
-    return Conversation(messages)
+    return Conversation(messages, written=written)
 
 
 def questions(record: Any) -> Conversation:
@@ -126,7 +127,8 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str, roles: dict[str, 
         where = f"turn {number}"
         if not isinstance(turn, dict):
             raise BadRecord(f"{where}: expected an object, found {_kind(turn)}")
-        for required in (role_key, text_key):
+        keys = (role_key,) if turn.get("token_ids") else (role_key, text_key)
+        for required in keys:
             if turn.get(required) is None:
                 raise BadRecord(f"{where}: missing `{required}`")
         if turn.get("tool_calls"):
@@ -134,10 +136,33 @@ def _turns(turns: Any, key: str, role_key: str, text_key: str, roles: dict[str, 
         role = turn[role_key]
         if not isinstance(role, str) or role not in roles:
             raise BadRecord(f"{where}: unknown role {role!r:.40}; expected one of {', '.join(roles)}")
-        messages.append(_message(roles[role], turn[text_key], where))
+        if turn.get("token_ids") and not (turn.get(text_key) or "").strip():
+            messages.append({"role": roles[role], "content": ""})  # the tokens are known; the text is only history
+        else:
+            messages.append(_message(roles[role], turn[text_key], where))
         if turn.get("reasoning_content"):  # read separately from the answer by templates of reasoning models
             messages[-1]["reasoning_content"] = _message(role, turn["reasoning_content"], where)["content"]
     return messages
+
+
+def _written(record: dict[str, Any], messages: Messages) -> dict[int, Written]:
+    """Return the answers whose tokens are in the record or that ended at the token limit, by message index."""
+    turns = record.get("messages") or record.get("conversations") or []
+    system = len(messages) - len(turns)  # 1 if the system message is kept outside the turns
+    found = {}
+    for number, turn in enumerate(turns, start=1):
+        ids, truncated = turn.get("token_ids"), turn.get("truncated")
+        if ids is None and not truncated:
+            continue
+        message, where = messages[number - 1 + system], f"turn {number}"
+        if message["role"] != "assistant":
+            raise BadRecord(f"{where}: `token_ids` and `truncated` describe answers, not a {message['role']} turn")
+        if not isinstance(truncated, bool | None):
+            raise BadRecord(f"{where}: `truncated`: expected true or false, found {_kind(truncated)}")
+        if ids is not None and not (isinstance(ids, list) and ids and all(type(x) is int and x >= 0 for x in ids)):
+            raise BadRecord(f"{where}: `token_ids`: expected a list of token ids, found {_kind(ids)}")
+        found[number - 1 + system] = Written(ids, bool(truncated))
+    return found
 
 
 def _message(role: str, content: Any, where: str) -> dict[str, str]:
