@@ -109,9 +109,8 @@ def measure(draft: DraftModel, args: argparse.Namespace, rows: int, mode: str) -
     packed = [
         tuple(torch.randn(shape, device=device, dtype=target.dtype) for _ in range(2)) for _ in target.model.layers
     ]
-    row_of = torch.arange(rows, device=device).repeat_interleave(args.context)
-    places = torch.arange(args.context, device=device).repeat(rows)
-    cache = KVCache(packed, row_of, places, rows, args.context + count, slots=count * size)
+    capacity = args.context + count
+    cache = KVCache(packed, [args.context] * rows, [capacity] * rows, [capacity], slots=count * size)
     passes = ForwardPasses(target, draft, cache)
     del packed
     candidates = torch.randint(config.vocab_size, (rows, count), device=device)

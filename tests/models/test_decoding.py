@@ -255,12 +255,14 @@ def test_the_cache_holds_the_targets_own_keys_and_values_of_all_committed_tokens
     def checked_step(flight):
         step(flight)
         for place, row in enumerate(flight.rows):
-            tokens, own = batch[row] + flight.result.tokens[row], DynamicCache()
+            tokens, own = row.prompt + row.tokens, DynamicCache()
             forward_cached(target, torch.tensor([tokens]), own)
             assert flight.lengths[place] == len(tokens)
-            for (keys, values), layer in zip(flight.cache.layers, own.layers, strict=True):
-                assert torch.allclose(keys[place, :, : len(tokens)], layer.keys[0], atol=1e-4)
-                assert torch.allclose(values[place, :, : len(tokens)], layer.values[0], atol=1e-4)
+            (group,) = flight.cache.groups
+            committed = slice(group.slots, group.slots + len(tokens))
+            for (keys, values), layer in zip(group.layers, own.layers, strict=True):
+                assert torch.allclose(keys[place, :, committed], layer.keys[0], atol=1e-4)
+                assert torch.allclose(values[place, :, committed], layer.values[0], atol=1e-4)
             checked.append(len(flight.rows))
 
     monkeypatch.setattr(BatchDecoder, "step", checked_step)
@@ -275,7 +277,7 @@ def test_auto_drafts_in_parallel_when_few_rows_are_in_flight(monkeypatch):
 
     def counted(name, call, passes, candidates, *rest):
         calls.append((name, len(candidates)))
-        places.append((len(candidates), passes.cache.size))
+        places.append((len(candidates), passes.cache.slots))
         return call(passes, candidates, *rest)
 
     for name in ("verify", "verify_and_draft"):

@@ -67,6 +67,14 @@ class View:
     window: int | None = None  # window of the mask; must equal the layer's
 
 
+@dataclass
+class RowViews:
+    """Separate views for groups of consecutive rows, which cover all rows in order."""
+
+    parts: list[tuple[slice, View]]
+    stop: bool = False
+
+
 def clean_mask(document_ids: Tensor, kind: str, window: int | None = None) -> Mask:
     """Build the mask of `masks.document_causal` for an attention kernel. document_ids is [R, T]."""
     rows, length = document_ids.shape
@@ -107,7 +115,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: View | Tensor | None,
+    attention_mask: View | RowViews | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -119,6 +127,12 @@ def packed_attention(
         ValueError: the window of the view differs from the layer's, or the layer uses an unsupported attention feature.
     """
     view = attention_mask
+    if isinstance(view, RowViews):
+        outputs = [
+            packed_attention(module, query[rows], key[rows], value[rows], own, scaling, dropout, **kwargs)[0]
+            for rows, own in view.parts
+        ]
+        return torch.cat(outputs), None
     if not isinstance(view, View):
         return sdpa_attention_forward(module, query, key, value, view, dropout=dropout, scaling=scaling, **kwargs)
     query, key, value = gather_keys(module, query, key, value, view, **kwargs)

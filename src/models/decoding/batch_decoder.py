@@ -1,7 +1,7 @@
 """Batched decoding loop: draft, verify and commit for all rows in flight, one step at a time."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,13 +12,21 @@ from transformers import PreTrainedModel
 from models.acceptance import mean_acceptance_length
 from models.decoding.forward_passes import ForwardPasses, contiguous_copy, prefill
 from models.decoding.generation_settings import SequenceState
+from models.decoding.kv_cache import KVCache
+from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection, drafts_and_confidence
-from models.decoding.target_sampler import TargetSampler
+from models.decoding.target_sampler import SequentialTargetSampler, TargetSampler
 from models.draft import DraftModel
 
 # Maps a phase name to a context manager that wraps the phase, for timing.
 Timer = Callable[[str], AbstractContextManager]
 PHASES = ("prefill", "verify", "draft", "calibrate")
+ROW_TENSORS = ("lengths", "generated", "bonus", "drafts", "verified")  # of BatchDecoder, indexed by position in `rows`
+
+
+def no_timer(phase: str) -> AbstractContextManager:
+    """Time nothing."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -56,30 +64,55 @@ class Streamer(Protocol):
         """Signal the end of the sequence."""
 
 
-class Streams:
-    """Forwards tokens to the streamer of their row as soon as they are final."""
+class Row:
+    """A prompt, its random seed, and the tokens generated for it so far."""
 
-    def __init__(self, streamers: list[Streamer | None], prompts: list[list[int]]) -> None:
-        self._streamers, self._shown = streamers, [0] * len(prompts)
-        for streamer, prompt in zip(streamers, prompts, strict=True):
-            if streamer is not None:
-                streamer.put(torch.tensor([prompt]))
+    def __init__(
+        self, prompt: list[int], seed: int, state: SequenceState | None = None, streamer: Streamer | None = None
+    ) -> None:
+        """
+        Args:
+            state: logits processors and stopping criteria, if there are any.
+            streamer: receives the prompt now, and each token once it is final.
+        """
+        self.prompt, self.seed, self.state = prompt, seed, state
+        self.tokens: list[int] = []  # new tokens, including the stop token
+        self.steps: list[Step] = []
+        self._streamer, self._streamed = streamer, 0
+        if streamer is not None:
+            streamer.put(torch.tensor([prompt]))
 
-    def show(self, row: int, tokens: list[int], ended: bool) -> None:
-        """Stream the tokens that have not been streamed yet. `tokens` holds all new tokens in the row so far."""
-        streamer = self._streamers[row]
-        if streamer is None:
+    def stream(self, tokens: list[int], ended: bool) -> None:
+        """Stream the tokens that have not been streamed yet. `tokens` holds all final tokens so far."""
+        if self._streamer is None:
             return
-        for token in tokens[self._shown[row] :]:
-            streamer.put(torch.tensor([token]))
-        self._shown[row] = len(tokens)
+        for token in tokens[self._streamed :]:
+            self._streamer.put(torch.tensor([token]))
+        self._streamed = len(tokens)
         if ended:
-            streamer.end()
+            self._streamer.end()
 
-    def end(self) -> None:
-        """End all streams."""
-        for streamer in filter(None, self._streamers):
-            streamer.end()
+
+@dataclass(frozen=True)
+class Settings:
+    """The models and how to decode with them; the same for all rows in flight."""
+
+    target: PreTrainedModel
+    draft: DraftModel | None
+    max_new_tokens: int
+    sampling: Sampling
+    selection: Selection
+    stop: set[int]
+    calibrate: bool
+    parallel_rows: int  # draft in parallel mode while at most this many rows are in flight
+    timer: Timer
+    growing: int | None = None  # rows grow up to this many tokens; None: allocate all of a row at its start
+
+    def sampler(self, rows: list[Row]) -> TargetSampler:
+        """Return the sampler for these rows. Logits processors and stopping criteria belong to all rows or to none."""
+        plain = (self.sampling, [row.seed for row in rows], self.max_new_tokens, self.target.device)
+        states = [row.state for row in rows if row.state is not None]
+        return SequentialTargetSampler(*plain, states, self.stop) if states else TargetSampler(*plain)
 
 
 class BatchDecoder:
@@ -88,44 +121,20 @@ class BatchDecoder:
     Tensors and the KV cache are indexed by position in `rows`. Finished rows are removed from all of them.
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        draft: DraftModel | None,
-        result: GenerationResult,
-        *,
-        max_new_tokens: int,
-        sampler: TargetSampler,
-        states: list[SequenceState] | None,
-        selection: Selection,
-        stop: set[int],
-        calibrate: bool,
-        parallel_rows: int,
-        streams: Streams,
-        timer: Timer,
-    ) -> None:
-        """
-        Args:
-            sampler: selects the target's tokens.
-            states: one per row if `sampler` depends on the text so far, otherwise None.
-            parallel_rows: draft in parallel mode while at most this many rows are in flight.
-        """
-        self.target, self.draft, self.result = target, draft, result
-        self.max_new_tokens, self.sampler, self.states = max_new_tokens, sampler, states
-        self.selection, self.stop, self.calibrate, self.parallel_rows = selection, stop, calibrate, parallel_rows
-        self.streams, self.timer = streams, timer
-
-    def start(self, prompts: list[list[int]]) -> None:
+    def __init__(self, settings: Settings, rows: list[Row]) -> None:
         """Prefill the prompts, choose the first bonus tokens and draft the first blocks."""
-        device = self.target.device
-        size = self.draft.block_size if self.draft else 1
-        self.rows = list(range(len(prompts)))  # row indices into the result
-        self.max_length = max(map(len, prompts))  # cached tokens in the longest row
+        self.settings, self.target, self.draft = settings, settings.target, settings.draft
+        self.max_new_tokens, self.timer = settings.max_new_tokens, settings.timer
+        self.block_size = self.draft.block_size if self.draft else 1
+        # A growing cache orders its rows by capacity.
+        self.rows = list(rows) if settings.growing is None else sorted(rows, key=lambda row: len(row.prompt))
+        self.sampler = settings.sampler(self.rows)
+        device, prompts = self.target.device, [row.prompt for row in self.rows]
+        self.max_length, self.max_verified = max(map(len, prompts)), 0  # cached tokens in the longest row; most drafts
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R] cached tokens
         self.generated = torch.zeros_like(self.lengths)  # [R] new tokens before the bonus token
-        capacity = self.max_length + self.max_new_tokens + size  # candidates may extend past the last committed token
         with self.timer("prefill"):
-            logits, self.cache = prefill(self.target, prompts, capacity, self._slots(len(prompts)))
+            logits, self.cache = self._prefill(prompts)
             self.passes = ForwardPasses(self.target, self.draft, self.cache)
             none = self.generated  # zeros: nothing is drafted yet
             drafts = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
@@ -133,12 +142,35 @@ class BatchDecoder:
         self._propose(self._draft_blocks(self.max_length))
         self._commit_step(drafts, kept=none, verified=none)  # commits nothing unless the row ends with its first token
 
+    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
+        # Candidates may extend past the last committed token by a block.
+        slots = self._slots(len(prompts))
+        if self.settings.growing is None:
+            capacity = self.max_length + self.max_new_tokens + self.block_size
+            return prefill(self.target, prompts, capacity, slots)
+        needed = [len(prompt) + self.block_size for prompt in prompts]
+        return prefill(self.target, prompts, self.settings.growing + self.block_size, slots, needed)
+
+    def join(self, other: "BatchDecoder") -> None:
+        """Take over the rows of another decoder with the same settings."""
+        if not other.rows:
+            return
+        order = self.cache.extend(other.cache)
+        indices = torch.tensor(order, device=self.bonus.device)
+        self.rows = [(self.rows + other.rows)[index] for index in order]
+        for name in ROW_TENSORS:
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)])[indices])
+        self.max_verified = max(self.max_verified, other.max_verified)
+        self.max_length = max(self.max_length, other.max_length)
+        self.sampler.extend(other.sampler)
+        self.sampler.keep(indices)
+
     def step(self) -> None:
         """Verify the candidates of all rows, commit the accepted ones and draft the next blocks."""
         candidates = torch.cat([self.bonus[:, None], self.drafts[:, : self.max_verified]], dim=1)  # [R, C]
         offsets = torch.arange(1 + self.max_verified, device=candidates.device)
         positions, kv_length = self.lengths[:, None] + offsets, self.max_length + len(offsets)
-        parallel = self.draft is not None and len(self.rows) <= self.parallel_rows
+        parallel = self.draft is not None and len(self.rows) <= self.settings.parallel_rows
         with self.timer("verify"):
             if parallel:
                 logits, blocks = self.passes.verify_and_draft(candidates, positions, kv_length)
@@ -165,12 +197,12 @@ class BatchDecoder:
             self.drafts, self.verified = self.bonus.new_empty(len(self.bonus), 0), torch.zeros_like(self.bonus)
             return
         with self.timer("calibrate"):
-            bonus = self.bonus if self.calibrate else None
+            bonus = self.bonus if self.settings.calibrate else None
             self.drafts, confidence = drafts_and_confidence(
                 self.draft.block_logits(contiguous_copy(block[:, 1:]), bonus)
             )
             room = self.max_new_tokens - 1 - self.generated  # drafts beyond max_new_tokens would be discarded
-            self.verified = self.selection.count(confidence).minimum(room).clamp(min=0)
+            self.verified = self.settings.selection.count(confidence).minimum(room).clamp(min=0)
 
     def _commit_step(self, candidates: Tensor, kept: Tensor, verified: Tensor) -> None:
         """Commit the first `kept` [R] of each row's candidates [R, C] and remove finished rows.
@@ -179,47 +211,48 @@ class BatchDecoder:
         one.
         """
         outcome = torch.stack([kept, verified, self.bonus, self.verified, self.lengths], dim=1)
-        unfinished, max_verified, max_length = [], 0, 0
+        unfinished, lengths, max_verified = [], [], 0
         for index, row in enumerate(torch.cat([outcome, candidates], dim=1).tolist()):
             count, scored, bonus, to_verify, length, *tokens = row
             if self._commit(self.rows[index], tokens[:count], scored, bonus):
                 continue
             unfinished.append(index)
-            max_verified, max_length = max(max_verified, to_verify), max(max_length, length)
-        self.max_verified, self.max_length = max_verified, max_length
-        if len(unfinished) < len(self.rows):
-            self._keep(unfinished)
+            lengths.append(length)
+            max_verified = max(max_verified, to_verify)
+        self.max_verified, self.max_length = max_verified, max(lengths, default=0)
+        self._keep(unfinished, [length + self.block_size for length in lengths])
 
-    def _commit(self, row: int, tokens: list[int], verified: int, bonus: int) -> bool:
-        """Append the tokens committed in a step to the row's result. Return whether the row has finished."""
-        answer = self.result.tokens[row]
-        limit = self.states[row].limit if self.states else self.max_new_tokens
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop), len(tokens))
+    def _commit(self, row: Row, tokens: list[int], verified: int, bonus: int) -> bool:
+        """Append the tokens committed in a step to the row. Return whether the row has finished."""
+        answer, stop = row.tokens, self.settings.stop
+        limit = row.state.limit if row.state else self.max_new_tokens
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
         if tokens:
             answer += tokens[:end]
-            self.result.steps[row].append(Step(verified, end - 1))  # drafts after the stop token do not count
-        ended = bool(answer) and (answer[-1] in self.stop or len(answer) == limit)
-        if not ended and (bonus in self.stop or len(answer) + 1 == limit):
+            row.steps.append(Step(verified, end - 1))  # drafts after the stop token do not count
+        ended = bool(answer) and (answer[-1] in stop or len(answer) == limit)
+        if not ended and (bonus in stop or len(answer) + 1 == limit):
             answer.append(bonus)  # the bonus token is final and ends the row: no verify step needed
             ended = True
-        self.streams.show(row, answer if ended else [*answer, bonus], ended)
+        row.stream(answer if ended else [*answer, bonus], ended)
         return ended
 
-    def _keep(self, unfinished: list[int]) -> None:
-        """Keep only the rows at positions `unfinished` and drop the finished ones."""
-        self.rows = [self.rows[index] for index in unfinished]
-        if not unfinished:
+    def _keep(self, unfinished: list[int], needed: list[int]) -> None:
+        """Keep only the rows at positions `unfinished`, and make room for `needed` tokens in each of them."""
+        before = len(self.rows)
+        order = self.cache.keep(unfinished, needed, self._slots(len(unfinished)))
+        self.rows = [self.rows[index] for index in order]
+        if not order or order == list(range(before)):
             return
-        indices = torch.tensor(unfinished, device=self.bonus.device)
-        self.cache.keep(indices, self._slots(len(unfinished)))
-        for name in ("lengths", "generated", "bonus", "drafts", "verified"):
+        indices = torch.tensor(order, device=self.bonus.device)
+        for name in ROW_TENSORS:
             setattr(self, name, getattr(self, name)[indices])
         self.sampler.keep(indices)
 
     def _slots(self, rows: int) -> int:
         """Return the number of cache slots per row for `rows` rows in flight: B * B in parallel mode, otherwise B."""
         size = self.draft.block_size if self.draft else 0
-        return size * size if rows <= self.parallel_rows else size
+        return size * size if rows <= self.settings.parallel_rows else size
 
 
 def _select_blocks(blocks: Tensor, number: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Flex Decoding: lossless speculative decoding that drafts with the target's last layers and verifies in one pass."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -9,7 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import out_of_memory
-from models.decoding.batch_decoder import PHASES, BatchDecoder, GenerationResult, Step, Streamer, Streams, Timer
+from models.decoding.batch_decoder import (
+    PHASES,
+    BatchDecoder,
+    GenerationResult,
+    Row,
+    Settings,
+    Step,
+    Streamer,
+    Timer,
+    no_timer,
+)
 from models.decoding.forward_passes import difference_from_forward
 from models.decoding.generation_settings import (
     Criterion,
@@ -32,7 +41,6 @@ from models.decoding.requests import (
 )
 from models.decoding.sampling import GREEDY, Sampling
 from models.decoding.selection import RELEASE, Selection
-from models.decoding.target_sampler import SequentialTargetSampler, TargetSampler
 from models.draft import DraftModel
 from models.draft_config import DraftConfig
 from models.families import TESTED
@@ -132,30 +140,28 @@ def generate(
         stop_strings=strings,
         tokenizer=tokenizer,
     )
-    result = GenerationResult([[] for _ in prompts], [[] for _ in prompts])
-    streams = Streams(streamers, prompts)
+    rows_in_order = [
+        Row(prompt, seeds[i], states[i] if states else None, streamers[i]) for i, prompt in enumerate(prompts)
+    ]
     if not new_tokens:
-        streams.end()
-        return result
-    plain = (sampling, seeds, new_tokens, target.device)
-    decoder = BatchDecoder(
+        for row in rows_in_order:
+            row.stream([], ended=True)
+        return GenerationResult([[] for _ in prompts], [[] for _ in prompts])
+    settings = Settings(
         target,
         draft,
-        result,
         max_new_tokens=new_tokens,
-        sampler=SequentialTargetSampler(*plain, states, stops) if states else TargetSampler(*plain),
-        states=states,
+        sampling=sampling,
         selection=selection,
         stop=stops,
         calibrate=calibrate,
         parallel_rows=known[mode],
-        streams=streams,
-        timer=timer or (lambda name: nullcontext()),
+        timer=timer or no_timer,
     )
-    decoder.start(prompts)
+    decoder = BatchDecoder(settings, rows_in_order)
     while decoder.rows:
         decoder.step()
-    return result
+    return GenerationResult([row.tokens for row in rows_in_order], [row.steps for row in rows_in_order])
 
 
 def rows_in_parallel(device: torch.device) -> int:

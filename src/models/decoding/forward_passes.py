@@ -9,21 +9,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.attention.layers import run_layers
+from models.attention.layers import LayerView, run_layers
 from models.attention.masks import Rule, cached_causal, dense, own_block, per_window, slots_first
-from models.attention.packed import KeysValues, LayerCache, View
-from models.decoding.kv_cache import KVCache
+from models.attention.packed import KeysValues, LayerCache, RowViews, View
+from models.decoding.kv_cache import Group, KVCache, growing_capacities
 from models.draft import DraftModel
 from models.families import layer_windows
 from models.target import clean_views
 
 
-def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int, slots: int = 0) -> tuple[Tensor, KVCache]:
+def prefill(
+    target: PreTrainedModel,
+    prompts: list[list[int]],
+    capacity: int,
+    slots: int = 0,
+    needed: list[int] | None = None,
+) -> tuple[Tensor, KVCache]:
     """Run the target over the prompts, packed into one row.
 
+    Args:
+        capacity: maximum number of tokens per row.
+        slots: number of slots per row.
+        needed: allocate only as much as the rows need, and let them grow: for each prompt, the number of tokens to make
+            room for, in ascending order. None: allocate `capacity` tokens per row.
+
     Returns:
-        Logits [R, V] after the last token of each prompt, and the KV cache with room for `capacity` tokens and `slots`
-        slots per row.
+        Logits [R, V] after the last token of each prompt, and the KV cache.
     """
     device = target.device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -38,7 +49,8 @@ def prefill(target: PreTrainedModel, prompts: list[list[int]], capacity: int, sl
     hidden = target.get_input_embeddings()(input_ids[None])
     hidden = run_layers(target, target.model.layers, 0, hidden, positions[None], views)
     last = (lengths.cumsum(0) - 1).to(device)
-    cache = KVCache(_release_kv(views), row_of, positions, len(prompts), capacity, slots)
+    sizes = [capacity] if needed is None else growing_capacities(capacity)
+    cache = KVCache(_release_kv(views), lengths.tolist(), needed or [capacity] * len(prompts), sizes, slots)
     return target_logits(target, hidden[0, last]), cache
 
 
@@ -76,7 +88,8 @@ def contiguous_copy(part: Tensor) -> Tensor:
 class ForwardPasses:
     """Runs the forward passes of a batch against its KV cache.
 
-    The argument `kv_length` is one past the last token position that any row reads.
+    The argument `kv_length` is one past the last token position that any row reads. Attention runs group by group, so
+    that the rows of a group read only as many tokens as its longest row has.
     """
 
     def __init__(self, target: PreTrainedModel, draft: DraftModel | None, cache: KVCache) -> None:
@@ -129,28 +142,44 @@ class ForwardPasses:
         blocks = drafted.view(*positions.shape, self._drafter.block_size, -1)
         return target_logits(self.target, contiguous_copy(hidden[:, :count])), blocks
 
-    def _candidate_views(self, positions: Tensor, kv_length: int) -> list[View]:
-        rows, count = positions.shape
-        caches = self.cache.token_entries(positions, kv_length, drafts=self.draft is not None)
-        return _views(lambda window: cached_causal(positions, window), self.windows, (rows, count, kv_length), caches)
+    def _candidate_views(self, positions: Tensor, kv_length: int) -> list[LayerView]:
+        def views(group: Group) -> list[View]:
+            own, stop = positions[group.rows], kv_length - group.shorter
+            caches = group.token_entries(own, stop, drafts=self.draft is not None)
+            return _views(lambda window: cached_causal(own, window), self.windows, (*own.shape, stop), caches)
+
+        return self._by_layer(views)
 
     def _blocks(
         self, anchors: Tensor, kv_length: int, bonus: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[View]]:
+    ) -> tuple[Tensor, Tensor, list[LayerView]]:
         """Build the slots for blocks at anchors [R, g]: inputs [R, g*B, H], positions [R, g*B], one view per layer."""
-        draft, (rows, count), device = self._drafter, anchors.shape, anchors.device
-        positions = (anchors[..., None] + torch.arange(draft.block_size, device=device)).flatten(1)
-        slots = positions.shape[1]
-        one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(rows, kv_length)
-        own_layers = slice(draft.split_layer, None)
-        caches = self.cache.slot_entries(slots, kv_length, own_layers)
+        draft, size, device = self._drafter, self._drafter.block_size, anchors.device
+        positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
+        slots, own_layers = positions.shape[1], slice(draft.split_layer, None)
 
-        def rule(window: int | None) -> Rule:
-            return slots_first(own_block(one_document, anchors, draft.block_size, window), slots, kv_length)
+        def views(group: Group) -> list[View]:
+            own, stop = anchors[group.rows], kv_length - group.shorter
+            one_document = torch.zeros(1, 1, dtype=torch.long, device=device).expand(len(own), stop)
 
-        views = _views(rule, self.windows[own_layers], (rows, slots, slots + kv_length), caches)
-        hidden = draft.slot_inputs((rows, count), bonus).flatten(1, 2)
-        return hidden, positions, views
+            def rule(window: int | None) -> Rule:
+                return slots_first(own_block(one_document, own, size, window), slots, stop)
+
+            caches = group.slot_entries(slots, stop, own_layers)
+            return _views(rule, self.windows[own_layers], (len(own), slots, slots + stop), caches)
+
+        hidden = draft.slot_inputs((len(anchors), anchors.shape[1]), bonus).flatten(1, 2)
+        return hidden, positions, self._by_layer(views)
+
+    def _by_layer(self, views: Callable[[Group], list[View]]) -> list[LayerView]:
+        """Return one view per layer for all rows, given those of each group."""
+        groups = self.cache.groups
+        if len(groups) == 1:
+            return list(views(groups[0]))
+        return [
+            RowViews([(group.rows, view) for group, view in zip(groups, own, strict=True)])
+            for own in zip(*map(views, groups), strict=True)
+        ]
 
 
 def _views(
@@ -165,8 +194,8 @@ def _views(
 class _JointView:
     """Views for candidates and slots that are concatenated along the sequence, candidates first."""
 
-    clean: View
-    blocks: View
+    clean: LayerView
+    blocks: LayerView
     count: int  # number of candidates
     stop: bool = False
 

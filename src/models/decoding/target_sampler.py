@@ -49,8 +49,13 @@ class TargetSampler:
         accepted = accepted_drafts(drafts, chosen[:, :-1]).minimum(verified)
         return accepted, chosen.gather(1, accepted[:, None])[:, 0]
 
+    def extend(self, other: "TargetSampler") -> None:
+        """Add the rows of another sampler with the same settings."""
+        if self.uniforms is not None and other.uniforms is not None:
+            self.uniforms = torch.cat([self.uniforms, other.uniforms])
+
     def keep(self, indices: Tensor) -> None:
-        """Keep only the rows at these indices."""
+        """Keep only the rows at these indices, in this order."""
         if self.uniforms is not None:
             self.uniforms = self.uniforms[indices]
 
@@ -94,6 +99,11 @@ class SequentialTargetSampler(TargetSampler):
             accepted += 1
             if ended:
                 return accepted, token
+
+    def extend(self, other: TargetSampler) -> None:
+        super().extend(other)
+        assert isinstance(other, SequentialTargetSampler)  # all rows in flight have states, or none
+        self.states += other.states
 
     def keep(self, indices: Tensor) -> None:
         super().keep(indices)
