@@ -78,6 +78,7 @@ class Row:
         self.prompt, self.seed, self.state = prompt, seed, state
         self.tokens: list[int] = []  # new tokens, including the stop token
         self.steps: list[Step] = []
+        self.ended = False
         self._streamer, self._streamed = streamer, 0
         if streamer is not None:
             streamer.put(torch.tensor([prompt]))
@@ -230,12 +231,12 @@ class BatchDecoder:
         if tokens:
             answer += tokens[:end]
             row.steps.append(Step(verified, end - 1))  # drafts after the stop token do not count
-        ended = bool(answer) and (answer[-1] in stop or len(answer) == limit)
-        if not ended and (bonus in stop or len(answer) + 1 == limit):
+        row.ended = bool(answer) and (answer[-1] in stop or len(answer) == limit)
+        if not row.ended and (bonus in stop or len(answer) + 1 == limit):
             answer.append(bonus)  # the bonus token is final and ends the row: no verify step needed
-            ended = True
-        row.stream(answer if ended else [*answer, bonus], ended)
-        return ended
+            row.ended = True
+        row.stream(answer if row.ended else [*answer, bonus], row.ended)
+        return row.ended
 
     def _keep(self, unfinished: list[int], needed: list[int]) -> None:
         """Keep only the rows at positions `unfinished`, and make room for `needed` tokens in each of them."""
