@@ -354,6 +354,7 @@ def answers(backend, questions):
         [Sample(str(i), list(q)) for i, q in enumerate(questions)],
         lambda c: found.update({c.id: c}),
         answered_before=False,
+        on_tokens=lambda count: None,
     )
     return [found[str(i)] for i in range(len(questions))]
 

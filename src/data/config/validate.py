@@ -21,6 +21,7 @@ NULLABLE: dict[str, type] = {
     "adapter.target_modules": list,
     "export.push_to_hub": str,
     "export.tag": str,
+    "regenerate.draft": str,
     "regenerate.server.key_file": str,
     "regenerate.server.model": str,  # defaults to the target's name; a target with random weights has none
     **{f"stage.{stage}.best_by": str for stage in STAGES},

@@ -88,17 +88,21 @@ class Sample:
 
 
 OnFinish = Callable[[Sample], None]
+OnTokens = Callable[[int], None]
 
 
 class Backend(Protocol):
     """Interface of the backends that generate answers: `LocalBackend` and `ServerBackend`."""
 
-    def run(self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool) -> None:
+    def run(
+        self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool, on_tokens: OnTokens
+    ) -> None:
         """Answer every question in every conversation.
 
         Args:
             on_finish: called with each conversation when it is finished.
             answered_before: whether an earlier run with the same settings has finished any conversations.
+            on_tokens: called with the number of tokens generated since the last call, to show the progress.
         """
 
 

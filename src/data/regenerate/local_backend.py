@@ -1,116 +1,151 @@
-"""Local generation backend based on transformers."""
+"""Local generation backend: this project's decoder with continuous batching, optionally with a drafter."""
 
-from collections.abc import Iterable
-from itertools import islice
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.regenerate.conversation import REFUSED, OnFinish, Sample, Sampling, derive_seed
+from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sampling, derive_seed
 from data.sources.records import Conversation
+from models.decoding.continuous import ContinuousDecoder
+from models.decoding.flex import check_untested
+from models.decoding.sampling import Sampling as TokenSampling
+from models.draft import DraftModel
+from models.export import load_draft, recommended
+from models.families import check_architecture, max_text_length
+from models.target import load_config, load_target
 
-# Sampling parameters in transformers whose values in the target's generation config are ignored.
-SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-WINDOW = 16  # number of batches over which prompts are sorted by length
+OTHER_BACKEND = "Regenerate with a server (regenerate.backend=server)."
 
 
 class LocalBackend:
-    """Generates answers with the target in this process, batching prompts of similar length."""
+    """Generates answers with the target in this process.
+
+    The answers do not depend on each other, on their order or on the batch size, except for ties within rounding.
+    """
 
     def __init__(
         self, target: dict[str, Any], tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder, sampling: Sampling,
-        *, batch_size: int, device: str,
+        *, batch_size: int, device: str, draft: str | None = None,
     ) -> None:  # fmt: skip
-        """Load the target and build its generation settings.
+        """Load the target and the drafter.
+
+        Args:
+            target: the settings `model.target`.
+            batch_size: maximum number of conversations in flight.
+            draft: directory or Hub id of an exported drafter of this target; None: decode with the target alone.
 
         Raises:
-            UserError: the target cannot be loaded, or `max_new_tokens` leaves no room for a prompt.
+            UserError: the target cannot be loaded or is not supported, the drafter is damaged or belongs to another
+                target, or `max_new_tokens` leaves no room for a prompt.
         """
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                target["name"],
-                revision=target["revision"],
-                dtype=getattr(torch, target["dtype"]),
-                attn_implementation="sdpa",
-            )
-            self.model.to(self.device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without binding it
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:
-            raise UserError(f"model.target: failed to load the target. {error}") from error
-        self.tokenizer, self.encoder, self.sampling, self.batch_size = tokenizer, encoder, sampling, batch_size
-        positions = self.model.config.max_position_embeddings
+        self.tokenizer, self.encoder, self.sampling = tokenizer, encoder, sampling
+        self.target = _load(target, tokenizer, device)
+        self.draft = _load_draft(draft, self.target) if draft else None
+        settings = recommended(draft) if draft else {}
+        positions = max_text_length(self.target.config, self.draft.block_size if self.draft else 0)
         self.limit = positions - sampling.max_new_tokens  # maximum prompt length in tokens
         if self.limit < 1:
             raise UserError(
                 f"regenerate.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the target's "
                 f"context length is {positions}. Reduce regenerate.max_new_tokens."
             )
-        ends = self.model.generation_config.eos_token_id or tokenizer.eos_token_id
+        ends = self.target.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
-        greedy = sampling.temperature == 0
         # Other parameters, e.g. penalties, keep the target's defaults, which decoding with the drafter also uses.
-        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        self.generation = dict.fromkeys(SAMPLED & GenerationConfig().to_dict().keys()) | {
-            "do_sample": not greedy,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "max_new_tokens": sampling.max_new_tokens,
-            "eos_token_id": sorted(self.ends),
-            "pad_token_id": encoder.pad_id,
-            **({} if greedy else sampled),
-        }
+        self.decoder: ContinuousDecoder[int] = ContinuousDecoder(
+            self.target,
+            self.draft,
+            max_rows=batch_size,
+            max_new_tokens=sampling.max_new_tokens,
+            sampling=TokenSampling(sampling.temperature, top_p=sampling.top_p),
+            stop=self.ends,
+            tokenizer=tokenizer,
+            **settings,
+        )
 
-    def run(self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool) -> None:
+    def run(
+        self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool, on_tokens: OnTokens
+    ) -> None:
         """Answer every question in every sample. `answered_before` is ignored."""
-        samples = iter(samples)
-        while active := list(islice(samples, self.batch_size * WINDOW)):
-            while active:
-                self._round(active, on_finish)
-                active = [sample for sample in active if sample.outcome is None]
-
-    def _round(self, active: list[Sample], on_finish: OnFinish) -> None:
-        """Answer the next question in each active sample."""
-        asked = []
-        for sample in active:
-            try:
-                prompt = self.encoder.prompt(Conversation(sample.ask()))
-                if len(prompt) > self.limit:
-                    raise BadRecord(
-                        f"the prompt has {len(prompt)} tokens, which leaves no room for "
-                        f"max_new_tokens={self.sampling.max_new_tokens}"
-                    )
-                asked.append((prompt, sample))
-            except BadRecord as error:
-                sample.outcome = f"{REFUSED}: {error}"
-                on_finish(sample)
-        asked.sort(key=lambda pair: -len(pair[0]))
-        for start in range(0, len(asked), self.batch_size):
-            batch = asked[start : start + self.batch_size]
-            for (_, sample), tokens in zip(batch, self._generate([prompt for prompt, _ in batch]), strict=True):
-                complete = bool(tokens) and tokens[-1] in self.ends
-                # `decode` is annotated to return str or list, but returns a list only for batches.
-                text = str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-                sample.answer({"content": text}, tokens, complete, len(tokens), self.sampling)
+        samples, again = iter(samples), deque[Sample]()
+        in_flight: dict[int, Sample] = {}
+        counted = self.decoder.new_tokens
+        while True:
+            while len(in_flight) < self.decoder.max_rows and (sample := _next(again, samples)):
+                if self._ask(sample):
+                    in_flight[id(sample)] = sample
+                else:
+                    on_finish(sample)
+            if not in_flight:
+                return
+            for key, row in self.decoder.step():
+                sample = in_flight.pop(key)
+                self._answer(sample, row.tokens)
                 if sample.outcome:
                     on_finish(sample)
+                else:
+                    again.append(sample)
+            on_tokens(self.decoder.new_tokens - counted)
+            counted = self.decoder.new_tokens
 
-    @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Generate one answer per prompt and return its token ids, including the end token if one was generated."""
-        longest = max(map(len, prompts))
-        padded = [[self.encoder.pad_id] * (longest - len(p)) + p for p in prompts]
-        seen = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        if self.generation["do_sample"]:
-            torch.manual_seed(derive_seed(self.sampling.seed, str(prompts)))
-        output = self.model.generate(
-            torch.tensor(padded, device=self.device),
-            attention_mask=torch.tensor(seen, device=self.device),
-            tokenizer=self.tokenizer,
-            **self.generation,
-        )
-        answers = output[:, longest:].tolist()
-        ends = [next((i + 1 for i, token in enumerate(a) if token in self.ends), len(a)) for a in answers]
-        return [a[:end] for a, end in zip(answers, ends, strict=True)]
+    def _ask(self, sample: Sample) -> bool:
+        """Submit the sample's next question. If the prompt is invalid or too long, set the outcome and return False."""
+        seed = derive_seed(self.sampling.seed, f"{sample.id}/{len(sample.messages)}")
+        try:
+            prompt = self.encoder.prompt(Conversation(sample.ask()))
+            if len(prompt) > self.limit:
+                raise BadRecord(
+                    f"the prompt has {len(prompt)} tokens, which leaves no room for "
+                    f"max_new_tokens={self.sampling.max_new_tokens}"
+                )
+        except BadRecord as error:
+            sample.outcome = f"{REFUSED}: {error}"
+            return False
+        self.decoder.submit(id(sample), prompt, seed)
+        return True
+
+    def _answer(self, sample: Sample, tokens: list[int]) -> None:
+        complete = bool(tokens) and tokens[-1] in self.ends
+        # `decode` is annotated to return str or list, but returns a list only for batches.
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        sample.answer({"content": text}, tokens, complete, len(tokens), self.sampling)
+
+
+def _next(again: deque[Sample], samples: Iterator[Sample]) -> Sample | None:
+    """Return a sample with a further question, which finishes it soonest, otherwise a new one, otherwise None."""
+    return again.popleft() if again else next(samples, None)
+
+
+def _load(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
+    """Load the target and check that the decoder supports it.
+
+    Raises:
+        UserError: the target cannot be loaded, or is not supported.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name, revision = settings["name"], settings["revision"]
+    try:
+        check_architecture(load_config(name, revision=revision))
+        target = load_target(name, revision=revision, dtype=settings["dtype"])
+        target.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"model.target: failed to load the target. {error}") from error
+    # Set by some targets for their own `generate`. A question has one answer, sampled or greedy, without a beam.
+    target.generation_config.num_beams = target.generation_config.num_return_sequences = None
+    try:
+        check_untested(target, tokenizer)
+    except ValueError as error:
+        raise UserError(f"model.target: {error} {OTHER_BACKEND}") from error
+    return target
+
+
+def _load_draft(name: str, target: PreTrainedModel) -> DraftModel:
+    try:
+        return load_draft(name, target)
+    except ValueError as error:
+        raise UserError(f"regenerate.draft={name}: {error}") from error

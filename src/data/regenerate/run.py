@@ -22,7 +22,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 import data.threads  # before torch  # noqa: F401
 from data.config.compose import plain
@@ -30,6 +29,7 @@ from data.config.unused import Unused, check_unused
 from data.config.validate import check_choices, command_line
 from data.errors import BadRecord, UserError
 from data.regenerate.conversation import KEPT, Backend, Sample, Sampling
+from data.regenerate.progress import Progress
 from data.regenerate.sample_log import SampleLog
 from data.sources.chunks import RawRecord
 from data.sources.readers import Source, fingerprint, open_sources, read_all
@@ -39,7 +39,11 @@ from data.terminal import run_command, say
 
 UNUSED = (
     Unused(("regenerate.server",), lambda c: c.regenerate.backend != "server", "regenerate.backend is local"),
-    Unused(("regenerate.local",), lambda c: c.regenerate.backend != "local", "regenerate.backend is server"),
+    Unused(
+        ("regenerate.local", "regenerate.draft"),
+        lambda c: c.regenerate.backend != "local",
+        "regenerate.backend is server, which loads a drafter itself",
+    ),
     Unused(
         ("regenerate.top_p",),
         lambda c: c.regenerate.temperature == 0,
@@ -119,21 +123,17 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     remaining = sum(sample_id not in log for sample_id in ids.values())
     backend = _backend(config) if remaining else None  # before any file is written, since it may raise UserError
     _write_json(record, {"settings": settings, "written_with": _written_with(config)})
-    counts: Counter[str] = Counter()
-    with tqdm(total=len(ids), initial=len(ids) - remaining, desc="regenerating", unit=" conversations") as bar:
+    with Progress(len(ids), len(ids) - remaining) as progress:
 
         def on_finish(sample: Sample) -> None:
             outcome = str(sample.outcome)
             entry = {"outcome": outcome, "tokens": sample.tokens, "messages": sample.messages}
             log.add(sample.id, entry)
-            counts["tokens"] += sample.tokens
-            counts["dropped"] += outcome != KEPT
-            bar.update()
-            speed = counts["tokens"] / max(1e-9, bar.format_dict["elapsed"])
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {counts['dropped']:,} dropped", refresh=False)
+            progress.finish(kept=outcome == KEPT)
 
         if backend:
-            backend.run(_unfinished(sources, ids, log), on_finish, answered_before=len(log) > 0)
+            unfinished = _unfinished(sources, ids, log)
+            backend.run(unfinished, on_finish, answered_before=len(log) > 0, on_tokens=progress.tokens)
     outcomes = _write_output(log, list(ids.values()), output)
     _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
     log.remove()
@@ -204,7 +204,8 @@ def _backend(config: DictConfig) -> Backend:
     target = chosen["model"]["target"]
     encoder, tokenizer = load_encoder(target, template_kwargs)
     encoder.check_kwargs(template_kwargs, sys.argv[1:], say)
-    return LocalBackend(target, tokenizer, encoder, sampling, **chosen["regenerate"]["local"])
+    draft = chosen["regenerate"]["draft"]
+    return LocalBackend(target, tokenizer, encoder, sampling, draft=draft, **chosen["regenerate"]["local"])
 
 
 def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
@@ -238,6 +239,7 @@ def _written_with(config: DictConfig) -> dict[str, Any]:
     """Return settings and versions that should not affect the answers but are recorded with them."""
     chosen = plain(config, "regenerate")["regenerate"]
     where = {key: value for key, value in chosen[chosen["backend"]].items() if key != "key_file"}
+    where |= {"draft": chosen["draft"]} if chosen["backend"] == "local" else {}
     return {**where, "versions": {name: version(name) for name in ("torch", "transformers")}}
 
 

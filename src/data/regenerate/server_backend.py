@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import REFUSED, OnFinish, Sample, Sampling, derive_seed
+from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sampling, derive_seed
 from data.sources.records import Messages
 
 FIRST_REJECTIONS = 20  # give up after this many rejections if no request has been answered yet
@@ -41,7 +41,9 @@ class ServerBackend:
         self.answered = False
         self.rejected: list[Sample] = []
 
-    def run(self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool) -> None:
+    def run(
+        self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool, on_tokens: OnTokens
+    ) -> None:
         """Answer every question in every sample, with up to `in_flight` concurrent requests.
 
         Rejected conversations are held back until the server has answered a request, in this run or in an earlier one
@@ -52,28 +54,31 @@ class ServerBackend:
         """
         self.answered, self.rejected = answered_before, []
         try:
-            asyncio.run(self._all(iter(samples), on_finish))
+            asyncio.run(self._all(iter(samples), on_finish, on_tokens))
         except* UserError as errors:
             raise errors.exceptions[0] from None
         if self.rejected:
             raise self._rejection_error(str(self.rejected[0].outcome))
 
-    async def _all(self, samples: Iterator[Sample], on_finish: OnFinish) -> None:
+    async def _all(self, samples: Iterator[Sample], on_finish: OnFinish, on_tokens: OnTokens) -> None:
         limits = httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
         async with (
             httpx.AsyncClient(timeout=self.timeout, limits=limits, headers=self.headers) as client,
             asyncio.TaskGroup() as workers,
         ):
             for _ in range(self.in_flight):
-                workers.create_task(self._worker(client, samples, on_finish))
+                workers.create_task(self._worker(client, samples, on_finish, on_tokens))
 
-    async def _worker(self, client: httpx.AsyncClient, samples: Iterator[Sample], on_finish: OnFinish) -> None:
+    async def _worker(
+        self, client: httpx.AsyncClient, samples: Iterator[Sample], on_finish: OnFinish, on_tokens: OnTokens
+    ) -> None:
         for sample in samples:  # iterator shared by all workers
             while sample.outcome is None:
                 seed = derive_seed(self.sampling.seed, f"{sample.id}/{len(sample.messages)}")
                 try:
                     message, complete, tokens = await self._ask(client, sample.ask(), seed)
                     sample.answer(message, None, complete, tokens, self.sampling)
+                    on_tokens(tokens)
                 except BadRecord as error:
                     sample.outcome = f"{REFUSED}: {error}"
             if self.answered:
