@@ -197,7 +197,10 @@ def test_a_question_that_always_breaks_the_server_does_not_block_the_others(tmp_
             timeout=10, key_file=None, extra={},
         )  # fmt: skip
         conversations = [Sample(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
-        backend.run(conversations, lambda e: found.update({e.id: e.outcome}), answered_before=False)
+        tokens = []
+        backend.run(
+            conversations, lambda e: found.update({e.id: e.outcome}), answered_before=False, on_tokens=tokens.append
+        )
     assert found.pop("1").startswith("refused: no answer after 6 attempts") and set(found.values()) == {"kept"}
 
 

@@ -1,0 +1,99 @@
+"""Regeneration in this process: answers of a drafter and of any batch size are the target's, progress in tokens."""
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.shared import TINY, random_draft
+
+from data.errors import UserError
+from data.preprocess.chat_template import ChatEncoder
+from data.regenerate.conversation import Sample, Sampling
+from data.regenerate.local_backend import LocalBackend
+from data.regenerate.progress import Progress
+from models.export import export_draft
+
+QUESTIONS = ["Tom has 3 apples and buys 4 more. How many?", "What is 2+2?", "Ann has 2 dogs. How many legs?", "Why?"]
+
+
+def backend(tokenizer, *, name=TINY / "target", draft=None, batch_size=2, **changes):
+    target = {"name": str(name), "revision": None, "dtype": "float32"}
+    how = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 16, "seed": 0, "drop_cut_off": False}
+    sampling = Sampling(**how | {"repeat_words": 12, "repeat_times": 0} | changes)
+    encoder = ChatEncoder(tokenizer, {})
+    return LocalBackend(target, tokenizer, encoder, sampling, batch_size=batch_size, device="cpu", draft=draft)
+
+
+def answers(backend, questions, on_tokens=lambda count: None):
+    """Answer conversations, given as lists of user turns. Return their answers' tokens by id."""
+    asked = [
+        Sample(str(number), [{"role": "user", "content": turn} for turn in turns])
+        for number, turns in enumerate(questions)
+    ]
+    found = {}
+    backend.run(asked, lambda s: found.update({s.id: s.token_ids}), answered_before=False, on_tokens=on_tokens)
+    return found
+
+
+@pytest.fixture(scope="module")
+def drafter(tiny_target, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("drafter") / "export"
+    export_draft(random_draft(tiny_target, num_layers=2, block_size=4), directory, torch.float32)
+    return directory
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_are_the_same_with_a_drafter_and_in_any_order(temperature, tiny_tokenizer, drafter):
+    questions = [[QUESTIONS[0]], [QUESTIONS[1], QUESTIONS[2]], [QUESTIONS[3]]]
+    alone = answers(backend(tiny_tokenizer, batch_size=1, temperature=temperature), questions)
+    drafted = answers(backend(tiny_tokenizer, draft=str(drafter), batch_size=3, temperature=temperature), questions)
+    assert alone == drafted and [len(ids) for ids in map(alone.get, "012")] == [1, 2, 1]
+    # A resumed run asks only the questions that are left.
+    left = backend(tiny_tokenizer, temperature=temperature)
+    sample = Sample("2", [{"role": "user", "content": QUESTIONS[3]}])
+    left.run([sample], lambda s: None, answered_before=True, on_tokens=lambda count: None)
+    assert sample.token_ids == alone["2"]
+
+
+def test_tokens_are_counted_while_answers_are_running(tiny_tokenizer):
+    counts = []
+    found = answers(backend(tiny_tokenizer), [[QUESTIONS[0]], [QUESTIONS[1]]], counts.append)
+    assert sum(counts) == sum(len(ids) for sample in found.values() for ids in sample.values())
+    assert len(counts) > 8 and max(counts) <= 6  # a few per step, not all at the end
+
+
+def test_a_damaged_or_foreign_drafter_is_refused(tiny_tokenizer, drafter, tmp_path):
+    shutil.copytree(drafter, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"x" * 300)
+    shutil.copytree(drafter, tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text())
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    for name, message in (
+        ("damaged", "no safetensors header"),
+        ("foreign", "trained for a target"),
+        ("none", "no such"),
+    ):
+        with pytest.raises(UserError, match=rf"^regenerate\.draft=.*{name}: .*{message}"):
+            backend(tiny_tokenizer, draft=str(tmp_path / name))
+
+
+def test_a_target_that_cannot_be_decoded_is_refused_with_a_fix(tiny_tokenizer, tmp_path):
+    shutil.copytree(TINY / "target", tmp_path / "target")
+    file = tmp_path / "target" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_scale": 3.0}))
+    with pytest.raises(UserError, match="guidance_scale=3.0.*regenerate.backend=server"):
+        backend(tiny_tokenizer, name=tmp_path / "target")
+
+
+def test_the_bar_shows_tokens_per_second_before_the_first_conversation_is_finished():
+    shown = io.StringIO()
+    clock = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.regenerate.progress.time.monotonic", lambda: next(clock))
+        with Progress(10, 3, file=shown) as progress:
+            progress.tokens(50)
+            assert "3/10" in shown.getvalue() and "50 tokens, " in shown.getvalue().replace("\r", "\n")
+            progress.finish(kept=False)
+    assert "4/10" in shown.getvalue() and "1 dropped" in shown.getvalue()
