@@ -3,7 +3,7 @@
 #
 #   examples/train_your_own.sh TARGET CONVERSATIONS PROMPTS +experiment=NAME [override ...]
 #
-# TARGET: a directory or Hub id. CONVERSATIONS: .jsonl, .parquet, .arrow, a folder, or a Hub data set.
+# TARGET: a directory or Hub id. CONVERSATIONS: a file (.jsonl, .json, .parquet, .arrow), a folder, or a Hub data set.
 # PROMPTS: held-out questions, records with `turns` or `messages`. Experiments: tiny for a CPU, qwen3_8b for one GPU.
 # After an interruption, the same command resumes. The drafter is in checkpoints/mine/export.
 set -euo pipefail

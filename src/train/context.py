@@ -143,7 +143,7 @@ class Resources:
         given: Any = OmegaConf.to_container(self.config.data.template_kwargs, resolve=True)
         encoder, tokenizer = load_encoder(self.target_settings, given)
         overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-        encoder.check_kwargs(given, overrides, lambda text: say(f"    {text}"))
+        encoder.check_kwargs(given, overrides, _note)
         return encoder, tokenizer
 
     @cached_property
@@ -164,7 +164,7 @@ class Resources:
     def sources(self) -> list[Source]:
         """Sources of the training conversations."""
         data: Any = OmegaConf.to_container(self.config.data, resolve=True)
-        return open_sources(data["path"], split=data["split"], max_records=data["max_records"])
+        return open_sources(data["path"], split=data["split"], max_records=data["max_records"], warn=_note)
 
     @cached_property
     def rows(self) -> tuple[PackedRows, PackedRows]:
@@ -233,3 +233,7 @@ class Resources:
         first_turn = next(i for i, message in enumerate(talk.messages) if message["role"] == "user") + 1
         longest = self.positions - self.config.stage.evaluate.max_new_tokens
         return len(self.encoder.prompt(replace(talk, messages=talk.messages[:first_turn]))) <= longest
+
+
+def _note(text: str) -> None:
+    say(f"    {text}")

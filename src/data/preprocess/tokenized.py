@@ -4,13 +4,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow.compute as compute
 from datasets import Dataset, concatenate_datasets
@@ -30,13 +30,14 @@ from data.preprocess.table import (
     TokenizeSettings,
     table_rows,
 )
+from data.sources.cache import cache_errors, cache_folder
 from data.sources.chunks import Chunk
 from data.sources.readers import Source, fingerprint
 from data.sources.rejects import Reject, reject
 
 # Modules that determine the table. Their source code is part of the cache key.
 PREPROCESS = "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table", "written"
-SOURCES = "chunks", "jsonl", "readers", "records", "tables"
+SOURCES = "chunks", "json_values", "jsonl", "readers", "records", "tables"
 CODE = (*(f"preprocess/{name}" for name in PREPROCESS), *(f"sources/{name}" for name in SOURCES))
 
 
@@ -134,31 +135,62 @@ def tokenize(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSett
     partial entry.
     """
     key = _fingerprint(sources, encoder, settings)
-    home = Path(datasets.config.HF_DATASETS_CACHE) / "flexdraft" / key
-    home.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{home}.lock")
+    home = cache_folder(key)
+    with cache_errors():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with _only_process(FileLock(f"{home}.lock")):
+            table = _load(home)
+            if table is None:
+                _write(home, sources, encoder, settings, num_proc, key)
+                table = _load(home)
+    if table is None:
+        raise RuntimeError(f"{home}: the tokens that were just written cannot be read.")
+    return Documents(table, sources)
+
+
+@contextmanager
+def _only_process(lock: FileLock) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
         print("waiting for another process that is tokenizing the same data", flush=True)
         lock.acquire()
     try:
-        if not (home / "files.json").exists():
-            _write(home, sources, encoder, settings, num_proc, key)
+        yield
     finally:
         lock.release()
-    files = json.loads((home / "files.json").read_text(encoding="utf-8"))
-    return Documents(concatenate_datasets([Dataset.from_file(str(home / file)) for file in files]), sources)
+
+
+def _load(home: Path) -> Dataset | None:
+    """Return the table in a cache entry, or None if the entry is missing or damaged."""
+    try:
+        files = json.loads((home / "files.json").read_text(encoding="utf-8"))
+        return concatenate_datasets([Dataset.from_file(str(home / file)) for file in files])
+    except (OSError, ValueError):  # pyarrow errors are ValueErrors
+        return None
 
 
 def _write(
     home: Path, sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings, num_proc: int, key: str
 ) -> None:
-    chunks = [{"part": n} | asdict(chunk) for n, source in enumerate(sources) for chunk in source.reader.chunks()]
-    index = Dataset.from_list(chunks)
     temporary = home.with_name(f"{key}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    try:
+        files = _tokenize(temporary, sources, encoder, settings, num_proc, key)
+        (temporary / "files.json").write_text(json.dumps(files), encoding="utf-8")
+        shutil.rmtree(home, ignore_errors=True)
+        temporary.rename(home)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tokenize(
+    folder: Path, sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings, num_proc: int, key: str
+) -> list[str]:
+    """Write the table to `folder` and return the file names, in order."""
+    chunks = [{"part": n} | asdict(chunk) for n, source in enumerate(sources) for chunk in source.reader.chunks()]
+    index = Dataset.from_list(chunks)
     table = index.map(
         tokenize_chunk,
         fn_kwargs={"sources": sources, "encoder": encoder, "settings": settings},
@@ -167,14 +199,11 @@ def _write(
         remove_columns=index.column_names,
         features=FEATURES,
         num_proc=workers if (workers := min(num_proc, len(chunks))) > 1 else None,
-        cache_file_name=str(temporary / "documents.arrow"),
+        cache_file_name=str(folder / "documents.arrow"),
         new_fingerprint=key,
         desc=f"tokenizing {sum(source.take for source in sources):,} records, in chunks",
     )
-    files = [Path(file["filename"]).name for file in table.cache_files]
-    (temporary / "files.json").write_text(json.dumps(files), encoding="utf-8")
-    shutil.rmtree(home, ignore_errors=True)
-    temporary.rename(home)
+    return [Path(file["filename"]).name for file in table.cache_files]
 
 
 def tokenize_chunk(

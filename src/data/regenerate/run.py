@@ -109,7 +109,7 @@ def regenerate(config: DictConfig) -> None:
 
 def _regenerate(config: DictConfig, output: Path) -> None:
     data = plain(config, "data")["data"]
-    sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"])
+    sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"], warn=say)
     ids = sample_ids(sources, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
     settings, record = _settings(config, sources), output.with_suffix(".settings.json")
     if not isinstance(config.overwrite, bool):

@@ -63,7 +63,7 @@ def write_report(config: DictConfig) -> None:
     data, draft = settings["data"], settings["model"]["draft"]
     encoder, tokenizer = load_encoder(settings["model"]["target"], data["template_kwargs"])
     encoder.check_kwargs(data["template_kwargs"], sys.argv[1:], say)
-    sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"])
+    sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"], warn=say)
     folder = Path(config.run_dir) / "data_report"
     prepared = prepare(
         sources,

@@ -30,7 +30,8 @@ def read_benchmark(name: str, settings: Any, limit: int | None) -> list[Conversa
 def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
     """Return a fingerprint of the questions: file contents and parsing settings, but not paths or mtimes."""
     _check(name, settings)
-    sources = open_sources(_source(settings), split="test", max_records=None, setting=f"benchmarks.{name}.path")
+    given, setting = _source(settings), f"benchmarks.{name}.path"
+    sources = open_sources(given, split="test", default_split="test", max_records=None, setting=setting)
     return [fingerprint(sources), settings.get("turns"), settings.get("template")]
 
 

@@ -4,11 +4,13 @@ Chunks let several processes work in parallel and keep memory use constant. They
 """
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from data.errors import BadRecord
+from data.errors import BadRecord, UserError
 
 CHUNK_RECORDS = 256
 T = TypeVar("T")
@@ -23,6 +25,7 @@ class Chunk:
     line: int  # file: 1-based number of the first line; table: 0-based index of the first row
     first: int  # number of records before this chunk
     records: int
+    checksum: int = 0  # file: CRC-32 of the bytes
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,32 @@ class Reader(Protocol):
     def chunks(self) -> list[Chunk]: ...
     def read(self, chunk: Chunk) -> Iterator[RawRecord]: ...
     def location(self, position: int) -> str: ...
+
+
+def read_block(file: Path, name: str, chunk: Chunk) -> bytes:
+    """Return the bytes of a chunk.
+
+    Content appended to the file since it was scanned is ignored.
+
+    Raises:
+        UserError: the file cannot be read, or these bytes have changed since the scan; the message contains `name`.
+    """
+    try:
+        with file.open("rb") as content:
+            content.seek(chunk.start)
+            block = content.read(chunk.size)
+    except OSError as error:
+        raise unreadable(name, error) from error
+    if len(block) < chunk.size or zlib.crc32(block) != chunk.checksum:
+        raise changed(name)
+    return block
+
+
+def unreadable(name: str, error: OSError) -> UserError:
+    """Return the error for a file or folder that the system does not let us read."""
+    return UserError(f"{name}: cannot be read ({error.strerror or error}). Check the path and its permissions.")
+
+
+def changed(name: str) -> UserError:
+    """Return the error for a file with different content than when it was scanned."""
+    return UserError(f"{name}: the content changed while it was being read. Run the command again once it is complete.")

@@ -1,27 +1,31 @@
 """Opens data sources (files, folders, Hub datasets) and mixes them."""
 
+import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from glob import has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
 from data.errors import BadRecord, UserError
 from data.sources.chunks import Chunk, RawRecord, Reader, T
-from data.sources.jsonl import JsonLines
-from data.sources.tables import open_hub, open_table
+from data.sources.formats import FILES, is_data_file, open_file
+from data.sources.hub import open_hub
+from data.sources.splits import open_folder
+from data.sources.tables import Table
 
-SUFFIXES = (".jsonl", ".parquet", ".arrow")
-FILES = ".jsonl, .parquet or .arrow"
 SETTINGS = ("path", "weight", "split", "subset")
 
 
 class SourceSettings(TypedDict):
-    """The settings of a single source, e.g. an entry in `data.path`, with defaults filled in."""
+    """The settings of a single source, e.g. an entry in `data.path`."""
 
-    path: Any
+    path: str
     weight: float | None
-    split: str
+    split: str | None
     subset: str | None
 
 
@@ -51,34 +55,58 @@ def read_all(sources: list[Source]) -> Iterator[tuple[Source, RawRecord]]:
                 yield source, raw
 
 
-def open_sources(path: Any, *, split: str, max_records: int | None, setting: str = "data.path") -> list[Source]:
+def open_sources(
+    path: Any,
+    *,
+    split: str,
+    max_records: int | None,
+    setting: str = "data.path",
+    default_split: str = "train",
+    warn: Callable[[str], None] = lambda text: None,
+) -> list[Source]:
     """Open the sources in a setting: a path, a Hub ID, a dict with the keys in `SETTINGS`, or a list of these.
 
     If the sources have weights, take as many records as possible in those proportions without repeating any; otherwise
-    take all records. `max_records` caps the total.
+    take all records.
+
+    Args:
+        path: the value of the setting.
+        split: the split to read of sources that have splits and do not set their own.
+        max_records: limit for the total, or None.
+        setting: name of the setting, for messages.
+        default_split: the value of `split` if the user did not choose one. Another one must have an effect.
+        warn: called with one line per source with files or columns that are not read.
 
     Raises:
-        UserError: a source is missing or empty, or the mixture is invalid.
+        UserError: a source is missing, empty or damaged, or the mixture is invalid.
     """
-    given = [_settings(item, split, setting) for item in (path if isinstance(path, list) else [path])]
+    given = [_settings(item, setting) for item in (path if isinstance(path, list) else [path])]
     if not given:
         raise UserError(f"{setting} is an empty list. Specify a file, a folder or a Hub dataset.")
     weights = [item["weight"] for item in given]
     if len({weight is None for weight in weights}) > 1:
         raise UserError(f"{setting}: only some sources have a weight. Set a weight for every source or for none.")
-    opened = [_open(str(item["path"]), item["split"], item["subset"]) for item in given]
-    empty = [item["path"] for item, readers in zip(given, opened, strict=True) if not sum(r.count for r in readers)]
-    if empty:
+    opened = [_open(item, split, split != default_split, setting, warn) for item in given]
+    if split != default_split and not any(source.uses_split for source in opened):
         raise UserError(
-            f"{setting}={empty[0]} contains no records. Expected one JSON object per line, or a table with rows."
+            f"data.split={split} has no effect: every source in {setting} is a file or folder without splits, or "
+            "sets its own split. Remove it."
         )
-    takes = mix([sum(r.count for r in readers) for readers in opened], weights, max_records)
+    counts = [sum(reader.count for reader in source.readers) for source in opened]
+    if not all(counts):
+        empty = given[counts.index(0)]["path"]
+        raise UserError(f"{setting}={empty} contains no records. Expected JSON objects, or a table with rows.")
+    takes = mix(counts, weights, max_records)
     return [
         Source(reader, count)
-        for readers, take in zip(opened, takes, strict=True)
-        for reader, count in zip(readers, mix([r.count for r in readers], [None] * len(readers), take), strict=True)
+        for source, take in zip(opened, takes, strict=True)
+        for reader, count in zip(source.readers, _spread(source.readers, take), strict=True)
         if count
     ]
+
+
+def _spread(readers: list[Reader], take: int) -> list[int]:
+    return mix([reader.count for reader in readers], [None] * len(readers), take)
 
 
 def mix(counts: list[int], weights: list[float | None], max_records: int | None) -> list[int]:
@@ -95,51 +123,101 @@ def fingerprint(sources: list[Source]) -> list[list[Any]]:
     return [[source.reader.fingerprint, source.take] for source in sources]
 
 
-def _settings(item: Any, split: str, setting: str) -> SourceSettings:
-    if isinstance(item, str):
-        return {"path": item, "weight": None, "split": split, "subset": None}
-    if not isinstance(item, dict) or "path" not in item or item.keys() - set(SETTINGS):
+def _settings(item: Any, setting: str) -> SourceSettings:
+    item = {"path": item} if isinstance(item, str) else item
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str) or item.keys() - set(SETTINGS):
         raise UserError(
             f"{setting}: invalid source {item!r}; expected a path, or a mapping with keys from {', '.join(SETTINGS)}."
         )
     weight = item.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf
+    ):
         raise UserError(f"{setting}: weight={weight!r} for {item['path']} must be a number > 0.")
-    subset = item.get("subset")
-    unused = next((key for key in ("split", "subset") if item.get(key)), None)
-    if unused and setting == "data.path" and Path(str(item["path"])).exists():
-        raise UserError(
-            f"{setting}: {unused}={item[unused]} has no effect on the local path {item['path']}. Remove it."
-        )
-    return {"path": item["path"], "weight": weight, "split": item.get("split") or split, "subset": subset}
+    return {"path": item["path"], "weight": weight, "split": item.get("split"), "subset": item.get("subset")}
 
 
-def _open(path: str, split: str, subset: str | None) -> list[Reader]:
-    local = Path(path)
+def _open(item: SourceSettings, split: str, chosen: bool, setting: str, warn: Callable[[str], None]) -> "_Opened":
+    path, own, subset = item["path"], item["split"], item["subset"]
+    local = Path(path).expanduser()
     if local.is_dir():
-        files = sorted(file for file in local.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"{path}: the folder contains no {FILES} files.")
-        return [_open_file(file, str(file.relative_to(local))) for file in files]
-    if local.is_file():
-        return [_open_file(local, local.name)]
-    if local.suffix in (*SUFFIXES, ".json") or local.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise UserError(f"{path}: no such file or folder. Specify a file ({FILES}), a folder or a Hub ID (owner/name).")
-    return [open_hub(path, split, subset)]
+        folder, has_splits = open_folder(local, own or split, subset, chosen=chosen or own is not None)
+        readers = [open_file(file.path, file.name) for file in folder.files]
+        notes = [folder.note()]
+    elif local.is_file():
+        readers, notes, has_splits = [open_file(local, local.name)], [], False
+    else:
+        _check_id(path, local)
+        readers, notes, has_splits = [open_hub(path, own or split, subset)], [], True
+    if unused := next((key for key, value in (("split", own), ("subset", subset)) if value and not has_splits), None):
+        raise UserError(
+            f"{setting}: {unused}={own if unused == 'split' else subset} has no effect on the local path {path}. "
+            "Remove it."
+        )
+    notes += [_unread(reader) for reader in readers]
+    for note in filter(None, notes):
+        warn(note)
+    return _Opened(readers, has_splits and own is None)
 
 
-def _open_file(file: Path, label: str) -> Reader:
-    return open_table(file, label) if file.suffix in (".parquet", ".arrow") else JsonLines(file, label)
+@dataclass(frozen=True)
+class _Opened:
+    """The readers of one source, and whether they depend on the split given for all sources."""
+
+    readers: list[Reader]
+    uses_split: bool
 
 
-def read_strictly(path: Any, parse: Callable[[Any], T], *, split: str, limit: int | None, setting: str) -> list[T]:
+def _unread(reader: Reader) -> str:
+    columns = ", ".join(reader.unread) if isinstance(reader, Table) else ""
+    return f"{reader.name}: passed over the columns {columns} (images, audio or other media)" if columns else ""
+
+
+def _check_id(path: str, local: Path) -> None:
+    """Check that a path without a local file can be the ID of a Hub dataset.
+
+    Raises:
+        UserError: it cannot; the message gives the cause.
+    """
+    if local.is_symlink():
+        raise UserError(f"{path} is a link to {os.readlink(local)}, which does not exist. Fix or remove the link.")
+    if local.exists():
+        raise UserError(f"{path} is neither a file nor a folder, but e.g. a pipe. Write its content to a file first.")
+    hint = ""
+    if "\\" in path or re.match(r"[A-Za-z]:", path):
+        hint = " On this system, paths have forward slashes and no drive letter."
+    elif has_magic(path):
+        hint = " Wildcards are not expanded."
+    if is_data_file(path) or hint or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"{path}: no such file or folder.{hint} Specify a file ({FILES}), a folder, a list of these or a Hub ID "
+            "(owner/name)."
+        )
+
+
+def read_strictly(
+    path: Any,
+    parse: Callable[[Any], T],
+    *,
+    split: str,
+    limit: int | None,
+    setting: str,
+    warn: Callable[[str], None] = lambda text: None,
+) -> list[T]:
     """Read and parse the first `limit` records of a small dataset, e.g. evaluation prompts, or all if None.
+
+    Args:
+        path, setting, warn: see `open_sources`.
+        parse: returns the parsed record, or raises BadRecord.
+        split: the split to read if the source has splits and sets none.
+        limit: number of records.
 
     Raises:
         UserError: a record is invalid; the message gives its file and line.
     """
     parsed: list[T] = []
-    for source, raw in islice(read_all(open_sources(path, split=split, max_records=None, setting=setting)), limit):
+    sources = open_sources(path, split=split, default_split=split, max_records=None, setting=setting, warn=warn)
+    for source, raw in islice(read_all(sources), limit):
         try:
             parsed.append(raw.parse(parse))
         except BadRecord as error:

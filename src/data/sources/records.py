@@ -13,6 +13,7 @@ Messages = list[Message]
 ROLES = {role: role for role in ("system", "user", "assistant")}
 SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
 PAIRS = (("prompt", "response"), ("question", "answer"))
+KEYS = {"messages", "conversations", "turns", "system", *PAIRS[0], *PAIRS[1]}  # fields of a record that are read
 FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
 
 

@@ -3,72 +3,137 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, config, load_dataset
+from datasets import Dataset, Features, Json, load_dataset
 from datasets.exceptions import DatasetsError
+from pyarrow import Schema
 from pyarrow.parquet import read_metadata
 
 from data.errors import UserError
-from data.sources.chunks import CHUNK_RECORDS, Chunk, RawRecord
-
-FORMATS = {".parquet": "Parquet", ".arrow": "Arrow"}
+from data.sources.cache import cache_errors, cache_folder, system_error
+from data.sources.chunks import CHUNK_RECORDS, Chunk, RawRecord, changed
+from data.sources.records import KEYS
 
 
 class Table:
     """A memory-mapped dataset from an Arrow file, a Parquet file or the Hub."""
 
-    def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "") -> None:
-        self.label = label or name
-        self.name, self.dataset, self.fingerprint, self.count = name, dataset, fingerprint, len(dataset)
+    def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "", unread: tuple[str, ...] = ()):
+        """Store the dataset and its identity.
+
+        Args:
+            name: path or Hub ID, for messages.
+            dataset: the rows.
+            fingerprint: identifies the content.
+            label: see `Reader`; default: the name.
+            unread: columns with images, audio or other media, which are not in `dataset`.
+        """
+        self.name, self.label, self.dataset, self.count = name, label or name, dataset, len(dataset)
+        self.fingerprint, self.unread = fingerprint, unread
+        self._files = {Path(file["filename"]): _state(Path(file["filename"])) for file in dataset.cache_files}
 
     def chunks(self) -> list[Chunk]:
         starts = range(0, self.count, CHUNK_RECORDS)
         return [Chunk(s, n := min(CHUNK_RECORDS, self.count - s), s, s, n) for s in starts]
 
     def read(self, chunk: Chunk) -> Iterator[RawRecord]:
-        columns = self.dataset[chunk.start : chunk.start + chunk.size]
+        if any(_state(file) != state for file, state in self._files.items()):
+            raise changed(self.name)
+        try:
+            columns = self.dataset[chunk.start : chunk.start + chunk.size]
+        except Exception:  # decoding a value may raise anything; find out which rows are affected
+            yield from map(self._row, range(chunk.start, chunk.start + chunk.size))
+            return
         for i in range(chunk.size):
             record = {name: values[i] for name, values in columns.items()}
             yield RawRecord(chunk.start + i, record)
+
+    def _row(self, index: int) -> RawRecord:
+        try:
+            return RawRecord(index, self.dataset[index])
+        except Exception as error:
+            return RawRecord(index, None, f"the row cannot be decoded: {type(error).__name__}: {error}", "")
 
     def location(self, position: int) -> str:
         return f"{self.name}[{position}]"
 
 
-def open_table(file: Path, label: str) -> Table:
-    """Open a Parquet or Arrow file.
+def open_table(file: Path, label: str, name: str) -> Table:
+    """Open a Parquet file, or an Arrow file in the stream format or the file format (Feather).
+
+    Columns with media are not read, unless a conversation may be in them.
+
+    Args:
+        file: the file.
+        label: see `Reader`.
+        name: path for messages, if the file is a decompressed copy.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or cannot be converted in the cache.
     """
+    before = _state(file)
     with file.open("rb") as content:
+        beginning = content.read(6)
+        content.seek(0)
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    columnar = beginning.startswith(b"PAR1") or name.lower().endswith(".parquet")
+    with cache_errors():
+        try:
+            if columnar:
+                dataset, unread = _read_parquet(file, sha256)
+            else:
+                dataset, unread = _read_arrow(file, sha256, in_file_format=beginning == b"ARROW1")
+        except (OSError, ValueError, DatasetsError) as error:  # pyarrow errors are ValueErrors
+            if system_error(error):
+                raise
+            kind = "Parquet" if columnar else "Arrow"
+            raise UserError(f"{name}: invalid {kind} file ({error}). Replace or remove it.") from error
+    if _state(file) != before:
+        raise changed(name)
+    return Table(name, dataset, sha256, label, unread)
+
+
+def _read_parquet(file: Path, sha256: str) -> tuple[Dataset, tuple[str, ...]]:
+    metadata = read_metadata(file)
+    columns, unread = select_columns(metadata.schema.to_arrow_schema())
+    if not metadata.num_rows:
+        return Dataset.from_dict({}), unread  # `datasets` cannot read an empty shard
     # Key the cache by content hash, because `datasets` identifies files by path and mtime.
-    cache = str(Path(config.HF_DATASETS_CACHE) / "flexdraft" / "parquet" / sha256)
+    cache = str(cache_folder("parquet", sha256))
+    return Dataset.from_parquet(str(file), cache_dir=cache, columns=columns if unread else None), unread
+
+
+def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Dataset, tuple[str, ...]]:
+    if in_file_format:  # `datasets` maps only the stream format; it converts the other one
+        cache = str(cache_folder("arrow", sha256))
+        dataset = load_dataset("arrow", data_files=str(file), split="train", cache_dir=cache)
+    else:
+        dataset = Dataset.from_file(str(file))
+    columns, unread = select_columns(dataset.features.arrow_schema)
+    return dataset.select_columns(columns) if unread else dataset, unread
+
+
+def select_columns(schema: Schema) -> tuple[list[str], tuple[str, ...]]:
+    """Return the columns to read, and those with media, which conversations cannot use."""
+    features = Features.from_arrow_schema(schema)
+    unread = tuple(name for name, feature in features.items() if name not in KEYS and _has_media(feature))
+    return [name for name in features if name not in unread], unread
+
+
+def _has_media(feature: Any) -> bool:
+    """Return whether values of a feature are decoded from images, audio, video or other media."""
+    if isinstance(feature, dict):
+        return any(map(_has_media, feature.values()))
+    if hasattr(feature, "feature"):  # a list
+        return _has_media(feature.feature)
+    return hasattr(feature, "decode_example") and not isinstance(feature, Json)
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is rewritten: its size and modification time. None if there is no such file."""
     try:
-        if file.suffix == ".arrow":
-            dataset = Dataset.from_file(str(file))
-        elif read_metadata(file).num_rows:
-            dataset = Dataset.from_parquet(str(file), cache_dir=cache)
-        else:
-            dataset = Dataset.from_dict({})  # `datasets` cannot read an empty shard
-    except (OSError, ValueError, DatasetsError) as error:  # pyarrow errors are ValueErrors
-        raise UserError(f"{file}: invalid {FORMATS[file.suffix]} file ({error}). Replace or remove it.") from error
-    return Table(str(file), dataset, sha256, label)
-
-
-def open_hub(name: str, split: str, subset: str | None) -> Table:
-    """Load a dataset from the Hub, or from the cache of `datasets`.
-
-    Raises:
-        UserError: the dataset, subset or split does not exist, or cannot be downloaded.
-    """
-    try:
-        dataset = load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise UserError(
-            f"{name}: no such file or folder, and loading split {split!r} from the Hub failed "
-            f"({type(error).__name__}: {error}). Check the name, the network and your login (`hf auth login`)."
-        ) from error
-    label = "/".join(filter(None, (name, subset, split)))
-    return Table(label, dataset, f"{label}/{dataset._fingerprint}")
+        state = file.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns

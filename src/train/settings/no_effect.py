@@ -6,7 +6,7 @@ reported.
 
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from data.config.unused import Unused
 from train.settings.derived import accelerator
@@ -14,15 +14,6 @@ from train.settings.derived import accelerator
 
 def _local(path: object) -> bool:
     return isinstance(path, str) and Path(path).exists()
-
-
-def _no_splits(path: object) -> bool:
-    """Return whether `data.split` is unused: every source is a file or folder, or sets its own split."""
-    if isinstance(path, ListConfig):
-        return all(_no_splits(item) for item in path)
-    if isinstance(path, DictConfig):
-        return bool(path.get("split")) or _local(path.get("path"))
-    return _local(path)
 
 
 def _read_by_benchmarks(config: DictConfig, key: str) -> bool:
@@ -77,11 +68,6 @@ TABLE = (
     ),
     Unused(("export.private", "export.tag"), lambda c: c.export.push_to_hub is None, "export.push_to_hub=null"),
     Unused(("runtime.compile",), lambda c: c.runtime.compile and _zero3(c), "layers are not compiled under ZeRO 3"),
-    Unused(
-        ("data.split",),
-        lambda c: _no_splits(c.data.path),
-        "every source in data.path is a file or folder without splits, or sets its own split",
-    ),
     Unused(("data.prompts",), lambda c: not _read_by_benchmarks(c, "data.prompts"), "no benchmark uses it as its path"),
     Unused(
         ("model.target.revision",),

@@ -1,0 +1,147 @@
+"""Finds the data files in a folder."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import config
+from datasets.data_files import FILES_TO_IGNORE
+
+from data.errors import UserError
+from data.sources.chunks import unreadable
+from data.sources.formats import FILES, is_data_file
+
+METADATA = {*FILES_TO_IGNORE, config.DATASET_STATE_JSON_FILENAME}
+CACHE = "cache of datasets"
+SHOWN = 3  # number of names in a message
+
+
+@dataclass
+class DataFile:
+    """A data file in a folder."""
+
+    path: Path
+    name: str  # relative to the folder, with forward slashes
+    splits: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Folder:
+    """The data files in a folder, in reading order, and the names of the entries passed over, by reason."""
+
+    path: Path
+    files: list[DataFile] = field(default_factory=list)
+    passed_over: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def note(self) -> str:
+        """Return one line that names what was passed over, or an empty string."""
+        parts = [f"{reason} ({shown(names)})" for reason, names in self.passed_over.items()]
+        return f"{self.path}: passed over: {', '.join(parts)}" if parts else ""
+
+
+def scan(folder: Path) -> Folder:
+    """Find all data files below a folder.
+
+    Of a `Dataset.save_to_disk`, only the listed files count. Files of a `DatasetDict.save_to_disk` get their splits.
+    Links are followed. Hidden files, metadata and caches are passed over.
+
+    Raises:
+        UserError: the folder has no data files, is incomplete, or cannot be read.
+    """
+    if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
+        raise UserError(f"{folder} is a repository in the Hub cache. Use its ID (owner/name) or a snapshot.")
+    found = Folder(folder)
+    found.files = list(_walk(folder, "", found.passed_over, set()))
+    if not found.files:
+        note = found.note().removeprefix(f"{folder}: p")
+        raise UserError(f"{folder}: the folder contains no data files ({FILES}).{f' P{note}.' if note else ''}")
+    return found
+
+
+def shown(names: list[str]) -> str:
+    """Return the first names, for a message."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
+def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents: set[str]) -> Iterator[DataFile]:
+    """Yield the data files below a folder, sorted by name.
+
+    Args:
+        folder: the folder.
+        prefix: its name relative to the root, with a slash at its end.
+        passed_over: other entries are added to it.
+        parents: real paths of the folders that contain this one; they stop cycles of links.
+    """
+    if saved := _saved(folder):
+        yield from _listed(folder, prefix, saved, passed_over)
+        return
+    parents = parents | {os.path.realpath(folder)}
+    splits = _read_json(folder / config.DATASETDICT_JSON_FILENAME).get("splits", [])
+    for entry in _entries(folder):
+        name, is_folder = prefix + entry.name, entry.is_dir()
+        if entry.name.startswith(".") or is_folder and entry.name.startswith("__"):
+            passed_over["hidden"].append(name)
+        elif is_folder and os.path.realpath(entry) in parents:
+            passed_over["links to a parent folder"].append(name)
+        elif is_folder:
+            files = list(_walk(entry, f"{name}/", passed_over, parents))
+            for file in files:
+                file.splits |= {entry.name} & set(splits)
+            yield from files
+        elif entry.name == config.DATASETDICT_JSON_FILENAME and splits:
+            continue
+        elif entry.name in METADATA:
+            passed_over["metadata"].append(name)
+        elif _is_cache(entry.name):
+            passed_over[CACHE].append(name)
+        elif not is_data_file(entry.name):
+            passed_over["other formats"].append(name)
+        elif entry.is_file() or entry.is_symlink():  # opening a broken link reports it
+            yield DataFile(entry, name)
+        else:
+            passed_over["pipes or devices"].append(name)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise unreadable(str(folder), error) from error
+
+
+def _is_cache(name: str) -> bool:
+    """Return whether `datasets` wrote this file beside the data, for `map`, `shuffle` or `filter`."""
+    return name.startswith("cache-") and name.endswith(".arrow")
+
+
+def _saved(folder: Path) -> list[str]:
+    """Return the files that `Dataset.save_to_disk` lists, or an empty list for any other folder."""
+    state = _read_json(folder / config.DATASET_STATE_JSON_FILENAME)
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise UserError(f"{folder} was saved by an old version of `datasets`. Load it and save it again.")
+    files = state.get("_data_files", [])
+    return [str(file["filename"]) for file in files if isinstance(file, dict) and "filename" in file]
+
+
+def _listed(folder: Path, prefix: str, names: list[str], passed_over: dict[str, list[str]]) -> Iterator[DataFile]:
+    for entry in _entries(folder):
+        if entry.name not in names and entry.name not in METADATA:
+            reason = CACHE if _is_cache(entry.name) else f"not in {config.DATASET_STATE_JSON_FILENAME}"
+            passed_over[reason].append(prefix + entry.name)
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing, but {config.DATASET_STATE_JSON_FILENAME} lists it.")
+        yield DataFile(folder / name, prefix + name)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a metadata file of `datasets`, or an empty one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

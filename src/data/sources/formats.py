@@ -1,0 +1,157 @@
+"""Opens a data file: the content determines the format, and compressed files are decompressed into the cache."""
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+
+from data.errors import UserError
+from data.sources.cache import cache_errors, cache_folder, complete_file
+from data.sources.chunks import Reader, unreadable
+from data.sources.json_values import JsonValues
+from data.sources.jsonl import BOM, MAX_LINE_BYTES, JsonLines
+from data.sources.records import KEYS
+from data.sources.tables import open_table
+
+TEXT = (".jsonl", ".ndjson", ".json")
+TABLES = (".parquet", ".arrow", ".feather")
+COMPRESSED = (".gz", ".zst")  # after the ending of a text file
+FILES = ".jsonl, .ndjson, .json (also .gz or .zst), .parquet, .arrow or .feather"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+OTHER_ARCHIVES = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")
+COPY_BYTES = 2**20
+
+
+def is_data_file(name: str) -> bool:
+    """Return whether a file with this name is read as part of a folder. Case is ignored."""
+    name = name.lower()
+    inner = next((name.removesuffix(ending) for ending in COMPRESSED if name.endswith(ending)), None)
+    return name.endswith((*TEXT, *TABLES)) if inner is None else inner.endswith(TEXT)
+
+
+def open_file(file: Path, label: str) -> Reader:
+    """Open a file of any supported format.
+
+    Raises:
+        UserError: the format is not supported, or the file is damaged or cannot be read.
+    """
+    try:
+        content = _decompressed(file)
+        beginning = _beginning(content)
+        if beginning.startswith((b"PAR1", b"ARROW1")) or file.suffix.lower() in TABLES:
+            return open_table(content, label, str(file))
+        _check_text(file, beginning)
+        reader = _open_text(content, label, str(file))
+        _check_wrapper(reader)
+        return reader
+    except OSError as error:
+        raise unreadable(str(file), error) from error
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return content.read(512)
+
+
+def _check_text(file: Path, beginning: bytes) -> None:
+    if beginning.startswith(OTHER_ARCHIVES) or beginning[257:262] == b"ustar":
+        raise UserError(f"{file} is an archive of an unsupported format. Decompress it first.")
+    if beginning and (encoding := json.detect_encoding(beginning)) not in ("utf-8", "utf-8-sig"):
+        raise UserError(
+            f"{file} is not UTF-8, but probably {encoding.upper()}. Convert it with: "
+            f"iconv -f {encoding.upper()} -t UTF-8 {file} > conversations.jsonl"
+        )
+    if file.suffix.lower() in (".csv", ".tsv"):
+        separator = ", sep='\\t'" if file.suffix.lower() == ".tsv" else ""
+        raise UserError(
+            f'{file}: CSV and TSV files are not supported. Convert it with: python -c "import pandas; '
+            f"pandas.read_csv('{file}'{separator}).to_json('conversations.jsonl', orient='records', lines=True)\""
+        )
+    if not is_data_file(file.name) and beginning.removeprefix(BOM).strip()[:1] not in (b"{", b"[", b""):
+        raise UserError(f"{file}: unsupported format. Expected {FILES}.")
+
+
+def _open_text(content: Path, label: str, name: str) -> Reader:
+    """Open a file with JSON in any layout."""
+    with content.open("rb") as lines:
+        first = b""
+        while not first and (line := lines.readline(MAX_LINE_BYTES)):
+            first = line.removeprefix(BOM).strip()
+        if first.startswith(b"[") or not _is_json(first) and _spans_lines(first + b"\n" + lines.read(MAX_LINE_BYTES)):
+            return JsonValues(content, label, name)
+    return JsonLines(content, label, name)
+
+
+def _check_wrapper(reader: Reader) -> None:
+    """Check that the file is not a single object with the list of records under one of its keys."""
+    if reader.count != 1:
+        return
+    (record,) = reader.read(reader.chunks()[0])
+    fields = record.value if isinstance(record.value, dict) and not KEYS & record.value.keys() else {}
+    for key, value in fields.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and KEYS & value[0].keys():
+            raise UserError(
+                f"{reader.name}: a single object with the records in `{key}`; expected an array or one object per "
+                f"line. Convert it with: jq -c '.{key}[]' {reader.name} > conversations.jsonl"
+            )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _spans_lines(content: bytes) -> bool:
+    """Return whether the content begins with an object that spans lines, or with two objects in one line."""
+    text = content.decode("utf-8", errors="replace")
+    try:
+        end = json.JSONDecoder().raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in text[:end].strip() or text[end:].lstrip().startswith("{")
+
+
+@contextmanager
+def _stream(file: Path, magic: bytes) -> Iterator[Any]:
+    if magic == GZIP:
+        with gzip.open(file) as stream:
+            yield stream
+    else:
+        with pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd") as stream:
+            yield stream
+
+
+def _decompressed(file: Path) -> Path:
+    """Return the file itself or, if it is compressed with gzip or Zstandard, the path of a copy in the cache.
+
+    Chunks are read in parallel, at random; a compressed file can only be read from the beginning.
+    """
+    magic = next((magic for magic in (GZIP, ZSTD) if _beginning(file).startswith(magic)), None)
+    if magic is None:
+        return file
+    with file.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    target = cache_folder("decompressed") / sha256
+    with cache_errors():
+        if not target.exists():
+            with complete_file(target) as temporary, temporary.open("wb") as out, _stream(file, magic) as stream:
+                for block in _blocks(stream, file):
+                    out.write(block)
+    return target
+
+
+def _blocks(stream: IO[bytes], file: Path) -> Iterator[bytes]:
+    try:
+        while block := stream.read(COPY_BYTES):
+            yield block
+    except (EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{file}: the compressed data is damaged or incomplete ({error}). Replace the file.") from error

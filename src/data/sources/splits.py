@@ -1,0 +1,134 @@
+"""Selects the files of one split in a folder."""
+
+import os
+import re
+from pathlib import Path
+
+from datasets import config, load_dataset_builder
+from datasets.data_files import DEFAULT_PATTERNS_ALL, _get_data_files_patterns
+from datasets.exceptions import DatasetsError
+from fsspec.utils import glob_translate
+from huggingface_hub import metadata_load
+
+from data.errors import UserError
+from data.sources.folders import DataFile, Folder, scan, shown
+
+ALL = "all"  # every split, as in `datasets`
+
+
+def open_folder(path: Path, split: str, subset: str | None, *, chosen: bool) -> tuple[Folder, bool]:
+    """Find the data files of one split of a folder, or all data files if it has no splits.
+
+    Splits are those of `DatasetDict.save_to_disk`, of the configurations in README.md or, by the rules of `datasets`,
+    of the file names. A file with several names is read once.
+
+    Args:
+        path: an existing folder.
+        split: name of a split, or "all".
+        subset: a configuration in README.md.
+        chosen: the user chose the split, so it must exist. Otherwise, the folder's only split may have another name.
+
+    Returns:
+        The folder with the files to read, and whether it has splits.
+
+    Raises:
+        UserError: the folder is invalid, the split does not exist, or some files belong to no split.
+    """
+    found = scan(path)
+    if not _splits_by_card(found, subset):
+        if subset:
+            raise UserError(f"subset={subset} has no effect on the local path {path}. Remove it.")
+        _splits_by_name([file for file in found.files if not file.splits])
+    splits = sorted({split for file in found.files for split in file.splits})
+    if splits and split != ALL:
+        _keep(found, _choice(found, splits, split, chosen))
+    _keep_once(found)
+    return found, bool(splits)
+
+
+def _splits_by_card(found: Folder, subset: str | None) -> bool:
+    """Set the splits of a configuration in README.md. Return whether there are configurations."""
+    card = found.path / config.REPOCARD_FILENAME
+    try:
+        if not card.is_file() or not (metadata_load(card) or {}).get("configs"):
+            return False
+        chosen = load_dataset_builder(str(found.path), subset).config.data_files
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error).partition("\nExample")[0].split())
+        raise UserError(f"{found.path}: subset={subset}: {reason} Set subset to one in {card.name}.") from error
+    root = found.path.resolve()
+    splits: dict[str, set[str]] = {}
+    for split, files in (chosen or {}).items():
+        for file in files:
+            splits.setdefault(Path(os.path.relpath(file, root)).as_posix(), set()).add(str(split))
+    for file in found.files:
+        file.splits = splits.get(file.name, set())
+    _drop(found, [file for file in found.files if not file.splits], f"other configurations in {card.name}")
+    if missing := splits.keys() - {file.name for file in found.files}:
+        raise UserError(f"{found.path}: {card.name} lists {shown(sorted(missing))}, which cannot be read.")
+    return True
+
+
+def _splits_by_name(files: list[DataFile]) -> None:
+    """Set the splits that `datasets` derives from the names. It returns a pattern for all files if it finds none."""
+
+    def matching(pattern: str) -> list[str]:
+        found = [file.name for file in files if re.match(glob_translate(pattern), file.name)]
+        if not found:
+            raise FileNotFoundError(pattern)
+        return found
+
+    if not files:
+        return
+    patterns = _get_data_files_patterns(matching)
+    if patterns == DEFAULT_PATTERNS_ALL:
+        return
+    for split, given in patterns.items():
+        names = {file.name for file in files if any(re.match(glob_translate(pattern), file.name) for pattern in given)}
+        for file in files:
+            file.splits |= {str(split)} if file.name in names else set()
+
+
+def _choice(found: Folder, splits: list[str], split: str, chosen: bool) -> str:
+    example = f"{{path: {found.path}, split: {split if split in splits else splits[0]}}}"
+    advice = f"Choose one, as in {example}, or read all files with split: {ALL}."
+    others = [file.name for file in found.files if not file.splits]
+    if others and not chosen:
+        named = shown([file.name for file in found.files if file.splits])
+        raise UserError(
+            f"{found.path}: by their names, {named} are in the splits {', '.join(splits)}, "
+            f"and {shown(others)} in none. {advice}"
+        )
+    if split in splits:
+        return split
+    if len(splits) == 1 and not chosen:
+        return splits[0]
+    raise UserError(f"{found.path}: no split {split!r}; found {', '.join(splits)}. {advice}")
+
+
+def _keep(found: Folder, split: str) -> None:
+    _drop(found, [file for file in found.files if not file.splits], "no split")
+    for other in sorted({name for file in found.files for name in file.splits} - {split}):
+        unread = [file for file in found.files if other in file.splits and split not in file.splits]
+        _drop(found, unread, f"split {other}")
+
+
+def _keep_once(found: Folder) -> None:
+    """Drop further names of a file, such as links."""
+    seen: set[tuple[int, int]] = set()
+    again = []
+    for file in found.files:
+        state = os.stat(file.path) if file.path.exists() else None  # opening a broken link reports it
+        identity = (state.st_dev, state.st_ino) if state else None
+        if identity in seen:
+            again.append(file)
+        elif identity:
+            seen.add(identity)
+    _drop(found, again, "read already under another name")
+
+
+def _drop(found: Folder, files: list[DataFile], reason: str) -> None:
+    names = {file.name for file in files}
+    if names:
+        found.passed_over[reason] += sorted(names)
+        found.files = [file for file in found.files if file.name not in names]
