@@ -97,7 +97,7 @@ def test_tiles_contain_every_allowed_pair_exactly_once(size, blocks, window, mon
         for tile in tiles:
             at = torch.cat([torch.arange(part.start, part.stop) for part in tile.keys])
             square = torch.ones(tile.queries.stop - tile.queries.start, len(at), dtype=torch.bool)
-            found[tile.row, tile.queries, at] += square.tril() if tile.mask is None else tile.mask
+            found[tile.row, tile.queries, at] += square.tril() if tile.mask is None else tile.full_mask()
         assert torch.equal(found, expected.int())
         assert tile_pairs(tiles) >= int(expected.sum())
         if queries == keys:  # padding attends to itself, which has no effect

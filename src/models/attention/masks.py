@@ -112,7 +112,20 @@ class Tile:
     row: int
     queries: slice
     keys: tuple[slice, ...]
-    mask: Tensor | None  # [queries, keys] bool; None: causal, where keys and queries are the same tokens
+    mask: Tensor | None  # [queries, m] bool for the last m keys; the keys before are all allowed. None: causal, where
+    # keys and queries are the same tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of keys in each part of `keys`."""
+        return [part.stop - part.start for part in self.keys]
+
+    def full_mask(self) -> Tensor | None:
+        """Return the mask for all keys, [queries, keys] bool, or None if the tile is causal."""
+        if self.mask is None or self.mask.shape[1] == sum(self.lengths):
+            return self.mask
+        before = self.mask.new_ones(len(self.mask), sum(self.lengths) - self.mask.shape[1])
+        return torch.cat([before, self.mask], dim=1)
 
 
 def clean_tiles(document_ids: Tensor, window: int | None = None) -> list[Tile]:
@@ -154,7 +167,9 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: 
                     first_seen = max(first_seen, min(row_anchors[block:last]) - window + 1)
                 context = slice(first_seen, max(first_seen, *row_anchors[block:last]))
                 slots = slice(length + queries.start, length + queries.stop)
-                keys = torch.cat([_indices(context), _indices(slots)])
+                # All slots see the tokens before the first anchor, unless a window hides some of them.
+                seen = context.start if window is not None else max(context.start, min(row_anchors[block:last]))
+                keys = torch.cat([_indices(slice(seen, context.stop)), _indices(slots)])
                 mask = rule(torch.tensor(row), torch.tensor(0), _indices(queries)[:, None], keys)
                 tiles.append(Tile(row, queries, (context, slots), mask.to(device)))
             first = end
@@ -163,9 +178,7 @@ def block_tiles(document_ids: Tensor, anchors: Tensor, block_size: int, window: 
 
 def tile_pairs(tiles: list[Tile]) -> int:
     """Count the query-key pairs in the tiles, including masked ones."""
-    return sum(
-        (tile.queries.stop - tile.queries.start) * sum(part.stop - part.start for part in tile.keys) for tile in tiles
-    )
+    return sum((tile.queries.stop - tile.queries.start) * sum(tile.lengths) for tile in tiles)
 
 
 def allowed_pairs(batch: Batch) -> tuple[int, int]:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from models.attention.compiled import compiled
 from models.attention.masks import Tile, block_sparse, block_tiles, clean_tiles, dense, document_causal, own_block
+from models.attention.tiles import attend_tiles, attend_to
 
 NAME = "packed"  # name registered with transformers
 KINDS = ("auto", "flex", "sdpa", "dense")
@@ -143,7 +143,7 @@ def packed_attention(
         return output.transpose(1, 2).contiguous(), None
     if isinstance(view.mask, list):
         return attend_tiles(query, key, value, view.mask, scaling), None
-    output = _scaled_dot_product(query, key, value, view.mask, scale=scaling)
+    output = attend_to(query, key, value, view.mask, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -182,37 +182,6 @@ def gather_keys(
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     return compiled(flex_attention, dynamic=False)
-
-
-@torch.compiler.disable
-def attend_tiles(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float | None) -> Tensor:
-    """Run attention tile by tile. Return [R, queries, heads, head size]."""
-    rows, heads, queries, size = query.shape
-    outputs = []
-    for tile in tiles:
-        row = slice(tile.row, tile.row + 1)
-        keys, values = (
-            torch.cat([tensor[row, :, part] for part in tile.keys], dim=2)
-            if len(tile.keys) > 1
-            else tensor[row, :, tile.keys[0]]
-            for tensor in (key, value)
-        )
-        causal = tile.mask is None
-        output = _scaled_dot_product(query[row, :, tile.queries], keys, values, tile.mask, scale=scaling, causal=causal)
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1).view(rows, queries, heads, size)
-
-
-def _scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, causal: bool = False
-) -> Tensor:
-    """Run SDPA. Repeat grouped K/V heads only on GPUs with a mask, where the fast kernels do not support grouping."""
-    groups = query.shape[1] // key.shape[1]
-    if mask is not None and query.is_cuda and groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-    )
 
 
 AttentionInterface.register(NAME, packed_attention)
