@@ -24,6 +24,15 @@ def user(content):
     return {"role": "user", "content": content}
 
 
+def call(**keys):
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}, **keys}],
+    }
+
+
+TOOL, CALL, RESULT = {"name": "f", "parameters": {"type": "object"}}, call(), {"role": "tool", "content": "3"}
 # Kind: a record or a raw line, and the expected reason.
 BAD = {
     "broken JSON": (b"{broken", "invalid JSON"),
@@ -50,18 +59,71 @@ BAD = {
     "turn not an object": (messages("q", A), "turn 1: expected an object, found a string"),
     "unknown role": (messages(U, {**A, "role": "wizard"}), "turn 2: unknown role 'wizard'"),
     "role of a wrong type": (messages({**U, "role": ["user"]}, A), "turn 1: unknown role ['user']"),
-    "ShareGPT role in messages": (messages({**U, "role": "human"}, A), "turn 1: unknown role 'human'"),
     "unknown ShareGPT speaker": (
         {"conversations": [{"from": "bing", "value": "q"}]},
-        "turn 1: unknown role 'bing'; expected one of system, user, assistant, human, gpt",
+        "turn 1: unknown role 'bing'; expected one of system, user, assistant, developer, tool, human, gpt",
     ),
     "missing role": (messages({"content": "q"}, A), "turn 1: missing `role`"),
     "missing content": (messages(U, {"role": "assistant"}), "turn 2: missing `content`"),
     "null content": (messages(U, {**A, "content": None}), "turn 2: missing `content`"),
-    "list of content parts": (messages(user([{"type": "text"}]), A), "turn 1: expected a string, found a list"),
+    "content part without text": (messages(user([{"type": "text"}]), A), "part 1: expected a string, found null"),
+    "image part": (messages(user([{"type": "image_url"}]), A), "part 1: content of type 'image_url' is not supported"),
+    "images": (GOOD | {"images": ["a.png"]}, "`images`: only text is supported"),
+    "preference data": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data are not supported"),
+    "undesirable answer": ({"prompt": "q", "completion": "a", "label": False}, "`label`=false"),
+    "two answers": (
+        {"question": "q", "answer": "a", "response": "b"},
+        "`response` beside `question` and `answer`: expected one exchange",
+    ),
+    "two conversations": (
+        GOOD | {"conversations": [U, A]},
+        "`messages` and `conversations`: expected one of them",
+    ),
+    "two system prompts": (messages({"role": "system", "content": "s"}, U, A) | {"system": "t"}, "`system` and the"),
+    "unknown key": (messages(U, A | {"sentiment": "good"}), "turn 2: unknown key `sentiment`, which may change the"),
+    "reasoning of a user": (messages(U | {"reasoning": "hm"}, A), "turn 1: `reasoning` in a user turn"),
+    "two kinds of reasoning": (messages(U, A | {"reasoning": "a", "thinking": "b"}), "turn 2: several keys hold"),
+    "weight of one half": (messages(U, A | {"weight": 0.5}), "turn 2: `weight`=0.5: expected 0 or 1"),
+    "supervised user": (messages(U | {"train": True}, A), "turn 1: `train`=True: only assistant turns are trained on"),
+    "nothing to train on": (messages(U, A | {"weight": 0}), "no assistant turn to train on"),
+    "token ids of a wrong type": (messages(U, A | {"token_ids": ["a"]}), "turn 2: `token_ids`: expected a list of"),
+    "truncated of a wrong type": (messages(U, A | {"truncated": 1}), "turn 2: `truncated`: expected true or false"),
+    "token ids of a user": (
+        messages(U | {"token_ids": [1]}, A),
+        "turn 1: `token_ids` and `truncated` describe answers",
+    ),
+    "tools not a list": (GOOD | {"tools": 3}, "`tools`: expected a list of JSON schemas, found a number"),
+    "tools of broken JSON": (GOOD | {"tools": "[{"}, "`tools`: invalid JSON"),
+    "tool without a name": (GOOD | {"tools": [{"type": "function"}]}, "`tools`, tool 1: expected a function with a"),
+    "tool of another type": (GOOD | {"tools": [{"type": "web_search"}]}, "tool 1: type 'web_search' is not supported"),
+    "tools in two places": (GOOD | {"tools": [TOOL], "functions": [{"name": "g"}]}, "`tools` and `functions` differ"),
+    "tools that the template drops": (GOOD | {"tools": [TOOL]}, "chat template does not write `tools` into the prompt"),
+    "calls that the template drops": (messages(U, CALL), "turn 2: the chat template does not write the tool call f"),
+    "arguments of a wrong type": (
+        messages(U, {**A, "tool_calls": [{"name": "f", "arguments": [1]}]}),
+        "turn 2: tool call 1: `arguments`: expected an object, found a list",
+    ),
+    "arguments of broken JSON": (
+        messages(U, {**A, "tool_calls": [{"name": "f", "arguments": "{"}]}),
+        "turn 2: tool call 1, `arguments`: invalid JSON",
+    ),
+    "unknown key of a call": (
+        messages(U, {**A, "tool_calls": [{"name": "f", "arguments": {}, "result": 1}]}),
+        "turn 2: tool call 1: unknown key `result`",
+    ),
+    "result without a call": (messages(U, RESULT, A), "turn 2: a tool turn must follow an assistant turn with tool"),
+    "result after an answer": (messages(U, A, RESULT, A), "turn 3: a tool turn must follow an assistant turn with"),
+    "user after a call": (messages(U, CALL, U, A), "turn 3: expected a tool turn after tool calls, found a user turn"),
+    "answer after a call": (messages(U, CALL, A), "turn 3: expected a tool turn after tool calls, found an assistant"),
+    "user after a result": (messages(U, CALL, RESULT, U, A), "turn 4: expected an assistant turn after the results"),
+    "id of another call": (
+        messages(U, call(id="a"), RESULT | {"tool_call_id": "b"}, A),
+        "turn 3: tool_call_id 'b' is not the id of a preceding call",
+    ),
+    "tool first": (messages(RESULT, U, A), "starts with a tool turn"),
     "empty turn": (messages(U, {**A, "content": ""}), "turn 2: the text is empty"),
     "blank turn": (messages(user(" \n"), A), "turn 1: the text is empty"),
-    "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: tool calls are not supported"),
+    "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: tool call 1: expected a function with a"),
     "two assistants in a row": (messages(U, A, A), "turn 3: second consecutive assistant turn"),
     "two users in a row": (messages(U, U, A), "turn 2: second consecutive user turn"),
     "assistant first": (messages(A, U, A), "starts with an assistant turn"),
@@ -130,7 +192,7 @@ def test_stopping_reports_the_first_bad_records_and_lists_all(tmp_path, tiny_tok
     with pytest.raises(UserError) as error:
         prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
     assert "7 of 9 records in data.path are invalid" in str(error.value)
-    assert f"{path}:2: turn 2: tool calls" in str(error.value) and f"{path}:6" in str(error.value)
+    assert f"{path}:2: turn 2: tool call 1" in str(error.value) and f"{path}:6" in str(error.value)
     assert f"{path}:7" not in str(error.value)  # the message shows five
     assert "data.bad_records=skip" in str(error.value)
     assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 7

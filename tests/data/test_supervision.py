@@ -150,7 +150,7 @@ def test_most_templates_have_a_skeleton(encoders):
     """So that the comparison above is one, and preparation fast."""
     found = {
         name for name, (_, encoder) in encoders.items()
-        if encoder.supervisor._by_skeleton(CONVERSATIONS["many turns"]) is not None
+        if encoder.supervisor._by_skeleton(CONVERSATIONS["many turns"], [1, 3, 5, 7, 9]) is not None
     }  # fmt: skip
     # The end token of GLM-4 belongs to the next turn; the others rewrite history.
     assert found == FAMILIES.keys() - REWRITING - {"GLM-4"}

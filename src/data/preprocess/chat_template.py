@@ -2,10 +2,12 @@
 
 import bisect
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property, partial
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -14,10 +16,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import BadRecord, UserError
 from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
-from data.preprocess.prompts import CHECKED
+from data.preprocess.prompts import CHECKED, Render
 from data.preprocess.spans import Supervision
 from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, Supervisor
 from data.preprocess.templates import check_template_kwargs
+from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
 
@@ -31,6 +34,7 @@ class Rendered:
     left_out: int = 0  # number of trailing answers left out because of the token limit
     tokens: int = 0  # length of the whole conversation; computed only if answers are left out
     written: Mapping[int, Written] = field(default_factory=dict)  # answers as the target wrote them, by message index
+    untrained: int = 0  # number of answers that the record excludes from training
 
 
 class ChatEncoder:
@@ -89,8 +93,8 @@ class ChatEncoder:
         Raises:
             BadRecord: see `render`.
         """
-        self._refuse_special_tokens(conversation.messages)
-        return self._ids(self._render(conversation.messages, True))
+        messages, render = self._prepared(conversation)
+        return self._ids(render(messages, True))
 
     def render(self, conversation: Conversation, max_tokens: int | None = None) -> Rendered:
         """Render a conversation with the target's chat template and locate its answers.
@@ -104,22 +108,27 @@ class ChatEncoder:
             BadRecord: the template rejects the conversation, a message contains one of the target's special tokens, or
                 the token ids of an answer do not belong to its text.
         """
-        messages, written = conversation.messages, conversation.written
-        last_by_ids = written and len(messages) - 1 in written and written[len(messages) - 1].token_ids is not None
-        self._refuse_special_tokens(messages[:-1] if last_by_ids else messages)  # that text is not rendered as history
+        written = conversation.written
         for turn, answer in written.items():
-            self._check_token_ids(messages, turn, answer)
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        within = turns
-        if max_tokens is not None and len(turns) > CHECKED and self._prompt_length(messages, turns[-1]) > max_tokens:
-            within = turns[
-                : bisect.bisect_right(turns, max_tokens, key=lambda turn: self._prompt_length(messages, turn))
-            ]
-        supervision = self.supervisor.supervise(messages, within, written)
+            self._check_token_ids(conversation.messages, turn, answer)
+        last = written.get(len(conversation.messages) - 1)
+        # The text of a last answer with known tokens is not rendered as history.
+        messages, render = self._prepared(conversation, with_last=last is None or last.token_ids is None)
+        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        within = turns = [turn for turn in answers if turn not in conversation.untrained]
+
+        def length(turn: int) -> int:
+            return len(self._ids(render(messages[:turn], True)))
+
+        if max_tokens is not None and len(turns) > CHECKED and length(turns[-1]) > max_tokens:
+            within = turns[: bisect.bisect_right(turns, max_tokens, key=length)]
+        supervisor = self.supervisor.rendering(render) if conversation.tools else self.supervisor
+        supervision = supervisor.supervise(messages, within, written)
         supervision.notes = supervision.notes + self._notes(within, written)
-        rendered = Rendered(supervision, len(turns), len(turns) - len(within), written=written)
+        untrained = len(answers) - len(turns)
+        rendered = Rendered(supervision, len(answers), len(turns) - len(within), untrained=untrained, written=written)
         if rendered.left_out:
-            rendered.tokens = len(self._ids(self._render(messages, False)))
+            rendered.tokens = len(self._ids(render(messages, False)))
         return rendered
 
     def tokenize(self, rendered: list[Rendered]) -> list[list[AnswerDocument]]:
@@ -143,12 +152,54 @@ class ChatEncoder:
         variables = {"variables": self.variables, "special": self.special_tokens, "stop": self.stop_tokens}
         return {"tokenizer": tokens, "template": self.template, **variables, **dated}
 
+    def _prepared(self, conversation: Conversation, *, with_last: bool = True) -> tuple[Messages, Render]:
+        """Return the messages in the form that the template expects, and the function that renders them.
+
+        Raises:
+            BadRecord: the tools or a message, except the last one if `with_last` is false, contain a special token, or
+                the template does not write the tools.
+        """
+        messages, tools = conversation.messages, conversation.tools
+        self._refuse_special_tokens(messages if with_last else messages[:-1])
+        if messages[0]["role"] == "developer" and "developer" not in self.template:
+            messages = [messages[0] | {"role": "system"}, *messages[1:]]
+        if any("tool_calls" in message for message in messages):
+            messages = [self.call_form.apply(message) for message in messages]
+        if not tools:
+            return messages, self._render
+        if special := self._special_token(json.dumps(tools, ensure_ascii=False)):
+            raise BadRecord(f"the tools contain the target's special token {special}")
+        return self._with_tools(messages, tools)
+
+    def _with_tools(self, messages: Messages, tools: list[dict[str, Any]]) -> tuple[Messages, Render]:
+        """Pass the tools to the template as `tools`, or in the system message if that is where it reads them (Phi-4).
+
+        Raises:
+            BadRecord: the template does not write the tools into the prompt.
+        """
+        first = next(turn for turn, message in enumerate(messages) if message["role"] == "user") + 1
+        without = self._render(messages[:first], True, [])
+        if self._render(messages[:first], True, tools) != without:
+            return messages, partial(self._render, tools=tools)
+        text = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+        placed = [messages[0] | {"tools": text}, *messages[1:]]
+        if messages[0]["role"] == "system" and self._render(placed[:first], True) != without:
+            return placed, self._render
+        raise BadRecord("the chat template does not write `tools` into the prompt, so the target would not see them")
+
+    @cached_property
+    def call_form(self) -> CallForm:
+        """Form of tool calls that the template expects."""
+        return call_form(self._render)
+
     def _refuse_special_tokens(self, messages: Messages) -> None:
         for number, message in enumerate(messages, start=1):
-            text = message["content"] + message.get("reasoning_content", "")
-            special = next((token for token in self.special_tokens if token in text), None)
-            if special:  # would be tokenized as a control token, such as end of turn
+            text = message["content"] if len(message) == 2 else "\0".join(map(_text, message.values()))
+            if special := self._special_token(text):  # would be tokenized as a control token, such as end of turn
                 raise BadRecord(f"turn {number}: the text contains the target's special token {special}")
+
+    def _special_token(self, text: str) -> str | None:
+        return next((token for token in self.special_tokens if token in text), None)
 
     def _check_token_ids(self, messages: Messages, turn: int, answer: Written) -> None:
         try:
@@ -165,19 +216,21 @@ class ChatEncoder:
         without_end = sum(token_ids[-1] not in ends for token_ids in complete)
         return Counter({CUT_OFF: sum(answer.truncated for answer in known), NO_END_TOKEN: without_end})
 
-    def _prompt_length(self, messages: Messages, turn: int) -> int:
-        return len(self._ids(self._render(messages[:turn], True)))
-
     def _ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _render(self, messages: Messages, generation_prompt: bool) -> str:
+    def _render(self, messages: Messages, generation_prompt: bool, tools: list[dict[str, Any]] | None = None) -> str:
         apply: Callable[..., Any] = render_jinja_template  # annotated to return str, but returns texts and spans
         options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
         try:
-            return apply([messages], **options, **self.variables)[0][0]
+            given = self.variables if tools is None else self.variables | {"tools": tools or None}
+            return apply([messages], **options, **given)[0][0]
         except Exception as error:  # a template is a program: besides TemplateError, it may raise anything
             raise BadRecord(f"rejected by the target's chat template: {error}") from error
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def load_encoder(target: dict[str, Any], template_kwargs: dict[str, Any]) -> tuple[ChatEncoder, Any]:

@@ -111,8 +111,9 @@ def describe_answers(documents: Documents) -> str:
         "supervised in the first document of a conversation": supervised - by_ids - further,
         "supervised in further documents because later prompts contain earlier turns in another form": further,
         "supervised by their token ids, where the text reads back differently": by_ids,
-        "lost to truncation or too short for a block": found["answers"] - refused - supervised,
+        "lost to truncation or too short for a block": found["answers"] - refused - found["untrained"] - supervised,
         "refused": refused,
+        "used only as history because the record excludes them from training": found["untrained"],
     }
     stated = [f"{count:,} {part}" for part, count in parts.items() if count]
     return f"{found['answers']:,} answers: {', '.join(stated) or 'none supervised'}."

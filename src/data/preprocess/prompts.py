@@ -31,9 +31,10 @@ def prompts(render: Render, messages: Messages, turns: list[int]) -> Iterator[st
 
 
 def question(messages: Messages, turn: int) -> Messages:
-    """Return the messages from the last user turn before an answer up to, but not including, the answer."""
-    first = max((i for i in range(turn) if messages[i]["role"] == "user"), default=0)
-    return messages[first:turn]
+    """Return the last user turn before an answer and, if tools were called since, the last calls with their results."""
+    first = next((i for i in reversed(range(turn)) if messages[i]["role"] == "user"), 0)
+    calls = next((i for i in reversed(range(first, turn)) if messages[i]["role"] == "assistant"), first + 1)
+    return [messages[first], *messages[calls:turn]]
 
 
 def _inserted(render: Render, messages: Messages, turns: list[int]) -> tuple[str, list[str]] | None:

@@ -6,6 +6,7 @@ prompts extend one another share one text. If the template rewrites history, e.g
 answer gets a separate text. `{% generation %}` markers are ignored, because some templates put headers inside them.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from data.errors import BadRecord
 from data.preprocess.prompts import CHECKED, Render, prompts, question
 from data.preprocess.skeleton import Skeleton, placeholders, regular, skeleton
 from data.preprocess.spans import Answer, Rendered, Supervision
-from data.sources.records import Messages, Written
+from data.preprocess.tool_calls import dropped_call, result_written
+from data.sources.records import Message, Messages, Written
 
 OPENS_REASONING = re.compile(r"<([\w:]*think\w*)>\s*$")
 CLOSES_REASONING = re.compile(r"</[\w:]*think\w*>\s*$")
@@ -22,11 +24,13 @@ OPENING = re.compile(r"\s*<([\w:]*think\w*)>\n?")
 EMPTY_BLOCK = re.compile(r"\s*<([\w:]*think\w*)>(\s*)</\1>")
 # Sample messages, used to find the text that the template writes after an answer.
 ANSWER, NEXT_QUESTION = "It is as follows.", "What follows from this?"
+RESULT = "The result is as follows."
 NO_REASONING = "the prompt opens a reasoning block, but the answer has no reasoning"
 
 # Notes on an answer, which the data report counts.
 NO_END_TOKEN = "no end token"  # noqa: S105  the template writes no end token after the answer
 OTHER_END_TOKEN = "not a stop token"  # noqa: S105  the template's end token does not stop generation
+TEXT_DROPPED = "without its text"  # the template drops the text beside tool calls
 REASONING_DROPPED = "without its reasoning"  # neither the prompt nor the template includes the record's reasoning
 CUT_OFF = "cut off"  # generation ended at the token limit, so no end token is supervised
 
@@ -45,7 +49,14 @@ class Supervisor:
         stop, added = list(stop), list(added)
         self.render, self.stop, self.added = render, _any_of(stop), _any_of(added)
         self.ends = sorted({*stop, *added}, key=len, reverse=True)
-        self.skeletons: dict[tuple[str, ...], Skeleton | None] = {}  # keyed by message roles
+        # Keyed by message roles. None if conversations are too different to share skeletons.
+        self.skeletons: dict[tuple[str, ...], Skeleton | None] | None = {}
+
+    def rendering(self, render: Render) -> "Supervisor":
+        """Return a supervisor that renders messages with `render`, e.g. with the tools of one conversation."""
+        other = copy.copy(self)
+        other.render, other.skeletons = render, None
+        return other
 
     def supervise(
         self, messages: Messages, turns: list[int], written: Mapping[int, Written] | None = None
@@ -65,15 +76,15 @@ class Supervisor:
         # A skeleton gives all answers the same notes and ends.
         known = written or {}
         by_ids = bool(known) and all(turn in known and known[turn].token_ids is not None for turn in turns)
-        found = self._by_skeleton(messages) if 0 < len(turns) <= CHECKED and (by_ids or not known) else None
+        found = self._by_skeleton(messages, turns) if 0 < len(turns) <= CHECKED and (by_ids or not known) else None
         if found is None:
             return self._by_answer(messages, turns, known)
         return Supervision(found.texts) if by_ids else found
 
-    def _by_skeleton(self, messages: Messages) -> Supervision | None:
-        if not regular(messages):
-            return None
+    def _by_skeleton(self, messages: Messages, turns: list[int]) -> Supervision | None:
         roles = tuple(message["role"] for message in messages)
+        if self.skeletons is None or not regular(messages) or roles.count("assistant") != len(turns):
+            return None
         if roles not in self.skeletons:
             self.skeletons[roles] = self._skeleton(roles)
         found = self.skeletons[roles]
@@ -158,8 +169,10 @@ class _AnswerTexts:
         """Return the answer in message `turn` with its end token, the whitespace after it, and notes for the report.
 
         Raises:
-            _Refused: the prompt opens a reasoning block, but the record has no reasoning.
+            _Refused: the prompt opens a reasoning block, but the record has no reasoning; or the template drops the
+                result of a tool from the prompt, or a tool call from the answer.
         """
+        self._check_results(turn, prompt)
         opened, closed = OPENS_REASONING.search(prompt), CLOSES_REASONING.search(prompt)
         message = _split(self.messages[turn], opened[1] if opened else None)
         if opened and message.reasoning is None:
@@ -173,11 +186,41 @@ class _AnswerTexts:
         if tail is not None and thought and (empty := EMPTY_BLOCK.match(tail)):
             tail = None if message.block is not None else _filled(tail, empty, thought)
         if tail is None:
-            tail = message.written(opened, closed) + self._around(turn)[0]
+            tail = self._rewritten(turn, prompt, message, opened, closed)
         text, whitespace, notes = self.supervisor.split(tail, lambda: self._around(turn))
         if thought and thought not in text:
             notes.append(REASONING_DROPPED)
+        if calls := self.messages[turn].get("tool_calls"):
+            if name := dropped_call(calls, text):
+                raise _Refused(f"the chat template does not write the tool call {name} or its arguments")
+            if message.content.strip() not in text:
+                notes.append(TEXT_DROPPED)
         return text, whitespace, notes
+
+    def _check_results(self, turn: int, prompt: str) -> None:
+        """Check that the results of tools directly before an answer are in its prompt."""
+        for message in reversed(self.messages[:turn]):
+            if message["role"] != "tool":
+                return
+            if not result_written(message["content"], prompt):
+                raise _Refused("the chat template does not write the result of a tool into the prompt")
+
+    def _rewritten(
+        self, turn: int, prompt: str, message: "_Message", opened: re.Match[str] | None, closed: re.Match[str] | None
+    ) -> str:
+        """Return an answer that the template does not write after its prompt, followed by the template's end token."""
+        if "tool_calls" not in self.messages[turn]:
+            return message.written(opened, closed) + self._around(turn)[0]
+        asked, render = question(self.messages, turn), self.supervisor.render
+        bare = {key: value for key, value in self.messages[turn].items() if key != "reasoning_content"}
+        header = render(asked, True)
+        block = (OPENS_REASONING if opened else CLOSES_REASONING).search(header)
+        body = _added(
+            header[: block.start()] if block else header, render([*asked, bare | {"content": message.content}], False)
+        )
+        if body is None:
+            raise _Refused("the chat template does not write the tool call after the prompt of the answer")
+        return f"{(message.reasoning or '').strip()}\n</{opened[1]}>\n\n{body}" if opened else body
 
     def _tail(self, turn: int, prompt: str) -> str | None:
         """Return the text that the template writes after the prompt, or None if it cannot be determined.
@@ -210,7 +253,25 @@ class _AnswerTexts:
             return None  # rejected without the earlier turns
 
     def _around(self, turn: int) -> tuple[str, str]:
-        """Return the template's text after a final answer, and its text between an answer and the next question."""
+        """Return the template's text after a final answer, and its text between an answer and the next message."""
+        if "tool_calls" in self.messages[turn]:
+            return self._around_calls(turn)
+        return self._around_text(turn)
+
+    def _around_calls(self, turn: int) -> tuple[str, str]:
+        exchange, render = [*question(self.messages, turn), self.messages[turn]], self.supervisor.render
+        calls = self.messages[turn]["tool_calls"]
+        results = [
+            {"role": "tool", "content": RESULT} | ({"tool_call_id": c["id"]} if "id" in c else {}) for c in calls
+        ]
+        try:
+            answered, following = render(exchange, False), render([*exchange, *results], False)
+        except BadRecord:
+            return self._around_text(turn)
+        between = following[len(answered) :].partition(RESULT)[0] if following.startswith(answered) else ""
+        return self._around_text(turn)[0], between
+
+    def _around_text(self, turn: int) -> tuple[str, str]:
         exchange = [*question(self.messages, turn), {"role": "assistant", "content": ANSWER}]
         render = self.supervisor.render
         try:
@@ -245,9 +306,9 @@ class _Message:
         return self.content if closed or self.block is None else self.opening + self.block
 
 
-def _split(message: dict[str, str], tag: str | None) -> _Message:
+def _split(message: Message, tag: str | None) -> _Message:
     """Split an assistant message. `tag` is the reasoning tag that the prompt opens; the content may lack that tag."""
-    content = message["content"]
+    content = message["content"] or ""
     if "reasoning_content" in message:
         return _Message(message["reasoning_content"], content)
     opening = OPENING.match(content)

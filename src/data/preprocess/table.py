@@ -14,9 +14,9 @@ from data.preprocess.anchors import anchor_indices
 from data.preprocess.boundaries import AnswerDocument
 from data.preprocess.chat_template import ChatEncoder, Rendered
 from data.preprocess.document import Document
-from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
+from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED, TEXT_DROPPED
 from data.sources.chunks import RawRecord
-from data.sources.records import Messages, conversation
+from data.sources.records import Conversation, conversation
 from data.sources.rejects import TEXT_CHARACTERS, printable
 
 OUTCOMES = ("kept", "truncated", "too long", "no anchor", "bad")  # possible outcomes of a record
@@ -26,6 +26,7 @@ NOTES = {
     "other_end": OTHER_END_TOKEN,
     "no_reasoning": REASONING_DROPPED,
     "cut_off": CUT_OFF,
+    "no_text": TEXT_DROPPED,
 }
 FEATURES = Features(
     part=Value("int32"),  # index of the source
@@ -39,6 +40,7 @@ FEATURES = Features(
     # first row.
     answers=Value("int32"),
     refused=Value("int32"),
+    untrained=Value("int32"),  # excluded by the record
     **{name: Value("int32") for name in NOTES},
     supervised_answers=Value("int32"),
     by_ids=Value("int32"),  # of these, answers whose text reads back as other tokens than the target wrote
@@ -87,7 +89,7 @@ def _render(record: RawRecord, encoder: ChatEncoder, settings: TokenizeSettings)
     """Parse and render a record. Return the messages' digest and the rendering, or (0, reason) for a bad record."""
     try:
         parsed = record.parse(conversation)
-        return _digest(parsed.messages), encoder.render(parsed, settings.max_seq_len)
+        return _digest(parsed), encoder.render(parsed, settings.max_seq_len)
     except BadRecord as error:
         return 0, str(error)
 
@@ -100,7 +102,7 @@ def _rows(
     first = _counts(rendered)
     if reasons:
         first |= _rejected(record, reasons[0])
-    if refused and len(refused) == rendered.answers:
+    if refused and len(refused) == rendered.answers - rendered.untrained:
         yield first | _content(0, None)
         return
     fitted = fit_to_row(documents, rendered, settings)
@@ -154,9 +156,10 @@ def _rejected(record: RawRecord, reason: str) -> dict[str, Any]:
 def _counts(rendered: Rendered | None) -> dict[str, int]:
     """Return a record's answer counts, or zeros if `rendered` is None."""
     if rendered is None:
-        return dict.fromkeys(("answers", "refused", *NOTES), 0)
+        return dict.fromkeys(("answers", "refused", "untrained", *NOTES), 0)
     notes = {name: rendered.supervision.notes[note] for name, note in NOTES.items()}
-    return {"answers": rendered.answers, "refused": len(rendered.supervision.refused), **notes}
+    refused = len(rendered.supervision.refused)
+    return {"answers": rendered.answers, "refused": refused, "untrained": rendered.untrained, **notes}
 
 
 def _content(index: int, fitted: Fitted | None) -> dict[str, Any]:
@@ -183,6 +186,7 @@ def longest_answer(supervised: np.ndarray) -> int:
     return int((np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).max(initial=0))
 
 
-def _digest(messages: Messages) -> int:
-    content = json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()
+def _digest(parsed: Conversation) -> int:
+    hashed = [parsed.messages, parsed.tools] if parsed.tools else parsed.messages
+    content = json.dumps(hashed, ensure_ascii=False, sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)

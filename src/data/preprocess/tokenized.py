@@ -36,8 +36,10 @@ from data.sources.readers import Source, fingerprint
 from data.sources.rejects import Reject, reject
 
 # Modules that determine the table. Their source code is part of the cache key.
-PREPROCESS = "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table", "written"
-SOURCES = "chunks", "json_values", "jsonl", "readers", "records", "tables"
+PREPROCESS = (
+    "anchors", "boundaries", "chat_template", "prompts", "skeleton", "supervision", "table", "tool_calls", "written",
+)  # fmt: skip
+SOURCES = "chunks", "forms", "json_values", "jsonl", "readers", "records", "tables", "tools", "turns"
 CODE = (*(f"preprocess/{name}" for name in PREPROCESS), *(f"sources/{name}" for name in SOURCES))
 
 
@@ -89,12 +91,13 @@ class Documents(Sequence[Document]):
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
     def answers(self) -> dict[str, int]:
-        """Return answer counts: `answers` (total), `refused`, `supervised`, `by_ids`, `separate` and those of NOTES.
+        """Return answer counts: `answers` (total), `refused`, `untrained`, `supervised`, `by_ids`, `separate`, NOTES.
 
         `by_ids` counts supervised answers whose text reads back as other tokens than the target wrote, and `separate`
         the other supervised answers in a record's second or later document.
         """
-        counts = {name: int(self.column(name, all_records=True).sum()) for name in ("answers", "refused", *NOTES)}
+        names = ("answers", "refused", "untrained", *NOTES)
+        counts = {name: int(self.column(name, all_records=True).sum()) for name in names}
         supervised, by_ids = self.column("supervised_answers"), self.column("by_ids")
         separate = supervised[(self.column("document") > 0) & (by_ids == 0)]
         return counts | {

@@ -162,6 +162,7 @@ def _answer_notes(counts: dict[str, int]) -> list[str]:
         "other_end": "end with a token that is not one of the target's stop tokens, so generation does not stop there. "
         "Check eos_token_id in the target's generation_config.json.",
         "cut_off": "were cut off at the token limit; they are supervised without an end token.",
+        "no_text": "are trained on without the text beside their tool calls: the chat template does not write it.",
         "no_reasoning": "are trained on without their reasoning: neither the prompt nor the chat template renders it.",
     }
     return [f"{counts[name]:,} answers {text}" for name, text in texts.items() if counts[name]]

@@ -15,7 +15,7 @@ from data.preprocess.packing import PackedRows
 from data.preprocess.table import BAD
 from data.preprocess.tokenized import Documents
 from data.sources.readers import Source, read_all
-from data.sources.records import Conversation, Messages, conversation, questions
+from data.sources.records import Conversation, Messages, conversation, parsed
 
 OVERLAP_WORDS = 13  # a shared n-gram of this many words counts as overlap, as in the GPT-3 paper
 SAMPLED = 1000  # maximum number of conversations in which tokens are counted by role
@@ -111,7 +111,7 @@ def overlap(
     locations: list[str] = []
     for source, raw in progress(read_all(sources)):
         try:
-            texts = [_words(turn) for turn in _user_turns(raw.parse(questions).messages)]
+            texts = [_words(turn) for turn in _user_turns(raw.parse(parsed).messages)]
         except BadRecord:
             continue
         is_identical = any(tuple(words) in prompt_texts for words in texts)

@@ -1,0 +1,103 @@
+"""Tool calls in chat templates: the form that a template expects, and whether it writes them.
+
+Templates differ in the form of a call: most expect the arguments as an object and empty text, some the arguments as
+JSON text or no text at all. The first form in which a template writes a sample call is used for all conversations.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data.errors import BadRecord
+from data.sources.records import Message, Messages
+
+NAME, VALUE = "get_forecast", "Lisbon"
+SAMPLE_TOOL = {
+    "name": NAME,
+    "description": "Return the forecast.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}},
+}
+SAMPLE: Messages = [
+    {"role": "user", "content": "What is the forecast?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            # Mistral's templates require ids of nine letters and digits.
+            {"type": "function", "id": "a1b2c3d4e", "function": {"name": NAME, "arguments": {"city": VALUE}}}
+        ],
+    },
+]
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """The form of tool calls in the messages that a template renders."""
+
+    json_text: bool = False  # arguments as JSON text
+    no_text: bool = False  # null instead of an empty text beside the calls
+
+    def apply(self, message: Message) -> Message:
+        """Return an assistant message with its calls in this form."""
+        calls = message.get("tool_calls")
+        if not calls or self == CallForm():
+            return message
+        if self.json_text:
+            calls = [call | {"function": _with_json_text(call["function"])} for call in calls]
+        content = None if self.no_text and not message["content"] else message["content"]
+        return message | {"content": content, "tool_calls": calls}
+
+
+def call_form(render: Callable[[Messages, bool, list[dict[str, Any]] | None], str]) -> CallForm:
+    """Return the first form in which a template writes a sample call, or the usual form if it writes none."""
+    forms = [CallForm(json_text, no_text) for json_text in (False, True) for no_text in (False, True)]
+    for form in forms:
+        try:
+            text = render([form.apply(m) for m in SAMPLE], False, [{"type": "function", "function": SAMPLE_TOOL}])
+        except BadRecord:
+            continue
+        if VALUE in text and NAME in text[text.rfind(SAMPLE[0]["content"]) :]:
+            return form
+    return forms[0]
+
+
+def dropped_call(calls: list[dict[str, Any]], text: str) -> str | None:
+    """Return the name of a call that a rendered answer does not contain, or contains without its arguments.
+
+    Templates write arguments as JSON, XML or code, so only names and plain values are compared.
+    """
+    functions = [call["function"] for call in calls]
+    for name, count in Counter(function["name"] for function in functions).items():
+        if text.count(name) < count:
+            return name
+    for function in functions:
+        arguments = function["arguments"]
+        values = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if not all(_written(key, text) for key in values) or not all(_written(v, text) for v in _leaves(values)):
+            return function["name"]
+    return None
+
+
+def result_written(content: str, text: str) -> bool:
+    """Return whether a text contains the result of a tool, as it is or as a JSON string."""
+    forms = (content.strip(), json.dumps(content, ensure_ascii=False)[1:-1], json.dumps(content)[1:-1])
+    return any(form in text for form in forms)
+
+
+def _with_json_text(function: dict[str, Any]) -> dict[str, Any]:
+    return function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict | list):
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
+    return [value]
+
+
+def _written(value: Any, text: str) -> bool:
+    """Return whether a key or value is in a text. Values that templates may write in several ways count as written."""
+    if isinstance(value, str):
+        return not value.isalnum() or not value.isascii() or value in text
+    return not isinstance(value, int) or isinstance(value, bool) or str(value) in text

@@ -1,0 +1,147 @@
+"""Forms of records: finds the turns, the system prompt and the tools of a record in any supported form."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from data.errors import BadRecord
+from data.sources.tools import kind, read_tools
+from data.sources.turns import REASONING, Turn, read_turn, text_message
+
+LISTS = ("messages", "conversations")
+PAIRS = (
+    ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("question", "response"),
+    ("instruction", "output"), ("instruction", "response"), ("query", "response"),
+)  # fmt: skip
+INPUTS = ("input", "context")  # appended to an instruction
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+KEYS = {*LISTS, "turns", *SYSTEM, *TOOLS, *(key for pair in PAIRS for key in pair)}  # read, among others
+FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
+# Keys that change the meaning of a record and are not read. Other keys are metadata.
+REFUSED = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is supported"),
+    **dict.fromkeys(("chosen", "rejected"), "preference data are not supported; keep the better answer in `messages`"),
+    "documents": "put them into a turn",
+    "chat_template": "the target's own template is used",
+    "chat_template_kwargs": "set data.template_kwargs",
+    **dict.fromkeys(("token_ids", "truncated", "tool_calls", "function_call"), "put it into the assistant turn"),
+}
+
+
+def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]] | None]:
+    """Return the turns and the tool schemas of a record. Null and empty values count as missing, as in tables.
+
+    Raises:
+        BadRecord: the format is unknown, or a key that changes the meaning is not supported.
+    """
+    given = {key for key, value in record.items() if value is not None and value != [] and value != ""}
+    for key in REFUSED.keys() & given:
+        raise BadRecord(f"`{key}`: {REFUSED[key]}")
+    turns = _turns(record, given)
+    tools = [(key, read_tools(record[key], key)) for key in TOOLS if key in given]
+    tools += [("tools of the system turn", turn.tools) for turn in turns if turn.tools]
+    if any(schemas != tools[0][1] for _, schemas in tools):
+        raise BadRecord(f"{' and '.join(f'`{key}`' for key, _ in tools)} differ; keep one of them")
+    return _with_system(record, turns), tools[0][1] if tools else None
+
+
+def _turns(record: dict[str, Any], given: set[str]) -> list[Turn]:
+    lists = [key for key in LISTS if key in given] or [key for key in LISTS if record.get(key) is not None][:1]
+    pairs = [pair for pair in PAIRS if given >= set(pair)]
+    if lists and (given & set(LISTS) or not pairs and "turns" not in given):
+        if len(lists) > 1:
+            raise BadRecord("`messages` and `conversations`: expected one of them; remove the other")
+        if unplaced := given & set(REASONING[:1] + REASONING[2:]):
+            raise BadRecord(f"`{min(unplaced)}`: put it into the assistant turn")
+        return read_turns(record[lists[0]], lists[0])
+    if pairs:
+        return _exchange(record, given, pairs)
+    if "turns" in given or record.get("turns") is not None:
+        turns = record["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise BadRecord(f"`turns`: expected a list of user turns, found {kind(turns)}")
+        return [Turn(text_message("user", turn, f"turn {number}")) for number, turn in enumerate(turns, start=1)]
+    if incomplete := next((pair for pair in PAIRS if given & set(pair)), None):
+        present, missing = sorted(incomplete, key=lambda key: key not in given)
+        raise BadRecord(f"`{present}` without `{missing}`")
+    raise BadRecord(f"expected {FORMATS}; found keys: {', '.join(sorted(map(str, record))) or 'none'}")
+
+
+def read_turns(turns: Any, key: str) -> list[Turn]:
+    """Parse a list of turns, its JSON text, or a table's columns of roles and texts.
+
+    Raises:
+        BadRecord: it is none of these, or a turn is invalid.
+    """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise BadRecord(f"`{key}`: invalid JSON: {error}") from None
+    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+        if len({len(column) for column in turns.values()}) > 1:
+            raise BadRecord(f"`{key}`: the columns have different lengths")
+        turns = [dict(zip(turns, row, strict=True)) for row in zip(*turns.values(), strict=True)]
+    if not isinstance(turns, list):
+        raise BadRecord(f"`{key}`: expected a list of turns, found {kind(turns)}")
+    if not turns:
+        raise BadRecord(f"`{key}` is empty")
+    return [read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
+
+
+def _exchange(record: dict[str, Any], given: set[str], pairs: list[tuple[str, str]]) -> list[Turn]:
+    """Parse one exchange: each side is a text or, as in TRL, a list of turns. TRL does not train on the first list."""
+    asked, answered = pairs[0]
+    if other := {name for pair in pairs for name in pair} - {asked, answered}:
+        raise BadRecord(
+            f"`{min(other)}` beside `{asked}` and `{answered}`: expected one exchange; remove the other key"
+        )
+    if record.get("label") is False:
+        raise BadRecord("`label`=false: the answer is undesirable; remove the record")
+    question, answer = record[asked], record[answered]
+    if isinstance(question, list):
+        before = [replace(turn, trained=False) for turn in read_turns(question, asked)]
+    else:
+        before = _history(record, given) + [Turn(_question(record, given, asked))]
+    if isinstance(answer, list):
+        return before + read_turns(answer, answered)
+    thought = {key: record[key] for key in REASONING if key in given}
+    after = read_turn({"role": "assistant", "content": answer, **thought}, answered)
+    return [*before, after]
+
+
+def _question(record: dict[str, Any], given: set[str], key: str) -> dict[str, Any]:
+    message = text_message("user", record[key], key)
+    for name in INPUTS if key == "instruction" else ():
+        if name in given:
+            message["content"] += "\n\n" + text_message("user", record[name], name)["content"]
+    return message
+
+
+def _history(record: dict[str, Any], given: set[str]) -> list[Turn]:
+    """Parse Alpaca's `history`: earlier questions and answers."""
+    if "history" not in given:
+        return []
+    found = []
+    for pair in record["history"] if isinstance(record["history"], list) else [None]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRecord("`history`: expected a list of questions and answers")
+        found += [
+            Turn(text_message(role, text, "history")) for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return found
+
+
+def _with_system(record: dict[str, Any], turns: list[Turn]) -> list[Turn]:
+    """Prepend a system prompt that is stored beside the turns. An empty system prompt counts as none."""
+    if turns[0].message["role"] in ("system", "developer") and not turns[0].message["content"]:
+        turns = turns[1:]
+    for key in SYSTEM:
+        if record.get(key) is None or record[key] == "" or isinstance(record[key], str) and not record[key].strip():
+            continue
+        message = text_message("system", record[key], key)
+        if not turns or turns[0].message["role"] not in ("system", "developer"):
+            turns = [Turn(message), *turns]
+        elif turns[0].message["content"] != message["content"]:
+            raise BadRecord(f"`{key}` and the system turn differ; keep one of them")
+    return turns
