@@ -1,6 +1,5 @@
 """Target, tokenizer and data of a run. Each is loaded once, on first use, and checked before any expensive work."""
 
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -9,10 +8,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.errors import BadRecord, UserError
+from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder, load_encoder
 from data.preprocess.packing import PackedRows
 from data.preprocess.prepare import describe, prepare
+from data.preprocess.questions import first_prompt_length
 from data.sources.benchmarks import read_benchmark
 from data.sources.hub_commit import commit_of
 from data.sources.readers import Source, open_sources
@@ -210,15 +210,17 @@ class Resources:
         In every benchmark, at least one prompt leaves room for an answer within the target's context length.
         """
         settings = self.config.stage.evaluate
+        longest = self.positions - settings.max_new_tokens
         found = {}
         benchmarks: Any = OmegaConf.to_container(self.config.benchmarks, resolve=True)
         for name, given in benchmarks.items():
-            conversations = read_benchmark(name, given, settings.num_prompts)
-            try:
-                fitting = [self._leaves_room(talk) for talk in conversations]
-            except BadRecord as error:
-                raise UserError(f"benchmarks.{name}.path={given['path']}: {error}.") from error
-            if not any(fitting):
+            lengths: list[int] = []
+
+            def check(talk: Conversation, lengths: list[int] = lengths) -> None:
+                lengths.append(first_prompt_length(self.encoder, talk))
+
+            conversations = read_benchmark(name, given, settings.num_prompts, check=check, warn=_note)
+            if min(lengths) > longest:
                 raise UserError(
                     f"stage.evaluate.max_new_tokens={settings.max_new_tokens}: every prompt in benchmarks.{name}.path="
                     f"{given['path']} is too long to leave room for that many tokens within the target's context "
@@ -228,11 +230,6 @@ class Resources:
         if not found:
             raise UserError("benchmarks is empty: expected at least one benchmark. Presets: conf/benchmarks/.")
         return found
-
-    def _leaves_room(self, talk: Conversation) -> bool:
-        first_turn = next(i for i, message in enumerate(talk.messages) if message["role"] == "user") + 1
-        longest = self.positions - self.config.stage.evaluate.max_new_tokens
-        return len(self.encoder.prompt(replace(talk, messages=talk.messages[:first_turn]))) <= longest
 
 
 def _note(text: str) -> None:

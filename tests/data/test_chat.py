@@ -217,3 +217,18 @@ def test_a_tokenizer_without_a_chat_template_is_rejected(tiny_tokenizer):
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         ChatEncoder(bare, {})
+
+
+def test_a_tokenizer_with_named_templates_and_no_default_is_rejected_with_their_names(tiny_tokenizer):
+    named = copy.deepcopy(tiny_tokenizer)
+    named.chat_template = {"rag": "a", "chat": "{{ messages[0].content }}"}
+    with pytest.raises(UserError, match="has the chat templates chat, rag, but none named default. Choose one"):
+        ChatEncoder(named, {})
+    named.chat_template = named.chat_template["chat"]
+    assert ChatEncoder(named, {}).template == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "chat_template", "continue_final_message"])
+def test_reserved_template_arguments_are_rejected_without_the_command_line(name, tiny_tokenizer):
+    with pytest.raises(UserError, match=f"data.template_kwargs.{name} is reserved"):
+        ChatEncoder(tiny_tokenizer, {name: True})

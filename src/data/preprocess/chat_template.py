@@ -19,7 +19,7 @@ from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
 from data.preprocess.prompts import CHECKED, Render
 from data.preprocess.spans import Supervision
 from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, Supervisor
-from data.preprocess.templates import check_template_kwargs
+from data.preprocess.templates import check_reserved, check_template_kwargs
 from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
@@ -54,8 +54,10 @@ class ChatEncoder:
             stop_ids: tokens at which the target's generation stops. Default: the tokenizer's end-of-sequence token.
 
         Raises:
-            UserError: the tokenizer has no chat template, or is a slow tokenizer (no `tokenizers` backend).
+            UserError: the tokenizer has no chat template, or is a slow tokenizer (no `tokenizers` backend), or an
+                argument is reserved.
         """
+        check_reserved(template_kwargs)
         if not tokenizer.is_fast:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path!r} is slow (pure Python). Set model.target.tokenizer to a "
@@ -253,9 +255,16 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:  # no template, or several templates without a default
+        name, names = tokenizer.name_or_path, sorted(tokenizer.chat_template or ())
+        if not names:
+            raise UserError(
+                f"The tokenizer of {name!r} has no chat template. Use the instruction-tuned target, or add a chat "
+                "template to the tokenizer."
+            ) from error
         raise UserError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no {'default ' if tokenizer.chat_template else ''}chat "
-            "template. Use the instruction-tuned target, or add a chat template to the tokenizer."
+            f"The tokenizer of {name!r} has the chat templates {', '.join(names)}, but none named default. Choose one: "
+            f"tokenizer.chat_template = tokenizer.chat_template[{names[0]!r}]; tokenizer.save_pretrained(DIR). Then "
+            "set model.target.tokenizer=DIR."
         ) from error
 
 

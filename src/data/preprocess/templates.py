@@ -39,6 +39,16 @@ def variables_read(template: str) -> set[str] | None:
         return None
 
 
+def check_reserved(given: Collection[str]) -> None:
+    """Check that no argument is one that this project passes itself.
+
+    Raises:
+        UserError: an argument is reserved.
+    """
+    if reserved := sorted(RESERVED & set(given)):
+        raise UserError(f"data.template_kwargs.{reserved[0]} is reserved: the pipeline sets it. Remove it.")
+
+
 def check_template_kwargs(
     template: str, given: dict[str, Any], overrides: list[str], warn: Callable[[str], None], also: Collection[str] = ()
 ) -> None:
@@ -55,8 +65,7 @@ def check_template_kwargs(
     Raises:
         UserError: an argument is reserved, looks like a typo, or has no effect but was given on the command line.
     """
-    if reserved := sorted(given.keys() & RESERVED):
-        raise UserError(f"data.template_kwargs.{reserved[0]} is reserved: the pipeline sets it. Remove it.")
+    check_reserved(given)
     read = variables_read(template)
     if read is None:
         return

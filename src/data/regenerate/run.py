@@ -73,6 +73,9 @@ def check_regeneration(config: DictConfig) -> None:
         UserError: a setting is invalid.
     """
     check_choices(config, {"regenerate.backend": ("local", "server")})
+    from data.preprocess.templates import check_reserved  # imported late: loads transformers
+
+    check_reserved(plain(config, "data")["data"]["template_kwargs"])
     check_choices(config, {"regenerate.local.device": ("auto", "cpu", "cuda")})
     if config.regenerate.repeat_times < 2 and config.regenerate.repeat_times != 0:
         raise UserError(

@@ -27,8 +27,8 @@ from data.preprocess.chat_template import ChatEncoder, load_encoder
 from data.preprocess.prepare import Prepared, describe_answers, prepare
 from data.preprocess.tokenized import Documents
 from data.report import statistics
-from data.sources.readers import Source, open_sources, read_strictly
-from data.sources.records import prompt
+from data.report.prompts import read_prompts
+from data.sources.readers import Source, open_sources
 from data.sources.rejects import common_reasons
 from data.terminal import run_command, say, terminal
 
@@ -63,6 +63,7 @@ def write_report(config: DictConfig) -> None:
     data, draft = settings["data"], settings["model"]["draft"]
     encoder, tokenizer = load_encoder(settings["model"]["target"], data["template_kwargs"])
     encoder.check_kwargs(data["template_kwargs"], sys.argv[1:], say)
+    prompts = read_prompts(config, encoder)
     sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"], warn=say)
     folder = Path(config.run_dir) / "data_report"
     prepared = prepare(
@@ -74,7 +75,6 @@ def write_report(config: DictConfig) -> None:
         seed=config.seed,
         rejects=folder / "rejects.jsonl",
     )
-    prompts = read_strictly(data["prompts"], prompt, split="test", limit=None, setting="data.prompts")
     sections = [
         _records(prepared, sources),
         *_rejects(prepared, folder),

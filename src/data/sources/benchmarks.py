@@ -11,20 +11,38 @@ ALL = "all"  # reserved name for all benchmarks combined
 KEYS = ("path", "subset", "split", "turns", "template")
 
 
-def read_benchmark(name: str, settings: Any, limit: int | None) -> list[Conversation]:
+def read_benchmark(
+    name: str,
+    settings: Any,
+    limit: int | None,
+    *,
+    check: Callable[[Conversation], object] = lambda conversation: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> list[Conversation]:
     """Read the system and user turns of the first `limit` conversations in a benchmark, or of all if None.
 
     Args:
+        name: the benchmark.
         settings: `path` of a file, folder or Hub dataset; `subset` and `split` of a Hub dataset. If the records are not
             conversations, also `turns`, the column with the list of user turns, or `template`, a format string that
             builds a single user turn from the columns.
+        limit: number of conversations.
+        check: raises BadRecord for a conversation that the target cannot be asked.
+        warn: see `open_sources`.
 
     Raises:
         UserError: a setting or record is invalid; the message gives the setting's name or the record's location.
     """
     _check(name, settings)
     parse = _parser(settings.get("turns"), settings.get("template"))
-    return read_strictly(_source(settings), parse, split="test", limit=limit, setting=f"benchmarks.{name}.path")
+
+    def parse_and_check(record: Any) -> Conversation:
+        conversation = parse(record)
+        check(conversation)
+        return conversation
+
+    setting = f"benchmarks.{name}.path"
+    return read_strictly(_source(settings), parse_and_check, split="test", limit=limit, setting=setting, warn=warn)
 
 
 def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
