@@ -8,9 +8,10 @@ from helpers.shared import command
 
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.preprocess.prepare import prepare
+from data.preprocess.prepare import describe, describe_answers, prepare
 from data.sources import jsonl
 from data.sources.readers import open_sources
+from data.sources.records import conversation, questions
 
 U, A = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4. That is all there is."}
 GOOD = {"messages": [U, A]}
@@ -126,7 +127,7 @@ BAD = {
     "tool calls": (messages(U, {**A, "tool_calls": [{"id": 1}]}), "turn 2: tool call 1: expected a function with a"),
     "two assistants in a row": (messages(U, A, A), "turn 3: second consecutive assistant turn"),
     "two users in a row": (messages(U, U, A), "turn 2: second consecutive user turn"),
-    "assistant first": (messages(A, U, A), "starts with an assistant turn"),
+    "assistant only": (messages(A, A), "starts with an assistant turn"),
     "no answer": (messages(U), "no assistant turn"),
     "late system message": (
         messages(U, {"role": "system", "content": "s"}, A),
@@ -199,6 +200,29 @@ def test_stopping_reports_the_first_bad_records_and_lists_all(tmp_path, tiny_tok
     write(tmp_path / "data.jsonl", GOOD)
     prepared(path, tiny_tokenizer, "stop", tmp_path / "rejects.jsonl")
     assert not (tmp_path / "rejects.jsonl").exists()  # stale
+
+
+def test_answers_before_the_first_question_are_left_out_and_counted(tmp_path, tiny_tokenizer):
+    """Datasets such as ShareGPT split long conversations; later parts start with an answer without its question."""
+    system = {"role": "system", "content": "Answer in one word."}
+    tails = [[U, A], [U, A, user("And 3+3?"), {**A, "content": "It is 6."}]]
+    parts = [messages(A, *tails[0]), messages(system, A, A, *tails[1]), messages(A, U, U, A)]
+    (tmp_path / "parts.jsonl").write_text("\n".join(map(json.dumps, parts)))
+    encoder = ChatEncoder(tiny_tokenizer, {})
+    prepared = prepare(
+        open_sources(str(tmp_path / "parts.jsonl"), split="train", max_records=None), encoder, max_seq_len=128,
+        truncation="turn", num_proc=1,
+        validation_records=0, bad_records="skip", block_size=4, seed=0, rejects=tmp_path / "rejects.jsonl",
+    )  # fmt: skip
+    whole = [conversation(messages(*tails[0])), conversation(messages(system, *tails[1]))]
+    expected = [encoder.documents(one)[0].document for one in whole]
+    found = list(prepared.documents)
+    assert [document.input_ids.tolist() for document in found] == [document.input_ids.tolist() for document in expected]
+    assert all((a.supervised == b.supervised).all() for a, b in zip(found, expected, strict=True))
+    assert "3 left out because the conversation starts with them" in describe_answers(prepared.documents)
+    assert "3 answers before the first question left out" in describe(prepared)
+    assert "turn 3: second consecutive user turn" in (tmp_path / "rejects.jsonl").read_text()  # as numbered in the file
+    assert [m["role"] for m in questions(parts[1]).messages] == ["system", "user", "user"]
 
 
 def test_deep_nesting_does_not_crash(tmp_path, tiny_tokenizer):

@@ -35,6 +35,7 @@ class Rendered:
     tokens: int = 0  # length of the whole conversation; computed only if answers are left out
     written: Mapping[int, Written] = field(default_factory=dict)  # answers as the target wrote them, by message index
     untrained: int = 0  # number of answers that the record excludes from training
+    skipped: int = 0  # number of answers before the first question, in addition to `answers`
 
 
 class ChatEncoder:
@@ -112,7 +113,7 @@ class ChatEncoder:
         """
         written = conversation.written
         for turn, answer in written.items():
-            self._check_token_ids(conversation.messages, turn, answer)
+            self._check_token_ids(conversation, turn, answer)
         last = written.get(len(conversation.messages) - 1)
         # The text of a last answer with known tokens is not rendered as history.
         messages, render = self._prepared(conversation, with_last=last is None or last.token_ids is None)
@@ -127,8 +128,14 @@ class ChatEncoder:
         supervisor = self.supervisor.rendering(render) if conversation.tools else self.supervisor
         supervision = supervisor.supervise(messages, within, written)
         supervision.notes = supervision.notes + self._notes(within, written)
-        untrained = len(answers) - len(turns)
-        rendered = Rendered(supervision, len(answers), len(turns) - len(within), untrained=untrained, written=written)
+        rendered = Rendered(
+            supervision,
+            len(answers),
+            left_out=len(turns) - len(within),
+            written=written,
+            untrained=len(answers) - len(turns),
+            skipped=conversation.skipped,
+        )
         if rendered.left_out:
             rendered.tokens = len(self._ids(render(messages, False)))
         return rendered
@@ -203,12 +210,12 @@ class ChatEncoder:
     def _special_token(self, text: str) -> str | None:
         return next((token for token in self.special_tokens if token in text), None)
 
-    def _check_token_ids(self, messages: Messages, turn: int, answer: Written) -> None:
+    def _check_token_ids(self, conversation: Conversation, turn: int, answer: Written) -> None:
         try:
             if answer.token_ids is not None:
-                self.token_ids.check(messages[turn], answer.token_ids)
+                self.token_ids.check(conversation.messages[turn], answer.token_ids)
         except BadRecord as error:
-            raise BadRecord(f"turn {turn + 1}: {error}") from None
+            raise BadRecord(f"turn {turn + conversation.skipped + 1}: {error}") from None
 
     def _notes(self, turns: list[int], written: Mapping[int, Written]) -> Counter[str]:
         """Return the notes on the answers whose tokens or end are known."""

@@ -95,11 +95,13 @@ def describe(prepared: Prepared) -> str:
     answers = documents.answers()
     counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items() if count)
     refused = f", {answers['refused']:,} answers refused" if answers["refused"] else ""
+    skipped = f", {answers['skipped']:,} answers before the first question left out" if answers["skipped"] else ""
     listed = f", listed in {prepared.rejects}" if outcomes[OUTCOMES[BAD]] or refused else ""
     kept, lost = int(documents.lengths.sum()), sum(documents.lost_tokens())
     return (
-        f"data: {sum(outcomes.values()):,} records ({counts}{refused}{listed}), {kept:,} tokens kept ({lost:,} "
-        f"truncated or dropped), {len(rows):,} training rows with a packing efficiency of {rows.efficiency():.1%}"
+        f"data: {sum(outcomes.values()):,} records ({counts}{refused}{listed}{skipped}), {kept:,} tokens kept "
+        f"({lost:,} truncated or dropped), {len(rows):,} training rows with a packing efficiency of "
+        f"{rows.efficiency():.1%}"
     )
 
 
@@ -114,9 +116,10 @@ def describe_answers(documents: Documents) -> str:
         "lost to truncation or too short for a block": found["answers"] - refused - found["untrained"] - supervised,
         "refused": refused,
         "used only as history because the record excludes them from training": found["untrained"],
+        "left out because the conversation starts with them, without a question": found["skipped"],
     }
     stated = [f"{count:,} {part}" for part, count in parts.items() if count]
-    return f"{found['answers']:,} answers: {', '.join(stated) or 'none supervised'}."
+    return f"{found['answers'] + found['skipped']:,} answers: {', '.join(stated) or 'none supervised'}."
 
 
 def _check(documents: Documents, block_size: int, max_seq_len: int, validation_records: int, rejects: Path) -> None:

@@ -41,6 +41,7 @@ FEATURES = Features(
     answers=Value("int32"),
     refused=Value("int32"),
     untrained=Value("int32"),  # excluded by the record
+    skipped=Value("int32"),  # before the first question; not included in `answers`
     **{name: Value("int32") for name in NOTES},
     supervised_answers=Value("int32"),
     by_ids=Value("int32"),  # of these, answers whose text reads back as other tokens than the target wrote
@@ -98,7 +99,7 @@ def _rows(
     record: RawRecord, rendered: Rendered, documents: list[AnswerDocument], settings: TokenizeSettings
 ) -> Iterator[dict[str, Any]]:
     refused = rendered.supervision.refused
-    reasons = [f"turn {number}: {reason}" for number, reason in refused.items()]
+    reasons = [f"turn {number + rendered.skipped}: {reason}" for number, reason in refused.items()]
     first = _counts(rendered)
     if reasons:
         first |= _rejected(record, reasons[0])
@@ -156,10 +157,15 @@ def _rejected(record: RawRecord, reason: str) -> dict[str, Any]:
 def _counts(rendered: Rendered | None) -> dict[str, int]:
     """Return a record's answer counts, or zeros if `rendered` is None."""
     if rendered is None:
-        return dict.fromkeys(("answers", "refused", "untrained", *NOTES), 0)
+        return dict.fromkeys(("answers", "refused", "untrained", "skipped", *NOTES), 0)
     notes = {name: rendered.supervision.notes[note] for name, note in NOTES.items()}
-    refused = len(rendered.supervision.refused)
-    return {"answers": rendered.answers, "refused": refused, "untrained": rendered.untrained, **notes}
+    return {
+        "answers": rendered.answers,
+        "refused": len(rendered.supervision.refused),
+        "untrained": rendered.untrained,
+        "skipped": rendered.skipped,
+        **notes,
+    }
 
 
 def _content(index: int, fitted: Fitted | None) -> dict[str, Any]:

@@ -91,12 +91,13 @@ class Documents(Sequence[Document]):
         return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
     def answers(self) -> dict[str, int]:
-        """Return answer counts: `answers` (total), `refused`, `untrained`, `supervised`, `by_ids`, `separate`, NOTES.
+        """Return numbers of answers: `answers`, `skipped`, `refused`, `untrained`, `supervised` and others.
 
+        `skipped` counts answers before the first question of a record, `answers` all others.
         `by_ids` counts supervised answers whose text reads back as other tokens than the target wrote, and `separate`
         the other supervised answers in a record's second or later document.
         """
-        names = ("answers", "refused", "untrained", *NOTES)
+        names = ("answers", "refused", "untrained", "skipped", *NOTES)
         counts = {name: int(self.column(name, all_records=True).sum()) for name in names}
         supervised, by_ids = self.column("supervised_answers"), self.column("by_ids")
         separate = supervised[(self.column("document") > 0) & (by_ids == 0)]

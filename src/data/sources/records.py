@@ -21,6 +21,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None  # JSON schemas, passed to the chat template as `tools`
     untrained: frozenset[int] = frozenset()  # indices of assistant messages that are history only, not supervised
     written: Mapping[int, Written] = field(default_factory=dict)  # by message index
+    skipped: int = 0  # number of answers before the first question, which are left out
 
 
 def conversation(record: Any) -> Conversation:
@@ -72,28 +73,48 @@ def prompt(record: Any) -> Conversation:
 def parsed(record: Any) -> Conversation:
     """Parse a record into a conversation and check the order of its turns.
 
+    Answers before the first question are left out. Datasets such as ShareGPT split long conversations, so that later
+    parts start with an answer whose question is missing.
+
     Raises:
         BadRecord: the record is not a valid conversation.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"expected a JSON object, found {kind(record)}")
     turns, tools = read_record(record)
+    skipped = _leading_answers(turns)
     messages = [turn.message for turn in turns]
-    _check_order(messages)
+    _check_order(messages, skipped)
     untrained = frozenset(i for i, turn in enumerate(turns) if not turn.trained and _is_answer(turn))
-    return Conversation(messages, tools, untrained, {i: turn.written for i, turn in enumerate(turns) if turn.written})
+    written = {i: turn.written for i, turn in enumerate(turns) if turn.written}
+    return Conversation(messages, tools, untrained, written, skipped)
+
+
+def _leading_answers(turns: list[Turn]) -> int:
+    """Remove the answers before the first user turn and return their number. Without a user turn, keep them."""
+    start = 1 if turns and turns[0].message["role"] in ("system", "developer") else 0
+    first = next((i for i in range(start, len(turns)) if not _is_answer(turns[i])), start)
+    if first == start or turns[first].message["role"] != "user":
+        return 0
+    del turns[start:first]
+    return first - start
 
 
 def _is_answer(turn: Turn) -> bool:
     return turn.message["role"] == "assistant"
 
 
-def _check_order(messages: Messages) -> None:
-    """Check the order of the roles. Turn calls in the text of an answer before a tool turn into tool calls."""
+def _check_order(messages: Messages, skipped: int) -> None:
+    """Check the order of the roles. Turn calls in the text of an answer before a tool turn into tool calls.
+
+    Args:
+        messages: all messages.
+        skipped: number of answers that were removed before the first question.
+    """
     roles = [message["role"] for message in messages]
-    for number, role in enumerate(roles, start=1):
-        if role in ("system", "developer") and number > 1:
-            raise BadRecord(f"turn {number}: only the first turn may be a {role} message")
+    for index, role in enumerate(roles):
+        if role in ("system", "developer") and index:
+            raise BadRecord(f"turn {index + skipped + 1}: only the first turn may be a {role} message")
     dialogue = roles[1:] if roles and roles[0] in ("system", "developer") else roles
     if not dialogue:
         raise BadRecord(f"has only a {roles[0] if roles else 'system'} message; expected a user turn")
@@ -103,10 +124,10 @@ def _check_order(messages: Messages) -> None:
         )
     if "assistant" not in dialogue and "tool" not in dialogue:
         return
-    for number, (previous, current) in enumerate(pairwise(messages), start=2):
+    for number, (previous, current) in enumerate(pairwise(messages), start=2 + skipped):
         _check_pair(previous, current, f"turn {number}")
     if "tool" in dialogue:
-        _check_ids(messages)
+        _check_ids(messages, skipped)
 
 
 def _check_pair(previous: Message, current: Message, where: str) -> None:
@@ -130,10 +151,10 @@ def _check_pair(previous: Message, current: Message, where: str) -> None:
         raise BadRecord(f"{where}: second consecutive {after} turn")
 
 
-def _check_ids(messages: Messages) -> None:
+def _check_ids(messages: Messages, skipped: int) -> None:
     """Check that each `tool_call_id` is the id of a call in the turn that the results follow."""
     ids: set[str] = set()
-    for number, message in enumerate(messages, start=1):
+    for number, message in enumerate(messages, start=1 + skipped):
         if "tool_calls" in message:
             ids = {call["id"] for call in message["tool_calls"] if "id" in call}
         if ids and message.get("tool_call_id", next(iter(ids))) not in ids:
