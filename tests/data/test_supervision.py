@@ -1,14 +1,25 @@
 """Each answer is trained on as decoding produces it, under the chat templates of published model families.
 
-The reference is slow and simple: for every answer, the tokens of the prompt that decoding starts from, as transformers
-renders and tokenizes it, then those of the answer as the target writes it, then the token at which generation stops.
+The reference is in helpers/supervision.py.
 """
 
 import time
 
 import pytest
 from helpers.chat import supervised_runs
-from helpers.families import FAMILIES
+from helpers.families import FAMILIES, no_calls
+from helpers.supervision import (
+    CONVERSATIONS,
+    KNOWS_BLOCKS,
+    SYSTEM,
+    TOOLS,
+    WITH_TOOLS,
+    agent,
+    assistant,
+    expected,
+    refusal,
+    user,
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -16,37 +27,13 @@ from transformers import PreTrainedTokenizerFast
 
 from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder
-from data.preprocess.supervision import NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
+from data.preprocess.spans import NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED
 from data.sources.records import Conversation
 
 TEXT = st.text(alphabet="ab7 \n\t.é漢🙂<>/", min_size=1, max_size=8).filter(str.strip)
 
 
-def user(number):
-    return {"role": "user", "content": f"How many apples has she after day {number}?"}
-
-
-def assistant(number, reasoning=None):
-    answer = {"role": "assistant", "content": f"She has {number}.\n\n{number + 1} tomorrow."}
-    return answer | ({"reasoning_content": reasoning} if reasoning else {})
-
-
-def thinking(number):
-    return {"role": "assistant", "content": f"<think>\nDay {number}: add 1.\n</think>\n\nShe has {number}."}
-
-
-SYSTEM = {"role": "system", "content": "Count the apples."}
-CONVERSATIONS = {
-    "one turn": [user(0), assistant(0)],
-    "many turns": [message for i in range(5) for message in (user(i), assistant(i))],
-    "system prompt": [SYSTEM, *(message for i in range(3) for message in (user(i), assistant(i)))],
-    "reasoning": [message for i in range(3) for message in (user(i), assistant(i, f"On day {i} she gets 1 more."))],
-    "reasoning in the last answer": [user(0), assistant(0), user(1), assistant(1, "1 more.")],
-    "reasoning in the text": [message for i in range(3) for message in (user(i), thinking(i))],
-}
-KNOWS_BLOCKS = {"Qwen3", "Qwen3-Thinking", "QwQ", "DeepSeek-R1-Distill", "Qwen3 without thinking", "Nemotron Nano v2"}
 REWRITING = KNOWS_BLOCKS | {"OLMo 3", "gpt-oss"}  # these two end the last answer with another token
-CLOSED = {"Qwen3 without thinking", "SmolLM3 without thinking"}  # the prompt holds an empty reasoning block
 
 
 @pytest.fixture(scope="module")
@@ -59,46 +46,45 @@ def encoders():
     return found
 
 
-def written(name, message):
-    """The answer as the target writes it, without its end token, or None if it would not write it after its prompt."""
-    content, reasoning = message["content"], message.get("reasoning_content")
-    if content.startswith("<think>\n") and (name in KNOWS_BLOCKS or name in CLOSED):
-        reasoning, content = content.removeprefix("<think>\n").split("\n</think>\n\n")
-    return FAMILIES[name].writes(content, reasoning)
-
-
-def expected(name, tokenizer, messages):
-    """The prompt tokens and answer tokens of each answer, and the turn numbers of those that are refused."""
-    family, answers, refused = FAMILIES[name], [], []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        text = written(name, message)
-        if text is None:
-            refused.append(turn + 1)
-            continue
-        options = {"add_generation_prompt": True, "tokenize": False, **family.kwargs}
-        prompt = tokenizer.apply_chat_template(messages[:turn], **options)
-        pair = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text + family.end)]
-        answers.append(tuple(pair))
-    return answers, refused
+def check(name, conversation, encoders):
+    """Compare the supervised tokens with the reference. Return the refused turns."""
+    tokenizer, encoder = encoders[name]
+    if reason := refusal(name, conversation):
+        with pytest.raises(BadRecord, match=reason):
+            encoder.render(conversation)
+        return None
+    answers, refused = expected(name, tokenizer, conversation)
+    rendered = encoder.render(conversation)
+    assert supervised_runs(encoder.tokenize([rendered])[0]) == answers
+    assert list(rendered.supervision.refused) == refused
+    assert len(answers) + len(refused) == rendered.answers
+    assert rendered.answers == sum(message["role"] == "assistant" for message in conversation.messages)
+    assert not rendered.supervision.notes[NO_END_TOKEN] and not rendered.supervision.notes[OTHER_END_TOKEN]
+    return rendered.supervision.refused
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_answer_is_supervised_or_refused_by_name(name, conversation, encoders):
-    (tokenizer, encoder), messages = encoders[name], CONVERSATIONS[conversation]
-    if FAMILIES[name].no_system and messages[0]["role"] == "system":
-        with pytest.raises(BadRecord, match="rejected by the target's chat template: System role not supported"):
-            encoder.render(Conversation(messages))
-        return
-    answers, refused = expected(name, tokenizer, messages)
-    rendered = encoder.render(Conversation(messages))
-    assert supervised_runs(encoder.tokenize([rendered])[0]) == answers
-    assert list(rendered.supervision.refused) == refused
-    assert all("has no reasoning" in reason for reason in rendered.supervision.refused.values())
-    assert len(answers) + len(refused) == rendered.answers == sum(m["role"] == "assistant" for m in messages)
-    assert not rendered.supervision.notes[NO_END_TOKEN] and not rendered.supervision.notes[OTHER_END_TOKEN]
+    refused = check(name, Conversation(CONVERSATIONS[conversation]), encoders)
+    assert all("has no reasoning" in reason for reason in (refused or {}).values())
+
+
+@pytest.mark.parametrize("conversation", WITH_TOOLS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_answer_with_tools_is_supervised_or_refused_by_name(name, conversation, encoders):
+    """The prompt of each answer shows the tools; calls end with a stop token; results are never supervised."""
+    refused = check(name, Conversation(WITH_TOOLS[conversation], TOOLS), encoders)
+    reasons = ("has no reasoning", "the chat template does not write the tool call get_")
+    assert all(reason.startswith(reasons) or reasons[0] in reason for reason in (refused or {}).values())
+
+
+def test_templates_with_tools_supervise_every_answer_of_an_agent(encoders):
+    """So that the matrix above cannot pass by refusing everything."""
+    agents = Conversation(WITH_TOOLS["agent with reasoning"], TOOLS)
+    names = [name for name, family in FAMILIES.items() if family.calls and family.calls is not no_calls]
+    supervised = {name: len(supervised_runs(encoders[name][1].documents(agents))) for name in names}
+    assert len(names) >= 14 and supervised == dict.fromkeys(names, 6)
 
 
 def test_refused_answers_are_those_of_prompts_that_open_a_reasoning_block(encoders):
@@ -161,7 +147,7 @@ def test_long_conversations_equal_short_ones(name, encoders):
     """Beyond CHECKED answers, prompts are assembled instead of rendered, and answers rendered without their history."""
     tokenizer, encoder = encoders[name]
     messages = [message for i in range(40) for message in (user(i), assistant(i, "One more."))]
-    answers, _ = expected(name, tokenizer, messages)
+    answers, _ = expected(name, tokenizer, Conversation(messages))
     assert supervised_runs(encoder.documents(Conversation(messages))) == answers
 
 
@@ -173,6 +159,22 @@ def test_a_thousand_turns_take_seconds(name, encoders):
     documents = encoder.tokenize([encoder.render(Conversation(messages), 4096)])[0]
     assert time.process_time() - start < 10
     assert len(supervised_runs(documents)) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama 3.1", "Qwen3", "Mistral 7B v0.3"])
+def test_an_agent_of_a_thousand_turns_takes_seconds(name, encoders):
+    encoder = encoders[name][1]
+    start = time.process_time()
+    documents = encoder.tokenize([encoder.render(Conversation(agent(500), TOOLS), 32768)])[0]
+    assert time.process_time() - start < 10
+    assert len(supervised_runs(documents)) > 250
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.calls])
+def test_long_agents_equal_short_ones(name, encoders):
+    """Beyond CHECKED answers, prompts are assembled instead of rendered, and answers rendered without their history."""
+    check(name, Conversation(agent(20, "Look it up."), TOOLS), encoders)
 
 
 @pytest.mark.parametrize("limit", [10, 200, 1000])
@@ -243,7 +245,7 @@ def test_an_end_token_that_is_not_a_stop_token(encoders):
         encoder = ChatEncoder(tokenizer, {}, [])
         rendered = encoder.render(Conversation(CONVERSATIONS["many turns"]))
         assert rendered.supervision.notes[OTHER_END_TOKEN] == 5
-        answers, _ = expected(name, tokenizer, CONVERSATIONS["many turns"])
+        answers, _ = expected(name, tokenizer, Conversation(CONVERSATIONS["many turns"]))
         assert supervised_runs(encoder.tokenize([rendered])[0]) == answers
 
 

@@ -1,5 +1,6 @@
 """Chat templates of published model families, with their tokens, and the text that each target writes as an answer."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,59 @@ def harmony(content: str, reasoning: str | None) -> str:
     return f"{thought}<|channel|>final<|message|>{content}"
 
 
+# The answers with tool calls, given as (name, arguments), that the targets write.
+Calls = list[tuple[str, dict[str, Any], str]]  # name, arguments, id
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def in_tags(content: str, reasoning: str | None, calls: Calls) -> str:
+    blocks = [f'<tool_call>\n{{"name": "{name}", "arguments": {as_json(a)}}}\n</tool_call>' for name, a, _ in calls]
+    return "\n".join([content] * bool(content) + blocks)
+
+
+def in_tags_after_block(content: str, reasoning: str | None, calls: Calls) -> str:
+    return block(in_tags(content, None, calls), reasoning)
+
+
+def in_tags_after_opened(content: str, reasoning: str | None, calls: Calls) -> str | None:
+    return opened(in_tags(content, None, calls), reasoning)
+
+
+def llama_call(content: str, reasoning: str | None, calls: Calls) -> str:
+    return f'{{"name": "{calls[0][0]}", "parameters": {as_json(calls[0][1])}}}'
+
+
+def mistral_calls(space: str) -> Callable[[str, str | None, Calls], str]:
+    def write(content: str, reasoning: str | None, calls: Calls) -> str:
+        return f"[TOOL_CALLS]{space}" + as_json([{"name": n, "arguments": a, "id": i} for n, a, i in calls])
+
+    return write
+
+
+def olmo_calls(content: str, reasoning: str | None, calls: Calls) -> str:
+    lines = [f"{name}({', '.join(f'{k}={as_json(v)}' for k, v in a.items())})" for name, a, _ in calls]
+    return content + "<function_calls>" + "\n".join(lines) + "</function_calls>"
+
+
+def harmony_call(content: str, reasoning: str | None, calls: Calls) -> str | None:
+    name, arguments, _ = calls[0]
+    thought = content or reasoning
+    analysis = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
+    call = f" to=functions.{name}<|channel|>commentary json<|message|>{as_json(arguments)}"
+    return None if len(calls) > 1 else analysis + call  # the template drops further calls
+
+
+def glm_calls(content: str, reasoning: str | None, calls: Calls) -> str:
+    return content + "".join(f"{name}\n{as_json(arguments)}" for name, arguments, _ in calls)
+
+
+def no_calls(content: str, reasoning: str | None, calls: Calls) -> None:
+    """Return None: the template writes tools, but drops calls."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A chat template with its special tokens, end tokens and arguments."""
@@ -68,6 +122,9 @@ class Family:
     kwargs: dict[str, Any] = field(default_factory=dict)
     writes: Callable[[str, str | None], str | None] = plain  # the answer without its end token
     no_system: bool = False  # the template refuses system messages
+    calls: Callable[[str, str | None, Calls], str | None] | None = None  # None: the template has no tools
+    call_end: str | None = None  # after a call; default: end
+    tools: str = "tools"  # the template's name for them; "" if they are a text in the system message
 
     def tokenizer(self) -> Any:
         """Return the embedded tokenizer with the family's template and tokens."""
@@ -89,37 +146,49 @@ THINK = ("<think>", "</think>")
 QWEN = {"special": CHATML, "end": "<|im_end|>", "stop": ("<|im_end|>", "<|endoftext|>"), "not_special": THINK}
 LLAMA = {
     "special": LLAMA3, "end": "<|eot_id|>", "stop": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
-    "bos": "<|begin_of_text|>", "writes": stripped,
+    "bos": "<|begin_of_text|>", "writes": stripped, "calls": llama_call,
 }  # fmt: skip
-MISTRAL = {"special": ("<s>", "</s>", "[INST]", "[/INST]"), "end": "</s>", "stop": ("</s>",), "bos": "<s>"}
+MISTRAL_TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+MISTRAL = {
+    "special": ("<s>", "</s>", "[INST]", "[/INST]", *MISTRAL_TOOLS),
+    "end": "</s>",
+    "stop": ("</s>",),
+    "bos": "<s>",
+}
 GEMMAS = {
     "special": GEMMA, "end": "<end_of_turn>", "stop": ("<eos>", "<end_of_turn>"), "bos": "<bos>", "eos": "<eos>",
     "writes": stripped,
 }  # fmt: skip
 PHIS = {"special": PHI, "end": "<|end|>", "stop": ("<|end|>", "<|endoftext|>"), "eos": "<|endoftext|>"}
 FAMILIES = {
-    "Qwen2.5": Family("qwen2.5", **QWEN),
-    "Qwen3": Family("qwen3", **QWEN, writes=block),
-    "Qwen3 without thinking": Family("qwen3", **QWEN, kwargs={"enable_thinking": False}),
-    "Qwen3-Thinking": Family("qwen3_thinking", **QWEN, writes=opened),
-    "QwQ": Family("qwq", **QWEN, writes=opened),
+    "Qwen2.5": Family("qwen2.5", **QWEN, calls=in_tags),
+    "Qwen3": Family("qwen3", **QWEN, writes=block, calls=in_tags_after_block),
+    "Qwen3 without thinking": Family("qwen3", **QWEN, kwargs={"enable_thinking": False}, calls=in_tags),
+    "Qwen3-Thinking": Family("qwen3_thinking", **QWEN, writes=opened, calls=in_tags_after_opened),
+    "QwQ": Family("qwq", **QWEN, writes=opened, calls=in_tags_after_opened),
+    "Hermes 3": Family("hermes3", **QWEN, calls=lambda content, reasoning, calls: in_tags("", reasoning, calls)),
     "DeepSeek-R1-Distill": Family(
         "deepseek_r1_distill", R1, R1[1], (R1[1],), bos=R1[0], not_special=THINK, writes=opened
     ),
     "Llama 3.1": Family("llama3.1", **LLAMA),
     "Llama 3.3": Family("llama3.3", **LLAMA),
-    "Mistral 7B v0.3": Family("mistral_7b_v0.3", **MISTRAL, writes=lambda content, _: " " + content.strip()),
-    "Mistral Nemo": Family("mistral_nemo", **MISTRAL),
+    "Mistral 7B v0.3": Family("mistral_7b_v0.3", **MISTRAL, writes=lambda content, _: " " + content.strip(),
+                              calls=mistral_calls(" ")),
+    "Llama 3.1 with built-in tools": Family("llama3.1", **LLAMA, kwargs={"builtin_tools": []}, call_end="<|eom_id|>"),
+    "Mistral Nemo": Family("mistral_nemo", **MISTRAL, calls=mistral_calls("")),
     "Gemma 2": Family("gemma2", **GEMMAS, no_system=True),
     "Gemma 3": Family("gemma3", **GEMMAS),
     "Phi-3": Family("phi3", **PHIS),
-    "Phi-4-mini": Family("phi4_mini", **PHIS),
+    "Phi-4-mini": Family("phi4_mini", **PHIS, calls=no_calls, tools=""),
     "OLMo 2": Family("olmo2", ("<|endoftext|>",), "<|endoftext|>", ("<|endoftext|>",), bos="<|endoftext|>"),
-    "OLMo 3": Family("olmo3", CHATML, "<|endoftext|>", ("<|im_end|>", "<|endoftext|>")),
+    "OLMo 3": Family("olmo3", CHATML, "<|endoftext|>", ("<|im_end|>", "<|endoftext|>"), calls=olmo_calls),
     "SmolLM2": Family("smollm2", CHATML, "<|im_end|>", ("<|im_end|>",)),
-    "SmolLM3": Family("smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK),
+    "SmolLM3": Family(
+        "smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK, calls=no_calls, tools="xml_tools"
+    ),
     "SmolLM3 without thinking": Family(
-        "smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK, kwargs={"enable_thinking": False}
+        "smollm3", CHATML, "<|im_end|>", ("<|im_end|>",), not_special=THINK, kwargs={"enable_thinking": False},
+        calls=no_calls, tools="xml_tools",
     ),
     "Kimi K2 Thinking": Family(
         "kimi_k2_thinking", KIMI, "<|im_end|>", ("<|im_end|>",), not_special=THINK,
@@ -129,8 +198,10 @@ FAMILIES = {
         "nemotron_nano_v2", NEMOTRON, "\n<SPECIAL_12>", ("<SPECIAL_12>",), eos="<SPECIAL_12>", not_special=THINK,
         writes=opened,
     ),
-    "gpt-oss": Family("gpt_oss", HARMONY, "<|return|>", ("<|return|>", "<|endoftext|>", "<|call|>"), writes=harmony),
+    "gpt-oss": Family("gpt_oss", HARMONY, "<|return|>", ("<|return|>", "<|endoftext|>", "<|call|>"), writes=harmony,
+                      calls=harmony_call, call_end="<|call|>"),
     "GLM-4": Family(
-        "glm4", GLM, "<|user|>", ("<|endoftext|>", "<|user|>", "<|observation|>"), eos="<|endoftext|>"
+        "glm4", GLM, "<|user|>", ("<|endoftext|>", "<|user|>", "<|observation|>"), eos="<|endoftext|>",
+        calls=glm_calls, call_end="<|observation|>",
     ),
 }  # fmt: skip

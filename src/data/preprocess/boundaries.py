@@ -96,6 +96,8 @@ class BoundaryTokenizer:
             encoding = encoding or self.encode([text.text])[0]
             return _Tokens(text.text, np.array(encoding.ids, np.int32), encoding, 0, 0, self.cuts)
         common = min(common_prefix(before.text, text.text), text.answers[0].start)
+        if common < before.char:  # the offsets of earlier tokens are not known
+            return self._tokens(text, None, None)
         token, char = before.cut(common)
         encoding = self.encode([text.text[char:]])[0]
         ids = np.concatenate([before.ids[:token], np.array(encoding.ids, np.int32)])

@@ -17,8 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from data.errors import BadRecord, UserError
 from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
 from data.preprocess.prompts import CHECKED, Render
-from data.preprocess.spans import Supervision
-from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, Supervisor
+from data.preprocess.spans import CUT_OFF, NO_END_TOKEN, Supervision
+from data.preprocess.supervision import Supervisor
 from data.preprocess.templates import check_reserved, check_template_kwargs
 from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
@@ -64,7 +64,8 @@ class ChatEncoder:
                 f"The tokenizer of {tokenizer.name_or_path!r} is slow (pure Python). Set model.target.tokenizer to a "
                 "fast one, backed by the `tokenizers` library."
             )
-        self.template = _chat_template(tokenizer)
+        self.template = _chat_template(tokenizer, None)
+        self.tool_template = _chat_template(tokenizer, [])  # differs if the tokenizer has a template named `tool_use`
         self.variables = {**tokenizer.special_tokens_map, **template_kwargs}
         if stop_ids is None:
             stop_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -156,10 +157,11 @@ class ChatEncoder:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that affects the tokens of a conversation, including the date if the template reads it."""
-        dated = {"date": date.today().isoformat()} if "strftime_now" in self.template else {}
+        dated = {"date": date.today().isoformat()} if "strftime_now" in self.template + self.tool_template else {}
         tokens = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
         variables = {"variables": self.variables, "special": self.special_tokens, "stop": self.stop_tokens}
-        return {"tokenizer": tokens, "template": self.template, **variables, **dated}
+        templates = {"template": self.template, "tool_template": self.tool_template}
+        return {"tokenizer": tokens, **templates, **variables, **dated}
 
     def _prepared(self, conversation: Conversation, *, with_last: bool = True) -> tuple[Messages, Render]:
         """Return the messages in the form that the template expects, and the function that renders them.
@@ -181,15 +183,19 @@ class ChatEncoder:
         return self._with_tools(messages, tools)
 
     def _with_tools(self, messages: Messages, tools: list[dict[str, Any]]) -> tuple[Messages, Render]:
-        """Pass the tools to the template as `tools`, or in the system message if that is where it reads them (Phi-4).
+        """Pass the tools to the template as `tools`, or where it reads them instead, as documented for its model.
+
+        SmolLM3's template reads `xml_tools`, and that of Phi-4 mini a text in the system message.
 
         Raises:
             BadRecord: the template does not write the tools into the prompt.
         """
         first = next(turn for turn, message in enumerate(messages) if message["role"] == "user") + 1
-        without = self._render(messages[:first], True, [])
-        if self._render(messages[:first], True, tools) != without:
+        without = self._render(messages[:first], True, tools=None)
+        if self._render(messages[:first], True, tools=tools) != without:
             return messages, partial(self._render, tools=tools)
+        if "xml_tools" in self.template and self._render(messages[:first], True, xml_tools=tools) != without:
+            return messages, partial(self._render, xml_tools=tools)
         text = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
         placed = [messages[0] | {"tools": text}, *messages[1:]]
         if messages[0]["role"] == "system" and self._render(placed[:first], True) != without:
@@ -228,12 +234,12 @@ class ChatEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _render(self, messages: Messages, generation_prompt: bool, tools: list[dict[str, Any]] | None = None) -> str:
+    def _render(self, messages: Messages, generation_prompt: bool, **tools: list[dict[str, Any]] | None) -> str:
         apply: Callable[..., Any] = render_jinja_template  # annotated to return str, but returns texts and spans
-        options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
+        template = self.tool_template if (self.variables | tools).get("tools") else self.template
+        options = {"chat_template": template, "add_generation_prompt": generation_prompt}
         try:
-            given = self.variables if tools is None else self.variables | {"tools": tools or None}
-            return apply([messages], **options, **given)[0][0]
+            return apply([messages], **options, **self.variables | tools)[0][0]
         except Exception as error:  # a template is a program: besides TemplateError, it may raise anything
             raise BadRecord(f"rejected by the target's chat template: {error}") from error
 
@@ -258,9 +264,9 @@ def load_encoder(target: dict[str, Any], template_kwargs: dict[str, Any]) -> tup
     return ChatEncoder(tokenizer, template_kwargs, _stop_ids(target["name"] or name, target["revision"])), tokenizer
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat_template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> str:
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:  # no template, or several templates without a default
         name, names = tokenizer.name_or_path, sorted(tokenizer.chat_template or ())
         if not names:

@@ -41,10 +41,11 @@ class Skeleton:
 
 def regular(messages: Messages) -> bool:
     """Return whether the contents of the messages are unlikely to affect the text around them."""
-    return all(
-        len(message) == 2 and message["content"] == message["content"].strip() and not TAG.search(message["content"])
-        for message in messages
-    )
+    return all(len(message) == 2 and _regular(message.get("content")) for message in messages)
+
+
+def _regular(content: str | None) -> bool:
+    return content is not None and content == content.strip() and not TAG.search(content)
 
 
 def placeholders(roles: tuple[str, ...]) -> Messages:

@@ -3,6 +3,13 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+# Notes on an answer, which the data report counts.
+NO_END_TOKEN = "no end token"  # noqa: S105  the template writes no end token after the answer
+OTHER_END_TOKEN = "not a stop token"  # noqa: S105  the template's end token does not stop generation
+TEXT_DROPPED = "without its text"  # the template drops the text beside tool calls
+REASONING_DROPPED = "without its reasoning"  # neither the prompt nor the template includes the record's reasoning
+CUT_OFF = "cut off"  # generation ended at the token limit, so no end token is supervised
+
 
 @dataclass(frozen=True)
 class Answer:

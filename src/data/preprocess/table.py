@@ -14,7 +14,7 @@ from data.preprocess.anchors import anchor_indices
 from data.preprocess.boundaries import AnswerDocument
 from data.preprocess.chat_template import ChatEncoder, Rendered
 from data.preprocess.document import Document
-from data.preprocess.supervision import CUT_OFF, NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED, TEXT_DROPPED
+from data.preprocess.spans import CUT_OFF, NO_END_TOKEN, OTHER_END_TOKEN, REASONING_DROPPED, TEXT_DROPPED
 from data.sources.chunks import RawRecord
 from data.sources.records import Conversation, conversation
 from data.sources.rejects import TEXT_CHARACTERS, printable

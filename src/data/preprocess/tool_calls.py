@@ -37,7 +37,7 @@ class CallForm:
     """The form of tool calls in the messages that a template renders."""
 
     json_text: bool = False  # arguments as JSON text
-    no_text: bool = False  # null instead of an empty text beside the calls
+    no_text: bool = False  # no text at all beside the calls, instead of an empty one
 
     def apply(self, message: Message) -> Message:
         """Return an assistant message with its calls in this form."""
@@ -46,16 +46,16 @@ class CallForm:
             return message
         if self.json_text:
             calls = [call | {"function": _with_json_text(call["function"])} for call in calls]
-        content = None if self.no_text and not message["content"] else message["content"]
-        return message | {"content": content, "tool_calls": calls}
+        omitted = "content" if self.no_text and not message["content"] else None
+        return {key: value for key, value in message.items() if key != omitted} | {"tool_calls": calls}
 
 
-def call_form(render: Callable[[Messages, bool, list[dict[str, Any]] | None], str]) -> CallForm:
+def call_form(render: Callable[..., str]) -> CallForm:
     """Return the first form in which a template writes a sample call, or the usual form if it writes none."""
     forms = [CallForm(json_text, no_text) for json_text in (False, True) for no_text in (False, True)]
     for form in forms:
         try:
-            text = render([form.apply(m) for m in SAMPLE], False, [{"type": "function", "function": SAMPLE_TOOL}])
+            text = render([form.apply(m) for m in SAMPLE], False, tools=[{"type": "function", "function": SAMPLE_TOOL}])
         except BadRecord:
             continue
         if VALUE in text and NAME in text[text.rfind(SAMPLE[0]["content"]) :]:
