@@ -5,11 +5,15 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 from datasets.data_files import DataFilesDict, get_data_patterns
+from fsspec.utils import glob_translate
+from pyarrow import feather
 
 from data.errors import UserError
+from data.sources import splits
 from data.sources.readers import fingerprint, open_sources, read_all
 
 
@@ -216,3 +220,47 @@ def test_passed_over_files_do_not_change_the_fingerprint(saved, tmp_path):
     load_from_disk(str(tmp_path / "one")).filter(lambda record: record["n"] > 3)
     (tmp_path / "one" / "README.md").write_text("text")
     assert identity() == before
+
+
+def test_missing_shards_are_named(tmp_path):
+    for name in ("train-00001-of-00004", "train-00003-of-00004-0a1b", "test-00000-of-00009"):
+        write(tmp_path / "data" / f"{name}.jsonl", 1)
+    notes = read(str(tmp_path))[1]
+    assert notes[1] == f"{tmp_path}: 2 shards are missing (data/train-00000-of-00004, data/train-00002-of-00004)"
+
+
+def test_characters_that_datasets_takes_for_wildcards_are_part_of_a_name(tmp_path):
+    folder = tmp_path / "logs [1] {a,b}" / "x::y*?"
+    folder.mkdir(parents=True)
+    Dataset.from_list(records(1, 2)).to_parquet(tmp_path / "a.parquet")
+    os.rename(tmp_path / "a.parquet", folder / "a.parquet")
+    feather.write_feather(pyarrow.Table.from_pylist(records(3)), folder / "b.feather")
+    assert read(str(tmp_path))[0] == [1, 2, 3]
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", 1)
+    os.mkdir(os.fsencode(tmp_path) + b"/.\xff")
+    numbers, (note,) = read(str(tmp_path))
+    assert numbers == [1] and "hidden (.\\udcff)" in note
+    os.rename(tmp_path / "a.jsonl", os.fsencode(tmp_path) + b"/\xff.jsonl")
+    with pytest.raises(UserError, match=r"udcff\.jsonl: the file name is not valid UTF-8"):
+        read(str(tmp_path))
+
+
+def test_patterns_are_translated_once_for_any_number_of_files(tmp_path, monkeypatch):
+    calls = []
+
+    def translate(pattern):
+        calls.append(pattern)
+        return glob_translate(pattern)
+
+    monkeypatch.setattr(splits, "glob_translate", translate)
+    counts = []
+    for number in range(60):
+        write(tmp_path / f"{number}-train.jsonl", number)
+        if number in (1, 59):
+            calls.clear()
+            assert len(read(str(tmp_path))[0]) == number + 1
+            counts.append(len(calls))
+    assert counts[0] == counts[1] > 0

@@ -106,9 +106,11 @@ def test_a_file_or_folder_without_permission_is_an_error(error, tmp_path, monkey
         patch.setattr("pathlib.Path.open", refuse)
         with pytest.raises(UserError, match=r"data\.jsonl: cannot be read \((Permission denied|I/O error)\)"):
             opened(tmp_path / "data.jsonl")
-    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
-    with pytest.raises(UserError, match=r"cannot be read \((Permission denied|I/O error)\)"):
-        opened(tmp_path)
+    for method in ("iterdir", "is_dir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pathlib.Path.{method}", refuse)
+            with pytest.raises(UserError, match=rf"{tmp_path}: cannot be read \((Permission denied|I/O error)\)"):
+                opened(tmp_path)
 
 
 def test_a_full_disk_is_one_error_of_the_cache_and_leaves_nothing(tmp_path, cache, encoder, monkeypatch):
@@ -155,6 +157,21 @@ def test_a_damaged_cache_entry_is_built_again(tmp_path, cache, encoder):
         assert [again[i].input_ids.tolist() for i in range(len(RECORDS))] == before
     (cache / "flexdraft" / file.parent.name / "files.json").unlink()
     assert len(tokens(path, encoder)) == len(RECORDS)
+
+
+def test_a_complete_cache_entry_is_read_without_writing(tmp_path, cache, encoder, monkeypatch):
+    path = write(tmp_path / "data.jsonl")
+    tokens(path, encoder)
+
+    def refuse(*_args, **_kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    assert len(tokens(path, encoder)) == len(RECORDS)
+    append(path, RECORDS[:1])
+    with pytest.raises(UserError, match="HF_DATASETS_CACHE=.*Read-only file system"):
+        tokens(path, encoder)
 
 
 def test_errors_of_the_records_are_not_taken_for_errors_of_the_cache(tmp_path, cache, encoder, monkeypatch):

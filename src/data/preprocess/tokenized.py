@@ -142,14 +142,14 @@ def tokenize(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSett
     key = _fingerprint(sources, encoder, settings)
     home = cache_folder(key)
     with cache_errors():
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with _only_process(FileLock(f"{home}.lock")):
-            table = _load(home)
-            if table is None:
-                _write(home, sources, encoder, settings, num_proc, key)
+        table = _load(home)  # without the lock, so that the cache may be read-only
+        if table is None:
+            home.parent.mkdir(parents=True, exist_ok=True)
+            with _only_process(FileLock(f"{home}.lock")):
                 table = _load(home)
-    if table is None:
-        raise RuntimeError(f"{home}: the tokens that were just written cannot be read.")
+                if table is None:
+                    _write(home, sources, encoder, settings, num_proc, key)
+                    table = _read(home)
     return Documents(table, sources)
 
 
@@ -169,10 +169,14 @@ def _only_process(lock: FileLock) -> Iterator[None]:
 def _load(home: Path) -> Dataset | None:
     """Return the table in a cache entry, or None if the entry is missing or damaged."""
     try:
-        files = json.loads((home / "files.json").read_text(encoding="utf-8"))
-        return concatenate_datasets([Dataset.from_file(str(home / file)) for file in files])
+        return _read(home)
     except (OSError, ValueError):  # pyarrow errors are ValueErrors
         return None
+
+
+def _read(home: Path) -> Dataset:
+    files = json.loads((home / "files.json").read_text(encoding="utf-8"))
+    return concatenate_datasets([Dataset.from_file(str(home / file)) for file in files])
 
 
 def _write(

@@ -35,6 +35,7 @@ from data.terminal import run_command, say, terminal
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+SHOWN_FILES = 20  # number of files to list
 SHOWN_TOKENS = 400  # number of tokens of the example conversation to show
 
 
@@ -104,7 +105,8 @@ def _records(prepared: Prepared, sources: list[Source]) -> Section:
     }
     total = sum(outcomes.values())
     rows = [[name, f"{count:,}", f"{count / total:.1%}", meaning[name]] for name, count in outcomes.items()]
-    lines = [f"{source.reader.name}: {source.take:,} of {source.reader.count:,} records" for source in sources]
+    lines = [f"{s.reader.name}: {s.take:,} of {s.reader.count:,} records" for s in sources[:SHOWN_FILES]]
+    lines += [f"and {len(sources) - SHOWN_FILES:,} more files"] if len(sources) > SHOWN_FILES else []
     duplicates = statistics.duplicates(documents)
     return Section(
         f"{total:,} records",

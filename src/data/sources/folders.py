@@ -55,7 +55,10 @@ def scan(folder: Path) -> Folder:
     if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
         raise UserError(f"{folder} is a repository in the Hub cache. Use its ID (owner/name) or a snapshot.")
     found = Folder(folder)
-    found.files = list(_walk(folder, "", found.passed_over, set()))
+    try:
+        found.files = list(_walk(folder, "", found.passed_over, set()))
+    except OSError as error:
+        raise unreadable(error.filename or str(folder), error) from error
     if not found.files:
         note = found.note().removeprefix(f"{folder}: p")
         raise UserError(f"{folder}: the folder contains no data files ({FILES}).{f' P{note}.' if note else ''}")
@@ -64,7 +67,8 @@ def scan(folder: Path) -> Folder:
 
 def shown(names: list[str]) -> str:
     """Return the first names, for a message."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    escaped = [name.encode("utf-8", errors="backslashreplace").decode() for name in names[:SHOWN]]
+    return ", ".join(escaped) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents: set[str]) -> Iterator[DataFile]:
@@ -81,7 +85,7 @@ def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents:
         return
     parents = parents | {os.path.realpath(folder)}
     splits = _read_json(folder / config.DATASETDICT_JSON_FILENAME).get("splits", [])
-    for entry in _entries(folder):
+    for entry in sorted(folder.iterdir()):
         name, is_folder = prefix + entry.name, entry.is_dir()
         if entry.name.startswith(".") or is_folder and entry.name.startswith("__"):
             passed_over["hidden"].append(name)
@@ -106,13 +110,6 @@ def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents:
             passed_over["pipes or devices"].append(name)
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise unreadable(str(folder), error) from error
-
-
 def _is_cache(name: str) -> bool:
     """Return whether `datasets` wrote this file beside the data, for `map`, `shuffle` or `filter`."""
     return name.startswith("cache-") and name.endswith(".arrow")
@@ -128,7 +125,7 @@ def _saved(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path, prefix: str, names: list[str], passed_over: dict[str, list[str]]) -> Iterator[DataFile]:
-    for entry in _entries(folder):
+    for entry in sorted(folder.iterdir()):
         if entry.name not in names and entry.name not in METADATA:
             reason = CACHE if _is_cache(entry.name) else f"not in {config.DATASET_STATE_JSON_FILENAME}"
             passed_over[reason].append(prefix + entry.name)

@@ -41,6 +41,8 @@ def open_file(file: Path, label: str) -> Reader:
     Raises:
         UserError: the format is not supported, or the file is damaged or cannot be read.
     """
+    if (name := file.name.encode("utf-8", errors="backslashreplace").decode()) != file.name:
+        raise UserError(f"{name}: the file name is not valid UTF-8. Rename the file.")
     try:
         content = _decompressed(file)
         beginning = _beginning(content)

@@ -6,15 +6,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import has_magic
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypedDict
 
 from data.errors import BadRecord, UserError
-from data.sources.chunks import Chunk, RawRecord, Reader, T
+from data.sources.chunks import Chunk, RawRecord, Reader, T, unreadable
 from data.sources.formats import FILES, is_data_file, open_file
 from data.sources.hub import open_hub
-from data.sources.splits import open_folder
+from data.sources.splits import missing_shards, open_folder
 from data.sources.tables import Table
 
 SETTINGS = ("path", "weight", "split", "subset")
@@ -112,9 +112,10 @@ def _spread(readers: list[Reader], take: int) -> list[int]:
 def mix(counts: list[int], weights: list[float | None], max_records: int | None) -> list[int]:
     """Return how many records to take from each source, in proportion to the weights and without repeating any."""
     ratios = [count if weight is None else weight for count, weight in zip(counts, weights, strict=True)]
-    most = min(count * sum(ratios) / ratio for count, ratio in zip(counts, ratios, strict=True) if ratio)
+    ratio_sum = sum(ratios)
+    most = min(count * ratio_sum / ratio for count, ratio in zip(counts, ratios, strict=True) if ratio)
     total = min(round(most), sum(counts), max_records if max_records is not None else sum(counts))
-    edges = [round(total * sum(ratios[:i]) / sum(ratios)) for i in range(len(ratios) + 1)]
+    edges = [round(total * before / ratio_sum) for before in accumulate(ratios, initial=0)]
     return [min(after - before, count) for before, after, count in zip(edges, edges[1:], counts, strict=False)]
 
 
@@ -140,11 +141,15 @@ def _settings(item: Any, setting: str) -> SourceSettings:
 def _open(item: SourceSettings, split: str, chosen: bool, setting: str, warn: Callable[[str], None]) -> "_Opened":
     path, own, subset = item["path"], item["split"], item["subset"]
     local = Path(path).expanduser()
-    if local.is_dir():
+    try:
+        is_folder, is_file = local.is_dir(), local.is_file()
+    except OSError as error:  # e.g. a parent folder without permission
+        raise unreadable(path, error) from error
+    if is_folder:
         folder, has_splits = open_folder(local, own or split, subset, chosen=chosen or own is not None)
         readers = [open_file(file.path, file.name) for file in folder.files]
-        notes = [folder.note()]
-    elif local.is_file():
+        notes = [folder.note(), missing_shards(folder)]
+    elif is_file:
         readers, notes, has_splits = [open_file(local, local.name)], [], False
     else:
         _check_id(path, local)

@@ -14,6 +14,7 @@ from data.errors import UserError
 from data.sources.folders import DataFile, Folder, scan, shown
 
 ALL = "all"  # every split, as in `datasets`
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\b")
 
 
 def open_folder(path: Path, split: str, subset: str | None, *, chosen: bool) -> tuple[Folder, bool]:
@@ -46,6 +47,24 @@ def open_folder(path: Path, split: str, subset: str | None, *, chosen: bool) -> 
     return found, bool(splits)
 
 
+def missing_shards(folder: Folder) -> str:
+    """Return one line that names missing shards, or an empty string if there are none.
+
+    If train-00000-of-00002.parquet is alone, its second shard is missing: on purpose, or because a download failed.
+    """
+    shards: dict[tuple[str, int], set[int]] = {}
+    for file in folder.files:
+        if found := SHARD.match(file.name):
+            shards.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+    names = [
+        f"{name}-{index:05}-of-{count:05}"
+        for (name, count), present in shards.items()
+        for index in range(count)
+        if index not in present
+    ]
+    return f"{folder.path}: {len(names):,} shards are missing ({shown(names)})" if names else ""
+
+
 def _splits_by_card(found: Folder, subset: str | None) -> bool:
     """Set the splits of a configuration in README.md. Return whether there are configurations."""
     card = found.path / config.REPOCARD_FILENAME
@@ -73,7 +92,8 @@ def _splits_by_name(files: list[DataFile]) -> None:
     """Set the splits that `datasets` derives from the names. It returns a pattern for all files if it finds none."""
 
     def matching(pattern: str) -> list[str]:
-        found = [file.name for file in files if re.match(glob_translate(pattern), file.name)]
+        match = re.compile(glob_translate(pattern)).match
+        found = [file.name for file in files if match(file.name)]
         if not found:
             raise FileNotFoundError(pattern)
         return found
@@ -84,9 +104,9 @@ def _splits_by_name(files: list[DataFile]) -> None:
     if patterns == DEFAULT_PATTERNS_ALL:
         return
     for split, given in patterns.items():
-        names = {file.name for file in files if any(re.match(glob_translate(pattern), file.name) for pattern in given)}
+        matches = [re.compile(glob_translate(pattern)).match for pattern in given]
         for file in files:
-            file.splits |= {str(split)} if file.name in names else set()
+            file.splits |= {str(split)} if any(match(file.name) for match in matches) else set()
 
 
 def _choice(found: Folder, splits: list[str], split: str, chosen: bool) -> str:

@@ -11,9 +11,11 @@ from pyarrow import Schema
 from pyarrow.parquet import read_metadata
 
 from data.errors import UserError
-from data.sources.cache import cache_errors, cache_folder, system_error
+from data.sources.cache import cache_errors, cache_folder, complete_file, system_error
 from data.sources.chunks import CHUNK_RECORDS, Chunk, RawRecord, changed
 from data.sources.records import KEYS
+
+SPECIAL = set("*?[]{}:")
 
 
 class Table:
@@ -88,7 +90,8 @@ def open_table(file: Path, label: str, name: str) -> Table:
             if system_error(error):
                 raise
             kind = "Parquet" if columnar else "Arrow"
-            raise UserError(f"{name}: invalid {kind} file ({error}). Replace or remove it.") from error
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise UserError(f"{name}: invalid {kind} file ({reason}). Replace or remove it.") from error
     if _state(file) != before:
         raise changed(name)
     return Table(name, dataset, sha256, label, unread)
@@ -100,18 +103,28 @@ def _read_parquet(file: Path, sha256: str) -> tuple[Dataset, tuple[str, ...]]:
     if not metadata.num_rows:
         return Dataset.from_dict({}), unread  # `datasets` cannot read an empty shard
     # Key the cache by content hash, because `datasets` identifies files by path and mtime.
-    cache = str(cache_folder("parquet", sha256))
-    return Dataset.from_parquet(str(file), cache_dir=cache, columns=columns if unread else None), unread
+    cache = cache_folder("parquet", sha256)
+    path = str(_plain(file, cache))
+    return Dataset.from_parquet(path, cache_dir=str(cache), columns=columns if unread else None), unread
 
 
 def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Dataset, tuple[str, ...]]:
     if in_file_format:  # `datasets` maps only the stream format; it converts the other one
-        cache = str(cache_folder("arrow", sha256))
-        dataset = load_dataset("arrow", data_files=str(file), split="train", cache_dir=cache)
+        cache = cache_folder("arrow", sha256)
+        dataset = load_dataset("arrow", data_files=str(_plain(file, cache)), split="train", cache_dir=str(cache))
     else:
         dataset = Dataset.from_file(str(file))
     columns, unread = select_columns(dataset.features.arrow_schema)
     return dataset.select_columns(columns) if unread else dataset, unread
+
+
+def _plain(file: Path, cache: Path) -> Path:
+    """Return a path without the characters that `datasets` takes for wildcards or URLs: a link, if necessary."""
+    if not SPECIAL & set(str(file)):
+        return file
+    with complete_file(cache / f"data{file.suffix}") as link:
+        link.symlink_to(file.absolute())
+    return cache / f"data{file.suffix}"
 
 
 def select_columns(schema: Schema) -> tuple[list[str], tuple[str, ...]]:
