@@ -128,7 +128,8 @@ class ChatEncoder:
             within = turns[: bisect.bisect_right(turns, max_tokens, key=length)]
         supervisor = self.supervisor.rendering(render) if conversation.tools else self.supervisor
         supervision = supervisor.supervise(messages, within, written)
-        supervision.notes = supervision.notes + self._notes(within, written)
+        if written:
+            supervision.notes = supervision.notes + self._notes(within, written)
         rendered = Rendered(
             supervision,
             len(answers),
@@ -225,7 +226,7 @@ class ChatEncoder:
 
     def _notes(self, turns: list[int], written: Mapping[int, Written]) -> Counter[str]:
         """Return the notes on the answers whose tokens or end are known."""
-        known = [written[turn] for turn in turns if turn in written] if written else []
+        known = [written[turn] for turn in turns if turn in written]
         ends = self.token_ids.stop_ids
         complete = [answer.token_ids for answer in known if answer.token_ids and not answer.truncated]
         without_end = sum(token_ids[-1] not in ends for token_ids in complete)
@@ -236,10 +237,11 @@ class ChatEncoder:
 
     def _render(self, messages: Messages, generation_prompt: bool, **tools: list[dict[str, Any]] | None) -> str:
         apply: Callable[..., Any] = render_jinja_template  # annotated to return str, but returns texts and spans
-        template = self.tool_template if (self.variables | tools).get("tools") else self.template
+        given = self.variables | tools if tools else self.variables
+        template = self.tool_template if given.get("tools") else self.template
         options = {"chat_template": template, "add_generation_prompt": generation_prompt}
         try:
-            return apply([messages], **options, **self.variables | tools)[0][0]
+            return apply([messages], **options, **given)[0][0]
         except Exception as error:  # a template is a program: besides TemplateError, it may raise anything
             raise BadRecord(f"rejected by the target's chat template: {error}") from error
 

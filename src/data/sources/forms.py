@@ -14,6 +14,7 @@ PAIRS = (
     ("instruction", "output"), ("instruction", "response"), ("query", "response"),
 )  # fmt: skip
 INPUTS = ("input", "context")  # appended to an instruction
+UNPLACED = {"reasoning_content", "thinking"}  # beside a list of turns; `reasoning` may be metadata there
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 KEYS = {*LISTS, "turns", *SYSTEM, *TOOLS, *(key for pair in PAIRS for key in pair)}  # read, among others
 FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
@@ -35,8 +36,8 @@ def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]
         BadRecord: the format is unknown, or a key that changes the meaning is not supported.
     """
     given = {key for key, value in record.items() if value is not None and value != [] and value != ""}
-    for key in REFUSED.keys() & given:
-        raise BadRecord(f"`{key}`: {REFUSED[key]}")
+    if refused := REFUSED.keys() & given:
+        raise BadRecord(f"`{min(refused)}`: {REFUSED[min(refused)]}")
     turns = _turns(record, given)
     tools = [(key, read_tools(record[key], key)) for key in TOOLS if key in given]
     tools += [("tools of the system turn", turn.tools) for turn in turns if turn.tools]
@@ -46,21 +47,21 @@ def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]
 
 
 def _turns(record: dict[str, Any], given: set[str]) -> list[Turn]:
-    lists = [key for key in LISTS if key in given] or [key for key in LISTS if record.get(key) is not None][:1]
-    pairs = [pair for pair in PAIRS if given >= set(pair)]
-    if lists and (given & set(LISTS) or not pairs and "turns" not in given):
+    if lists := [key for key in LISTS if key in given]:
         if len(lists) > 1:
             raise BadRecord("`messages` and `conversations`: expected one of them; remove the other")
-        if unplaced := given & set(REASONING[:1] + REASONING[2:]):
+        if unplaced := given & UNPLACED:
             raise BadRecord(f"`{min(unplaced)}`: put it into the assistant turn")
         return read_turns(record[lists[0]], lists[0])
-    if pairs:
+    if pairs := [pair for pair in PAIRS if given >= set(pair)]:
         return _exchange(record, given, pairs)
     if "turns" in given or record.get("turns") is not None:
         turns = record["turns"]
         if not isinstance(turns, list) or not turns:
             raise BadRecord(f"`turns`: expected a list of user turns, found {kind(turns)}")
         return [Turn(text_message("user", turn, f"turn {number}")) for number, turn in enumerate(turns, start=1)]
+    if empty := next((key for key in LISTS if record.get(key) is not None), None):
+        return read_turns(record[empty], empty)
     if incomplete := next((pair for pair in PAIRS if given & set(pair)), None):
         present, missing = sorted(incomplete, key=lambda key: key not in given)
         raise BadRecord(f"`{present}` without `{missing}`")

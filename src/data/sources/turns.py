@@ -43,7 +43,7 @@ class Written:
     truncated: bool  # generation ended at the token limit, so the answer has no end token
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Turn:
     """A parsed turn."""
 
