@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "questions.jsonl", "gsm8k-train", questions(args.train, args.num_questions))
         call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", "data.path=questions.jsonl"]
-        call += ["regenerate.local.batch_size=128", "regenerate.output=answers.jsonl"]
+        call += ["regenerate.local.batch_size=128", "regenerate.output=answers.jsonl", "regenerate.drop_cut_off=true"]
         subprocess.run(call, cwd=folder, check=True)
         shutil.move(Path(folder) / "answers.jsonl", args.out / "conversations.jsonl")
 

@@ -10,10 +10,12 @@ from helpers.shared import TINY, random_draft
 
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
+from data.regenerate import local_backend
 from data.regenerate.conversation import Sample, Sampling
 from data.regenerate.local_backend import LocalBackend
 from data.regenerate.progress import Progress
 from models.export import export_draft
+from models.target import load_target
 
 QUESTIONS = ["Tom has 3 apples and buys 4 more. How many?", "What is 2+2?", "Ann has 2 dogs. How many legs?", "Why?"]
 
@@ -44,7 +46,21 @@ def drafter(tiny_target, tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def short_answers(tiny_tokenizer, monkeypatch):
+    """Let answers end at a frequent word, so that a conversation is continued: a cut-off answer ends it."""
+
+    def load(*args, **options):
+        target = load_target(*args, **options)
+        words = tiny_tokenizer(" has is are of the . , =", add_special_tokens=False)["input_ids"]
+        target.generation_config.eos_token_id = [tiny_tokenizer.eos_token_id, *words]
+        return target
+
+    monkeypatch.setattr(local_backend, "load_target", load)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.usefixtures("short_answers")
 def test_answers_are_the_same_with_a_drafter_and_in_any_order(temperature, tiny_tokenizer, drafter):
     questions = [[QUESTIONS[0]], [QUESTIONS[1], QUESTIONS[2]], [QUESTIONS[3]]]
     alone = answers(backend(tiny_tokenizer, batch_size=1, temperature=temperature), questions)

@@ -1,22 +1,19 @@
 """Regeneration: each sample exactly once despite kills; answers equal the target's; filters count what they drop."""
 
-import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from helpers.regeneration import read, run, server, users, write
 from helpers.shared import TINY
 from helpers.stub_server import StubServer, rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.regenerate.run
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import Sample, Sampling, repeats
@@ -36,49 +33,11 @@ QUESTIONS = [
     },
 ]
 IDS = ["one", "questions.jsonl:2", "3", "questions.jsonl:4"]
-FAST = ("regenerate.server.patience=20",)
-
-
-def write(folder, records):
-    path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
 
 
 def start(folder, *overrides):
     call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", "data.path=questions.jsonl", *overrides]
     return subprocess.Popen(call, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run(folder, *overrides, status=0):
-    """Run the command in this process, which avoids the startup time. Return its output, stdout first."""
-    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
-    call = ["regenerate", "+experiment=tiny", "data.path=questions.jsonl", *overrides]
-    os.chdir(folder)
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", call)
-            data.regenerate.run.main()
-        failed = None
-    except SystemExit as exit:
-        failed = str(exit.code)
-    finally:
-        os.chdir(before)
-    printed = out.getvalue() + err.getvalue() + (failed or "")
-    assert (failed is None) == (status == 0), printed
-    return printed
-
-
-def users(*turns):
-    return [{"role": "user", "content": turn} for turn in turns]
-
-
-def server(stub):
-    return ("regenerate.backend=server", f"regenerate.server.url={stub.url}", *FAST)
-
-
-def read(folder, name="regenerated.jsonl"):
-    return [json.loads(line) for line in (folder / "checkpoints" / "tiny" / name).read_text().splitlines()]
 
 
 def expected(record_questions):
@@ -185,7 +144,7 @@ def test_an_answer_aborted_by_the_server_is_requested_again(tmp_path):
     assert "content_filter" in read(tmp_path, "regenerated.dropped.jsonl")[0]["reason"]
 
 
-def test_a_question_that_always_breaks_the_server_does_not_block_the_others(tmp_path, monkeypatch):
+def test_a_question_that_always_breaks_the_server_does_not_block_the_others(tiny_tokenizer, monkeypatch):
     from data.regenerate import server_backend as module
 
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
@@ -193,8 +152,8 @@ def test_a_question_that_always_breaks_the_server_does_not_block_the_others(tmp_
     found = {}
     with StubServer(poison="hang up") as stub:
         backend = module.ServerBackend(
-            Sampling(**how, repeat_words=9, repeat_times=3), {}, url=stub.url, model="m", in_flight=2, patience=60,
-            timeout=10, key_file=None, extra={},
+            Sampling(**how, repeat_words=9, repeat_times=3), {}, ChatEncoder(tiny_tokenizer, {}), url=stub.url,
+            model="m", in_flight=2, patience=60, timeout=10, key_file=None, extra={},
         )  # fmt: skip
         conversations = [Sample(str(i), users(text)) for i, text in enumerate(["a", "poison", "b", "c"])]
         tokens = []
@@ -216,7 +175,7 @@ def test_ids_distinguish_files_with_the_same_name(tmp_path):
         both = "data.path=[logs/2024/questions.jsonl,logs/2025/questions.jsonl]"
         run(tmp_path, *server(stub), both, "name=both")
     found = [json.loads(line) for line in (tmp_path / "checkpoints/both/regenerated.jsonl").read_text().splitlines()]
-    assert [s["id"] for s in found] == [f"{n}/questions.jsonl:{i}" for n in (0, 1) for i in (1, 2, 3)]
+    assert [s["id"] for s in found] == [f"{n}questions.jsonl:{i}" for n in ("", "2/") for i in (1, 2, 3)]
     assert [s["messages"][0]["content"][:4] for s in found] == ["2024"] * 3 + ["2025"] * 3
 
 
@@ -275,11 +234,11 @@ def test_max_new_tokens_without_room_for_a_prompt_is_rejected(tmp_path):
 
 def test_a_rejected_request_is_a_dropped_sample(tmp_path):
     write(tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(5)])
-    with StubServer(faults=[None, 400]) as stub:
+    with StubServer(faults=[None, None, 400]) as stub:  # the first two find out that the server returns no token ids
         printed = run(tmp_path, *server(stub), "regenerate.server.in_flight=1")
     assert "4 kept, 1 refused" in printed
     (dropped,) = read(tmp_path, "regenerated.dropped.jsonl")
-    assert dropped["reason"].startswith("refused: HTTP 400") and dropped["id"] == "questions.jsonl:2"
+    assert dropped["reason"].startswith("refused: HTTP 400") and dropped["id"] == "questions.jsonl:3"
 
 
 def test_answers_are_filtered_and_counted(tmp_path):
@@ -298,7 +257,7 @@ def test_cut_off_answers_are_dropped_or_kept(keep, tmp_path):
     with StubServer(finish="length") as stub:
         run(tmp_path, *server(stub), f"regenerate.drop_cut_off={not keep}", status=int(not keep))
     assert len(read(tmp_path)) == (4 if keep else 0)
-    assert stub.asked["And 3+4?"] == int(keep)  # later turns of a dropped conversation are not requested
+    assert stub.asked["What is 2+3?"] == 1 and not stub.asked["And 3+4?"]  # there is no history to continue
 
 
 @pytest.mark.slow
@@ -366,9 +325,9 @@ def answers(backend, questions):
 def test_batched_answers_equal_single_ones(tiny_tokenizer, tiny_target):
     import torch
 
-    questions = [users("Tom has 3 apples. How many?"), users("Ann has 2 dogs and 5 cats. How many pets?", "And fish?")]
+    questions = [users("Tom has 3 apples. How many?"), users("Count: 1, 2.", "And fish?")]
     questions += [users("What is 2+2?"), users("A train drives 60 miles an hour for 3 hours. How far?")]
-    for conversation in answers(local(tiny_tokenizer), questions):
+    for conversation in answers(local(tiny_tokenizer, max_new_tokens=88), questions):
         for turn, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
@@ -376,9 +335,10 @@ def test_batched_answers_equal_single_ones(tiny_tokenizer, tiny_target):
                 conversation.messages[:turn], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
             with torch.no_grad():
-                output = tiny_target.generate(prompt, do_sample=False, max_new_tokens=24)
-            alone = tiny_tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-            assert message["content"] == alone
+                output = tiny_target.generate(prompt, do_sample=False, max_new_tokens=88)
+            alone = output[0, prompt.shape[1] :]
+            assert conversation.written[turn].token_ids == alone.tolist()
+            assert message["content"] == tiny_tokenizer.decode(alone, skip_special_tokens=True).rstrip()
         assert conversation.outcome == "kept"
 
 
@@ -414,7 +374,8 @@ def test_the_local_backend_runs_from_the_command_line(tmp_path):
     write(tmp_path, QUESTIONS[:2])
     run(tmp_path, "regenerate.max_new_tokens=16", "regenerate.drop_cut_off=false")
     found = read(tmp_path)
-    assert [s["id"] for s in found] == IDS[:2] and [len(s["messages"]) for s in found] == [2, 6]
+    assert [s["id"] for s in found] == IDS[:2] and [len(s["messages"]) for s in found] == [2, 2]
+    assert all(s["messages"][1]["truncated"] and len(s["messages"][1]["token_ids"]) == 16 for s in found)
     record = json.loads((tmp_path / "checkpoints/tiny/regenerated.settings.json").read_text())
     assert len(record["settings"]["files"]["model.safetensors"]) == 64  # the hash of the target's weights
 

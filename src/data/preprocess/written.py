@@ -24,7 +24,7 @@ class TokenIdChecker:
         Raises:
             BadRecord: a token is outside the vocabulary or follows a stop token, or the tokens decode to other text.
         """
-        unknown = next((token for token in token_ids if self.backend.id_to_token(token) is None), None)
+        unknown = next((token for token in set(token_ids) if self.backend.id_to_token(token) is None), None)
         if unknown is not None:
             raise BadRecord(f"`token_ids`: {unknown} is not in the target's vocabulary; remove tokens of another model")
         if not self.stop_ids.isdisjoint(token_ids[:-1]):

@@ -4,11 +4,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from data.sources.records import Messages
+from data.errors import BadRecord
+from data.sources.records import Conversation, Message, Messages, Written
 
-KEPT, CUT_OFF, EMPTY, REPEATS, REFUSED = "kept", "cut off", "empty", "repeats itself", "refused"
+KEPT, IN_PART = "kept", "kept in part"
+CUT_OFF, EMPTY, REPEATS, REFUSED = "cut off", "empty", "repeats itself", "refused"
+SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
+CALLS = "calls a tool, and its result is unknown"
+UNTRAINABLE = "refused in training"
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,23 @@ class Sampling:
     repeat_words: int
     repeat_times: int  # 0 disables the filter
 
-    def outcome(self, text: str, complete: bool) -> str:
-        """Return KEPT, or the reason for dropping an answer."""
+    def fault(self, message: Message, complete: bool, known: bool) -> str | None:
+        """Return the reason for dropping an answer, or None.
+
+        Args:
+            message: the answer: `content`, and `reasoning_content` or `tool_calls` if a server returns them.
+            complete: whether the target ended the answer.
+            known: whether the answer's token ids are known.
+        """
+        reasoning = message.get("reasoning_content", "")
+        cut_in_reasoning = known and not complete and reasoning.strip()
         if self.drop_cut_off and not complete:
             return CUT_OFF
-        if not text.strip():
-            return EMPTY
-        return REPEATS if self.repeat_times and repeats(text, self.repeat_words, self.repeat_times) else KEPT
+        if not (message["content"].strip() or message.get("tool_calls") or cut_in_reasoning):
+            return f"{EMPTY}: the reply has reasoning, but no answer" if reasoning.strip() else EMPTY
+        texts = (message["content"], reasoning)
+        looping = self.repeat_times and any(repeats(text, self.repeat_words, self.repeat_times) for text in texts)
+        return REPEATS if looping else None
 
 
 def repeats(text: str, words: int, times: int) -> bool:
@@ -44,47 +59,111 @@ def repeats(text: str, words: int, times: int) -> bool:
     return False
 
 
+class Checker(Protocol):
+    """Interface of `TrainingChecker`."""
+
+    def check(self, sample: "Sample") -> int: ...
+    def calls_tool(self, sample: "Sample") -> bool: ...
+
+
 @dataclass
 class Sample:
-    """A conversation that is answered turn by turn."""
+    """A conversation that is answered turn by turn.
+
+    If the questions contain recorded answers, e.g. between tool results, they are the history of a single answer.
+    """
 
     id: str
-    questions: Messages  # system and user turns
+    questions: Messages  # system and user turns, or a recorded history
+    tools: list[dict[str, Any]] | None = None
+    digest: str | None = None  # of the questions and tools
+    checker: Checker | None = None  # None accepts every answer
     messages: Messages = field(default_factory=list)
-    token_ids: dict[int, list[int]] = field(default_factory=dict)  # answers as the target wrote them, by message index
+    written: dict[int, Written] = field(default_factory=dict)  # answers as the target wrote them, by message index
+    asked: int = 0  # number of questions in `messages`
+    good: int = 0  # number of messages up to the last good answer
     outcome: str | None = None
     tokens: int = 0
+    unverified: int = 0  # answers kept as text that may read back as other tokens than the target wrote
 
-    def ask(self) -> Messages:
-        """Append the next question, with its system message if any, and return the messages so far."""
-        asked = sum(message["role"] != "assistant" for message in self.messages)
-        user = next(i for i in range(asked, len(self.questions)) if self.questions[i]["role"] == "user")
-        self.messages += self.questions[asked : user + 1]
-        return self.messages
+    @property
+    def token_ids(self) -> dict[int, list[int]]:
+        """The answers whose tokens are known, by message index."""
+        return {index: written.token_ids for index, written in self.written.items() if written.token_ids is not None}
+
+    def ask(self) -> Conversation:
+        """Append the next question, with its system message if any, and return the conversation so far."""
+        end = len(self.questions)
+        if not any(message["role"] == "assistant" for message in self.questions):
+            end = 1 + next(i for i in range(self.asked, end) if self.questions[i]["role"] == "user")
+        self.messages += self.questions[self.asked : end]
+        self.asked = end
+        return self.conversation()
+
+    def conversation(self) -> Conversation:
+        """Return the conversation so far."""
+        return Conversation(self.messages, self.tools, self._recorded(), self.written)
+
+    def record(self) -> dict[str, Any]:
+        """Return the conversation as a record for training."""
+        messages = [dict(message) for message in self.messages]
+        for index in self._recorded():
+            messages[index]["train"] = False
+        for index, written in self.written.items():
+            messages[index] |= {} if written.token_ids is None else {"token_ids": written.token_ids}
+            messages[index] |= {"truncated": True} if written.truncated else {}
+        return {"messages": messages} | ({"tools": self.tools} if self.tools else {})
 
     def answer(
-        self, message: dict[str, str], token_ids: list[int] | None, complete: bool, tokens: int, sampling: Sampling
+        self, message: Message, token_ids: list[int] | None, complete: bool, tokens: int, sampling: Sampling
     ) -> None:
-        """Append an answer. If it is the last one or must be dropped, set `outcome`.
+        """Append an answer. Set `outcome` if it is the last one, must be dropped, or cannot be continued.
 
         Args:
             message: the answer's text, with the keys of an assistant message except its role.
             token_ids: the answer's tokens as the target wrote them, with the stop token if it wrote one. None if the
                 server does not return them.
             complete: whether the target ended the answer. False at the token limit.
-            tokens: number of tokens generated.
+            tokens: number of tokens generated; 0 if unknown.
             sampling: the answer filters.
         """
         if not complete:  # servers strip truncated answers; do the same, so that both backends match
             message = {**message, "content": message["content"].rstrip()}
-        if token_ids is not None:
-            self.token_ids[len(self.messages)] = token_ids
+        if token_ids is not None or not complete:
+            self.written[len(self.messages)] = Written(token_ids, truncated=not complete)
         self.messages.append({"role": "assistant", **message})
         self.tokens += tokens
-        outcome = sampling.outcome(message["content"], complete)
-        asked = sum(message["role"] != "assistant" for message in self.messages)
-        if outcome != KEPT or asked == len(self.questions):
-            self.outcome = outcome
+        if fault := sampling.fault(message, complete, token_ids is not None):
+            self.end(fault)
+            return
+        try:
+            length = self.checker.check(self) if self.checker else tokens
+        except BadRecord as error:
+            self.end(f"{UNTRAINABLE}: {error}")
+            return
+        self.good = len(self.messages)
+        # Servers differ in whether they count the stop token.
+        self.unverified += token_ids is None and not (tokens and abs(tokens - length) <= 1)
+        if self.asked == len(self.questions):
+            self.outcome = KEPT
+        elif not complete:
+            self.end(CUT_OFF)
+        elif self.checker and self.checker.calls_tool(self):
+            self.end(CALLS)
+
+    def end(self, reason: str) -> None:
+        """End the sample early. Good answers before this point are kept; without any, the sample is dropped."""
+        if not self.good:
+            self.outcome = reason
+            return
+        del self.messages[self.good :]
+        self.written = {index: written for index, written in self.written.items() if index < self.good}
+        self.outcome = f"{IN_PART}: {reason}"
+
+    def _recorded(self) -> frozenset[int]:
+        """Return the message indices of answers in the recorded history, which are not trained on."""
+        asked = self.questions[: self.asked] if any(m["role"] == "assistant" for m in self.questions) else []
+        return frozenset(index for index, message in enumerate(asked) if message["role"] == "assistant")
 
 
 OnFinish = Callable[[Sample], None]
@@ -97,11 +176,11 @@ class Backend(Protocol):
     def run(
         self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool, on_tokens: OnTokens
     ) -> None:
-        """Answer every question in every conversation.
+        """Answer every question in every sample.
 
         Args:
-            on_finish: called with each conversation when it is finished.
-            answered_before: whether an earlier run with the same settings has finished any conversations.
+            on_finish: called with each sample when it is finished.
+            answered_before: whether an earlier run with the same settings has finished any samples.
             on_tokens: called with the number of tokens generated since the last call, to show the progress.
         """
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sampling, derive_seed
-from data.sources.records import Conversation
 from models.decoding.continuous import ContinuousDecoder
 from models.decoding.flex import check_untested
 from models.decoding.sampling import Sampling as TokenSampling
@@ -97,14 +96,14 @@ class LocalBackend:
         """Submit the sample's next question. If the prompt is invalid or too long, set the outcome and return False."""
         seed = derive_seed(self.sampling.seed, f"{sample.id}/{len(sample.messages)}")
         try:
-            prompt = self.encoder.prompt(Conversation(sample.ask()))
+            prompt = self.encoder.prompt(sample.ask())
             if len(prompt) > self.limit:
                 raise BadRecord(
                     f"the prompt has {len(prompt)} tokens, which leaves no room for "
                     f"max_new_tokens={self.sampling.max_new_tokens}"
                 )
         except BadRecord as error:
-            sample.outcome = f"{REFUSED}: {error}"
+            sample.end(f"{REFUSED}: {error}")
             return False
         self.decoder.submit(id(sample), prompt, seed)
         return True

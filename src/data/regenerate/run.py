@@ -5,20 +5,14 @@
         regenerate.server.url=http://localhost:8000/v1                                     # with a running server
     python -m train +experiment=qwen3_8b data.path=checkpoints/qwen3_8b/regenerated.jsonl
 
-Multi-turn conversations are answered turn by turn. To resume a killed run, repeat the command: every sample has an id,
-and finished samples are skipped. Two files are written next to the output: `.settings.json` (settings and counts by
-outcome) and `.dropped.jsonl` (dropped conversations and why). The settings are under `regenerate` in conf/config.yaml.
+Multi-turn conversations are answered turn by turn. To resume a killed run, or to answer questions that were
+appended to the data, repeat the command: every sample has an id, and finished samples are skipped. Two files are
+written next to the output: `.settings.json` (settings and counts by outcome) and `.dropped.jsonl` (dropped
+conversations and why). The settings are under `regenerate` in conf/config.yaml.
 """
 
-import hashlib
-import json
-import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
@@ -27,14 +21,14 @@ import data.threads  # before torch  # noqa: F401
 from data.config.compose import plain
 from data.config.unused import Unused, check_unused
 from data.config.validate import check_choices, command_line
-from data.errors import BadRecord, UserError
-from data.regenerate.conversation import KEPT, Backend, Sample, Sampling
+from data.errors import UserError
+from data.regenerate.conversation import SAMPLING, Backend, Checker, Sample, Sampling
+from data.regenerate.output import dropped_file, entry_of, write_output
 from data.regenerate.progress import Progress
-from data.regenerate.sample_log import SampleLog
-from data.sources.chunks import RawRecord
-from data.sources.readers import Source, fingerprint, open_sources, read_all
-from data.sources.records import questions
-from data.sources.rejects import Reject, handle_rejects, printable, reject
+from data.regenerate.questions import Questions, read_questions
+from data.regenerate.sample_log import SampleLog, is_kept
+from data.regenerate.settings import SettingsFile, settings_file
+from data.sources.readers import open_sources
 from data.terminal import run_command, say
 
 UNUSED = (
@@ -51,7 +45,6 @@ UNUSED = (
     ),
     Unused(("regenerate.repeat_words",), lambda c: c.regenerate.repeat_times == 0, "regenerate.repeat_times is 0"),
 )
-SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
 
 
 def main() -> None:
@@ -113,193 +106,92 @@ def regenerate(config: DictConfig) -> None:
 def _regenerate(config: DictConfig, output: Path) -> None:
     data = plain(config, "data")["data"]
     sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"], warn=say)
-    ids = sample_ids(sources, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
-    settings, record = _settings(config, sources), output.with_suffix(".settings.json")
+    questions = read_questions(sources, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
+    record = settings_file(config, sources, output.with_suffix(".settings.json"))
     if not isinstance(config.overwrite, bool):
         raise UserError(
             f"overwrite={config.overwrite}: expected true or false; stage names are only valid for python -m train."
         )
-    if _finished(record, settings, output, config.overwrite):
+    log, starts_over = _open_log(record, output, config.overwrite)
+    total, remaining = len(questions), sum(not log.has(*asked) for asked in questions.samples())
+    if not remaining and not starts_over and not log.path.exists() and record.same_questions():
         say(f"already finished: {output}")
         return
-    log = SampleLog(output.with_suffix(".unfinished.jsonl"))
-    remaining = sum(sample_id not in log for sample_id in ids.values())
-    backend = _backend(config) if remaining else None  # before any file is written, since it may raise UserError
-    _write_json(record, {"settings": settings, "written_with": _written_with(config)})
-    with Progress(len(ids), len(ids) - remaining) as progress:
-
-        def on_finish(sample: Sample) -> None:
-            outcome = str(sample.outcome)
-            entry = {"outcome": outcome, "tokens": sample.tokens, "messages": sample.messages}
-            log.add(sample.id, entry)
-            progress.finish(kept=outcome == KEPT)
-
-        if backend:
-            unfinished = _unfinished(sources, ids, log)
-            backend.run(unfinished, on_finish, answered_before=len(log) > 0, on_tokens=progress.tokens)
-    outcomes = _write_output(log, list(ids.values()), output)
-    _write_json(record, {"settings": settings, "written_with": _written_with(config), "outcomes": outcomes})
+    if remaining:
+        _answer(config, questions, log, record, replaces_output=starts_over and output.exists())
+    summary = write_output(log, [asked.id for asked in questions.samples()], output)
+    record.write(outcomes=dict(summary.outcomes))
     log.remove()
-    summary = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
-    say(f"{len(ids):,} conversations: {summary}\n{output}")
-    if not outcomes.get(KEPT):
-        raise UserError(f"No answers were kept. The reasons are listed in {output.with_suffix('.dropped.jsonl')}.")
+    say(f"{summary.describe()}\n{output}")
+    if total > summary.kept or summary.removed:
+        say(f"dropped conversations: {dropped_file(output)}")
+    if not summary.kept:
+        raise UserError(f"No answers were kept. The reasons are listed in {dropped_file(output)}.")
 
 
-def sample_ids(sources: list[Source], bad_records: str, rejects: Path) -> dict[tuple[int, int], str]:
-    """Map the (source index, position) of each sample to its id: the record's `id` field, otherwise file and line.
-
-    Records that are invalid or have a duplicate id are written to `rejects`.
-
-    Raises:
-        UserError: there are bad records and `bad_records` is "stop", or no record is usable.
-    """
-    ids: dict[tuple[int, int], str] = {}
-    first_use: dict[str, str] = {}  # id -> file and line
-    labels = Counter(source.reader.label for source in sources)
-    bad: list[Reject] = []
-    for number, source, raw in _numbered(sources):
-        label = source.reader.label
-        label = label if labels[label] == 1 else f"{number}/{label}"
-        try:
-            raw.parse(questions)
-            record_id = raw.value.get("id")
-            sample_id = f"{label}:{raw.position}" if record_id is None else str(record_id)
-            if printable(sample_id) != sample_id:
-                raise BadRecord("the id contains a lone surrogate, which is not valid Unicode")
-            if sample_id in first_use:
-                raise BadRecord(f"duplicate id {sample_id!r}, first used at {first_use[sample_id]}")
-        except BadRecord as error:
-            bad.append(reject(source, raw.position, str(error), raw.as_text()))
-        else:
-            ids[number, raw.position] = sample_id
-            first_use[sample_id] = source.reader.location(raw.position)
-    handle_rejects(bad, len(ids) + len(bad), bad_records, rejects)
-    if not ids:
-        raise UserError(f"data.path contains no questions to answer. The rejected records are listed in {rejects}.")
-    return ids
-
-
-def _numbered(sources: list[Source]) -> Iterator[tuple[int, Source, RawRecord]]:
-    return ((number, source, raw) for number, source in enumerate(sources) for _, raw in read_all([source]))
-
-
-def _unfinished(sources: list[Source], ids: dict[tuple[int, int], str], log: SampleLog) -> Iterator[Sample]:
-    """Yield the conversations that are not in the log yet."""
-    for number, _, raw in _numbered(sources):
-        sample_id = ids.get((number, raw.position))
-        if sample_id is not None and sample_id not in log:
-            yield Sample(sample_id, raw.parse(questions).messages)
-
-
-def _backend(config: DictConfig) -> Backend:
-    chosen = plain(config, "data", "model", "regenerate")
-    sampling = Sampling(seed=config.seed, **{key: chosen["regenerate"][key] for key in SAMPLING})
-    template_kwargs = chosen["data"]["template_kwargs"]
-    # Imported late, because the server backend does not need torch.
-    if chosen["regenerate"]["backend"] == "server":
-        from data.regenerate.server_backend import ServerBackend
-
-        return ServerBackend(sampling, template_kwargs, **chosen["regenerate"]["server"])
-    from data.preprocess.chat_template import load_encoder
-    from data.regenerate.local_backend import LocalBackend
-
-    target = chosen["model"]["target"]
-    encoder, tokenizer = load_encoder(target, template_kwargs)
-    encoder.check_kwargs(template_kwargs, sys.argv[1:], say)
-    draft = chosen["regenerate"]["draft"]
-    return LocalBackend(target, tokenizer, encoder, sampling, draft=draft, **chosen["regenerate"]["local"])
-
-
-def _settings(config: DictConfig, sources: list[Source]) -> dict[str, Any]:
-    """Return all settings and fingerprints that affect the answers."""
-    chosen, target = plain(config, "regenerate")["regenerate"], plain(config, "model")["model"]["target"]
-    settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
-    settings |= {"seed": config.seed, "template_kwargs": plain(config, "data")["data"]["template_kwargs"]}
-    settings["questions"] = fingerprint(sources)
-    if chosen["backend"] == "server":
-        return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
-    from data.preprocess.chat_template import load_encoder
-    from data.sources.hub_commit import commit_of
-
-    if target["name"] is None:
-        raise UserError(
-            "model.target.name=null: a target with random weights cannot answer. Set it to a path or Hub ID."
-        )
-    try:
-        commit = None if Path(target["name"]).is_dir() else commit_of(target["name"], target["revision"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.target.name={target['name']!r}: failed to load the target's config. {error}") from error
-    settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
-    encoder, _ = load_encoder(target, settings["template_kwargs"])
-    settings["encoder"] = hashlib.sha256(json.dumps(encoder.fingerprint(), default=str).encode()).hexdigest()
-    files = [f for f in sorted(Path(target["name"]).glob("*")) if f.suffix in (".json", ".safetensors")]
-    settings["files"] = {file.name: _sha256(file) for file in files}
-    return settings
-
-
-def _written_with(config: DictConfig) -> dict[str, Any]:
-    """Return settings and versions that should not affect the answers but are recorded with them."""
-    chosen = plain(config, "regenerate")["regenerate"]
-    where = {key: value for key, value in chosen[chosen["backend"]].items() if key != "key_file"}
-    where |= {"draft": chosen["draft"]} if chosen["backend"] == "local" else {}
-    return {**where, "versions": {name: version(name) for name in ("torch", "transformers")}}
-
-
-def _finished(record: Path, settings: dict[str, Any], output: Path, overwrite: bool) -> bool:
-    """Return whether the output is complete. With `overwrite`, discard a run that finished or used different settings.
+def _open_log(record: SettingsFile, output: Path, overwrite: bool) -> tuple[SampleLog, bool]:
+    """Return the finished samples that can be used, and whether the run starts over, without those of the output.
 
     Raises:
-        UserError: the output was started with different settings, or exists without a record of its settings.
+        UserError: the output has answers with different settings, or exists without a record of its settings.
     """
     unfinished = output.with_suffix(".unfinished.jsonl")
-    if not record.exists():
-        if overwrite:
-            return False
-        if output.exists():
-            raise UserError(
-                f"{output} exists without a record of its settings ({record.name}). Choose a different "
-                "regenerate.output, or set overwrite=true to replace the file."
-            )
-        return False
-    settings = json.loads(json.dumps(settings))  # JSON round trip, for comparison with the stored settings
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = sorted(key for key in settings | before["settings"] if settings.get(key) != before["settings"].get(key))
-    if overwrite and (changed or not unfinished.exists()):
+    if not record.path.exists() and output.exists() and not overwrite:
+        raise UserError(
+            f"{output} exists without a record of its settings ({record.path.name}). Choose a different "
+            "regenerate.output, or set overwrite=true to replace the file."
+        )
+    changes = record.changes()
+    if overwrite and (changes or not unfinished.exists() or not record.path.exists()):
         unfinished.unlink(missing_ok=True)  # an interrupted run with the same settings is resumed instead
-        return False
-    if changed:
-        changes = "; ".join(f"{key}: {before['settings'].get(key)} -> {settings.get(key)}" for key in changed)
+        return SampleLog(unfinished), True
+    starts_over = record.discards_output()
+    log = SampleLog(unfinished, () if starts_over else (output, dropped_file(output)))
+    if not changes:
+        return log, starts_over
+    if log.kept():
         raise UserError(
             f"{output} was started with different settings: {changes}.\n"
             "Choose a different regenerate.output, or set overwrite=true to start over."
         )
-    return output.exists() and not unfinished.exists()
+    log.remove()
+    return SampleLog(unfinished), True
 
 
-def _write_output(log: SampleLog, ids: list[str], output: Path) -> dict[str, int]:
-    """Write kept and dropped conversations to separate files in question order, and return counts by outcome."""
-    outcomes: Counter[str] = Counter()
-    files = [output, output.with_suffix(".dropped.jsonl")]
-    temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]
-    with temporary[0].open("w", encoding="utf-8") as kept, temporary[1].open("w", encoding="utf-8") as dropped:
-        for entry in log.read(ids):
-            outcome = entry.pop("outcome")
-            del entry["tokens"]
-            outcomes[outcome.partition(":")[0]] += 1
-            entry |= {} if outcome == KEPT else {"reason": outcome}
-            (kept if outcome == KEPT else dropped).write(json.dumps(entry, ensure_ascii=False) + "\n")
-    for new, file in zip(temporary, files, strict=True):
-        os.replace(new, file)
-    return dict(outcomes)
+def _answer(
+    config: DictConfig, questions: Questions, log: SampleLog, record: SettingsFile, *, replaces_output: bool
+) -> None:
+    """Answer all unanswered questions. Every finished sample is written to the log immediately."""
+    backend, checker = _backend(config)  # before any file is written, since it may raise UserError
+    record.write(replaces_output=replaces_output)
+    remaining = sum(not log.has(*asked) for asked in questions.samples())
+    with Progress(len(questions), len(questions) - remaining) as progress:
+
+        def on_finish(sample: Sample) -> None:
+            log.add(sample.id, entry_of(sample))
+            progress.finish(kept=is_kept(str(sample.outcome)))
+
+        samples = questions.unanswered(lambda asked: log.has(*asked), checker)
+        backend.run(samples, on_finish, answered_before=log.kept() > 0, on_tokens=progress.tokens)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _backend(config: DictConfig) -> tuple[Backend, Checker]:
+    # Imported late, because loading transformers takes seconds.
+    from data.preprocess.chat_template import load_encoder
+    from data.regenerate.trainable import TrainingChecker
 
+    chosen = plain(config, "data", "model", "regenerate")
+    sampling = Sampling(seed=config.seed, **{key: chosen["regenerate"][key] for key in SAMPLING})
+    target, template_kwargs = chosen["model"]["target"], chosen["data"]["template_kwargs"]
+    encoder, tokenizer = load_encoder(target, template_kwargs)
+    checker = TrainingChecker(encoder)
+    if chosen["regenerate"]["backend"] == "server":
+        from data.regenerate.server_backend import ServerBackend
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return ServerBackend(sampling, template_kwargs, encoder, **chosen["regenerate"]["server"]), checker
+    from data.regenerate.local_backend import LocalBackend
+
+    encoder.check_kwargs(template_kwargs, sys.argv[1:], say)
+    draft = chosen["regenerate"]["draft"]
+    local = LocalBackend(target, tokenizer, encoder, sampling, draft=draft, **chosen["regenerate"]["local"])
+    return local, checker

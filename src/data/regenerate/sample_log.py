@@ -1,37 +1,79 @@
-"""Append-only log of finished samples. No sample is lost or repeated, even if the process is killed."""
+"""Finished samples: an append-only log, and the files of an earlier run. A kill neither loses nor repeats samples."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from data.errors import UserError
+from data.regenerate.conversation import IN_PART, KEPT
+
+
+class Stored(NamedTuple):
+    """Location of a finished sample, and what is needed to decide whether it is still valid."""
+
+    file: Path
+    start: int  # byte offset of its line
+    size: int  # length of its line in bytes
+    digest: str | None  # of its question
+    outcome: str
 
 
 class SampleLog:
-    """A JSONL log of finished samples in completion order, indexed by sample id."""
+    """A JSONL log of finished samples in completion order, indexed by sample id.
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file. Remove an incomplete last line left by a kill: its sample counts as unfinished."""
+    Samples in the output and dropped files of an earlier run count as finished as well.
+    """
+
+    def __init__(self, path: Path, earlier: Iterable[Path] = ()) -> None:
+        """Index the earlier files, then the log. The log is created with its first entry.
+
+        An incomplete last line of the log, left by a kill, is removed: its sample counts as unfinished. Entries of the
+        log replace earlier ones with the same id.
+
+        Raises:
+            UserError: a line is not a finished sample, e.g. because the file was edited.
+        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.offsets: dict[str, tuple[int, int]] = {}  # id -> (byte offset, length) of its line
-        end = 0
+        self.offsets: dict[str, Stored] = {}
+        for file in earlier:
+            if file.exists():
+                self._index(file)
+        self._end = 0
         if path.exists():
-            with path.open("rb") as lines:
-                for line in lines:
-                    if not line.endswith(b"\n"):
-                        break
-                    self.offsets[json.loads(line)["id"]] = (end, len(line))
-                    end += len(line)
-            os.truncate(path, end)
-        # Unbuffered: every finished sample reaches the operating system immediately.
-        self._file = path.open("ab", buffering=0)
-        self._end = end
+            self._end = self._index(path)
+            os.truncate(path, self._end)
+        self._file: IO[bytes] | None = None
 
-    def __contains__(self, sample_id: str) -> bool:
-        return sample_id in self.offsets
+    def _index(self, file: Path) -> int:
+        """Index the complete lines of a file and return the offset of their end."""
+        end = 0
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = json.loads(line)
+                    stored = Stored(file, end, len(line), entry.get("digest"), outcome_of(entry))
+                    self.offsets[entry["id"]] = stored
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    raise UserError(
+                        f"{file}:{number}: expected a sample written by this command "
+                        f"({type(error).__name__}: {error}). Restore the file, or set overwrite=true to start over."
+                    ) from error
+                end += len(line)
+        return end
+
+    def has(self, sample_id: str, digest: str | None) -> bool:
+        """Return whether a sample is finished and its question is unchanged."""
+        stored = self.offsets.get(sample_id)
+        return stored is not None and stored.digest == digest
+
+    def kept(self) -> int:
+        """Return the number of samples with an answer that was kept."""
+        return sum(is_kept(stored.outcome) for stored in self.offsets.values())
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -39,35 +81,59 @@ class SampleLog:
     def add(self, sample_id: str, entry: dict[str, Any]) -> None:
         """Append a finished sample. If the write is incomplete, truncate the file to its previous end.
 
+        Args:
+            sample_id: id of the sample. An entry with the same id and another `digest` is replaced.
+            entry: the sample's `digest`, `outcome`, messages and so on.
+
         Raises:
             ValueError: the sample is already in the log.
             UserError: the write failed, e.g. because the disk is full.
         """
-        if sample_id in self:
+        if self.has(sample_id, entry.get("digest")):
             raise ValueError(f"sample {sample_id!r} is already in the log")
         line = json.dumps({"id": sample_id, **entry}, ensure_ascii=False).encode() + b"\n"
         try:
+            # Unbuffered: every finished sample reaches the operating system immediately.
+            self._file = self._file or self.path.open("ab", buffering=0)
             written = self._file.write(line)
         except OSError:
             written = 0
         if written != len(line):
-            os.truncate(self.path, self._end)
+            if self.path.exists():
+                os.truncate(self.path, self._end)
             raise UserError(
                 f"{self.path}: write failed; is the disk full? All samples written so far are intact. Free up space "
                 "and run the same command to resume."
             )
-        self.offsets[sample_id] = (self._end, len(line))
+        self.offsets[sample_id] = Stored(self.path, self._end, len(line), entry.get("digest"), outcome_of(entry))
         self._end += len(line)
 
-    def read(self, ids: list[str]) -> Iterator[dict[str, Any]]:
-        """Yield the log entries for the given sample ids, in order."""
-        with self.path.open("rb") as file:
+    def read(self, ids: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Yield the entries for the given sample ids, in order."""
+        files = {file: file.open("rb") for file in {stored.file for stored in self.offsets.values()}}
+        try:
             for sample_id in ids:
-                start, size = self.offsets[sample_id]
-                file.seek(start)
-                yield json.loads(file.read(size))
+                stored = self.offsets[sample_id]
+                files[stored.file].seek(stored.start)
+                yield json.loads(files[stored.file].read(stored.size))
+        finally:
+            for file in files.values():
+                file.close()
 
     def remove(self) -> None:
-        """Close and delete the file."""
-        self._file.close()
-        self.path.unlink()
+        """Close and delete the log. The earlier files stay."""
+        if self._file:
+            self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def outcome_of(entry: dict[str, Any]) -> str:
+    """Return the outcome of an entry of the log, the output or the dropped file."""
+    if outcome := entry.get("outcome") or entry.get("reason"):
+        return str(outcome)
+    return f"{IN_PART}: {entry['ended_early']}" if entry.get("ended_early") else KEPT
+
+
+def is_kept(outcome: str) -> bool:
+    """Return whether an outcome belongs to a sample in the output."""
+    return outcome == KEPT or outcome.startswith(IN_PART)

@@ -10,8 +10,11 @@ from typing import Any
 import httpx
 
 from data.errors import BadRecord, UserError
+from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sampling, derive_seed
-from data.sources.records import Messages
+from data.regenerate.prompt_check import PromptCheck
+from data.regenerate.server_reply import ID_FIELDS, IncompleteReply, Reply, read_reply, request_body
+from data.sources.records import Conversation
 
 FIRST_REJECTIONS = 20  # give up after this many rejections if no request has been answered yet
 MAX_FAILURES = 6  # failed attempts (HTTP 500, broken connection, unusable reply) before a request is dropped
@@ -22,12 +25,18 @@ class ServerBackend:
     """Generates answers with an OpenAI-compatible server, e.g. vLLM, SGLang or `transformers serve`."""
 
     def __init__(
-        self, sampling: Sampling, template_kwargs: dict[str, Any],
+        self, sampling: Sampling, template_kwargs: dict[str, Any], encoder: ChatEncoder,
         *, url: str, model: str, in_flight: int, patience: float, timeout: float, key_file: str | None,
         extra: dict[str, Any],
     ) -> None:  # fmt: skip
+        """Prepare the requests.
+
+        Args:
+            encoder: the target's encoder, to compare the server's prompts with those of training.
+            url, model, in_flight, patience, timeout, key_file, extra: the settings `regenerate.server`.
+        """
         self.sampling, self.url, self.in_flight, self.patience = sampling, url.rstrip("/"), in_flight, patience
-        self.timeout = timeout
+        self.timeout, self.encoder, self.prompts = timeout, encoder, PromptCheck(encoder, url)
         self.request = {
             "model": model,
             "temperature": sampling.temperature,
@@ -36,21 +45,24 @@ class ServerBackend:
             **({"chat_template_kwargs": template_kwargs} if template_kwargs else {}),
             **extra,
         }
+        self.request = {key: value for key, value in self.request.items() if value is not None}
         self.headers = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
         self.unavailable_since: float | None = None
         self.answered = False
         self.rejected: list[Sample] = []
+        self.id_fields = 0  # index into ID_FIELDS of what the server is asked for
+        self.returns_ids = False
 
     def run(
         self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool, on_tokens: OnTokens
     ) -> None:
         """Answer every question in every sample, with up to `in_flight` concurrent requests.
 
-        Rejected conversations are held back until the server has answered a request, in this run or in an earlier one
+        Rejected samples are held back until the server has answered a request, in this run or in an earlier one
         (`answered_before`). Until then, a rejection may mean that the settings are invalid for every request.
 
         Raises:
-            UserError: the server is unreachable, or rejects every request.
+            UserError: the server is unreachable, rejects every request, or uses another chat template.
         """
         self.answered, self.rejected = answered_before, []
         try:
@@ -59,6 +71,11 @@ class ServerBackend:
             raise errors.exceptions[0] from None
         if self.rejected:
             raise self._rejection_error(str(self.rejected[0].outcome))
+
+    @property
+    def _trusted(self) -> bool:
+        """Whether the server has shown that it can answer, from the same prompts as in training."""
+        return self.answered and not self.prompts.all_differ
 
     async def _all(self, samples: Iterator[Sample], on_finish: OnFinish, on_tokens: OnTokens) -> None:
         limits = httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
@@ -73,41 +90,83 @@ class ServerBackend:
         self, client: httpx.AsyncClient, samples: Iterator[Sample], on_finish: OnFinish, on_tokens: OnTokens
     ) -> None:
         for sample in samples:  # iterator shared by all workers
+            rejected = False
             while sample.outcome is None:
-                seed = derive_seed(self.sampling.seed, f"{sample.id}/{len(sample.messages)}")
-                try:
-                    message, complete, tokens = await self._ask(client, sample.ask(), seed)
-                    sample.answer(message, None, complete, tokens, self.sampling)
-                    on_tokens(tokens)
-                except BadRecord as error:
-                    sample.outcome = f"{REFUSED}: {error}"
-            if self.answered:
-                for finished in (*self.rejected, sample):
-                    on_finish(finished)
-                self.rejected = []
-            else:
+                rejected = not await self._answer(client, sample, on_tokens)
+            if rejected and not self._trusted:
                 self.rejected.append(sample)
                 if len(self.rejected) >= FIRST_REJECTIONS:
                     raise self._rejection_error(str(sample.outcome))
+                continue
+            if self._trusted:
+                for held_back in self.rejected:
+                    on_finish(held_back)
+                self.rejected = []
+            on_finish(sample)
 
-    async def _ask(self, client: httpx.AsyncClient, messages: Messages, seed: int) -> tuple[dict[str, str], bool, int]:
-        """Request an answer and parse it with `_read`. Retry with backoff while the server is unavailable.
+    async def _answer(self, client: httpx.AsyncClient, sample: Sample, on_tokens: OnTokens) -> bool:
+        """Ask the sample's next question and store the answer. Return whether the server accepted the request."""
+        seed = derive_seed(self.sampling.seed, f"{sample.id}/{len(sample.messages)}")
+        conversation = sample.ask()
+        try:
+            prompt = self.encoder.prompt(conversation)
+        except BadRecord as error:  # training would refuse it as well
+            sample.end(f"{REFUSED}: {error}")
+            return True
+        try:
+            reply = await self._ask(client, conversation, seed)
+            self.prompts.check(prompt, reply)
+        except BadRecord as error:
+            sample.end(f"{REFUSED}: {error}")
+            return False
+        sample.answer(reply.message, self._ids(reply), reply.complete, reply.tokens, self.sampling)
+        on_tokens(reply.tokens)
+        return True
+
+    def _ids(self, reply: Reply) -> list[int] | None:
+        """Return the answer's token ids, or None if they are unknown or of more than the text, e.g. a stop string."""
+        if reply.token_ids is None:
+            return None
+        try:
+            self.encoder.token_ids.check(reply.message, reply.token_ids)
+        except BadRecord:
+            return None
+        return reply.token_ids
+
+    async def _ask(self, client: httpx.AsyncClient, conversation: Conversation, seed: int) -> Reply:
+        """Request an answer. If the server rejects the request for token ids, try without it.
 
         Raises:
             BadRecord: the server cannot answer this request.
             UserError: the server rejects every request, or is unavailable for longer than `patience` seconds.
         """
+        body, level = {**self.request, **request_body(conversation), "seed": seed}, self.id_fields
+        try:
+            reply = await self._post(client, ID_FIELDS[level] | body)
+        except Rejected:
+            if self.returns_ids or not ID_FIELDS[level]:
+                raise
+            reply = await self._post(client, body)
+            self.id_fields = len(ID_FIELDS) - 1
+            return reply
+        if reply.token_ids is not None:
+            self.returns_ids = True
+        elif not self.returns_ids:
+            self.id_fields = max(self.id_fields, min(level + 1, len(ID_FIELDS) - 1))
+        return reply
+
+    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:
+        """Send a request and parse the reply. Retry with backoff while the server is unavailable."""
         pause, failures = FIRST_PAUSE, 0
         while True:
             try:
-                body = {**self.request, "messages": messages, "seed": seed}
                 response = await client.post(f"{self.url}/chat/completions", json=body)
                 if response.status_code == 200:
-                    answer = _read(_json(response))
+                    reply = read_reply(_json(response), self.encoder.token_ids.stop_ids)
                     self.unavailable_since, self.answered = None, True
-                    if isinstance(answer, BadRecord):
-                        raise answer
-                    return answer
+                    if isinstance(reply, BadRecord):
+                        raise reply
+                    return reply
                 problem = f"HTTP {response.status_code}: {response.text:.300}"
                 self._raise_if_final(response.status_code, problem)
                 failures += response.status_code == 500
@@ -139,42 +198,20 @@ class ServerBackend:
         if status in (401, 403, 404, 405):
             raise self._rejection_error(problem)
         if status < 500 and status not in (408, 425, 429):
-            raise BadRecord(problem)
+            raise Rejected(problem)
 
     def _rejection_error(self, problem: str) -> UserError:
+        if self.prompts.all_differ:
+            return self.prompts.error()
         return UserError(
-            f"{self.url} is rejecting requests ({problem}). Check regenerate.server.url, .model, .key_file and .extra."
+            f"{self.url} is rejecting requests ({problem}). Check regenerate.server.url, .model, .key_file and .extra, "
+            f"and that regenerate.max_new_tokens={self.sampling.max_new_tokens} leaves room for a prompt in the "
+            "server's context length."
         )
 
 
-class IncompleteReply(Exception):
-    """An incomplete or malformed reply, e.g. from a server stopped during generation. The request is retried."""
-
-
-def _read(reply: Any) -> tuple[dict[str, str], bool, int] | BadRecord:
-    """Parse a reply into (message, is complete, token count), or return a BadRecord if a retry cannot help.
-
-    Raises:
-        IncompleteReply: the reply is incomplete or malformed, and the request should be retried.
-    """
-    try:
-        choice = reply["choices"][0]
-        answer, ending = choice["message"], choice.get("finish_reason")
-        message = {"content": answer.get("content") or ""}
-        # Some servers return the reasoning separately; chat templates expect it in `reasoning_content`.
-        if reasoning := answer.get("reasoning_content") or answer.get("reasoning"):
-            message["reasoning_content"] = reasoning
-        tokens = (reply.get("usage") or {}).get("completion_tokens") or 0
-        "".join(message.values()).encode("utf-8")
-    except UnicodeEncodeError:
-        return BadRecord("the answer contains a lone surrogate, which is not valid Unicode")
-    except (LookupError, TypeError, AttributeError) as error:
-        raise IncompleteReply(f"no answer in the reply ({type(error).__name__}: {error})") from error
-    if ending in ("tool_calls", "function_call", "content_filter"):
-        return BadRecord(f"the server ended the answer with finish_reason={ending!r}")
-    if ending not in ("stop", "length"):  # e.g. "abort": generation was interrupted
-        raise IncompleteReply(f"finish_reason={ending!r}")
-    return message, ending == "stop", tokens
+class Rejected(BadRecord):
+    """Raised if the server rejects a request with an HTTP status of 400 to 499."""
 
 
 def _json(response: httpx.Response) -> Any:

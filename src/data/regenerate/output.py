@@ -1,0 +1,100 @@
+"""Writes the output and the dropped file of a finished run."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from data.regenerate.conversation import IN_PART, KEPT, Sample
+from data.regenerate.sample_log import SampleLog, is_kept, outcome_of
+
+REMOVED = "no longer in data.path"
+STATE = {"outcome", "tokens", "reason", "ended_early"}  # keys of an entry that depend on the file
+
+
+def dropped_file(output: Path) -> Path:
+    """Return the path of the file that lists dropped samples with their reasons."""
+    return output.with_suffix(".dropped.jsonl")
+
+
+def entry_of(sample: Sample) -> dict[str, Any]:
+    """Return the log entry of a finished sample, without its id."""
+    unverified = {"unverified": sample.unverified} if sample.unverified else {}
+    head = {"digest": sample.digest, "outcome": sample.outcome, "tokens": sample.tokens}
+    return {**head, **unverified, **sample.record()}
+
+
+@dataclass
+class Summary:
+    """Counts of a finished run."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    by_ids: int = 0  # answers kept as token ids
+    as_text: int = 0
+    unverified: int = 0  # of these, answers that may read back as other tokens
+    truncated: int = 0
+    removed: int = 0  # samples that are no longer in the data
+
+    def count(self, entry: dict[str, Any], outcome: str) -> None:
+        """Count a sample."""
+        self.outcomes[outcome.partition(":")[0]] += 1
+        if not is_kept(outcome):
+            return
+        answers = [m for m in entry["messages"] if m["role"] == "assistant" and m.get("train", True)]
+        known = sum("token_ids" in answer for answer in answers)
+        self.by_ids, self.as_text = self.by_ids + known, self.as_text + len(answers) - known
+        self.unverified += entry.get("unverified", 0)
+        self.truncated += sum(bool(answer.get("truncated")) for answer in answers)
+
+    @property
+    def kept(self) -> int:
+        """Number of samples in the output."""
+        return self.outcomes[KEPT] + self.outcomes[IN_PART]
+
+    def describe(self) -> str:
+        """Return a sentence on the samples and one on the answers in the output."""
+        outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in self.outcomes.items())
+        text = f"{self.outcomes.total():,} conversations: {outcomes}\n{self.by_ids + self.as_text:,} answers: "
+        parts = [f"{self.by_ids:,} as token ids"] if self.by_ids else []
+        if self.as_text:
+            read_back = self.as_text - self.unverified
+            parts.append(
+                f"{self.as_text:,} as text, of which {read_back:,} read back as the number of tokens that the server "
+                f"counted and {self.unverified:,} cannot be verified"
+            )
+        cut_off = f"; {self.truncated:,} of them cut off at the token limit" if self.truncated else ""
+        return text + ("; ".join(parts) or "none") + cut_off
+
+
+def write_output(log: SampleLog, ids: list[str], output: Path) -> Summary:
+    """Write kept and dropped samples to separate files, in the order of `ids`, and return the counts.
+
+    Kept samples that are no longer in the data go to the dropped file, from where they can be used again.
+    """
+    files = [output, dropped_file(output)]
+    temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]
+    summary, wanted = Summary(), set(ids)
+    removed = [name for name, stored in log.offsets.items() if name not in wanted and is_kept(stored.outcome)]
+    with temporary[0].open("w", encoding="utf-8") as kept, temporary[1].open("w", encoding="utf-8") as dropped:
+        for entry in log.read(ids):
+            outcome = outcome_of(entry)
+            summary.count(entry, outcome)
+            _write(kept if is_kept(outcome) else dropped, entry, outcome)
+        for entry in log.read(removed):
+            outcome = outcome_of(entry)  # needed to use the sample again
+            dropped.write(json.dumps({**entry, "outcome": outcome, "reason": REMOVED}, ensure_ascii=False) + "\n")
+            summary.removed += 1
+    for new, file in zip(temporary, files, strict=True):
+        os.replace(new, file)
+    return summary
+
+
+def _write(file: IO[str], entry: dict[str, Any], outcome: str) -> None:
+    content = {key: value for key, value in entry.items() if key not in STATE}
+    if outcome.startswith(IN_PART):
+        content["ended_early"] = outcome.removeprefix(f"{IN_PART}: ")
+    elif outcome != KEPT:
+        content["reason"] = outcome
+    file.write(json.dumps(content, ensure_ascii=False) + "\n")
