@@ -75,7 +75,7 @@ VALUE = st.sampled_from([None, -1.5, 10**9, "", 'é"\\]', "\U0001f600\n", "a" * 
 
 
 @given(
-    records=st.lists(st.dictionaries(st.sampled_from("abé"), VALUE), max_size=20),
+    records=st.lists(st.dictionaries(st.sampled_from("abé"), VALUE) | st.integers(0, 10**6), max_size=20),
     indent=st.none() | st.integers(0, 2),
     ascii_only=st.booleans(),
     array=st.booleans(),
@@ -155,6 +155,7 @@ REFUSED = {
     "e.jsonl.gz": (gzip.compress(LINES)[:-8] + bytes(8), "damaged or incomplete (CRC check failed"),
     "f.jsonl.zst": (pa.compress(LINES, codec="zstd", asbytes=True)[:-10], "damaged or incomplete (Truncated"),
     "g.json": (b'{"version": 1,\n "data": [{"messages": []}]}', "the records in `data`.*jq -c '.data[]'"),
+    "damaged object.json": (b'{\n "messages": [\n', "an object that spans lines, and is damaged or longer"),
     "h.json": (b" [ ]\n", "contains no records"),
     "i.parquet": (b"PAR1 and no more", "invalid Parquet file"),
     "j.arrow": (b"ARROW1\0\0 and no more", "invalid Arrow file"),
@@ -220,6 +221,22 @@ def test_a_feather_file_is_read(tmp_path):
     (tmp_path / "b.arrow").write_bytes((tmp_path / "a.feather").read_bytes())
     for name in ("a.feather", "b.arrow"):
         assert values(open_file(tmp_path / name, name)) == RECORDS
+
+
+def test_a_stream_that_is_cut_between_batches_is_named(tmp_path):
+    table = pa.Table.from_pylist(RECORDS)
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        for batch in table.to_batches(max_chunksize=10):
+            out.write_batch(batch)
+    content = (tmp_path / "a.arrow").read_bytes()
+    marker = b"\xff\xff\xff\xff\0\0\0\0"
+    assert content.endswith(marker)
+    notes = []
+    for text in (content, content.removesuffix(marker)):
+        (tmp_path / "a.arrow").write_bytes(text)
+        (source,) = open_sources(str(tmp_path), split="train", max_records=None, warn=notes.append)
+        assert values(source.reader) == RECORDS
+    assert notes == [f"{tmp_path}/a.arrow: the end marker of the stream is missing; the file may be incomplete"]
 
 
 def with_media(tmp_path):

@@ -2,11 +2,13 @@
 
 import pytest
 from helpers.chat import HERE, encoder_for
+from helpers.records import config
 from helpers.shared import command
 
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.templates import check_template_kwargs, variables_read
+from data.regenerate.run import check_regeneration
 
 QWEN = (HERE / "templates" / "qwen3.jinja").read_text(encoding="utf-8")
 
@@ -79,3 +81,9 @@ def test_the_commands_reject_an_argument_without_effect(module, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: data.template_kwargs.enable_thinkng has no effect" in done.stderr
     assert not list(tmp_path.glob("checkpoints/*/attention_tuning"))
+
+
+def test_regeneration_by_a_server_refuses_reserved_arguments():
+    changed = config(data__template_kwargs={"add_generation_prompt": True}, regenerate__backend="server")
+    with pytest.raises(UserError, match=r"data\.template_kwargs\.add_generation_prompt is reserved"):
+        check_regeneration(changed)

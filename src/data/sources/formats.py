@@ -87,6 +87,11 @@ def _open_text(content: Path, label: str, name: str) -> Reader:
             first = line.removeprefix(BOM).strip()
         if first.startswith(b"[") or not _is_json(first) and _spans_lines(first + b"\n" + lines.read(MAX_LINE_BYTES)):
             return JsonValues(content, label, name)
+    if first == b"{":
+        raise UserError(
+            f"{name}: an object that spans lines, and is damaged or longer than {MAX_LINE_BYTES:,} bytes. Write one "
+            f"record per line. For records in a list under KEY: jq -c '.KEY[]' {name} > conversations.jsonl"
+        )
     return JsonLines(content, label, name)
 
 

@@ -32,10 +32,10 @@ def open_hub(name: str, split: str, subset: str | None) -> Table:
                 f"{name}: no such file or folder, and loading split {split!r} from the Hub failed "
                 f"({type(error).__name__}: {error}). Check the name, the network and your login (`hf auth login`)."
             ) from error
-    columns, unread = select_columns(dataset.features.arrow_schema)
+    columns, notes = select_columns(dataset.features.arrow_schema)
     label = "/".join(filter(None, (name, subset, split)))
     fingerprint = f"{label}/{dataset._fingerprint}"
-    return Table(label, dataset.select_columns(columns) if unread else dataset, fingerprint, unread=unread)
+    return Table(label, dataset.select_columns(columns) if notes else dataset, fingerprint, notes=notes)
 
 
 @contextmanager

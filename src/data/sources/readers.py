@@ -159,7 +159,7 @@ def _open(item: SourceSettings, split: str, chosen: bool, setting: str, warn: Ca
             f"{setting}: {unused}={own if unused == 'split' else subset} has no effect on the local path {path}. "
             "Remove it."
         )
-    notes += [_unread(reader) for reader in readers]
+    notes += [f"{r.name}: {note}" for r in readers if isinstance(r, Table) for note in r.notes]
     for note in filter(None, notes):
         warn(note)
     return _Opened(readers, has_splits and own is None)
@@ -171,11 +171,6 @@ class _Opened:
 
     readers: list[Reader]
     uses_split: bool
-
-
-def _unread(reader: Reader) -> str:
-    columns = ", ".join(reader.unread) if isinstance(reader, Table) else ""
-    return f"{reader.name}: passed over the columns {columns} (images, audio or other media)" if columns else ""
 
 
 def _check_id(path: str, local: Path) -> None:

@@ -1,6 +1,7 @@
 """Reads tables: Parquet files, Arrow files and Hub datasets."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from data.sources.chunks import CHUNK_RECORDS, Chunk, RawRecord, changed
 from data.sources.records import KEYS
 
 SPECIAL = set("*?[]{}:")
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of the Arrow format
 
 
 class Table:
     """A memory-mapped dataset from an Arrow file, a Parquet file or the Hub."""
 
-    def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "", unread: tuple[str, ...] = ()):
+    def __init__(self, name: str, dataset: Dataset, fingerprint: str, label: str = "", notes: tuple[str, ...] = ()):
         """Store the dataset and its identity.
 
         Args:
@@ -29,10 +31,10 @@ class Table:
             dataset: the rows.
             fingerprint: identifies the content.
             label: see `Reader`; default: the name.
-            unread: columns with images, audio or other media, which are not in `dataset`.
+            notes: what may be missing, for the user.
         """
         self.name, self.label, self.dataset, self.count = name, label or name, dataset, len(dataset)
-        self.fingerprint, self.unread = fingerprint, unread
+        self.fingerprint, self.notes = fingerprint, notes
         self._files = {Path(file["filename"]): _state(Path(file["filename"])) for file in dataset.cache_files}
 
     def chunks(self) -> list[Chunk]:
@@ -83,9 +85,9 @@ def open_table(file: Path, label: str, name: str) -> Table:
     with cache_errors():
         try:
             if columnar:
-                dataset, unread = _read_parquet(file, sha256)
+                dataset, notes = _read_parquet(file, sha256)
             else:
-                dataset, unread = _read_arrow(file, sha256, in_file_format=beginning == b"ARROW1")
+                dataset, notes = _read_arrow(file, sha256, in_file_format=beginning == b"ARROW1")
         except (OSError, ValueError, DatasetsError) as error:  # pyarrow errors are ValueErrors
             if system_error(error):
                 raise
@@ -94,18 +96,18 @@ def open_table(file: Path, label: str, name: str) -> Table:
             raise UserError(f"{name}: invalid {kind} file ({reason}). Replace or remove it.") from error
     if _state(file) != before:
         raise changed(name)
-    return Table(name, dataset, sha256, label, unread)
+    return Table(name, dataset, sha256, label, notes)
 
 
 def _read_parquet(file: Path, sha256: str) -> tuple[Dataset, tuple[str, ...]]:
     metadata = read_metadata(file)
-    columns, unread = select_columns(metadata.schema.to_arrow_schema())
+    columns, notes = select_columns(metadata.schema.to_arrow_schema())
     if not metadata.num_rows:
-        return Dataset.from_dict({}), unread  # `datasets` cannot read an empty shard
+        return Dataset.from_dict({}), notes  # `datasets` cannot read an empty shard
     # Key the cache by content hash, because `datasets` identifies files by path and mtime.
     cache = cache_folder("parquet", sha256)
     path = str(_plain(file, cache))
-    return Dataset.from_parquet(path, cache_dir=str(cache), columns=columns if unread else None), unread
+    return Dataset.from_parquet(path, cache_dir=str(cache), columns=columns if notes else None), notes
 
 
 def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Dataset, tuple[str, ...]]:
@@ -114,8 +116,18 @@ def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Datas
         dataset = load_dataset("arrow", data_files=str(_plain(file, cache)), split="train", cache_dir=str(cache))
     else:
         dataset = Dataset.from_file(str(file))
-    columns, unread = select_columns(dataset.features.arrow_schema)
-    return dataset.select_columns(columns) if unread else dataset, unread
+    columns, notes = select_columns(dataset.features.arrow_schema)
+    dataset = dataset.select_columns(columns) if notes else dataset
+    if not in_file_format and not _ends(file):
+        notes += ("the end marker of the stream is missing; the file may be incomplete",)
+    return dataset, notes
+
+
+def _ends(file: Path) -> bool:
+    """Return whether an Arrow stream has its end marker, which is optional, but which all common writers write."""
+    with file.open("rb") as content:
+        content.seek(-len(STREAM_END), os.SEEK_END)
+        return content.read() == STREAM_END
 
 
 def _plain(file: Path, cache: Path) -> Path:
@@ -128,10 +140,11 @@ def _plain(file: Path, cache: Path) -> Path:
 
 
 def select_columns(schema: Schema) -> tuple[list[str], tuple[str, ...]]:
-    """Return the columns to read, and those with media, which conversations cannot use."""
+    """Return the columns to read, and a note on those with media, which conversations cannot use."""
     features = Features.from_arrow_schema(schema)
-    unread = tuple(name for name, feature in features.items() if name not in KEYS and _has_media(feature))
-    return [name for name in features if name not in unread], unread
+    unread = [name for name, feature in features.items() if name not in KEYS and _has_media(feature)]
+    notes = (f"passed over the columns {', '.join(unread)} (images, audio or other media)",) if unread else ()
+    return [name for name in features if name not in unread], notes
 
 
 def _has_media(feature: Any) -> bool:

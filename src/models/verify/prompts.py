@@ -29,7 +29,7 @@ def read_prompts(path: Path) -> list[Conversation]:
     """
     from data.sources.readers import read_strictly  # imported lazily: loads `datasets`
 
-    return read_strictly(str(path), prompt, split="test", limit=None, setting="--prompts")
+    return read_strictly(str(path), prompt, split="test", limit=None, setting="--prompts", warn=print)
 
 
 def find_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
