@@ -88,7 +88,7 @@ def test_invalid_prompts_are_rejected():
 
 @torch.no_grad()
 def test_rows_that_move_keep_their_keys_and_values():
-    """Rows are kept, dropped, moved to a larger group and joined by others at random. The reference is a list per row."""
+    """Rows are kept, dropped, moved to a larger group and joined by others at random; the reference is a list."""
     generator, draw = torch.Generator().manual_seed(0), random.Random(5)
 
     def new(lengths):
