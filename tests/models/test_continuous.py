@@ -8,6 +8,7 @@ from helpers.decoding import NUCLEUS, endless, guessing, own_batch, random_promp
 
 from models.decoding import continuous, kv_cache
 from models.decoding.continuous import ContinuousDecoder
+from models.decoding.draft_choice import RETRY, TRIAL, DraftChoice
 from models.decoding.sampling import GREEDY
 
 
@@ -30,9 +31,10 @@ def groups(decoder):
 def test_answers_do_not_depend_on_what_else_is_in_flight(parallel_rows, sampling, monkeypatch):
     monkeypatch.setattr(kv_cache, "SMALLEST", 8)  # rows of different lengths, which grow several times
     monkeypatch.setattr(continuous, "PREFILL_TOKENS_CPU", 40)
-    target, prompts, seen = endless(), random_prompts(random.Random(3), 10, 60), set()
+    target, prompts, seen, draws = endless(), random_prompts(random.Random(3), 10, 60), set(), random.Random(1)
     own = own_batch(target, prompts, 16, sampling, seed=5)
     stop = {own[0][10], own[3][12]}
+    monkeypatch.setattr(DraftChoice, "choose", lambda choice, rows: draws.random() < 0.8)  # changes between steps
     draft = None if parallel_rows is None else guessing(target)
     how = {"max_rows": 4, "max_new_tokens": 16, "sampling": sampling, "stop": stop, "parallel_rows": parallel_rows or 0}
     decoder = ContinuousDecoder(target, draft, **how)
@@ -76,6 +78,25 @@ def test_memory_follows_the_length_of_each_row():
     answers = decoded(decoder, prompts, watch=allocated)
     assert all(len(tokens) == 4 for tokens in answers)
     assert 2900 + 11 * 7 <= max(entries) <= 4097 + 16 * kv_cache.SMALLEST < 12 * 2904 / 3
+
+
+@pytest.mark.parametrize(
+    "cost", [2.0, 4.0]
+)  # seconds of a step with drafts; it gains three tokens, one without takes 1 s
+def test_drafts_are_used_if_they_are_faster(cost):
+    choice, used = DraftChoice(), []
+    for step in range(4 * RETRY):
+        if step == 2 * RETRY:
+            cost = 6 - cost  # e.g. another program now uses the cores
+        draft = choice.choose(8)
+        choice.record(8, draft, 3 if draft else 1, cost if draft else 1.0)
+        used.append(draft)
+    halves = (used[: 2 * RETRY], used[2 * RETRY + 20 :])
+    assert all(used[:TRIAL]) and not any(used[TRIAL : 2 * TRIAL])  # both are measured first
+    usual = [sum(half) / len(half) for half in halves]
+    assert min(usual) < 0.3 and max(usual) > 0.7
+    assert (usual[0] > 0.5) == (cost == 4.0)
+    assert choice.choose(3)  # other numbers of rows are measured separately
 
 
 def test_invalid_prompts_are_rejected():

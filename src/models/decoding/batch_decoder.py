@@ -122,10 +122,15 @@ class BatchDecoder:
     Tensors and the KV cache are indexed by position in `rows`. Finished rows are removed from all of them.
     """
 
-    def __init__(self, settings: Settings, rows: list[Row]) -> None:
-        """Prefill the prompts, choose the first bonus tokens and draft the first blocks."""
+    def __init__(self, settings: Settings, rows: list[Row], *, drafting: bool = True) -> None:
+        """Prefill the prompts, choose the first bonus tokens and draft the first blocks.
+
+        Args:
+            drafting: whether to draft, if there is a drafter. The attribute may change between steps.
+        """
         self.settings, self.target, self.draft = settings, settings.target, settings.draft
         self.max_new_tokens, self.timer = settings.max_new_tokens, settings.timer
+        self.drafting = drafting and self.draft is not None
         self.block_size = self.draft.block_size if self.draft else 1
         # A growing cache orders its rows by capacity.
         self.rows = list(rows) if settings.growing is None else sorted(rows, key=lambda row: len(row.prompt))
@@ -171,7 +176,7 @@ class BatchDecoder:
         candidates = torch.cat([self.bonus[:, None], self.drafts[:, : self.max_verified]], dim=1)  # [R, C]
         offsets = torch.arange(1 + self.max_verified, device=candidates.device)
         positions, kv_length = self.lengths[:, None] + offsets, self.max_length + len(offsets)
-        parallel = self.draft is not None and len(self.rows) <= self.settings.parallel_rows
+        parallel = self.drafting and len(self.rows) <= self.settings.parallel_rows
         with self.timer("verify"):
             if parallel:
                 logits, blocks = self.passes.verify_and_draft(candidates, positions, kv_length)
@@ -187,7 +192,7 @@ class BatchDecoder:
 
     def _draft_blocks(self, kv_length: int) -> Tensor | None:
         """Draft one block per row, anchored at its bonus token, in a separate pass. Return hidden states [R, B, H]."""
-        if self.draft is None:
+        if not self.drafting:
             return None
         with self.timer("draft"):
             return self.passes.draft_blocks(self.lengths[:, None], kv_length, self.bonus[:, None])[:, 0]
@@ -195,7 +200,8 @@ class BatchDecoder:
     def _propose(self, block: Tensor | None) -> None:
         """Set the drafts [R, B-1] and how many of them to verify [R], given blocks [R, B, H] and the bonus tokens."""
         if block is None or self.draft is None:
-            self.drafts, self.verified = self.bonus.new_empty(len(self.bonus), 0), torch.zeros_like(self.bonus)
+            self.drafts = self.bonus.new_zeros(len(self.bonus), self.block_size - 1)
+            self.verified = torch.zeros_like(self.bonus)
             return
         with self.timer("calibrate"):
             bonus = self.bonus if self.settings.calibrate else None

@@ -1,5 +1,6 @@
 """Continuous batching: a row that ends makes room for the next prompt at once."""
 
+import time
 from collections import deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.decoding.batch_decoder import BatchDecoder, Row, Settings, no_timer
+from models.decoding.draft_choice import DraftChoice
 from models.decoding.flex import rows_in_parallel
 from models.decoding.generation_settings import sequence_states, stop_tokens
 from models.decoding.requests import check_length, check_models, parse_prompts, parse_seeds
@@ -26,8 +28,9 @@ Key = TypeVar("Key", bound=Hashable)
 class ContinuousDecoder(Generic[Key]):
     """Decodes a stream of prompts with up to `max_rows` rows in flight.
 
-    The tokens of a prompt are those of `flex.generate` with the same seed. They do not depend on the other prompts,
-    except for ties within rounding.
+    With a drafter, it drafts as long as that is faster than decoding with the target alone (`DraftChoice`). The tokens
+    of a prompt are those of `flex.generate` with the same seed. They do not depend on the other prompts, except for
+    ties within rounding.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class ContinuousDecoder(Generic[Key]):
         self._waiting: deque[tuple[Key, Row]] = deque()
         self._in_flight: list[tuple[Key, Row]] = []
         self._decoder: BatchDecoder | None = None
+        self._choice = DraftChoice() if draft else None
         self._finished_tokens = 0
 
     @property
@@ -100,11 +104,24 @@ class ContinuousDecoder(Generic[Key]):
         """Prefill waiting prompts into free rows, then decode one step. Return the rows that ended, with their keys."""
         self._admit()
         if self._decoder and self._decoder.rows:
-            self._decoder.step()
+            self._measured_step(self._decoder)
         ended = [(key, row) for key, row in self._in_flight if row.ended]
         self._in_flight = [(key, row) for key, row in self._in_flight if not row.ended]
         self._finished_tokens += sum(len(row.tokens) for _, row in ended)
         return ended
+
+    def _measured_step(self, decoder: BatchDecoder) -> None:
+        """Decode one step, with or without drafts, and measure its speed."""
+        if self._choice is None:
+            decoder.step()
+            return
+        rows, before, drafted = list(decoder.rows), self.new_tokens, decoder.drafting
+        decoder.drafting = self._choice.choose(len(rows))
+        start = time.perf_counter()
+        decoder.step()
+        if drafted == decoder.drafting:  # the first step after a change still verifies drafts, or has none yet
+            seconds = time.perf_counter() - start
+            self._choice.record(len(rows), drafted, self.new_tokens - before, seconds)
 
     def _admit(self) -> None:
         """Prefill the first waiting prompts, up to the free rows and the limit on prompt tokens, but at least one."""
@@ -118,7 +135,8 @@ class ContinuousDecoder(Generic[Key]):
             new.append(self._in_flight[-1][1])
         if not new:
             return
-        started = BatchDecoder(self.settings, new)
+        drafting = self._choice is not None and self._choice.choose(len(self._in_flight))
+        started = BatchDecoder(self.settings, new, drafting=drafting)
         if self._decoder and self._decoder.rows:
             self._decoder.join(started)
         else:
