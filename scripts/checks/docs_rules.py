@@ -110,6 +110,12 @@ RULES = (
     Rule(r"scripts/\w+/bench_train_step.* --sweep", "smallest shape", add=f"{BENCH} --values 4,8"),
     Rule(r"scripts/\w+/bench_train_step", "smallest shape", add=f"{BENCH} --naive-anchors 1"),
     Rule(r"scripts/\w+/bench_decoding", "smallest shape", add=f"{BENCH} --rows 1"),
+    Rule(
+        r"scripts/\w+/benchmark_regeneration.* --target",
+        "embedded target",
+        add="--target src/data/tiny/target --num-questions 2 --max-new-tokens 8 --batch-sizes 2",
+    ),
+    Rule(r"scripts/\w+/benchmark_regeneration", "short", add="--num-questions 2 --max-new-tokens 8 --batch-sizes 2"),
     Rule(r"scripts/\w+/benchmark_data", "600 records", add="--records 600 --processes 1"),
     Rule(r"scripts/\w+/check_families", "short", add="--prompts 2 --new-tokens 4"),
     Rule(r"scripts/\w+/check_templates", "as written"),

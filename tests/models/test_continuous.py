@@ -80,10 +80,9 @@ def test_memory_follows_the_length_of_each_row():
     assert 2900 + 11 * 7 <= max(entries) <= 4097 + 16 * kv_cache.SMALLEST < 12 * 2904 / 3
 
 
-@pytest.mark.parametrize(
-    "cost", [2.0, 4.0]
-)  # seconds of a step with drafts; it gains three tokens, one without takes 1 s
+@pytest.mark.parametrize("cost", [2.0, 4.0])
 def test_drafts_are_used_if_they_are_faster(cost):
+    """A step with drafts takes `cost` seconds for three tokens, one without drafts a second for one token."""
     choice, used = DraftChoice(), []
     for step in range(4 * RETRY):
         if step == 2 * RETRY:
