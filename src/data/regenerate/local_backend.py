@@ -44,8 +44,10 @@ class LocalBackend:
         """
         self.tokenizer, self.encoder, self.sampling = tokenizer, encoder, sampling
         self.target = _load(target, tokenizer, device)
-        self.draft = _load_draft(draft, self.target) if draft else None
-        settings = recommended(draft) if draft else {}
+        settings: dict[str, Any] = {}
+        self.draft: DraftModel | None = None
+        if draft:
+            self.draft, settings = _load_draft(draft, self.target)
         positions = max_text_length(self.target.config, self.draft.block_size if self.draft else 0)
         self.limit = positions - sampling.max_new_tokens  # maximum prompt length in tokens
         if self.limit < 1:
@@ -143,8 +145,13 @@ def _load(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, device: 
     return target
 
 
-def _load_draft(name: str, target: PreTrainedModel) -> DraftModel:
+def _load_draft(name: str, target: PreTrainedModel) -> tuple[DraftModel, dict[str, Any]]:
+    """Load the drafter and the decoding settings that its evaluation recommends.
+
+    Raises:
+        UserError: the drafter is missing, damaged, or belongs to another target.
+    """
     try:
-        return load_draft(name, target)
+        return load_draft(name, target), recommended(name)
     except ValueError as error:
         raise UserError(f"regenerate.draft={name}: {error}") from error
