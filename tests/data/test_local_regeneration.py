@@ -80,6 +80,14 @@ def test_tokens_are_counted_while_answers_are_running(tiny_tokenizer):
     assert len(counts) > 8 and max(counts) <= 6  # a few per step, not all at the end
 
 
+def test_weights_are_stored_by_columns_without_changing_them(tiny_tokenizer, tiny_target):
+    own = backend(tiny_tokenizer).target
+    for (name, stored), loaded in zip(own.named_parameters(), tiny_target.parameters(), strict=True):
+        assert torch.equal(stored, loaded)
+        if "_proj" in name:
+            assert stored.t().is_contiguous() and not stored.is_contiguous()
+
+
 def test_a_damaged_or_foreign_drafter_is_refused(tiny_tokenizer, drafter, tmp_path):
     shutil.copytree(drafter, tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"x" * 300)

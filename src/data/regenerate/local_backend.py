@@ -13,6 +13,7 @@ from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sa
 from models.decoding.continuous import ContinuousDecoder
 from models.decoding.flex import check_untested
 from models.decoding.sampling import Sampling as TokenSampling
+from models.decoding.weight_layout import store_by_columns
 from models.draft import DraftModel
 from models.export import load_draft, recommended
 from models.families import check_architecture, max_text_length
@@ -138,6 +139,7 @@ def _load(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, device: 
         raise UserError(f"model.target: failed to load the target. {error}") from error
     # Set by some targets for their own `generate`. A question has one answer, sampled or greedy, without a beam.
     target.generation_config.num_beams = target.generation_config.num_return_sequences = None
+    store_by_columns(target)
     try:
         check_untested(target, tokenizer)
     except ValueError as error:
