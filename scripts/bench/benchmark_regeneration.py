@@ -28,7 +28,7 @@ from data.preprocess.chat_template import load_encoder
 from data.regenerate.conversation import Sample, Sampling
 from data.regenerate.local_backend import LocalBackend
 from data.sources.readers import open_sources, read_all
-from data.sources.records import Conversation, prompt
+from data.sources.records import prompt
 
 TINY = Path(__file__).resolve().parents[2] / "src" / "data" / "tiny"
 
@@ -106,7 +106,7 @@ def transformers_decoder(args: argparse.Namespace, batch_size: int) -> Callable[
         answers: dict[str, list[int]] = {}
         start = time.perf_counter()
         first = 0.0
-        asked = [(encoder.prompt(Conversation(sample.ask())), sample.id) for sample in samples]
+        asked = [(encoder.prompt(sample.ask()), sample.id) for sample in samples]
         asked.sort(key=lambda pair: -len(pair[0]))
         for begin in range(0, len(asked), batch_size):
             prompts, ids = zip(*asked[begin : begin + batch_size], strict=True)
@@ -133,7 +133,7 @@ def main() -> None:
         for size in sizes:
             name = f"this project, {size} in flight{', with the drafter' * bool(draft)}"
             decoders[name] = own_decoder(args, size, draft)
-            counts[name] = min(args.num_questions, 8 * size)
+            counts[name] = min(args.num_questions, 4 * size)
     results: dict[str, list[Result]] = {name: [] for name in decoders}
     for _ in range(args.repeats):
         for name, run in decoders.items():
