@@ -9,7 +9,11 @@ import pytest
 
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.prepare import prepare
+from data.preprocess.table import TokenizeSettings
+from data.preprocess.tokenized import tokenize
 from data.report import statistics
+from data.report.answers import answer_sections
+from data.report.run import read_again
 from data.sources.readers import open_sources
 
 
@@ -64,6 +68,9 @@ def report(files, tmp_path_factory):
         "| the text is empty | 2 |",
         "| user | ",
         "* 35 answers: 34 supervised in the first document of a conversation, 1 lost to truncation or too short for a",
+        "| math | 33 | 97.1% |",
+        "| 1 to 32 | 34 | 100.0% |",
+        "| en | 34 | 100.0% |",
         "| an identical question | 1 |",
         "| 13 consecutive words in common | 1 |",
         "+ It is four, and that is all there is to say about it.<|im_end|>",
@@ -108,6 +115,57 @@ def test_anchors_per_row_equal_those_of_the_rows(files, tiny_tokenizer, tmp_path
     rows = prepared.training
     counted = statistics.anchors_per_row(prepared.documents, rows, prepared.training_indices)
     assert counted.tolist() == [len(valid_anchors(row)) for row in rows] and np.all(counted > 0)
+
+
+MIXED = [
+    chat("Hello."),
+    {"messages": chat("Say it.")["messages"] + chat("Compute 3 plus 4.", "It is 3 + 4 = 7, of course.")["messages"]},
+    {"messages": []},
+    {"messages": chat("First.")["messages"] + chat("Compute 5 + 6.", "5 + 6 = 11. " * 40)["messages"]},  # too long
+    chat("Hello again.") | {"category": "coding"},
+]
+
+
+def test_supervised_answers_and_their_tokens_are_counted_by_kind(tiny_tokenizer, tmp_path):
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in MIXED))
+    sources = open_sources([{"path": str(file)}, {"path": str(file), "kind": "tools"}], split="train", max_records=None)
+    documents = prepare(
+        sources,
+        ChatEncoder(tiny_tokenizer, {}),
+        max_seq_len=128,
+        truncation="turn",
+        bad_records="skip",
+        num_proc=1,
+        validation_records=0,
+        block_size=4,
+        seed=0,
+        rejects=tmp_path / "rejects.jsonl",
+    ).documents
+    answers, _ = read_again(documents, sources, [])
+    counts = {kind: len(tokens) for kind, tokens in answers.by_kind.items()}
+    assert counts == {"chat": 3, "math": 1, "code": 1, "tools": 5} and answers.declared == 6
+    assert sum(map(sum, answers.by_kind.values())) == sum(int(document.supervised.sum()) for document in documents)
+    length = int(documents[0].supervised.sum())
+    math = int(documents[1].supervised.sum()) - length
+    assert answers.by_kind["chat"] == [length] * 3 and answers.by_kind["math"] == [math]
+    by_kind, by_length, by_language = answer_sections(answers)
+    assert [row[0] for row in by_kind.rows] == ["chat", "code", "math", "tools"]
+    assert by_length.rows == [["1 to 32", "10", "100.0%", *by_length.rows[0][3:]]]
+    assert [row[:2] for row in by_language.rows] in ([["en", "10"]], [["en", "8"], ["unknown", "2"]])
+
+
+@pytest.mark.parametrize("truncation", ["turn", "token"])
+def test_answers_of_a_document_have_its_supervised_tokens(truncation, tiny_tokenizer, tmp_path):
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in MIXED))
+    sources = open_sources(str(file), split="train", max_records=None)
+    settings = TokenizeSettings(max_seq_len=80, truncation=truncation)
+    documents = tokenize(sources, ChatEncoder(tiny_tokenizer, {}), settings, num_proc=1)
+    records, turns, tokens = documents.answer_tokens()
+    assert turns.tolist() == [1, 1, 3, 1, *([3] if truncation == "token" else []), 1]
+    for record, document in zip((0, 1, 3, 4), documents, strict=True):
+        assert tokens[records == record].sum() == document.supervised.sum()
 
 
 @pytest.mark.slow

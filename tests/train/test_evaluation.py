@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.evaluation import HOW
@@ -13,6 +14,7 @@ from helpers.shared import SHORT, TINY, command, random_draft, random_target
 from data.config.compose import composed
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
+from data.sources.benchmarks import ALL
 from data.sources.readers import read_strictly
 from data.sources.records import Conversation, questions
 from models.artifact import EARLIER_RECOMMENDATION, FLEXDRAFT_KEYS, RECOMMENDATION
@@ -34,6 +36,7 @@ from train.evaluate.acceptance import (
     BenchmarkReport,
     Prompts,
     Variant,
+    VariantReport,
     check_baseline,
     compare,
     first_differences,
@@ -41,7 +44,8 @@ from train.evaluate.acceptance import (
     own_answers,
     pooled,
 )
-from train.evaluate.report import _remarks
+from train.evaluate.groups import labels
+from train.evaluate.report import BY_KIND, Evaluation, _remarks, markdown, print_report
 from train.evaluate.run import evaluate_drafter
 from train.evaluate.throughput import ALONE, Speed, filled, recommendation
 from train.run_dir.state import file_sha256, read_json, write_json
@@ -215,11 +219,49 @@ def test_sampled_outputs_are_the_same_with_and_without_a_drafter(tiny_target, tr
     prompts = own_answers(tiny_target, encoder, "x", talks, how)
     report = compare(tiny_target, Variant(load_draft(trained_run / "export", tiny_target), True), prompts, how, "x")
     assert report.identical == 6 and report.tau > 1
-    alone = BenchmarkReport(6, 0, 10, {"x": report})
+    assert prompts.kinds == ["math"] * 6
+    alone = BenchmarkReport(6, 0, 10, {"x": report}, labels(prompts.kinds, prompts.tokens, prompts.answers))
     both = pooled([alone, alone])
+    assert both.groups()["kind"]["math"].variants["x"].tau == pytest.approx(report.tau)
     assert both.prompts == 12 and both.variants["x"].verify_steps == 2 * report.verify_steps
     assert both.variants["x"].tau == pytest.approx(report.tau)
     assert sum(histogram(report.accepted).values()) == report.verify_steps
+
+
+def measured(*accepted: list[int]) -> VariantReport:
+    every = [count for steps in accepted for count in steps]
+    return VariantReport(
+        1 + sum(every) / len(every), 1.0, 2.0, len(every), 3.0, len(accepted), [], [0.5], list(accepted)
+    )
+
+
+def evaluation_of(benchmarks: dict[str, BenchmarkReport]) -> Evaluation:
+    return Evaluation(HOW, "float32", "x", benchmarks, None, [])
+
+
+def test_tau_by_kind_and_length_covers_every_prompt_once(tmp_path, capsys):
+    kinds, lengths = ["math", "chat", "math"], [[0] * 40, [0] * 200, [0] * 128]
+    variants = {"untuned": measured([0], [0, 0], [0]), "calibrated": measured([3, 1], [0], [2])}
+    first = BenchmarkReport(3, 0, 9, variants, labels(kinds, lengths, lengths))
+    second = BenchmarkReport(1, 0, 2, {name: measured([1]) for name in variants}, labels(["code"], [[0]], [[0]]))
+    evaluation = evaluation_of({"a": first, "b": second, ALL: pooled([first, second])})
+    found = evaluation.as_dict()["benchmarks"]
+    by_kind = found[ALL]["by_kind"]
+    assert list(by_kind) == ["chat", "code", "math"] and [of["prompts"] for of in by_kind.values()] == [1, 1, 2]
+    math = by_kind["math"]["variants"]["calibrated"]
+    assert math["tau"] == 3.0 and math["verify_steps"] == 3 and math["high"] >= 3.0
+    assert np.isnan(by_kind["chat"]["variants"]["calibrated"]["low"])  # one prompt has no interval
+    for of in (found[ALL][key] for key in ("by_kind", "by_prompt_tokens", "by_answer_tokens")):
+        assert sum(group["prompts"] for group in of.values()) == 4
+        assert sum(group["variants"]["calibrated"]["verify_steps"] for group in of.values()) == 5
+    assert list(found["a"]["by_prompt_tokens"]) == ["33 to 128", "129 to 512"]
+    assert evaluation.summary()["by_kind"]["math"] == by_kind["math"]
+    text = markdown(evaluation, "x")
+    assert "| all | chat | 1 | 1.00 (-) | 1.00 (-) |" in text and "| answer | 33 to 128 | 2 |" in text
+    print_report(evaluation, tmp_path)
+    assert BY_KIND in capsys.readouterr().out
+    print_report(evaluation_of({"b": second}), tmp_path)
+    assert BY_KIND not in capsys.readouterr().out  # the same numbers as in the first table
 
 
 @pytest.mark.parametrize("mode, blocks", [(ALONE, 0), ("sequential", 1), ("parallel", 5)])

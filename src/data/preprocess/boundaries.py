@@ -25,6 +25,7 @@ PROBES = ("\n", ".", "a", " ", "0", "(", "|")  # prefixes to try, in order, when
 class Span:
     """Location of a supervised answer, as token indices."""
 
+    turn: int  # index of the answer's message
     start: int
     end: int  # end of the answer, including its end token
     after: int  # end of the whitespace that the template writes after the answer
@@ -115,7 +116,7 @@ class BoundaryTokenizer:
         as_text = self.continuation(tokens.text[answer.start : answer.end])
         continued = as_text if known is None or known.token_ids is None else known.token_ids
         ids = np.array([*prompt, *continued], np.int32)
-        span = Span(len(prompt), len(ids), len(ids))
+        span = Span(answer.turn, len(prompt), len(ids), len(ids))
         spans = _cut_off(span) if known is not None and known.token_ids is None else [span]
         if spans:
             yield _document(ids[: spans[0].end], spans, by_ids=continued != as_text)
@@ -166,7 +167,7 @@ class _Tokens:
             if int(self.ids[end]) not in self.cuts:
                 return None
             end += 1  # the end token also matches the whitespace after it
-        return Span(start, end, max(end, self.token(answer.after))) if start < end else None
+        return Span(answer.turn, start, end, max(end, self.token(answer.after))) if start < end else None
 
     def cut(self, char: int) -> tuple[int, int]:
         """Return the last possible cut at or before a character, as (token index, character offset)."""
@@ -188,7 +189,7 @@ def _cut_off(span: Span) -> list[Span]:
 
     The cut may have fallen inside a word or a character, where the text reads back as another token.
     """
-    return [Span(span.start, span.end - 1, span.end - 1)] if span.end - 1 > span.start else []
+    return [Span(span.turn, span.start, span.end - 1, span.end - 1)] if span.end - 1 > span.start else []
 
 
 def _document(ids: np.ndarray, answers: list[Span], by_ids: bool = False) -> AnswerDocument:

@@ -45,6 +45,8 @@ FEATURES = Features(
     **{name: Value("int32") for name in NOTES},
     supervised_answers=Value("int32"),
     by_ids=Value("int32"),  # of these, answers whose text reads back as other tokens than the target wrote
+    turns=List(Value("int32")),  # message index of each supervised answer of the document
+    turn_tokens=List(Value("int32")),  # number of its supervised tokens
     tokens=Value("int32"),  # document length before truncation; a record's first row also counts dropped documents
     anchors=Value("int32"),  # number of valid anchors
     longest=Value("int32"),  # length of the longest answer in tokens
@@ -67,7 +69,7 @@ class Fitted:
     """A document truncated to the row length."""
 
     document: Document
-    answers: int  # number of supervised answers in the document
+    answers: dict[int, int]  # number of tokens of each supervised answer, by message index
     tokens: int  # number of tokens before truncation
     by_ids: bool = False  # see `AnswerDocument`
 
@@ -132,14 +134,13 @@ def fit_to_row(documents: list[AnswerDocument], rendered: Rendered, settings: To
 
 def _truncate(document: AnswerDocument, limit: int, truncation: str) -> Fitted | None:
     """Cut a document after the last answer that fits (turn) or at the limit (token), if it is too long."""
-    tokens, end = len(document.document.input_ids), limit
-    if tokens <= limit:
-        return Fitted(document.document, len(document.answers), tokens, document.by_ids)
-    if truncation == "turn":
+    tokens = len(document.document.input_ids)
+    end = min(tokens, limit)
+    if truncation == "turn" and tokens > limit:
         end = max((answer.after for answer in document.answers if answer.after <= limit), default=0)
     if not end:
         return None
-    answers = sum(answer.start < end for answer in document.answers)
+    answers = {answer.turn: min(answer.end, end) - answer.start for answer in document.answers if answer.start < end}
     cut = Document(document.document.input_ids[:end], document.document.supervised[:end])
     return Fitted(cut, answers, tokens, document.by_ids)
 
@@ -169,11 +170,13 @@ def _counts(rendered: Rendered | None) -> dict[str, int]:
 
 
 def _content(index: int, fitted: Fitted | None) -> dict[str, Any]:
-    document = fitted.document if fitted else NO_TOKENS
+    document, answers = (fitted.document, fitted.answers) if fitted else (NO_TOKENS, {})
     return {
         "document": index,
-        "supervised_answers": fitted.answers if fitted else 0,
-        "by_ids": fitted.answers if fitted and fitted.by_ids else 0,
+        "supervised_answers": len(answers),
+        "by_ids": len(answers) if fitted and fitted.by_ids else 0,
+        "turns": list(answers),
+        "turn_tokens": list(answers.values()),
         "tokens": fitted.tokens if fitted else 0,
         "anchors": _num_anchors(document),
         "longest": longest_answer(document.supervised),

@@ -108,6 +108,18 @@ class Documents(Sequence[Document]):
             "separate": int(separate.sum()),
         }
 
+    def answer_tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the record index, message index and number of tokens of each supervised answer, [answers] each.
+
+        Records count from 0, in the order in which they are read, and include those without supervised answers.
+        """
+        counts = _lengths(self.table, "turns")
+        record = np.cumsum(self.table.data.column("document").to_numpy() == 0) - 1
+        turns, tokens = (
+            compute.list_flatten(self.table.data.column(name)).to_numpy() for name in ("turns", "turn_tokens")
+        )
+        return np.repeat(record, counts), turns, tokens
+
     def lost_tokens(self) -> tuple[int, int]:
         """Return the number of tokens lost to truncation, and the number lost with dropped conversations.
 

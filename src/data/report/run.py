@@ -3,50 +3,42 @@
     python -m data.report +experiment=qwen3_8b
 
 Reads, tokenizes and packs the data exactly as training does; training reuses the cached tokens. Reports records by
-outcome, rejection reasons, lengths, supervised tokens, packing efficiency and overlap with the evaluation prompts.
+outcome, rejection reasons, lengths, supervised tokens, answers by kind, length and language, packing efficiency and
+overlap with the evaluation prompts.
 Prints the report and writes it to checkpoints/<name>/data_report/ as Markdown with plots. Bad records are counted and
 listed; data.bad_records has no effect here.
 """
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from omegaconf import DictConfig
-from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
 from data.config.compose import plain
 from data.config.validate import command_line
+from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder, load_encoder
 from data.preprocess.prepare import Prepared, describe_answers, prepare
 from data.preprocess.tokenized import Documents
 from data.report import statistics
+from data.report.answers import AnswerCounter, Answers, answer_sections
 from data.report.prompts import read_prompts
-from data.sources.readers import Source, open_sources
+from data.report.section import Section, markdown, print_report
+from data.sources.kinds import declared
+from data.sources.readers import Source, open_sources, read_all
+from data.sources.records import parsed
 from data.sources.rejects import common_reasons
-from data.terminal import run_command, say, terminal
+from data.terminal import run_command, say
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 SHOWN_FILES = 20  # number of files to list
 SHOWN_TOKENS = 400  # number of tokens of the example conversation to show
-
-
-@dataclass
-class Section:
-    """A table in the report, with its title and notes."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
 
 
 def main() -> None:
@@ -76,20 +68,22 @@ def write_report(config: DictConfig) -> None:
         seed=config.seed,
         rejects=folder / "rejects.jsonl",
     )
+    answers, overlap = read_again(prepared.documents, sources, prompts)
     sections = [
         _records(prepared, sources),
         *_rejects(prepared, folder),
         _lengths(prepared),
         _supervision(prepared.documents, sources, encoder),
+        *answer_sections(answers),
         _rows(prepared, settings["stage"]["attention_tuning"]),
-        _overlap(sources, prompts, data["prompts"]),
+        _overlap(overlap, prompts, data["prompts"]),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     _plot(prepared, data["max_seq_len"], folder)
     example = _example(prepared, tokenizer)
     title = f"Data report for {config.name}: {data['path']}"
-    _print(title, sections, example)
-    (folder / "report.md").write_text(_markdown(title, sections, example), encoding="utf-8")
+    print_report(title, sections, example)
+    (folder / "report.md").write_text(markdown(title, sections, example), encoding="utf-8")
     say(f"\nreport and plots: {folder / 'report.md'}")
 
 
@@ -189,19 +183,28 @@ def _rows(prepared: Prepared, stage: dict[str, Any]) -> Section:
     return Section("Rows", ["", ""], table)
 
 
-def _overlap(sources: list[Source], prompts: list[Any], path: Any) -> Section:
+def read_again(documents: Documents, sources: list[Source], prompts: list[Any]) -> tuple[Answers, statistics.Overlap]:
+    """Read all records once more: classify their supervised answers and compare their questions with the prompts."""
+    counter, overlap = AnswerCounter(documents), statistics.Overlap(prompts)
     total = sum(source.take for source in sources)
+    progress = tqdm(read_all(sources), total=total, desc="reading answers and questions", unit=" records", delay=2)
+    for index, (source, raw) in enumerate(progress):
+        try:
+            found = raw.parse(parsed)
+        except BadRecord:
+            continue
+        counter.add(index, found, source.kind or declared(raw.value))
+        overlap.add(source, raw, found.messages)
+    return counter.answers, overlap
 
-    def progress(records: Iterable[Any]) -> Iterable[Any]:
-        return tqdm(records, total=total, desc="checking overlap with the prompts", unit=" records", delay=2)
 
-    identical, partial, locations = statistics.overlap(sources, prompts, progress)
+def _overlap(found: statistics.Overlap, prompts: list[Any], path: Any) -> Section:
     rows = [
-        ["an identical question", f"{identical:,}"],
-        [f"{statistics.OVERLAP_WORDS} consecutive words in common", f"{partial:,}"],
+        ["an identical question", f"{found.identical:,}"],
+        [f"{statistics.OVERLAP_WORDS} consecutive words in common", f"{found.partial:,}"],
     ]
     title = f"Overlap with the {len(prompts):,} evaluation prompts"
-    return Section(title, ["training records with", ""], rows, [f"data.prompts: {path}", *locations])
+    return Section(title, ["training records with", ""], rows, [f"data.prompts: {path}", *found.locations])
 
 
 def _example(prepared: Prepared, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -210,39 +213,6 @@ def _example(prepared: Prepared, tokenizer: Any) -> list[tuple[str, bool]]:
     ids, supervised = document.input_ids[:SHOWN_TOKENS], document.supervised[:SHOWN_TOKENS]
     edges = [0, *(np.flatnonzero(np.diff(supervised.astype(int))) + 1).tolist(), len(ids)]
     return [(tokenizer.decode(ids[a:b].tolist()), bool(supervised[a])) for a, b in zip(edges, edges[1:], strict=False)]
-
-
-def _print(title: str, sections: list[Section], example: list[tuple[str, bool]]) -> None:
-    console = terminal()
-    console.rule(title)
-    for section in sections:
-        table = Table(title=section.title, title_justify="left", show_header=any(section.header))
-        for name in section.header:
-            table.add_column(name)
-        for row in section.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-        for note in section.notes:
-            say(note)
-        console.print()
-    green = Text("supervised tokens in green", "bold green")
-    console.print(Text.assemble("Example conversation in the target's chat template; ", green, ":"))
-    console.print(Text.assemble(*((text, "bold green" if supervised else "dim") for text, supervised in example)))
-
-
-def _markdown(title: str, sections: list[Section], example: list[tuple[str, bool]]) -> str:
-    lines = [f"# {title}", "", "![lengths](lengths.png) ![anchors](anchors.png)", ""]
-    for section in sections:
-        lines += [f"## {section.title}", "", _table_line(section.header), "|---" * len(section.header) + "|"]
-        lines += [*map(_table_line, section.rows), "", *(f"* {note}" for note in section.notes), ""]
-    lines += ["## Example conversation", "", "In the target's chat template. Supervised lines start with `+`."]
-    lines += ["", "```diff"]
-    lines += [("+ " if supervised else "  ") + line for text, supervised in example for line in text.split("\n")]
-    return "\n".join([*lines, "```", ""])
-
-
-def _table_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _plot(prepared: Prepared, max_seq_len: int, folder: Path) -> None:

@@ -2,9 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +13,9 @@ from data.preprocess.document import Document
 from data.preprocess.packing import PackedRows
 from data.preprocess.table import BAD
 from data.preprocess.tokenized import Documents
+from data.sources.chunks import RawRecord
 from data.sources.readers import Source, read_all
-from data.sources.records import Conversation, Messages, conversation, parsed
+from data.sources.records import Conversation, Messages, conversation
 
 OVERLAP_WORDS = 13  # a shared n-gram of this many words counts as overlap, as in the GPT-3 paper
 SAMPLED = 1000  # maximum number of conversations in which tokens are counted by role
@@ -85,41 +85,49 @@ def _count_roles(counts: Roles, messages: Messages, text: str, document: Documen
         counts.supervised[role] += bool(supervised)
 
 
+def is_sampled(index: int, total: int) -> bool:
+    """Return whether the record with this index is one of up to SAMPLED records spread evenly over `total`."""
+    return (index + 1) * SAMPLED // total > index * SAMPLED // total or total <= SAMPLED
+
+
 def _sampled(sources: list[Source]) -> Iterator[Conversation]:
     total = sum(source.take for source in sources)
     for index, (_, raw) in enumerate(read_all(sources)):
-        if (index + 1) * SAMPLED // total > index * SAMPLED // total or total <= SAMPLED:
+        if is_sampled(index, total):
             try:
                 yield raw.parse(conversation)
             except BadRecord:
                 continue
 
 
-def overlap(
-    sources: list[Source], prompts: list[Conversation], progress: Callable[[Any], Any]
-) -> tuple[int, int, list[str]]:
-    """Find overlap between training questions and evaluation prompts, ignoring case, punctuation and whitespace.
+class Overlap:
+    """Counts training records that share questions with evaluation prompts, ignoring case, punctuation and whitespace.
 
-    Returns:
-        The number of records with an identical question, the number of other records that share an OVERLAP_WORDS-gram
-        with a prompt, and the locations of the first five records of either kind.
+    Attributes:
+        identical: number of records with an identical question.
+        partial: number of other records that share an OVERLAP_WORDS-gram with a prompt.
+        locations: locations of the first five records of either kind.
     """
-    evaluated = [_words(turn) for asked in prompts for turn in _user_turns(asked.messages)]
-    prompt_texts = {tuple(words) for words in evaluated}
-    prompt_ngrams = {ngram for words in evaluated for ngram in _ngrams(words)}
-    identical, partial = 0, 0
-    locations: list[str] = []
-    for source, raw in progress(read_all(sources)):
-        try:
-            texts = [_words(turn) for turn in _user_turns(raw.parse(parsed).messages)]
-        except BadRecord:
-            continue
-        is_identical = any(tuple(words) in prompt_texts for words in texts)
-        is_partial = not is_identical and any(n in prompt_ngrams for words in texts for n in _ngrams(words))
-        identical, partial = identical + is_identical, partial + is_partial
-        if (is_identical or is_partial) and len(locations) < 5:
-            locations.append(source.reader.location(raw.position))
-    return identical, partial, locations
+
+    def __init__(self, prompts: list[Conversation]) -> None:
+        evaluated = [_words(turn) for asked in prompts for turn in _user_turns(asked.messages)]
+        self._texts = {tuple(words) for words in evaluated}
+        self._ngrams = {ngram for words in evaluated for ngram in _ngrams(words)}
+        self._longest = {max(ngram, key=len) for ngram in self._ngrams}  # fast check: every overlap has one of these
+        self.identical, self.partial = 0, 0
+        self.locations: list[str] = []
+
+    def add(self, source: Source, raw: RawRecord, messages: Messages) -> None:
+        """Count a record, given its messages."""
+        texts = [_words(turn) for turn in _user_turns(messages)]
+        is_identical = any(tuple(words) in self._texts for words in texts)
+        is_partial = not is_identical and any(self._shares_ngram(words) for words in texts)
+        self.identical, self.partial = self.identical + is_identical, self.partial + is_partial
+        if (is_identical or is_partial) and len(self.locations) < 5:
+            self.locations.append(source.reader.location(raw.position))
+
+    def _shares_ngram(self, words: list[str]) -> bool:
+        return not self._longest.isdisjoint(words) and any(ngram in self._ngrams for ngram in _ngrams(words))
 
 
 def _user_turns(messages: Messages) -> list[str]:

@@ -1,14 +1,16 @@
 """Reads single- and multi-turn benchmark prompts from files or Hub datasets."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from data.errors import BadRecord, UserError
+from data.sources.kinds import check_kind, declared
 from data.sources.readers import fingerprint, open_sources, read_strictly
 from data.sources.records import Conversation, questions
 
 ALL = "all"  # reserved name for all benchmarks combined
-KEYS = ("path", "subset", "split", "turns", "template")
+KEYS = ("path", "subset", "split", "turns", "template", "kind")
 
 
 def read_benchmark(
@@ -25,7 +27,7 @@ def read_benchmark(
         name: the benchmark.
         settings: `path` of a file, folder or Hub dataset; `subset` and `split` of a Hub dataset. If the records are not
             conversations, also `turns`, the column with the list of user turns, or `template`, a format string that
-            builds a single user turn from the columns.
+            builds a single user turn from the columns. Optionally `kind`, the kind of all answers.
         limit: number of conversations.
         check: raises BadRecord for a conversation that the target cannot be asked.
         warn: see `open_sources`.
@@ -39,7 +41,7 @@ def read_benchmark(
     def parse_and_check(record: Any) -> Conversation:
         conversation = parse(record)
         check(conversation)
-        return conversation
+        return replace(conversation, kind=settings.get("kind") or declared(record))
 
     setting = f"benchmarks.{name}.path"
     return read_strictly(_source(settings), parse_and_check, split="test", limit=limit, setting=setting, warn=warn)
@@ -50,7 +52,8 @@ def benchmark_fingerprint(name: str, settings: Any) -> list[Any]:
     _check(name, settings)
     given, setting = _source(settings), f"benchmarks.{name}.path"
     sources = open_sources(given, split="test", default_split="test", max_records=None, setting=setting)
-    return [fingerprint(sources), settings.get("turns"), settings.get("template")]
+    kind = [settings["kind"]] if settings.get("kind") else []
+    return [fingerprint(sources), settings.get("turns"), settings.get("template"), *kind]
 
 
 def _check(name: str, settings: Any) -> None:
@@ -60,6 +63,8 @@ def _check(name: str, settings: Any) -> None:
         raise UserError(f"benchmarks.{name}={settings!r}: expected at least a path; see conf/benchmarks/.")
     if unknown := sorted(settings.keys() - set(KEYS)):
         raise UserError(f"benchmarks.{name}.{unknown[0]}: no such setting; expected one of {', '.join(KEYS)}.")
+    if settings.get("kind") is not None:
+        check_kind(settings["kind"], f"benchmarks.{name}.kind")
     if settings.get("turns") and settings.get("template"):
         raise UserError(f"benchmarks.{name}: set either turns or template, not both.")
 

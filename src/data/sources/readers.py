@@ -14,10 +14,11 @@ from data.errors import BadRecord, UserError
 from data.sources.chunks import Chunk, RawRecord, Reader, T, unreadable
 from data.sources.formats import FILES, is_data_file, open_file
 from data.sources.hub import open_hub
+from data.sources.kinds import check_kind
 from data.sources.splits import missing_shards, open_folder
 from data.sources.tables import Table
 
-SETTINGS = ("path", "weight", "split", "subset")
+SETTINGS = ("path", "weight", "split", "subset", "kind")
 
 
 class SourceSettings(TypedDict):
@@ -27,6 +28,7 @@ class SourceSettings(TypedDict):
     weight: float | None
     split: str | None
     subset: str | None
+    kind: str | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Source:
 
     reader: Reader
     take: int
+    kind: str | None = None  # kind of its answers (`data.sources.kinds`), if the source declares one
 
     def selects(self, index: int) -> bool:
         """Return whether the record with this index (not counting blank lines) is selected."""
@@ -98,8 +101,8 @@ def open_sources(
         raise UserError(f"{setting}={empty} contains no records. Expected JSON objects, or a table with rows.")
     takes = mix(counts, weights, max_records)
     return [
-        Source(reader, count)
-        for source, take in zip(opened, takes, strict=True)
+        Source(reader, count, item["kind"])
+        for item, source, take in zip(given, opened, takes, strict=True)
         for reader, count in zip(source.readers, _spread(source.readers, take), strict=True)
         if count
     ]
@@ -135,7 +138,10 @@ def _settings(item: Any, setting: str) -> SourceSettings:
         isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf
     ):
         raise UserError(f"{setting}: weight={weight!r} for {item['path']} must be a number > 0.")
-    return {"path": item["path"], "weight": weight, "split": item.get("split"), "subset": item.get("subset")}
+    if (kind := item.get("kind")) is not None:
+        check_kind(kind, f"{setting}: {item['path']}: kind")
+    split, subset = item.get("split"), item.get("subset")
+    return {"path": item["path"], "weight": weight, "split": split, "subset": subset, "kind": kind}
 
 
 def _open(item: SourceSettings, split: str, chosen: bool, setting: str, warn: Callable[[str], None]) -> "_Opened":

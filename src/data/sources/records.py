@@ -22,6 +22,7 @@ class Conversation:
     untrained: frozenset[int] = frozenset()  # indices of assistant messages that are history only, not supervised
     written: Mapping[int, Written] = field(default_factory=dict)  # by message index
     skipped: int = 0  # number of answers before the first question, which are left out
+    kind: str | None = None  # declared kind of its answers (`data.sources.kinds`), for evaluation prompts
 
 
 def conversation(record: Any) -> Conversation:

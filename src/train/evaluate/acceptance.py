@@ -1,7 +1,7 @@
 """Acceptance and losslessness, measured by decoding benchmarks with the drafter and with the target alone."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.preprocess.chat_template import ChatEncoder
+from data.preprocess.supervision import OPENS_REASONING
+from data.sources.kinds import answer_kind
 from data.sources.records import Conversation, Messages
 from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import GenerationResult, generate
@@ -19,6 +21,9 @@ from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
 from models.draft import DraftModel
 from models.families import max_text_length
+from train.evaluate.groups import Group, groups
+
+REASONING_TOKENS = 16  # tokens at the end of a prompt that may open a reasoning block
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Prompts:
     tokens: list[list[int]]
     answers: list[list[int]]
     left_out: int = 0  # skipped turns: those whose answer could exceed the context length, and all turns after them
+    kinds: list[str] = field(default_factory=list)  # kind of each answer (`data.sources.kinds`)
 
 
 @dataclass
@@ -83,10 +89,19 @@ class BenchmarkReport:
     left_out: int
     new_tokens: int  # in the target's own answers
     variants: dict[str, VariantReport]
+    labels: dict[str, list[str]] = field(default_factory=dict)  # by grouping (`groups.labels`), of each prompt
+
+    def groups(self) -> dict[str, dict[str, Group]]:
+        """Return τ by grouping and label."""
+        accepted = {name: variant.accepted for name, variant in self.variants.items()}
+        return {grouping: groups(of_prompts, accepted) for grouping, of_prompts in self.labels.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-serializable dict."""
-        return asdict(self)
+        by = {f"by_{grouping.replace(' ', '_')}": found for grouping, found in self.groups().items()}
+        found = asdict(self) | {key: {label: asdict(group) for label, group in of.items()} for key, of in by.items()}
+        del found["labels"]
+        return found
 
 
 def own_answers(
@@ -119,7 +134,16 @@ def own_answers(
             talks[i] += [*turns[i][turn], {"role": "assistant", "content": text}]
             prompts.tokens.append(asked[i])
             prompts.answers.append(answer)
+            prompts.kinds.append(_kind(encoder, replace(conversations[i], messages=talks[i]), asked[i]))
     return prompts
+
+
+def _kind(encoder: ChatEncoder, answered: Conversation, prompt: list[int]) -> str:
+    """Return the declared kind of a conversation, or the kind of its last answer, given the prompt's tokens."""
+    if answered.kind:
+        return answered.kind
+    end = encoder.backend.decode(prompt[-REASONING_TOKENS:], skip_special_tokens=False)
+    return answer_kind(answered, len(answered.messages) - 1, reasoning=OPENS_REASONING.search(end) is not None)
 
 
 def _turns(messages: Messages) -> list[Messages]:
@@ -198,7 +222,10 @@ def pooled(reports: list[BenchmarkReport]) -> BenchmarkReport:
             1 + len(one.acceptance_by_slot),
         )
     totals = {key: sum(getattr(report, key) for report in reports) for key in ("prompts", "left_out", "new_tokens")}
-    return BenchmarkReport(**totals, variants=variants)
+    of_prompts = {
+        grouping: [x for report in reports for x in report.labels[grouping]] for grouping in reports[0].labels
+    }
+    return BenchmarkReport(**totals, variants=variants, labels=of_prompts)
 
 
 def _report(

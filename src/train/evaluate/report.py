@@ -1,7 +1,7 @@
 """Evaluation report: tables for the terminal and Markdown, and plots."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from data.terminal import terminal
 from models.decoding.selection import Selection
 from train.evaluate.acceptance import BenchmarkReport, Decoding, VariantReport, histogram
+from train.evaluate.groups import ANSWER, KIND, PROMPT, Tau
 from train.evaluate.plots import finish, plt
 from train.evaluate.throughput import ALONE, SpeedReport
 from train.terminal import say
@@ -21,6 +22,8 @@ COLORS = {
     "calibrated": "#c8443c",
 }
 TIE = 1e-4  # logit margin below which float32 rounding may swap two tokens
+BY_KIND = "τ by kind of answer, with 95% interval"
+BY_LENGTH = "τ by length, with 95% interval"
 STEPS = "Time per verify step in ms, with FLOPs and FLOP/s"
 DECODER_COLORS = {ALONE: "#9aa5b1", "sequential": "#2878b5", "parallel": "#c8443c"}
 
@@ -82,7 +85,8 @@ class Evaluation:
             name: {variant: {key: getattr(one, key) for key in keys} for variant, one in report.variants.items()}
             for name, report in self.benchmarks.items()
         }
-        return {"benchmarks": found, "recommended": self.speed.recommended if self.speed else {}}
+        kinds = {kind: asdict(group) for kind, group in self.together.groups()[KIND].items()}
+        return {"benchmarks": found, "by_kind": kinds, "recommended": self.speed.recommended if self.speed else {}}
 
 
 Rows = list[list[str]]  # the first row is the header
@@ -96,6 +100,8 @@ def tables(evaluation: Evaluation) -> dict[str, Rows]:
         settings += f", top_k {sampling.top_k}"
     title = f"Acceptance: {settings}, {evaluation.dtype}, up to {how.max_new_tokens} new tokens"
     found = {title: _acceptance(evaluation.benchmarks)}
+    found[BY_KIND] = _by_group(evaluation.benchmarks, [KIND])
+    found[BY_LENGTH] = _by_group({"": evaluation.together}, [PROMPT, ANSWER])
     if speed := evaluation.speed:
         first = next(iter(evaluation.benchmarks))
         found[f"Tokens/s by benchmark, one prompt at a time, {speed.device}"] = _by_benchmark(speed)
@@ -121,10 +127,14 @@ def markdown(evaluation: Evaluation, name: str) -> str:
 
 
 def print_report(evaluation: Evaluation, run_dir: Path) -> None:
-    """Print tables and remarks to the terminal. The breakdown of step time appears only in the Markdown report."""
+    """Print tables and remarks to the terminal.
+
+    The breakdown of step time, τ by length and τ of a single kind appear only in the Markdown report.
+    """
     console = terminal()
+    several = len(evaluation.together.groups()[KIND]) > 1
     for title, (header, *rows) in tables(evaluation).items():
-        if title == STEPS:
+        if title in (STEPS, BY_LENGTH) or (title == BY_KIND and not several):
             continue
         table = Table(title=title, title_justify="left", min_width=60)
         for column, text in enumerate(header):
@@ -187,9 +197,23 @@ def _acceptance(benchmarks: dict[str, BenchmarkReport]) -> Rows:
     return rows
 
 
+def _by_group(benchmarks: dict[str, BenchmarkReport], groupings: list[str]) -> Rows:
+    variants = list(next(iter(benchmarks.values())).variants)
+    rows = [["benchmark" if KIND in groupings else "", "kind" if KIND in groupings else "tokens", "prompts", *variants]]
+    for benchmark, report in benchmarks.items():
+        for grouping in groupings:
+            for label, group in report.groups()[grouping].items():
+                taus = [f"{tau.tau:.2f} ({_interval(tau)})" for tau in group.variants.values()]
+                rows.append([benchmark or grouping.removesuffix(" tokens"), label, str(group.prompts), *taus])
+    return rows
+
+
+def _interval(found: VariantReport | Tau) -> str:
+    return "-" if math.isnan(found.low) else f"{found.low:.2f}-{found.high:.2f}"
+
+
 def _variant(found: VariantReport, prompts: int) -> list[str]:
-    interval = "-" if math.isnan(found.low) else f"{found.low:.2f}-{found.high:.2f}"
-    return [f"{found.tau:.2f}", interval, f"{found.verify_steps:,}", f"{found.verified:.1f}"] + [
+    return [f"{found.tau:.2f}", _interval(found), f"{found.verify_steps:,}", f"{found.verified:.1f}"] + [
         f"{found.identical}/{prompts}"
     ]
 

@@ -14,6 +14,7 @@ from models.decoding.sampling import Sampling
 from models.decoding.selection import Selection
 from models.draft import DraftModel
 from train.evaluate.acceptance import BenchmarkReport, Decoding, Variant, check_baseline, compare, own_answers, pooled
+from train.evaluate.groups import labels
 from train.evaluate.report import Evaluation
 from train.evaluate.throughput import DecoderComparison, measure_speed
 
@@ -64,7 +65,8 @@ def evaluate_drafter(
             label: compare(target, variant, own, how, f"{benchmark}: {label}") for label, variant in variants.items()
         }
         new_tokens = sum(map(len, own.answers))
-        reports[benchmark] = BenchmarkReport(len(own.tokens), own.left_out, new_tokens, found)
+        of_prompts = labels(own.kinds, own.tokens, own.answers)
+        reports[benchmark] = BenchmarkReport(len(own.tokens), own.left_out, new_tokens, found, of_prompts)
         prompts[benchmark] = own.tokens
     if len(reports) > 1:
         reports[ALL] = pooled(list(reports.values()))

@@ -229,9 +229,22 @@ def _figures(report: dict[str, Any], seed: int) -> str:
         f"selective verification {selected}, seed {seed}."
     )
     text = [_table(["benchmark", "drafter", "τ", "95%", "verify steps", "identical"], rows), f"{protocol}\n{LEGEND}"]
+    text += _by_kind(next(reversed(report["benchmarks"].values())).get("by_kind", {}))
     if report["speed"]:
         text += _speed(report["speed"])
     return "\n\n".join(text)
+
+
+def _by_kind(kinds: dict[str, Any]) -> list[str]:
+    """Return a table with τ by kind of answer, if there are several kinds. Earlier versions did not record them."""
+    if len(kinds) < 2:
+        return []
+    names = sorted(next(iter(kinds.values()))["variants"], key=VARIANTS.index)
+    rows = []
+    for kind, group in kinds.items():
+        taus = [group["variants"][name] for name in names]
+        rows.append([kind, f"{group['prompts']}", *(f"{_figure(tau['tau'])} ({_interval(tau)})" for tau in taus)])
+    return [f"τ by kind of answer, with its 95% interval:\n\n{_table(['kind', 'prompts', *names], rows)}"]
 
 
 def _recommended(exported: Path) -> str:
