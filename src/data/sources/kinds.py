@@ -74,6 +74,7 @@ NUMBER = re.compile(
     r"\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|twice|dozen|third|quarter|double|triple|times)\b"
 )
 THOUGHT = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\])?(.*?)(?:</[\w:]*think\w*>|\[/THINK\])", re.S)
+OPENED = re.compile(r"(?:<[\w:]*think\w*>|\[THINK\])\s*$")  # the end of a prompt that opens a reasoning block
 OPEN_THOUGHT = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\])\s*\S")
 
 

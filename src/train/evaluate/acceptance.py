@@ -9,8 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.preprocess.chat_template import ChatEncoder
-from data.preprocess.supervision import OPENS_REASONING
-from data.sources.kinds import answer_kind
+from data.sources.kinds import OPENED, answer_kind
 from data.sources.records import Conversation, Messages
 from models.acceptance import acceptance_by_slot, mean_acceptance_length, tau_interval
 from models.decoding.flex import GenerationResult, generate
@@ -143,7 +142,7 @@ def _kind(encoder: ChatEncoder, answered: Conversation, prompt: list[int]) -> st
     if answered.kind:
         return answered.kind
     end = encoder.backend.decode(prompt[-REASONING_TOKENS:], skip_special_tokens=False)
-    return answer_kind(answered, len(answered.messages) - 1, reasoning=OPENS_REASONING.search(end) is not None)
+    return answer_kind(answered, len(answered.messages) - 1, reasoning=OPENED.search(end) is not None)
 
 
 def _turns(messages: Messages) -> list[Messages]:
