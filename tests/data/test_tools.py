@@ -43,6 +43,25 @@ def test_arguments_are_json_text_where_the_template_needs_it(tiny_tokenizer, mon
     assert tiny_tokenizer.decode(runs[0][1]) == f"get_forecast: {arguments}<|im_end|>"
 
 
+@pytest.mark.parametrize("given", ["call_0Aq7", None])
+def test_ids_that_mistral_rejects_are_replaced(given):
+    encoder, tokenizer = encoder_of("Mistral 7B v0.3")
+    parallel = calling(0, 2)
+    results = [result(0, 1), result(0)] if given else [result(0), result(0, 1)]
+    for i, call in enumerate(parallel["tool_calls"]):
+        call["id"] = given and f"{given}{i}"
+    for message, i in zip(results, (1, 0) if given else (0, 1), strict=True):
+        message["tool_call_id"] = given and f"{given}{i}"
+    bare = [{k: v for k, v in m.items() if v is not None} for m in (parallel, *results)]
+    bare[0]["tool_calls"] = [{k: v for k, v in call.items() if v is not None} for call in bare[0]["tool_calls"]]
+    runs = supervised_runs(encoder.documents(Conversation([user(0), *bare, assistant(0)], TOOLS)))
+    ids = [call["id"] for call in json.loads(tokenizer.decode(runs[0][1])[len("[TOOL_CALLS] ") : -len("</s>")])]
+    assert all(len(name) == 9 and name.isalnum() for name in ids) and len(set(ids)) == 2
+    prompt = tokenizer.decode(runs[1][0])
+    order = [prompt.rindex(f'"call_id": "{name}"') for name in ids]
+    assert sorted(order, reverse=given is not None) == order
+
+
 def test_a_template_named_tool_use_renders_conversations_with_tools(qwen):
     """As in transformers, for tokenizers with several templates."""
     encoder, tokenizer = qwen

@@ -176,7 +176,7 @@ class ChatEncoder:
         if messages[0]["role"] == "developer" and "developer" not in self.template:
             messages = [messages[0] | {"role": "system"}, *messages[1:]]
         if any("tool_calls" in message for message in messages):
-            messages = [self.call_form.apply(message) for message in messages]
+            messages = self.call_form.apply(messages)
         if not tools:
             return messages, self._render
         if special := self._special_token(json.dumps(tools, ensure_ascii=False)):

@@ -2,12 +2,15 @@
 
 Templates differ in the form of a call: most expect the arguments as an object and empty text, some the arguments as
 JSON text or no text at all. The first form in which a template writes a sample call is used for all conversations.
+Mistral's templates also require ids of nine letters and digits, which the target itself chooses at random. Other ids,
+and missing ones, are replaced for them.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.errors import BadRecord
@@ -25,7 +28,6 @@ SAMPLE: Messages = [
         "role": "assistant",
         "content": "",
         "tool_calls": [
-            # Mistral's templates require ids of nine letters and digits.
             {"type": "function", "id": "a1b2c3d4e", "function": {"name": NAME, "arguments": {"city": VALUE}}}
         ],
     },
@@ -38,11 +40,16 @@ class CallForm:
 
     json_text: bool = False  # arguments as JSON text
     no_text: bool = False  # no text at all beside the calls, instead of an empty one
+    short_ids: bool = False  # ids of nine letters and digits
 
-    def apply(self, message: Message) -> Message:
-        """Return an assistant message with its calls in this form."""
+    def apply(self, messages: Messages) -> Messages:
+        """Return the messages of a conversation with all calls in this form."""
+        messages = _with_short_ids(messages) if self.short_ids else messages
+        return [self._apply(message) for message in messages] if self.json_text or self.no_text else messages
+
+    def _apply(self, message: Message) -> Message:
         calls = message.get("tool_calls")
-        if not calls or self == CallForm():
+        if not calls:
             return message
         if self.json_text:
             calls = [call | {"function": _with_json_text(call["function"])} for call in calls]
@@ -54,13 +61,45 @@ def call_form(render: Callable[..., str]) -> CallForm:
     """Return the first form in which a template writes a sample call, or the usual form if it writes none."""
     forms = [CallForm(json_text, no_text) for json_text in (False, True) for no_text in (False, True)]
     for form in forms:
-        try:
-            text = render([form.apply(m) for m in SAMPLE], False, tools=[{"type": "function", "function": SAMPLE_TOOL}])
-        except BadRecord:
-            continue
-        if VALUE in text and NAME in text[text.rfind(SAMPLE[0]["content"]) :]:
-            return form
+        if _writes(render, form.apply(SAMPLE)):
+            return replace(form, short_ids=not _writes(render, form.apply(_without_ids(SAMPLE))))
     return forms[0]
+
+
+def _writes(render: Callable[..., str], messages: Messages) -> bool:
+    try:
+        text = render(messages, False, tools=[{"type": "function", "function": SAMPLE_TOOL}])
+    except BadRecord:
+        return False
+    return VALUE in text and NAME in text[text.rfind(SAMPLE[0]["content"]) :]
+
+
+def _without_ids(messages: Messages) -> Messages:
+    call = {key: value for key, value in messages[-1]["tool_calls"][0].items() if key != "id"}
+    return [*messages[:-1], messages[-1] | {"tool_calls": [call]}]
+
+
+def _with_short_ids(messages: Messages) -> Messages:
+    """Give calls, and their results, ids of nine letters and digits. Results without an id belong to calls in order."""
+    found: Messages = []
+    waiting: list[tuple[str | None, str]] = []  # original and short ids of the calls without a result
+    for turn, message in enumerate(messages):
+        if calls := message.get("tool_calls"):
+            waiting = [(call.get("id"), _short_id(call.get("id") or f"{turn}/{i}")) for i, call in enumerate(calls)]
+            pairs = zip(calls, waiting, strict=True)
+            message = message | {"tool_calls": [call | {"id": short} for call, (_, short) in pairs]}
+        elif message["role"] == "tool" and waiting:
+            given = message.get("tool_call_id")
+            answered = next((pair for pair in waiting if given is not None and pair[0] == given), waiting[0])
+            waiting = [pair for pair in waiting if pair != answered] or waiting
+            message = message | {"tool_call_id": answered[1]}
+        found.append(message)
+    return found
+
+
+def _short_id(name: str) -> str:
+    short = len(name) == 9 and name.isascii() and name.isalnum()
+    return name if short else hashlib.blake2b(name.encode(), digest_size=5).hexdigest()[:9]
 
 
 def dropped_call(calls: list[dict[str, Any]], text: str) -> str | None:
