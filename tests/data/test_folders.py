@@ -162,6 +162,9 @@ def test_the_configurations_of_a_readme_are_subsets(tmp_path):
     assert numbers == [3] and "other configurations in README.md (main/x.jsonl, main/y.jsonl)" in note
     with pytest.raises(UserError, match=r"pick one among the available configs: \['main', 'other'\]"):
         read(str(tmp_path))
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(UserError, match=r"README\.md: invalid YAML between the --- lines \(.*\)\. Fix or remove"):
+        read(str(tmp_path))
     (tmp_path / "README.md").write_text("no metadata")
     with pytest.raises(UserError, match="subset=main has no effect"):
         read({"path": str(tmp_path), "subset": "main"})

@@ -8,6 +8,7 @@ import pyarrow
 import pytest
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
+from pyarrow import feather
 
 from data.errors import UserError
 from data.preprocess import tokenized
@@ -157,6 +158,21 @@ def test_a_damaged_cache_entry_is_built_again(tmp_path, cache, encoder):
         assert [again[i].input_ids.tolist() for i in range(len(RECORDS))] == before
     (cache / "flexdraft" / file.parent.name / "files.json").unlink()
     assert len(tokens(path, encoder)) == len(RECORDS)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather"])
+def test_a_damaged_conversion_of_a_table_is_repeated(kind, tmp_path, cache):
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        Dataset.from_list(RECORDS).to_parquet(str(path))
+    else:
+        feather.write_feather(pyarrow.Table.from_pylist(RECORDS), path)
+    assert values(opened(path)) == RECORDS
+    (converted,) = cache.rglob("*.arrow")
+    for content in (converted.read_bytes()[:300], b""):
+        converted.unlink()  # it is mapped into memory
+        converted.write_bytes(content)
+        assert values(opened(path)) == RECORDS
 
 
 def test_a_complete_cache_entry_is_read_without_writing(tmp_path, cache, encoder, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +103,11 @@ def _check_wrapper(reader: Reader) -> None:
     (record,) = reader.read(reader.chunks()[0])
     fields = record.value if isinstance(record.value, dict) and not KEYS & record.value.keys() else {}
     for key, value in fields.items():
+        if isinstance(value, dict) and KEYS & value.keys():
+            raise UserError(
+                f"{reader.name}: a single object with a record under each key; expected an array or one object per "
+                f"line. Convert it with: jq -c '.[]' {reader.name} > conversations.jsonl"
+            )
         if isinstance(value, list) and value and isinstance(value[0], dict) and KEYS & value[0].keys():
             raise UserError(
                 f"{reader.name}: a single object with the records in `{key}`; expected an array or one object per "
@@ -153,6 +159,8 @@ def _decompressed(file: Path) -> Path:
             with complete_file(target) as temporary, temporary.open("wb") as out, _stream(file, magic) as stream:
                 for block in _blocks(stream, file):
                     out.write(block)
+                out.flush()
+                os.fsync(out.fileno())  # the name must not survive a crash without the content
     return target
 
 

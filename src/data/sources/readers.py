@@ -146,7 +146,7 @@ def _settings(item: Any, setting: str) -> SourceSettings:
 
 def _open(item: SourceSettings, split: str, chosen: bool, setting: str, warn: Callable[[str], None]) -> "_Opened":
     path, own, subset = item["path"], item["split"], item["subset"]
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))  # keeps the name of an unknown user, in contrast to pathlib
     try:
         is_folder, is_file = local.is_dir(), local.is_file()
     except OSError as error:  # e.g. a parent folder without permission

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from datasets import config, load_dataset_builder
 from datasets.data_files import DEFAULT_PATTERNS_ALL, _get_data_files_patterns
@@ -68,9 +69,9 @@ def missing_shards(folder: Folder) -> str:
 def _splits_by_card(found: Folder, subset: str | None) -> bool:
     """Set the splits of a configuration in README.md. Return whether there are configurations."""
     card = found.path / config.REPOCARD_FILENAME
+    if not _configs(card):
+        return False
     try:
-        if not card.is_file() or not (metadata_load(card) or {}).get("configs"):
-            return False
         chosen = load_dataset_builder(str(found.path), subset).config.data_files
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).partition("\nExample")[0].split())
@@ -86,6 +87,16 @@ def _splits_by_card(found: Folder, subset: str | None) -> bool:
     if missing := splits.keys() - {file.name for file in found.files}:
         raise UserError(f"{found.path}: {card.name} lists {shown(sorted(missing))}, which cannot be read.")
     return True
+
+
+def _configs(card: Path) -> list[Any]:
+    """Return the configurations in the metadata of a README.md, which may not exist."""
+    try:
+        metadata = metadata_load(card) if card.is_file() else None
+    except Exception as error:  # the YAML parser has its own exceptions
+        reason = " ".join(str(error).split())
+        raise UserError(f"{card}: invalid YAML between the --- lines ({reason}). Fix or remove the file.") from error
+    return (metadata or {}).get("configs") or []
 
 
 def _splits_by_name(files: list[DataFile]) -> None:

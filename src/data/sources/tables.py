@@ -2,7 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +109,16 @@ def _read_parquet(file: Path, sha256: str) -> tuple[Dataset, tuple[str, ...]]:
     # Key the cache by content hash, because `datasets` identifies files by path and mtime.
     cache = cache_folder("parquet", sha256)
     path = str(_plain(file, cache))
-    return Dataset.from_parquet(path, cache_dir=str(cache), columns=columns if notes else None), notes
+    read = partial(Dataset.from_parquet, path, cache_dir=str(cache), columns=columns if notes else None)
+    return _converted(read, cache), notes
 
 
 def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Dataset, tuple[str, ...]]:
     if in_file_format:  # `datasets` maps only the stream format; it converts the other one
         cache = cache_folder("arrow", sha256)
-        dataset = load_dataset("arrow", data_files=str(_plain(file, cache)), split="train", cache_dir=str(cache))
+        path = str(_plain(file, cache))
+        read = partial(load_dataset, "arrow", data_files=path, split="train", cache_dir=str(cache))
+        dataset = _converted(read, cache)
     else:
         dataset = Dataset.from_file(str(file))
     columns, notes = select_columns(dataset.features.arrow_schema)
@@ -121,6 +126,19 @@ def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Datas
     if not in_file_format and not _ends(file):
         notes += ("the end marker of the stream is missing; the file may be incomplete",)
     return dataset, notes
+
+
+def _converted(read: Callable[[], Dataset], cache: Path) -> Dataset:
+    """Convert a file in the cache. If an earlier result there is damaged, e.g. since a crash, convert it again."""
+    earlier = [folder for folder in cache.glob("*") if folder.is_dir()]
+    try:
+        return read()
+    except (OSError, ValueError, DatasetsError):
+        if not earlier:
+            raise
+    for folder in earlier:
+        shutil.rmtree(folder, ignore_errors=True)
+    return read()
 
 
 def _ends(file: Path) -> bool:
