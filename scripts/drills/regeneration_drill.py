@@ -69,12 +69,12 @@ class Server:
         self.process.wait()
 
 
-def client(folder: Path, target: str, name: str, *overrides: str) -> list[str]:
+def client(args: argparse.Namespace, folder: Path, name: str, *overrides: str) -> list[str]:
     """Return the command that regenerates the answers."""
     call = [sys.executable, "-m", "data.regenerate", "+experiment=tiny", f"data.path={folder / 'questions.jsonl'}"]
-    call += [f"model.target.name={target}", "model.target.dtype=float32"]
-    keep = ["regenerate.max_new_tokens=48", "regenerate.drop_cut_off=false", "regenerate.repeat_times=0"]
-    return [*call, *keep, f"regenerate.output={folder / name}.jsonl", *overrides]
+    call += [f"model.target.name={args.target}", "model.target.dtype=float32"]
+    call += [f"regenerate.max_new_tokens={args.max_new_tokens}", "regenerate.drop_cut_off=false"]
+    return [*call, "regenerate.repeat_times=0", f"regenerate.output={folder / name}.jsonl", *overrides]
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -115,14 +115,19 @@ def main() -> None:
     parser.add_argument("--target", default=str(TINY / "target"), help="directory of the target")
     parser.add_argument("--prompts", type=Path, nargs="+", default=[TINY / "prompts.jsonl"])
     parser.add_argument("--questions", type=int, default=200, help="number of prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--compare", type=int, default=200, help="answers to compare with the in-process backend")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--in-flight", type=int, default=8, help="concurrent requests")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep the answers and the server's log in this new folder")
     parser.add_argument("--port", type=int, default=8765)
     args = parser.parse_args()
+    if args.folder:
+        args.folder.mkdir(parents=True)
+        return drill(args, args.folder.resolve())
     with tempfile.TemporaryDirectory() as temporary:
-        drill(args, Path(temporary))
+        return drill(args, Path(temporary))
 
 
 def drill(args: argparse.Namespace, folder: Path) -> None:
@@ -133,7 +138,7 @@ def drill(args: argparse.Namespace, folder: Path) -> None:
     (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
     expected: list[dict[str, Any]] = []
     if args.compare:
-        local = client(folder, args.target, "local", f"data.max_records={args.compare}")
+        local = client(args, folder, "local", f"data.max_records={args.compare}")
         subprocess.run(local, check=True, cwd=folder)
         expected = read(folder / "local.jsonl")
 
@@ -141,7 +146,7 @@ def drill(args: argparse.Namespace, folder: Path) -> None:
     proxy = RecordingProxy(args.port)
     at_server = ["regenerate.backend=server", f"regenerate.server.url={proxy.url}"]
     at_server += [f"regenerate.server.in_flight={args.in_flight}"]
-    command = client(folder, args.target, "served", *at_server)
+    command = client(args, folder, "served", *at_server)
     try:
         kill_at_random(args, command, folder / "served.unfinished.jsonl", server, len(prompts))
         subprocess.run(command, check=True, cwd=folder)
