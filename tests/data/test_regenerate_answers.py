@@ -1,6 +1,7 @@
 """What regeneration keeps of the answers: token ids, what training will take, good first answers, appended prompts."""
 
 import json
+from unittest.mock import AsyncMock
 
 import pytest
 from helpers.chat import supervised_runs
@@ -201,6 +202,36 @@ def test_answers_around_recorded_results_follow_the_recorded_history(with_tools)
         trained = conversation(json.loads(json.dumps(sample.record())))
         (run,) = supervised_runs(with_tools.documents(trained))
         assert run == (with_tools.prompt(Conversation(turns[:turn], [TOOL])), sample.token_ids[turn])
+
+
+def test_a_server_that_rewrites_tools_gets_the_prompt_as_tokens(with_tools):
+    with StubServer(encoder=with_tools, says=lambda _: "Sun.") as stub:
+        exact = stub.reply
+
+        def rewritten(body):
+            tools = [tool | {"function": tool["function"] | {"description": None}} for tool in body.get("tools", [])]
+            return exact(body | {"tools": tools} if "messages" in body else body)
+
+        stub.reply = rewritten
+        samples = answered(stub, with_tools, [users("a"), users("b")], tools=[TOOL])
+    assert [sample.outcome for sample in samples] == ["kept", "kept"]
+    assert ["prompt" in body for body in stub.bodies] == [False, True, True]
+    assert stub.bodies[2]["prompt"] == with_tools.prompt(Conversation(users("b"), [TOOL]))
+
+
+def test_reasoning_that_a_parser_found_no_end_of_is_kept_as_text(encoder):
+    said = {"content": None, "reasoning": "It is 7.", "raw": "It is 7."}
+    with StubServer(encoder=encoder, says=lambda _: said) as stub:
+        (sample,) = answered(stub, encoder, [users("a")])
+    assert sample.outcome == "kept" and sample.messages[1] == {"role": "assistant", "content": "It is 7."}
+
+
+def test_an_outage_does_not_count_as_failures_of_a_request(encoder, monkeypatch):
+    monkeypatch.setattr(server_backend, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(server_backend.ServerBackend, "_alive", never := AsyncMock(return_value=False))
+    with StubServer(faults=["hang up"] * 8) as stub:
+        (sample,) = answered(stub, encoder, [users("a")])
+    assert sample.outcome == "kept" and never.await_count == 1
 
 
 def test_the_same_id_in_two_sources_is_two_samples(tmp_path):

@@ -31,7 +31,12 @@ class StubServer:
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
 
     def reply(self, body):
-        """Return the reply to a request."""
+        """Return the reply to a request: a conversation, or a prompt as token ids."""
+        if "prompt" in body:
+            text = self.says(body["prompt"])
+            ids = [*self.encoder.backend.encode(text).ids, min(self.encoder.token_ids.stop_ids)]
+            choice = {"index": 0, "text": text, "finish_reason": "stop", "token_ids": ids}
+            return {"choices": [choice], "usage": {"completion_tokens": len(ids)}, "prompt_token_ids": body["prompt"]}
         messages = body["messages"]
         said = self.says(messages)
         message = {"role": "assistant"} | (said if isinstance(said, dict) else {"content": said})
@@ -77,10 +82,11 @@ class StubServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if stub.rejects(body):
                     return self._send(400, b'{"error": "Unrecognized request argument"}')
+                last = body["messages"][-1]["content"] if "messages" in body else "token ids"
                 with stub.lock:
                     fault = stub.faults.pop(0) if stub.faults else None
-                    fault = stub.poison if stub.poison and "poison" in body["messages"][-1]["content"] else fault
-                    stub.asked[body["messages"][-1]["content"]] += 1
+                    fault = stub.poison if stub.poison and "poison" in last else fault
+                    stub.asked[last] += 1
                     stub.bodies.append(body | {"key": self.headers.get("Authorization")})
                     stub.at_once += 1
                     stub.most_at_once = max(stub.most_at_once, stub.at_once)

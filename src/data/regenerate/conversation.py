@@ -28,19 +28,17 @@ class Sampling:
     repeat_words: int
     repeat_times: int  # 0 disables the filter
 
-    def fault(self, message: Message, complete: bool, known: bool) -> str | None:
+    def fault(self, message: Message, complete: bool) -> str | None:
         """Return the reason for dropping an answer, or None.
 
         Args:
             message: the answer: `content`, and `reasoning_content` or `tool_calls` if a server returns them.
             complete: whether the target ended the answer.
-            known: whether the answer's token ids are known.
         """
         reasoning = message.get("reasoning_content", "")
-        cut_in_reasoning = known and not complete and reasoning.strip()
         if self.drop_cut_off and not complete:
             return CUT_OFF
-        if not (message["content"].strip() or message.get("tool_calls") or cut_in_reasoning):
+        if not message["content"].strip() and not message.get("tool_calls"):
             return f"{EMPTY}: the reply has reasoning, but no answer" if reasoning.strip() else EMPTY
         texts = (message["content"], reasoning)
         looping = self.repeat_times and any(repeats(text, self.repeat_words, self.repeat_times) for text in texts)
@@ -133,7 +131,7 @@ class Sample:
             self.written[len(self.messages)] = Written(token_ids, truncated=not complete)
         self.messages.append({"role": "assistant", **message})
         self.tokens += tokens
-        if fault := sampling.fault(message, complete, token_ids is not None):
+        if fault := sampling.fault(message, complete):
             self.end(fault)
             return
         try:

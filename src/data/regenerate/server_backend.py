@@ -52,6 +52,7 @@ class ServerBackend:
         self.rejected: list[Sample] = []
         self.id_fields = 0  # index into ID_FIELDS of what the server is asked for
         self.returns_ids = False
+        self.rewrites_tools = False  # whether the server's prompts with tools differ from the encoder's
 
     def run(
         self, samples: Iterable[Sample], on_finish: OnFinish, *, answered_before: bool, on_tokens: OnTokens
@@ -114,14 +115,35 @@ class ServerBackend:
             sample.end(f"{REFUSED}: {error}")
             return True
         try:
-            reply = await self._ask(client, conversation, seed)
+            reply = await self._reply(client, conversation, prompt, seed)
             self.prompts.check(prompt, reply)
         except BadRecord as error:
             sample.end(f"{REFUSED}: {error}")
             return False
-        sample.answer(reply.message, self._ids(reply), reply.complete, reply.tokens, self.sampling)
+        ids = self._ids(reply)
+        message = reply.message
+        if ids and "reasoning_content" in message and not message["content"].strip() and "tool_calls" not in message:
+            message = {"content": self.encoder.backend.decode(ids)}  # a parser found no end of the reasoning
+        sample.answer(message, ids, reply.complete, reply.tokens, self.sampling)
         on_tokens(reply.tokens)
         return True
+
+    async def _reply(
+        self, client: httpx.AsyncClient, conversation: Conversation, prompt: list[int], seed: int
+    ) -> Reply:
+        """Request an answer.
+
+        Servers may rewrite tools before they render them: vLLM adds `description: null` and drops unknown keys. In that
+        case, the prompt is sent as token ids.
+        """
+        with_tools = conversation.tools or any("tool_calls" in message for message in conversation.messages)
+        if not (with_tools and self.rewrites_tools):
+            reply = await self._ask(client, conversation, seed)
+            if not with_tools or reply.prompt_ids in (None, prompt):
+                return reply
+            self.rewrites_tools = True
+        body = {key: value for key, value in self.request.items() if key != "chat_template_kwargs"}
+        return await self._post(client, "completions", body | {"prompt": prompt, "seed": seed, **ID_FIELDS[0]})
 
     def _ids(self, reply: Reply) -> list[int] | None:
         """Return the answer's token ids, or None if they are unknown or of more than the text, e.g. a stop string."""
@@ -142,11 +164,11 @@ class ServerBackend:
         """
         body, level = {**self.request, **request_body(conversation), "seed": seed}, self.id_fields
         try:
-            reply = await self._post(client, ID_FIELDS[level] | body)
+            reply = await self._post(client, "chat/completions", ID_FIELDS[level] | body)
         except Rejected:
             if self.returns_ids or not ID_FIELDS[level]:
                 raise
-            reply = await self._post(client, body)
+            reply = await self._post(client, "chat/completions", body)
             self.id_fields = len(ID_FIELDS) - 1
             return reply
         if reply.token_ids is not None:
@@ -155,12 +177,12 @@ class ServerBackend:
             self.id_fields = max(self.id_fields, min(level + 1, len(ID_FIELDS) - 1))
         return reply
 
-    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:
+    async def _post(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Reply:
         """Send a request and parse the reply. Retry with backoff while the server is unavailable."""
         pause, failures = FIRST_PAUSE, 0
         while True:
             try:
-                response = await client.post(f"{self.url}/chat/completions", json=body)
+                response = await client.post(f"{self.url}/{path}", json=body)
                 if response.status_code == 200:
                     reply = read_reply(_json(response), self.encoder.token_ids.stop_ids)
                     self.unavailable_since, self.answered = None, True
@@ -176,8 +198,10 @@ class ServerBackend:
                 problem = f"{type(error).__name__}: {error}"
                 failures += 1
             # If a request fails repeatedly while the server is alive, the request itself is the cause.
-            if failures >= MAX_FAILURES and await self._alive(client):
-                raise BadRecord(f"no answer after {failures} attempts ({problem})")
+            if failures >= MAX_FAILURES:
+                if await self._alive(client):
+                    raise BadRecord(f"no answer after {failures} attempts ({problem})")
+                failures = 0  # the server was down
             now = time.monotonic()
             self.unavailable_since = self.unavailable_since or now
             if now - self.unavailable_since > self.patience:

@@ -61,7 +61,8 @@ def read_reply(reply: Any, stop_ids: Collection[int]) -> Reply | BadRecord:
     """
     try:
         choice = reply["choices"][0]
-        message, ending = _message(choice["message"]), choice.get("finish_reason")
+        message = _message({"content": choice["text"]} if "text" in choice else choice["message"])
+        ending = choice.get("finish_reason")
         usage = reply.get("usage") or {}
         token_ids = _token_ids(choice)
         tokens = usage.get("completion_tokens") or len(token_ids or ())
