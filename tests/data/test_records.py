@@ -2,8 +2,11 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from data.sources.readers import open_sources, read_all
 from data.sources.records import Conversation, Written, conversation, prompt, questions
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -119,3 +122,21 @@ def test_questions_end_before_the_results_of_calls_that_the_target_may_not_make(
     assert questions(record) == Conversation([SYSTEM, U, U], TOOLS)
     assert prompt(record) == Conversation(record["messages"][:-1], TOOLS)
     assert prompt({"messages": record["messages"][:7]}).messages[-1] == RESULT
+
+
+def test_tools_in_the_columns_of_a_table_have_no_keys_of_other_rows(tmp_path):
+    """Arrow fills the schemas and arguments of a row with the keys of all rows."""
+    other = {
+        "type": "function",
+        "function": FUNCTION | {"name": "g", "parameters": {"type": "object", "required": ["y"]}},
+    }
+    call = {"type": "function", "function": {"name": "g", "arguments": {"y": "1"}}}
+    records = [
+        {"tools": TOOLS, "messages": [U, calls(CALL), RESULT, A]},
+        {"tools": [other], "messages": [U, calls(call), RESULT, A]},
+    ]
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, tmp_path / "tools.parquet")
+    (source,) = open_sources(str(tmp_path / "tools.parquet"), split="train", max_records=None)
+    read = [conversation(raw.value) for _, raw in read_all([source])]
+    assert read == [conversation(record) for record in records]

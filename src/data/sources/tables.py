@@ -37,6 +37,7 @@ class Table:
         """
         self.name, self.label, self.dataset, self.count = name, label or name, dataset, len(dataset)
         self.fingerprint, self.notes = fingerprint, notes
+        self._nested = {name for name, feature in dataset.features.items() if _depth(feature) > 1}
         self._files = {Path(file["filename"]): _state(Path(file["filename"])) for file in dataset.cache_files}
 
     def chunks(self) -> list[Chunk]:
@@ -53,13 +54,17 @@ class Table:
             return
         for i in range(chunk.size):
             record = {name: values[i] for name, values in columns.items()}
-            yield RawRecord(chunk.start + i, record)
+            yield RawRecord(chunk.start + i, self._without_filler(record))
 
     def _row(self, index: int) -> RawRecord:
         try:
-            return RawRecord(index, self.dataset[index])
+            return RawRecord(index, self._without_filler(self.dataset[index]))
         except Exception as error:
             return RawRecord(index, None, f"the row cannot be decoded: {type(error).__name__}: {error}", "")
+
+    def _without_filler(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Remove nulls from nested columns: in a table, tool schemas and arguments have the keys of all other rows."""
+        return record | {name: _without_nulls(record[name]) for name in self._nested}
 
     def location(self, position: int) -> str:
         return f"{self.name}[{position}]"
@@ -172,6 +177,21 @@ def _has_media(feature: Any) -> bool:
     if hasattr(feature, "feature"):  # a list
         return _has_media(feature.feature)
     return hasattr(feature, "decode_example") and not isinstance(feature, Json)
+
+
+def _depth(feature: Any) -> int:
+    """Return the number of structs inside one another in a feature."""
+    if isinstance(feature, dict):
+        return 1 + max(map(_depth, feature.values()), default=0)
+    if isinstance(feature, list):
+        return _depth(feature[0])
+    return _depth(feature.feature) if hasattr(feature, "feature") else 0
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _state(file: Path) -> tuple[int, int] | None:
