@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow
+from filelock import FileLock
 
 from data.errors import UserError
 from data.sources.cache import cache_errors, cache_folder, complete_file
@@ -154,14 +155,23 @@ def _decompressed(file: Path) -> Path:
     with file.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     target = cache_folder("decompressed") / sha256
+    if target.exists():  # without the lock, so that the cache may be read-only
+        return target
     with cache_errors():
-        if not target.exists():
-            with complete_file(target) as temporary, temporary.open("wb") as out, _stream(file, magic) as stream:
-                for block in _blocks(stream, file):
-                    out.write(block)
-                out.flush()
-                os.fsync(out.fileno())  # the name must not survive a crash without the content
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):  # one rank decompresses, the others wait
+            if not target.exists():
+                with complete_file(target) as temporary, _stream(file, magic) as stream:
+                    _copy(_blocks(stream, file), temporary)
     return target
+
+
+def _copy(blocks: Iterator[bytes], file: Path) -> None:
+    with file.open("wb") as out:
+        for block in blocks:
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())  # otherwise the name could survive a crash without the content
 
 
 def _blocks(stream: IO[bytes], file: Path) -> Iterator[bytes]:
