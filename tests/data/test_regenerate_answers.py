@@ -226,6 +226,16 @@ def test_reasoning_that_a_parser_found_no_end_of_is_kept_as_text(encoder):
     assert sample.outcome == "kept" and sample.messages[1] == {"role": "assistant", "content": "It is 7."}
 
 
+def test_an_answer_that_a_stop_string_cut_has_no_end_token(encoder):
+    with StubServer() as stub:
+        stub.reply = lambda body: {
+            "choices": [{"message": {"content": "It is 7 apples"}, "finish_reason": "stop", "stop_reason": "."}]
+        }
+        (sample,) = answered(stub, encoder, [users("a")])
+    ((_, answer),) = supervised_runs(encoder.documents(conversation(sample.record())))
+    assert answer == encoder.backend.encode("It is 7 apples").ids[:-1]
+
+
 def test_an_outage_does_not_count_as_failures_of_a_request(encoder, monkeypatch):
     monkeypatch.setattr(server_backend, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(server_backend.ServerBackend, "_alive", never := AsyncMock(return_value=False))
@@ -236,13 +246,14 @@ def test_an_outage_does_not_count_as_failures_of_a_request(encoder, monkeypatch)
 
 def test_the_same_id_in_two_sources_is_two_samples(tmp_path):
     for name in ("a", "b"):
-        records = [{"id": i, "question": f"{name}{i}", "answer": "x"} for i in range(3)]
+        records = [{"id": i, "question": f"{name}{i}", "answer": "x", "kind": "math"} for i in range(3)]
         write(tmp_path, records).rename(tmp_path / f"{name}.jsonl")
     with StubServer() as stub:
         printed = run(tmp_path, *server(stub), "data.path=[a.jsonl,b.jsonl]", "data.bad_records=skip")
     found = read(tmp_path)
     assert [s["id"] for s in found] == ["0", "1", "2", "b.jsonl:0", "b.jsonl:1", "b.jsonl:2"]
     assert [s["messages"][0]["content"] for s in found] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert {s["kind"] for s in found} == {"math"}  # for the data report
     assert sum(stub.asked.values()) == 6 and "6 conversations: 6 kept" in printed
 
 

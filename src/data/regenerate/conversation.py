@@ -75,6 +75,7 @@ class Sample:
     questions: Messages  # system and user turns, or a recorded history
     tools: list[dict[str, Any]] | None = None
     digest: str | None = None  # of the questions and tools
+    kind: str | None = None  # declared by the record or its source, for the data report
     checker: Checker | None = None  # None accepts every answer
     messages: Messages = field(default_factory=list)
     written: dict[int, Written] = field(default_factory=dict)  # answers as the target wrote them, by message index
@@ -110,7 +111,8 @@ class Sample:
         for index, written in self.written.items():
             messages[index] |= {} if written.token_ids is None else {"token_ids": written.token_ids}
             messages[index] |= {"truncated": True} if written.truncated else {}
-        return {"messages": messages} | ({"tools": self.tools} if self.tools else {})
+        found: dict[str, Any] = {"kind": self.kind} if self.kind else {}
+        return found | {"messages": messages} | ({"tools": self.tools} if self.tools else {})
 
     def answer(
         self, message: Message, token_ids: list[int] | None, complete: bool, tokens: int, sampling: Sampling

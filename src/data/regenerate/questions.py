@@ -10,6 +10,7 @@ from typing import NamedTuple
 from data.errors import BadRecord, UserError
 from data.regenerate.conversation import Checker, Sample
 from data.sources.chunks import RawRecord
+from data.sources.kinds import declared
 from data.sources.readers import Source, read_all
 from data.sources.records import Conversation, parsed, questions
 from data.sources.rejects import Reject, handle_rejects, printable, reject
@@ -44,12 +45,13 @@ class Questions:
             is_finished: whether a sample has been answered.
             checker: checks every answer.
         """
-        for number, _, raw in _numbered(self.sources):
+        for number, source, raw in _numbered(self.sources):
             record = self.asked.get((number, raw.position), [])
             if any(not is_finished(asked) for asked in record):
                 for asked, conversation in zip(record, raw.parse(tasks), strict=True):
                     if not is_finished(asked):
-                        yield Sample(asked.id, conversation.messages, conversation.tools, asked.digest, checker)
+                        kind = source.kind or declared(raw.value)
+                        yield Sample(asked.id, conversation.messages, conversation.tools, asked.digest, kind, checker)
 
 
 def tasks(record: object) -> list[Conversation]:

@@ -26,7 +26,7 @@ class Reply:
     """An answer of the server."""
 
     message: Message  # content, and reasoning_content or tool_calls if the server returns them separately
-    complete: bool  # False if the answer reached the token limit
+    complete: bool  # False if the answer reached the token limit or a stop string
     tokens: int  # as the server counts them; 0 if unknown
     token_ids: list[int] | None
     prompt_ids: list[int] | None
@@ -77,7 +77,9 @@ def read_reply(reply: Any, stop_ids: Collection[int]) -> Reply | BadRecord:
         return BadRecord(f"the server ended the answer with finish_reason={ending!r}")
     if ending not in ("stop", "length", "tool_calls", "function_call"):  # e.g. "abort": generation was interrupted
         raise IncompleteReply(f"finish_reason={ending!r}")
-    complete = ending != "length" or bool(token_ids and token_ids[-1] in stop_ids)
+    # A stop string, given by regenerate.server.extra, cuts an answer that the target would have continued.
+    cut = ending == "length" or isinstance(choice.get("stop_reason"), str)
+    complete = not cut or bool(token_ids and token_ids[-1] in stop_ids)
     return Reply(message, complete, tokens, token_ids, reply.get("prompt_token_ids"), usage.get("prompt_tokens"))
 
 
