@@ -170,6 +170,17 @@ def test_the_configurations_of_a_readme_are_subsets(tmp_path):
         read({"path": str(tmp_path), "subset": "main"})
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"_data_files": null}', '{"_data_files": [1], "splits": 2}', "[" * 9999]
+)
+def test_other_files_with_the_names_of_metadata_change_nothing(content, tmp_path):
+    write(tmp_path / "train" / "a.jsonl", 1)
+    for name in ("state.json", "dataset_dict.json", "train/state.json"):
+        (tmp_path / name).write_text(content)
+    numbers, (note,) = read(str(tmp_path))
+    assert numbers == [1] and "metadata (dataset_dict.json, state.json, train/state.json)" in note
+
+
 def test_hidden_files_and_other_formats_are_passed_over_by_name(tmp_path):
     write(tmp_path / "d.JSONL", 1)
     for name in (

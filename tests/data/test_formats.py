@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, Image, Value
@@ -239,6 +240,18 @@ def test_a_stream_that_is_cut_between_batches_is_named(tmp_path):
         (source,) = open_sources(str(tmp_path), split="train", max_records=None, warn=notes.append)
         assert values(source.reader) == RECORDS
     assert notes == [f"{tmp_path}/a.arrow: the end marker of the stream is missing; the file may be incomplete"]
+
+
+def test_damaged_offsets_in_an_arrow_file_are_an_error(tmp_path):
+    """Reading such rows ends the process."""
+    table = pa.Table.from_pylist([{"question": "q"}] * 30)
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table)
+    content, offsets = (tmp_path / "a.arrow").read_bytes(), np.arange(31, dtype=np.int32)
+    assert offsets.tobytes() in content
+    (tmp_path / "a.arrow").write_bytes(content.replace(offsets.tobytes(), (offsets * 2**20).tobytes()))
+    with pytest.raises(UserError, match=r"a\.arrow: invalid Arrow file \("):
+        open_sources(str(tmp_path), split="train", max_records=None)
 
 
 def with_media(tmp_path):

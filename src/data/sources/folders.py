@@ -84,7 +84,7 @@ def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents:
         yield from _listed(folder, prefix, saved, passed_over)
         return
     parents = parents | {os.path.realpath(folder)}
-    splits = _read_json(folder / config.DATASETDICT_JSON_FILENAME).get("splits", [])
+    splits = _read_list(folder / config.DATASETDICT_JSON_FILENAME, "splits")
     for entry in sorted(folder.iterdir()):
         name, is_folder = prefix + entry.name, entry.is_dir()
         if entry.name.startswith(".") or is_folder and entry.name.startswith("__"):
@@ -94,7 +94,7 @@ def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents:
         elif is_folder:
             files = list(_walk(entry, f"{name}/", passed_over, parents))
             for file in files:
-                file.splits |= {entry.name} & set(splits)
+                file.splits |= {entry.name} if entry.name in splits else set()
             yield from files
         elif entry.name == config.DATASETDICT_JSON_FILENAME and splits:
             continue
@@ -117,10 +117,10 @@ def _is_cache(name: str) -> bool:
 
 def _saved(folder: Path) -> list[str]:
     """Return the files that `Dataset.save_to_disk` lists, or an empty list for any other folder."""
-    state = _read_json(folder / config.DATASET_STATE_JSON_FILENAME)
-    if state.get("_indices_data_files") or state.get("_indices_files"):
+    state = folder / config.DATASET_STATE_JSON_FILENAME
+    if _read_list(state, "_indices_data_files") or _read_list(state, "_indices_files"):
         raise UserError(f"{folder} was saved by an old version of `datasets`. Load it and save it again.")
-    files = state.get("_data_files", [])
+    files = _read_list(state, "_data_files")
     return [str(file["filename"]) for file in files if isinstance(file, dict) and "filename" in file]
 
 
@@ -135,10 +135,11 @@ def _listed(folder: Path, prefix: str, names: list[str], passed_over: dict[str, 
         yield DataFile(folder / name, prefix + name)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a metadata file of `datasets`, or an empty one."""
+def _read_list(file: Path, key: str) -> list[Any]:
+    """Return a list in a metadata file of `datasets`, or an empty one if the file or the list is missing or invalid."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return []
+    found = content.get(key) if isinstance(content, dict) else None
+    return found if isinstance(found, list) else []

@@ -126,6 +126,8 @@ def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Datas
         dataset = _converted(read, cache)
     else:
         dataset = Dataset.from_file(str(file))
+        for batch in dataset.data.table.to_batches():
+            batch.validate(full=True)  # reading damaged offsets would end the process; conversions check this, too
     columns, notes = select_columns(dataset.features.arrow_schema)
     dataset = dataset.select_columns(columns) if notes else dataset
     if not in_file_format and not _ends(file):
