@@ -80,7 +80,7 @@ TOOL_FORMS = {
         {"from": "observation", "value": "3"}, SHAREGPT[1]]},
     "Hermes": {"tools": [FUNCTION], "conversations": [
         SHAREGPT[0], {"from": "gpt", "value": "<tool_call>\n{'arguments': {'x': 1}, 'name': 'f'}\n</tool_call>"},
-        {"from": "tool", "value": "3"}, SHAREGPT[1]]},
+        {"from": "tool", "value": "<tool_response>\n3\n</tool_response>\n"}, SHAREGPT[1]]},
     "nulls of a table": {"tools": TOOLS, "messages": [
         U | {"tool_calls": None}, calls(CALL | {"id": None}), RESULT | {"tool_calls": None, "name": None}, A]},
     "tools in the system turn": {"messages": [

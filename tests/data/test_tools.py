@@ -1,7 +1,10 @@
 """Tools in chat templates: where templates read them, forms of calls, special tokens, answers left out of training."""
 
 import json
+import sys
+import zipfile
 
+import bfcl_records
 import pytest
 from helpers.chat import supervised_runs
 from helpers.families import FAMILIES
@@ -14,7 +17,7 @@ from data.preprocess.spans import TEXT_DROPPED
 from data.preprocess.table import TokenizeSettings
 from data.preprocess.tokenized import tokenize
 from data.sources.readers import open_sources
-from data.sources.records import Conversation
+from data.sources.records import Conversation, conversation, questions
 
 CALLED = [user(0), calling(0), result(0), assistant(0)]
 # Calls as in DeepSeek's templates: JSON text, which cannot be joined with an object.
@@ -141,3 +144,22 @@ def test_the_report_counts_answers_left_out_of_training(tmp_path, qwen):
     documents = tokenize(sources, qwen[0], TokenizeSettings(max_seq_len=512, truncation="turn"), num_proc=1)
     sentence = "4 answers: 3 supervised in the first document of a conversation, 1 used only as history because"
     assert describe_answers(documents).startswith(sentence)
+
+
+def test_prompts_of_the_function_calling_leaderboard_become_records(tmp_path, monkeypatch, capsys):
+    schema = {"type": "dict", "properties": {"x": {"type": "float"}, "note": {"type": "any"}}}
+    prompt = {"id": "a", "question": [[user(0)]], "function": [{"name": "f", "description": "d", "parameters": schema}]}
+    truth = {"id": "a", "ground_truth": [{"f": {"x": [1.5, 2], "note": ["", "b"]}}, {"f": {"x": [{"y": ["z"]}]}}]}
+    with zipfile.ZipFile(tmp_path / "bfcl.whl", "w") as wheel:
+        for name in bfcl_records.DOCS.values():
+            wheel.writestr(f"{bfcl_records.DATA}multi_turn_func_doc/{name}.json", "")
+        wheel.writestr(f"{bfcl_records.DATA}BFCL_v4_parallel.json", json.dumps(prompt))
+        wheel.writestr(f"{bfcl_records.DATA}possible_answer/BFCL_v4_parallel.json", json.dumps(truth))
+    monkeypatch.setattr(sys, "argv", ["bfcl_records.py", str(tmp_path / "bfcl.whl"), "--out", str(tmp_path)])
+    bfcl_records.main()
+    assert "     1 prompts" in capsys.readouterr().out
+    asked = questions(json.loads((tmp_path / "prompts.jsonl").read_text()))
+    parameters = {"type": "object", "properties": {"x": {"type": "number"}, "note": {}}}
+    assert asked.messages == [user(0)] and asked.tools[0]["function"]["parameters"] == parameters
+    answer = conversation(json.loads((tmp_path / "calls.jsonl").read_text())).messages[1]
+    assert [c["function"]["arguments"] for c in answer["tool_calls"]] == [{"x": 1.5}, {"x": {"y": "z"}}]

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.errors import BadRecord
 from data.sources.forms import KEYS, read_record
-from data.sources.tools import calls_in_text, kind
+from data.sources.tools import calls_in_text, kind, result_in_text
 from data.sources.turns import Message, Messages, Turn, Written
 
 __all__ = ["KEYS", "Conversation", "Message", "Messages", "Written", "conversation", "parsed", "prompt", "questions"]
@@ -133,23 +133,28 @@ def _check_order(messages: Messages, skipped: int) -> None:
 
 def _check_pair(previous: Message, current: Message, where: str) -> None:
     before, after = previous["role"], current["role"]
-    if after == "tool" and before == "assistant" and "tool_calls" not in previous:
-        text, calls = calls_in_text(previous["content"], where)
-        if calls:
-            previous |= {"content": text, "tool_calls": calls}
     if after == "tool":
+        _read_tags(previous, current, where)
         if before != "tool" and "tool_calls" not in previous:
             raise BadRecord(
                 f"{where}: a tool turn must follow an assistant turn with tool calls, found a {before} turn"
             )
-    elif before == "tool" or "tool_calls" in previous:
-        expected = (
-            "an assistant turn after the results of tools" if before == "tool" else "a tool turn after tool calls"
-        )
-        if before != "tool" or after != "assistant":
-            raise BadRecord(f"{where}: expected {expected}, found {'an' if after == 'assistant' else 'a'} {after} turn")
+    elif before == "tool" and after != "assistant":
+        raise BadRecord(f"{where}: expected an assistant turn after the results of tools, found a {after} turn")
+    elif "tool_calls" in previous:
+        article = "an" if after == "assistant" else "a"
+        raise BadRecord(f"{where}: expected a tool turn after tool calls, found {article} {after} turn")
     elif before == after:
         raise BadRecord(f"{where}: second consecutive {after} turn")
+
+
+def _read_tags(previous: Message, result: Message, where: str) -> None:
+    """Parse calls and results in the text of their turns, as in Hermes' data sets."""
+    result["content"] = result_in_text(result["content"])
+    if previous["role"] == "assistant" and "tool_calls" not in previous:
+        text, calls = calls_in_text(previous["content"], where)
+        if calls:
+            previous |= {"content": text, "tool_calls": calls}
 
 
 def _check_ids(messages: Messages, skipped: int) -> None:

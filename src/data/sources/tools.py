@@ -8,6 +8,7 @@ from typing import Any
 from data.errors import BadRecord
 
 TEXT_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)  # Hermes and Qwen
+TEXT_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 CALL_KEYS = {"id", "type", "index", "function"}
 FUNCTION_KEYS = {"name", "arguments"}
 
@@ -73,6 +74,12 @@ def calls_in_text(text: str, where: str) -> tuple[str, list[dict[str, Any]]]:
     """Split an answer into its text and the calls in its `<tool_call>` blocks, as in Hermes' data sets."""
     found = [call for block in TEXT_CALL.findall(text) for call in read_calls(block, where)]
     return TEXT_CALL.sub("", text).strip(), found
+
+
+def result_in_text(text: str) -> str:
+    """Return the result inside `<tool_response>` tags, which chat templates write themselves."""
+    found = TEXT_RESULT.findall(text)
+    return "\n".join(found) if found and not TEXT_RESULT.sub("", text).strip() else text
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
