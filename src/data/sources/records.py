@@ -136,9 +136,8 @@ def _check_pair(previous: Message, current: Message, where: str) -> None:
     if after == "tool":
         _read_tags(previous, current, where)
         if before != "tool" and "tool_calls" not in previous:
-            raise BadRecord(
-                f"{where}: a tool turn must follow an assistant turn with tool calls, found a {before} turn"
-            )
+            found = "an assistant turn without calls" if before == "assistant" else f"a {before} turn"
+            raise BadRecord(f"{where}: a tool turn must follow an assistant turn with tool calls, found {found}")
     elif before == "tool" and after != "assistant":
         raise BadRecord(f"{where}: expected an assistant turn after the results of tools, found a {after} turn")
     elif "tool_calls" in previous:
