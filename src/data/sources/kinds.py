@@ -119,7 +119,7 @@ def answer_kind(conversation: Conversation, turn: int, *, reasoning: bool = Fals
         return TOOLS
     answer = messages[-1]
     text = ("<think>" if reasoning else "") + str(answer.get("content") or "")
-    thought = THOUGHT.match(text)
+    thought = THOUGHT.match(text) if "</" in text or "[/" in text else None
     if str(answer.get("reasoning_content") or "").strip() or (thought and thought[1].strip()):
         return REASONING
     if not thought and OPEN_THOUGHT.match(text):
@@ -141,6 +141,8 @@ def _has_code(text: str) -> bool:
     labels = {label.lower() for label in FENCE.findall(text)} if "```" in text or "~~~" in text else set()
     if labels - NOT_CODE:
         return True
+    if "\n" not in text:
+        return False
     lines = len(CODE_LINE.findall(text))
     return bool(lines and "" in labels) or (lines >= 2 and lines >= 0.5 * len(LINE.findall(text)))
 
