@@ -93,6 +93,13 @@ def test_tools_and_calls_are_read_in_every_form(name):
     assert conversation(TOOL_FORMS[name]) == Conversation([U, calls(CALL), RESULT, A], TOOLS)
 
 
+def test_answers_of_xlam_are_calls():
+    answers = json.dumps([{"name": "f", "arguments": {"x": 1}}])
+    assert conversation({"query": "q", "tools": json.dumps([FUNCTION]), "answers": answers}) == Conversation(
+        [U, calls(CALL)], TOOLS
+    )
+
+
 def test_ids_and_names_of_calls_are_kept():
     result = RESULT | {"tool_call_id": "c", "name": "f"}
     assert conversation({"messages": [U, calls(CALL | {"id": "c"}), result, A]}).messages[1:3] == [

@@ -12,7 +12,9 @@ LISTS = ("messages", "conversations")
 PAIRS = (
     ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("question", "response"),
     ("instruction", "output"), ("instruction", "response"), ("query", "response"),
+    ("query", "answers"),
 )  # fmt: skip
+CALLS = "answers"  # xLAM's data: a list of calls
 INPUTS = ("input", "context")  # appended to an instruction
 UNPLACED = {"reasoning_content", "thinking"}  # beside a list of turns; `reasoning` may be metadata there
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
@@ -104,10 +106,11 @@ def _exchange(record: dict[str, Any], given: set[str], pairs: list[tuple[str, st
         before = [replace(turn, trained=False) for turn in read_turns(question, asked)]
     else:
         before = _history(record, given) + [Turn(_question(record, given, asked))]
-    if isinstance(answer, list):
+    if isinstance(answer, list) and answered != CALLS:
         return before + read_turns(answer, answered)
     thought = {key: record[key] for key in REASONING if key in given}
-    after = read_turn({"role": "assistant", "content": answer, **thought}, answered)
+    said = {"tool_calls": answer} if answered == CALLS else {"content": answer}
+    after = read_turn({"role": "assistant", **said, **thought}, answered)
     return [*before, after]
 
 
