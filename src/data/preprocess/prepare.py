@@ -112,7 +112,7 @@ def describe_answers(documents: Documents) -> str:
     parts = {
         "supervised in the first document of a conversation": supervised - by_ids - further,
         "supervised in further documents because later prompts contain earlier turns in another form": further,
-        "supervised by their token ids, where the text reads back differently": by_ids,
+        "supervised by their token ids, where the text reads back differently or was cut off": by_ids,
         "lost to truncation or too short for a block": found["answers"] - refused - found["untrained"] - supervised,
         "refused": refused,
         "used only as history because the record excludes them from training": found["untrained"],
