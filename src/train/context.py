@@ -1,9 +1,11 @@
 """Target, tokenizer and data of a run. Each is loaded once, on first use, and checked before any expensive work."""
 
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,12 +151,17 @@ class Resources:
     @cached_property
     def target(self) -> PreTrainedModel:
         try:
-            target = load_target(
-                self.name,
-                revision=self.revision,
-                architecture=None if self.name else self.architecture,
-                dtype=self.target_settings["dtype"],
-            )
+            # Random weights depend on the seed alone: a resumed run needs the same target, but may have drawn other
+            # random numbers before.
+            with nullcontext() if self.name else torch.random.fork_rng(devices=[]):
+                if not self.name:
+                    torch.manual_seed(self.config.seed)
+                target = load_target(
+                    self.name,
+                    revision=self.revision,
+                    architecture=None if self.name else self.architecture,
+                    dtype=self.target_settings["dtype"],
+                )
             check_untested(target, self.tokenizer)
             return target
         except (OSError, ValueError, ImportError) as error:

@@ -4,10 +4,13 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 from helpers.configs import composed
 from omegaconf import OmegaConf
 
+from data.config import compose
 from models.draft_config import DraftConfig
+from train.context import Resources
 from train.names import STAGES
 from train.resume.identity import CHANGES, WITHOUT_EFFECT, counts, differences, rule
 from train.run_dir.state import read_record
@@ -34,6 +37,17 @@ def test_every_setting_is_classified_by_its_own_name(choice):
     for setting in leaves(config):
         known = setting in named or setting.startswith(groups) and rule(setting) is not None
         assert known, f"{setting}: say in train.resume.identity which stages' outcome it changes, or why none"
+
+
+def test_a_target_with_random_weights_depends_on_the_seed_alone():
+    config = compose.composed(["+experiment=tiny", "model=stand_in"])
+    weights = []
+    for config.seed in (3, 3, 4):
+        torch.rand(5)  # a resumed run may draw other numbers before it builds the target
+        state = torch.get_rng_state()
+        weights.append(Resources(config).target.model.layers[0].self_attn.q_proj.weight)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_no_setting_is_listed_twice_or_outdated():
