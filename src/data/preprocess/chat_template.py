@@ -19,7 +19,7 @@ from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
 from data.preprocess.prompts import CHECKED, Render
 from data.preprocess.spans import CUT_OFF, NO_END_TOKEN, Supervision
 from data.preprocess.supervision import Supervisor
-from data.preprocess.templates import check_reserved, check_template_kwargs
+from data.preprocess.templates import check_reserved, check_template_kwargs, texts_searched
 from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
@@ -80,7 +80,7 @@ class ChatEncoder:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.boundaries = BoundaryTokenizer(self.backend)
-        self.supervisor = Supervisor(self._render, self.stop_tokens, added)
+        self.supervisor = Supervisor(self._render, self.stop_tokens, added, texts_searched(self.template))
         self.token_ids = TokenIdChecker(self.backend, stop_ids)
 
     def check_kwargs(self, given: dict[str, Any], overrides: list[str], warn: Callable[[str], None]) -> None:

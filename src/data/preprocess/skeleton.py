@@ -2,17 +2,20 @@
 
 In general, locating the answers in a conversation takes two renderings per answer. With most templates, however, the
 text around the messages depends only on their roles. For each sequence of roles, a skeleton is therefore extracted once
-from a conversation of placeholders. Conversations that match their skeleton need only a single rendering.
+from a conversation of placeholders. Conversations that match their skeleton need only two renderings: of the messages,
+and of the last prompt. A text that the template searches for, such as the switch `/no_think`, may change any prompt, so
+conversations that contain one have no skeleton.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
 from data.preprocess.spans import Answer, Rendered, Supervision
 from data.sources.records import Messages
 
-TAG = re.compile(r"think\w*>")  # tags of reasoning blocks, which templates search for
+TAG = r"think\w*>"  # tags of reasoning blocks
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,14 @@ class Skeleton:
     answers: list[tuple[int, int, int, int]]
     supervision: Supervision  # supervision of the placeholder conversation
 
-    def supervise(self, messages: Messages, rendered: str) -> Supervision | None:
-        """Return the supervision of a conversation, or None if its rendering does not match the skeleton."""
+    def supervise(self, messages: Messages, rendered: str, prompt: str) -> Supervision | None:
+        """Return the supervision of a conversation, or None if its rendering does not match the skeleton.
+
+        Args:
+            messages: the conversation.
+            rendered: its rendering.
+            prompt: the rendered prompt of the last answer.
+        """
         contents = [message["content"] for message in messages]
         text = "".join(part for pair in zip(self.pieces, [*contents, ""], strict=True) for part in pair)
         if not rendered.startswith(text):
@@ -36,16 +45,23 @@ class Skeleton:
         for turn, before, after, whitespace in self.answers:
             end = ends[turn] + after
             answers.append(Answer(turn, ends[turn] - len(contents[turn]) - before, end, end + whitespace))
+        if text[: answers[-1].start] != prompt:
+            return None
         return Supervision([Rendered(text, answers)], {}, self.supervision.notes)
 
 
-def regular(messages: Messages) -> bool:
+def switches(searched: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of the texts in a message that may change the template's text around the messages."""
+    return re.compile("|".join([TAG, *map(re.escape, searched)]))
+
+
+def regular(messages: Messages, switch: re.Pattern[str]) -> bool:
     """Return whether the contents of the messages are unlikely to affect the text around them."""
-    return all(len(message) == 2 and _regular(message.get("content")) for message in messages)
+    return all(len(message) == 2 and _regular(message.get("content"), switch) for message in messages)
 
 
-def _regular(content: str | None) -> bool:
-    return content is not None and content == content.strip() and not TAG.search(content)
+def _regular(content: str | None, switch: re.Pattern[str]) -> bool:
+    return content is not None and content == content.strip() and not switch.search(content)
 
 
 def placeholders(roles: tuple[str, ...]) -> Messages:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from data.errors import BadRecord
 from data.preprocess.answers import AnswerTexts, Refused
 from data.preprocess.prompts import CHECKED, Render, prompts
-from data.preprocess.skeleton import Skeleton, placeholders, regular, skeleton
+from data.preprocess.skeleton import Skeleton, placeholders, regular, skeleton, switches
 from data.preprocess.spans import NO_END_TOKEN, OTHER_END_TOKEN, Answer, Rendered, Supervision
 from data.sources.records import Messages, Written
 
@@ -21,16 +21,18 @@ from data.sources.records import Messages, Written
 class Supervisor:
     """Locates the answers in conversations rendered with a given chat template."""
 
-    def __init__(self, render: Render, stop: Iterable[str], added: Iterable[str]) -> None:
+    def __init__(self, render: Render, stop: Iterable[str], added: Iterable[str], searched: Iterable[str] = ()) -> None:
         """Store the template and compile patterns for the tokens that may end an answer.
 
         Args:
             render: renders messages with the chat template.
             stop: the texts of the target's stop tokens.
             added: the texts of all added tokens. One of them ends an answer if the template writes no stop token.
+            searched: the literals that the template searches texts for.
         """
         stop, added = list(stop), list(added)
         self.render, self.stop, self.added = render, _any_of(stop), _any_of(added)
+        self.switch = switches(searched)
         self.ends = sorted({*stop, *added}, key=len, reverse=True)
         # Keyed by message roles. None if conversations are too different to share skeletons.
         self.skeletons: dict[tuple[str, ...], Skeleton | None] | None = {}
@@ -66,12 +68,14 @@ class Supervisor:
 
     def _by_skeleton(self, messages: Messages, turns: list[int]) -> Supervision | None:
         roles = tuple(message["role"] for message in messages)
-        if self.skeletons is None or not regular(messages) or roles.count("assistant") != len(turns):
+        if self.skeletons is None or not regular(messages, self.switch) or roles.count("assistant") != len(turns):
             return None
         if roles not in self.skeletons:
             self.skeletons[roles] = self._skeleton(roles)
         found = self.skeletons[roles]
-        return None if found is None else found.supervise(messages, self.render(messages, False))
+        if found is None:
+            return None
+        return found.supervise(messages, self.render(messages, False), self.render(messages[: turns[-1]], True))
 
     def _skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
         examples, turns = placeholders(roles), [turn for turn, role in enumerate(roles) if role == "assistant"]

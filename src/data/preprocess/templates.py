@@ -17,6 +17,9 @@ USER_ARGUMENTS = {"tools", "documents"}  # rendering arguments of transformers t
 # Rendering arguments that this project sets for every conversation.
 RESERVED = {"messages", *signature(render_jinja_template).parameters} - USER_ARGUMENTS - {"kwargs"}
 FUNCTIONS = ("raise_exception", "strftime_now")  # provided to templates by transformers
+# String methods and filters that search a text for their first argument.
+SEARCHES = {"startswith", "endswith", "split", "rsplit", "partition", "rpartition", "find", "rfind", "index", "count"}
+SEARCHES |= {"rindex", "replace", "removeprefix", "removesuffix"}
 
 
 class Generation(Extension):
@@ -31,10 +34,32 @@ class Generation(Extension):
 
 def variables_read(template: str) -> set[str] | None:
     """Return the variables that a chat template reads, or None if the template is invalid (rendering fails)."""
+    parsed = _parsed(template)
+    return None if parsed is None else find_undeclared_variables(parsed)
+
+
+def texts_searched(template: str) -> set[str]:
+    """Return the literals that a chat template searches texts for, such as the switch `/no_think` or `</think>`."""
+    parsed = _parsed(template)
+    if parsed is None:
+        return set()
+    found = [node.expr for node in parsed.find_all(nodes.Compare) if {op.op for op in node.ops} & {"in", "notin"}]
+    found += [node.node for node in parsed.find_all(nodes.Assign)]
+    calls: list[nodes.Call | nodes.Filter] = [*parsed.find_all(nodes.Call), *parsed.find_all(nodes.Filter)]
+    for call in calls:
+        name = call.name if isinstance(call, nodes.Filter) else getattr(call.node, "attr", None)
+        if name in SEARCHES and call.args:
+            found.append(call.args[0])
+    constants = (const for node in found for const in (node, *node.find_all(nodes.Const)))
+    texts = {const.value for const in constants if isinstance(const, nodes.Const) and isinstance(const.value, str)}
+    return texts - {""}
+
+
+def _parsed(template: str) -> nodes.Template | None:
     environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])  # noqa: S701  nothing is rendered
     environment.globals |= dict.fromkeys(FUNCTIONS)
     try:
-        return find_undeclared_variables(environment.parse(template))
+        return environment.parse(template)
     except TemplateSyntaxError:
         return None
 
