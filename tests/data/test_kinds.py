@@ -90,6 +90,9 @@ def test_answers_of_gsm8k_are_math():
         ({"category": "Math"}, MATH),
         ({"category": "coding", "kind": "a column"}, CODE),
         ({"category": "writing"}, None),
+        ({"category": "reasoning"}, None),  # MT-Bench's riddles
+        ({"category": "reasoning", "kind": "math"}, MATH),
+        ({"category": "math", "kind": "reasoning"}, REASONING),
         ({"category": None, "kind": 3}, None),
         ([], None),
     ],
@@ -114,8 +117,8 @@ def test_a_declared_kind_of_a_benchmark_or_source_takes_precedence(tmp_path):
 
 
 def test_length_groups_are_contiguous():
-    groups = [length_group(tokens) for tokens in (1, 32, 33, 128, 32768, 32769)]
-    assert groups == ["1 to 32", "1 to 32", "33 to 128", "33 to 128", "8,193 to 32,768", "over 32,768"]
+    groups = [length_group(tokens) for tokens in (0, 1, 32, 33, 128, 32768, 32769)]
+    assert groups == ["0", "1 to 32", "1 to 32", "33 to 128", "33 to 128", "8,193 to 32,768", "over 32,768"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The report's numbers against data with known properties."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from data.preprocess.tokenized import tokenize
 from data.report import statistics
 from data.report.answers import answer_sections
 from data.report.run import main, read_again
+from data.report.section import markdown
 from data.sources.readers import open_sources
 
 
@@ -91,10 +93,39 @@ def test_terminal_files_and_rejects(report):
 
 def test_roles_are_identified_without_the_template(files, tiny_tokenizer):
     roles = statistics.roles(
-        open_sources(str(files[0]), split="train", max_records=None), ChatEncoder(tiny_tokenizer, {})
+        open_sources(str(files[0]), split="train", max_records=None),
+        ChatEncoder(tiny_tokenizer, {}),
+        TokenizeSettings(10_000, "turn"),
     )
     assert roles.supervised["user"] == 0 and roles.supervised["assistant"] == roles.tokens["assistant"] > 0
     assert roles.supervised["template"] == roles.conversations == 35  # the end-of-turn token of every answer
+
+
+REWRITES = (  # each prompt has the number of its messages in front, so each answer is a separate document
+    "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("truncation", ["turn", "token"])
+@pytest.mark.parametrize("template", [None, REWRITES])
+def test_roles_are_counted_within_the_row_length(template, truncation, tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    turns = [turn for i in range(60) for turn in chat(f"What is {i} plus two?")["messages"]]
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    encoder, settings = ChatEncoder(tokenizer, {}), TokenizeSettings(200, truncation)
+    sources = open_sources(str(file), split="train", max_records=None)
+    roles, documents = statistics.roles(sources, encoder, settings), tokenize(sources, encoder, settings, num_proc=1)
+    assert sum(roles.tokens.values()) == documents.lengths.sum() and roles.supervised["user"] == 0
+    assert sum(roles.supervised.values()) == sum(int(document.supervised.sum()) for document in documents)
+
+
+def test_the_fence_of_the_example_is_longer_than_those_inside():
+    text = markdown("x", [], [("Run:\n````md\n```py\n1\n```\n````", True), ("\nThanks.", False)])
+    assert "\n`````diff\n+ Run:\n+ ````md\n" in text and text.endswith("\n  Thanks.\n`````\n")
+    assert "\n```diff\n  Hi `x`.\n```\n" in markdown("x", [], [("Hi `x`.", False)])
 
 
 def test_anchors_per_row_equal_those_of_the_rows(files, tiny_tokenizer, tmp_path):

@@ -56,6 +56,14 @@ def test_causal_tiles_have_the_gradients_of_each_document():
         torch.testing.assert_close(own, other)
 
 
+def test_values_may_have_another_head_size_than_keys():
+    tiles = clean_tiles(torch.zeros(2, 9, dtype=torch.long))
+    query, key, value = (torch.randn(2, heads, 9, size) for heads, size in ((4, 16), (2, 16), (2, 8)))
+    found = attend_tiles(query, key, value, tiles, None)
+    whole = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(found, whole)
+
+
 def kept_for_backward(length: int) -> int:
     """Return the bytes of masks and tensors kept for the backward pass, with one block per 32 tokens."""
     batch = full_batch(1, length, length // 32, SIZE)

@@ -264,6 +264,13 @@ def test_tau_by_kind_and_length_covers_every_prompt_once(tmp_path, capsys):
     assert BY_KIND not in capsys.readouterr().out  # the same numbers as in the first table
 
 
+def test_empty_answers_are_a_group_without_tau():
+    variants = {"untuned": measured([1], []), "calibrated": measured([1], [])}
+    one = BenchmarkReport(2, 0, 2, variants, labels(["chat", "tools"], [[0], [0]], [[0], []]))
+    text = markdown(evaluation_of({"a": one}), "x")
+    assert "| a | tools | 1 | - | - |" in text and "| answer | 0 | 1 | - | - |" in text
+
+
 @pytest.mark.parametrize("mode, blocks", [(ALONE, 0), ("sequential", 1), ("parallel", 5)])
 def test_flops_of_a_decoding_step_match_the_flop_counter(mode, blocks):
     target = random_target()

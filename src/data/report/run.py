@@ -23,6 +23,7 @@ from data.config.validate import command_line
 from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder, load_encoder
 from data.preprocess.prepare import Prepared, describe_answers, prepare
+from data.preprocess.table import TokenizeSettings
 from data.preprocess.tokenized import Documents
 from data.report import statistics
 from data.report.answers import AnswerCounter, Answers, answer_sections
@@ -73,7 +74,7 @@ def write_report(config: DictConfig) -> None:
         _records(prepared, sources),
         *_rejects(prepared, folder),
         _lengths(prepared),
-        _supervision(prepared.documents, sources, encoder),
+        _supervision(prepared.documents, sources, encoder, TokenizeSettings(data["max_seq_len"], data["truncation"])),
         *answer_sections(answers),
         _rows(prepared, settings["stage"]["attention_tuning"]),
         _overlap(overlap, prompts, data["prompts"]),
@@ -92,7 +93,7 @@ def _records(prepared: Prepared, sources: list[Source]) -> Section:
     outcomes = documents.outcomes()
     meaning = {
         "kept": "in full",
-        "truncated": "cut after the last turn that fits (data.truncation=turn) or at data.max_seq_len (token)",
+        "truncated": "answers beyond data.max_seq_len dropped (data.truncation=turn), or cut at this length (token)",
         "too long": "dropped: the conversation (data.truncation=drop) or its first exchange (turn) is too long",
         "no anchor": "dropped: no two consecutive supervised tokens",
         "bad": "rejected",
@@ -135,15 +136,18 @@ def _lengths(prepared: Prepared) -> Section:
     return Section("Length in tokens", ["", "min", "10%", "median", "90%", "max"], rows, [note])
 
 
-def _supervision(documents: Documents, sources: list[Source], encoder: ChatEncoder) -> Section:
-    roles = statistics.roles(sources, encoder)
+def _supervision(
+    documents: Documents, sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings
+) -> Section:
+    roles = statistics.roles(sources, encoder, settings)
     total = sum(roles.tokens.values())
     rows = [
         [role, f"{count:,}", f"{count / total:.1%}", f"{roles.supervised[role] / count:.1%}"]
         for role, count in sorted(roles.tokens.items())
     ]
     note = (
-        f"Counted in {roles.conversations:,} conversations spread evenly over the data. `template` tokens are added by "
+        f"Counted after truncation in {roles.conversations:,} conversations, spread evenly over the data. `template` "
+        "tokens are added by "
         "the chat template: headers and end-of-turn tokens. The assistant's end-of-turn tokens are supervised. If a "
         "conversation becomes several documents, the later ones repeat earlier answers as unsupervised history."
     )

@@ -1,5 +1,6 @@
 """Sections of the report, and their output to the terminal and as Markdown."""
 
+import re
 from dataclasses import dataclass, field
 
 from rich.table import Table
@@ -44,9 +45,9 @@ def markdown(title: str, sections: list[Section], example: list[tuple[str, bool]
         lines += [f"## {section.title}", "", _table_line(section.header), "|---" * len(section.header) + "|"]
         lines += [*map(_table_line, section.rows), "", *(f"* {note}" for note in section.notes), ""]
     lines += ["## Example conversation", "", "In the target's chat template. Supervised lines start with `+`."]
-    lines += ["", "```diff"]
-    lines += [("+ " if supervised else "  ") + line for text, supervised in example for line in text.split("\n")]
-    return "\n".join([*lines, "```", ""])
+    shown = [("+ " if supervised else "  ") + line for text, supervised in example for line in text.split("\n")]
+    fence = "`" * (1 + max([2, *(len(run) for line in shown for run in re.findall("`+", line))]))
+    return "\n".join([*lines, "", f"{fence}diff", *shown, fence, ""])
 
 
 def _table_line(cells: list[str]) -> str:

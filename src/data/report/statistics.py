@@ -11,7 +11,7 @@ from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.document import Document
 from data.preprocess.packing import PackedRows
-from data.preprocess.table import BAD
+from data.preprocess.table import BAD, TokenizeSettings, fit_to_row
 from data.preprocess.tokenized import Documents
 from data.sources.chunks import RawRecord
 from data.sources.readers import Source, read_all
@@ -48,8 +48,8 @@ class Roles:
     conversations: int = 0
 
 
-def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
-    """Count tokens by role in up to SAMPLED conversations, spread evenly over the data.
+def roles(sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings) -> Roles:
+    """Count tokens by role in up to SAMPLED conversations, spread evenly over the data, after truncation.
 
     Roles are assigned by searching for the message texts, independently of the supervision mask, so supervised user
     tokens indicate a bug.
@@ -57,12 +57,15 @@ def roles(sources: list[Source], encoder: ChatEncoder) -> Roles:
     counts = Roles()
     for sampled in _sampled(sources):
         try:
-            rendered = encoder.render(sampled)
+            rendered = encoder.render(sampled, settings.max_seq_len)
         except BadRecord:
             continue
-        counts.conversations += 1
-        for text, document in zip(rendered.supervision.texts, encoder.tokenize([rendered])[0], strict=False):
-            _count_roles(counts, sampled.messages, text.text, document.document, encoder)
+        documents = fit_to_row(encoder.tokenize([rendered])[0], rendered, settings)
+        counts.conversations += any(documents)
+        for text, fitted in zip(rendered.supervision.texts, documents, strict=False):
+            if fitted and fitted.answers:
+                within = sampled.messages[: max(fitted.answers) + 1]  # later messages are not in the text
+                _count_roles(counts, within, text.text, fitted.document, encoder)
     return counts
 
 

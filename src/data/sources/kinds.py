@@ -79,15 +79,20 @@ OPEN_THOUGHT = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\])\s*\S")
 
 
 def declared(record: Any) -> str | None:
-    """Return the kind that a record declares in `kind` or `category`, or None if there is none or it is unknown."""
+    """Return the kind that a record declares in `kind` or `category`, or None if there is none or it is unknown.
+
+    A `category` named `reasoning` is a topic and declares no kind.
+    """
     if not isinstance(record, dict):
         return None
-    found = (CATEGORIES.get(str(record.get(key)).lower()) for key in ("kind", "category"))
-    return next(filter(None, found), None)
+    kind, category = (CATEGORIES.get(str(record.get(key)).lower()) for key in ("kind", "category"))
+    return kind or (category if category != REASONING else None)  # MT-Bench's category `reasoning`: riddles
 
 
 def length_group(tokens: int) -> str:
-    """Return the group of a length, such as `33 to 128`."""
+    """Return the group of a length, such as `33 to 128`; `0` for an empty text."""
+    if tokens == 0:
+        return "0"
     low, high = 0, 0
     for high in LENGTHS:
         if tokens <= high:

@@ -14,11 +14,12 @@ FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 @torch.compiler.disable
 def attend_tiles(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float | None) -> Tensor:
-    """Run attention tile by tile. Return [R, queries, heads, head size].
+    """Run attention tile by tile. Return [R, queries, heads, head size of `value`].
 
     Args:
         query: [R, heads, queries, head size].
-        key, value: [R, key/value heads, keys, head size].
+        key: [R, key/value heads, keys, head size].
+        value: [R, key/value heads, keys, head size], possibly with another head size.
         scaling: factor of the scores; None: 1 / sqrt(head size).
     """
     rows, heads, queries, size = query.shape
@@ -30,7 +31,7 @@ def attend_tiles(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], s
         parts = query[tile.row : tile.row + 1, :, tile.queries], *_keys_values(key, value, tile)
         output = attend_to(*parts, tile.full_mask(), scale=scaling, causal=tile.mask is None)
         outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1).view(rows, queries, heads, size)
+    return torch.cat(outputs, dim=1).view(rows, queries, heads, value.shape[-1])
 
 
 class _Tiled(torch.autograd.Function):

@@ -42,7 +42,7 @@ def groups(of_prompts: list[str], accepted: dict[str, list[list[int]]]) -> dict[
         of_prompts: the label of each prompt.
         accepted: by drafter, for each prompt, the number of accepted drafts in each verify step.
     """
-    order = [*KINDS, *map(length_group, (*LENGTHS, LENGTHS[-1] + 1))]
+    order = [*KINDS, *map(length_group, (0, *LENGTHS, LENGTHS[-1] + 1))]
     return {label: _group(of_prompts, accepted, label) for label in sorted(set(of_prompts), key=order.index)}
 
 

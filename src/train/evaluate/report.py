@@ -203,9 +203,13 @@ def _by_group(benchmarks: dict[str, BenchmarkReport], groupings: list[str]) -> R
     for benchmark, report in benchmarks.items():
         for grouping in groupings:
             for label, group in report.groups()[grouping].items():
-                taus = [f"{tau.tau:.2f} ({_interval(tau)})" for tau in group.variants.values()]
+                taus = [_tau(tau) for tau in group.variants.values()]
                 rows.append([benchmark or grouping.removesuffix(" tokens"), label, str(group.prompts), *taus])
     return rows
+
+
+def _tau(found: Tau) -> str:
+    return f"{found.tau:.2f} ({_interval(found)})" if found.verify_steps else "-"
 
 
 def _interval(found: VariantReport | Tau) -> str:

@@ -243,7 +243,13 @@ def _by_kind(kinds: dict[str, Any]) -> list[str]:
     rows = []
     for kind, group in kinds.items():
         taus = [group["variants"][name] for name in names]
-        rows.append([kind, f"{group['prompts']}", *(f"{_figure(tau['tau'])} ({_interval(tau)})" for tau in taus)])
+        rows.append(
+            [
+                kind,
+                f"{group['prompts']}",
+                *(f"{_figure(t['tau'])} ({_interval(t)})" if t["verify_steps"] else "-" for t in taus),
+            ]
+        )
     return [f"τ by kind of answer, with its 95% interval:\n\n{_table(['kind', 'prompts', *names], rows)}"]
 
 
