@@ -216,6 +216,24 @@ def test_links_are_followed_and_every_file_is_read_once(tmp_path):
         read(str(tmp_path / "folder"))
 
 
+def test_side_files_of_this_project_are_not_data(tmp_path):
+    write(tmp_path / "out.jsonl", 1)
+    for name in ("out.dropped.jsonl", "out.unfinished.jsonl", "out.settings.json", "rejects.jsonl"):
+        write(tmp_path / name, 9)
+    write(tmp_path / "regenerate_rejects.jsonl", 9)
+    numbers, (note,) = read(str(tmp_path))
+    assert numbers == [1] and "side files of regeneration (out.dropped.jsonl, out.settings.json, out.unf" in note
+
+
+def test_folders_that_link_to_one_another_are_read_once(tmp_path):
+    for a in range(9):
+        write(tmp_path / f"{a}" / "f.jsonl", a)
+        for b in set(range(9)) - {a}:
+            os.symlink(tmp_path / f"{b}", tmp_path / f"{a}" / f"l{b}")
+    numbers, (note,) = read(str(tmp_path))
+    assert sorted(numbers) == list(range(9)) and "read already under another name (" in note
+
+
 def test_a_repository_in_the_hub_cache_is_refused(tmp_path):
     for name in ("refs/main", "snapshots/0a/train.jsonl", "blobs/1"):
         write(tmp_path / name, 1)

@@ -152,7 +152,13 @@ def test_a_damaged_cache_entry_is_built_again(tmp_path, cache, encoder):
     path = write(tmp_path / "data.jsonl")
     before = [tokens(path, encoder)[i].input_ids.tolist() for i in range(len(RECORDS))]
     (file,) = cache.rglob("documents.arrow")
-    for content in (file.read_bytes()[:100], b""):
+    complete = file.read_bytes()
+    for content in (
+        complete[:100],
+        b"",
+        complete[:-200] + bytes(200),
+        complete[: len(complete) // 2].ljust(9999, b"\0"),
+    ):
         file.write_bytes(content)
         again = tokens(path, encoder)
         assert [again[i].input_ids.tolist() for i in range(len(RECORDS))] == before
@@ -169,7 +175,8 @@ def test_a_damaged_conversion_of_a_table_is_repeated(kind, tmp_path, cache):
         feather.write_feather(pyarrow.Table.from_pylist(RECORDS), path)
     assert values(opened(path)) == RECORDS
     (converted,) = cache.rglob("*.arrow")
-    for content in (converted.read_bytes()[:300], b""):
+    complete = converted.read_bytes()
+    for content in (complete[:300], b"", complete[:-200] + bytes(200)):
         converted.unlink()  # it is mapped into memory
         converted.write_bytes(content)
         assert values(opened(path)) == RECORDS
@@ -178,6 +185,8 @@ def test_a_damaged_conversion_of_a_table_is_repeated(kind, tmp_path, cache):
 def test_a_complete_cache_entry_is_read_without_writing(tmp_path, cache, encoder, monkeypatch):
     path = write(tmp_path / "data.jsonl")
     tokens(path, encoder)
+    Dataset.from_list(RECORDS).to_parquet(str(tmp_path / "data.parquet"))
+    opened(tmp_path / "data.parquet")
 
     def refuse(*_args, **_kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -185,8 +194,9 @@ def test_a_complete_cache_entry_is_read_without_writing(tmp_path, cache, encoder
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     assert len(tokens(path, encoder)) == len(RECORDS)
+    assert values(opened(tmp_path / "data.parquet")) == RECORDS
     append(path, RECORDS[:1])
-    with pytest.raises(UserError, match="HF_DATASETS_CACHE=.*Read-only file system"):
+    with pytest.raises(UserError, match=r"HF_DATASETS_CACHE=.*Read-only file system\)\. Make it writable, or"):
         tokens(path, encoder)
 
 

@@ -30,7 +30,7 @@ from data.preprocess.table import (
     TokenizeSettings,
     table_rows,
 )
-from data.sources.cache import cache_errors, cache_folder
+from data.sources.cache import cache_errors, cache_folder, stream_ends, sync
 from data.sources.chunks import Chunk
 from data.sources.readers import Source, fingerprint
 from data.sources.rejects import Reject, reject
@@ -187,8 +187,11 @@ def _load(home: Path) -> Dataset | None:
 
 
 def _read(home: Path) -> Dataset:
-    files = json.loads((home / "files.json").read_text(encoding="utf-8"))
-    return concatenate_datasets([Dataset.from_file(str(home / file)) for file in files])
+    rows = json.loads((home / "files.json").read_text(encoding="utf-8"))
+    tables = [Dataset.from_file(str(home / name)) for name in rows]
+    if [len(table) for table in tables] != list(rows.values()) or not all(stream_ends(home / name) for name in rows):
+        raise ValueError(f"{home}: the files are incomplete")
+    return concatenate_datasets(tables)
 
 
 def _write(
@@ -200,6 +203,8 @@ def _write(
     try:
         files = _tokenize(temporary, sources, encoder, settings, num_proc, key)
         (temporary / "files.json").write_text(json.dumps(files), encoding="utf-8")
+        for file in temporary.iterdir():
+            sync(file)
         shutil.rmtree(home, ignore_errors=True)
         temporary.rename(home)
     finally:
@@ -208,8 +213,8 @@ def _write(
 
 def _tokenize(
     folder: Path, sources: list[Source], encoder: ChatEncoder, settings: TokenizeSettings, num_proc: int, key: str
-) -> list[str]:
-    """Write the table to `folder` and return the file names, in order."""
+) -> dict[str, int]:
+    """Write the table to `folder`. Return the number of rows in each file, by name, in order."""
     chunks = [{"part": n} | asdict(chunk) for n, source in enumerate(sources) for chunk in source.reader.chunks()]
     index = Dataset.from_list(chunks)
     table = index.map(
@@ -224,7 +229,8 @@ def _tokenize(
         new_fingerprint=key,
         desc=f"tokenizing {sum(source.take for source in sources):,} records, in chunks",
     )
-    return [Path(file["filename"]).name for file in table.cache_files]
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return {file.name: len(Dataset.from_file(str(file))) for file in files}
 
 
 def tokenize_chunk(

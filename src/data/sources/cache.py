@@ -11,6 +11,7 @@ from datasets import config
 from data.errors import UserError
 
 NAMES = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOENT ENOTDIR EIO ESTALE"
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of the Arrow format
 FILE_SYSTEM = {getattr(errno, name) for name in NAMES.split()}  # errors of a disk, not of a network or a format
 
 
@@ -33,9 +34,11 @@ def cache_errors() -> Iterator[None]:
     except Exception as error:
         if (cause := system_error(error)) is None:
             raise
+        read_only = cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
         raise UserError(
             f"HF_DATASETS_CACHE={config.HF_DATASETS_CACHE}: the cache cannot be used ({cause.strerror or cause}). "
-            "Free space there, or set HF_DATASETS_CACHE to a folder on another disk."
+            f"{'Make it writable' if read_only else 'Free space there'}, or set HF_DATASETS_CACHE to a folder "
+            f"{'with write permission' if read_only else 'on another disk'}."
         ) from error
 
 
@@ -59,3 +62,19 @@ def complete_file(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(file: Path) -> None:
+    """Write a file's content to the disk. Otherwise, its name could survive a power loss without the content."""
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
+
+
+def stream_ends(file: Path) -> bool:
+    """Return whether an Arrow stream has its end marker, which is optional, but which all common writers write.
+
+    After a power loss, the end of a file may be zeros. Four zero bytes are a valid end of a stream, but no end marker.
+    """
+    with file.open("rb") as content:
+        content.seek(-min(len(STREAM_END), file.stat().st_size), os.SEEK_END)
+        return content.read() == STREAM_END

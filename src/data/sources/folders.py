@@ -17,6 +17,10 @@ from data.sources.formats import FILES, is_data_file
 
 METADATA = {*FILES_TO_IGNORE, config.DATASET_STATE_JSON_FILENAME}
 CACHE = "cache of datasets"
+AGAIN = "read already under another name"
+# Written by data.regenerate beside its output, and by runs; dropped answers must not be trained on.
+SIDE_FILES = (".dropped.jsonl", ".unfinished.jsonl", ".settings.json")
+REJECTS = ("rejects.jsonl", "regenerate_rejects.jsonl")
 SHOWN = 3  # number of names in a message
 
 
@@ -47,7 +51,7 @@ def scan(folder: Path) -> Folder:
     """Find all data files below a folder.
 
     Of a `Dataset.save_to_disk`, only the listed files count. Files of a `DatasetDict.save_to_disk` get their splits.
-    Links are followed. Hidden files, metadata and caches are passed over.
+    Links are followed. Hidden files, metadata, caches and side files of this project are passed over.
 
     Raises:
         UserError: the folder has no data files, is incomplete, or cannot be read.
@@ -56,7 +60,7 @@ def scan(folder: Path) -> Folder:
         raise UserError(f"{folder} is a repository in the Hub cache. Use its ID (owner/name) or a snapshot.")
     found = Folder(folder)
     try:
-        found.files = list(_walk(folder, "", found.passed_over, set()))
+        found.files = list(_walk(folder, "", found.passed_over, set(), set()))
     except OSError as error:
         raise unreadable(error.filename or str(folder), error) from error
     if not found.files:
@@ -71,7 +75,9 @@ def shown(names: list[str]) -> str:
     return ", ".join(escaped) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents: set[str]) -> Iterator[DataFile]:
+def _walk(
+    folder: Path, prefix: str, passed_over: dict[str, list[str]], parents: set[str], visited: set[str]
+) -> Iterator[DataFile]:
     """Yield the data files below a folder, sorted by name.
 
     Args:
@@ -79,11 +85,13 @@ def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents:
         prefix: its name relative to the root, with a slash at its end.
         passed_over: other entries are added to it.
         parents: real paths of the folders that contain this one; they stop cycles of links.
+        visited: real paths of all folders so far; this one is added. Folders that link to one another are read once.
     """
+    parents = parents | {real := os.path.realpath(folder)}
+    visited.add(real)
     if saved := _saved(folder):
         yield from _listed(folder, prefix, saved, passed_over)
         return
-    parents = parents | {os.path.realpath(folder)}
     splits = _read_list(folder / config.DATASETDICT_JSON_FILENAME, "splits")
     for entry in sorted(folder.iterdir()):
         name, is_folder = prefix + entry.name, entry.is_dir()
@@ -91,8 +99,10 @@ def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents:
             passed_over["hidden"].append(name)
         elif is_folder and os.path.realpath(entry) in parents:
             passed_over["links to a parent folder"].append(name)
+        elif is_folder and os.path.realpath(entry) in visited:
+            passed_over[AGAIN].append(name)
         elif is_folder:
-            files = list(_walk(entry, f"{name}/", passed_over, parents))
+            files = list(_walk(entry, f"{name}/", passed_over, parents, visited))
             for file in files:
                 file.splits |= {entry.name} if entry.name in splits else set()
             yield from files
@@ -102,6 +112,8 @@ def _walk(folder: Path, prefix: str, passed_over: dict[str, list[str]], parents:
             passed_over["metadata"].append(name)
         elif _is_cache(entry.name):
             passed_over[CACHE].append(name)
+        elif entry.name in REJECTS or entry.name.endswith(SIDE_FILES):
+            passed_over["rejects and side files of regeneration"].append(name)
         elif not is_data_file(entry.name):
             passed_over["other formats"].append(name)
         elif entry.is_file() or entry.is_symlink():  # opening a broken link reports it

@@ -12,7 +12,7 @@ from fsspec.utils import glob_translate
 from huggingface_hub import metadata_load
 
 from data.errors import UserError
-from data.sources.folders import DataFile, Folder, scan, shown
+from data.sources.folders import AGAIN, DataFile, Folder, scan, shown
 
 ALL = "all"  # every split, as in `datasets`
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\b")
@@ -155,7 +155,7 @@ def _keep_once(found: Folder) -> None:
             again.append(file)
         elif identity:
             seen.add(identity)
-    _drop(found, again, "read already under another name")
+    _drop(found, again, AGAIN)
 
 
 def _drop(found: Folder, files: list[DataFile], reason: str) -> None:

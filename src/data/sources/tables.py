@@ -1,25 +1,25 @@
 """Reads tables: Parquet files, Arrow files and Hub datasets."""
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json, load_dataset
+import pyarrow
+from datasets import Dataset, Features, Json, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
+from filelock import FileLock
 from pyarrow import Schema
 from pyarrow.parquet import read_metadata
 
 from data.errors import UserError
-from data.sources.cache import cache_errors, cache_folder, complete_file, system_error
+from data.sources.cache import cache_errors, cache_folder, complete_file, stream_ends, sync, system_error
 from data.sources.chunks import CHUNK_RECORDS, Chunk, RawRecord, changed
 from data.sources.records import KEYS
 
 SPECIAL = set("*?[]{}:")
-STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of the Arrow format
 
 
 class Table:
@@ -115,7 +115,7 @@ def _read_parquet(file: Path, sha256: str) -> tuple[Dataset, tuple[str, ...]]:
     cache = cache_folder("parquet", sha256)
     path = str(_plain(file, cache))
     read = partial(Dataset.from_parquet, path, cache_dir=str(cache), columns=columns if notes else None)
-    return _converted(read, cache), notes
+    return _converted(read, cache, columns, metadata.num_rows), notes
 
 
 def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Dataset, tuple[str, ...]]:
@@ -123,36 +123,53 @@ def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Datas
         cache = cache_folder("arrow", sha256)
         path = str(_plain(file, cache))
         read = partial(load_dataset, "arrow", data_files=path, split="train", cache_dir=str(cache))
-        dataset = _converted(read, cache)
+        with pyarrow.memory_map(str(file)) as content:
+            names = pyarrow.ipc.open_file(content).schema.names
+        dataset = _converted(read, cache, names)
     else:
         dataset = Dataset.from_file(str(file))
         for batch in dataset.data.table.to_batches():
             batch.validate(full=True)  # reading damaged offsets would end the process; conversions check this, too
     columns, notes = select_columns(dataset.features.arrow_schema)
     dataset = dataset.select_columns(columns) if notes else dataset
-    if not in_file_format and not _ends(file):
+    if not in_file_format and not stream_ends(file):
         notes += ("the end marker of the stream is missing; the file may be incomplete",)
     return dataset, notes
 
 
-def _converted(read: Callable[[], Dataset], cache: Path) -> Dataset:
-    """Convert a file in the cache. If an earlier result there is damaged, e.g. since a crash, convert it again."""
-    earlier = [folder for folder in cache.glob("*") if folder.is_dir()]
+def _converted(read: Callable[[], Dataset], cache: Path, columns: list[str], rows: int | None = None) -> Dataset:
+    """Convert a file in the cache, or open an earlier result if it is complete.
+
+    Args:
+        read: converts the file.
+        cache: the folder of this file's conversions.
+        columns: the columns to read.
+        rows: number of rows in the file, if known.
+    """
+    if dataset := _complete(cache, columns, rows):  # without the lock, so that the cache may be read-only
+        return dataset
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{cache}.lock"):
+        if not (dataset := _complete(cache, columns, rows)):
+            for folder in cache.iterdir():  # damaged, e.g. since a power loss
+                if folder.is_dir():
+                    shutil.rmtree(folder, ignore_errors=True)
+            dataset = read()
+            for file in dataset.cache_files:
+                sync(Path(file["filename"]))
+    return dataset
+
+
+def _complete(cache: Path, columns: list[str], rows: int | None) -> Dataset | None:
+    """Return the conversion in a folder of the cache, or None if it is missing or damaged."""
+    files = sorted(file for file in cache.rglob("*.arrow") if not file.parent.name.endswith(".incomplete"))
     try:
-        return read()
+        if not files or not all(map(stream_ends, files)):
+            return None
+        dataset = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
     except (OSError, ValueError, DatasetsError):
-        if not earlier:
-            raise
-    for folder in earlier:
-        shutil.rmtree(folder, ignore_errors=True)
-    return read()
-
-
-def _ends(file: Path) -> bool:
-    """Return whether an Arrow stream has its end marker, which is optional, but which all common writers write."""
-    with file.open("rb") as content:
-        content.seek(-len(STREAM_END), os.SEEK_END)
-        return content.read() == STREAM_END
+        return None
+    return dataset if dataset.column_names == columns and rows in (None, len(dataset)) else None
 
 
 def _plain(file: Path, cache: Path) -> Path:
