@@ -40,7 +40,7 @@ PREPROCESS = (
     "anchors", "answers", "boundaries", "chat_template", "prompts", "skeleton", "spans", "supervision", "table",
     "templates", "tool_calls", "written",
 )  # fmt: skip
-SOURCES = "chunks", "forms", "json_values", "jsonl", "readers", "records", "tables", "tools", "turns"
+SOURCES = "chunks", "forms", "json_values", "jsonl", "readers", "records", "tables", "tools", "tags", "turns"
 CODE = (*(f"preprocess/{name}" for name in PREPROCESS), *(f"sources/{name}" for name in SOURCES))
 
 

@@ -41,7 +41,7 @@ def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]
     if refused := REFUSED.keys() & given:
         raise BadRecord(f"`{min(refused)}`: {REFUSED[min(refused)]}")
     turns = _turns(record, given)
-    tools = [(key, read_tools(record[key], key)) for key in TOOLS if key in given]
+    tools = [(key, read_tools(record[key], f"`{key}`")) for key in TOOLS if key in given]
     tools += [("tools of the system turn", turn.tools) for turn in turns if turn.tools]
     if any(schemas != tools[0][1] for _, schemas in tools):
         raise BadRecord(f"{' and '.join(f'`{key}`' for key, _ in tools)} differ; keep one of them")

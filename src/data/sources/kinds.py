@@ -18,6 +18,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.sources.records import Conversation
+from data.sources.tags import CLOSING, OPENING
 
 CHAT, CODE, MATH, TOOLS, REASONING = KINDS = ("chat", "code", "math", "tools", "reasoning")
 CATEGORIES = {kind: kind for kind in KINDS}
@@ -26,12 +27,12 @@ CATEGORIES |= {"tool": TOOLS, "tool_use": TOOLS, "function_calling": TOOLS, "con
 LENGTHS = (32, 128, 512, 2048, 8192, 32768)  # limits of the length groups, in tokens
 READ = 20_000  # characters of a text that the rules read
 
-FENCE = re.compile(r"^ *(?:```|~~~) *([\w+#.-]*)[^\n`]*\n", re.M)
+FENCE = re.compile(r"^ *+(?:```|~~~) *+([\w+#.-]*+)[^\n`]*+\n", re.M)
 NOT_CODE = {"", "text", "txt", "plaintext", "plain", "markdown", "md", "latex", "tex", "math", "output", "quote"}
 CODE_LINE = re.compile(
-    r"^[ \t]*(?:(?:async )?def \w+\(.*|class \w+.*[:{]|(?:import|from) [\w.]+(?: import .*)?|return\b.*"
+    r"^[ \t]*+(?:(?:async )?def \w+\(.*|class \w++.*[:{]|(?:import|from) [\w.]+(?: import .*)?|return\b.*"
     r"|(?:if|elif|for|while|with|try|except|else)\b.*:|#include\b.*|(?:public|private|static|const|let|var|fn|func|fun"
-    r"|function)\b.*[;{(].*|@\w+|SELECT\b.* FROM\b.*|</?\w+[^>]*>.*|.*[;{]|[})\]]+[;,]?)$",
+    r"|function)\b.*[;{(].*|@\w+|SELECT\b.* FROM\b.*|</?\w++[^>]{0,200}+>.*|.*[;{]|[})\]]+[;,]?)$",
     re.M,
 )
 LINE = re.compile(r"^[ \t]*\S", re.M)
@@ -53,7 +54,7 @@ LATEX = re.compile(
 )
 RESULT = re.compile(r"^#### *[-$]?\d", re.M)
 EQUATION = re.compile(
-    r"\d[\d.,%)]* ?(?:[-+*/×÷·^x]|\*\*) ?[$€£(]{0,2}\d[^=\n]{0,40}= ?[$€£-]{0,2}\d"  # 3 + 4 = 7
+    r"(?<!\d)\d[\d.,%)]{0,30} ?(?:[-+*/×÷·^x]|\*\*) ?[$€£(]{0,2}\d[^=\n]{0,40}= ?[$€£-]{0,2}\d"  # 3 + 4 = 7
     r"|\b\d*[a-zA-Z](?:\^?\d)? ?[-+*/] ?(?:\d+[a-zA-Z]?|[a-zA-Z])(?:\^?\d)?\b[^=<>\n]{0,20}[=<>]"  # 2x + 3 = y
 )
 TASKS = (
@@ -73,9 +74,9 @@ HOW_MANY = re.compile(
 NUMBER = re.compile(
     r"\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|twice|dozen|third|quarter|double|triple|times)\b"
 )
-THOUGHT = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\])?(.*?)(?:</[\w:]*think\w*>|\[/THINK\])", re.S)
-OPENED = re.compile(r"(?:<[\w:]*think\w*>|\[THINK\])\s*$")  # the end of a prompt that opens a reasoning block
-OPEN_THOUGHT = re.compile(r"\s*(?:<[\w:]*think\w*>|\[THINK\])\s*\S")
+THOUGHT = re.compile(rf"\s*+{OPENING}?+(.*?){CLOSING}", re.S)
+OPENED = re.compile(rf"{OPENING}\s*$")  # the end of a prompt that opens a reasoning block
+OPEN_THOUGHT = re.compile(rf"\s*+{OPENING}\s*\S")
 
 
 def declared(record: Any) -> str | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from data.errors import BadRecord
 from data.sources.forms import KEYS, read_record
-from data.sources.tools import calls_in_text, kind, result_in_text
+from data.sources.tags import result_in_text
+from data.sources.tools import calls_in_text, kind
 from data.sources.turns import Message, Messages, Turn, Written
 
 __all__ = ["KEYS", "Conversation", "Message", "Messages", "Written", "conversation", "parsed", "prompt", "questions"]

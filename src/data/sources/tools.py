@@ -2,47 +2,47 @@
 
 import ast
 import json
-import re
 from typing import Any
 
 from data.errors import BadRecord
+from data.sources.tags import split_calls
 
-TEXT_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)  # Hermes and Qwen
-TEXT_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+MAX_DEPTH = 100  # levels of nesting in schemas and arguments; Python's JSON encoder fails at about 1,000
 CALL_KEYS = {"id", "type", "index", "function"}
 FUNCTION_KEYS = {"name", "arguments"}
 
 
-def read_tools(value: Any, key: str) -> list[dict[str, Any]] | None:
+def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     """Parse tool schemas into `{"type": "function", "function": {"name": ..., ...}}`, or None if there are none.
 
     Args:
         value: a list of schemas, in OpenAI's form or as bare functions, or its JSON text.
-        key: the record's key, for error messages.
+        where: the record's key, for error messages.
 
     Raises:
         BadRecord: the value is not a list of functions.
     """
-    tools = from_json(value, f"`{key}`") if isinstance(value, str) else value
+    tools = from_json(value, where) if isinstance(value, str) else value
     if not tools:
         return None
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        raise BadRecord(f"`{key}`: expected a list of JSON schemas, found {kind(tools)}")
-    return [_schema(tool, f"`{key}`, tool {number}") for number, tool in enumerate(tools, start=1)]
+        raise BadRecord(f"{where}: expected a list of JSON schemas, found {kind(tools)}")
+    _check_json(tools, where)
+    return [_schema(tool, f"{where}, tool {number}") for number, tool in enumerate(tools, start=1)]
 
 
 def _schema(tool: Any, where: str) -> dict[str, Any]:
     tool = from_json(tool, where) if isinstance(tool, str) else tool
     if not isinstance(tool, dict):
         raise BadRecord(f"{where}: expected a JSON schema, found {kind(tool)}")
-    if tool.get("type", "function") != "function":
+    if tool.get("type") not in (None, "function"):
         raise BadRecord(f"{where}: type {tool['type']!r:.40} is not supported; expected 'function'")
-    function = tool.get("function", tool)
+    function = tool if tool.get("function") is None else tool["function"]
     if not isinstance(function, dict) or not _is_name(function.get("name")):
         raise BadRecord(f"{where}: expected a function with a `name`")
-    function = {key: value for key, value in function.items() if key != "type"}
+    function = {key: value for key, value in function.items() if key not in ("type", "function")}
     if "input_schema" in function:  # Anthropic's name for it
         function["parameters"] = function.pop("input_schema")
     if isinstance(function.get("parameters"), str):
@@ -65,21 +65,20 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """
     calls = from_json(value, f"{where}: tool calls") if isinstance(value, str) else value
     calls = [calls] if isinstance(calls, dict) else calls
+    _check_json(calls, f"{where}: tool calls")
     if not isinstance(calls, list) or not calls:
         raise BadRecord(f"{where}: expected a list of tool calls, found {kind(calls)}")
     return [_call(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)]
 
 
 def calls_in_text(text: str, where: str) -> tuple[str, list[dict[str, Any]]]:
-    """Split an answer into its text and the calls in its `<tool_call>` blocks, as in Hermes' data sets."""
-    found = [call for block in TEXT_CALL.findall(text) for call in read_calls(block, where)]
-    return TEXT_CALL.sub("", text).strip(), found
+    """Split an answer into its text and the calls in its `<tool_call>` blocks, as in Hermes' data sets.
 
-
-def result_in_text(text: str) -> str:
-    """Return the result inside `<tool_response>` tags, which chat templates write themselves."""
-    found = TEXT_RESULT.findall(text)
-    return "\n".join(found) if found and not TEXT_RESULT.sub("", text).strip() else text
+    Raises:
+        BadRecord: a block contains no valid call.
+    """
+    text, blocks = split_calls(text)
+    return text, [call for block in blocks for call in read_calls(block, where)]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -95,30 +94,67 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise BadRecord(f"{where}: unknown key `{min(unknown)}`; expected `name` and `arguments`")
     if call.get("type", "function") != "function":
         raise BadRecord(f"{where}: type {call['type']!r:.40} is not supported; expected 'function'")
-    arguments = function.get("arguments") or {}
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = from_json(arguments, f"{where}, `arguments`")
+    arguments = {} if arguments is None or arguments == [] else arguments
     if not isinstance(arguments, dict):
         raise BadRecord(f"{where}: `arguments`: expected an object, found {kind(arguments)}")
     parsed: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return parsed | ({"id": call["id"]} if call.get("id") else {})
+    return parsed if call.get("id", "") == "" else parsed | {"id": read_id(call["id"], f"{where}, `id`")}
+
+
+def read_id(value: Any, where: str) -> str:
+    """Return the id of a call as text. Some data sets contain numbers.
+
+    Raises:
+        BadRecord: the value is neither text nor an integer.
+    """
+    if type(value) not in (str, int):
+        raise BadRecord(f"{where}: expected a string, found {kind(value)}")
+    return str(value)
 
 
 def from_json(text: str, where: str) -> Any:
-    """Parse JSON, or a Python literal, which some data sets contain instead.
+    """Parse JSON, or a Python literal of JSON types, which some data sets contain instead.
 
     Raises:
-        BadRecord: the text is neither.
+        BadRecord: the text is neither, or contains a number that is not finite or a lone surrogate.
     """
     if not text.strip():
         return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         try:
-            return ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            # As JSON, keys are strings and tuples are lists.
+            value = json.loads(json.dumps(ast.literal_eval(text.strip())))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise BadRecord(f"{where}: invalid JSON: {error}") from None
+    _check_json(value, where)
+    return value
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Check that a value can be written as JSON in UTF-8, as chat templates do."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecord(f"{where}: contains a lone surrogate, which is not valid Unicode") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRecord(f"{where}: not valid JSON: {error}") from None
+    if text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise BadRecord(f"{where}: nested deeper than {MAX_DEPTH} levels")
+
+
+def _depth(value: Any) -> int:
+    """Return the number of levels of nesting, without recursion."""
+    level, depth = [value], 0
+    while level := [x for x in level if isinstance(x, dict | list | tuple)]:
+        depth += 1
+        level = [child for x in level for child in (x.values() if isinstance(x, dict) else x)]
+    return depth
 
 
 def kind(value: Any) -> str:

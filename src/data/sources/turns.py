@@ -1,11 +1,11 @@
 """Parses a turn of a record into a chat message. Every key is read, known to be metadata, or refused."""
 
-import json
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
 from data.errors import BadRecord
-from data.sources.tools import kind, read_calls, read_tools
+from data.sources.tools import kind, read_calls, read_id, read_tools
 
 Message = dict[str, Any]  # the keys that chat templates read: role, content, reasoning_content, tool_calls, ...
 Messages = list[Message]
@@ -61,9 +61,14 @@ def text_message(role: str, content: Any, where: str) -> Message:
     """
     if not isinstance(content, str):
         raise BadRecord(f"{where}: expected a string, found {kind(content)}")
-    if not content.strip():
+    if is_blank(content):
         raise BadRecord(f"{where}: the text is empty")
     return {"role": role, "content": _valid(content, where)}
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text has only white space and invisible format characters, such as zero-width spaces."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def read_turn(turn: Any, where: str) -> Turn:
@@ -83,37 +88,51 @@ def read_turn(turn: Any, where: str) -> Turn:
     role = ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
         raise BadRecord(f"{where}: unknown role {given!r:.40}; expected one of {', '.join(ROLES)}")
-    if len(turn) == 2 and given not in CALLS and isinstance(turn.get(text_key), str) and turn[text_key].strip():
+    is_call = given.lower() in CALLS
+    if len(turn) == 2 and not is_call and isinstance(turn.get(text_key), str) and not is_blank(turn[text_key]):
         return Turn({"role": role, "content": _valid(turn[text_key], where)})  # the common case, fast
     extra = {key: value for key, value in turn.items() if key not in (role_key, text_key) and not _absent(key, value)}
     _refuse_unknown(extra, role, where)
     content: Any = turn.get(text_key)
-    if given in CALLS:
-        extra["tool_calls"], content = content or "", ""
-    return _turn(role, content, text_key, extra, where)
+    calls = [extra[key] for key in ("tool_calls", "function_call") if key in extra]
+    if is_call:
+        calls, content = [*calls, content] if content or not calls else calls, ""
+    return _turn(role, content, text_key, extra, _calls(calls, where), where)
 
 
-def _turn(role: str, content: Any, text_key: str, extra: dict[str, Any], where: str) -> Turn:
-    calls = extra.get("tool_calls", extra.get("function_call"))
+def _calls(given: list[Any], where: str) -> list[dict[str, Any]] | None:
+    """Parse the calls of a turn, which may have several keys for them."""
+    found = [read_calls(calls, where) for calls in given]
+    if any([call["function"] for call in calls] != [call["function"] for call in found[0]] for calls in found):
+        raise BadRecord(f"{where}: several keys hold different tool calls; keep `tool_calls`")
+    return found[0] if found else None
+
+
+def _turn(
+    role: str, content: Any, text_key: str, extra: dict[str, Any], calls: list[dict[str, Any]] | None, where: str
+) -> Turn:
     written = _written(extra, where)
     if content is None and calls is None and written is None:
         raise BadRecord(f"{where}: missing `{text_key}`")
     text, thought = _parts(content, where) if isinstance(content, list) else ("" if content is None else content, None)
     may_be_empty = calls is not None or role in ("tool", "system", "developer") or bool(written and written.token_ids)
-    if isinstance(text, str) and not text.strip() and may_be_empty:
-        message: Message = {"role": role, "content": text if role == "tool" else ""}
+    if isinstance(text, str) and is_blank(text) and may_be_empty:
+        message: Message = {"role": role, "content": _valid(text, where) if role == "tool" else ""}
     else:
         message = text_message(role, text, where)
     if reasoning := _reasoning(extra, thought, where):
         message["reasoning_content"] = reasoning
     if calls is not None:
-        message["tool_calls"] = read_calls(calls, where)
-        _valid(json.dumps(message["tool_calls"], ensure_ascii=False), where)
+        message["tool_calls"] = calls
+    if "tool_call_id" in extra:
+        extra["tool_call_id"] = read_id(extra["tool_call_id"], f"{where}, `tool_call_id`")
     for key in ("tool_call_id", "name"):
         if key in extra:
             message[key] = text_message(role, extra[key], f"{where}, `{key}`")["content"]
-    tools = next((read_tools(extra[key], key) for key in ("tools", "functions") if key in extra), None)
-    return Turn(message, _trained(extra, role, where), written, tools)
+    tools = [read_tools(extra[key], f"{where}, `{key}`") for key in ("tools", "functions") if key in extra]
+    if any(schemas != tools[0] for schemas in tools):
+        raise BadRecord(f"{where}: `tools` and `functions` differ; keep one of them")
+    return Turn(message, _trained(extra, role, where), written, tools[0] if tools else None)
 
 
 def _refuse_unknown(extra: dict[str, Any], role: str, where: str) -> None:
@@ -152,7 +171,7 @@ def _reasoning(extra: dict[str, Any], thought: str | None, where: str) -> str | 
         return None
     if not isinstance(found[0], str):
         raise BadRecord(f"{where}, reasoning: expected a string, found {kind(found[0])}")
-    return _valid(found[0], where) if found[0].strip() else None
+    return None if is_blank(found[0]) else _valid(found[0], where)
 
 
 def _trained(extra: dict[str, Any], role: str, where: str) -> bool:
@@ -173,7 +192,7 @@ def _written(extra: dict[str, Any], where: str) -> Written | None:
     if not isinstance(truncated, bool):
         raise BadRecord(f"{where}: `truncated`: expected true or false, found {kind(truncated)}")
     if ids is not None and not (
-        isinstance(ids, list) and ids and all(type(token) is int and token >= 0 for token in ids)
+        isinstance(ids, list) and ids and all(type(token) is int and 0 <= token < 2**31 for token in ids)
     ):
         raise BadRecord(f"{where}: `token_ids`: expected a list of token ids, found {kind(ids)}")
     return Written(ids, truncated) if ids is not None or truncated else None

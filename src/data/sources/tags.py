@@ -1,0 +1,69 @@
+"""Tags in the text of a turn: reasoning, tool calls and tool results, as in Hermes' data sets and Qwen's templates.
+
+All searches are linear in the length of the text.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+OPENING = r"(?:<[\w:]{0,20}(?:think|thought)\w{0,20}>|\[THINK\])"  # of reasoning
+CLOSING = r"(?:</[\w:]{0,20}(?:think|thought)\w{0,20}>|\[/THINK\])"
+OPENED = re.compile(rf"\s*+{OPENING}")
+CLOSED = re.compile(CLOSING)
+CALL, CALL_END = "<tool_call>", "</tool_call>"
+RESULT, RESULT_END = "<tool_response>", "</tool_response>"
+SPACE = re.compile(r"\s*+")
+DECODER = json.JSONDecoder()
+
+
+def split_calls(text: str) -> tuple[str, list[str]]:
+    """Split an answer into its text and the contents of its `<tool_call>` blocks. Reasoning contains no calls."""
+    start = _reasoning_end(text)
+    kept, blocks = [text[:start]], list[str]()
+    for before, block, after in _call_blocks(text, start):
+        kept.append(text[start:before])
+        blocks.append(block)
+        start = after
+    return "".join([*kept, text[start:]]).strip(), blocks
+
+
+def result_in_text(text: str) -> str:
+    """Return the result inside `<tool_response>` tags, which chat templates write themselves."""
+    found, start = list[str](), 0
+    while (tag := text.find(RESULT, start)) >= 0 and (end := text.find(RESULT_END, tag)) >= 0:
+        if text[start:tag].strip():
+            return text
+        found.append(text[tag + len(RESULT) : end].strip())
+        start = end + len(RESULT_END)
+    return text if not found or text[start:].strip() else "\n".join(found)
+
+
+def _reasoning_end(text: str) -> int:
+    """Return the index after the reasoning at the start of a text. The prompt may contain its opening tag."""
+    closed = CLOSED.search(text)
+    if not closed:
+        return 0
+    before = text[: closed.start()]
+    in_call = before.count(CALL) > before.count(CALL_END)  # e.g. a call that writes a file with such a tag
+    return 0 if in_call and not OPENED.match(text) else closed.end()
+
+
+def _call_blocks(text: str, start: int) -> Iterator[tuple[int, str, int]]:
+    """Yield the start, content and end of every closed block."""
+    while (tag := text.find(CALL, start)) >= 0:
+        content = tag + len(CALL)
+        end = text.find(CALL_END, _json_end(text, content))
+        if end < 0:
+            return
+        start = end + len(CALL_END)
+        yield tag, text[content:end].strip(), start
+
+
+def _json_end(text: str, start: int) -> int:
+    """Return the index after the JSON value at `start` or, if it is not JSON, `start`."""
+    space = SPACE.match(text, start)
+    try:
+        return DECODER.raw_decode(text, space.end() if space else start)[1]
+    except (ValueError, RecursionError):
+        return start
