@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
-from data.regenerate.conversation import Sample, Sampling, repeats
+from data.regenerate.conversation import Asked, Sample, Sampling, repeats
 from data.regenerate.local_backend import LocalBackend
 from data.regenerate.sample_log import SampleLog
 
@@ -398,9 +398,9 @@ def test_the_log_drops_an_incomplete_line(tmp_path):
         (tmp_path / "cut").write_bytes(content[:cut])
         found = SampleLog(tmp_path / "cut")
         assert len(found) == content[:cut].count(b"\n")
-        for sample_id in {"a", "b"} - set(found.offsets):
+        for sample_id in {"a", "b"} - {key.id for key in found.offsets}:
             found.add(sample_id, {"x": 3})
-        assert [entry["id"] for entry in found.read(["b", "a"])] == ["b", "a"]
+        assert [entry["id"] for entry in found.read([Asked("b", None), Asked("a", None)])] == ["b", "a"]
 
 
 def test_a_full_disk_leaves_no_incomplete_line(tmp_path, monkeypatch):
@@ -415,4 +415,4 @@ def test_a_full_disk_leaves_no_incomplete_line(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "_file", Full())
     with pytest.raises(UserError, match="disk full"):
         log.add("b", {"x": 2})
-    assert list(SampleLog(tmp_path / "log").offsets) == ["a"]
+    assert [key.id for key in SampleLog(tmp_path / "log").offsets] == ["a"]

@@ -13,8 +13,9 @@ from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate import server_backend
 from data.regenerate.conversation import Sample, Sampling
-from data.regenerate.questions import tasks
+from data.regenerate.questions import read_questions, tasks
 from data.regenerate.trainable import TrainingChecker
+from data.sources.readers import open_sources
 from data.sources.records import Conversation, conversation
 
 SAMPLING = Sampling(0.0, 1.0, 64, seed=0, drop_cut_off=False, repeat_words=9, repeat_times=0)
@@ -274,7 +275,9 @@ def test_appended_and_changed_prompts_are_answered_and_the_rest_is_used_again(tm
         assert "4 conversations: 3 kept, 1 empty" in printed or "1 empty, 3 kept" in printed
         assert [s["id"] for s in read(tmp_path)] == ["2", "3", "9"] and read(tmp_path)[1] == first[-1]
         dropped = read(tmp_path, "regenerated.dropped.jsonl")
-        assert [(s["id"], s["reason"]) for s in dropped] == [("1", "empty"), ("0", "no longer in data.path")]
+        assert [(s["id"], s["reason"]) for s in dropped] == [
+            ("1", "empty"), ("0", "no longer in data.path"), ("2", "no longer in data.path"),
+        ]  # fmt: skip
         assert "already finished" in run(tmp_path, *server(stub))
         write(tmp_path, [{"id": 0, "question": "q0", "answer": "x"}, *records[1:]])
         total = sum(stub.asked.values())
@@ -311,6 +314,18 @@ def test_a_request_field_is_removed_by_null(tmp_path):
     with StubServer() as stub:
         run(tmp_path, *server(stub), "+regenerate.server.extra={max_tokens: null, max_completion_tokens: 7}")
     assert "max_tokens" not in stub.bodies[0] and stub.bodies[0]["max_completion_tokens"] == 7
+
+
+def test_ids_are_distinct_with_the_parts_of_tool_records(tmp_path):
+    turns = [*users("hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    turns += [{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "done"}]
+    write(
+        tmp_path, [{"id": "a#2", "question": "other", "answer": "x"}, {"id": "a", "messages": turns, "tools": [TOOL]}]
+    )
+    sources = open_sources(str(tmp_path / "questions.jsonl"), split="train", max_records=None)
+    found = read_questions(sources, "skip", tmp_path / "rejects.jsonl")
+    assert [asked.id for asked in found.samples()] == ["a#2"]
+    assert "duplicate id 'a#2', first used at" in (tmp_path / "rejects.jsonl").read_text()
 
 
 def test_records_are_refused_by_name():

@@ -4,7 +4,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from data.errors import BadRecord
 from data.sources.records import Conversation, Message, Messages, Written
@@ -14,6 +15,13 @@ CUT_OFF, EMPTY, REPEATS, REFUSED = "cut off", "empty", "repeats itself", "refuse
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "drop_cut_off", "repeat_words", "repeat_times")
 CALLS = "calls a tool, and its result is unknown"
 UNTRAINABLE = "refused in training"
+
+
+class Asked(NamedTuple):
+    """The identity of a sample."""
+
+    id: str
+    digest: str | None  # of its questions and tools
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,11 @@ class Backend(Protocol):
             answered_before: whether an earlier run with the same settings has finished any samples.
             on_tokens: called with the number of tokens generated since the last call, to show the progress.
         """
+
+
+def beside(output: Path, ending: str) -> Path:
+    """Return the path of a file next to the output. Its name is the output's, without `.jsonl`, plus `ending`."""
+    return output.with_name(output.name.removesuffix(".jsonl") + ending)
 
 
 def derive_seed(seed: int, name: str) -> int:

@@ -105,10 +105,10 @@ class LocalBackend:
                     f"the prompt has {len(prompt)} tokens, which leaves no room for "
                     f"max_new_tokens={self.sampling.max_new_tokens}"
                 )
-        except BadRecord as error:
+            self.decoder.submit(id(sample), prompt, seed)
+        except (BadRecord, ValueError) as error:  # ValueError: e.g. a token of the tokenizer that the target lacks
             sample.end(f"{REFUSED}: {error}")
             return False
-        self.decoder.submit(id(sample), prompt, seed)
         return True
 
     def _answer(self, sample: Sample, tokens: list[int]) -> None:

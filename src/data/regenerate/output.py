@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from data.regenerate.conversation import IN_PART, KEPT, Sample
+from data.errors import UserError
+from data.regenerate.conversation import IN_PART, KEPT, Asked, Sample, beside
 from data.regenerate.sample_log import SampleLog, is_kept, outcome_of
 
 REMOVED = "no longer in data.path"
@@ -16,7 +17,7 @@ STATE = {"outcome", "tokens", "reason", "ended_early"}  # keys of an entry that 
 
 def dropped_file(output: Path) -> Path:
     """Return the path of the file that lists dropped samples with their reasons."""
-    return output.with_suffix(".dropped.jsonl")
+    return beside(output, ".dropped.jsonl")
 
 
 def entry_of(sample: Sample) -> dict[str, Any]:
@@ -68,26 +69,42 @@ class Summary:
         return text + ("; ".join(parts) or "none") + cut_off
 
 
-def write_output(log: SampleLog, ids: list[str], output: Path) -> Summary:
-    """Write kept and dropped samples to separate files, in the order of `ids`, and return the counts.
+def write_output(log: SampleLog, samples: list[Asked], output: Path) -> Summary:
+    """Write kept and dropped samples to separate files, in the order of `samples`, and return the counts.
 
-    Kept samples that are no longer in the data go to the dropped file, from where they can be used again.
+    Kept samples of removed or changed questions go to the dropped file, from where they can be used again.
+
+    Raises:
+        UserError: a write failed, e.g. because the disk is full. The log and the earlier files have every sample.
     """
     files = [output, dropped_file(output)]
     temporary = [file.with_suffix(file.suffix + ".tmp") for file in files]
-    summary, wanted = Summary(), set(ids)
-    removed = [name for name, stored in log.offsets.items() if name not in wanted and is_kept(stored.outcome)]
-    with temporary[0].open("w", encoding="utf-8") as kept, temporary[1].open("w", encoding="utf-8") as dropped:
-        for entry in log.read(ids):
-            outcome = outcome_of(entry)
-            summary.count(entry, outcome)
-            _write(kept if is_kept(outcome) else dropped, entry, outcome)
-        for entry in log.read(removed):
-            outcome = outcome_of(entry)  # needed to use the sample again
-            dropped.write(json.dumps({**entry, "outcome": outcome, "reason": REMOVED}, ensure_ascii=False) + "\n")
-            summary.removed += 1
-    for new, file in zip(temporary, files, strict=True):
-        os.replace(new, file)
+    try:
+        with temporary[0].open("w", encoding="utf-8") as kept, temporary[1].open("w", encoding="utf-8") as dropped:
+            summary = _write_all(log, samples, kept, dropped)
+        # A kill between the two replacements loses no sample: those that leave the dropped file are in the log, and
+        # those that leave the output are in the new dropped file.
+        log.secure(files[1], [log.assigned[asked] for asked in samples])
+        for new, file in reversed(list(zip(temporary, files, strict=True))):
+            os.replace(new, file)
+    except OSError as error:
+        raise UserError(
+            f"{output}: write failed ({error}). All samples written so far are intact. Free up space and run the same "
+            "command to resume."
+        ) from error
+    return summary
+
+
+def _write_all(log: SampleLog, samples: list[Asked], kept: IO[str], dropped: IO[str]) -> Summary:
+    summary = Summary()
+    for asked, entry in zip(samples, log.read(log.assigned[asked] for asked in samples), strict=True):
+        outcome = outcome_of(entry)
+        summary.count(entry, outcome)
+        _write(kept if is_kept(outcome) else dropped, {**entry, "id": asked.id}, outcome)
+    for entry in log.read(log.unassigned()):
+        outcome = outcome_of(entry)  # needed to use the sample again
+        dropped.write(json.dumps({**entry, "outcome": outcome, "reason": REMOVED}, ensure_ascii=False) + "\n")
+        summary.removed += 1
     return summary
 
 

@@ -5,23 +5,15 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from data.errors import BadRecord, UserError
-from data.regenerate.conversation import Checker, Sample
+from data.regenerate.conversation import Asked, Checker, Sample
 from data.sources.chunks import RawRecord
 from data.sources.kinds import declared
 from data.sources.readers import Source, read_all
 from data.sources.records import Conversation, parsed, questions
 from data.sources.rejects import Reject, handle_rejects, printable, reject
 from data.terminal import say
-
-
-class Asked(NamedTuple):
-    """The identity of a sample."""
-
-    id: str
-    digest: str  # of its questions and tools
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ def read_questions(sources: list[Source], bad_records: str, rejects: Path) -> Qu
 
     A sample's id is the `id` field of its record, otherwise its file and line. If an earlier source has the same id,
     the source's label is put before it. With tool results, the number of the answer's turn follows. Invalid records,
-    and those whose id occurs twice in a source, are written to `rejects`.
+    and those with an id that occurs twice in a source, are written to `rejects`.
 
     Raises:
         UserError: there are bad records and `bad_records` is "stop", or no record is usable.
@@ -94,14 +86,14 @@ def read_questions(sources: list[Source], bad_records: str, rejects: Path) -> Qu
     for number, source, raw in _numbered(sources):
         try:
             conversations = raw.parse(tasks)
-            record_id = _record_id(raw, labels[number], number, first_use)
+            parts = [f"#{len(c.messages) + 1}" if len(conversations) > 1 else "" for c in conversations]
+            ids = _sample_ids(raw, labels[number], number, parts, first_use)
         except BadRecord as error:
             bad.append(reject(source, raw.position, str(error), raw.as_text()))
         else:
-            first_use[record_id] = number, source.reader.location(raw.position)
-            parts = [f"#{len(c.messages) + 1}" if len(conversations) > 1 else "" for c in conversations]
-            pairs = zip(parts, conversations, strict=True)
-            asked[number, raw.position] = [Asked(record_id + part, _digest(c)) for part, c in pairs]
+            first_use |= dict.fromkeys(ids, (number, source.reader.location(raw.position)))
+            pairs = zip(ids, conversations, strict=True)
+            asked[number, raw.position] = [Asked(name, _digest(c)) for name, c in pairs]
     total = len(asked) + len(bad)
     handle_rejects(bad, total, bad_records, rejects)
     if not asked:
@@ -111,18 +103,19 @@ def read_questions(sources: list[Source], bad_records: str, rejects: Path) -> Qu
     return Questions(sources, asked)
 
 
-def _record_id(raw: RawRecord, label: str, number: int, first_use: dict[str, tuple[int, str]]) -> str:
+def _sample_ids(
+    raw: RawRecord, label: str, number: int, parts: list[str], first_use: dict[str, tuple[int, str]]
+) -> list[str]:
     given = raw.value.get("id")
     found = f"{label}:{raw.position}" if given is None else str(given)
     if printable(found) != found:
         raise BadRecord("the id contains a lone surrogate, which is not valid Unicode")
-    earlier = first_use.get(found)
-    if earlier and earlier[0] != number:
-        found = f"{label}:{found}"
-        earlier = first_use.get(found)
-    if earlier:
-        raise BadRecord(f"duplicate id {found!r}, first used at {earlier[1]}")
-    return found
+    ids = [found + part for part in parts]
+    if any(name in first_use and first_use[name][0] != number for name in ids):
+        ids = [f"{label}:{name}" for name in ids]
+    if used := [name for name in ids if name in first_use]:
+        raise BadRecord(f"duplicate id {used[0]!r}, first used at {first_use[used[0]][1]}")
+    return ids
 
 
 def _labels(sources: list[Source]) -> list[str]:

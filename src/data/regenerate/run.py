@@ -22,7 +22,7 @@ from data.config.compose import plain
 from data.config.unused import Unused, check_unused
 from data.config.validate import check_choices, command_line
 from data.errors import UserError
-from data.regenerate.conversation import SAMPLING, Backend, Checker, Sample, Sampling
+from data.regenerate.conversation import SAMPLING, Backend, Checker, Sample, Sampling, beside
 from data.regenerate.output import dropped_file, entry_of, write_output
 from data.regenerate.progress import Progress
 from data.regenerate.questions import Questions, read_questions
@@ -107,19 +107,20 @@ def _regenerate(config: DictConfig, output: Path) -> None:
     data = plain(config, "data")["data"]
     sources = open_sources(data["path"], split=data["split"], max_records=data["max_records"], warn=say)
     questions = read_questions(sources, data["bad_records"], Path(config.run_dir) / "regenerate_rejects.jsonl")
-    record = settings_file(config, sources, output.with_suffix(".settings.json"))
+    record = settings_file(config, sources, beside(output, ".settings.json"))
     if not isinstance(config.overwrite, bool):
         raise UserError(
             f"overwrite={config.overwrite}: expected true or false; stage names are only valid for python -m train."
         )
     log, starts_over = _open_log(record, output, config.overwrite)
-    total, remaining = len(questions), sum(not log.has(*asked) for asked in questions.samples())
+    log.assign(questions.samples())
+    total, remaining = len(questions), sum(not log.has(asked) for asked in questions.samples())
     if not remaining and not starts_over and not log.path.exists() and record.same_questions():
         say(f"already finished: {output}")
         return
     if remaining:
         _answer(config, questions, log, record, replaces_output=starts_over and output.exists())
-    summary = write_output(log, [asked.id for asked in questions.samples()], output)
+    summary = write_output(log, list(questions.samples()), output)
     record.write(outcomes=dict(summary.outcomes))
     log.remove()
     say(f"{summary.describe()}\n{output}")
@@ -132,10 +133,12 @@ def _regenerate(config: DictConfig, output: Path) -> None:
 def _open_log(record: SettingsFile, output: Path, overwrite: bool) -> tuple[SampleLog, bool]:
     """Return the finished samples that can be used, and whether the run starts over, without those of the output.
 
+    If an earlier run was to replace the output and failed before its first answer, the output stays valid.
+
     Raises:
         UserError: the output has answers with different settings, or exists without a record of its settings.
     """
-    unfinished = output.with_suffix(".unfinished.jsonl")
+    unfinished = beside(output, ".unfinished.jsonl")
     if not record.path.exists() and output.exists() and not overwrite:
         raise UserError(
             f"{output} exists without a record of its settings ({record.path.name}). Choose a different "
@@ -145,6 +148,10 @@ def _open_log(record: SettingsFile, output: Path, overwrite: bool) -> tuple[Samp
     if overwrite and (changes or not unfinished.exists() or not record.path.exists()):
         unfinished.unlink(missing_ok=True)  # an interrupted run with the same settings is resumed instead
         return SampleLog(unfinished), True
+    if not overwrite and record.discards_output() and not SampleLog(unfinished).kept():
+        unfinished.unlink(missing_ok=True)
+        record.restore()
+        return _open_log(record, output, overwrite)
     starts_over = record.discards_output()
     log = SampleLog(unfinished, () if starts_over else (output, dropped_file(output)))
     if not changes:
@@ -164,14 +171,14 @@ def _answer(
     """Answer all unanswered questions. Every finished sample is written to the log immediately."""
     backend, checker = _backend(config)  # before any file is written, since it may raise UserError
     record.write(replaces_output=replaces_output)
-    remaining = sum(not log.has(*asked) for asked in questions.samples())
+    remaining = sum(not log.has(asked) for asked in questions.samples())
     with Progress(len(questions), len(questions) - remaining) as progress:
 
         def on_finish(sample: Sample) -> None:
             log.add(sample.id, entry_of(sample))
             progress.finish(kept=is_kept(str(sample.outcome)))
 
-        samples = questions.unanswered(lambda asked: log.has(*asked), checker)
+        samples = questions.unanswered(log.has, checker)
         backend.run(samples, on_finish, answered_before=log.kept() > 0, on_tokens=progress.tokens)
 
 

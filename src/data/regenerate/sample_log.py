@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from data.errors import UserError
-from data.regenerate.conversation import IN_PART, KEPT
+from data.regenerate.conversation import IN_PART, KEPT, Asked
 
 
 class Stored(NamedTuple):
@@ -16,48 +17,51 @@ class Stored(NamedTuple):
     file: Path
     start: int  # byte offset of its line
     size: int  # length of its line in bytes
-    digest: str | None  # of its question
     outcome: str
 
 
 class SampleLog:
-    """A JSONL log of finished samples in completion order, indexed by sample id.
+    """A JSONL log of finished samples in completion order, indexed by sample id and question.
 
-    Samples in the output and dropped files of an earlier run count as finished as well.
+    Samples in the output and dropped files of an earlier run count as finished as well. `assign` finds the finished
+    sample of each question. It may have another id: line numbers change when lines are removed or inserted.
     """
 
     def __init__(self, path: Path, earlier: Iterable[Path] = ()) -> None:
         """Index the earlier files, then the log. The log is created with its first entry.
 
         An incomplete last line of the log, left by a kill, is removed: its sample counts as unfinished. Entries of the
-        log replace earlier ones with the same id.
+        log replace earlier ones with the same id and question. Blank lines are skipped, and the last line of an earlier
+        file needs no newline.
 
         Raises:
             UserError: a line is not a finished sample, e.g. because the file was edited.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.offsets: dict[str, Stored] = {}
+        self.offsets: dict[Asked, Stored] = {}
+        self.assigned: dict[Asked, Asked] = {}  # question -> key of its finished sample
         for file in earlier:
             if file.exists():
                 self._index(file)
         self._end = 0
         if path.exists():
-            self._end = self._index(path)
+            self._end = self._index(path, appended=True)
             os.truncate(path, self._end)
         self._file: IO[bytes] | None = None
 
-    def _index(self, file: Path) -> int:
-        """Index the complete lines of a file and return the offset of their end."""
+    def _index(self, file: Path, *, appended: bool = False) -> int:
+        """Index the lines of a file and return the offset of their end. If `appended`, stop at an incomplete line."""
         end = 0
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
+                if appended and not line.endswith(b"\n"):
                     break
                 try:
-                    entry = json.loads(line)
-                    stored = Stored(file, end, len(line), entry.get("digest"), outcome_of(entry))
-                    self.offsets[entry["id"]] = stored
+                    if line.strip():
+                        entry = json.loads(line)
+                        key = Asked(entry["id"], entry.get("digest"))
+                        self.offsets[key] = Stored(file, end, len(line), outcome_of(entry))
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
                     raise UserError(
                         f"{file}:{number}: expected a sample written by this command "
@@ -66,10 +70,26 @@ class SampleLog:
                 end += len(line)
         return end
 
-    def has(self, sample_id: str, digest: str | None) -> bool:
-        """Return whether a sample is finished and its question is unchanged."""
-        stored = self.offsets.get(sample_id)
-        return stored is not None and stored.digest == digest
+    def assign(self, samples: Iterable[Asked]) -> None:
+        """Assign a finished sample to each question: the one with its id, or an unused one of the same question."""
+        samples = list(samples)
+        self.assigned = {asked: asked for asked in samples if asked in self.offsets}
+        unused: dict[str | None, list[Asked]] = defaultdict(list)
+        for key in reversed(self.offsets):
+            if key not in self.assigned and key.digest is not None:
+                unused[key.digest].append(key)
+        for asked in samples:
+            if asked not in self.assigned and unused.get(asked.digest):
+                self.assigned[asked] = unused[asked.digest].pop()
+
+    def has(self, asked: Asked) -> bool:
+        """Return whether a question has a finished sample."""
+        return asked in self.assigned
+
+    def unassigned(self) -> list[Asked]:
+        """Return the keys of the kept samples that belong to no question."""
+        used = set(self.assigned.values())
+        return [key for key, stored in self.offsets.items() if key not in used and is_kept(stored.outcome)]
 
     def kept(self) -> int:
         """Return the number of samples with an answer that was kept."""
@@ -82,16 +102,34 @@ class SampleLog:
         """Append a finished sample. If the write is incomplete, truncate the file to its previous end.
 
         Args:
-            sample_id: id of the sample. An entry with the same id and another `digest` is replaced.
+            sample_id: id of the sample.
             entry: the sample's `digest`, `outcome`, messages and so on.
 
         Raises:
             ValueError: the sample is already in the log.
             UserError: the write failed, e.g. because the disk is full.
         """
-        if self.has(sample_id, entry.get("digest")):
+        key = Asked(sample_id, entry.get("digest"))
+        if key in self.offsets:
             raise ValueError(f"sample {sample_id!r} is already in the log")
         line = json.dumps({"id": sample_id, **entry}, ensure_ascii=False).encode() + b"\n"
+        self._append(key, line, outcome_of(entry))
+        self.assigned[key] = key
+
+    def secure(self, file: Path, keys: Iterable[Asked]) -> None:
+        """Copy samples from an earlier file to the log, before that file is replaced.
+
+        Raises:
+            UserError: the write failed, e.g. because the disk is full.
+        """
+        for key in keys:
+            stored = self.offsets[key]
+            if stored.file == file:
+                with file.open("rb") as lines:
+                    lines.seek(stored.start)
+                    self._append(key, lines.read(stored.size).rstrip() + b"\n", stored.outcome)
+
+    def _append(self, key: Asked, line: bytes, outcome: str) -> None:
         try:
             # Unbuffered: every finished sample reaches the operating system immediately.
             self._file = self._file or self.path.open("ab", buffering=0)
@@ -105,15 +143,15 @@ class SampleLog:
                 f"{self.path}: write failed; is the disk full? All samples written so far are intact. Free up space "
                 "and run the same command to resume."
             )
-        self.offsets[sample_id] = Stored(self.path, self._end, len(line), entry.get("digest"), outcome_of(entry))
+        self.offsets[key] = Stored(self.path, self._end, len(line), outcome)
         self._end += len(line)
 
-    def read(self, ids: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Yield the entries for the given sample ids, in order."""
+    def read(self, keys: Iterable[Asked]) -> Iterator[dict[str, Any]]:
+        """Yield the entries with the given keys, in order."""
         files = {file: file.open("rb") for file in {stored.file for stored in self.offsets.values()}}
         try:
-            for sample_id in ids:
-                stored = self.offsets[sample_id]
+            for key in keys:
+                stored = self.offsets[key]
                 files[stored.file].seek(stored.start)
                 yield json.loads(files[stored.file].read(stored.size))
         finally:

@@ -33,7 +33,14 @@ class SettingsFile:
 
     def discards_output(self) -> bool:
         """Return whether an interrupted run is replacing the output, so that its answers are not used."""
-        return bool(self._read().get("replaces_output"))
+        return "replaces_output" in self._read()
+
+    def restore(self) -> None:
+        """Restore the settings of the output, which an interrupted run was to replace."""
+        if earlier := self._read()["replaces_output"]:
+            self._write(earlier)
+        else:
+            self.path.unlink()
 
     def same_questions(self) -> bool:
         """Return whether the output belongs to the same data."""
@@ -42,16 +49,27 @@ class SettingsFile:
     def write(self, *, replaces_output: bool = False, outcomes: dict[str, int] | None = None) -> None:
         """Write the file at the start of a run and, with the counts by outcome, at its end."""
         content: dict[str, Any] = {"settings": self.settings, "questions": self.questions}
-        content |= {"written_with": self.written_with} | ({"replaces_output": True} if replaces_output else {})
-        content |= {} if outcomes is None else {"outcomes": outcomes}
+        content["written_with"] = self.written_with
+        if replaces_output:
+            earlier = self._read()
+            content["replaces_output"] = earlier.get("replaces_output", earlier)  # to restore if no answer is kept
+        self._write(content if outcomes is None else content | {"outcomes": outcomes})
+
+    def _write(self, content: dict[str, Any]) -> None:
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        try:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: write failed ({error}). All samples written so far are intact. Free up space and run "
+                "the same command to resume."
+            ) from error
 
     def _read(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.path.read_text(encoding="utf-8"))) if self.path.exists() else {}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{self.path}: invalid JSON ({error}). Restore the file, or set overwrite=true to start over."
             ) from error

@@ -1,0 +1,116 @@
+"""Files of regeneration: no answer is lost when questions move, change or return, or when a run fails or is killed."""
+
+import json
+
+import pytest
+from helpers.regeneration import read, run, server, write
+from helpers.stub_server import StubServer
+
+from data.errors import UserError
+from data.regenerate import output as module
+from data.regenerate.conversation import KEPT, Asked, beside
+from data.regenerate.output import dropped_file, write_output
+from data.regenerate.sample_log import SampleLog
+
+
+def finish(folder, questions):
+    """Answer the new questions and write the output. Return the new questions and the answers in the output."""
+    file = folder / "out.jsonl"
+    log = SampleLog(folder / "log", (file, dropped_file(file)))
+    samples = [Asked(name, question) for name, question in questions]
+    log.assign(samples)
+    new = [asked for asked in samples if not log.has(asked)]
+    for asked in new:
+        messages = [{"role": "user", "content": asked.digest}, {"role": "assistant", "content": f"to {asked.digest}"}]
+        log.add(asked.id, {"digest": asked.digest, "outcome": KEPT, "messages": messages})
+    write_output(log, samples, file)
+    log.remove()
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(entry["id"], entry["digest"]) for entry in found] == questions
+    return "".join(asked.digest for asked in new), "".join(entry["messages"][1]["content"][-1] for entry in found)
+
+
+def by_line(questions):
+    return [(str(line), question) for line, question in enumerate(questions, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("versions", "asked"),
+    [
+        (["abcd", "bcd", "abcd"], ["abcd", "", ""]),  # the first line removed, and back
+        (["abc", "xabc"], ["abc", "x"]),  # a line inserted
+        (["abc", "aBc", "abc", "aBc"], ["abc", "B", "", ""]),  # changed, and back
+        (["aab", "ab", "aab", "aaab"], ["aab", "", "", "a"]),  # the same question twice has two answers
+        (["abc", "c", "cba"], ["abc", "", ""]),
+    ],
+)
+def test_answers_follow_their_questions(versions, asked, tmp_path):
+    for version, new in zip(versions, asked, strict=True):
+        assert finish(tmp_path, by_line(version)) == (new, version)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(("before", "after"), [("abcd", "bcd"), ("bcd", "abcd"), ("abcd", "xdc")])
+def test_a_kill_while_the_output_is_written_loses_no_answer(before, after, failing, tmp_path, monkeypatch):
+    finish(tmp_path, by_line("abcd"))
+    finish(tmp_path, by_line(before))
+    replace, calls = module.os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) > failing:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.os, "replace", killed)
+        finish(tmp_path, by_line(after))
+    assert finish(tmp_path, by_line("abcd")) == ("", "abcd")
+
+
+def test_a_full_disk_while_the_output_is_written_loses_no_answer(tmp_path, monkeypatch):
+    finish(tmp_path, by_line("abc"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"out.jsonl: write failed .*No space left"):
+        patch.setattr(module, "_write", full)
+        finish(tmp_path, by_line("abcd"))
+    assert finish(tmp_path, by_line("abcd")) == ("", "abcd")
+
+
+@pytest.mark.parametrize("edit", [lambda text: text[:-1], lambda text: text + "\n", lambda text: "\n" + text])
+def test_the_output_may_have_blank_lines_or_no_final_newline(edit, tmp_path):
+    finish(tmp_path, by_line("abc"))
+    file = tmp_path / "out.jsonl"
+    file.write_text(edit(file.read_text()))
+    assert finish(tmp_path, by_line("abc")) == ("", "abc")
+
+
+def test_a_truncated_output_is_an_error(tmp_path):
+    finish(tmp_path, by_line("abc"))
+    file = tmp_path / "out.jsonl"
+    file.write_text(file.read_text()[:-5])
+    with pytest.raises(UserError, match=r"out.jsonl:3: expected a sample"):
+        finish(tmp_path, by_line("abc"))
+
+
+def test_each_output_has_its_own_files(tmp_path):
+    names = ["t0.7", "t0.8", "t.jsonl", "t.v2.jsonl"]
+    assert [beside(tmp_path / name, ".x").name for name in names] == ["t0.7.x", "t0.8.x", "t.x", "t.v2.x"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_overwriting_that_fails_before_its_first_answer_leaves_the_output_valid(temperature, tmp_path):
+    write(tmp_path, [{"question": "q0", "answer": "x"}])
+    with StubServer() as stub:
+        run(tmp_path, *server(stub))
+        stub.faults = [404] * 100
+        run(tmp_path, *server(stub), f"regenerate.temperature={temperature}", "overwrite=true", status=1)
+        stub.faults.clear()
+        before = stub.asked["q0"]
+        write(tmp_path, [{"question": f"q{i}", "answer": "x"} for i in range(2)])
+        run(tmp_path, *server(stub))
+    assert stub.asked["q0"] == before and len(read(tmp_path)) == 2
