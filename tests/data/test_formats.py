@@ -101,20 +101,51 @@ def test_values_are_read_as_the_json_module_reads_them(tmp_path_factory, records
     [
         (ARRAY[:-100], 38, "invalid JSON at line 1: Unterminated string"),
         (ARRAY[:-1], 40, "invalid JSON at line 1: the array has no end"),
-        (b"[{}\n,\n{}\n {}]", 2, "invalid JSON at line 4: expected a comma or the end of the array"),
-        (b'[{"a": }, {}]', 0, "invalid JSON at line 1: Expecting value"),
-        (b"[{}] {}", 1, "found text after the end of the array"),
-        (b"[{},]", 1, "Expecting value"),
-        (b"[" + b"[" * 100_000, 0, "invalid JSON at line 1"),
+        (b"[{}", 1, "the array has no end"),
+        (b'[{}, {"a": tru', 1, "(11 of 14 bytes)"),
     ],
 )
-def test_damaged_json_is_one_bad_record_after_the_good_ones(text, good, reason, tmp_path):
+def test_the_cut_off_end_of_an_array_is_one_bad_record_after_the_good_ones(text, good, reason, tmp_path):
     (tmp_path / "data.json").write_bytes(text)
     reader = open_file(tmp_path / "data.json", "data.json")
     *before, last = [raw for chunk in reader.chunks() for raw in reader.read(chunk)]
     assert len(before) == good and not any(raw.error for raw in before) and reader.count == good + 1
     assert reason in last.error and "nothing after it can be read" in last.error
     assert reader.location(last.position) == f"{tmp_path}/data.json[{good}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[{}\n,\n{}\n {}]", r"invalid JSON at line 4: expected a comma .*; 5 of 13 bytes cannot be read"),
+        (b'[{"a": }, {}]', "invalid JSON at line 1: Expecting value; 12 of 13 bytes"),
+        (b"[{}] more than a word", "Expecting value; 17 of 21 bytes"),
+        (b"[" + b"[" * 100_000, "invalid JSON at line 1"),
+    ],
+)
+def test_damage_before_the_end_of_an_array_is_an_error(text, reason, tmp_path):
+    (tmp_path / "data.json").write_bytes(text)
+    with pytest.raises(UserError, match=rf"data\.json: .*{reason}"):
+        open_file(tmp_path / "data.json", "data.json")
+
+
+SEVERAL = {
+    "arrays": (b'[{"n": 0}, {"n": 1}]\n[]\n[{"n": 2}]', [0, 1, 2], 0),
+    "pretty arrays": (b'[\n{"n": 0}\n]\n[\n{"n": 1},\n]\n,{"n": 2}', [0, 1, 2], 0),
+    "pretty objects and commas": (b'{\n"n": 0},\n{\n"n": 1},\n', [0, 1], 0),
+    "lines and commas": (b'{"n": 0},\n{"n": 1}\n', [0, 1], 0),
+    "an empty array first": (b'[]\n{"n": 0}\n{"n": 1}\n', [0, 1], 1),
+    "a message first": (b'[INFO] start\n{"n": 0}\n{"n": 1}\n', [0, 1], 1),
+    "a long integer": (b'[{"n": 0}, {"n": ' + b"1" * 5000 + b'}, {"n": 2}]', [0, 2], 1),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_text_after_the_first_array_or_object_is_read(name, tmp_path):
+    content, numbers, bad = SEVERAL[name]
+    (tmp_path / "data.json").write_bytes(content)
+    found = values(open_file(tmp_path / "data.json", "data.json"))
+    assert [value["n"] for value in found if value] == numbers and len(found) == len(numbers) + bad
 
 
 def test_invalid_utf8_in_an_array_is_a_bad_record(tmp_path):
@@ -125,13 +156,12 @@ def test_invalid_utf8_in_an_array_is_a_bad_record(tmp_path):
     assert second.error == "invalid UTF-8: byte 0xe9" and second.as_text() == '{"a": "\\xe9"}'
 
 
-def test_a_value_that_is_too_long_ends_an_array(tmp_path, monkeypatch):
+def test_a_value_that_is_too_long_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(json_values, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(json_values, "READ_BYTES", 100)
     (tmp_path / "data.json").write_text(json.dumps([{}, {"a": "x" * 5000}, {}]))
-    reader = JsonValues(tmp_path / "data.json")
-    (last,) = reader.read(reader.chunks()[-1])
-    assert reader.count == 2 and "no complete value within 1,000 characters" in last.error
+    with pytest.raises(UserError, match="no complete value within 1,000 characters; 5,0.* of 5,0.* bytes"):
+        JsonValues(tmp_path / "data.json")
 
 
 def test_a_first_line_that_is_no_json_does_not_change_the_layout(tmp_path):

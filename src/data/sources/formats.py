@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ COMPRESSED = (".gz", ".zst")  # after the ending of a text file
 FILES = ".jsonl, .ndjson, .json (also .gz or .zst), .parquet, .arrow or .feather"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 OTHER_ARCHIVES = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")
+ARRAY = re.compile(rb"\[\s*([\[{\]]|$)")
+TWO_OBJECTS = re.compile(r"\s*,?\s*\{")
 COPY_BYTES = 2**20
 
 
@@ -87,8 +90,10 @@ def _open_text(content: Path, label: str, name: str) -> Reader:
         first = b""
         while not first and (line := lines.readline(MAX_LINE_BYTES)):
             first = line.removeprefix(BOM).strip()
-        if first.startswith(b"[") or not _is_json(first) and _spans_lines(first + b"\n" + lines.read(MAX_LINE_BYTES)):
-            return JsonValues(content, label, name)
+        if first.startswith(b"[") or not _is_json(first):
+            rest = lines.read(MAX_LINE_BYTES)
+            if _begins_array(first, rest) or _spans_lines(first + b"\n" + rest):
+                return JsonValues(content, label, name)
     if first == b"{":
         raise UserError(
             f"{name}: an object that spans lines, and is damaged or longer than {MAX_LINE_BYTES:,} bytes. Write one "
@@ -116,6 +121,11 @@ def _check_wrapper(reader: Reader) -> None:
             )
 
 
+def _begins_array(line: bytes, rest: bytes) -> bool:
+    """Return whether the file is an array of records, or several; not JSONL after `[]` or text such as `[INFO]`."""
+    return bool(ARRAY.match(line)) and not (rest.lstrip().startswith(b"{") and len(line) > 1 and _is_json(line))
+
+
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
@@ -125,13 +135,15 @@ def _is_json(line: bytes) -> bool:
 
 
 def _spans_lines(content: bytes) -> bool:
-    """Return whether the content begins with an object that spans lines, or with two objects in one line."""
+    """Return whether the text begins with an object that spans lines, or with two objects in one line."""
     text = content.decode("utf-8", errors="replace")
+    if not text.startswith("{"):
+        return False
     try:
         end = json.JSONDecoder().raw_decode(text)[1]
     except (ValueError, RecursionError):
         return False
-    return "\n" in text[:end].strip() or text[end:].lstrip().startswith("{")
+    return "\n" in text[:end].strip() or bool(TWO_OBJECTS.match(text, end))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reads JSON files in any layout other than one object per line: an array, or objects one after another."""
+"""Reads JSON files in any layout other than one object per line: arrays, or objects one after another."""
 
 import codecs
 import hashlib
@@ -10,26 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.errors import BadRecord
+from data.errors import BadRecord, UserError
 from data.sources.chunks import CHUNK_RECORDS, Chunk, RawRecord, read_block
 from data.sources.jsonl import BOM, CHUNK_BYTES, MAX_LINE_BYTES
 
 READ_BYTES = 2**20
 SHOWN = 200  # characters of damaged text in the rejects file
 SPACE = re.compile(r"[ \t\n\r]*")
+LITERAL = len("\\u0000")  # longest token whose error is at its beginning, besides strings
 DECODER = json.JSONDecoder()
 
 
 class JsonValues:
-    """A file with a JSON array of records, or with records separated by white space, e.g. pretty-printed.
+    """A file with JSON arrays of records, or with records separated by white space or commas, e.g. pretty-printed.
 
-    Text that is not valid JSON counts as one bad record; nothing after it can be read.
+    If the end of the file is cut off, the incomplete record is a bad record. Other damage is an error, because the
+    records after it cannot be found.
     """
 
     def __init__(self, file: Path, label: str = "", name: str = "") -> None:
         """Scan the file once, in constant memory, to split it into chunks, count its records and hash its content.
 
         Args: see `JsonLines`.
+
+        Raises:
+            UserError: the file is damaged, not only cut off.
         """
         self.file, self.name, self.label, self.count = file, name or str(file), label or file.name, 0
         self._chunks: list[Chunk] = []
@@ -43,6 +48,10 @@ class JsonValues:
         start = end = records = checksum = 0
         try:
             for piece in window.values():
+                if not piece:  # between arrays
+                    self._add(start, end, records, checksum)
+                    records = checksum = 0
+                    continue
                 end = window.position
                 start = start if records else end - len(piece)
                 checksum = zlib.crc32(piece, checksum)
@@ -51,7 +60,13 @@ class JsonValues:
                     self._add(start, end, records, checksum)
                     records = checksum = 0
         except BadRecord as error:
-            self._damage = str(error), window.beginning()
+            lost, size = self.file.stat().st_size - window.position, self.file.stat().st_size
+            if not window.is_cut_off:
+                reason = str(error).partition("; nothing")[0]
+                raise UserError(
+                    f"{self.name}: {reason}; {lost:,} of {size:,} bytes cannot be read. Fix or remove the text there."
+                ) from error
+            self._damage = f"{error} ({lost:,} of {size:,} bytes)", window.beginning()
         self._add(start, end, records, checksum)
         if self._damage:
             self._add(window.position, window.position, 1, 0)
@@ -73,7 +88,7 @@ class JsonValues:
         end = 0
         for index in range(chunk.line, chunk.line + chunk.records):
             start = _skip(text, end, ",")
-            value, end = DECODER.raw_decode(text, start)
+            value, end = _decode(text, start)
             yield _checked(index, value, text[start:end])
 
     def location(self, position: int) -> str:
@@ -94,6 +109,7 @@ class _Window:
         self._sha256 = hashlib.sha256()
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._end = False
+        self.is_cut_off = False  # whether the error of `values` is at the end of the file
         self._grow()
         if self.text.startswith(bom := BOM.decode()):
             self._advance(len(bom))
@@ -101,23 +117,29 @@ class _Window:
     def values(self) -> Iterator[bytes]:
         """Yield the bytes of each value, with the separators before it, and move the window behind it.
 
+        Yield an empty piece at the beginning and end of each array.
+
         Raises:
             BadRecord: the text is not valid JSON.
         """
-        array = self._next() == "["
+        array, separator = False, ""
+        while True:
+            character, comma = self._next(separator), self._next() == ","
+            if array and separator and character not in ("]", "") and not comma:
+                raise self._error("expected a comma or the end of the array")
+            if not character:
+                break
+            if character == ("]" if array else "["):
+                self._advance(_skip(self.text, self.at, separator) + 1)
+                array = not array
+                separator = "" if array else ","
+                yield b""
+            else:
+                yield self._advance(self._value(separator))
+                separator = ","
         if array:
-            self._advance(_skip(self.text, self.at, "["))
-        first = True
-        while (character := self._next()) != ("]" if array else ""):
-            separator = "," if array and not first else ""
-            if separator and character != ",":
-                raise self._error("expected a comma or the end of the array" if character else "the array has no end")
-            yield self._advance(self._value(separator))
-            first = False
-        if array:
-            self._advance(_skip(self.text, self.at, "]"))
-            if self._next():
-                raise self._error("found text after the end of the array")
+            self.is_cut_off = True
+            raise self._error("the array has no end")
 
     def digest(self) -> str:
         """Read the rest of the file, and return the hash of its content."""
@@ -133,19 +155,20 @@ class _Window:
         """Return the index after the next value, reading on until it is complete."""
         while True:
             try:
-                end = DECODER.raw_decode(self.text, _skip(self.text, self.at, separator))[1]
+                end = _decode(self.text, _skip(self.text, self.at, separator))[1]
                 if end < len(self.text) or self._end:
                     return end
             except (ValueError, RecursionError) as error:
                 if self._end:
+                    self.is_cut_off = _is_cut_off(self.text, error)
                     raise self._error(str(error).partition(": line")[0]) from None
             if len(self.text) - self.at > MAX_LINE_BYTES:
                 raise self._error(f"no complete value within {MAX_LINE_BYTES:,} characters")
             self._grow()
 
-    def _next(self) -> str:
-        """Return the next character that is not white space, or an empty string at the end of the file."""
-        while (start := _skip(self.text, self.at)) == len(self.text) and not self._end:
+    def _next(self, separator: str = "") -> str:
+        """Return the next character after white space and a separator, or an empty string at the end of the file."""
+        while (start := _skip(self.text, self.at, separator)) == len(self.text) and not self._end:
             self._grow()
         return self.text[start : start + 1]
 
@@ -176,7 +199,26 @@ def _skip(text: str, start: int, separator: str = "") -> int:
     return start
 
 
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """Return the value at an index and the index after it. The value may be the error that Python raises for it."""
+    try:
+        return DECODER.raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # an integer with more than 4,300 digits
+        return error, json.JSONDecoder(parse_int=len).raw_decode(text, start)[1]
+
+
+def _is_cut_off(text: str, error: Exception) -> bool:
+    """Return whether an error is that of a text without its end."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or len(text.rstrip()) - error.pos < LITERAL
+
+
 def _checked(index: int, value: Any, text: str) -> RawRecord:
+    if isinstance(value, ValueError):
+        return RawRecord(index, None, f"invalid JSON: {value}", _printable(text[:SHOWN]))
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
