@@ -63,3 +63,56 @@ def test_a_switch_in_a_question_changes_the_prompt_of_its_answer(switch, encoder
         assert check(encoder, [*messages, assistant("3.")])[0][-1] == "3.<|im_end|>"
     if switch != "long questions":  # the skeleton compares the last prompt
         assert check(encoder, [question, assistant("3."), user("How?"), assistant("So.")])[0][0] == "3.<|im_end|>"
+
+
+EXAONE = (
+    "{% for m in messages %}{% set c = m.content %}"
+    "{% if m.role == 'assistant' %}{% set c = c.split('</thought>')[-1].lstrip('\n') %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<thought>\n{% endif %}"
+)
+NO_REASONING = "the prompt opens a reasoning block, but the answer has no reasoning"
+
+
+@pytest.mark.parametrize("tag", ["<thought>", "<reasoning>", "[THINK]", "◁think▷", "<inner_voice>"])
+def test_a_prompt_may_open_a_reasoning_block_with_any_tag(tag, encoder_of):
+    close = f"{tag[0]}/{tag[1:]}"
+    encoder = encoder_of(EXAONE.replace("<thought>", tag).replace("</thought>", close))
+    assert check(encoder, [user("How?"), assistant("So.")]) == ([], [NO_REASONING])
+    text = f"2 + 1\n{close}\n\n3."
+    for answer in (assistant("3.", reasoning_content="2 + 1"), assistant(text)):
+        assert check(encoder, [user("How?"), answer]) == ([text + END], [])
+
+
+CUT = PLAIN.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}")
+ALTERED = "the chat template drops or changes the text of the answer"
+REWRITTEN = "the prompt ends with text that the chat template does not write before the finished answer"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "reason"),
+    [
+        (CUT, "Write </think> to close the block. Then go on.", ALTERED),
+        (PLAIN.replace("m.content", "m.content[:10]"), "An answer of some length.", ALTERED),
+        (PLAIN.replace("m.content", "m.content | e"), "a < b", ALTERED),
+        (PLAIN.replace("assistant\n{% endif %}", "assistant\nOkay, {% endif %}"), "So.", REWRITTEN),
+    ],
+)
+def test_an_answer_that_the_template_alters_is_refused(template, answer, reason, encoder_of):
+    assert check(encoder_of(template), [user("How?"), assistant(answer)]) == ([], [reason])
+
+
+@pytest.mark.parametrize("thought", ["2 and 1", "3"])
+def test_reasoning_that_is_part_of_the_answer_is_missed_as_well(thought, encoder_of):
+    text = f"<think>\n{thought}\n</think>\n\nShe has 3."
+    assert check(encoder_of(CUT), [user("How?"), assistant(text)]) == ([text + END], [])
+
+
+def test_an_answer_after_many_is_compared_with_its_history(encoder_of):
+    label = "{% if m.role == 'assistant' and 'json' in messages[40].content %}JSON: {% endif %}"
+    template = PLAIN.replace(
+        "{{ m.content }}", label.replace("messages[40]", "(messages[40] or m)") + "{{ m.content }}"
+    )
+    messages = [m for i in range(30) for m in (user(f"q{i}" + " json" * (i == 20)), assistant(f"a{i}"))]
+    answers, _ = check(encoder_of(template), messages)
+    assert answers == [("JSON: " if i >= 20 else "") + f"a{i}{END}" for i in range(30)]

@@ -2,23 +2,21 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from data.errors import BadRecord
-from data.preprocess.prompts import CHECKED, Render, question
+from data.preprocess.prompts import CHECKED, Render, common_prefix, question
+from data.preprocess.reasoning import CLOSES, OPENS, UNKNOWN, Parts, closing, fill, split_reasoning
 from data.preprocess.spans import REASONING_DROPPED, TEXT_DROPPED
 from data.preprocess.tool_calls import dropped_call, result_written
-from data.sources.records import Message, Messages
+from data.sources.records import Messages
 
 Split = Callable[[str, Callable[[], tuple[str, str]]], tuple[str, str, list[str]]]
-OPENS_REASONING = re.compile(r"<([\w:]*think\w*)>\s*$")
-CLOSES_REASONING = re.compile(r"</[\w:]*think\w*>\s*$")
-OPENING = re.compile(r"\s*<([\w:]*think\w*)>\n?")
-EMPTY_BLOCK = re.compile(r"\s*<([\w:]*think\w*)>(\s*)</\1>")
 # Sample messages, used to find the text that the template writes after an answer.
 ANSWER, NEXT_QUESTION = "It is as follows.", "What follows from this?"
 RESULT = "The result is as follows."
 NO_REASONING = "the prompt opens a reasoning block, but the answer has no reasoning"
+REWRITTEN = "the prompt ends with text that the chat template does not write before the finished answer"
+ALTERED = "the chat template drops or changes the text of the answer"
 
 
 class Refused(ValueError):
@@ -45,32 +43,52 @@ class AnswerTexts:
 
         Raises:
             Refused: the prompt opens a reasoning block, but the record has no reasoning; or the template drops the
-                result of a tool from the prompt, or a tool call from the answer.
+                result of a tool from the prompt, or a tool call or text from the answer, or rewrites the prompt.
         """
         self._check_results(turn, prompt)
-        opened, closed = OPENS_REASONING.search(prompt), CLOSES_REASONING.search(prompt)
-        message = _split(self.messages[turn], opened[1] if opened else None)
+        opened, closed = OPENS.search(prompt), CLOSES.search(prompt)
+        tail = self._tail(turn, prompt)
+        if tail is None and not opened and not closed and self._adds(turn, prompt):
+            opened = UNKNOWN.search(prompt)
+            if opened is None:
+                raise Refused(REWRITTEN)
+        message = split_reasoning(self.messages[turn], opened[1] if opened else None)
         if opened and message.reasoning is None:
             raise Refused(NO_REASONING)
         thought = (message.reasoning or "").strip()
-        tail = self._tail(turn, prompt)
-        if tail is not None and opened and tail.partition(f"</{opened[1]}>")[0].strip() != thought:
+        if tail is not None and opened and tail.partition(closing(opened[1]))[0].strip() != thought:
             tail = None  # the template drops the reasoning, or treats it as part of the answer
-        if tail is not None and message.block is not None and (thought in tail) == bool(closed):
+        if tail is not None and message.block is not None and (thought in message.before(tail)) == bool(closed):
             tail = None  # the template drops the reasoning, or writes it after the empty block in the prompt
-        if tail is not None and thought and (empty := EMPTY_BLOCK.match(tail)):
-            tail = None if message.block is not None else _filled(tail, empty, thought)
+        if tail is not None and thought and (filled := fill(tail, thought)) is not None:
+            tail = None if message.block is not None else filled
         if tail is None:
             tail = self._rewritten(turn, prompt, message, opened, closed)
         text, whitespace, notes = self.split(tail, lambda: self._around(turn))
-        if thought and thought not in text:
+        if thought and thought not in message.before(text):
             notes.append(REASONING_DROPPED)
+        self._check_text(turn, message, text, notes)
+        return text, whitespace, notes
+
+    def _adds(self, turn: int, prompt: str) -> bool:
+        """Return whether a prompt ends with text that is not in front of the finished answer."""
+        rendered, content = (
+            self.render(self.messages[: turn + 1], False),
+            self.messages[turn].get("content", "").strip(),
+        )
+        same = common_prefix(prompt, rendered)
+        return rendered.find(content, max(0, same - len(content)), same + len(content)) >= 0
+
+    def _check_text(self, turn: int, message: Parts, text: str, notes: list[str]) -> None:
+        """Check that an answer contains its calls and its text. Text that is missing beside calls is only noted."""
+        missing = message.content.strip() not in text
         if calls := self.messages[turn].get("tool_calls"):
             if name := dropped_call(calls, text):
                 raise Refused(f"the chat template does not write the tool call {name} or its arguments")
-            if message.content.strip() not in text:
+            if missing:
                 notes.append(TEXT_DROPPED)
-        return text, whitespace, notes
+        elif missing:
+            raise Refused(ALTERED)
 
     def _check_results(self, turn: int, prompt: str) -> None:
         """Check that the results of tools directly before an answer are in its prompt."""
@@ -81,7 +99,7 @@ class AnswerTexts:
                 raise Refused("the chat template does not write the result of a tool into the prompt")
 
     def _rewritten(
-        self, turn: int, prompt: str, message: "_Message", opened: re.Match[str] | None, closed: re.Match[str] | None
+        self, turn: int, prompt: str, message: Parts, opened: re.Match[str] | None, closed: re.Match[str] | None
     ) -> str:
         """Return an answer that the template does not write after its prompt, followed by the template's end token."""
         if "tool_calls" not in self.messages[turn]:
@@ -91,24 +109,21 @@ class AnswerTexts:
         if "content" in bare:
             bare["content"] = message.content
         header = render(asked, True)
-        block = OPENS_REASONING.search(header)
+        block = OPENS.search(header)
         body = _added(header[: block.start()] if block else header, render([*asked, bare], False))
         if body is None:
             raise Refused("the chat template does not write the tool call after the prompt of the answer")
-        return f"{(message.reasoning or '').strip()}\n</{opened[1]}>\n\n{body}" if opened else body
+        return message.continued(opened, body.lstrip()) if opened else body
 
     def _tail(self, turn: int, prompt: str) -> str | None:
         """Return the text that the template writes after the prompt, or None if it cannot be determined.
 
         If the template rewrites the prompt, the answer is rendered after its question alone. In long conversations,
-        this is also done once both renderings have agreed for the first `CHECKED` answers.
+        this is also done once both renderings have agreed for the first `CHECKED` answers and a few later ones.
         """
-        if (
-            self.many
-            and self.local
-            and self.checked >= CHECKED
-            and (tail := self._tail_alone(turn, prompt)) is not None
-        ):
+        if self.many and self.local and self.checked == CHECKED:
+            self.checked, self.local = CHECKED + 1, self._agree_later(turn)
+        if self.many and self.local and self.checked > CHECKED and (tail := self._tail_alone(turn, prompt)) is not None:
             return tail
         tail = _added(prompt, self.render(self.messages[: turn + 1], False))
         if self.many or tail is None:
@@ -116,6 +131,16 @@ class AnswerTexts:
             self.checked, self.local = self.checked + 1, self.local and tail in (alone, None)
             tail = alone if tail is None else tail
         return tail
+
+    def _agree_later(self, turn: int) -> bool:
+        """Compare both renderings of the last answer, and of some answers from message `turn` on: at powers of two."""
+        later = [i for i, message in enumerate(self.messages) if i >= turn and message["role"] == "assistant"]
+        for i in {*(1 << power for power in range(len(later).bit_length())), len(later)}:
+            prompt = self.render(self.messages[: later[i - 1]], True)
+            alone = self._tail_alone(later[i - 1], prompt)
+            if alone is not None and alone != _added(prompt, self.render(self.messages[: later[i - 1] + 1], False)):
+                return False
+        return True
 
     def _tail_alone(self, turn: int, prompt: str) -> str | None:
         """Return the answer's text after its question and the last calls of tools, or else after its question."""
@@ -164,45 +189,7 @@ class AnswerTexts:
 
 def _reasoning_state(prompt: str) -> tuple[bool, bool]:
     """Return whether a prompt ends by opening a reasoning block, and whether it ends by closing one."""
-    return bool(OPENS_REASONING.search(prompt)), bool(CLOSES_REASONING.search(prompt))
-
-
-@dataclass(frozen=True)
-class _Message:
-    """An assistant message, split into reasoning and content."""
-
-    reasoning: str | None
-    content: str
-    block: str | None = None  # "reasoning</think>content" if the record stores the reasoning inside its content
-    opening: str = ""  # the opening tag before `block`; may be missing if the prompt opens the block
-
-    def written(self, opened: re.Match[str] | None, closed: re.Match[str] | None) -> str:
-        """Return the answer as the target writes it after a prompt that may open or close a reasoning block."""
-        if opened and self.block is None:
-            return f"{(self.reasoning or '').strip()}\n</{opened[1]}>\n\n{self.content}"
-        if opened:
-            return self.block or ""
-        return self.content if closed or self.block is None else self.opening + self.block
-
-
-def _split(message: Message, tag: str | None) -> _Message:
-    """Split an assistant message. `tag` is the reasoning tag that the prompt opens; the content may lack that tag."""
-    content = message.get("content", "")
-    if "reasoning_content" in message:
-        return _Message(message["reasoning_content"], content)
-    opening = OPENING.match(content)
-    tag, start = (opening[1], opening.end()) if opening else (tag, 0)
-    if tag is None or f"</{tag}>" not in content:
-        return _Message(None, content)
-    block = content[start:]
-    reasoning, _, answer = block.partition(f"</{tag}>")
-    return _Message(reasoning, answer.lstrip("\n"), block, content[:start])
-
-
-def _filled(tail: str, empty: re.Match[str], reasoning: str) -> str:
-    """Insert the reasoning into the empty block that a template writes before every finished answer (Kimi K2)."""
-    middle = (empty.start(2) + empty.end(2)) // 2
-    return tail[:middle] + reasoning + tail[middle:]
+    return bool(OPENS.search(prompt)), bool(CLOSES.search(prompt))
 
 
 def _added(prompt: str, rendered: str) -> str | None:

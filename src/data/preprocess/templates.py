@@ -43,7 +43,8 @@ def texts_searched(template: str) -> set[str]:
     parsed = _parsed(template)
     if parsed is None:
         return set()
-    found = [node.expr for node in parsed.find_all(nodes.Compare) if {op.op for op in node.ops} & {"in", "notin"}]
+    compared = parsed.find_all(nodes.Compare)
+    found: list[nodes.Node] = [node.expr for node in compared if {op.op for op in node.ops} & {"in", "notin"}]
     found += [node.node for node in parsed.find_all(nodes.Assign)]
     calls: list[nodes.Call | nodes.Filter] = [*parsed.find_all(nodes.Call), *parsed.find_all(nodes.Filter)]
     for call in calls:
