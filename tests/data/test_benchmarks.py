@@ -48,7 +48,7 @@ def written(tmp_path, *records) -> str:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_each_preset_reads_records_of_its_data_set(name, tmp_path):
-    settings = {key: value for key, value in PAPER[name].items() if key not in ("subset", "split")}
+    settings = dict(PAPER[name])  # with the subset and split of the Hub dataset
     (read,) = read_benchmark(name, settings | {"path": written(tmp_path, RECORDS[name])}, limit=None)
     messages = read.messages
     assert [message["role"] for message in messages] == ["user"] * (2 if name == "mt_bench" else 1)

@@ -171,6 +171,24 @@ def test_the_configurations_of_a_readme_are_subsets(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "metadata", ["configs: [3]", "configs: 3", "configs:\n- config_name: null\n  data_files: a.jsonl"]
+)
+def test_invalid_configurations_are_one_error(metadata, tmp_path):
+    write(tmp_path / "a.jsonl", 1)
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(UserError, match=r"Set subset to one in README\.md, or fix its metadata"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["json", "parquet"])
+def test_a_relative_folder_may_have_the_name_of_a_format(name, tmp_path, monkeypatch):
+    write(tmp_path / name / "a.jsonl", 1)
+    (tmp_path / name / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n---\n")
+    monkeypatch.chdir(tmp_path)
+    assert read(name)[0] == [1]
+
+
+@pytest.mark.parametrize(
     "content", ["", "[1]", '{"_data_files": null}', '{"_data_files": [1], "splits": 2}', "[" * 9999]
 )
 def test_other_files_with_the_names_of_metadata_change_nothing(content, tmp_path):
@@ -252,6 +270,13 @@ def test_passed_over_files_do_not_change_the_fingerprint(saved, tmp_path):
     load_from_disk(str(tmp_path / "one")).filter(lambda record: record["n"] > 3)
     (tmp_path / "one" / "README.md").write_text("text")
     assert identity() == before
+
+
+def test_many_other_splits_are_one_reason(tmp_path):
+    for n in range(9):
+        write(tmp_path / "data" / f"s{n}-00000-of-00001.jsonl", n)
+    numbers, notes = read({"path": str(tmp_path), "split": "s3"})
+    assert numbers == [3] and "other splits (" in notes[0] and "and 5 more" in notes[0] and len(notes[0]) < 300
 
 
 def test_missing_shards_are_named(tmp_path):

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, Value
 from hypothesis import given, settings
@@ -282,6 +283,25 @@ def test_damaged_offsets_in_an_arrow_file_are_an_error(tmp_path):
     (tmp_path / "a.arrow").write_bytes(content.replace(offsets.tobytes(), (offsets * 2**20).tobytes()))
     with pytest.raises(UserError, match=r"a\.arrow: invalid Arrow file \("):
         open_sources(str(tmp_path), split="train", max_records=None)
+
+
+def test_an_arrow_file_with_two_streams_is_refused(tmp_path):
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), (table := pa.Table.from_pylist(RECORDS)).schema) as out:
+        out.write_table(table)
+    (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes() * 2)
+    with pytest.raises(UserError, match=r"a\.arrow: invalid Arrow file \(found [\d,]+ bytes after the end"):
+        open_file(tmp_path / "a.arrow", "a.arrow")
+
+
+def test_columns_of_unknown_types_are_not_read(tmp_path):
+    columns = {
+        "n": [1],
+        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "id": pa.array([b"0" * 16], pa.uuid()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (source,) = open_sources(str(tmp_path / "a.parquet"), split="train", max_records=None, warn=(notes := []).append)
+    assert values(source.reader) == [{"n": 1}] and "columns map, id (types that" in notes[0]
 
 
 def with_media(tmp_path):

@@ -1,7 +1,9 @@
 """Reads single- and multi-turn benchmark prompts from files or Hub datasets."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from data.errors import BadRecord, UserError
@@ -70,7 +72,9 @@ def _check(name: str, settings: Any) -> None:
 
 
 def _source(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{key: settings[key] for key in ("path", "subset", "split") if settings.get(key)}]
+    """Return the source without the subset and split of the Hub dataset, if the path was set to a local file."""
+    keys = ("path",) if Path(os.path.expanduser(settings["path"])).is_file() else ("path", "subset", "split")
+    return [{key: settings[key] for key in keys if settings.get(key)}]
 
 
 def _parser(turns: str | None, template: str | None) -> Callable[[Any], Conversation]:

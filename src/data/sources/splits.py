@@ -7,12 +7,11 @@ from typing import Any
 
 from datasets import config, load_dataset_builder
 from datasets.data_files import DEFAULT_PATTERNS_ALL, _get_data_files_patterns
-from datasets.exceptions import DatasetsError
 from fsspec.utils import glob_translate
 from huggingface_hub import metadata_load
 
 from data.errors import UserError
-from data.sources.folders import AGAIN, DataFile, Folder, scan, shown
+from data.sources.folders import AGAIN, SHOWN, DataFile, Folder, scan, shown
 
 ALL = "all"  # every split, as in `datasets`
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\b")
@@ -72,10 +71,12 @@ def _splits_by_card(found: Folder, subset: str | None) -> bool:
     if not _configs(card):
         return False
     try:
-        chosen = load_dataset_builder(str(found.path), subset).config.data_files
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = " ".join(str(error).partition("\nExample")[0].split())
-        raise UserError(f"{found.path}: subset={subset}: {reason} Set subset to one in {card.name}.") from error
+        chosen = load_dataset_builder(str(found.path.absolute()), subset).config.data_files
+    except Exception as error:  # invalid metadata may raise anything
+        reason = " ".join(str(error).partition("\nExample")[0].split()) or type(error).__name__
+        raise UserError(
+            f"{found.path}: subset={subset}: {reason} Set subset to one in {card.name}, or fix its metadata."
+        ) from error
     root = found.path.resolve()
     splits: dict[str, set[str]] = {}
     for split, files in (chosen or {}).items():
@@ -96,7 +97,7 @@ def _configs(card: Path) -> list[Any]:
     except Exception as error:  # the YAML parser has its own exceptions
         reason = " ".join(str(error).split())
         raise UserError(f"{card}: invalid YAML between the --- lines ({reason}). Fix or remove the file.") from error
-    return (metadata or {}).get("configs") or []
+    return metadata.get("configs") or [] if isinstance(metadata, dict) else []
 
 
 def _splits_by_name(files: list[DataFile]) -> None:
@@ -139,9 +140,10 @@ def _choice(found: Folder, splits: list[str], split: str, chosen: bool) -> str:
 
 def _keep(found: Folder, split: str) -> None:
     _drop(found, [file for file in found.files if not file.splits], "no split")
-    for other in sorted({name for file in found.files for name in file.splits} - {split}):
+    others = sorted({name for file in found.files for name in file.splits} - {split})
+    for other in others:
         unread = [file for file in found.files if other in file.splits and split not in file.splits]
-        _drop(found, unread, f"split {other}")
+        _drop(found, unread, f"split {other}" if len(others) <= SHOWN else "other splits")
 
 
 def _keep_once(found: Folder) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, Features, Json, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.features.features import generate_from_arrow_type
 from filelock import FileLock
 from pyarrow import Schema
 from pyarrow.parquet import read_metadata
@@ -73,7 +74,7 @@ class Table:
 def open_table(file: Path, label: str, name: str) -> Table:
     """Open a Parquet file, or an Arrow file in the stream format or the file format (Feather).
 
-    Columns with media are not read, unless a conversation may be in them.
+    Columns with media or of types unknown to `datasets` are not read, unless a conversation may be in them.
 
     Args:
         file: the file.
@@ -108,13 +109,18 @@ def open_table(file: Path, label: str, name: str) -> Table:
 
 def _read_parquet(file: Path, sha256: str) -> tuple[Dataset, tuple[str, ...]]:
     metadata = read_metadata(file)
-    columns, notes = select_columns(metadata.schema.to_arrow_schema())
+    schema = metadata.schema.to_arrow_schema()
+    columns, notes = select_columns(schema)
     if not metadata.num_rows:
         return Dataset.from_dict({}), notes  # `datasets` cannot read an empty shard
     # Key the cache by content hash, because `datasets` identifies files by path and mtime.
     cache = cache_folder("parquet", sha256)
     path = str(_plain(file, cache))
-    read = partial(Dataset.from_parquet, path, cache_dir=str(cache), columns=columns if notes else None)
+    options: dict[str, Any] = {}
+    if notes:  # without features, `datasets` would infer those of all columns
+        selected = pyarrow.schema([schema.field(name) for name in columns], metadata=schema.metadata)
+        options = {"columns": columns, "features": Features.from_arrow_schema(selected)}
+    read = partial(Dataset.from_parquet, path, cache_dir=str(cache), **options)
     return _converted(read, cache, columns, metadata.num_rows), notes
 
 
@@ -127,6 +133,7 @@ def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Datas
             names = pyarrow.ipc.open_file(content).schema.names
         dataset = _converted(read, cache, names)
     else:
+        _check_one_stream(file)
         dataset = Dataset.from_file(str(file))
         for batch in dataset.data.table.to_batches():
             batch.validate(full=True)  # reading damaged offsets would end the process; conversions check this, too
@@ -135,6 +142,21 @@ def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Datas
     if not in_file_format and not stream_ends(file):
         notes += ("the end marker of the stream is missing; the file may be incomplete",)
     return dataset, notes
+
+
+def _check_one_stream(file: Path) -> None:
+    """Check that an Arrow stream is the only one in its file, because `datasets` reads only the first.
+
+    Raises:
+        ValueError: there is more content after the end of the stream.
+    """
+    with pyarrow.memory_map(str(file)) as content:
+        with pyarrow.ipc.open_stream(content) as stream:
+            for _ in stream:
+                pass
+        rest = content.size() - content.tell()
+    if rest:
+        raise ValueError(f"found {rest:,} bytes after the end of the stream; expected a single stream")
 
 
 def _converted(read: Callable[[], Dataset], cache: Path, columns: list[str], rows: int | None = None) -> Dataset:
@@ -182,11 +204,24 @@ def _plain(file: Path, cache: Path) -> Path:
 
 
 def select_columns(schema: Schema) -> tuple[list[str], tuple[str, ...]]:
-    """Return the columns to read, and a note on those with media, which conversations cannot use."""
-    features = Features.from_arrow_schema(schema)
-    unread = [name for name, feature in features.items() if name not in KEYS and _has_media(feature)]
-    notes = (f"passed over the columns {', '.join(unread)} (images, audio or other media)",) if unread else ()
-    return [name for name in features if name not in unread], notes
+    """Return the columns to read, and notes on those with media or of unknown types, which conversations cannot use."""
+    unknown = [field.name for field in schema if field.name not in KEYS and not _is_supported(field)]
+    known = pyarrow.schema([field for field in schema if field.name not in unknown], metadata=schema.metadata)
+    features = Features.from_arrow_schema(known)
+    media = [name for name, feature in features.items() if name not in KEYS and _has_media(feature)]
+    reasons = {"images, audio or other media": media, "types that `datasets` cannot read": unknown}
+    notes = tuple(
+        f"passed over the columns {', '.join(names)} ({reason})" for reason, names in reasons.items() if names
+    )
+    return [name for name in features if name not in media], notes
+
+
+def _is_supported(field: pyarrow.Field) -> bool:
+    try:
+        generate_from_arrow_type(field.type)
+    except (ValueError, NotImplementedError, TypeError):
+        return False
+    return True
 
 
 def _has_media(feature: Any) -> bool:
