@@ -3,6 +3,7 @@
 import pytest
 from helpers.chat import supervised_runs
 
+from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder
 from data.sources.records import Conversation
 
@@ -116,3 +117,30 @@ def test_an_answer_after_many_is_compared_with_its_history(encoder_of):
     messages = [m for i in range(30) for m in (user(f"q{i}" + " json" * (i == 20)), assistant(f"a{i}"))]
     answers, _ = check(encoder_of(template), messages)
     assert answers == [("JSON: " if i >= 20 else "") + f"a{i}{END}" for i in range(30)]
+
+
+PARTS = "{% for p in m.content %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}"
+BARE = (
+    "{% for c in m.tool_calls or [] %}"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments }}}{% endfor %}<|im_end|>\n{% endfor %}'
+)
+
+
+@pytest.mark.parametrize("parts", [PARTS, "{{ m.content[0]['text'] }}"])
+def test_a_template_that_reads_only_content_parts_gets_them(parts, encoder_of):
+    encoder = encoder_of(PLAIN.replace("{{ m.content }}", parts))
+    assert check(encoder, [user("How?"), assistant("So.")]) == (["So.<|im_end|>"], [])
+    assert "How?" in encoder.backend.decode(encoder.prompt(Conversation([user("How?")])))
+
+
+def test_a_system_prompt_that_the_template_drops_is_refused(encoder_of):
+    encoder = encoder_of("{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + PLAIN)
+    with pytest.raises(BadRecord, match="does not write the system prompt"):
+        encoder.render(Conversation([{"role": "system", "content": "Be brief."}, user("How?"), assistant("So.")]))
+
+
+def test_arguments_that_the_template_prints_bare_are_json_text(encoder_of):
+    encoder = encoder_of(PLAIN.replace("<|im_end|>\n{% endfor %}", BARE))
+    function = {"name": "f", "arguments": {"on": True, "to": None}}
+    messages = [user("How?"), assistant("", tool_calls=[{"type": "function", "function": function}])]
+    assert check(encoder, messages)[0] == ['{"name": "f", "arguments": {"on": true, "to": null}}<|im_end|>']

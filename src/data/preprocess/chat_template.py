@@ -24,6 +24,8 @@ from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
 
+SAMPLE_TEXT = "Count the apples of each day in turn."  # shows whether a template writes a message
+
 
 @dataclass
 class Rendered:
@@ -80,6 +82,8 @@ class ChatEncoder:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.boundaries = BoundaryTokenizer(self.backend)
+        self.text_parts = False
+        self.text_parts = self._reads_parts_only()
         self.supervisor = Supervisor(self._render, self.stop_tokens, added, texts_searched(self.template))
         self.token_ids = TokenIdChecker(self.backend, stop_ids)
 
@@ -173,6 +177,8 @@ class ChatEncoder:
         """
         messages, tools = conversation.messages, conversation.tools
         self._refuse_special_tokens(messages if with_last else messages[:-1])
+        if messages[0]["role"] == "system" and self.drops_system:
+            raise BadRecord("the chat template does not write the system prompt, so the target would not see it")
         if messages[0]["role"] == "developer" and "developer" not in self.template:
             messages = [messages[0] | {"role": "system"}, *messages[1:]]
         if any("tool_calls" in message for message in messages):
@@ -208,6 +214,31 @@ class ChatEncoder:
         """Form of tool calls that the template expects."""
         return call_form(self._render)
 
+    @cached_property
+    def drops_system(self) -> bool:
+        """Whether the template drops system prompts without an error."""
+        sample = [{"role": "system", "content": SAMPLE_TEXT}, {"role": "user", "content": "Go on."}]
+        return self._drops(sample)
+
+    def _drops(self, sample: Messages) -> bool:
+        try:
+            return SAMPLE_TEXT not in self._render(sample, True)
+        except BadRecord:
+            return False
+
+    def _reads_parts_only(self) -> bool:
+        """Return whether the template writes the text of a question only if it is a list of parts."""
+        sample = {"role": "user", "content": SAMPLE_TEXT}
+        if not self._drops([sample]) or self._drops([self._with_parts(sample)]):
+            return False
+        text = self._render([self._with_parts(sample)], True)
+        return "'text'" not in text and '"text"' not in text  # not the list itself, as Python or JSON prints it
+
+    @staticmethod
+    def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
     def _refuse_special_tokens(self, messages: Messages) -> None:
         for number, message in enumerate(messages, start=1):
             text = message["content"] if len(message) == 2 else "\0".join(map(_text, message.values()))
@@ -240,6 +271,7 @@ class ChatEncoder:
         given = self.variables | tools if tools else self.variables
         template = self.tool_template if given.get("tools") else self.template
         options = {"chat_template": template, "add_generation_prompt": generation_prompt}
+        messages = [self._with_parts(message) for message in messages] if self.text_parts else messages
         try:
             return apply([messages], **options, **given)[0][0]
         except Exception as error:  # a template is a program: besides TemplateError, it may raise anything

@@ -1,13 +1,15 @@
 """Tool calls in chat templates: the form that a template expects, and whether it writes them.
 
 Templates differ in the form of a call: most expect the arguments as an object and empty text, some the arguments as
-JSON text or no text at all. The first form in which a template writes a sample call is used for all conversations.
+JSON text or no text at all. The first form in which a template writes a sample call is used for all conversations;
+a template that prints an object as Python does (`{'city': 'Lisbon'}`) expects JSON text.
 Mistral's templates also require ids of nine letters and digits, which the target itself chooses at random. Other ids,
 and missing ones, are replaced for them.
 """
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,19 +19,22 @@ from data.errors import BadRecord
 from data.sources.records import Message, Messages
 
 NAME, VALUE = "get_forecast", "Lisbon"
+ARGUMENTS = {"city": VALUE, "daily": True}
+PYTHON = re.compile(rf"""\{{\s*'city': '{VALUE}'""")  # an object as Python prints it
 SAMPLE_TOOL = {
     "name": NAME,
     "description": "Return the forecast.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}},
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "description": "The city."}, "daily": {"type": "boolean"}},
+    },
 }
 SAMPLE: Messages = [
     {"role": "user", "content": "What is the forecast?"},
     {
         "role": "assistant",
         "content": "",
-        "tool_calls": [
-            {"type": "function", "id": "a1b2c3d4e", "function": {"name": NAME, "arguments": {"city": VALUE}}}
-        ],
+        "tool_calls": [{"type": "function", "id": "a1b2c3d4e", "function": {"name": NAME, "arguments": ARGUMENTS}}],
     },
 ]
 
@@ -71,7 +76,7 @@ def _writes(render: Callable[..., str], messages: Messages) -> bool:
         text = render(messages, False, tools=[{"type": "function", "function": SAMPLE_TOOL}])
     except BadRecord:
         return False
-    return VALUE in text and NAME in text[text.rfind(SAMPLE[0]["content"]) :]
+    return VALUE in text and not PYTHON.search(text) and NAME in text[text.rfind(SAMPLE[0]["content"]) :]
 
 
 def _without_ids(messages: Messages) -> Messages:
@@ -85,7 +90,9 @@ def _with_short_ids(messages: Messages) -> Messages:
     waiting: list[tuple[str | None, str]] = []  # original and short ids of the calls without a result
     for turn, message in enumerate(messages):
         if calls := message.get("tool_calls"):
-            waiting = [(call.get("id"), _short_id(call.get("id") or f"{turn}/{i}")) for i, call in enumerate(calls)]
+            waiting = [
+                (call.get("id"), _short_id(str(call.get("id") or f"{turn}/{i}"))) for i, call in enumerate(calls)
+            ]
             pairs = zip(calls, waiting, strict=True)
             message = message | {"tool_calls": [call | {"id": short} for call, (_, short) in pairs]}
         elif message["role"] == "tool" and waiting:
