@@ -59,7 +59,67 @@ def test_ids_may_be_numbers():
         assert turns[1]["tool_calls"][0]["id"] == turns[2]["tool_call_id"] == "7"
 
 
+def test_results_have_the_name_of_the_tool_that_their_id_refers_to():
+    result = RESULT | {"tool_call_id": "c"}
+    assert parsed(messages(U, A | {"tool_calls": [F | {"id": "c"}]}, result, A)).messages[2] == result | {"name": "f"}
+
+
+def test_the_last_text_is_a_call_if_the_record_has_tools():
+    turns = U, A | {"content": TAG.replace('"', "'")}
+    assert conversation(messages(*turns, tools=[F])).messages[1]["tool_calls"][0]["function"] == F
+    explained = A | {"content": "<tool_call>JSON</tool_call>"}
+    for record in (
+        messages(*turns),
+        messages(U, explained, tools=[F]),
+        messages(*turns[:1], turns[1] | {"truncated": True}, tools=[F]),
+    ):
+        assert "tool_calls" not in conversation(record).messages[1]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "q", "context": "c", "answer": "a"},
+        {"prompt": "q", "input": "c", "completion": "a"},
+        {"query": "q", "context": "c", "response": "a", "truncated": False, "chat_template_kwargs": {}},
+        {"instruction": "q", "context": "c", "output": "a", "prompt": "Answer. q", "turns": 1},
+    ],
+)
+def test_context_follows_the_question(record):
+    assert [message["content"] for message in conversation(record).messages] == ["q\n\nc", "a"]
+
+
+def test_questions_and_reference_answers_beside_turns_are_metadata():
+    record = messages(U, A, prompt="p", answer="4", context="q", reasoning=True)
+    assert conversation(record) == conversation(messages(U, A))
+
+
+BESIDE = [
+    *[messages(U, A, U, **{key: "a"}) for key in ("response", "output", "answer")],
+    *[messages(U, A, **{key: "x"}) for key in ("context", "input", "thinking")],
+    messages(U, A, history=[["p", "b"]]),
+    messages(U, A, turns=["p"]),
+    {"turns": ["p"], "response": "b"},
+    {"turns": ["p"], "reasoning": "b"},
+    {"prompt": [U], "completion": [A], "context": "x"},
+    {"prompt": [U], "completion": [A], "reasoning": "x"},
+    {"prompt": "q", "response": "a", "output": "x"},
+    {"prompt": "q", "response": "a", "turns": ["x"]},
+]
+
+
+@pytest.mark.parametrize("record", BESIDE)
+def test_texts_beside_the_conversation_are_refused(record):
+    with pytest.raises(BadRecord, match="is not part of the conversation"):
+        parsed(record)
+
+
 REFUSED = {
+    "undesirable conversation": (messages(U, A, label=False), "`label`=false"),
+    "turn after a system prompt beside": (messages(U, A, A, system="s"), "turn 3: second consecutive assistant turn"),
+    "turn after a removed system turn": (
+        messages({"role": "system", "content": ""}, U, A, A), "turn 4: second consecutive assistant turn"),
+    "empty system turn alone": (messages({"role": "system", "content": ""}), "has only a system message"),
     "different calls": (messages(U, A | {"tool_calls": [F], "function_call": G}), "turn 2: several keys hold"),
     "a call beside calls": (messages(U, {"role": "function_call", "content": str(F), "tool_calls": [G]}), "several"),
     "id of a wrong type": (called("", tool_calls=[F | {"id": ["c"]}]), "turn 2: tool call 1, `id`: expected a string"),

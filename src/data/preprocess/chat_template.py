@@ -38,6 +38,7 @@ class Rendered:
     written: Mapping[int, Written] = field(default_factory=dict)  # answers as the target wrote them, by message index
     untrained: int = 0  # number of answers that the record excludes from training
     skipped: int = 0  # number of answers before the first question, in addition to `answers`
+    offset: int = 0  # see `Conversation`
 
 
 class ChatEncoder:
@@ -141,6 +142,7 @@ class ChatEncoder:
             written=written,
             untrained=len(answers) - len(turns),
             skipped=conversation.skipped,
+            offset=conversation.offset,
         )
         if rendered.left_out:
             rendered.tokens = len(self._ids(render(messages, False)))
@@ -253,7 +255,7 @@ class ChatEncoder:
             if answer.token_ids is not None:
                 self.token_ids.check(conversation.messages[turn], answer.token_ids)
         except BadRecord as error:
-            raise BadRecord(f"turn {turn + conversation.skipped + 1}: {error}") from None
+            raise BadRecord(f"turn {turn + conversation.offset + 1}: {error}") from None
 
     def _notes(self, turns: list[int], written: Mapping[int, Written]) -> Counter[str]:
         """Return the notes on the answers whose tokens or end are known."""

@@ -101,7 +101,7 @@ def _rows(
     record: RawRecord, rendered: Rendered, documents: list[AnswerDocument], settings: TokenizeSettings
 ) -> Iterator[dict[str, Any]]:
     refused = rendered.supervision.refused
-    reasons = [f"turn {number + rendered.skipped}: {reason}" for number, reason in refused.items()]
+    reasons = [f"turn {number + rendered.offset}: {reason}" for number, reason in refused.items()]
     first = _counts(rendered)
     if reasons:
         first |= _rejected(record, reasons[0])

@@ -17,6 +17,7 @@ PAIRS = (
 CALLS = "answers"  # xLAM's data: a list of calls
 INPUTS = ("input", "context")  # appended to an instruction
 UNPLACED = {"reasoning_content", "thinking"}  # beside a list of turns; `reasoning` may be metadata there
+QUESTIONS, ANSWERS = ({pair[side] for pair in PAIRS} for side in (0, 1))
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 KEYS = {*LISTS, "turns", *SYSTEM, *TOOLS, *(key for pair in PAIRS for key in pair)}  # read, among others
 FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
@@ -37,10 +38,15 @@ def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]
     Raises:
         BadRecord: the format is unknown, or a key that changes the meaning is not supported.
     """
-    given = {key for key, value in record.items() if value is not None and value != [] and value != ""}
+    given = {key for key, value in record.items() if value is not None and value not in ([], {}, "")}
+    if record.get("truncated") is False:  # metadata
+        given.discard("truncated")
     if refused := REFUSED.keys() & given:
         raise BadRecord(f"`{min(refused)}`: {REFUSED[min(refused)]}")
+    if record.get("label") is False:
+        raise BadRecord("`label`=false: the answer is undesirable; remove the record")
     turns = _turns(record, given)
+    _refuse_unread(record, given, turns)
     tools = [(key, read_tools(record[key], f"`{key}`")) for key in TOOLS if key in given]
     tools += [("tools of the system turn", turn.tools) for turn in turns if turn.tools]
     if any(schemas != tools[0][1] for _, schemas in tools):
@@ -52,8 +58,6 @@ def _turns(record: dict[str, Any], given: set[str]) -> list[Turn]:
     if lists := [key for key in LISTS if key in given]:
         if len(lists) > 1:
             raise BadRecord("`messages` and `conversations`: expected one of them; remove the other")
-        if unplaced := given & UNPLACED:
-            raise BadRecord(f"`{min(unplaced)}`: put it into the assistant turn")
         return read_turns(record[lists[0]], lists[0])
     if pairs := [pair for pair in PAIRS if given >= set(pair)]:
         return _exchange(record, given, pairs)
@@ -68,6 +72,40 @@ def _turns(record: dict[str, Any], given: set[str]) -> list[Turn]:
         present, missing = sorted(incomplete, key=lambda key: key not in given)
         raise BadRecord(f"`{present}` without `{missing}`")
     raise BadRecord(f"expected {FORMATS}; found keys: {', '.join(sorted(map(str, record))) or 'none'}")
+
+
+def _refuse_unread(record: dict[str, Any], given: set[str], turns: list[Turn]) -> None:
+    """Refuse texts beside the turns that are not part of them.
+
+    Copies of a turn or of a part of it are metadata. Beside a list of turns, so are the question that it was made from,
+    and a reference answer if the list has an answer at its end.
+    """
+    lists = [(key,) for key in LISTS if key in given]
+    form: tuple[str, ...] = next((keys for keys in (*lists, *PAIRS) if given >= set(keys)), ("turns",))
+    unread = {*INPUTS, "history", "turns", *REASONING, *QUESTIONS, *ANSWERS} - set(form)
+    if lists:
+        unread -= {"reasoning", *QUESTIONS}
+        unread -= ANSWERS if turns[-1].message["role"] == "assistant" else set()
+    elif form in PAIRS:
+        unread -= set() if isinstance(record[form[0]], list) else {*INPUTS, "history"}
+        unread -= set() if isinstance(record[form[1]], list) else {*REASONING}
+    for key in sorted(unread & given):
+        if not _is_copy(key, record[key], turns, record.get(form[0])) and not (
+            key == "turns" and isinstance(record[key], int)
+        ):
+            raise BadRecord(
+                f"`{key}` beside `{form[0]}` is not part of the conversation; put it into a turn or remove it"
+            )
+
+
+def _is_copy(key: str, text: Any, turns: list[Turn], question: Any) -> bool:
+    """Return whether a text is part of the turns. A question may also be in it, as in filled templates of prompts."""
+    if not isinstance(text, str) or (key in ANSWERS and turns[-1].message["role"] != "assistant"):
+        return False
+    asked = [turn.message["content"] for turn in turns if turn.message["role"] == "user"]
+    asked += [question] if isinstance(question, str) else []  # without its input
+    said = [turns[-1].message["content"]] if key in ANSWERS else asked
+    return any(text.strip() in content or (key in QUESTIONS and content in text) for content in said)
 
 
 def read_turns(turns: Any, key: str) -> list[Turn]:
@@ -89,7 +127,10 @@ def read_turns(turns: Any, key: str) -> list[Turn]:
         raise BadRecord(f"`{key}`: expected a list of turns, found {kind(turns)}")
     if not turns:
         raise BadRecord(f"`{key}` is empty")
-    return [read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
+    found = [read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
+    for number, turn in enumerate(found, start=1):
+        turn.number = number
+    return found
 
 
 def _exchange(record: dict[str, Any], given: set[str], pairs: list[tuple[str, str]]) -> list[Turn]:
@@ -99,8 +140,6 @@ def _exchange(record: dict[str, Any], given: set[str], pairs: list[tuple[str, st
         raise BadRecord(
             f"`{min(other)}` beside `{asked}` and `{answered}`: expected one exchange; remove the other key"
         )
-    if record.get("label") is False:
-        raise BadRecord("`label`=false: the answer is undesirable; remove the record")
     question, answer = record[asked], record[answered]
     if isinstance(question, list):
         before = [replace(turn, trained=False) for turn in read_turns(question, asked)]
@@ -116,7 +155,7 @@ def _exchange(record: dict[str, Any], given: set[str], pairs: list[tuple[str, st
 
 def _question(record: dict[str, Any], given: set[str], key: str) -> dict[str, Any]:
     message = text_message("user", record[key], key)
-    for name in INPUTS if key == "instruction" else ():
+    for name in INPUTS:
         if name in given:
             message["content"] += "\n\n" + text_message("user", record[name], name)["content"]
     return message

@@ -24,6 +24,7 @@ class Conversation:
     written: Mapping[int, Written] = field(default_factory=dict)  # by message index
     skipped: int = 0  # number of answers before the first question, which are left out
     kind: str | None = None  # declared kind of its answers (`data.sources.kinds`), for evaluation prompts
+    offset: int = field(default=0, compare=False)  # turn number in the record, minus that in `messages`
 
 
 def conversation(record: Any) -> Conversation:
@@ -85,11 +86,14 @@ def parsed(record: Any) -> Conversation:
         raise BadRecord(f"expected a JSON object, found {kind(record)}")
     turns, tools = read_record(record)
     skipped = _leading_answers(turns)
+    offset = _offset(turns)
     messages = [turn.message for turn in turns]
-    _check_order(messages, skipped)
+    _check_order(messages, offset)
+    if tools and turns[-1].written is None:
+        _read_last_calls(messages[-1])
     untrained = frozenset(i for i, turn in enumerate(turns) if not turn.trained and _is_answer(turn))
     written = {i: turn.written for i, turn in enumerate(turns) if turn.written}
-    return Conversation(messages, tools, untrained, written, skipped)
+    return Conversation(messages, tools, untrained, written, skipped, offset=offset)
 
 
 def _leading_answers(turns: list[Turn]) -> int:
@@ -102,21 +106,28 @@ def _leading_answers(turns: list[Turn]) -> int:
     return first - start
 
 
+def _offset(turns: list[Turn]) -> int:
+    """Return the difference between turn numbers in the record and in `turns`."""
+    numbered = ((n, turn) for n, turn in enumerate(turns, start=1) if turn.number)
+    own = ((n, turn) for n, turn in numbered if turn.message["role"] not in ("system", "developer"))
+    return next((turn.number - n for n, turn in own), 0)
+
+
 def _is_answer(turn: Turn) -> bool:
     return turn.message["role"] == "assistant"
 
 
-def _check_order(messages: Messages, skipped: int) -> None:
+def _check_order(messages: Messages, offset: int) -> None:
     """Check the order of the roles. Turn calls in the text of an answer before a tool turn into tool calls.
 
     Args:
         messages: all messages.
-        skipped: number of answers that were removed before the first question.
+        offset: number of turns that precede the messages in the record; -1 if the system message is not a turn.
     """
     roles = [message["role"] for message in messages]
     for index, role in enumerate(roles):
         if role in ("system", "developer") and index:
-            raise BadRecord(f"turn {index + skipped + 1}: only the first turn may be a {role} message")
+            raise BadRecord(f"turn {index + offset + 1}: only the first turn may be a {role} message")
     dialogue = roles[1:] if roles and roles[0] in ("system", "developer") else roles
     if not dialogue:
         raise BadRecord(f"has only a {roles[0] if roles else 'system'} message; expected a user turn")
@@ -126,10 +137,10 @@ def _check_order(messages: Messages, skipped: int) -> None:
         )
     if "assistant" not in dialogue and "tool" not in dialogue:
         return
-    for number, (previous, current) in enumerate(pairwise(messages), start=2 + skipped):
+    for number, (previous, current) in enumerate(pairwise(messages), start=2 + offset):
         _check_pair(previous, current, f"turn {number}")
     if "tool" in dialogue:
-        _check_ids(messages, skipped)
+        _check_ids(messages, offset)
 
 
 def _check_pair(previous: Message, current: Message, where: str) -> None:
@@ -157,13 +168,26 @@ def _read_tags(previous: Message, result: Message, where: str) -> None:
             previous |= {"content": text, "tool_calls": calls}
 
 
-def _check_ids(messages: Messages, skipped: int) -> None:
-    """Check that each `tool_call_id` is the id of a call in the turn that the results follow."""
-    ids: set[str] = set()
-    for number, message in enumerate(messages, start=1 + skipped):
+def _read_last_calls(message: Message) -> None:
+    """Parse calls at the end of a conversation with tools, as in Hermes' single turns. Other text stays as it is."""
+    if message["role"] == "assistant" and "tool_calls" not in message:
+        try:
+            text, calls = calls_in_text(message["content"], "last turn")
+        except BadRecord:
+            return
+        if calls:
+            message |= {"content": text, "tool_calls": calls}
+
+
+def _check_ids(messages: Messages, offset: int) -> None:
+    """Check that each `tool_call_id` is the id of a call in the turn that the results follow. Add the tool's name."""
+    ids: dict[str, str] = {}
+    for number, message in enumerate(messages, start=1 + offset):
         if "tool_calls" in message:
-            ids = {call["id"] for call in message["tool_calls"] if "id" in call}
+            ids = {call["id"]: call["function"]["name"] for call in message["tool_calls"] if "id" in call}
         if ids and message.get("tool_call_id", next(iter(ids))) not in ids:
             raise BadRecord(
                 f"turn {number}: tool_call_id {message['tool_call_id']!r:.40} is not the id of a preceding call"
             )
+        if message.get("tool_call_id") in ids:
+            message.setdefault("name", ids[message["tool_call_id"]])

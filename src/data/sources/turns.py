@@ -51,6 +51,7 @@ class Turn:
     trained: bool = True
     written: Written | None = None
     tools: list[dict[str, Any]] | None = None
+    number: int = 0  # in the record's list of turns
 
 
 def text_message(role: str, content: Any, where: str) -> Message:
