@@ -44,6 +44,7 @@ CONTENTS = {
     "lines.jsonl.gz": gzip.compress(LINES),
     "two members.jsonl.GZ": gzip.compress(as_lines(RECORDS[:9])) + gzip.compress(as_lines(RECORDS[9:])),
     "array.json.gz": gzip.compress(ARRAY),
+    "skippable frame.jsonl.zst": b"\x50\x2a\x4d\x18\x01\0\0\0a" + pa.compress(LINES, codec="zstd", asbytes=True),
     "lines.jsonl.zst": pa.compress(LINES, codec="zstd", asbytes=True),
     "gzip without its ending.jsonl": gzip.compress(LINES),
 }
@@ -189,6 +190,9 @@ REFUSED = {
     "g.json": (b'{"version": 1,\n "data": [{"messages": []}]}', "the records in `data`.*jq -c '.data[]'"),
     "damaged object.json": (b'{\n "messages": [\n', "an object that spans lines, and is damaged or longer"),
     "by id.json": (b'{"a": {"messages": []},\n "b": {}}', "a record under each key; .*jq -c '.[]'"),
+    "my data.json": (b'{"my data": [{"messages": []}]}', """the records in `my data`.*jq -c '.["my data"][]' '"""),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer.*git lfs pull"),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES)), "compressed more than once"),
     "h.json": (b" [ ]\n", "contains no records"),
     "i.parquet": (b"PAR1 and no more", "invalid Parquet file"),
     "j.arrow": (b"ARROW1\0\0 and no more", "invalid Arrow file"),

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any
 
 import pyarrow
@@ -27,6 +28,8 @@ TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".zst")  # after the ending of a text file
 FILES = ".jsonl, .ndjson, .json (also .gz or .zst), .parquet, .arrow or .feather"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+SKIPPABLE = b"\x2a\x4d\x18"  # after a byte from 0x50 to 0x5f
+LFS = b"version https://git-lfs.github.com/spec/"
 OTHER_ARCHIVES = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")
 ARRAY = re.compile(rb"\[\s*([\[{\]]|$)")
 TWO_OBJECTS = re.compile(r"\s*,?\s*\{")
@@ -51,6 +54,10 @@ def open_file(file: Path, label: str) -> Reader:
     try:
         content = _decompressed(file)
         beginning = _beginning(content)
+        if beginning.startswith(LFS):
+            raise UserError(f"{file} is a Git LFS pointer, not the data. Run `git lfs pull` in its repository.")
+        if content != file and _compression(beginning):
+            raise UserError(f"{file} is compressed more than once. Decompress it first.")
         if beginning.startswith((b"PAR1", b"ARROW1")) or file.suffix.lower() in TABLES:
             return open_table(content, label, str(file))
         _check_text(file, beginning)
@@ -72,13 +79,13 @@ def _check_text(file: Path, beginning: bytes) -> None:
     if beginning and (encoding := json.detect_encoding(beginning)) not in ("utf-8", "utf-8-sig"):
         raise UserError(
             f"{file} is not UTF-8, but probably {encoding.upper()}. Convert it with: "
-            f"iconv -f {encoding.upper()} -t UTF-8 {file} > conversations.jsonl"
+            f"iconv -f {encoding.upper()} -t UTF-8 {quote(str(file))} > conversations.jsonl"
         )
     if file.suffix.lower() in (".csv", ".tsv"):
         separator = ", sep='\\t'" if file.suffix.lower() == ".tsv" else ""
+        code = f"pandas.read_csv({str(file)!r}{separator}).to_json('conversations.jsonl', orient='records', lines=True)"
         raise UserError(
-            f'{file}: CSV and TSV files are not supported. Convert it with: python -c "import pandas; '
-            f"pandas.read_csv('{file}'{separator}).to_json('conversations.jsonl', orient='records', lines=True)\""
+            f"{file}: CSV and TSV files are not supported. Convert it with: python -c {quote(f'import pandas; {code}')}"
         )
     if not is_data_file(file.name) and beginning.removeprefix(BOM).strip()[:1] not in (b"{", b"[", b""):
         raise UserError(f"{file}: unsupported format. Expected {FILES}.")
@@ -97,7 +104,7 @@ def _open_text(content: Path, label: str, name: str) -> Reader:
     if first == b"{":
         raise UserError(
             f"{name}: an object that spans lines, and is damaged or longer than {MAX_LINE_BYTES:,} bytes. Write one "
-            f"record per line. For records in a list under KEY: jq -c '.KEY[]' {name} > conversations.jsonl"
+            f"record per line. For records in a list under KEY: jq -c '.KEY[]' {quote(name)} > conversations.jsonl"
         )
     return JsonLines(content, label, name)
 
@@ -112,12 +119,13 @@ def _check_wrapper(reader: Reader) -> None:
         if isinstance(value, dict) and KEYS & value.keys():
             raise UserError(
                 f"{reader.name}: a single object with a record under each key; expected an array or one object per "
-                f"line. Convert it with: jq -c '.[]' {reader.name} > conversations.jsonl"
+                f"line. Convert it with: jq -c '.[]' {quote(reader.name)} > conversations.jsonl"
             )
         if isinstance(value, list) and value and isinstance(value[0], dict) and KEYS & value[0].keys():
+            path = f".{key}[]" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}][]"
             raise UserError(
                 f"{reader.name}: a single object with the records in `{key}`; expected an array or one object per "
-                f"line. Convert it with: jq -c '.{key}[]' {reader.name} > conversations.jsonl"
+                f"line. Convert it with: jq -c {quote(path)} {quote(reader.name)} > conversations.jsonl"
             )
 
 
@@ -156,13 +164,18 @@ def _stream(file: Path, magic: bytes) -> Iterator[Any]:
             yield stream
 
 
+def _compression(beginning: bytes) -> bytes | None:
+    """Return GZIP or ZSTD if the content is compressed. A Zstandard file may begin with a skippable frame."""
+    skippable = beginning[1:4] == SKIPPABLE and 0x50 <= beginning[0] <= 0x5F
+    return ZSTD if skippable else next((magic for magic in (GZIP, ZSTD) if beginning.startswith(magic)), None)
+
+
 def _decompressed(file: Path) -> Path:
     """Return the file itself or, if it is compressed with gzip or Zstandard, the path of a copy in the cache.
 
     Chunks are read in parallel, at random; a compressed file can only be read from the beginning.
     """
-    magic = next((magic for magic in (GZIP, ZSTD) if _beginning(file).startswith(magic)), None)
-    if magic is None:
+    if (magic := _compression(_beginning(file))) is None:
         return file
     with file.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
