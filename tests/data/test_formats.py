@@ -174,6 +174,14 @@ def test_a_first_line_that_is_no_json_does_not_change_the_layout(tmp_path):
         assert isinstance(reader, JsonLines) and bad.error and good == {"n": 1}
 
 
+def test_a_single_line_that_is_too_long_is_an_error(tmp_path, monkeypatch):
+    for module in ("formats", "jsonl"):
+        monkeypatch.setattr(f"data.sources.{module}.MAX_LINE_BYTES", 1000)
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"messages": []}] * 500}))
+    with pytest.raises(UserError, match=r"a\.json: a single line of [\d,]+ bytes.*jq -c '\.KEY\[\]'"):
+        open_file(tmp_path / "a.json", "a.json")
+
+
 REFUSED = {
     "a.csv": (b"question,answer\n", "CSV and TSV files are not supported. Convert it with: python -c"),
     "a.txt": (b"text", "unsupported format. Expected .jsonl"),

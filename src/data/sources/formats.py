@@ -113,7 +113,13 @@ def _check_wrapper(reader: Reader) -> None:
     """Check that the file is not a single object with the list of records under one of its keys."""
     if reader.count != 1:
         return
-    (record,) = reader.read(reader.chunks()[0])
+    (record,) = reader.read(chunk := reader.chunks()[0])
+    if isinstance(reader, JsonLines) and chunk.size > MAX_LINE_BYTES:
+        raise UserError(
+            f"{reader.name}: a single line of {chunk.size:,} bytes; expected one record per line, at most "
+            f"{MAX_LINE_BYTES:,} bytes each. For records in a list under KEY: "
+            f"jq -c '.KEY[]' {quote(reader.name)} > conversations.jsonl"
+        )
     fields = record.value if isinstance(record.value, dict) and not KEYS & record.value.keys() else {}
     for key, value in fields.items():
         if isinstance(value, dict) and KEYS & value.keys():
