@@ -10,6 +10,7 @@ from data.errors import BadRecord
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.prepare import describe_answers
 from data.preprocess.tokenized import TokenizeSettings, tokenize
+from data.preprocess.written import reads_as
 from data.sources.readers import open_sources
 from data.sources.records import Conversation, Written, conversation
 
@@ -131,6 +132,59 @@ def test_tokens_that_do_not_belong_to_the_text_are_refused(change, reason, encod
     with pytest.raises(BadRecord) as error:
         encoder.documents(conversation({"messages": [CHAT[1], {**answer, "token_ids": change(ids)}]}))
     assert str(error.value).startswith(reason)
+
+
+THOUGHT = (
+    "<think>\nThree and four.\n</think>\n\nThe answer is 7, see above.",
+    "Three and four.",
+    "The answer is 7, see above.",
+)
+CHANNELS = "<|channel|>analysis<|message|>3 and 4.<|end|><|start|>assistant<|channel|>final<|message|>It is 7."
+CALL = '<tool_call>\n{"name": "f", "arguments": {"city": "Paris", "days": [1e1, true], "of": "a\\nb"}}\n</tool_call>'
+ARGUMENTS = {"city": "Paris", "days": [10, True], "of": "a\nb"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "arguments", "good"),
+    [
+        (*THOUGHT, None, True),
+        (THOUGHT[0].removeprefix("<think>"), *THOUGHT[1:], None, True),
+        (THOUGHT[0], THOUGHT[1], "The answer is 7", None, False),
+        (THOUGHT[0], THOUGHT[1], "see above.", None, False),
+        (THOUGHT[0], "Three", THOUGHT[2], None, False),
+        (THOUGHT[0], "four.", THOUGHT[2], None, False),
+        (THOUGHT[0], THOUGHT[1], "four", None, False),
+        (THOUGHT[0], "T", "a", None, False),
+        (CHANNELS, "3 and 4.", "It is 7.", None, True),
+        (CHANNELS, "3 and 4.", "7.", None, False),
+        (CALL, "", "", ARGUMENTS, True),
+        (CALL, "", "", ARGUMENTS | {"city": "Rome"}, False),
+        (CALL, "", "", ARGUMENTS | {"days": [3, True]}, False),
+        (CALL, "", "", ARGUMENTS | {"days": [10, False]}, False),
+        ("I will look." + CALL, "", "I will look.", ARGUMENTS, True),
+        ("I will look." + CALL, "", "I will", ARGUMENTS, False),
+        (f"<think>\nHm.\n</think>\n\nI will look.\n{CALL}", "Hm.", "I will look.", ARGUMENTS, True),
+        (f"<think>\nHm. Well.\n</think>\n\n{CALL}", "Hm.", "", ARGUMENTS, False),
+    ],
+)
+def test_edited_parts_of_an_answer_do_not_keep_its_tokens(text, reasoning, content, arguments, good):
+    message = {"role": "assistant", "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
+    message |= {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]} if arguments else {}
+    assert reads_as(text, message) == good
+
+
+@pytest.mark.parametrize("token", [2**32 + 5, 2**40, -1])
+def test_tokens_beyond_32_bits_are_not_in_the_vocabulary(token, encoders):
+    with pytest.raises(BadRecord, match=f"{token} is not in the target's vocabulary"):
+        encoders["Qwen2.5"][1].token_ids.check(CHAT[2], [token])
+
+
+def test_the_fingerprint_has_the_date_only_if_the_template_writes_it():
+    tokenizer = FAMILIES["Qwen2.5"].tokenizer()
+    today = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer.chat_template = today + "{{ date_string }}" + tokenizer.chat_template
+    assert "date" in ChatEncoder(tokenizer, {}).fingerprint()
+    assert "date" not in ChatEncoder(tokenizer, {"date_string": "26 Jul 2024"}).fingerprint()
 
 
 def test_only_answers_have_tokens(encoders):

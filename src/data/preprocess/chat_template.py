@@ -19,7 +19,7 @@ from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
 from data.preprocess.prompts import CHECKED, Render
 from data.preprocess.spans import CUT_OFF, NO_END_TOKEN, Supervision
 from data.preprocess.supervision import Supervisor
-from data.preprocess.templates import check_reserved, check_template_kwargs, texts_searched
+from data.preprocess.templates import check_reserved, check_template_kwargs, texts_searched, writes_date
 from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
@@ -163,8 +163,10 @@ class ChatEncoder:
         return self.tokenize([self.render(conversation)])[0]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return everything that affects the tokens of a conversation, including the date if the template reads it."""
-        dated = {"date": date.today().isoformat()} if "strftime_now" in self.template + self.tool_template else {}
+        """Return everything that affects the tokens of a conversation, including the date if the template writes it."""
+        dated = (
+            {"date": date.today().isoformat()} if writes_date(self.template + self.tool_template, self._render) else {}
+        )
         tokens = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
         variables = {"variables": self.variables, "special": self.special_tokens, "stop": self.stop_tokens}
         templates = {"template": self.template, "tool_template": self.tool_template}
@@ -268,7 +270,7 @@ class ChatEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _render(self, messages: Messages, generation_prompt: bool, **tools: list[dict[str, Any]] | None) -> str:
+    def _render(self, messages: Messages, generation_prompt: bool, **tools: Any) -> str:
         apply: Callable[..., Any] = render_jinja_template  # annotated to return str, but returns texts and spans
         given = self.variables | tools if tools else self.variables
         template = self.tool_template if given.get("tools") else self.template

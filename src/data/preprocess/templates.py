@@ -1,6 +1,8 @@
 """Validates chat template arguments: an argument that the template does not read has no effect."""
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from datetime import datetime
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
@@ -11,11 +13,13 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data.errors import UserError
+from data.errors import BadRecord, UserError
+from data.preprocess.tool_calls import SAMPLE, SAMPLE_TOOL
 
 USER_ARGUMENTS = {"tools", "documents"}  # rendering arguments of transformers that users may set
 # Rendering arguments that this project sets for every conversation.
 RESERVED = {"messages", *signature(render_jinja_template).parameters} - USER_ARGUMENTS - {"kwargs"}
+DAYS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 10, 19, 38, 47))  # no field is the same
 FUNCTIONS = ("raise_exception", "strftime_now")  # provided to templates by transformers
 # String methods and filters that search a text for their first argument.
 SEARCHES = {"startswith", "endswith", "split", "rsplit", "partition", "rpartition", "find", "rfind", "index", "count"}
@@ -106,3 +110,21 @@ def check_template_kwargs(
         if any(name in key or key.endswith("template_kwargs") and name in value for key, _, value in typed):
             raise UserError(f"{text} Remove it.")
         warn(f"warning: {text}")
+
+
+def writes_date(template: str, render: Callable[..., str]) -> bool:
+    """Return whether a chat template writes the current date into conversations. An argument may fix the date instead.
+
+    Args:
+        template: the text of the template.
+        render: renders messages, with or without a generation prompt and with further arguments.
+    """
+    if "strftime_now" not in template:
+        return False
+    system, tool = {"role": "system", "content": "Be brief."}, {"type": "function", "function": SAMPLE_TOOL}
+    rendered: list[list[str]] = []
+    for messages in (SAMPLE[:1], [system, *SAMPLE[:1]], SAMPLE, [system, *SAMPLE]):
+        for tools in ({}, {"tools": [tool]}):
+            with suppress(BadRecord):
+                rendered.append([render(messages, True, **tools, strftime_now=day.strftime) for day in DAYS])
+    return not rendered or any(first != second for first, second in rendered)

@@ -1,7 +1,9 @@
 """Checks answers that are stored as the target's tokens."""
 
+import json
 import re
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -9,6 +11,14 @@ from data.errors import BadRecord
 from data.sources.records import Message
 
 EMPTY_REASONING = re.compile(r"\s*(<[\w:]*think\w*>)?\s*</[\w:]*think\w*>")  # its opening tag may be in the prompt
+# The text before a part of an answer is a marker, such as <think>, [/THINK] or <|channel|>final<|message|>. A
+# channel's name may follow.
+BEFORE = re.compile(
+    r"\s*|((\w{0,12}|\s*)[<\[◁].{0,80}[>\]▷]|\s*Here is my (thought process|response):)\w{0,12}\s*", re.DOTALL
+)
+AFTER = re.compile(r"(\s*(</[\w:]+>|<\|[^|]*\|>))?[\s\ufffd]*")
+BEFORE_CALLS = re.compile(r"\s*([<\[{◁✿>]|functools|Action:|$)")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
 class TokenIdChecker:
@@ -24,17 +34,20 @@ class TokenIdChecker:
         Raises:
             BadRecord: a token is outside the vocabulary or follows a stop token, or the tokens decode to other text.
         """
-        unknown = next((token for token in set(token_ids) if self.backend.id_to_token(token) is None), None)
+        unknown = next((token for token in set(token_ids) if not self._known(token)), None)
         if unknown is not None:
             raise BadRecord(f"`token_ids`: {unknown} is not in the target's vocabulary; remove tokens of another model")
         if not self.stop_ids.isdisjoint(token_ids[:-1]):
             raise BadRecord("`token_ids`: tokens follow a stop token, at which the target's generation ends")
-        if not any(_reads_as(decoded, message) for decoded in self._decoded(token_ids)):
+        if not any(reads_as(decoded, message) for decoded in self._decoded(token_ids)):
             decoded = self.backend.decode(token_ids)
             raise BadRecord(
                 f"`token_ids` decode to {decoded!r:.60}, not to the text; remove them if the text was edited or the "
                 "tokens are another model's"
             )
+
+    def _known(self, token: int) -> bool:
+        return 0 <= token < 2**32 and self.backend.id_to_token(token) is not None  # tokenizers has 32-bit ids
 
     def _decoded(self, token_ids: list[int]) -> Iterator[str]:
         """Yield the text without special tokens, with them, and after the last marker of a channel or reasoning block.
@@ -49,17 +62,50 @@ class TokenIdChecker:
         yield self.backend.decode(token_ids[last + 1 :])
 
 
-def _reads_as(decoded: str, message: Message) -> bool:
+def reads_as(decoded: str, message: Message) -> bool:
     """Return whether decoded tokens are the text of a message, apart from surrounding whitespace.
 
     A server that parses reasoning or tool calls removes markers from the text. In such messages, the decoded text must
-    contain every part.
+    be the reasoning, the content and the calls, with nothing but markers in between.
     """
     content, reasoning = message["content"].strip(), message.get("reasoning_content", "").strip()
-    names = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
-    if not reasoning and not names:
+    calls = [call.get("function", call) for call in message.get("tool_calls", ())]
+    if not reasoning and not calls:
         return _plain(decoded) == _plain(content)
-    return all(part in decoded for part in (content, reasoning, *names))
+    if not all(call.get("name", "") in decoded and _contains(decoded, call.get("arguments")) for call in calls):
+        return False
+    rests = [decoded[end:] for end in _ends(decoded, reasoning)]
+    if not content and not reasoning:
+        return True  # the calls are the answer
+    return any(_follows(rest[end:], calls) for rest in rests for end in _ends(rest, content))
+
+
+def _ends(text: str, part: str) -> Iterator[int]:
+    """Yield where a part of an answer may end, if it follows whitespace or a marker."""
+    start = text.find(part) if part else -1
+    if not part:
+        yield 0
+    while 0 <= start <= 100:
+        if BEFORE.fullmatch(text, 0, start):
+            yield start + len(part)
+        start = text.find(part, start + 1, 100 + len(part))
+
+
+def _follows(rest: str, calls: list[Any]) -> bool:
+    """Return whether the text after the content contains nothing but a marker, or calls."""
+    return bool(BEFORE_CALLS.match(rest) if calls else AFTER.fullmatch(rest))
+
+
+def _contains(decoded: str, value: Any) -> bool:
+    """Return whether a decoded call contains all values of its arguments, in any notation."""
+    if isinstance(value, dict | list):
+        return all(_contains(decoded, item) for item in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        quoted = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
+        return any(form in decoded for form in (value.strip(), *quoted, quoted[1].replace("/", "\\/")))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return any(float(number) == value for number in NUMBER.findall(decoded))
+    return any(form in decoded.casefold() for form in (str(value).casefold(), json.dumps(value)))
 
 
 def _plain(text: str) -> str:

@@ -103,7 +103,9 @@ def _settings(config: DictConfig) -> dict[str, Any]:
         raise UserError(f"model.target.name={target['name']!r}: failed to load the target's config. {error}") from error
     settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
     encoder, _ = load_encoder(target, settings["template_kwargs"])
-    settings["encoder"] = hashlib.sha256(json.dumps(encoder.fingerprint(), default=str).encode()).hexdigest()
+    encoding = encoder.fingerprint()
+    settings["date"] = encoding.pop("date", None)  # its own key, so that the error for another day names it
+    settings["encoder"] = hashlib.sha256(json.dumps(encoding, default=str).encode()).hexdigest()
     files = [f for f in sorted(Path(target["name"]).glob("*")) if f.suffix in (".json", ".safetensors")]
     settings["files"] = {file.name: _sha256(file) for file in files}
     return settings
