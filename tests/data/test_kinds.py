@@ -41,6 +41,15 @@ def answered(answer: dict | str, question: str = "Go on.", **given) -> Conversat
         (CHAT, "Quote it.", "```\nTo be or not to be.\n```"),
         (CHAT, "What is Java?", "An island."),
         (CHAT, "", ""),
+        (CHAT, "Create a dress code for the office.", "No shorts."),
+        (CHAT, "Create a workout program that builds muscle.", "Run."),
+        (CHAT, "Write a story about a code breaker.", "Once upon a time."),
+        (CHAT, "Make it warmer.", "<p>Hello there.</p>\n<p>How are you?</p>"),
+        (CHAT, "Summarize: " + "It took 3 days. " * 80 + "How much is 2 + 3 = 5 worth?", "Days passed."),
+        (CHAT, "How much is 5 dollars?", "A coffee."),
+        (CODE, "Fix this code:", "Sure."),
+        (CODE, "Write a Python script to rename files.", "Sure."),
+        (CODE, "Make it warmer.", "<div>\n<p>Hello.</p>\n</div>\n<div>\n</div>"),
     ],
 )
 def test_text_is_classified_by_its_rules(kind, question, answer):
@@ -59,6 +68,19 @@ def test_text_is_classified_by_its_rules(kind, question, answer):
         (CHAT, answered("<think>\n\n</think>\n\nYes.")),
         (CHAT, answered({"content": "Yes.", "reasoning_content": " \n"})),
         (CHAT, answered("I think <b>so</b>.")),
+        (CHAT, answered("The tag `</think>` ends the reasoning.")),
+        (CHAT, answered("It writes <think>, then\n</think>\nand the answer.")),
+        (REASONING, answered("<reasoning>Hm.</reasoning>Yes.")),
+        (REASONING, answered("<thought>\nHm.\n</thought>\nYes.")),
+        (REASONING, answered("◁think▷Hm.◁/think▷Yes.")),
+        (CHAT, answered("◁think▷◁/think▷Yes.")),
+        (REASONING, answered("<|START_THINKING|>Hm.<|END_THINKING|>Yes.")),
+        (REASONING, answered("<|begin_of_thought|>Hm.<|end_of_thought|>Yes.")),
+        (
+            REASONING,
+            answered("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes."),
+        ),
+        (MATH, answered("<think></think>3 + 4 = 7")),
     ],
 )
 def test_tools_and_reasoning_come_before_the_text(kind, conversation):

@@ -1,5 +1,6 @@
 """Evaluation: the report matches the decoding, and changed outputs are detected."""
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from train.evaluate.acceptance import (
     Prompts,
     Variant,
     VariantReport,
+    _kind,
     check_baseline,
     compare,
     first_differences,
@@ -262,6 +264,18 @@ def test_tau_by_kind_and_length_covers_every_prompt_once(tmp_path, capsys):
     assert BY_KIND in capsys.readouterr().out
     print_report(evaluation_of({"b": second}), tmp_path)
     assert BY_KIND not in capsys.readouterr().out  # the same numbers as in the first table
+
+
+def test_reasoning_between_special_tokens_decides_the_kind(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
+    encoder, talk = (
+        ChatEncoder(tokenizer, {}),
+        [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes."}],
+    )
+    for text, kind in (("<think>Hm.</think>Yes.<|im_end|>", "reasoning"), ("<think></think>Yes.", "chat")):
+        answer = encoder.backend.encode(text, add_special_tokens=False).ids
+        assert _kind(encoder, Conversation(talk), encoder.prompt(Conversation(talk[:1])), answer) == kind
 
 
 def test_empty_answers_are_a_group_without_tau():

@@ -3,11 +3,12 @@
 A kind that a record or source declares takes precedence. Otherwise, the first of these rules that holds decides:
 
 1. tools: the conversation has tool schemas, or tool calls up to the answer
-2. reasoning: the answer contains reasoning, in a field or in a `<think>` block
+2. reasoning: the answer has reasoning in a field, or starts with it, in a block such as `<think>`
 3. code: the answer contains a fenced block of code, or several lines of code; or the question contains one or asks for
    code
 4. math: the answer contains LaTeX, a `####` result or equations with numbers; or the question contains LaTeX, asks to
-   solve or calculate, or asks "how many" or "how much" and gives numbers
+   solve or calculate, or asks "how many" or "how much" and gives numbers. Questions of over 1,200 characters, mostly
+   pasted texts, do not count
 5. chat: none of the above
 
 Questions are matched in English; fences, lines of code, LaTeX and equations in any language.
@@ -26,6 +27,7 @@ CATEGORIES |= {"maths": MATH, "mathematics": MATH, "coding": CODE, "programming"
 CATEGORIES |= {"tool": TOOLS, "tool_use": TOOLS, "function_calling": TOOLS, "conversation": CHAT}
 LENGTHS = (32, 128, 512, 2048, 8192, 32768)  # limits of the length groups, in tokens
 READ = 20_000  # characters of a text that the rules read
+TASK = 1200  # characters of the longest question that is read as a math task; longer ones are mostly pasted texts
 
 FENCE = re.compile(r"^ *+(?:```|~~~) *+([\w+#.-]*+)[^\n`]*+\n", re.M)
 NOT_CODE = {"", "text", "txt", "plaintext", "plain", "markdown", "md", "latex", "tex", "math", "output", "quote"}
@@ -36,17 +38,21 @@ CODE_LINE = re.compile(
     re.M,
 )
 LINE = re.compile(r"^[ \t]*\S", re.M)
+PROSE_TAG = re.compile(r"</?(?:p|br|b|i|em|strong|a|u|ul|ol|li|h[1-6]|blockquote)\b[^<>\n]{0,200}>")
 LANGUAGES = (
     *("python", "javascript", "java", "typescript", "c++", "c#", "rust", "golang", "sql", "html", "css", "bash"),
     *("shell", "php", "ruby", "kotlin", "swift"),
 )
 PROGRAMS = ("function", "algorithm", "code", "unit test", "regex", "website", "web page", "program", "script")
 LANGUAGE = rf"(?:{'|'.join(map(re.escape, LANGUAGES))})(?![\w+#])"
+GAP = r"(?:(?! (?:about|for|of|from|on|with)\b)[^.?!\n]){0,80}?"  # "a story about code" asks for no code
 ASKS_CODE = re.compile(
-    r"\b(?:write|implement|create|develop|design|build|generate|complete|provide|make|give|fix|debug|refactor)\b"
-    r"[^.?!\n]{0,80}?(?:\b(?:functions?|algorithm|code|unit tests?|regex|website|web page"
-    rf"|(?:program|script)s?(?= (?:that|to|in|which)))\b|\b{LANGUAGE})"
-    rf"|\b(?:in|use|using|with) {LANGUAGE}",
+    rf"\b(?:write|implement|create|develop|design|build|generate|complete|provide|make|give|fix|debug|refactor)\b{GAP}"
+    r"(?:\b(?:functions?(?! of\b)|algorithm|unit tests?|regex|website(?! \w+s\b)|web page)\b"
+    r"|(?<!dress )(?<!zip )(?<!morse )(?<!promo )(?<!discount )\bcode(?= (?:to|for|that|which|in|using|below|above|"
+    r"snippets?|examples?)\b|[\s:.,?!]*$|[:.,?!\n])"
+    r"|\b(?:an?|the|this|my|simple|small|short|computer|following) (?:program|script)(?= (?:that|to|in|which)\b)"
+    rf"|\b{LANGUAGE})|\b(?:in|use|using|with) {LANGUAGE}",
 )
 LATEX = re.compile(
     r"\\(?:frac|dfrac|sqrt|boxed|sum|int|cdot|times|div|leq?|geq?|neq|pmod|binom|begin\{(?:align|equation|cases|p?matrix))"
@@ -69,14 +75,21 @@ ASKS_MATH = re.compile(
 )
 HOW_MANY = re.compile(
     r"\b(?:how (?:many|much|long|old|far|fast|tall|often)|in total"
-    r"|what(?:['’]s| (?:is|was|are|will|percent\w*|fraction)))\b"
+    r"|what(?:['’]s| (?:is|was|are|will|percent\w*|fraction))"
+    r"(?=[^?\n]{0,80}\b(?:total|average|percent\w*|fraction|number|amount|cost|price|profit|sum|difference|ratio|age|per"
+    r"|speed|distance|weight|height|length|dollars|hours|minutes|change|score|be)))\b"
 )
 NUMBER = re.compile(
     r"\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|twice|dozen|third|quarter|double|triple|times)\b"
 )
-THOUGHT = re.compile(rf"\s*+{OPENING}?+(.*?){CLOSING}", re.S)
-OPENED = re.compile(rf"{OPENING}\s*$")  # the end of a prompt that opens a reasoning block
-OPEN_THOUGHT = re.compile(rf"\s*+{OPENING}\s*\S")
+NAME = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?)"
+OPEN = re.compile(
+    rf"{OPENING}|<{NAME}>|<\|(?:begin_of|start)_{NAME}\|>|◁think▷|<\|channel\|>analysis<\|message\|>", re.I
+)
+TAG = rf"{CLOSING}|</{NAME}>|<\|end_(?:of_)?{NAME}\|>|◁/think▷"
+CLOSE = re.compile(rf"{TAG}|<\|end\|>", re.I)
+ALONE = re.compile(rf"^[ \t]*+(?:{TAG})[ \t]*$", re.I | re.M)  # a closing tag on a line of its own
+OPENED = re.compile(rf"(?:{OPEN.pattern})\s*$", re.I)  # the end of a prompt that opens a reasoning block
 
 
 def declared(record: Any) -> str | None:
@@ -124,14 +137,29 @@ def answer_kind(conversation: Conversation, turn: int, *, reasoning: bool = Fals
     if conversation.tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return TOOLS
     answer = messages[-1]
-    text = ("<think>" if reasoning else "") + str(answer.get("content") or "")
-    thought = THOUGHT.match(text) if "</" in text or "[/" in text else None
-    if str(answer.get("reasoning_content") or "").strip() or (thought and thought[1].strip()):
-        return REASONING
-    if not thought and OPEN_THOUGHT.match(text):
+    thought, text = _split(str(answer.get("content") or ""), opened=reasoning)
+    if thought.strip() or str(answer.get("reasoning_content") or "").strip():
         return REASONING
     question = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-    return text_kind(question or "", text[thought.end() :] if thought else text)
+    return text_kind(question or "", text)
+
+
+def _split(text: str, *, opened: bool) -> tuple[str, str]:
+    """Split an answer into its reasoning and the rest. A tag that the text only mentions starts no reasoning.
+
+    Args:
+        text: the answer.
+        opened: whether the prompt already opened a reasoning block.
+    """
+    start = re.match(rf"\s*(?:{OPEN.pattern})", text, re.I)
+    if start or opened:
+        begin = start.end() if start else 0
+        end = CLOSE.search(text, begin)
+        return (text[begin : end.start()], text[end.end() :]) if end else (text[begin:], "")
+    end = ALONE.search(text) if any(mark in text for mark in ("</", "[/", "◁/", "<|")) else None
+    if end and "```" not in text[: end.start()] and not OPEN.search(text[: end.start()]):
+        return text[: end.start()], text[end.end() :]
+    return "", text
 
 
 def text_kind(question: str, answer: str) -> str:
@@ -140,7 +168,10 @@ def text_kind(question: str, answer: str) -> str:
     asked = question.lower()
     if _has_code(answer) or _has_code(question) or _asks(asked, ASKS_CODE, (*PROGRAMS, *LANGUAGES)):
         return CODE
-    return MATH if _has_math(answer) or _has_math(question) or _asks_math(asked) else CHAT
+    if _has_math(answer):
+        return MATH
+    is_task = len(question) <= TASK and (_has_math(question) or _asks_math(asked))
+    return MATH if is_task else CHAT
 
 
 def _has_code(text: str) -> bool:
@@ -149,6 +180,7 @@ def _has_code(text: str) -> bool:
         return True
     if "\n" not in text:
         return False
+    text = PROSE_TAG.sub("", text) if "<" in text else text
     lines = len(CODE_LINE.findall(text))
     return bool(lines and "" in labels) or (lines >= 2 and lines >= 0.5 * len(LINE.findall(text)))
 

@@ -133,14 +133,18 @@ def own_answers(
             talks[i] += [*turns[i][turn], {"role": "assistant", "content": text}]
             prompts.tokens.append(asked[i])
             prompts.answers.append(answer)
-            prompts.kinds.append(_kind(encoder, replace(conversations[i], messages=talks[i]), asked[i]))
+            prompts.kinds.append(_kind(encoder, replace(conversations[i], messages=talks[i]), asked[i], answer))
     return prompts
 
 
-def _kind(encoder: ChatEncoder, answered: Conversation, prompt: list[int]) -> str:
-    """Return the declared kind of a conversation, or the kind of its last answer, given the prompt's tokens."""
+def _kind(encoder: ChatEncoder, answered: Conversation, prompt: list[int], answer: list[int]) -> str:
+    """Return the declared kind of a conversation, or the kind of its last answer, given the tokens of both."""
     if answered.kind:
         return answered.kind
+    text = encoder.backend.decode(answer, skip_special_tokens=False)  # reasoning tags may be special tokens
+    for token in encoder.stop_tokens:
+        text = text.removesuffix(token)
+    answered = replace(answered, messages=[*answered.messages[:-1], answered.messages[-1] | {"content": text}])
     end = encoder.backend.decode(prompt[-REASONING_TOKENS:], skip_special_tokens=False)
     return answer_kind(answered, len(answered.messages) - 1, reasoning=OPENED.search(end) is not None)
 
