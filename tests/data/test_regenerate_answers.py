@@ -107,11 +107,14 @@ def test_a_single_prompt_that_differs_is_one_refused_sample(encoder):
     assert [sample.outcome.partition(":")[0] for sample in samples] == ["kept", "kept", "refused", "kept"]
 
 
-def test_a_different_prompt_length_is_a_warning(encoder, capsys):
+def test_prompts_of_another_length_are_an_error(encoder):
     broken = ChatEncoder(FAMILIES["Llama 3.1"].tokenizer(), {"date_string": "today"})
-    with StubServer(encoder=encoder, ids=None) as stub:
+    with (
+        StubServer(encoder=encoder, ids=None) as stub,
+        pytest.raises(UserError, match=r"other prompts.*it counts \d+ tok"),
+    ):
         answered(stub, broken, [users(f"q{i}") for i in range(6)])
-    assert capsys.readouterr().out.count("warning: ") == 1
+    assert len(stub.bodies) == 4
 
 
 @pytest.mark.parametrize("known", [True, False])

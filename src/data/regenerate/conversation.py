@@ -46,6 +46,8 @@ class Sampling:
         reasoning = message.get("reasoning_content", "")
         if self.drop_cut_off and not complete:
             return CUT_OFF
+        if not complete and reasoning.strip() and not message["content"].strip():
+            return f"{CUT_OFF}: in the reasoning, which has no known opening tag"
         if not message["content"].strip() and not message.get("tool_calls"):
             return f"{EMPTY}: the reply has reasoning, but no answer" if reasoning.strip() else EMPTY
         texts = (message["content"], reasoning)

@@ -3,18 +3,17 @@
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.server_reply import Reply
-from data.terminal import say
 
 FIRST = 4  # give up if this many prompts, and no others, have been compared and all of them differ
 CONTEXT = 6  # tokens to show before and after the first difference
 
 
 class PromptCheck:
-    """Compares prompts, given as token ids by the server, or at least their lengths, with the encoder's."""
+    """Compares the server's prompts with the encoder's: token ids if the server returns them, otherwise lengths."""
 
     def __init__(self, encoder: ChatEncoder, url: str) -> None:
         self.encoder, self.url = encoder, url
-        self.equal = self.different = self.other_length = 0
+        self.equal = self.different = 0
         self.difference = ""  # between the last pair of prompts that differ
 
     def check(self, prompt: list[int], reply: Reply) -> None:
@@ -25,14 +24,16 @@ class PromptCheck:
             UserError: all of the first prompts differ.
         """
         if reply.prompt_ids is None:
-            if reply.prompt_tokens:
-                self._check_length(len(prompt), reply.prompt_tokens)
-            return
-        if reply.prompt_ids == prompt:
+            if reply.prompt_tokens is None:
+                return
+            equal = reply.prompt_tokens == len(prompt)
+        else:
+            equal = reply.prompt_ids == prompt
+        if equal:
             self.equal += 1
             return
         self.different += 1
-        self.difference = self._difference(prompt, reply.prompt_ids)
+        self.difference = self._difference(prompt, reply)
         if self.all_differ and self.different >= FIRST:
             raise self.error()
         raise BadRecord(f"the server decodes from another prompt: {self.difference}")
@@ -49,7 +50,12 @@ class PromptCheck:
             "the target's own chat template and tokenizer, and check data.template_kwargs."
         )
 
-    def _difference(self, ours: list[int], theirs: list[int]) -> str:
+    def _difference(self, ours: list[int], reply: Reply) -> str:
+        theirs = reply.prompt_ids
+        if theirs is None:
+            return (
+                f"it counts {reply.prompt_tokens} tokens in a prompt to which the target's template gives {len(ours)}"
+            )
         pairs = zip(ours, theirs, strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
         texts = [
@@ -57,12 +63,3 @@ class PromptCheck:
             for ids in (theirs, ours)
         ]
         return f"around token {first}, it has {texts[0]!r}, and the target's template gives {texts[1]!r}"
-
-    def _check_length(self, ours: int, theirs: int) -> None:
-        """Warn once if the first prompts all have another length: the server does not show the tokens themselves."""
-        self.equal, self.other_length = self.equal + (ours == theirs), self.other_length + (ours != theirs)
-        if not self.equal and self.other_length == FIRST:
-            say(
-                f"warning: {self.url} counts {theirs} tokens in a prompt to which the target's template gives {ours}. "
-                "If the server uses another chat template, the answers do not fit the prompts of training."
-            )

@@ -27,6 +27,7 @@ from data.regenerate.output import dropped_file, entry_of, write_output
 from data.regenerate.progress import Progress
 from data.regenerate.questions import Questions, read_questions
 from data.regenerate.sample_log import SampleLog, is_kept
+from data.regenerate.server_settings import check_server
 from data.regenerate.settings import SettingsFile, settings_file
 from data.sources.readers import open_sources
 from data.terminal import run_command, say
@@ -74,15 +75,7 @@ def check_regeneration(config: DictConfig) -> None:
         raise UserError(
             f"regenerate.repeat_times={config.regenerate.repeat_times}: expected 0 (disabled) or at least 2."
         )
-    server = config.regenerate.server
-    if config.regenerate.backend == "server" and not str(server.url).startswith(("http://", "https://")):
-        raise UserError(f"regenerate.server.url={server.url!r}: expected a URL starting with http:// or https://.")
-    if config.regenerate.backend == "server" and server.model is None:
-        raise UserError("regenerate.server.model=null: set it to the target's model name on the server.")
-    if server.key_file is not None and not Path(server.key_file).is_file():
-        raise UserError(
-            f"regenerate.server.key_file={server.key_file!r}: no such file. Set it to an existing file or null."
-        )
+    check_server(config)
 
 
 def regenerate(config: DictConfig) -> None:
@@ -120,12 +113,18 @@ def _regenerate(config: DictConfig, output: Path) -> None:
         return
     if remaining:
         _answer(config, questions, log, record, replaces_output=starts_over and output.exists())
-    summary = write_output(log, list(questions.samples()), output)
-    record.write(outcomes=dict(summary.outcomes))
+    finished = [asked for asked in questions.samples() if log.has(*asked)]
+    summary, unanswered = write_output(log, finished, output), total - len(finished)
+    record.write(outcomes=dict(summary.outcomes) | ({"unanswered": unanswered} if unanswered else {}))
     log.remove()
     say(f"{summary.describe()}\n{output}")
-    if total > summary.kept or summary.removed:
+    if len(finished) > summary.kept or summary.removed:
         say(f"dropped conversations: {dropped_file(output)}")
+    if unanswered:
+        raise UserError(
+            f"{unanswered:,} of {total:,} conversations are not in {output}, because the server failed on them "
+            "repeatedly. Run the same command to ask them again, or train without them."
+        )
     if not summary.kept:
         raise UserError(f"No answers were kept. The reasons are listed in {dropped_file(output)}.")
 

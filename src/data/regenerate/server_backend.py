@@ -2,9 +2,9 @@
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,12 +13,18 @@ from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sampling, derive_seed
 from data.regenerate.prompt_check import PromptCheck
-from data.regenerate.server_reply import ID_FIELDS, IncompleteReply, Reply, read_reply, request_body
-from data.sources.records import Conversation
+from data.regenerate.server_reply import ID_FIELDS, IncompleteReply, Reply, UnknownReply, read_reply, request_body
+from data.regenerate.server_settings import read_key
+from data.sources.kinds import OPENED
+from data.sources.records import Conversation, Message
+from data.terminal import say
 
-FIRST_REJECTIONS = 20  # give up after this many rejections if no request has been answered yet
-MAX_FAILURES = 6  # failed attempts (HTTP 500, broken connection, unusable reply) before a request is dropped
+MAX_REJECTIONS = 20  # consecutive rejections after which the server is probed, or, without any answer, given up
+MAX_FAILURES = 6  # failed attempts (HTTP 5xx, broken connection, unusable reply) before the server is probed
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between retries, exponential backoff
+OPENING = re.compile(r"(<[\w:]*think\w*>|\[THINK\])")  # in a chat template
+PROBE = {"messages": [{"role": "user", "content": "Hi"}]}  # shows whether the server answers any question
+FINAL = (401, 402, 403, 404, 405)  # HTTP statuses that concern every request
 
 
 class ServerBackend:
@@ -46,10 +52,11 @@ class ServerBackend:
             **extra,
         }
         self.request = {key: value for key, value in self.request.items() if value is not None}
-        self.headers = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
+        self.headers = {"Authorization": f"Bearer {read_key(key_file)}"} if key_file else {}
         self.unavailable_since: float | None = None
         self.answered = False
         self.rejected: list[Sample] = []
+        self.open = 0  # samples without an answer, to be asked again in a later run
         self.id_fields = 0  # index into ID_FIELDS of what the server is asked for
         self.returns_ids = False
         self.rewrites_tools = False  # whether the server's prompts with tools differ from the encoder's
@@ -59,19 +66,19 @@ class ServerBackend:
     ) -> None:
         """Answer every question in every sample, with up to `in_flight` concurrent requests.
 
-        Rejected samples are held back until the server has answered a request, in this run or in an earlier one
-        (`answered_before`). Until then, a rejection may mean that the settings are invalid for every request.
+        Rejected samples are finished only if the server answers other questions, in this run or in an earlier one
+        (`answered_before`): a rejection may mean that the settings are invalid for every request, or that a quota is
+        used up. Samples whose requests fail repeatedly while the server answers others are not finished.
 
         Raises:
             UserError: the server is unreachable, rejects every request, or uses another chat template.
         """
-        self.answered, self.rejected = answered_before, []
+        self.answered, self.rejected, self.open = answered_before, [], 0
         try:
             asyncio.run(self._all(iter(samples), on_finish, on_tokens))
-        except* UserError as errors:
-            raise errors.exceptions[0] from None
-        if self.rejected:
-            raise self._rejection_error(str(self.rejected[0].outcome))
+        except BaseExceptionGroup as errors:
+            user_errors, _ = errors.split(UserError)
+            raise (user_errors or errors).exceptions[0] from None
 
     @property
     def _trusted(self) -> bool:
@@ -84,25 +91,46 @@ class ServerBackend:
             httpx.AsyncClient(timeout=self.timeout, limits=limits, headers=self.headers) as client,
             asyncio.TaskGroup() as workers,
         ):
-            for _ in range(self.in_flight):
-                workers.create_task(self._worker(client, samples, on_finish, on_tokens))
+            started = [
+                workers.create_task(self._worker(client, samples, on_finish, on_tokens)) for _ in range(self.in_flight)
+            ]
+            await asyncio.gather(*started)
+            await self._finish_rejected(client, on_finish)
 
     async def _worker(
         self, client: httpx.AsyncClient, samples: Iterator[Sample], on_finish: OnFinish, on_tokens: OnTokens
     ) -> None:
         for sample in samples:  # iterator shared by all workers
             rejected = False
-            while sample.outcome is None:
-                rejected = not await self._answer(client, sample, on_tokens)
-            if rejected and not self._trusted:
+            try:
+                while sample.outcome is None:
+                    rejected = not await self._answer(client, sample, on_tokens)
+            except Unanswered as error:
+                self.open += 1
+                say(f"warning: {sample.id}: {error}")
+                continue
+            if rejected:
                 self.rejected.append(sample)
-                if len(self.rejected) >= FIRST_REJECTIONS:
-                    raise self._rejection_error(str(sample.outcome))
+                if len(self.rejected) >= MAX_REJECTIONS:
+                    await self._finish_rejected(client, on_finish)
                 continue
             if self._trusted:
-                for held_back in self.rejected:
-                    on_finish(held_back)
-                self.rejected = []
+                self._flush(on_finish)
+            on_finish(sample)
+
+    async def _finish_rejected(self, client: httpx.AsyncClient, on_finish: OnFinish) -> None:
+        """Finish rejected samples if the server answers another question.
+
+        Raises:
+            UserError: it does not, or has not answered any sample.
+        """
+        if self.rejected and not (self._trusted and await self._alive(client)):
+            raise self._rejection_error(str(self.rejected[0].outcome))
+        self._flush(on_finish)
+
+    def _flush(self, on_finish: OnFinish) -> None:
+        finished, self.rejected = self.rejected, []
+        for sample in finished:
             on_finish(sample)
 
     async def _answer(self, client: httpx.AsyncClient, sample: Sample, on_tokens: OnTokens) -> bool:
@@ -116,12 +144,16 @@ class ServerBackend:
             return True
         try:
             reply = await self._reply(client, conversation, prompt, seed)
+        except BadRecord as error:
+            sample.end(f"{REFUSED}: {error}")
+            return not isinstance(error, (Rejected, UnknownReply))
+        try:
             self.prompts.check(prompt, reply)
         except BadRecord as error:
             sample.end(f"{REFUSED}: {error}")
             return False
         ids = self._ids(reply)
-        message = reply.message
+        message = reply.message if ids or reply.complete else self._cut_in_reasoning(reply.message, prompt)
         if ids and "reasoning_content" in message and not message["content"].strip() and "tool_calls" not in message:
             message = {"content": self.encoder.backend.decode(ids)}  # a parser found no end of the reasoning
         sample.answer(message, ids, reply.complete, reply.tokens, self.sampling)
@@ -139,11 +171,33 @@ class ServerBackend:
         with_tools = conversation.tools or any("tool_calls" in message for message in conversation.messages)
         if not (with_tools and self.rewrites_tools):
             reply = await self._ask(client, conversation, seed)
-            if not with_tools or reply.prompt_ids in (None, prompt):
+            if not with_tools or self._same_prompt(reply, prompt):
                 return reply
             self.rewrites_tools = True
         body = {key: value for key, value in self.request.items() if key != "chat_template_kwargs"}
-        return await self._post(client, "completions", body | {"prompt": prompt, "seed": seed, **ID_FIELDS[0]})
+        try:
+            return await self._post(client, "completions", body | {"prompt": prompt, "seed": seed, **ID_FIELDS[0]})
+        except Rejected as error:
+            problem = "the server's prompt has other tools than the target's template writes, and the server rejects"
+            raise Rejected(f"{problem} token ids as the prompt ({error})") from error
+
+    def _same_prompt(self, reply: Reply, prompt: list[int]) -> bool:
+        if reply.prompt_ids is not None:
+            return reply.prompt_ids == prompt
+        return reply.prompt_tokens in (None, len(prompt))
+
+    def _cut_in_reasoning(self, message: Message, prompt: list[int]) -> Message:
+        """Return an answer that was cut off in its reasoning as the target wrote it: with the opening tag, as text.
+
+        Unchanged if the answer has other parts, or neither the prompt nor the template has an opening tag.
+        """
+        reasoning = message.get("reasoning_content")
+        if not reasoning or message["content"].strip() or "tool_calls" in message:
+            return message
+        if OPENED.search(self.encoder.backend.decode(prompt, skip_special_tokens=False)):
+            return {"content": reasoning}
+        opening = OPENING.search(self.encoder.template)
+        return {"content": f"{opening[1]}\n{reasoning.lstrip()}"} if opening else message
 
     def _ids(self, reply: Reply) -> list[int] | None:
         """Return the answer's token ids, or None if they are unknown or of more than the text, e.g. a stop string."""
@@ -178,33 +232,36 @@ class ServerBackend:
         return reply
 
     async def _post(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Reply:
-        """Send a request and parse the reply. Retry with backoff while the server is unavailable."""
+        """Send a request and parse the reply. Retry with backoff while the server is unavailable.
+
+        Raises:
+            BadRecord: the server rejects the request, or its reply cannot be used.
+            Unanswered: the request fails repeatedly while the server answers another one.
+            UserError: the server is unavailable for longer than `patience` seconds, or rejects every request.
+        """
         pause, failures = FIRST_PAUSE, 0
         while True:
             try:
                 response = await client.post(f"{self.url}/{path}", json=body)
                 if response.status_code == 200:
-                    reply = read_reply(_json(response), self.encoder.token_ids.stop_ids)
-                    self.unavailable_since, self.answered = None, True
-                    if isinstance(reply, BadRecord):
-                        raise reply
-                    return reply
+                    return self._read(response)
                 problem = f"HTTP {response.status_code}: {response.text:.300}"
-                self._raise_if_final(response.status_code, problem)
-                failures += response.status_code == 500
+                self._raise_if_final(path, response, problem)
+                failures += response.status_code >= 500
             except httpx.ConnectError as error:
                 problem = f"{type(error).__name__}: {error}"
-            except (httpx.TransportError, IncompleteReply) as error:  # failed after accepting the connection
+            except (httpx.HTTPError, IncompleteReply) as error:  # failed after accepting the connection
                 problem = f"{type(error).__name__}: {error}"
                 failures += 1
-            # If a request fails repeatedly while the server is alive, the request itself is the cause.
-            if failures >= MAX_FAILURES:
-                if await self._alive(client):
-                    raise BadRecord(f"no answer after {failures} attempts ({problem})")
-                failures = 0  # the server was down
             now = time.monotonic()
             self.unavailable_since = self.unavailable_since or now
-            if now - self.unavailable_since > self.patience:
+            impatient = now - self.unavailable_since > self.patience
+            # If a request fails repeatedly while the server answers another one, the request itself is the cause.
+            if failures and (failures >= MAX_FAILURES or impatient):
+                if await self._alive(client):
+                    raise Unanswered(f"no answer after {failures} attempts ({problem})")
+                failures = 0  # the server was down
+            if impatient:
                 raise UserError(
                     f"No answer from {self.url} for {self.patience:g} seconds ({problem}). Finished answers are saved. "
                     "Restart the server and run the same command to resume, or increase regenerate.server.patience."
@@ -212,14 +269,34 @@ class ServerBackend:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
+    def _read(self, response: httpx.Response) -> Reply:
+        limit = self.request.get("max_tokens", self.request.get("max_completion_tokens"))
+        reply = read_reply(_json(response), self.encoder.token_ids.stop_ids, limit)
+        self.unavailable_since = None
+        self.answered = self.answered or not isinstance(reply, UnknownReply)
+        if isinstance(reply, BadRecord):
+            raise reply
+        return reply
+
     async def _alive(self, client: httpx.AsyncClient) -> bool:
+        """Return whether the server answers a short question with the same settings."""
         try:
-            return (await client.get(f"{self.url}/models")).status_code < 500
-        except httpx.TransportError:
+            response = await client.post(f"{self.url}/chat/completions", json=self.request | PROBE)
+            if response.status_code == 200:
+                self._read(response)
+            return response.status_code == 200
+        except UnknownReply:
+            return False
+        except BadRecord:  # an answer, although of no use
+            return True
+        except (httpx.HTTPError, IncompleteReply):
             return False
 
-    def _raise_if_final(self, status: int, problem: str) -> None:
-        if status in (401, 403, 404, 405):
+    def _raise_if_final(self, path: str, response: httpx.Response, problem: str) -> None:
+        status = response.status_code
+        if 300 <= status < 400:
+            problem = f"HTTP {status}: redirect to {response.headers.get('location', 'an unknown address')}"
+        if status < 400 or (status in FINAL and path != "completions"):  # not every server has /completions
             raise self._rejection_error(problem)
         if status < 500 and status not in (408, 425, 429):
             raise Rejected(problem)
@@ -228,7 +305,8 @@ class ServerBackend:
         if self.prompts.all_differ:
             return self.prompts.error()
         return UserError(
-            f"{self.url} is rejecting requests ({problem}). Check regenerate.server.url, .model, .key_file and .extra, "
+            f"{self.url} is rejecting requests ({problem}). Finished answers are saved. "
+            f"Check regenerate.server.url, .model, .key_file and .extra, "
             f"and that regenerate.max_new_tokens={self.sampling.max_new_tokens} leaves room for a prompt in the "
             "server's context length."
         )
@@ -236,6 +314,10 @@ class ServerBackend:
 
 class Rejected(BadRecord):
     """Raised if the server rejects a request with an HTTP status of 400 to 499."""
+
+
+class Unanswered(Exception):
+    """Raised if a request fails repeatedly while the server answers others. A later run asks again."""
 
 
 def _json(response: httpx.Response) -> Any:

@@ -17,6 +17,16 @@ ID_FIELDS: tuple[dict[str, Any], ...] = (
 TOKEN_ID = "token_id:"  # noqa: S105  prefix of tokens in the log-probabilities of vLLM
 
 
+LIMIT_REASONS = ("length", "max_tokens", "max_length")
+END_REASONS = ("stop", "tool_calls", "function_call", "tool_use", "eos_token", "eos", "end_turn", "stop_sequence")
+INTERRUPTED = ("none", "abort", "error", "cancelled")  # the request is retried
+MAX_ID = 2**31  # exclusive limit of token ids
+
+
+class UnknownReply(BadRecord):
+    """Raised for a reply in a form that is not supported. A retry cannot help."""
+
+
 class IncompleteReply(Exception):
     """An incomplete or malformed reply, e.g. from a server stopped during generation. The request is retried."""
 
@@ -53,19 +63,28 @@ def _with_json_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def read_reply(reply: Any, stop_ids: Collection[int]) -> Reply | BadRecord:
+def read_reply(reply: Any, stop_ids: Collection[int], max_tokens: int | None) -> Reply | BadRecord:
     """Parse a reply, or return a BadRecord if the answer cannot be used and a retry cannot help.
+
+    Args:
+        reply: the decoded JSON.
+        stop_ids: tokens at which the target's generation stops.
+        max_tokens: the token limit of the request; None if unknown.
 
     Raises:
         IncompleteReply: the reply is incomplete or malformed, and the request should be retried.
     """
     try:
+        if reply.get("error") and not reply.get("choices"):
+            raise IncompleteReply(f"the server reports an error: {json.dumps(reply['error']):.300}")
         choice = reply["choices"][0]
         message = _message({"content": choice["text"]} if "text" in choice else choice["message"])
-        ending = choice.get("finish_reason")
+        ending = str(choice.get("finish_reason")).lower()
         usage = reply.get("usage") or {}
         token_ids = _token_ids(choice)
-        tokens = usage.get("completion_tokens") or len(token_ids or ())
+        prompt_ids = _ids("prompt_token_ids", reply.get("prompt_token_ids"))
+        tokens = _count(usage, "completion_tokens") or len(token_ids or ())
+        prompt_tokens = _count(usage, "prompt_tokens") or None
         json.dumps(message, ensure_ascii=False).encode("utf-8")
     except BadRecord as error:
         return error
@@ -75,12 +94,17 @@ def read_reply(reply: Any, stop_ids: Collection[int]) -> Reply | BadRecord:
         raise IncompleteReply(f"no answer in the reply ({type(error).__name__}: {error})") from error
     if ending == "content_filter":
         return BadRecord(f"the server ended the answer with finish_reason={ending!r}")
-    if ending not in ("stop", "length", "tool_calls", "function_call"):  # e.g. "abort": generation was interrupted
+    if ending in INTERRUPTED:
         raise IncompleteReply(f"finish_reason={ending!r}")
-    # A stop string, given by regenerate.server.extra, cuts an answer that the target would have continued.
-    cut = ending == "length" or isinstance(choice.get("stop_reason"), str)
-    complete = not cut or bool(token_ids and token_ids[-1] in stop_ids)
-    return Reply(message, complete, tokens, token_ids, reply.get("prompt_token_ids"), usage.get("prompt_tokens"))
+    if ending not in LIMIT_REASONS + END_REASONS:
+        return UnknownReply(f"finish_reason={ending!r}: expected one of {', '.join(END_REASONS + LIMIT_REASONS)}")
+    # A stop string, given by regenerate.server.extra, cuts an answer that the target would have continued. vLLM returns
+    # it as `stop_reason`, SGLang as `matched_stop`; both return stop tokens as numbers.
+    strings = (choice.get("stop_reason"), choice.get("matched_stop"))
+    cut = ending in (*LIMIT_REASONS, "stop_sequence") or any(isinstance(stop, str) for stop in strings)
+    cut = cut or bool(max_tokens and tokens >= max_tokens)  # some servers always return `stop`
+    complete = token_ids[-1] in stop_ids if cut and token_ids else not cut
+    return Reply(message, complete, tokens, token_ids, prompt_ids, prompt_tokens)
 
 
 def _message(answer: dict[str, Any]) -> Message:
@@ -111,7 +135,8 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     """Return a tool call with its arguments as a mapping, as chat templates expect them."""
     function = call["function"]
     try:
-        arguments = json.loads(function.get("arguments") or "{}")
+        given = function.get("arguments") or "{}"
+        arguments = given if isinstance(given, dict) else json.loads(given)  # TGI and Ollama return an object
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
@@ -122,9 +147,26 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 def _token_ids(choice: dict[str, Any]) -> list[int] | None:
     """Return the answer's token ids from either of the fields that `ID_FIELDS` asks for, or None."""
-    if given := choice.get("token_ids"):
-        return [int(token) for token in given]
+    if given := _ids("token_ids", choice.get("token_ids")):
+        return given
     tokens = [str(entry.get("token")) for entry in (choice.get("logprobs") or {}).get("content") or ()]
     if tokens and all(token.startswith(TOKEN_ID) for token in tokens):
-        return [int(token.removeprefix(TOKEN_ID)) for token in tokens]
+        return _ids("logprobs", [int(token.removeprefix(TOKEN_ID)) for token in tokens])
     return None
+
+
+def _ids(field: str, given: Any) -> list[int] | None:
+    """Return a list of token ids, or None if it is absent or empty."""
+    if given is None or given == []:
+        return None
+    if not isinstance(given, list) or not all(type(token) is int and 0 <= token < MAX_ID for token in given):
+        raise UnknownReply(f"{field}={given!r:.60}: expected a list of token ids")
+    return given
+
+
+def _count(usage: dict[str, Any], field: str) -> int:
+    """Return a number of tokens, 0 if it is absent."""
+    given = usage.get(field)
+    if given is not None and (type(given) is not int or given < 0):
+        raise UnknownReply(f"usage.{field}={given!r:.60}: expected a number of tokens")
+    return given or 0

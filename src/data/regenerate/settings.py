@@ -28,6 +28,7 @@ class SettingsFile:
     def changes(self) -> str:
         """Describe the settings that differ from those of the existing file. Empty if there are none, or no file."""
         before, now = self._read().get("settings", self.settings), json.loads(json.dumps(self.settings))
+        before = {"encoder": now.get("encoder")} | before  # earlier versions did not record it for servers
         changed = sorted(key for key in now | before if now.get(key) != before.get(key))
         return "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
 
@@ -88,8 +89,6 @@ def _settings(config: DictConfig) -> dict[str, Any]:
     chosen, target = plain(config, "regenerate")["regenerate"], plain(config, "model")["model"]["target"]
     settings = {key: chosen[key] for key in (*SAMPLING, "backend")}
     settings |= {"seed": config.seed, "template_kwargs": plain(config, "data")["data"]["template_kwargs"]}
-    if chosen["backend"] == "server":
-        return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
     from data.preprocess.chat_template import load_encoder
     from data.sources.hub_commit import commit_of
 
@@ -97,15 +96,17 @@ def _settings(config: DictConfig) -> dict[str, Any]:
         raise UserError(
             "model.target.name=null: a target with random weights cannot answer. Set it to a path or Hub ID."
         )
+    encoder, _ = load_encoder(target, settings["template_kwargs"])
+    encoding = encoder.fingerprint()
+    settings["date"] = encoding.pop("date", None)  # its own key, so that the error for another day names it
+    settings["encoder"] = hashlib.sha256(json.dumps(encoding, default=str).encode()).hexdigest()
+    if chosen["backend"] == "server":
+        return settings | {"model": chosen["server"]["model"], "extra": chosen["server"]["extra"]}
     try:
         commit = None if Path(target["name"]).is_dir() else commit_of(target["name"], target["revision"])
     except (OSError, ValueError) as error:
         raise UserError(f"model.target.name={target['name']!r}: failed to load the target's config. {error}") from error
     settings["target"] = {"name": target["name"], "commit": commit, "dtype": target["dtype"]}
-    encoder, _ = load_encoder(target, settings["template_kwargs"])
-    encoding = encoder.fingerprint()
-    settings["date"] = encoding.pop("date", None)  # its own key, so that the error for another day names it
-    settings["encoder"] = hashlib.sha256(json.dumps(encoding, default=str).encode()).hexdigest()
     files = [f for f in sorted(Path(target["name"]).glob("*")) if f.suffix in (".json", ".safetensors")]
     settings["files"] = {file.name: _sha256(file) for file in files}
     return settings
