@@ -113,7 +113,7 @@ def _regenerate(config: DictConfig, output: Path) -> None:
         return
     if remaining:
         _answer(config, questions, log, record, replaces_output=starts_over and output.exists())
-    finished = [asked for asked in questions.samples() if log.has(*asked)]
+    finished = [asked for asked in questions.samples() if log.has(asked)]
     summary, unanswered = write_output(log, finished, output), total - len(finished)
     record.write(outcomes=dict(summary.outcomes) | ({"unanswered": unanswered} if unanswered else {}))
     log.remove()
