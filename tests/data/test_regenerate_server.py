@@ -42,6 +42,7 @@ def test_a_fault_after_the_first_answers_finishes_no_sample(fault, encoder, monk
     assert [sample.outcome for sample in finished] == ["kept"] * 4
 
 
+@pytest.mark.slow
 def test_a_request_that_always_fails_is_left_open_and_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr(server_backend, "FIRST_PAUSE", 0.001)
     write(tmp_path, [{"question": text, "answer": "a"} for text in ("a", "poison", "b")])

@@ -247,7 +247,8 @@ class BatchDecoder:
     def _keep(self, unfinished: list[int], needed: list[int]) -> None:
         """Keep only the rows at positions `unfinished`, and make room for `needed` tokens in each of them."""
         before = len(self.rows)
-        order = self.cache.keep(unfinished, needed, self._slots(len(unfinished)))
+        slots = self._slots(len(unfinished)) if unfinished else 0
+        order = self.cache.keep(unfinished, needed, slots)
         self.rows = [self.rows[index] for index in order]
         if not order or order == list(range(before)):
             return
