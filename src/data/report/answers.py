@@ -55,12 +55,13 @@ class AnswerCounter:
 def answer_sections(answers: Answers) -> list[Section]:
     """Return the sections on supervised answers by kind, length and language."""
     kinds = {kind: answers.by_kind[kind] for kind in KINDS if answers.by_kind[kind]}
-    note = f"{answers.declared:,} answers by the kind that their record or source declares, the others by their text"
+    declared = f"{answers.declared:,} answers have a kind that their record or source declares"
+    rules = "the kind of the others follows from their text (src/data/sources/kinds.py)"
     every = sorted(tokens for found in kinds.values() for tokens in found)
     lengths = {name: list(group) for name, group in groupby(every, length_group)}
     sampled = sum(map(len, answers.by_language.values()))
     return [
-        _section("Supervised answers by kind", "kind", kinds, f"{note} (src/data/sources/kinds.py)."),
+        _section("Supervised answers by kind", "kind", kinds, f"{declared}; {rules}."),
         _section("Supervised answers by length", "tokens", lengths),
         _section(
             "Supervised answers by language",

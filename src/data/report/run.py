@@ -95,7 +95,7 @@ def _records(prepared: Prepared, sources: list[Source]) -> Section:
         "kept": "in full",
         "truncated": "answers beyond data.max_seq_len dropped (data.truncation=turn), or cut at this length (token)",
         "too long": "dropped: the conversation (data.truncation=drop) or its first exchange (turn) is too long",
-        "no anchor": "dropped: no two consecutive supervised tokens",
+        "no anchor": "dropped: no two consecutive supervised tokens, so no block can start (at an anchor)",
         "bad": "rejected",
     }
     total = sum(outcomes.values())
