@@ -70,7 +70,7 @@ def report(files, tmp_path_factory):
         "| the text is empty | 2 |",
         "| user | ",
         "* 35 answers: 34 supervised in the first document of a conversation, 1 lost to truncation or too short for a",
-        "| math | 33 | 97.1% |",
+        "| chat | 33 | 97.1% |",
         "| 1 to 32 | 34 | 100.0% |",
         "| en | 34 | 100.0% |",
         "| an identical question | 1 |",
