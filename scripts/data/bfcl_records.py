@@ -1,7 +1,7 @@
 """Convert the prompts of the Berkeley Function-Calling Leaderboard into records with tools.
 
-    pip download bfcl-eval --no-deps --dest /tmp/bfcl
-    python scripts/data/bfcl_records.py /tmp/bfcl/bfcl_eval-*.whl --out checkpoints/bfcl
+    pip download bfcl-eval --no-deps --dest checkpoints/bfcl
+    python scripts/data/bfcl_records.py checkpoints/bfcl/bfcl_eval-*.whl --out checkpoints/bfcl
 
 Writes `prompts.jsonl`, whose questions `python -m data.regenerate` answers, and `calls.jsonl`, in which the answers are
 the benchmark's own calls. Both go through `python -m data.report` like any other data. Turns in which functions become

@@ -4,24 +4,18 @@ import re
 from dataclasses import dataclass
 
 from data.sources.records import Message
+from data.sources.tags import CLOSING, OPENING, tag
 
-NAME = r"(?i:[\w:]*think\w*|thoughts?|reasoning|reason|reflection|scratchpad)"
-
-
-def _tag(name: str, slash: str = "") -> str:
-    return "|".join(rf"{a}{slash}{name}{b}" for a, b in (("<", ">"), (r"\[", r"\]"), ("◁", "▷")))
-
-
-OPENS = re.compile(rf"({_tag(NAME)})\s*$")
-CLOSES = re.compile(rf"({_tag(NAME, '/')})\s*$")
-UNKNOWN = re.compile(rf"({_tag(r'[A-Za-z][A-Za-z:_]*')})\s*$")  # opens reasoning if no finished answer follows it
-OPENING = re.compile(rf"\s*({_tag(NAME)})\n?")
-EMPTY_BLOCK = re.compile(rf"\s*({_tag(NAME)})(\s*)({_tag(NAME, '/')})")
+OPENS = re.compile(rf"({OPENING})\s*$")
+CLOSES = re.compile(rf"({CLOSING})\s*$")
+UNKNOWN = re.compile(rf"({tag(r'[A-Za-z][A-Za-z:_]*')})\s*$")  # opens reasoning if no finished answer follows it
+STARTS = re.compile(rf"\s*({OPENING})\n?")
+EMPTY_BLOCK = re.compile(rf"\s*({OPENING})(\s*)({CLOSING})")
 
 
-def closing(tag: str) -> str:
+def closing(opening: str) -> str:
     """Return the closing tag of an opening tag."""
-    return f"{tag[0]}/{tag[1:]}"
+    return f"{opening[0]}/{opening[1:]}"
 
 
 @dataclass(frozen=True)
@@ -51,23 +45,23 @@ class Parts:
 
         Line breaks surround the closing tag if one follows the opening tag, unless the body has the closing tag.
         """
-        thought, tag = (self.reasoning or "").strip(), closing(opened[1])
-        if body.startswith(tag):
+        thought, end = (self.reasoning or "").strip(), closing(opened[1])
+        if body.startswith(end):
             return ("{}\n{}" if "\n" in opened[0] else "{}{}").format(thought, body)
-        return f"{thought}\n{tag}\n\n{body}" if "\n" in opened[0] else f"{thought}{tag}{body}"
+        return f"{thought}\n{end}\n\n{body}" if "\n" in opened[0] else f"{thought}{end}{body}"
 
 
-def split_reasoning(message: Message, tag: str | None) -> Parts:
-    """Split an assistant message. `tag` is the reasoning tag that the prompt opens; the content may lack that tag."""
+def split_reasoning(message: Message, opened: str | None) -> Parts:
+    """Split an assistant message. `opened` is the reasoning tag that ends the prompt; the content may lack it."""
     content = message.get("content", "")
     if "reasoning_content" in message:
         return Parts(message["reasoning_content"], content)
-    opening = OPENING.match(content)
-    tag, start = (opening[1], opening.end()) if opening else (tag, 0)
-    if tag is None or closing(tag) not in content:
+    opening = STARTS.match(content)
+    opened, start = (opening[1], opening.end()) if opening else (opened, 0)
+    if opened is None or closing(opened) not in content:
         return Parts(None, content)
     block = content[start:]
-    reasoning, _, answer = block.partition(closing(tag))
+    reasoning, _, answer = block.partition(closing(opened))
     return Parts(reasoning, answer.lstrip("\n"), block, content[:start])
 
 

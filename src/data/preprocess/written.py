@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 
 from data.errors import BadRecord
 from data.sources.records import Message
+from data.sources.tags import CLOSING, OPENING
 
-EMPTY_REASONING = re.compile(r"\s*(<[\w:]*think\w*>)?\s*</[\w:]*think\w*>")  # its opening tag may be in the prompt
+EMPTY_REASONING = re.compile(rf"\s*({OPENING})?\s*{CLOSING}")  # its opening tag may be in the prompt
 # The text before a part of an answer is a marker, such as <think>, [/THINK] or <|channel|>final<|message|>. A
 # channel's name may follow.
 BEFORE = re.compile(

@@ -17,12 +17,12 @@ from data.regenerate.server_reply import ID_FIELDS, IncompleteReply, Reply, Unkn
 from data.regenerate.server_settings import read_key
 from data.sources.kinds import OPENED
 from data.sources.records import Conversation, Message
+from data.sources.tags import OPENING
 from data.terminal import say
 
 MAX_REJECTIONS = 20  # consecutive rejections after which the server is probed, or, without any answer, given up
 MAX_FAILURES = 6  # failed attempts (HTTP 5xx, broken connection, unusable reply) before the server is probed
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between retries, exponential backoff
-OPENING = re.compile(r"(<[\w:]*think\w*>|\[THINK\])")  # in a chat template
 PROBE = {"messages": [{"role": "user", "content": "Hi"}]}  # shows whether the server answers any question
 FINAL = (401, 402, 403, 404, 405)  # HTTP statuses that concern every request
 
@@ -196,8 +196,8 @@ class ServerBackend:
             return message
         if OPENED.search(self.encoder.backend.decode(prompt, skip_special_tokens=False)):
             return {"content": reasoning}
-        opening = OPENING.search(self.encoder.template)
-        return {"content": f"{opening[1]}\n{reasoning.lstrip()}"} if opening else message
+        opening = re.search(OPENING, self.encoder.template)
+        return {"content": f"{opening[0]}\n{reasoning.lstrip()}"} if opening else message
 
     def _ids(self, reply: Reply) -> list[int] | None:
         """Return the answer's token ids, or None if they are unknown or of more than the text, e.g. a stop string."""

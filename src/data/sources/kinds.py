@@ -19,7 +19,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.sources.records import Conversation
-from data.sources.tags import CLOSING, OPENING
+from data.sources.tags import CLOSING, NAME, OPENING
 
 CHAT, CODE, MATH, TOOLS, REASONING = KINDS = ("chat", "code", "math", "tools", "reasoning")
 CATEGORIES = {kind: kind for kind in KINDS}
@@ -82,13 +82,10 @@ HOW_MANY = re.compile(
 NUMBER = re.compile(
     r"\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|twice|dozen|third|quarter|double|triple|times)\b"
 )
-NAME = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?)"
-OPEN = re.compile(
-    rf"{OPENING}|<{NAME}>|<\|(?:begin_of|start)_{NAME}\|>|◁think▷|<\|channel\|>analysis<\|message\|>", re.I
-)
-TAG = rf"{CLOSING}|</{NAME}>|<\|end_(?:of_)?{NAME}\|>|◁/think▷"
+OPEN = re.compile(rf"{OPENING}|<\|(?:begin_of|start)_{NAME}\|>|<\|channel\|>analysis<\|message\|>", re.I)
+TAG = rf"{CLOSING}|<\|end_(?:of_)?{NAME}\|>"
 CLOSE = re.compile(rf"{TAG}|<\|end\|>", re.I)
-ALONE = re.compile(rf"^[ \t]*+(?:{TAG})[ \t]*$", re.I | re.M)  # a closing tag on a line of its own
+ALONE = re.compile(rf"^[ \t]*+(?:{TAG})[ \t]*$", re.I | re.M)  # a closing tag alone on its line
 OPENED = re.compile(rf"(?:{OPEN.pattern})\s*$", re.I)  # the end of a prompt that opens a reasoning block
 
 

@@ -7,8 +7,16 @@ import json
 import re
 from collections.abc import Iterator
 
-OPENING = r"(?:<[\w:]{0,20}(?:think|thought)\w{0,20}>|\[THINK\])"  # of reasoning
-CLOSING = r"(?:</[\w:]{0,20}(?:think|thought)\w{0,20}>|\[/THINK\])"
+# Names of reasoning tags. Repetitions are bounded, so that searches are linear.
+NAME = r"(?i:[\w:]{0,20}(?:think|thought)\w{0,20}|reasoning|reason|reflection|scratchpad)"
+
+
+def tag(name: str, slash: str = "") -> str:
+    """Return a pattern for a tag in any of the usual brackets: `<name>`, `[name]` or `◁name▷`."""
+    return rf"(?:<{slash}{name}>|\[{slash}{name}\]|◁{slash}{name}▷)"
+
+
+OPENING, CLOSING = tag(NAME), tag(NAME, "/")  # of reasoning
 OPENED = re.compile(rf"\s*+{OPENING}")
 CLOSED = re.compile(CLOSING)
 CALL, CALL_END = "<tool_call>", "</tool_call>"
