@@ -104,14 +104,16 @@ def test_tools_that_the_template_drops_are_refused_in_prompts_too():
         encoder_of("Gemma 3")[0].prompt(Conversation([user(0)], TOOLS))
 
 
-def test_results_that_the_template_drops_are_refused():
-    """Under a template that skips turns of role tool."""
+@pytest.mark.parametrize("content", ["It rains.", "6", "day"])
+def test_results_that_the_template_drops_are_refused(content):
+    """Under a template that skips turns of role tool, although the question holds the text of short results."""
     family = FAMILIES["Qwen2.5"]
     tokenizer = family.tokenizer()
     tokenizer.chat_template = "{% set messages = messages | rejectattr('role', 'equalto', 'tool') | list %}" + (
         tokenizer.chat_template
     )
-    refused = ChatEncoder(tokenizer, {}, family.stop_ids(tokenizer)).render(Conversation(CALLED)).supervision.refused
+    called = [m | {"content": content} if m["role"] == "tool" else m for m in CALLED]
+    refused = ChatEncoder(tokenizer, {}, family.stop_ids(tokenizer)).render(Conversation(called)).supervision.refused
     assert refused == {4: "the chat template does not write the result of a tool into the prompt"}
 
 
@@ -121,9 +123,44 @@ def test_text_that_the_template_drops_beside_a_call_is_counted(qwen):
     assert encoder_of("Hermes 3")[0].render(conversation).supervision.notes[TEXT_DROPPED] == 1
 
 
-def test_developer_turns_are_system_turns_where_the_template_knows_no_developer(qwen):
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+NAMES_DEVELOPER = "{% if messages[0].role == 'developer' %}{{ messages[0].content }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "kept"),
+    [
+        (None, False),  # Qwen's
+        ("You help developers.\n" + CHATML, False),
+        ("{{ 'You help every developer.' }}" + CHATML, False),
+        ("{% if messages[0].role == 'developer' %}{{ raise_exception('unknown role') }}{% endif %}" + CHATML, False),
+        (NAMES_DEVELOPER + CHATML, True),
+    ],
+)
+def test_developer_turns_are_system_turns_where_the_template_has_no_form_for_them(template, kept):
+    tokenizer = FAMILIES["Qwen2.5"].tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    encoder = ChatEncoder(tokenizer, {}, [tokenizer.eos_token_id])
     developer = [SYSTEM | {"role": "developer"}, user(0)]
-    assert qwen[0].prompt(Conversation(developer)) == qwen[0].prompt(Conversation([SYSTEM, user(0)]))
+    expected = tokenizer.apply_chat_template(developer if kept else [SYSTEM, user(0)], add_generation_prompt=True)
+    assert encoder.prompt(Conversation(developer)) == expected["input_ids"]
+
+
+def test_developer_turns_that_are_dropped_as_system_turns_are_refused():
+    tokenizer = FAMILIES["Qwen2.5"].tokenizer()
+    tokenizer.chat_template = CHATML.replace("messages", "messages | rejectattr('role', 'equalto', 'system')")
+    with pytest.raises(BadRecord, match="does not write the system prompt"):
+        ChatEncoder(tokenizer, {}, None).prompt(Conversation([SYSTEM | {"role": "developer"}, user(0)]))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_passed_under_each_name_that_templates_read(name):
+    tokenizer = FAMILIES["Qwen2.5"].tokenizer()
+    tokenizer.chat_template = CHATML.replace("m.content", f"('[' + m.{name} + ']' if m.{name} else '') ~ m.content")
+    encoder = ChatEncoder(tokenizer, {}, [tokenizer.eos_token_id])
+    ((_, answer),) = supervised_runs(encoder.documents(Conversation([user(0), assistant(0, "1 more.")])))
+    assert tokenizer.decode(answer).startswith("[1 more.]She has 0.")
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3"])

@@ -9,6 +9,7 @@ from data.preprocess.reasoning import CLOSES, OPENS, UNKNOWN, Parts, closing, fi
 from data.preprocess.spans import REASONING_DROPPED, TEXT_DROPPED
 from data.preprocess.tool_calls import dropped_call, result_written
 from data.sources.records import Messages
+from data.sources.turns import REASONING
 
 Split = Callable[[str, Callable[[], tuple[str, str]]], tuple[str, str, list[str]]]
 # Sample messages, used to find the text that the template writes after an answer.
@@ -92,11 +93,23 @@ class AnswerTexts:
 
     def _check_results(self, turn: int, prompt: str) -> None:
         """Check that the results of tools directly before an answer are in its prompt."""
-        for message in reversed(self.messages[:turn]):
+        for index in reversed(range(turn)):
+            message = self.messages[index]
             if message["role"] != "tool":
                 return
-            if not result_written(message["content"], prompt):
+            short = len(message["content"].strip()) < len(RESULT)
+            if not result_written(message["content"], prompt) or (short and self._drops_result(turn, index)):
                 raise Refused("the chat template does not write the result of a tool into the prompt")
+
+    def _drops_result(self, turn: int, index: int) -> bool:
+        """Return whether the template drops the result in message `index`. A short one may be anywhere in a prompt."""
+        asked = question(self.messages, turn)
+        place = index - turn  # counted from the end
+        asked[place] = asked[place] | {"content": RESULT}
+        try:
+            return RESULT not in self.render(asked, True)
+        except BadRecord:
+            return False
 
     def _rewritten(
         self, turn: int, prompt: str, message: Parts, opened: re.Match[str] | None, closed: re.Match[str] | None
@@ -105,7 +118,7 @@ class AnswerTexts:
         if "tool_calls" not in self.messages[turn]:
             return message.written(opened, closed) + self._around(turn)[0]
         asked, render = question(self.messages, turn), self.render
-        bare = {key: value for key, value in self.messages[turn].items() if key != "reasoning_content"}
+        bare = {key: value for key, value in self.messages[turn].items() if key not in REASONING}
         if "content" in bare:
             bare["content"] = message.content
         header = render(asked, True)

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, partial
@@ -19,10 +20,11 @@ from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
 from data.preprocess.prompts import CHECKED, Render
 from data.preprocess.spans import CUT_OFF, NO_END_TOKEN, Supervision
 from data.preprocess.supervision import Supervisor
-from data.preprocess.templates import check_reserved, check_template_kwargs, texts_searched, writes_date
+from data.preprocess.templates import check_reserved, check_template_kwargs, names_role, texts_searched, writes_date
 from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
+from data.sources.turns import REASONING
 
 SAMPLE_TEXT = "Count the apples of each day in turn."  # shows whether a template writes a message
 
@@ -181,10 +183,12 @@ class ChatEncoder:
         """
         messages, tools = conversation.messages, conversation.tools
         self._refuse_special_tokens(messages if with_last else messages[:-1])
+        if messages[0]["role"] == "developer" and not self.writes_developer:
+            messages = [messages[0] | {"role": "system"}, *messages[1:]]
         if messages[0]["role"] == "system" and self.drops_system:
             raise BadRecord("the chat template does not write the system prompt, so the target would not see it")
-        if messages[0]["role"] == "developer" and "developer" not in self.template:
-            messages = [messages[0] | {"role": "system"}, *messages[1:]]
+        if any("reasoning_content" in message for message in messages):
+            messages = [_with_reasoning_names(message) for message in messages]
         if any("tool_calls" in message for message in messages):
             messages = self.call_form.apply(messages)
         if not tools:
@@ -221,8 +225,15 @@ class ChatEncoder:
     @cached_property
     def drops_system(self) -> bool:
         """Whether the template drops system prompts without an error."""
-        sample = [{"role": "system", "content": SAMPLE_TEXT}, {"role": "user", "content": "Go on."}]
-        return self._drops(sample)
+        return self._drops([{"role": "system", "content": SAMPLE_TEXT}, {"role": "user", "content": "Go on."}])
+
+    @cached_property
+    def writes_developer(self) -> bool:
+        """Whether the template has a form for developer prompts and writes them."""
+        sample = [{"role": "developer", "content": SAMPLE_TEXT}, {"role": "user", "content": "Go on."}]
+        with suppress(BadRecord):
+            return names_role(self.template, "developer") and SAMPLE_TEXT in self._render(sample, True)
+        return False
 
     def _drops(self, sample: Messages) -> bool:
         try:
@@ -280,6 +291,12 @@ class ChatEncoder:
             return apply([messages], **options, **given)[0][0]
         except Exception as error:  # a template is a program: besides TemplateError, it may raise anything
             raise BadRecord(f"rejected by the target's chat template: {error}") from error
+
+
+def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its reasoning under each of the names that templates read."""
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else dict.fromkeys(REASONING, reasoning) | message
 
 
 def _text(value: Any) -> str:

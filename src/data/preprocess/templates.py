@@ -60,6 +60,12 @@ def texts_searched(template: str) -> set[str]:
     return texts - {""}
 
 
+def names_role(template: str, role: str) -> bool:
+    """Return whether a chat template names a role, i.e. has its name as a literal."""
+    parsed = _parsed(template)
+    return parsed is not None and any(const.value == role for const in parsed.find_all(nodes.Const))
+
+
 def _parsed(template: str) -> nodes.Template | None:
     environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])  # noqa: S701  nothing is rendered
     environment.globals |= dict.fromkeys(FUNCTIONS)
