@@ -27,7 +27,7 @@ def called(content, **keys):
         (f"<think>Write {TAG}.</think>\n{TAG}", f"<think>Write {TAG}.</think>", [{}]),
         (f"Write {TAG}.</think>\n{TAG}", f"Write {TAG}.</think>", [{}]),
         (f"<think>Write <tool_call>.</think>{TAG}{TAG}", "<think>Write <tool_call>.</think>", [{}, {}]),
-        (TAG.replace("{}", '{"x": "</tool_call>"}') + " b", "b", [{"x": "</tool_call>"}]),
+        ("b " + TAG.replace("{}", '{"x": "</tool_call>"}') + "\n", "b", [{"x": "</tool_call>"}]),
         (TAG.replace("{}", '{"x": "</think>"}'), "", [{"x": "</think>"}]),
         ("a <tool_call>{'name': 'f', 'arguments': {1: (2,)}}</tool_call>", "a", [{"1": [2]}]),
     ],
@@ -36,6 +36,14 @@ def test_calls_in_a_text(text, content, arguments):
     message = conversation(called(text)).messages[1]
     assert message["content"] == content
     assert [call["function"]["arguments"] for call in message["tool_calls"]] == arguments
+
+
+@pytest.mark.parametrize("text", [f"a {TAG} b", f"a: {TAG} b: {TAG}", f"Write:\n```\n{TAG}\n```", f"{TAG}<tool_call>"])
+def test_text_between_or_after_calls_is_not_moved(text):
+    with pytest.raises(BadRecord, match="^answer before turn 3: text between or after `<tool_call>` blocks"):
+        conversation(called(text))
+    last = messages(U, A | {"content": text}, tools=[F])
+    assert conversation(last).messages[1] == A | {"content": text}
 
 
 FUNCTION_CALL = {"from": "Function_Call", "value": '{"name": "f", "arguments": "null"}'}
@@ -71,6 +79,7 @@ def test_the_last_text_is_a_call_if_the_record_has_tools():
     for record in (
         messages(*turns),
         messages(U, explained, tools=[F]),
+        messages(*turns, tools=[G]),
         messages(*turns[:1], turns[1] | {"truncated": True}, tools=[F]),
     ):
         assert "tool_calls" not in conversation(record).messages[1]
@@ -114,7 +123,28 @@ def test_texts_beside_the_conversation_are_refused(record):
         parsed(record)
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("<think>\nt\n</think>\n\na", "a"),
+        ("t</think>a", "a"),
+        ("[THINK]t[/THINK]a", "a"),
+        ("The tag </think>.", "The tag </think>."),
+        ("<think> is a tag.", "<think> is a tag."),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}, {"type": "text", "text": "a"}], "a"),
+    ],
+)
+def test_reasoning_in_a_field_is_not_repeated_in_the_text(content, expected):
+    record = messages(U, A | {"content": content, "reasoning": "t"})
+    assert conversation(record).messages[1] == A | {"content": expected, "reasoning_content": "t"}
+
+
+THOUGHT, TEXT = {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}
 REFUSED = {
+    "different reasoning in text": (
+        messages(U, A | {"content": "<think>x</think>a", "thinking": "t"}), "turn 2: the text has other reasoning"),
+    "reasoning after text": (messages(U, A | {"content": [TEXT, THOUGHT, TEXT]}), "turn 2, part 2: reasoning after"),
+    "reasoning of a user": (messages(U | {"content": [THOUGHT, TEXT]}, A), "turn 1: reasoning in a user turn"),
     "undesirable conversation": (messages(U, A, label=False), "`label`=false"),
     "turn after a system prompt beside": (messages(U, A, A, system="s"), "turn 3: second consecutive assistant turn"),
     "turn after a removed system turn": (

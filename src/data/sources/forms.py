@@ -16,7 +16,6 @@ PAIRS = (
 )  # fmt: skip
 CALLS = "answers"  # xLAM's data: a list of calls
 INPUTS = ("input", "context")  # appended to an instruction
-UNPLACED = {"reasoning_content", "thinking"}  # beside a list of turns; `reasoning` may be metadata there
 QUESTIONS, ANSWERS = ({pair[side] for pair in PAIRS} for side in (0, 1))
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 KEYS = {*LISTS, "turns", *SYSTEM, *TOOLS, *(key for pair in PAIRS for key in pair)}  # read, among others

@@ -90,7 +90,7 @@ def parsed(record: Any) -> Conversation:
     messages = [turn.message for turn in turns]
     _check_order(messages, offset)
     if tools and turns[-1].written is None:
-        _read_last_calls(messages[-1])
+        _read_last_calls(messages[-1], tools)
     untrained = frozenset(i for i, turn in enumerate(turns) if not turn.trained and _is_answer(turn))
     written = {i: turn.written for i, turn in enumerate(turns) if turn.written}
     return Conversation(messages, tools, untrained, written, skipped, offset=offset)
@@ -163,19 +163,23 @@ def _read_tags(previous: Message, result: Message, where: str) -> None:
     """Parse calls and results in the text of their turns, as in Hermes' data sets."""
     result["content"] = result_in_text(result["content"])
     if previous["role"] == "assistant" and "tool_calls" not in previous:
-        text, calls = calls_in_text(previous["content"], where)
+        text, calls = calls_in_text(previous["content"], f"answer before {where}")
         if calls:
             previous |= {"content": text, "tool_calls": calls}
 
 
-def _read_last_calls(message: Message) -> None:
-    """Parse calls at the end of a conversation with tools, as in Hermes' single turns. Other text stays as it is."""
+def _read_last_calls(message: Message, tools: list[dict[str, Any]]) -> None:
+    """Parse calls at the end of a conversation with tools, as in Hermes' single turns. Other text stays as it is.
+
+    A call of another function is an example in the text.
+    """
     if message["role"] == "assistant" and "tool_calls" not in message:
         try:
             text, calls = calls_in_text(message["content"], "last turn")
         except BadRecord:
             return
-        if calls:
+        names = {tool["function"]["name"] for tool in tools}
+        if calls and all(call["function"]["name"] in names for call in calls):
             message |= {"content": text, "tool_calls": calls}
 
 

@@ -25,15 +25,34 @@ SPACE = re.compile(r"\s*+")
 DECODER = json.JSONDecoder()
 
 
-def split_calls(text: str) -> tuple[str, list[str]]:
-    """Split an answer into its text and the contents of its `<tool_call>` blocks. Reasoning contains no calls."""
+def split_calls(text: str) -> tuple[str, list[str], str]:
+    """Split an answer at its `<tool_call>` blocks. Reasoning contains no calls.
+
+    Returns:
+        the text before the blocks, their contents, and the text between and after them. Without blocks, the first is
+        the complete text.
+    """
     start = _reasoning_end(text)
     kept, blocks = [text[:start]], list[str]()
     for before, block, after in _call_blocks(text, start):
         kept.append(text[start:before])
         blocks.append(block)
         start = after
-    return "".join([*kept, text[start:]]).strip(), blocks
+    kept.append(text[start:])
+    return "".join(kept[:2]).strip(), blocks, "".join(kept[2:]).strip()
+
+
+def without_reasoning(text: str, reasoning: str) -> str | None:
+    """Return an answer's text without the block of its reasoning at the start, if it has one.
+
+    Return None if the block holds other reasoning. The prompt may contain the opening tag.
+    """
+    opened = OPENED.match(text)
+    thought, block = reasoning.strip(), text[opened.end() if opened else 0 :].lstrip()
+    rest = block[len(thought) :].lstrip() if block.startswith(thought) else ""
+    if closed := CLOSED.match(rest):
+        return rest[closed.end() :].lstrip("\n")
+    return None if opened and CLOSED.search(block) else text
 
 
 def result_in_text(text: str) -> str:

@@ -75,9 +75,12 @@ def calls_in_text(text: str, where: str) -> tuple[str, list[dict[str, Any]]]:
     """Split an answer into its text and the calls in its `<tool_call>` blocks, as in Hermes' data sets.
 
     Raises:
-        BadRecord: a block contains no valid call.
+        BadRecord: a block contains no valid call, or text lies between the blocks or after them. Templates write the
+            calls at the end of an answer.
     """
-    text, blocks = split_calls(text)
+    text, blocks, after = split_calls(text)
+    if blocks and after:
+        raise BadRecord(f"{where}: text between or after `<tool_call>` blocks: {after!r:.40}; remove it or move it")
     return text, [call for block in blocks for call in read_calls(block, where)]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import BadRecord
+from data.sources.tags import without_reasoning
 from data.sources.tools import kind, read_calls, read_id, read_tools
 
 Message = dict[str, Any]  # the keys that chat templates read: role, content, reasoning_content, tool_calls, ...
@@ -116,12 +117,19 @@ def _turn(
     if content is None and calls is None and written is None:
         raise BadRecord(f"{where}: missing `{text_key}`")
     text, thought = _parts(content, where) if isinstance(content, list) else ("" if content is None else content, None)
+    if thought is not None and role != "assistant":
+        raise BadRecord(f"{where}: reasoning in a {role} turn")
+    reasoning = _reasoning(extra, thought, where)
+    if reasoning and isinstance(text, str) and not (written and written.token_ids):
+        text = without_reasoning(text, reasoning)
+        if text is None:
+            raise BadRecord(f"{where}: the text has other reasoning than the field; keep one of them")
     may_be_empty = calls is not None or role in ("tool", "system", "developer") or bool(written and written.token_ids)
     if isinstance(text, str) and is_blank(text) and may_be_empty:
         message: Message = {"role": role, "content": _valid(text, where) if role == "tool" else ""}
     else:
         message = text_message(role, text, where)
-    if reasoning := _reasoning(extra, thought, where):
+    if reasoning:
         message["reasoning_content"] = reasoning
     if calls is not None:
         message["tool_calls"] = calls
@@ -147,7 +155,7 @@ def _refuse_unknown(extra: dict[str, Any], role: str, where: str) -> None:
 
 
 def _parts(parts: list[Any], where: str) -> tuple[str, str | None]:
-    """Join content parts into text and reasoning."""
+    """Join content parts into text and reasoning, which is in front of the text."""
     texts: list[str] = []
     thoughts: list[str] = []
     for number, part in enumerate(parts, start=1):
@@ -155,11 +163,17 @@ def _parts(parts: list[Any], where: str) -> tuple[str, str | None]:
         if not isinstance(part, dict):
             raise BadRecord(f"{where}, part {number}: expected an object, found {kind(part)}")
         name = part.get("type", "text" if "text" in part else None)
-        text = part.get("thinking", part.get("text")) if name in ("thinking", "reasoning") else part.get("text")
+        text = part.get("text") if name in TEXT_PARTS else part.get("thinking", part.get("text"))
+        if name == "thinking" and isinstance(text, list):  # Mistral's form
+            text, nested = _parts(text, f"{where}, part {number}")
+            if nested is not None:
+                raise BadRecord(f"{where}, part {number}: expected parts of text")
         if name not in (*TEXT_PARTS, "thinking", "reasoning"):
             raise BadRecord(f"{where}, part {number}: content of type {name!r:.40} is not supported; expected 'text'")
         if not isinstance(text, str):
             raise BadRecord(f"{where}, part {number}: expected a string, found {kind(text)}")
+        if name not in TEXT_PARTS and any(map(str.strip, texts)):
+            raise BadRecord(f"{where}, part {number}: reasoning after text; only reasoning in front of it is supported")
         (texts if name in TEXT_PARTS else thoughts).append(text)
     return "".join(texts), "".join(thoughts) or None
 
