@@ -12,6 +12,7 @@ from data.regenerate import server_backend
 from data.regenerate.conversation import Sample, Sampling
 from data.regenerate.server_reply import IncompleteReply, UnknownReply, read_reply
 from data.regenerate.server_settings import check_server, read_key
+from data.regenerate.trainable import TrainingChecker
 
 SAMPLING = Sampling(0.0, 1.0, 64, seed=0, drop_cut_off=False, repeat_words=9, repeat_times=0)
 TOOL = {"type": "function", "function": {"name": "forecast", "parameters": {"type": "object", "properties": {}}}}
@@ -135,3 +136,18 @@ def test_an_invalid_key_is_an_error(key, tmp_path):
     (tmp_path / "key").write_text(key, encoding="utf-8")
     with pytest.raises(UserError, match="one line of ASCII"):
         read_key(str(tmp_path / "key"))
+
+
+@pytest.mark.parametrize(
+    ("said", "known", "part"),
+    [
+        ({"content": "Sun.", "reasoning_content": "Why?"}, False, "the answer's reasoning; start the server without a"),
+        ({"content": "Sun.", "reasoning_content": "Why?"}, True, None),
+        ({"content": "Sun."}, False, None),
+    ],
+)
+def test_reasoning_that_the_template_does_not_write_needs_token_ids(said, known, part, encoder):
+    ids = encoder.backend.encode("<think>Why?</think>Sun.<|im_end|>").ids if known else None
+    sample = Sample("0", [], checker=TrainingChecker(encoder), messages=[{"role": "user", "content": "a"}])
+    sample.answer(said, ids, True, 3, SAMPLING)
+    assert part in sample.outcome if part else sample.outcome == "kept"
