@@ -14,7 +14,7 @@ from pyarrow import feather
 
 from data.errors import UserError
 from data.sources import splits
-from data.sources.readers import fingerprint, open_sources, read_all
+from data.sources.readers import fingerprint, open_sources, read_all, read_strictly
 
 
 def records(*values):
@@ -44,7 +44,10 @@ def saved(tmp_path_factory):
     loaded.shuffle(seed=1)
     splits = {"train": rows.select(range(6)), "test": rows.select(range(6, 8)), "dev": rows.select([8])}
     DatasetDict(splits).save_to_disk(str(folder / "dict"))
-    DatasetDict({"dev": rows.select([8])}).save_to_disk(str(folder / "single"))
+    DatasetDict({"chat": rows.select([8])}).save_to_disk(str(folder / "single"))
+    for missing in ("train", "test"):
+        shutil.copytree(folder / "dict", folder / f"without_{missing}")
+        shutil.rmtree(folder / f"without_{missing}" / missing)
     return folder
 
 
@@ -62,6 +65,8 @@ def test_a_saved_dataset_is_read_in_the_order_of_its_list(saved, tmp_path):
     state["_data_files"].reverse()
     (folder / "state.json").write_text(json.dumps(state))
     assert read(str(tmp_path))[0] == [*range(5, 10), *range(5)]
+    (folder / "state.json").write_text(json.dumps(state | {"_data_files": state["_data_files"] * 2}))
+    assert read(str(tmp_path))[0] == [*range(5, 10), *range(5)]
     (folder / state["_data_files"][0]["filename"]).unlink()
     with pytest.raises(UserError, match=r"nested/one: data-00001-of-00002\.arrow is missing, but state\.json lists it"):
         read(str(tmp_path))
@@ -74,14 +79,18 @@ def test_a_saved_dataset_is_read_in_the_order_of_its_list(saved, tmp_path):
         ("dict", "test", None, [6, 7]),
         ("dict", "train", "dev", [8]),
         ("dict", "all", None, [8, 6, 7, *range(6)]),
+        ("dict", "Test", None, [6, 7]),
         ("single", "train", None, [8]),
+        ("without_test", "train", None, range(6)),
     ],
 )
 def test_the_split_of_a_saved_dictionary_is_chosen(folder, split, own, expected, saved):
     path = str(saved / folder) if own is None else {"path": str(saved / folder), "split": own}
     numbers, notes = read(path, split)
     assert numbers == list(expected)
-    assert ("split " in "".join(notes)) == (folder == "dict" and split != "all")
+    assert ("passed over: split " in "".join(notes)) == (folder != "single" and split != "all")
+    assert ("no split 'train'; read the only one, 'chat'" in "".join(notes)) == (folder == "single")
+    assert ("folders of other splits are missing (test)" in "".join(notes)) == (folder == "without_test")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,10 @@ def test_the_split_of_a_saved_dictionary_is_chosen(folder, split, own, expected,
     [
         ("dict", "valid", None, "no split 'valid'; found dev, test, train. Choose one, as in"),
         ("dict", "train", "valid", "no split 'valid'; found dev, test, train"),
-        ("single", "train", "train", "no split 'train'; found dev"),
+        ("single", "train", "train", "no split 'train'; found chat"),
+        ("without_train", "train", None, "without_train: train is missing, but dataset_dict.json lists it. Restore"),
+        ("without_test", "all", None, "without_test: test is missing, but dataset_dict.json lists it"),
+        ("without_test", "train", "Test", "without_test: test is missing"),
         ("one", "test", None, "data.split=test has no effect"),
         ("one", "train", "train", "split=train has no effect on the local path"),
     ],
@@ -130,6 +142,43 @@ def test_splits_are_those_of_datasets(names, tmp_path):
         assert sorted(read(str(tmp_path), str(split))[0]) == numbers
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["test.jsonl"], "train", r"no split 'train'; found test\. Choose one, as in {path: .*, split: test}"),
+        (["my-valid.jsonl"], "train", "no split 'train'; found validation"),
+        (["data/test_sft-00000-of-00001.jsonl"], "train", "no split 'train'; found test_sft"),
+        (["data/train_sft-00000-of-00001.jsonl"], "train", [0]),
+        (["data/default-00000-of-00001.jsonl"], "train", [0]),
+        (["TRAIN.JSONL", "TEST.JSONL"], "train", [0]),
+        (["Train/a.jsonl", "Test/a.jsonl"], "test", [1]),
+        (["Data/Train-00000-of-00001.jsonl", "Data/Test-00000-of-00001.jsonl"], "train", [0]),
+        (["train/test.jsonl", "train/train.jsonl"], "train", [0, 1]),
+        (["test.jsonl", "train.jsonl", "train_test.jsonl"], "train", [1, 2]),
+    ],
+)
+def test_train_is_never_replaced_by_held_out_data(names, split, expected, tmp_path):
+    for n, name in enumerate(names):
+        write(tmp_path / name, n)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            read(str(tmp_path), split)
+        return
+    numbers, notes = read(str(tmp_path), split)
+    assert sorted(numbers) == expected
+    several = "some files are in several splits (train_test.jsonl: test and train)"
+    assert (several in "".join(notes)) == ("train_test.jsonl" in names)
+    assert ("read the only one" in "".join(notes)) == (len(names) == 1)
+
+
+@pytest.mark.parametrize(("name", "note"), [("test.jsonl", 0), ("train.jsonl", 1), ("valid.jsonl", 1), ("a.jsonl", 0)])
+def test_prompts_from_another_split_are_named(name, note, tmp_path):
+    write(tmp_path / name, 1)
+    notes = []
+    records = read_strictly(str(tmp_path), dict, split="test", limit=None, setting="data.prompts", warn=notes.append)
+    assert len(records) == 1 and ["no split 'test'; read the only one" in text for text in notes] == [True] * note
+
+
 def test_files_beside_those_of_a_split_are_refused_or_passed_over(tmp_path):
     write(tmp_path / "a.jsonl", 1)
     write(tmp_path / "my-test.jsonl", 2)
@@ -162,6 +211,9 @@ def test_the_configurations_of_a_readme_are_subsets(tmp_path):
     assert numbers == [3] and "other configurations in README.md (main/x.jsonl, main/y.jsonl)" in note
     with pytest.raises(UserError, match=r"pick one among the available configs: \['main', 'other'\]"):
         read(str(tmp_path))
+    os.symlink(tmp_path, tmp_path / "link")
+    assert read({"path": str(tmp_path / "link"), "subset": "main"})[0] == [1]
+    (tmp_path / "link").unlink()
     (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
     with pytest.raises(UserError, match=r"README\.md: invalid YAML between the --- lines \(.*\)\. Fix or remove"):
         read(str(tmp_path))
@@ -209,12 +261,15 @@ def test_hidden_files_and_other_formats_are_passed_over_by_name(tmp_path):
         "sub/.hidden.jsonl",
     ):
         write(tmp_path / name, 9)
-    for name in ("README.md", "LICENSE", "notes.txt", "old.csv", "dataset_info.json", "cache-0123456789abcdef.arrow"):
+    unread = ("old.csv", "old.jsonl.xz", "x.PARQUET.incomplete", "z.zip", "z.jsonl.1")
+    for name in ("README.md", "LICENSE", "notes.txt", "dataset_info.json", "cache-0123456789abcdef.arrow", *unread):
         (tmp_path / name).write_text("{}")
     numbers, (note,) = read(str(tmp_path))
     assert numbers == [1]
     assert "hidden (._d.jsonl, .cache, .ipynb_checkpoints and 2 more)" in note
-    assert "other formats (LICENSE, notes.txt, old.csv)" in note and "metadata (README.md, dataset_info.json)" in note
+    first = f"{tmp_path}: passed over: compressed or other data, not read (old.csv, old.jsonl.xz, x.PARQUET.incomplete"
+    assert note.startswith(f"{first} and 2 more), ") and "other formats (LICENSE, notes.txt)" in note
+    assert "metadata (README.md, dataset_info.json)" in note
     (tmp_path / "d.JSONL").unlink()
     with pytest.raises(UserError, match=r"no data files \(\.jsonl, .*Passed over: .*old\.csv"):
         read(str(tmp_path))
@@ -283,7 +338,9 @@ def test_missing_shards_are_named(tmp_path):
     for name in ("train-00001-of-00004", "train-00003-of-00004-0a1b", "test-00000-of-00009"):
         write(tmp_path / "data" / f"{name}.jsonl", 1)
     notes = read(str(tmp_path))[1]
-    assert notes[1] == f"{tmp_path}: 2 shards are missing (data/train-00000-of-00004, data/train-00002-of-00004)"
+    assert notes[1] == f"{tmp_path}: missing shards: 2 (data/train-00000-of-00004, data/train-00002-of-00004)"
+    write(tmp_path / "six" / "part-000000-of-000002.jsonl", 1)
+    assert read(str(tmp_path / "six"))[1] == [f"{tmp_path}/six: missing shards: 1 (part-000001-of-000002)"]
 
 
 def test_characters_that_datasets_takes_for_wildcards_are_part_of_a_name(tmp_path):

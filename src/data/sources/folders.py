@@ -13,7 +13,7 @@ from datasets.data_files import FILES_TO_IGNORE
 
 from data.errors import UserError
 from data.sources.chunks import unreadable
-from data.sources.formats import FILES, is_data_file
+from data.sources.formats import COMPRESSED, FILES, TABLES, TEXT, is_data_file
 
 METADATA = {*FILES_TO_IGNORE, config.DATASET_STATE_JSON_FILENAME}
 CACHE = "cache of datasets"
@@ -22,6 +22,12 @@ AGAIN = "read already under another name"
 SIDE_FILES = (".dropped.jsonl", ".unfinished.jsonl", ".settings.json")
 REJECTS = ("rejects.jsonl", "regenerate_rejects.jsonl")
 SHOWN = 3  # number of names in a message
+UNREAD = "compressed or other data, not read"
+# Endings of data that is not read, wherever they are in a name: data.jsonl.xz, data.parquet.incomplete, data.jsonl.1.
+DATA_LIKE = {
+    *TEXT, *TABLES, *COMPRESSED, ".7z", ".avro", ".bz2", ".csv", ".db", ".incomplete", ".lz4", ".orc", ".part", ".rar",
+    ".sqlite", ".tar", ".tbz2", ".tgz", ".tsv", ".txz", ".xlsx", ".xz", ".zip", ".zstd",
+}  # fmt: skip
 
 
 @dataclass
@@ -40,10 +46,13 @@ class Folder:
     path: Path
     files: list[DataFile] = field(default_factory=list)
     passed_over: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    missing: dict[str, str] = field(default_factory=dict)  # name: split, of folders in a dataset_dict.json
+    notes: list[str] = field(default_factory=list)
 
     def note(self) -> str:
-        """Return one line that names what was passed over, or an empty string."""
-        parts = [f"{reason} ({shown(names)})" for reason, names in self.passed_over.items()]
+        """Return one line that names what was passed over, data first, or an empty string."""
+        reasons = sorted(self.passed_over, key=lambda reason: reason != UNREAD)
+        parts = [f"{reason} ({shown(self.passed_over[reason])})" for reason in reasons]
         return f"{self.path}: passed over: {', '.join(parts)}" if parts else ""
 
 
@@ -60,7 +69,7 @@ def scan(folder: Path) -> Folder:
         raise UserError(f"{folder} is a repository in the Hub cache. Use its ID (owner/name) or a snapshot.")
     found = Folder(folder)
     try:
-        found.files = list(_walk(folder, "", found.passed_over, set(), set()))
+        found.files = list(_walk(folder, "", found, set(), set()))
     except OSError as error:
         raise unreadable(error.filename or str(folder), error) from error
     if not found.files:
@@ -75,24 +84,24 @@ def shown(names: list[str]) -> str:
     return ", ".join(escaped) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _walk(
-    folder: Path, prefix: str, passed_over: dict[str, list[str]], parents: set[str], visited: set[str]
-) -> Iterator[DataFile]:
+def _walk(folder: Path, prefix: str, found: Folder, parents: set[str], visited: set[str]) -> Iterator[DataFile]:
     """Yield the data files below a folder, sorted by name.
 
     Args:
         folder: the folder.
         prefix: its name relative to the root, with a slash at its end.
-        passed_over: other entries are added to it.
+        found: other entries and missing folders of splits are added to it.
         parents: real paths of the folders that contain this one; they stop cycles of links.
         visited: real paths of all folders so far; this one is added. Folders that link to one another are read once.
     """
     parents = parents | {real := os.path.realpath(folder)}
     visited.add(real)
+    passed_over = found.passed_over
     if saved := _saved(folder):
         yield from _listed(folder, prefix, saved, passed_over)
         return
-    splits = _read_list(folder / config.DATASETDICT_JSON_FILENAME, "splits")
+    splits = [name for name in _read_list(folder / config.DATASETDICT_JSON_FILENAME, "splits") if isinstance(name, str)]
+    found.missing |= {prefix + name: name for name in splits if not (folder / name).is_dir()}
     for entry in sorted(folder.iterdir()):
         name, is_folder = prefix + entry.name, entry.is_dir()
         if entry.name.startswith(".") or is_folder and entry.name.startswith("__"):
@@ -102,7 +111,7 @@ def _walk(
         elif is_folder and os.path.realpath(entry) in visited:
             passed_over[AGAIN].append(name)
         elif is_folder:
-            files = list(_walk(entry, f"{name}/", passed_over, parents, visited))
+            files = list(_walk(entry, f"{name}/", found, parents, visited))
             for file in files:
                 file.splits |= {entry.name} if entry.name in splits else set()
             yield from files
@@ -115,11 +124,16 @@ def _walk(
         elif entry.name in REJECTS or entry.name.endswith(SIDE_FILES):
             passed_over["rejects and side files of regeneration"].append(name)
         elif not is_data_file(entry.name):
-            passed_over["other formats"].append(name)
+            passed_over[UNREAD if _is_data_like(entry.name) else "other formats"].append(name)
         elif entry.is_file() or entry.is_symlink():  # opening a broken link reports it
             yield DataFile(entry, name)
         else:
             passed_over["pipes or devices"].append(name)
+
+
+def _is_data_like(name: str) -> bool:
+    """Return whether a file that is not read may contain data, by the endings in its name."""
+    return not DATA_LIKE.isdisjoint(suffix.rstrip("~") for suffix in Path(name.lower()).suffixes)
 
 
 def _is_cache(name: str) -> bool:

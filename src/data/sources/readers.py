@@ -154,7 +154,7 @@ def _open(item: SourceSettings, split: str, chosen: bool, setting: str, warn: Ca
     if is_folder:
         folder, has_splits = open_folder(local, own or split, subset, chosen=chosen or own is not None)
         readers = [open_file(file.path, file.name) for file in folder.files]
-        notes = [folder.note(), missing_shards(folder)]
+        notes = [*folder.notes, folder.note(), missing_shards(folder)]
     elif is_file:
         readers, notes, has_splits = [open_file(local, local.name)], [], False
     else:

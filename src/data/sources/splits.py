@@ -2,11 +2,12 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets import config, load_dataset_builder
-from datasets.data_files import DEFAULT_PATTERNS_ALL, _get_data_files_patterns
+from datasets.data_files import DEFAULT_PATTERNS_ALL, SPLIT_KEYWORDS, _get_data_files_patterns
 from fsspec.utils import glob_translate
 from huggingface_hub import metadata_load
 
@@ -14,7 +15,9 @@ from data.errors import UserError
 from data.sources.folders import AGAIN, SHOWN, DataFile, Folder, scan, shown
 
 ALL = "all"  # every split, as in `datasets`
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\b")
+SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\b")
+# The splits of `datasets` besides train.
+HELD_OUT = {word for split, words in SPLIT_KEYWORDS.items() if split != "train" for word in (str(split), *words)}
 
 
 def open_folder(path: Path, split: str, subset: str | None, *, chosen: bool) -> tuple[Folder, bool]:
@@ -27,7 +30,8 @@ def open_folder(path: Path, split: str, subset: str | None, *, chosen: bool) -> 
         path: an existing folder.
         split: name of a split, or "all".
         subset: a configuration in README.md.
-        chosen: the user chose the split, so it must exist. Otherwise, the folder's only split may have another name.
+        chosen: the user chose the split, so it must exist. Otherwise, the folder's only split may have another name,
+            except one for held-out data such as test.
 
     Returns:
         The folder with the files to read, and whether it has splits.
@@ -39,7 +43,8 @@ def open_folder(path: Path, split: str, subset: str | None, *, chosen: bool) -> 
     if not _splits_by_card(found, subset):
         if subset:
             raise UserError(f"subset={subset} has no effect on the local path {path}. Remove it.")
-        _splits_by_name([file for file in found.files if not file.splits])
+        _check_complete(found, split)
+        _splits_by_name(found)
     splits = sorted({split for file in found.files for split in file.splits})
     if splits and split != ALL:
         _keep(found, _choice(found, splits, split, chosen))
@@ -52,17 +57,17 @@ def missing_shards(folder: Folder) -> str:
 
     If train-00000-of-00002.parquet is alone, its second shard is missing: on purpose, or because a download failed.
     """
-    shards: dict[tuple[str, int], set[int]] = {}
+    shards: dict[tuple[str, str], set[int]] = {}
     for file in folder.files:
         if found := SHARD.match(file.name):
-            shards.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+            shards.setdefault((found[1], found[3]), set()).add(int(found[2]))
     names = [
-        f"{name}-{index:05}-of-{count:05}"
+        f"{name}-{index:0{len(count)}}-of-{count}"
         for (name, count), present in shards.items()
-        for index in range(count)
+        for index in range(int(count))
         if index not in present
     ]
-    return f"{folder.path}: {len(names):,} shards are missing ({shown(names)})" if names else ""
+    return f"{folder.path}: missing shards: {len(names):,} ({shown(names)})" if names else ""
 
 
 def _splits_by_card(found: Folder, subset: str | None) -> bool:
@@ -70,14 +75,14 @@ def _splits_by_card(found: Folder, subset: str | None) -> bool:
     card = found.path / config.REPOCARD_FILENAME
     if not _configs(card):
         return False
+    root = found.path.resolve()  # `datasets` resolves links above the folder, but not those in it
     try:
-        chosen = load_dataset_builder(str(found.path.absolute()), subset).config.data_files
+        chosen = load_dataset_builder(str(root), subset).config.data_files
     except Exception as error:  # invalid metadata may raise anything
         reason = " ".join(str(error).partition("\nExample")[0].split()) or type(error).__name__
         raise UserError(
             f"{found.path}: subset={subset}: {reason} Set subset to one in {card.name}, or fix its metadata."
         ) from error
-    root = found.path.resolve()
     splits: dict[str, set[str]] = {}
     for split, files in (chosen or {}).items():
         for file in files:
@@ -100,15 +105,31 @@ def _configs(card: Path) -> list[Any]:
     return metadata.get("configs") or [] if isinstance(metadata, dict) else []
 
 
-def _splits_by_name(files: list[DataFile]) -> None:
-    """Set the splits that `datasets` derives from the names. It returns a pattern for all files if it finds none."""
+def _check_complete(found: Folder, split: str) -> None:
+    """Check that the folders of a split are those that `DatasetDict.save_to_disk` lists."""
+    missing = [name for name, absent in found.missing.items() if split.lower() in (absent.lower(), ALL)]
+    if missing:
+        raise UserError(
+            f"{found.path}: {shown(missing)} is missing, but {config.DATASETDICT_JSON_FILENAME} lists it. Restore the "
+            "folder, or choose another split."
+        )
+    if found.missing:
+        found.notes.append(f"{found.path}: folders of other splits are missing ({shown(list(found.missing))})")
+
+
+def _splits_by_name(found: Folder) -> None:
+    """Set the splits that `datasets` derives from the names, and name files in several of them. Case is ignored.
+
+    `datasets` returns a pattern for all files if it finds no splits.
+    """
+    files = [file for file in found.files if not file.splits]
 
     def matching(pattern: str) -> list[str]:
-        match = re.compile(glob_translate(pattern)).match
-        found = [file.name for file in files if match(file.name)]
-        if not found:
+        match = _matcher(pattern)
+        names = [file.name for file in files if match(file.name)]
+        if not names:
             raise FileNotFoundError(pattern)
-        return found
+        return names
 
     if not files:
         return
@@ -116,9 +137,15 @@ def _splits_by_name(files: list[DataFile]) -> None:
     if patterns == DEFAULT_PATTERNS_ALL:
         return
     for split, given in patterns.items():
-        matches = [re.compile(glob_translate(pattern)).match for pattern in given]
+        matches = [_matcher(pattern) for pattern in given]
         for file in files:
             file.splits |= {str(split)} if any(match(file.name) for match in matches) else set()
+    if several := [f"{file.name}: {' and '.join(sorted(file.splits))}" for file in files if len(file.splits) > 1]:
+        found.notes.append(f"{found.path}: by their names, some files are in several splits ({shown(several)})")
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    return re.compile(glob_translate(pattern), re.IGNORECASE).match
 
 
 def _choice(found: Folder, splits: list[str], split: str, chosen: bool) -> str:
@@ -133,9 +160,19 @@ def _choice(found: Folder, splits: list[str], split: str, chosen: bool) -> str:
         )
     if split in splits:
         return split
-    if len(splits) == 1 and not chosen:
+    if same := [name for name in splits if name.lower() == split.lower()]:
+        return same[0]
+    replaceable = not chosen and not found.missing and (_is_held_out(split) or not _is_held_out(splits[0]))
+    if len(splits) == 1 and replaceable:
+        found.notes.append(f"{found.path}: no split {split!r}; read the only one, {splits[0]!r}")
         return splits[0]
     raise UserError(f"{found.path}: no split {split!r}; found {', '.join(splits)}. {advice}")
+
+
+def _is_held_out(split: str) -> bool:
+    """Return whether a split is for validation or tests, by the words in its name: test, test_sft, eval."""
+    words = set(re.split(r"[^a-z]+", split.lower()))
+    return not words.isdisjoint(HELD_OUT) and "train" not in words
 
 
 def _keep(found: Folder, split: str) -> None:
@@ -161,7 +198,7 @@ def _keep_once(found: Folder) -> None:
 
 
 def _drop(found: Folder, files: list[DataFile], reason: str) -> None:
-    names = {file.name for file in files}
-    if names:
-        found.passed_over[reason] += sorted(names)
-        found.files = [file for file in found.files if file.name not in names]
+    dropped = set(map(id, files))  # a name may occur twice
+    if files:
+        found.passed_over[reason] += sorted(file.name for file in files)
+        found.files = [file for file in found.files if id(file) not in dropped]
