@@ -5,12 +5,17 @@ import json
 import pytest
 from helpers.regeneration import read, run, server, write
 from helpers.stub_server import StubServer
+from omegaconf import OmegaConf
 
 from data.errors import UserError
 from data.regenerate import output as module
-from data.regenerate.conversation import KEPT, Asked, beside
+from data.regenerate import run as run_module
+from data.regenerate.conversation import KEPT, Asked, Sampling, beside
 from data.regenerate.output import dropped_file, write_output
 from data.regenerate.sample_log import SampleLog
+from data.regenerate.settings import SettingsFile
+
+SAMPLING = Sampling(0.0, 1.0, 64, seed=0, drop_cut_off=False, repeat_words=9, repeat_times=0)
 
 
 def finish(folder, questions):
@@ -114,3 +119,56 @@ def test_overwriting_that_fails_before_its_first_answer_leaves_the_output_valid(
         write(tmp_path, [{"question": f"q{i}", "answer": "x"} for i in range(2)])
         run(tmp_path, *server(stub))
     assert stub.asked["q0"] == before and len(read(tmp_path)) == 2
+
+
+class Backend:
+    """Answers with `says`: question -> text; None leaves the question open, an exception stops the run."""
+
+    def __init__(self, says):
+        self.says = says
+
+    def run(self, samples, on_finish, *, answered_before, on_tokens):
+        for sample in samples:
+            said = self.says(sample.ask().messages[-1]["content"])
+            if isinstance(said, Exception):
+                raise said
+            if said is not None:
+                sample.answer({"content": said}, None, complete=True, tokens=1, sampling=SAMPLING)
+                on_finish(sample)
+
+
+@pytest.fixture
+def regenerate(tmp_path, monkeypatch):
+    """Return a function that regenerates `questions` and returns the answers in the output."""
+
+    def run_with(says, questions="abc", *, temperature=0, overwrite=False):
+        write(tmp_path, [{"question": question, "answer": "x"} for question in questions])
+        data = {"path": str(tmp_path / "questions.jsonl"), "split": "train", "max_records": None, "bad_records": "stop"}
+        config = OmegaConf.create({"data": data, "run_dir": str(tmp_path), "overwrite": overwrite})
+        settings = {"temperature": temperature}
+        file = SettingsFile(tmp_path / "out.settings.json", settings, [len(questions)], {})
+        monkeypatch.setattr(run_module, "settings_file", lambda *_: file)
+        monkeypatch.setattr(run_module, "_backend", lambda _: (Backend(says), None))
+        run_module._regenerate(config, tmp_path / "out.jsonl")
+        return [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "out.jsonl").open()]
+
+    return run_with
+
+
+@pytest.mark.parametrize(("says", "reason"), [("", "3 empty"), (None, "3 unanswered")])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_overwriting_that_keeps_no_answer_leaves_the_output_valid(temperature, says, reason, regenerate, tmp_path):
+    regenerate(lambda _: "old")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for _ in range(2):  # the second run does not resume the first
+        with pytest.raises(UserError, match=f"out.jsonl is unchanged: {reason}"):
+            regenerate(lambda _: says, temperature=temperature, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert regenerate(lambda _: "new", "abcd") == ["old"] * 3 + ["new"]
+
+
+def test_overwriting_does_not_resume_an_interrupted_append(regenerate):
+    regenerate(lambda _: "old")
+    with pytest.raises(UserError, match="down"):
+        regenerate(lambda question: UserError("down") if question == "e" else "old", "abcde")
+    assert regenerate(lambda _: "new", "abcde", overwrite=True) == ["new"] * 5

@@ -13,6 +13,7 @@ conversations and why). The settings are under `regenerate` in conf/config.yaml.
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
@@ -106,15 +107,19 @@ def _regenerate(config: DictConfig, output: Path) -> None:
             f"overwrite={config.overwrite}: expected true or false; stage names are only valid for python -m train."
         )
     log, starts_over = _open_log(record, output, config.overwrite)
+    replaces_output = starts_over and output.exists()
     log.assign(questions.samples())
     total, remaining = len(questions), sum(not log.has(asked) for asked in questions.samples())
     if not remaining and not starts_over and not log.path.exists() and record.same_questions():
         say(f"already finished: {output}")
         return
     if remaining:
-        _answer(config, questions, log, record, replaces_output=starts_over and output.exists())
+        _answer(config, questions, log, record, replaces_output=replaces_output)
     finished = [asked for asked in questions.samples() if log.has(asked)]
-    summary, unanswered = write_output(log, finished, output), total - len(finished)
+    unanswered = total - len(finished)
+    if replaces_output and output.stat().st_size and not log.kept():
+        _keep_output(output, log, record, unanswered)
+    summary = write_output(log, finished, output)
     record.write(outcomes=dict(summary.outcomes) | ({"unanswered": unanswered} if unanswered else {}))
     log.remove()
     say(f"{summary.describe()}\n{output}")
@@ -127,6 +132,23 @@ def _regenerate(config: DictConfig, output: Path) -> None:
         )
     if not summary.kept:
         raise UserError(f"No answers were kept. The reasons are listed in {dropped_file(output)}.")
+
+
+def _keep_output(output: Path, log: SampleLog, record: SettingsFile, unanswered: int) -> NoReturn:
+    """End a run that was to replace the output and kept no answer.
+
+    Raises:
+        UserError: always, with the outcomes.
+    """
+    outcomes = log.most_common_outcomes(3)
+    if unanswered:
+        outcomes.append(f"{unanswered:,} unanswered, because the server failed repeatedly")
+    log.remove()  # first: with the old settings, a next run would use its samples
+    record.restore()
+    raise UserError(
+        f"No new answers were kept, so {output} is unchanged: {'; '.join(outcomes)}. Fix the cause and run the same "
+        "command to ask all questions again."
+    )
 
 
 def _open_log(record: SettingsFile, output: Path, overwrite: bool) -> tuple[SampleLog, bool]:
@@ -144,8 +166,9 @@ def _open_log(record: SettingsFile, output: Path, overwrite: bool) -> tuple[Samp
             "regenerate.output, or set overwrite=true to replace the file."
         )
     changes = record.changes()
-    if overwrite and (changes or not unfinished.exists() or not record.path.exists()):
-        unfinished.unlink(missing_ok=True)  # an interrupted run with the same settings is resumed instead
+    resumes = unfinished.exists() and record.path.exists() and (record.discards_output() or not output.exists())
+    if overwrite and (changes or not resumes):  # an interrupted overwrite with the same settings is resumed
+        unfinished.unlink(missing_ok=True)
         return SampleLog(unfinished), True
     if not overwrite and record.discards_output() and not SampleLog(unfinished).kept():
         unfinished.unlink(missing_ok=True)

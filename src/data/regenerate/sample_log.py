@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -90,6 +90,11 @@ class SampleLog:
         """Return the keys of the kept samples that belong to no question."""
         used = set(self.assigned.values())
         return [key for key, stored in self.offsets.items() if key not in used and is_kept(stored.outcome)]
+
+    def most_common_outcomes(self, limit: int) -> list[str]:
+        """Return the most frequent outcomes, each after its count."""
+        counts = Counter(stored.outcome for stored in self.offsets.values())
+        return [f"{count:,} {outcome:.200}" for outcome, count in counts.most_common(limit)]
 
     def kept(self) -> int:
         """Return the number of samples with an answer that was kept."""
