@@ -126,11 +126,72 @@ BARE = (
 )
 
 
-@pytest.mark.parametrize("parts", [PARTS, "{{ m.content[0]['text'] }}"])
-def test_a_template_that_reads_only_content_parts_gets_them(parts, encoder_of):
-    encoder = encoder_of(PLAIN.replace("{{ m.content }}", parts))
-    assert check(encoder, [user("How?"), assistant("So.")]) == (["So.<|im_end|>"], [])
-    assert "How?" in encoder.backend.decode(encoder.prompt(Conversation([user("How?")])))
+FIRST = "{{ m.content[0]['text'] }}"  # an error for a string
+
+
+def mixed(roles, parts):
+    """Return a template that reads parts for some roles and strings for others."""
+    return PLAIN.replace(
+        "{{ m.content }}", f"{{% if m.role in {roles} %}}{parts}{{% else %}}{{{{ m.content + '' }}}}{{% endif %}}"
+    )
+
+
+@pytest.mark.parametrize("parts", [PARTS, FIRST])
+@pytest.mark.parametrize(
+    "roles",
+    [["system", "user", "assistant", "tool"], ["user"], ["system", "assistant"], ["assistant", "tool"], ["tool"]],
+)
+def test_a_template_gets_content_parts_for_the_roles_that_need_them(roles, parts, encoder_of):
+    template, system = mixed(roles, parts), {"role": "system", "content": "Be brief."}
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    called = [user("How?"), assistant("f", tool_calls=[call]), {"role": "tool", "content": "Rain."}, assistant("So.")]
+    for messages in ([system, user("How?"), assistant("So.")], called):
+        answers, refused = check(encoder_of(template), messages)
+        assert answers[-1] == "So.<|im_end|>" and not refused
+        prompt = encoder_of(template).prompt(Conversation(messages[:-1]))
+        text = encoder_of(template).backend.decode(prompt, skip_special_tokens=False)
+        assert all(f"{m['role']}\n{m['content']}<|im_end|>" in text for m in messages[:-1])
+
+
+THINKING = (
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'thinking' %}[THINK]{{ THOUGHT }}[/THINK]{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thought", ["p.thinking", "p.thinking[0].text"])
+def test_reasoning_is_a_part_where_the_template_reads_it_as_a_part(thought, encoder_of):
+    """As in Magistral's templates."""
+    encoder = encoder_of(PLAIN.replace("{{ m.content }}", THINKING.replace("THOUGHT", thought)))
+    messages = [user("How?"), assistant("So.", reasoning_content="Hm."), user("Sure?"), assistant("Yes.")]
+    assert check(encoder, messages) == (["[THINK]Hm.[/THINK]So.<|im_end|>", "Yes.<|im_end|>"], [])
+
+
+KIMI = (
+    "{% for c in m.tool_calls or [] %}{{ c.id }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "{% if m.role == 'tool' %} of {{ m.tool_call_id }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("given", [None, "call_", "functions.f:"])
+def test_ids_name_the_function_where_the_template_writes_them_in_place_of_the_name(given, encoder_of):
+    """As in Kimi K2's templates."""
+
+    def call(number):
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": number}}}
+        return call | ({"id": f"{given}{number}"} if given else {})
+
+    def result(number):
+        return {"role": "tool", "content": f"r{number}"} | ({"tool_call_id": f"{given}{number}"} if given else {})
+
+    encoder = encoder_of(PLAIN.replace("<|im_end|>\n{% endfor %}", KIMI))
+    messages = [user("How?"), assistant("", tool_calls=[call(0), call(1)]), result(0), result(1)]
+    messages += [assistant("", tool_calls=[call(2)]), result(2), assistant("So.")]
+    answers, refused = check(encoder, messages)
+    calls = ['functions.f:0 {"x": 0}functions.f:1 {"x": 1}<|im_end|>', 'functions.f:2 {"x": 2}<|im_end|>']
+    assert (answers, refused) == ([*calls, "So.<|im_end|>"], [])
+    prompt = encoder.backend.decode(encoder.prompt(Conversation(messages[:-1])))
+    assert all(f"r{i} of functions.f:{i}" in prompt for i in range(3))
 
 
 def test_a_system_prompt_that_the_template_drops_is_refused(encoder_of):

@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import BadRecord, UserError
 from data.preprocess.boundaries import AnswerDocument, BoundaryTokenizer
+from data.preprocess.content_forms import QUESTION, SAMPLE_TEXT, content_form
 from data.preprocess.prompts import CHECKED, Render
 from data.preprocess.spans import CUT_OFF, NO_END_TOKEN, Supervision
 from data.preprocess.supervision import Supervisor
@@ -25,8 +26,6 @@ from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
 from data.sources.turns import REASONING
-
-SAMPLE_TEXT = "Count the apples of each day in turn."  # shows whether a template writes a message
 
 
 @dataclass
@@ -85,8 +84,7 @@ class ChatEncoder:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.boundaries = BoundaryTokenizer(self.backend)
-        self.text_parts = False
-        self.text_parts = self._reads_parts_only()
+        self.content_form = content_form(self._render_as_given)
         self.supervisor = Supervisor(self._render, self.stop_tokens, added, texts_searched(self.template))
         self.token_ids = TokenIdChecker(self.backend, stop_ids)
 
@@ -225,12 +223,12 @@ class ChatEncoder:
     @cached_property
     def drops_system(self) -> bool:
         """Whether the template drops system prompts without an error."""
-        return self._drops([{"role": "system", "content": SAMPLE_TEXT}, {"role": "user", "content": "Go on."}])
+        return self._drops([{"role": "system", "content": SAMPLE_TEXT}, QUESTION])
 
     @cached_property
     def writes_developer(self) -> bool:
         """Whether the template has a form for developer prompts and writes them."""
-        sample = [{"role": "developer", "content": SAMPLE_TEXT}, {"role": "user", "content": "Go on."}]
+        sample = [{"role": "developer", "content": SAMPLE_TEXT}, QUESTION]
         with suppress(BadRecord):
             return names_role(self.template, "developer") and SAMPLE_TEXT in self._render(sample, True)
         return False
@@ -240,19 +238,6 @@ class ChatEncoder:
             return SAMPLE_TEXT not in self._render(sample, True)
         except BadRecord:
             return False
-
-    def _reads_parts_only(self) -> bool:
-        """Return whether the template writes the text of a question only if it is a list of parts."""
-        sample = {"role": "user", "content": SAMPLE_TEXT}
-        if not self._drops([sample]) or self._drops([self._with_parts(sample)]):
-            return False
-        text = self._render([self._with_parts(sample)], True)
-        return "'text'" not in text and '"text"' not in text  # not the list itself, as Python or JSON prints it
-
-    @staticmethod
-    def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
     def _refuse_special_tokens(self, messages: Messages) -> None:
         for number, message in enumerate(messages, start=1):
@@ -282,11 +267,13 @@ class ChatEncoder:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def _render(self, messages: Messages, generation_prompt: bool, **tools: Any) -> str:
+        return self._render_as_given(self.content_form.apply(messages), generation_prompt, **tools)
+
+    def _render_as_given(self, messages: Messages, generation_prompt: bool, **tools: Any) -> str:
         apply: Callable[..., Any] = render_jinja_template  # annotated to return str, but returns texts and spans
         given = self.variables | tools if tools else self.variables
         template = self.tool_template if given.get("tools") else self.template
         options = {"chat_template": template, "add_generation_prompt": generation_prompt}
-        messages = [self._with_parts(message) for message in messages] if self.text_parts else messages
         try:
             return apply([messages], **options, **given)[0][0]
         except Exception as error:  # a template is a program: besides TemplateError, it may raise anything

@@ -3,8 +3,9 @@
 Templates differ in the form of a call: most expect the arguments as an object and empty text, some the arguments as
 JSON text or no text at all. The first form in which a template writes a sample call is used for all conversations;
 a template that prints an object as Python does (`{'city': 'Lisbon'}`) expects JSON text.
-Mistral's templates also require ids of nine letters and digits, which the target itself chooses at random. Other ids,
-and missing ones, are replaced for them.
+Mistral's templates also require ids of nine letters and digits, which the target itself chooses at random. Kimi K2's
+write an id such as `functions.get_forecast:0` in place of the name; the number counts the calls of a conversation.
+Other ids, and missing ones, are replaced for them.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ from data.sources.records import Message, Messages
 NAME, VALUE = "get_forecast", "Lisbon"
 ARGUMENTS = {"city": VALUE, "daily": True}
 PYTHON = re.compile(rf"""\{{\s*'city': '{VALUE}'""")  # an object as Python prints it
-SAMPLE_TOOL = {
-    "name": NAME,
+SAMPLE_TOOL = {  # another name than in the call, so that only calls have that name
+    "name": "look_up",
     "description": "Return the forecast.",
     "parameters": {
         "type": "object",
@@ -45,11 +46,11 @@ class CallForm:
 
     json_text: bool = False  # arguments as JSON text
     no_text: bool = False  # no text at all beside the calls, instead of an empty one
-    short_ids: bool = False  # ids of nine letters and digits
+    ids: str | None = None  # "short": nine letters and digits; "named": the function's name and the call's number
 
     def apply(self, messages: Messages) -> Messages:
         """Return the messages of a conversation with all calls in this form."""
-        messages = _with_short_ids(messages) if self.short_ids else messages
+        messages = _with_ids(messages, self.ids == "named") if self.ids else messages
         return [self._apply(message) for message in messages] if self.json_text or self.no_text else messages
 
     def _apply(self, message: Message) -> Message:
@@ -67,8 +68,9 @@ def call_form(render: Callable[..., str]) -> CallForm:
     forms = [CallForm(json_text, no_text) for json_text in (False, True) for no_text in (False, True)]
     for form in forms:
         if _writes(render, form.apply(SAMPLE)):
-            return replace(form, short_ids=not _writes(render, form.apply(_without_ids(SAMPLE))))
-    return forms[0]
+            return form if _writes(render, form.apply(_without_ids(SAMPLE))) else replace(form, ids="short")
+    named = [replace(form, ids="named") for form in forms]
+    return next((form for form in named if _writes(render, form.apply(SAMPLE))), forms[0])
 
 
 def _writes(render: Callable[..., str], messages: Messages) -> bool:
@@ -76,7 +78,7 @@ def _writes(render: Callable[..., str], messages: Messages) -> bool:
         text = render(messages, False, tools=[{"type": "function", "function": SAMPLE_TOOL}])
     except BadRecord:
         return False
-    return VALUE in text and not PYTHON.search(text) and NAME in text[text.rfind(SAMPLE[0]["content"]) :]
+    return VALUE in text and NAME in text and not PYTHON.search(text)
 
 
 def _without_ids(messages: Messages) -> Messages:
@@ -84,17 +86,17 @@ def _without_ids(messages: Messages) -> Messages:
     return [*messages[:-1], messages[-1] | {"tool_calls": [call]}]
 
 
-def _with_short_ids(messages: Messages) -> Messages:
-    """Give calls, and their results, ids of nine letters and digits. Results without an id belong to calls in order."""
+def _with_ids(messages: Messages, named: bool) -> Messages:
+    """Give calls, and their results, ids in the form of a template. Results without an id belong to calls in order."""
     found: Messages = []
-    waiting: list[tuple[str | None, str]] = []  # original and short ids of the calls without a result
+    waiting: list[tuple[str | None, str]] = []  # original and new ids of the calls without a result
+    count = 0
     for turn, message in enumerate(messages):
         if calls := message.get("tool_calls"):
-            waiting = [
-                (call.get("id"), _short_id(str(call.get("id") or f"{turn}/{i}"))) for i, call in enumerate(calls)
-            ]
-            pairs = zip(calls, waiting, strict=True)
-            message = message | {"tool_calls": [call | {"id": short} for call, (_, short) in pairs]}
+            new = [_named_id(c, count + i) if named else _short_id(c, f"{turn}/{i}") for i, c in enumerate(calls)]
+            waiting, count = [(call.get("id"), name) for call, name in zip(calls, new, strict=True)], count + len(calls)
+            pairs = zip(calls, new, strict=True)
+            message = message | {"tool_calls": [call | {"id": name} for call, name in pairs]}
         elif message["role"] == "tool" and waiting:
             given = message.get("tool_call_id")
             answered = next((pair for pair in waiting if given is not None and pair[0] == given), waiting[0])
@@ -104,7 +106,13 @@ def _with_short_ids(messages: Messages) -> Messages:
     return found
 
 
-def _short_id(name: str) -> str:
+def _named_id(call: dict[str, Any], number: int) -> str:
+    start, given = f"functions.{call['function']['name']}:", str(call.get("id") or "")
+    return given if given.startswith(start) and given[len(start) :].isdecimal() else f"{start}{number}"
+
+
+def _short_id(call: dict[str, Any], place: str) -> str:
+    name = str(call.get("id") or place)
     short = len(name) == 9 and name.isascii() and name.isalnum()
     return name if short else hashlib.blake2b(name.encode(), digest_size=5).hexdigest()[:9]
 
