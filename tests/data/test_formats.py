@@ -38,6 +38,10 @@ CONTENTS = {
     "no newlines.jsonl": as_lines(RECORDS, " "),
     "array.json": ARRAY,
     "array with a byte order mark.json": b"\xef\xbb\xbf\n " + ARRAY,
+    "byte order mark before an empty line.jsonl": b"\xef\xbb\xbf\n" + LINES,
+    "files with byte order marks.jsonl": b"".join(
+        b"\xef\xbb\xbf" + as_lines(part) for part in (RECORDS[:9], RECORDS[9:])
+    ),
     "array.jsonl": ARRAY,
     "pretty array.json": json.dumps(RECORDS, indent=2, ensure_ascii=False).encode(),
     "pretty objects.json": "\n".join(json.dumps(record, indent=2) for record in RECORDS).encode(),
@@ -138,6 +142,8 @@ SEVERAL = {
     "lines and commas": (b'{"n": 0},\n{"n": 1}\n', [0, 1], 0),
     "an empty array first": (b'[]\n{"n": 0}\n{"n": 1}\n', [0, 1], 1),
     "a message first": (b'[INFO] start\n{"n": 0}\n{"n": 1}\n', [0, 1], 1),
+    "byte-order marks": (b'\xef\xbb\xbf[{"n": 0}]\n\xef\xbb\xbf[\n{"n": 1}]\xef\xbb\xbf[{"n": 2}]', [0, 1, 2], 0),
+    "arrays and lines": (b'[{"n": 0, "turns": []}, {"n": 1}]\n{"n": 2}\n[{"n": 3}]\n', [0, 1, 2, 3], 0),
     "a long integer": (b'[{"n": 0}, {"n": ' + b"1" * 5000 + b'}, {"n": 2}]', [0, 2], 1),
 }
 
@@ -164,6 +170,31 @@ def test_a_value_that_is_too_long_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps([{}, {"a": "x" * 5000}, {}]))
     with pytest.raises(UserError, match="no complete value within 1,000 characters; 5,0.* of 5,0.* bytes"):
         JsonValues(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [('{"question" "q"}', "Expecting ':' delimiter"), ("-" * 50, "Expecting value")]
+)
+def test_damage_far_from_the_end_is_named(text, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_values, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_values, "READ_BYTES", 100)
+    (tmp_path / "data.json").write_text(f"[{{}}, {text}, {json.dumps([{'a': 'x'}] * 500)}]")
+    with pytest.raises(UserError, match=f"line 1: {reason}; [56],... of [56],... bytes cannot be read"):
+        JsonValues(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"query": "q", "answers": [{"question": 1}], "tools": [{"name": "f", "input": {}, "system": ""}]},
+        {"messages": [{"role": "system", "content": "", "tools": []}]},
+        {"question": "q", "answer": "a", "metadata": {"question": "", "list": [{"prompt": ""}]}},
+    ],
+)
+def test_a_file_with_a_single_record_is_no_wrapper(record, tmp_path):
+    for name, indent in (("a.jsonl", None), ("b.json", 1)):
+        (tmp_path / name).write_text(json.dumps(record, indent=indent))
+        assert values(open_file(tmp_path / name, name)) == [record]
 
 
 def test_a_first_line_that_is_no_json_does_not_change_the_layout(tmp_path):
@@ -199,6 +230,12 @@ REFUSED = {
     "damaged object.json": (b'{\n "messages": [\n', "an object that spans lines, and is damaged or longer"),
     "by id.json": (b'{"a": {"messages": []},\n "b": {}}', "a record under each key; .*jq -c '.[]'"),
     "my data.json": (b'{"my data": [{"messages": []}]}', """the records in `my data`.*jq -c '.["my data"][]' '"""),
+    "nested.json": (b'{"data": {"train": [{"messages": []}]}}', "the records in `data.train`.*jq -c '.data.train[]'"),
+    "n.json": (b'{"a b": {"c": [{"question": ""}]}}', "the records in `a b.c`.*jq -c '.[\"a b\"].c[]'"),
+    "inner.json": (b'{"conversations": [{"conversations": []}]}', "in `conversations`.*jq -c '.conversations[]'"),
+    "zeros.jsonl": (bytes(600), "begins with zero bytes, e.g. since"),
+    "mark.jsonl": (b"\xef\xbb\xbf", "contains no records"),
+    "long.jsonl.zst": (b"\x28\xb5\x2f\xfd\x00\xa8\x19\0\0{}\n", "a longer window.*with: zstd -d --long=31 /"),
     "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer.*git lfs pull"),
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES)), "compressed more than once"),
     "h.json": (b" [ ]\n", "contains no records"),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pyarrow
 import pytest
@@ -186,7 +187,11 @@ def test_a_complete_cache_entry_is_read_without_writing(tmp_path, cache, encoder
     path = write(tmp_path / "data.jsonl")
     tokens(path, encoder)
     Dataset.from_list(RECORDS).to_parquet(str(tmp_path / "data.parquet"))
-    opened(tmp_path / "data.parquet")
+    feather.write_feather(pyarrow.Table.from_pylist(RECORDS), tmp_path / "[b].arrow")
+    special = (tmp_path / "data[1].parquet", tmp_path / "[b].arrow")
+    shutil.copy(tmp_path / "data.parquet", special[0])
+    for name in (tmp_path / "data.parquet", *special):
+        opened(name)
 
     def refuse(*_args, **_kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -195,6 +200,8 @@ def test_a_complete_cache_entry_is_read_without_writing(tmp_path, cache, encoder
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     assert len(tokens(path, encoder)) == len(RECORDS)
     assert values(opened(tmp_path / "data.parquet")) == RECORDS
+    for name in special:
+        assert values(opened(name)) == RECORDS
     append(path, RECORDS[:1])
     with pytest.raises(UserError, match=r"HF_DATASETS_CACHE=.*Read-only file system\)\. Make it writable, or"):
         tokens(path, encoder)

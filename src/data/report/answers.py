@@ -55,7 +55,7 @@ class AnswerCounter:
 def answer_sections(answers: Answers) -> list[Section]:
     """Return the sections on supervised answers by kind, length and language."""
     kinds = {kind: answers.by_kind[kind] for kind in KINDS if answers.by_kind[kind]}
-    declared = f"{answers.declared:,} answers have a kind that their record or source declares"
+    declared = f"answers with a kind that their record or source declares: {answers.declared:,}"
     rules = "the kind of the others follows from their text (src/data/sources/kinds.py)"
     every = sorted(tokens for found in kinds.values() for tokens in found)
     lengths = {name: list(group) for name, group in groupby(every, length_group)}

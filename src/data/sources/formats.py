@@ -18,9 +18,9 @@ from filelock import FileLock
 from data.errors import UserError
 from data.sources.cache import cache_errors, cache_folder, complete_file
 from data.sources.chunks import Reader, unreadable
+from data.sources.forms import KEYS, LISTS
 from data.sources.json_values import JsonValues
 from data.sources.jsonl import BOM, MAX_LINE_BYTES, JsonLines
-from data.sources.records import KEYS
 from data.sources.tables import open_table
 
 TEXT = (".jsonl", ".ndjson", ".json")
@@ -33,6 +33,8 @@ LFS = b"version https://git-lfs.github.com/spec/"
 OTHER_ARCHIVES = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")
 ARRAY = re.compile(rb"\[\s*([\[{\]]|$)")
 TWO_OBJECTS = re.compile(r"\s*,?\s*\{")
+NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # a key that jq accepts without quotes
+TURN = {"content", "value"}  # of a turn, which may have `tools` as well
 COPY_BYTES = 2**20
 
 
@@ -76,6 +78,10 @@ def _beginning(file: Path) -> bytes:
 def _check_text(file: Path, beginning: bytes) -> None:
     if beginning.startswith(OTHER_ARCHIVES) or beginning[257:262] == b"ustar":
         raise UserError(f"{file} is an archive of an unsupported format. Decompress it first.")
+    if beginning.startswith(bytes(4)):
+        raise UserError(
+            f"{file} begins with zero bytes, e.g. since a power loss or an unfinished copy. Replace the file."
+        )
     if beginning and (encoding := json.detect_encoding(beginning)) not in ("utf-8", "utf-8-sig"):
         raise UserError(
             f"{file} is not UTF-8, but probably {encoding.upper()}. Convert it with: "
@@ -120,24 +126,39 @@ def _check_wrapper(reader: Reader) -> None:
             f"{MAX_LINE_BYTES:,} bytes each. For records in a list under KEY: "
             f"jq -c '.KEY[]' {quote(reader.name)} > conversations.jsonl"
         )
-    fields = record.value if isinstance(record.value, dict) and not KEYS & record.value.keys() else {}
-    for key, value in fields.items():
-        if isinstance(value, dict) and KEYS & value.keys():
-            raise UserError(
-                f"{reader.name}: a single object with a record under each key; expected an array or one object per "
-                f"line. Convert it with: jq -c '.[]' {quote(reader.name)} > conversations.jsonl"
-            )
-        if isinstance(value, list) and value and isinstance(value[0], dict) and KEYS & value[0].keys():
-            path = f".{key}[]" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}][]"
-            raise UserError(
-                f"{reader.name}: a single object with the records in `{key}`; expected an array or one object per "
-                f"line. Convert it with: jq -c {quote(path)} {quote(reader.name)} > conversations.jsonl"
-            )
+    for keys in _lists_of_records(record.value):
+        where = f"the records in `{'.'.join(keys)}`" if keys else "a record under each key"
+        names = (f".{key}" if NAME.fullmatch(key) else f"[{json.dumps(key)}]" for key in keys)
+        path = "".join(names) + "[]"
+        raise UserError(
+            f"{reader.name}: a single object with {where}; expected an array or one object per line. Convert it with: "
+            f"jq -c {quote(path if path.startswith('.') else f'.{path}')} {quote(reader.name)} > conversations.jsonl"
+        )
+
+
+def _lists_of_records(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the keys of lists of records in an object, and of objects with records as values, in at most two levels."""
+    fields = value.items() if isinstance(value, dict) else ()
+    record = _is_record(value)  # may still have records in place of turns: {"conversations": [{"messages": ...}]}
+    for key, item in fields:
+        if isinstance(item, list) and item and _is_record(item[0]) and (not record or key in LISTS):
+            yield *keys, key
+        elif not record and _is_record(item):
+            yield keys
+        elif not record and not keys:
+            yield from _lists_of_records(item, (key,))
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and bool(KEYS & value.keys()) and not TURN & value.keys()
 
 
 def _begins_array(line: bytes, rest: bytes) -> bool:
     """Return whether the file is an array of records, or several; not JSONL after `[]` or text such as `[INFO]`."""
-    return bool(ARRAY.match(line)) and not (rest.lstrip().startswith(b"{") and len(line) > 1 and _is_json(line))
+    if not ARRAY.match(line):
+        return False
+    lines = rest.lstrip().startswith(b"{") and len(line) > 1 and _is_json(line)
+    return not lines or any(map(_is_record, json.loads(line)))
 
 
 def _is_json(line: bytes) -> bool:
@@ -210,4 +231,9 @@ def _blocks(stream: IO[bytes], file: Path) -> Iterator[bytes]:
         while block := stream.read(COPY_BYTES):
             yield block
     except (EOFError, zlib.error, OSError) as error:
+        if "too much memory" in str(error):  # of Zstandard
+            raise UserError(
+                f"{file}: compressed with a longer window than can be read. Decompress it with: "
+                f"zstd -d --long=31 {quote(str(file))}"
+            ) from error
         raise UserError(f"{file}: the compressed data is damaged or incomplete ({error}). Replace the file.") from error

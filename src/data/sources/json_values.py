@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 
 from data.errors import BadRecord, UserError
 from data.sources.chunks import CHUNK_RECORDS, Chunk, RawRecord, read_block
-from data.sources.jsonl import BOM, CHUNK_BYTES, MAX_LINE_BYTES
+from data.sources.jsonl import CHUNK_BYTES, MAX_LINE_BYTES
 
 READ_BYTES = 2**20
 SHOWN = 200  # characters of damaged text in the rejects file
-SPACE = re.compile(r"[ \t\n\r]*")
+SPACE = re.compile(r"[ \t\n\r\ufeff]*")  # concatenated files may have byte-order marks inside
 LITERAL = len("\\u0000")  # longest token whose error is at its beginning, besides strings
 DECODER = json.JSONDecoder()
 
@@ -111,8 +111,6 @@ class _Window:
         self._end = False
         self.is_cut_off = False  # whether the error of `values` is at the end of the file
         self._grow()
-        if self.text.startswith(bom := BOM.decode()):
-            self._advance(len(bom))
 
     def values(self) -> Iterator[bytes]:
         """Yield the bytes of each value, with the separators before it, and move the window behind it.
@@ -159,8 +157,10 @@ class _Window:
                 if end < len(self.text) or self._end:
                     return end
             except (ValueError, RecursionError) as error:
-                if self._end:
-                    self.is_cut_off = _is_cut_off(self.text, error)
+                cut_off = _is_cut_off(self.text, error)
+                too_long = len(self.text) - self.at > MAX_LINE_BYTES
+                if self._end or too_long and not cut_off:
+                    self.is_cut_off = self._end and cut_off
                     raise self._error(str(error).partition(": line")[0]) from None
             if len(self.text) - self.at > MAX_LINE_BYTES:
                 raise self._error(f"no complete value within {MAX_LINE_BYTES:,} characters")

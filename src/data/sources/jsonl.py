@@ -14,7 +14,10 @@ BOM = b"\xef\xbb\xbf"
 
 
 class JsonLines:
-    """A file with one JSON object per line. Blank lines are skipped."""
+    """A file with one JSON object per line. Blank lines are skipped, and byte-order marks before a line.
+
+    Such a mark is inside a file that was concatenated from several.
+    """
 
     def __init__(self, file: Path, label: str = "", name: str = "") -> None:
         """Scan the file once to split it into chunks, count its records and hash its content.
@@ -34,7 +37,7 @@ class JsonLines:
                 number += 1
                 here, huge = len(piece), len(piece) > MAX_LINE_BYTES
                 sha256.update(piece)
-                blank = not piece.strip()
+                blank = not piece.removeprefix(BOM).strip()
                 if huge or records == CHUNK_RECORDS or size > CHUNK_BYTES:
                     self._add(start, size, line, records, checksum)
                     start, size, line, records, checksum = start + size, 0, number, 0, 0
@@ -64,8 +67,8 @@ class JsonLines:
             yield RawRecord(chunk.line, None, reason, "")
             return
         for number, line in enumerate(read_block(self.file, self.name, chunk).split(b"\n"), start=chunk.line):
-            if line.strip():
-                yield _decoded(number, line.removeprefix(BOM) if number == 1 else line)
+            if (text := line.removeprefix(BOM)).strip():
+                yield _decoded(number, text)
 
     def location(self, position: int) -> str:
         return f"{self.name}:{position}"

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,20 +114,25 @@ def _read_parquet(file: Path, sha256: str) -> tuple[Dataset, tuple[str, ...]]:
         return Dataset.from_dict({}), notes  # `datasets` cannot read an empty shard
     # Key the cache by content hash, because `datasets` identifies files by path and mtime.
     cache = cache_folder("parquet", sha256)
-    path = str(_plain(file, cache))
     options: dict[str, Any] = {}
     if notes:  # without features, `datasets` would infer those of all columns
         selected = pyarrow.schema([schema.field(name) for name in columns], metadata=schema.metadata)
         options = {"columns": columns, "features": Features.from_arrow_schema(selected)}
-    read = partial(Dataset.from_parquet, path, cache_dir=str(cache), **options)
+
+    def read() -> Dataset:
+        return Dataset.from_parquet(str(_plain(file, cache)), cache_dir=str(cache), **options)
+
     return _converted(read, cache, columns, metadata.num_rows), notes
 
 
 def _read_arrow(file: Path, sha256: str, *, in_file_format: bool) -> tuple[Dataset, tuple[str, ...]]:
     if in_file_format:  # `datasets` maps only the stream format; it converts the other one
         cache = cache_folder("arrow", sha256)
-        path = str(_plain(file, cache))
-        read = partial(load_dataset, "arrow", data_files=path, split="train", cache_dir=str(cache))
+
+        def read() -> Dataset:
+            path = str(_plain(file, cache))
+            return load_dataset("arrow", data_files=path, split="train", cache_dir=str(cache))
+
         with pyarrow.memory_map(str(file)) as content:
             names = pyarrow.ipc.open_file(content).schema.names
         dataset = _converted(read, cache, names)
@@ -198,9 +202,9 @@ def _plain(file: Path, cache: Path) -> Path:
     """Return a path without the characters that `datasets` takes for wildcards or URLs: a link, if necessary."""
     if not SPECIAL & set(str(file)):
         return file
-    with complete_file(cache / f"data{file.suffix}") as link:
+    with complete_file(cache / "data") as link:  # without an ending: `_complete` finds conversions by theirs
         link.symlink_to(file.absolute())
-    return cache / f"data{file.suffix}"
+    return cache / "data"
 
 
 def select_columns(schema: Schema) -> tuple[list[str], tuple[str, ...]]:
