@@ -3,11 +3,14 @@
 In decoding, a prompt is tokenized before its answer exists. Training data must match: no token may straddle the
 boundary, and the tokens before the boundary must be the same as when the prompt is tokenized alone. Prefixes shared by
 several texts are tokenized only once. To make this possible, texts are cut at added tokens such as `<|im_start|>`.
-Tokenizers split these off first, so the tokens before and after a cut do not depend on each other.
+Tokenizers split these off first, so the tokens before and after a cut do not depend on each other. Where a template
+writes no such token, the end of a long prompt is tokenized without its beginning, in time independent of its length.
 """
 
+import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -18,6 +21,8 @@ from data.preprocess.spans import Answer, Rendered
 from data.sources.records import Written
 
 MAX_PIECES = 4096
+WINDOW = 2000  # characters at the end of a prompt to tokenize alone if it has no cut; the first half is context
+AGREE = 16  # tokens
 PROBES = ("\n", ".", "a", " ", "0", "(", "|")  # prefixes to try, in order, when tokenizing a continuation
 
 
@@ -47,6 +52,8 @@ class BoundaryTokenizer:
         self.backend = backend
         added = backend.get_added_tokens_decoder().items()
         self.cuts = {number: token.content for number, token in added if _splits(token)}
+        self.may_cut = np.zeros(max(self.cuts, default=0) + 2, bool)  # by token; the last one stands for larger ones
+        self.may_cut[list(self.cuts)] = True
         self.adds_space = self._ids("\nb")[-1:] != self._ids("b")
         self.pieces: dict[str, list[int]] = {}  # cache, since many prompts end with the same text
 
@@ -77,7 +84,8 @@ class BoundaryTokenizer:
             separate: list[Answer] = []
             for answer in text.answers:
                 span, known = tokens.span(answer), written.get(answer.turn)
-                if not span or not self._prompt_intact(tokens, answer, span.start):
+                shares, end = self._alone(tokens, answer.start) if span else (0, [])
+                if not span or tokens.ids[shares : span.start].tolist() != end:
                     separate.append(answer)
                 elif known is None:
                     shared.append(span)
@@ -95,24 +103,44 @@ class BoundaryTokenizer:
     def _tokens(self, text: Rendered, before: "_Tokens | None", encoding: Encoding | None) -> "_Tokens":
         if before is None:
             encoding = encoding or self.encode([text.text])[0]
-            return _Tokens(text.text, np.array(encoding.ids, np.int32), encoding, 0, 0, self.cuts)
+            return _Tokens(text.text, np.array(encoding.ids, np.int32), encoding, 0, 0, self.cuts, self.may_cut)
         common = min(common_prefix(before.text, text.text), text.answers[0].start)
         if common < before.char:  # the offsets of earlier tokens are not known
             return self._tokens(text, None, None)
         token, char = before.cut(common)
         encoding = self.encode([text.text[char:]])[0]
         ids = np.concatenate([before.ids[:token], np.array(encoding.ids, np.int32)])
-        return _Tokens(text.text, ids, encoding, token, char, self.cuts)
+        return _Tokens(text.text, ids, encoding, token, char, self.cuts, self.may_cut)
 
-    def _prompt_intact(self, tokens: "_Tokens", answer: Answer, end: int) -> bool:
-        """Return whether the tokens before an answer are the same as when its prompt is tokenized alone."""
-        token, char = tokens.cut(answer.start)
-        return tokens.ids[token:end].tolist() == self._piece(tokens.text[char : answer.start])
+    def _alone(self, tokens: "_Tokens", char: int) -> tuple[int, list[int]]:
+        """Tokenize the text before a character on its own.
+
+        Return the number of tokens that it certainly shares with the whole text, and its other tokens.
+        """
+        cut, start = tokens.cut(char)
+        if char - start > WINDOW and (found := self._end_alone(tokens, char)) is not None:
+            return found
+        return cut, self._piece(tokens.text[start:char])
+
+    def _end_alone(self, tokens: "_Tokens", char: int) -> tuple[int, list[int]] | None:
+        """Tokenize only the end of the text before a character, or return None if that may give other tokens.
+
+        A tokenizer's choices depend on few characters around them, so the end has the tokens that it has in the whole
+        text once `AGREE` successive ones are equal.
+        """
+        (_, start), (shared, middle) = tokens.at(char - WINDOW), tokens.at(char - WINDOW // 2)
+        (end,) = self.encode([tokens.text[start:char]])
+        same = _at_or_after(end, middle - start)
+        if middle >= char or same == len(end):
+            return None
+        before = tokens.ids[max(shared - AGREE, 0) : shared].tolist()
+        agree = same >= AGREE and end.ids[same - AGREE : same] == before and _chars(end, same)[0] == middle - start
+        return (shared, end.ids[same:]) if agree else None
 
     def _apart(self, tokens: "_Tokens", answer: Answer, known: Written | None) -> Iterator[AnswerDocument]:
         """Yield a document in which an answer is not tokenized with its prompt. It may have no tokens if cut off."""
-        token, char = tokens.cut(answer.start)
-        prompt = [*tokens.ids[:token].tolist(), *self._piece(tokens.text[char : answer.start])]
+        shared, end = self._alone(tokens, answer.start)
+        prompt = [*tokens.ids[:shared].tolist(), *end]
         as_text = self.continuation(tokens.text[answer.start : answer.end])
         continued = as_text if known is None or known.token_ids is None else known.token_ids
         ids = np.array([*prompt, *continued], np.int32)
@@ -133,6 +161,8 @@ class BoundaryTokenizer:
         return self._ids(text)
 
     def _piece(self, text: str) -> list[int]:
+        if len(text) > WINDOW:
+            return self._ids(text)
         if text not in self.pieces:
             if len(self.pieces) >= MAX_PIECES:
                 self.pieces.clear()
@@ -153,6 +183,7 @@ class _Tokens:
     first: int
     char: int
     cuts: dict[int, str]
+    may_cut: np.ndarray
 
     def token(self, char: int) -> int:
         """Return the index of the token that contains a character, or else of the next token."""
@@ -171,13 +202,25 @@ class _Tokens:
 
     def cut(self, char: int) -> tuple[int, int]:
         """Return the last possible cut at or before a character, as (token index, character offset)."""
-        for token in range(min(self.token(char), len(self.ids) - 1), self.first, -1):
-            content = self.cuts.get(int(self.ids[token]))
-            if content:
-                start, end = self._chars(token)
-                if end <= char and self.text.startswith(content, start):
-                    return token, start
+        last = bisect.bisect_right(self.cut_tokens, self.token(char))
+        for token in reversed(self.cut_tokens[:last]):
+            start, end = self._chars(token)
+            if end <= char and self.text.startswith(self.cuts[int(self.ids[token])], start):
+                return token, start
         return self.first, self.char
+
+    def at(self, char: int) -> tuple[int, int]:
+        """Return the first token that starts at or after a character, as (token index, character offset)."""
+        token = self.token(char)
+        start, _ = self._chars(token)
+        token = token if start >= char else min(token + 1, len(self.ids) - 1)
+        return token, self._chars(token)[0]
+
+    @cached_property
+    def cut_tokens(self) -> list[int]:
+        """Indices of the tokens after `first` that may be cuts, in ascending order."""
+        tokens = np.minimum(self.ids[self.first + 1 :], len(self.may_cut) - 1)
+        return (np.flatnonzero(self.may_cut[tokens]) + self.first + 1).tolist()
 
     def _chars(self, token: int) -> tuple[int, int]:
         start, end = _chars(self.encoding, token - self.first)
