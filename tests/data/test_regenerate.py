@@ -388,10 +388,13 @@ def test_repeats_equals_counting_ngrams(words, run_length, times):
     assert repeats(" ".join(words), run_length, times) == any(runs.count(run) >= times for run in runs)
 
 
+ANSWERED = {"messages": [{"role": "assistant"}]}
+
+
 def test_the_log_drops_an_incomplete_line(tmp_path):
     log = SampleLog(tmp_path / "log")
-    log.add("a", {"x": 1})
-    log.add("b", {"x": "é"})
+    log.add("a", {"x": 1, **ANSWERED})
+    log.add("b", {"x": "é", **ANSWERED})
     with pytest.raises(ValueError, match="already in the log"):
         log.add("a", {"x": 2})
     content = (tmp_path / "log").read_bytes()
@@ -400,13 +403,13 @@ def test_the_log_drops_an_incomplete_line(tmp_path):
         found = SampleLog(tmp_path / "cut")
         assert len(found) == content[:cut].count(b"\n")
         for sample_id in {"a", "b"} - {key.id for key in found.offsets}:
-            found.add(sample_id, {"x": 3})
+            found.add(sample_id, {"x": 3, **ANSWERED})
         assert [entry["id"] for entry in found.read([Asked("b", None), Asked("a", None)])] == ["b", "a"]
 
 
 def test_a_full_disk_leaves_no_incomplete_line(tmp_path, monkeypatch):
     log = SampleLog(tmp_path / "log")
-    log.add("a", {"x": 1})
+    log.add("a", {"x": 1, **ANSWERED})
     real = log._file
 
     class Full:

@@ -1,6 +1,8 @@
 """Files of regeneration: no answer is lost when questions move, change or return, or when a run fails or is killed."""
 
 import json
+from contextlib import suppress
+from functools import partial, partialmethod
 
 import pytest
 from helpers.regeneration import read, run, server, write
@@ -14,6 +16,7 @@ from data.regenerate.conversation import KEPT, Asked, Sampling, beside
 from data.regenerate.output import dropped_file, write_output
 from data.regenerate.sample_log import SampleLog
 from data.regenerate.settings import SettingsFile
+from data.sources.rejects import handle_rejects
 
 SAMPLING = Sampling(0.0, 1.0, 64, seed=0, drop_cut_off=False, repeat_words=9, repeat_times=0)
 
@@ -73,6 +76,33 @@ def test_a_kill_while_the_output_is_written_loses_no_answer(before, after, faili
     assert finish(tmp_path, by_line("abcd")) == ("", "abcd")
 
 
+@pytest.mark.parametrize("versions", [["abc", "ab", "cab"], ["xabc", "abc", "xcab"], ["aab", "ab", "baa"]])
+@pytest.mark.parametrize(
+    "kills", [(3, 3, 0), (3, 3, 1), (3, 3, 2), (0, 0, 2), (0, 1, 2), (0, 2, 2), (3, 2, 1)], ids=str
+)
+def test_after_kills_every_answer_is_in_one_place(versions, kills, tmp_path, monkeypatch):
+    for version, kill in zip(versions, kills, strict=True):
+        steps, replace, remove = iter(range(9)), module.os.replace, SampleLog.remove
+
+        def killed(call, *args, steps=steps, kill=kill):  # before the first or second file, or the log's removal
+            if next(steps) == kill:
+                raise KeyboardInterrupt
+            call(*args)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(module.os, "replace", partial(killed, replace))
+            patch.setattr(SampleLog, "remove", partialmethod(lambda log, call: killed(call, log), remove))
+            finish(tmp_path, by_line(version))
+    assert finish(tmp_path, by_line(versions[-1])) == ("", versions[-1])
+    file = tmp_path / "out.jsonl"
+    stored = [json.loads(line) for path in (file, dropped_file(file)) for line in path.open()]
+    assert sorted(entry["digest"] for entry in stored) == sorted(versions[0])
+    assert not any("former_id" in entry for entry in stored)
+
+
+MESSAGES = [None, [], "x", ["x"], [{"content": "x"}], [{"role": 5}], {"role": "assistant"}]
+
+
 def test_a_full_disk_while_the_output_is_written_loses_no_answer(tmp_path, monkeypatch):
     finish(tmp_path, by_line("abc"))
 
@@ -99,6 +129,47 @@ def test_a_truncated_output_is_an_error(tmp_path):
     file.write_text(file.read_text()[:-5])
     with pytest.raises(UserError, match=r"out.jsonl:3: expected a sample"):
         finish(tmp_path, by_line("abc"))
+
+
+@pytest.mark.parametrize("edit", [*({"messages": found} for found in MESSAGES), {"id": 5}, {"unverified": "x"}])
+def test_an_edited_output_is_an_error(edit, tmp_path):
+    finish(tmp_path, by_line("abc"))
+    file = tmp_path / "out.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | edit), lines[2]]))
+    with pytest.raises(UserError, match=r"out.jsonl:2: expected a sample .*overwrite=true"):
+        finish(tmp_path, by_line("abcd"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"settings": null}', '{"settings": []}'])
+def test_edited_settings_are_an_error_until_they_are_overwritten(content, regenerate, tmp_path):
+    regenerate(lambda _: "old")
+    (tmp_path / "out.settings.json").write_text(content)
+    with pytest.raises(UserError, match=r"out.settings.json: not a settings file .*overwrite=true"):
+        regenerate(lambda _: "new", "abcd")
+    assert regenerate(lambda _: "new", overwrite=True) == ["new"] * 3
+
+
+@pytest.mark.parametrize("replaced", [None, 5, {"settings": None}])
+def test_edited_settings_to_restore_are_an_error(replaced, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"settings": {}, "replaces_output": replaced}))
+    with pytest.raises(UserError, match="not a settings file"):
+        SettingsFile(file, {}, [], {}).changes()
+
+
+def test_a_full_disk_at_the_settings_or_rejects_is_an_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(UserError, match=r"settings.json: write failed .*No space left"):
+        SettingsFile(tmp_path / "settings.json", {}, [], {}).write()
+    monkeypatch.setattr("data.sources.rejects.json.dumps", full)
+    entry = {"where": "a", "reason": "b"}
+    with pytest.raises(UserError, match=r"rejects.jsonl: write failed .*No space left"):
+        handle_rejects([entry], 1, "skip", tmp_path / "rejects.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_output_has_its_own_files(tmp_path):

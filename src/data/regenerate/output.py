@@ -9,10 +9,10 @@ from typing import IO, Any
 
 from data.errors import UserError
 from data.regenerate.conversation import IN_PART, KEPT, Asked, Sample, beside
-from data.regenerate.sample_log import SampleLog, is_kept, outcome_of
+from data.regenerate.sample_log import FORMER_ID, SampleLog, is_kept, outcome_of
 
 REMOVED = "no longer in data.path"
-STATE = {"outcome", "tokens", "reason", "ended_early"}  # keys of an entry that depend on the file
+STATE = {"outcome", "tokens", "reason", "ended_early", FORMER_ID}  # keys of an entry that depend on the file
 
 
 def dropped_file(output: Path) -> Path:
@@ -84,7 +84,7 @@ def write_output(log: SampleLog, samples: list[Asked], output: Path) -> Summary:
             summary = _write_all(log, samples, kept, dropped)
         # A kill between the two replacements loses no sample: those that leave the dropped file are in the log, and
         # those that leave the output are in the new dropped file.
-        log.secure(files[1], [log.assigned[asked] for asked in samples])
+        log.secure(files[1], samples)
         for new, file in reversed(list(zip(temporary, files, strict=True))):
             os.replace(new, file)
     except OSError as error:
@@ -102,8 +102,9 @@ def _write_all(log: SampleLog, samples: list[Asked], kept: IO[str], dropped: IO[
         summary.count(entry, outcome)
         _write(kept if is_kept(outcome) else dropped, {**entry, "id": asked.id}, outcome)
     for entry in log.read(log.unassigned()):
-        outcome = outcome_of(entry)  # needed to use the sample again
-        dropped.write(json.dumps({**entry, "outcome": outcome, "reason": REMOVED}, ensure_ascii=False) + "\n")
+        state = {"outcome": outcome_of(entry), "reason": REMOVED}  # the outcome is needed to use the sample again
+        content = {key: value for key, value in entry.items() if key != FORMER_ID}
+        dropped.write(json.dumps({**content, **state}, ensure_ascii=False) + "\n")
         summary.removed += 1
     return summary
 

@@ -160,6 +160,8 @@ def _open_log(record: SettingsFile, output: Path, overwrite: bool) -> tuple[Samp
         UserError: the output has answers with different settings, or exists without a record of its settings.
     """
     unfinished = beside(output, ".unfinished.jsonl")
+    if overwrite and record.is_damaged():
+        record.path.unlink()
     if not record.path.exists() and output.exists() and not overwrite:
         raise UserError(
             f"{output} exists without a record of its settings ({record.path.name}). Choose a different "

@@ -10,6 +10,8 @@ from typing import IO, Any, NamedTuple
 from data.errors import UserError
 from data.regenerate.conversation import IN_PART, KEPT, Asked
 
+FORMER_ID = "former_id"  # in an entry of the log that replaces one with the same question and another id
+
 
 class Stored(NamedTuple):
     """Location of a finished sample, and what is needed to decide whether it is still valid."""
@@ -61,11 +63,14 @@ class SampleLog:
                     if line.strip():
                         entry = json.loads(line)
                         key = Asked(entry["id"], entry.get("digest"))
+                        check_entry(entry)
+                        self.offsets.pop(Asked(entry.get(FORMER_ID), key.digest), None)
                         self.offsets[key] = Stored(file, end, len(line), outcome_of(entry))
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    fix = "delete it" if appended else "set overwrite=true"
                     raise UserError(
                         f"{file}:{number}: expected a sample written by this command "
-                        f"({type(error).__name__}: {error}). Restore the file, or set overwrite=true to start over."
+                        f"({type(error).__name__}: {error}). Restore the file, or {fix} to start over."
                     ) from error
                 end += len(line)
         return end
@@ -121,18 +126,27 @@ class SampleLog:
         self._append(key, line, outcome_of(entry))
         self.assigned[key] = key
 
-    def secure(self, file: Path, keys: Iterable[Asked]) -> None:
-        """Copy samples from an earlier file to the log, before that file is replaced.
+    def secure(self, file: Path, samples: Iterable[Asked]) -> None:
+        """Append the samples to the log that are in an earlier file, before it is replaced, or have another id.
+
+        Each entry has the id of its question, as in the output, and names the former id, whose entry it replaces.
 
         Raises:
             UserError: the write failed, e.g. because the disk is full.
         """
-        for key in keys:
-            stored = self.offsets[key]
-            if stored.file == file:
-                with file.open("rb") as lines:
-                    lines.seek(stored.start)
-                    self._append(key, lines.read(stored.size).rstrip() + b"\n", stored.outcome)
+        moved = [asked for asked in samples if self._moves(asked, file)]
+        for asked, entry in zip(moved, self.read([self.assigned[asked] for asked in moved]), strict=True):
+            former = self.assigned[asked]
+            entry |= {"id": asked.id} | ({} if former == asked else {FORMER_ID: former.id})
+            self._append(asked, json.dumps(entry, ensure_ascii=False).encode() + b"\n", outcome_of(entry))
+            self.assigned[asked] = asked
+            if former != asked:
+                del self.offsets[former]
+
+    def _moves(self, asked: Asked, file: Path) -> bool:
+        key = self.assigned[asked]
+        stored = self.offsets[key]
+        return stored.file == file or (stored.file == self.path and key != asked)
 
     def _append(self, key: Asked, line: bytes, outcome: str) -> None:
         try:
@@ -168,6 +182,23 @@ class SampleLog:
         if self._file:
             self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+def check_entry(entry: dict[str, Any]) -> None:
+    """Check the types of an entry that the log, the output or the dropped file holds.
+
+    Raises:
+        LookupError, TypeError: an entry has no id, or a kept one no answer.
+    """
+    if not isinstance(entry["id"], str):
+        raise TypeError(f"id={entry['id']!r}")
+    if not is_kept(outcome_of(entry)):
+        return
+    messages = entry.get("messages")
+    if not isinstance(messages, list) or "assistant" not in [message["role"] for message in messages]:
+        raise TypeError("messages: expected a list with an answer")
+    if not isinstance(entry.get("unverified", 0), int):
+        raise TypeError(f"unverified={entry['unverified']!r}")
 
 
 def outcome_of(entry: dict[str, Any]) -> str:

@@ -68,12 +68,36 @@ class SettingsFile:
             ) from error
 
     def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
         try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8"))) if self.path.exists() else {}
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            _check(content)
+            return dict(content)
         except (ValueError, TypeError) as error:
             raise UserError(
-                f"{self.path}: invalid JSON ({error}). Restore the file, or set overwrite=true to start over."
+                f"{self.path}: not a settings file ({error}). Restore the file, or set overwrite=true to start over."
             ) from error
+
+    def is_damaged(self) -> bool:
+        """Return whether the existing file cannot be read, e.g. because it was edited."""
+        try:
+            self._read()
+        except UserError:
+            return True
+        return False
+
+
+def _check(content: Any) -> None:
+    """Check the content of a settings file.
+
+    Raises:
+        TypeError: the file has no settings, or the settings to restore are not those of a file.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise TypeError("expected an object with the object `settings`")
+    if content.get("replaces_output", {}) != {}:  # {}: the replaced output had no file
+        _check(content["replaces_output"])
 
 
 def settings_file(config: DictConfig, sources: list[Source], path: Path) -> SettingsFile:

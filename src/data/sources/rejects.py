@@ -65,26 +65,44 @@ def handle_rejects(
         also_listed: entries for records that are only partly usable.
 
     Raises:
-        UserError: `rejects` is not empty, and `policy` is "stop".
+        UserError: `rejects` is not empty, and `policy` is "stop"; or the file cannot be written.
     """
-    temporary, count = file.with_suffix(f".{os.getpid()}.tmp"), 0
     shown: list[str] = []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("w", encoding="utf-8") as out:
-        for count, entry in enumerate(rejects, start=1):
-            shown += [f"  {entry['where']}: {entry['reason']}"] if count <= SHOWN else []
-            out.write(json.dumps(entry) + "\n")
-        for entry in also_listed:
-            out.write(json.dumps(entry) + "\n")
-        empty = not out.tell()
-    if empty:
-        temporary.unlink()
-        file.unlink(missing_ok=True)  # stale: left by an earlier run
-        return
-    temporary.replace(file)
+    try:
+        count = _write(rejects, also_listed, file, shown)
+    except OSError as error:
+        raise UserError(
+            f"{file}: write failed ({error.strerror or error}). Free up space or correct the permissions, and run the "
+            "same command again."
+        ) from error
     if count and policy == "stop":
         raise UserError(
             f"{count:,} of {total:,} records in data.path are invalid:\n"
             + "\n".join(shown + (["  ..."] if count > SHOWN else []))
             + f"\nFull list: {file}. Fix the records, or set data.bad_records=skip to skip them."
         )
+
+
+def _write(rejects: Iterable[Reject], also_listed: Iterable[Reject], file: Path, shown: list[str]) -> int:
+    """Write the file, or delete it if there are no entries. Return the number of `rejects`.
+
+    Args:
+        shown: receives the lines for the error message.
+    """
+    temporary, count = file.with_suffix(f".{os.getpid()}.tmp"), 0
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            for count, entry in enumerate(rejects, start=1):
+                shown += [f"  {entry['where']}: {entry['reason']}"] if count <= SHOWN else []
+                out.write(json.dumps(entry) + "\n")
+            for entry in also_listed:
+                out.write(json.dumps(entry) + "\n")
+            empty = not out.tell()
+        if empty:
+            file.unlink(missing_ok=True)  # stale: left by an earlier run
+        else:
+            temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
