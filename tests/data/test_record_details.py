@@ -139,12 +139,55 @@ def test_reasoning_in_a_field_is_not_repeated_in_the_text(content, expected):
     assert conversation(record).messages[1] == A | {"content": expected, "reasoning_content": "t"}
 
 
+SCHEMA = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+PAIR = {"question": "q", "answer": "a"}
+METADATA = [
+    messages(U, A, weight=1, train=True, loss=None, label="0", tool_choice="none", cot="x"),
+    messages(U, A, tools=[SCHEMA], tool_choice="auto", available_tools=[SCHEMA]),
+    messages(U, A, function="def f(): ...", source=[{"name": "s"}], model={"name": "m", "parameters": {"top_p": 1}}),
+    messages({"role": "system", "content": "Be brief."}, U, A, instructions="Be brief.", developer=""),
+    messages(U, A | {"tool_calls": [F]}, functions="[]", calls=[F], spans="[1, 2]"),
+    PAIR | {"cot": False, "rationale": "a", "label": True, "weight": ""},
+    {"prompt": "q", "response": "a", "thinking": "t", "thought": "t"},
+]
+
+
+@pytest.mark.parametrize("record", METADATA)
+def test_metadata_are_accepted(record):
+    found = conversation(record)
+    assert [m["content"] for m in found.messages if m["role"] == "assistant"] == [*{"a"}] and not found.untrained
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+@pytest.mark.parametrize("record", [PAIR, messages(U, A)])
+def test_a_record_of_weight_0_is_not_trained_on(key, record):
+    assert parsed(record | {key: 0}).untrained == {1}
+    with pytest.raises(BadRecord, match="weight or train excludes all of them"):
+        conversation(record | {key: False})
+
+
+def test_a_system_message_beside_the_turns_is_read():
+    assert parsed(messages(U, A, system_message="s")).messages[0] == {"role": "system", "content": "s"}
+
+
 THOUGHT, TEXT = {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}
 REFUSED = {
     "different reasoning in text": (
         messages(U, A | {"content": "<think>x</think>a", "thinking": "t"}), "turn 2: the text has other reasoning"),
     "reasoning after text": (messages(U, A | {"content": [TEXT, THOUGHT, TEXT]}), "turn 2, part 2: reasoning after"),
     "reasoning of a user": (messages(U | {"content": [THOUGHT, TEXT]}, A), "turn 1: reasoning in a user turn"),
+    **{f"tools in {key}": (messages(U, A, **{key: value}), f"`{key}`: tool schemas are read from `tools`")
+        for key, value in {"function": [SCHEMA], "tool_schemas": ["f"], "tools_json": json.dumps([SCHEMA]), "x": SCHEMA,
+            "api": [{"type": "function", "function": {"name": "f"}}], "mcp": ['{"name": "f", "inputSchema": {}}'],
+        }.items()},
+    **{key: (messages(U, A, **{key: "Be brief."}), f"`{key}` beside `messages` is not part of the conversation")
+        for key in ("instructions", "developer")},
+    **{key: (PAIR | {key: "x"}, f"`{key}` beside `question` is not part of the conversation")
+        for key in ("cot", "thought", "rationale", "instructions")},
+    "weight of a record": (messages(U, A, weight=0.5), "record: `weight`=0.5: expected 0 or 1"),
+    "contradicting weights": (messages(U, A, weight=1, train=False), "record: `weight` and `train` contradict"),
+    "tool choice": (messages(U, A, tools=[SCHEMA], tool_choice="none"), "`tool_choice`='none'"),
+    "label 0": (messages(U, A, label=0), "`label`=0: the answer is undesirable"),
     "undesirable conversation": (messages(U, A, label=False), "`label`=false"),
     "turn after a system prompt beside": (messages(U, A, A, system="s"), "turn 3: second consecutive assistant turn"),
     "turn after a removed system turn": (

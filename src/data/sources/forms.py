@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from data.errors import BadRecord
-from data.sources.tools import kind, read_tools
-from data.sources.turns import REASONING, Turn, read_turn, text_message
+from data.sources.tools import holds_schemas, kind, read_tools
+from data.sources.turns import FLAGS, REASONING, Turn, read_flags, read_turn, text_message
 
 LISTS = ("messages", "conversations")
 PAIRS = (
@@ -17,7 +17,16 @@ PAIRS = (
 CALLS = "answers"  # xLAM's data: a list of calls
 INPUTS = ("input", "context")  # appended to an instruction
 QUESTIONS, ANSWERS = ({pair[side] for pair in PAIRS} for side in (0, 1))
-SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+SYSTEM, TOOLS = ("system", "system_prompt", "system_message"), ("tools", "functions")
+INSTRUCTIONS = {
+    "instructions",
+    "developer",
+    "developer_message",
+    "system_instruction",
+    "system_instructions",
+}  # not read
+OTHER_TOOLS = {"available_tools", "tool_schemas", "tools_json", "tool_definitions"}  # not read
+THOUGHTS = {"cot", "chain_of_thought", "thought", "thoughts", "rationale"}  # not read
 KEYS = {*LISTS, "turns", *SYSTEM, *TOOLS, *(key for pair in PAIRS for key in pair)}  # read, among others
 FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
 # Keys that change the meaning of a record and are not read. Other keys are metadata.
@@ -38,19 +47,40 @@ def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]
         BadRecord: the format is unknown, or a key that changes the meaning is not supported.
     """
     given = {key for key, value in record.items() if value is not None and value not in ([], {}, "")}
-    if record.get("truncated") is False:  # metadata
-        given.discard("truncated")
-    if refused := REFUSED.keys() & given:
-        raise BadRecord(f"`{min(refused)}`: {REFUSED[min(refused)]}")
-    if record.get("label") is False:
-        raise BadRecord("`label`=false: the answer is undesirable; remove the record")
+    _refuse_meaning(record, given)
     turns = _turns(record, given)
     _refuse_unread(record, given, turns)
+    if not read_flags({key: record[key] for key in FLAGS if key in given}, "record"):
+        turns = [replace(turn, trained=False) for turn in turns]
     tools = [(key, read_tools(record[key], f"`{key}`")) for key in TOOLS if key in given]
     tools += [("tools of the system turn", turn.tools) for turn in turns if turn.tools]
     if any(schemas != tools[0][1] for _, schemas in tools):
         raise BadRecord(f"{' and '.join(f'`{key}`' for key, _ in tools)} differ; keep one of them")
+    _refuse_other_tools(record, given) if not tools else _check_tool_choice(record)
     return _with_system(record, turns), tools[0][1] if tools else None
+
+
+def _refuse_meaning(record: dict[str, Any], given: set[str]) -> None:
+    """Refuse keys that change the meaning of the record, except for values that do not, as in dumps of an API."""
+    if record.get("truncated") is False:
+        given = given - {"truncated"}
+    if refused := REFUSED.keys() & given:
+        raise BadRecord(f"`{min(refused)}`: {REFUSED[min(refused)]}")
+    label = record.get("label")
+    if isinstance(label, bool | int | float) and label == 0 or isinstance(label, str) and label.lower() == "false":
+        raise BadRecord(f"`label`={json.dumps(label)}: the answer is undesirable; remove the record")
+
+
+def _refuse_other_tools(record: dict[str, Any], given: set[str]) -> None:
+    """Refuse tool schemas under a key that is not read, as in BFCL's `function`."""
+    for key in given - KEYS:
+        if key in OTHER_TOOLS or holds_schemas(record[key]):
+            raise BadRecord(f"`{key}`: tool schemas are read from `tools`; rename it")
+
+
+def _check_tool_choice(record: dict[str, Any]) -> None:
+    if (choice := record.get("tool_choice")) not in (None, "", "auto", {"type": "auto"}):
+        raise BadRecord(f"`tool_choice`={choice!r:.40} is not in the prompt; expected 'auto'; remove the record")
 
 
 def _turns(record: dict[str, Any], given: set[str]) -> list[Turn]:
@@ -81,17 +111,16 @@ def _refuse_unread(record: dict[str, Any], given: set[str], turns: list[Turn]) -
     """
     lists = [(key,) for key in LISTS if key in given]
     form: tuple[str, ...] = next((keys for keys in (*lists, *PAIRS) if given >= set(keys)), ("turns",))
-    unread = {*INPUTS, "history", "turns", *REASONING, *QUESTIONS, *ANSWERS} - set(form)
+    unread = {*INPUTS, *INSTRUCTIONS, "history", "turns", *REASONING, *THOUGHTS, *QUESTIONS, *ANSWERS} - set(form)
     if lists:
-        unread -= {"reasoning", *QUESTIONS}
+        unread -= {"reasoning", *THOUGHTS, *QUESTIONS}
         unread -= ANSWERS if turns[-1].message["role"] == "assistant" else set()
     elif form in PAIRS:
         unread -= set() if isinstance(record[form[0]], list) else {*INPUTS, "history"}
         unread -= set() if isinstance(record[form[1]], list) else {*REASONING}
     for key in sorted(unread & given):
-        if not _is_copy(key, record[key], turns, record.get(form[0])) and not (
-            key == "turns" and isinstance(record[key], int)
-        ):
+        is_number = key in {"turns", *THOUGHTS} and isinstance(record[key], bool | int | float)
+        if not is_number and not _is_copy(key, record[key], turns, record.get(form[0])):
             raise BadRecord(
                 f"`{key}` beside `{form[0]}` is not part of the conversation; put it into a turn or remove it"
             )
@@ -99,11 +128,14 @@ def _refuse_unread(record: dict[str, Any], given: set[str], turns: list[Turn]) -
 
 def _is_copy(key: str, text: Any, turns: list[Turn], question: Any) -> bool:
     """Return whether a text is part of the turns. A question may also be in it, as in filled templates of prompts."""
-    if not isinstance(text, str) or (key in ANSWERS and turns[-1].message["role"] != "assistant"):
+    if not isinstance(text, str) or (key in ANSWERS | THOUGHTS and turns[-1].message["role"] != "assistant"):
         return False
     asked = [turn.message["content"] for turn in turns if turn.message["role"] == "user"]
     asked += [question] if isinstance(question, str) else []  # without its input
-    said = [turns[-1].message["content"]] if key in ANSWERS else asked
+    if key in INSTRUCTIONS:
+        asked += [turn.message["content"] for turn in turns if turn.message["role"] in ("system", "developer")]
+    last = turns[-1].message
+    said = [last["content"], last.get("reasoning_content", "")] if key in ANSWERS | THOUGHTS else asked
     return any(text.strip() in content or (key in QUESTIONS and content in text) for content in said)
 
 

@@ -2,11 +2,13 @@
 
 import ast
 import json
+from contextlib import suppress
 from typing import Any
 
 from data.errors import BadRecord
 from data.sources.tags import split_calls
 
+PARAMETERS = ("parameters", "input_schema", "inputSchema")  # keys of a schema
 MAX_DEPTH = 100  # levels of nesting in schemas and arguments; Python's JSON encoder fails at about 1,000
 CALL_KEYS = {"id", "type", "index", "function"}
 FUNCTION_KEYS = {"name", "arguments"}
@@ -31,6 +33,31 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
         raise BadRecord(f"{where}: expected a list of JSON schemas, found {kind(tools)}")
     _check_json(tools, where)
     return [_schema(tool, f"{where}, tool {number}") for number, tool in enumerate(tools, start=1)]
+
+
+def holds_schemas(value: Any) -> bool:
+    """Return whether a value is a tool schema, a list of them, or JSON text of these. Calls and settings are none."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith(("[", "{")) or not any(name in value for name in ("function", *PARAMETERS)):
+            return False
+        with suppress(BadRecord):
+            return holds_schemas(from_json(value, ""))
+        return False
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(tool, dict | str) and holds_schemas(tool) for tool in value)
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not _is_name(function.get("name")) or "arguments" in function:
+        return False
+    return function is not value or any(_is_json_schema(function.get(name)) for name in PARAMETERS)
+
+
+def _is_json_schema(value: Any) -> bool:
+    """Return whether a value describes parameters, and does not set them, such as `{"temperature": 1}`."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("{")
+    return isinstance(value, dict) and (
+        value.get("type") == "object" or all(isinstance(x, dict) for x in value.values())
+    )
 
 
 def _schema(tool: Any, where: str) -> dict[str, Any]:

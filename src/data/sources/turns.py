@@ -191,12 +191,22 @@ def _reasoning(extra: dict[str, Any], thought: str | None, where: str) -> str | 
 
 def _trained(extra: dict[str, Any], role: str, where: str) -> bool:
     """Return whether a turn is supervised, by its `weight`, `train` or `loss`."""
-    values = {key: extra[key] for key in FLAGS if key in extra}
+    for key in FLAGS if role != "assistant" else ():
+        if extra.get(key) is not None and extra[key]:
+            raise BadRecord(f"{where}: `{key}`={extra[key]!r:.40}: only assistant turns are trained on; remove it")
+    return read_flags(extra, where)
+
+
+def read_flags(given: dict[str, Any], where: str) -> bool:
+    """Return whether a turn, or a record's answers, are supervised by `weight`, `train` or `loss`.
+
+    Raises:
+        BadRecord: a value is not 0 or 1, or they contradict each other.
+    """
+    values = {key: given[key] for key in FLAGS if given.get(key) is not None}
     for key, value in values.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise BadRecord(f"{where}: `{key}`={value!r:.40}: expected 0 or 1, or false or true")
-        if value and role != "assistant":
-            raise BadRecord(f"{where}: `{key}`={value!r}: only assistant turns are trained on; remove it")
     if len({bool(value) for value in values.values()}) > 1:
         raise BadRecord(f"{where}: {' and '.join(f'`{key}`' for key in values)} contradict each other")
     return all(values.values())
