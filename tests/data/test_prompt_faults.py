@@ -52,6 +52,9 @@ SWITCHES = {
     "at the end": f"{{% if messages[-1].content.endswith('/no_think') %}}{EMPTY}{{% endif %}}",
     "anywhere": f"{{% if '/no_think' in messages[-1].content %}}{EMPTY}{{% endif %}}",
     "in a variable": f"{{% set switch = '/no_think' %}}{{% if switch in messages[-1].content %}}{EMPTY}{{% endif %}}",
+    "of any case": f"{{% if '/no_think' in messages[-1].content | lower %}}{EMPTY}{{% endif %}}",
+    "sliced": f"{{% if messages[-1].content[-9:] == '/no_think' %}}{EMPTY}{{% endif %}}",
+    "the question": f"{{% if messages[-1].content == 'How many are there? /no_think' %}}{EMPTY}{{% endif %}}",
     "long questions": f"{{% if messages[-1].content | length > 20 %}}{EMPTY}{{% endif %}}",
 }
 
@@ -62,8 +65,7 @@ def test_a_switch_in_a_question_changes_the_prompt_of_its_answer(switch, encoder
     question = user("How many are there? /no_think")
     for messages in ([question], [user("How?"), assistant("So."), question]):
         assert check(encoder, [*messages, assistant("3.")])[0][-1] == "3.<|im_end|>"
-    if switch != "long questions":  # the skeleton compares the last prompt
-        assert check(encoder, [question, assistant("3."), user("How?"), assistant("So.")])[0][0] == "3.<|im_end|>"
+    assert check(encoder, [question, assistant("3."), user("How?"), assistant("So.")])[0][0] == "3.<|im_end|>"
 
 
 EXAONE = (

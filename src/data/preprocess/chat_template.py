@@ -21,7 +21,7 @@ from data.preprocess.content_forms import QUESTION, SAMPLE_TEXT, content_form
 from data.preprocess.prompts import CHECKED, Render
 from data.preprocess.spans import CUT_OFF, NO_END_TOKEN, Supervision
 from data.preprocess.supervision import Supervisor
-from data.preprocess.templates import check_reserved, check_template_kwargs, names_role, texts_searched, writes_date
+from data.preprocess.templates import check_reserved, check_template_kwargs, names_role, template_switches, writes_date
 from data.preprocess.tool_calls import CallForm, call_form
 from data.preprocess.written import TokenIdChecker
 from data.sources.records import Conversation, Messages, Written
@@ -85,7 +85,7 @@ class ChatEncoder:
         self.backend.no_padding()
         self.boundaries = BoundaryTokenizer(self.backend)
         self.content_form = content_form(self._render_as_given)
-        self.supervisor = Supervisor(self._render, self.stop_tokens, added, texts_searched(self.template))
+        self.supervisor = Supervisor(self._render, self.stop_tokens, added, template_switches(self.template))
         self.token_ids = TokenIdChecker(self.backend, stop_ids)
 
     def check_kwargs(self, given: dict[str, Any], overrides: list[str], warn: Callable[[str], None]) -> None:

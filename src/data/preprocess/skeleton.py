@@ -4,18 +4,17 @@ In general, locating the answers in a conversation takes two renderings per answ
 text around the messages depends only on their roles. For each sequence of roles, a skeleton is therefore extracted once
 from a conversation of placeholders. Conversations that match their skeleton need only two renderings: of the messages,
 and of the last prompt. A text that the template searches for, such as the switch `/no_think`, may change any prompt, so
-conversations that contain one have no skeleton.
+conversations that contain one have no skeleton. If a template uses contents in other ways, e.g. compares their lengths,
+no conversation has a skeleton.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
 from data.preprocess.spans import Answer, Rendered, Supervision
+from data.preprocess.switches import Switches
 from data.sources.records import Messages
-
-TAG = r"think\w*>"  # tags of reasoning blocks
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,15 @@ class Skeleton:
         return Supervision([Rendered(text, answers)], {}, self.supervision.notes)
 
 
-def switches(searched: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern of the texts in a message that may change the template's text around the messages."""
-    return re.compile("|".join([TAG, *map(re.escape, searched)]))
+def regular(messages: Messages, switches: Switches) -> bool:
+    """Return whether the contents of the messages cannot change the text that the template writes around them."""
+    if switches.equality and len({message.get("content") for message in messages}) < len(messages):
+        return False
+    return all(len(message) == 2 and _regular(message.get("content", ""), switches.pattern) for message in messages)
 
 
-def regular(messages: Messages, switch: re.Pattern[str]) -> bool:
-    """Return whether the contents of the messages are unlikely to affect the text around them."""
-    return all(len(message) == 2 and _regular(message.get("content"), switch) for message in messages)
-
-
-def _regular(content: str | None, switch: re.Pattern[str]) -> bool:
-    return content is not None and content == content.strip() and not switch.search(content)
+def _regular(content: str, switch: re.Pattern[str]) -> bool:
+    return bool(content) and content == content.strip() and not switch.search(content.lower())
 
 
 def placeholders(roles: tuple[str, ...]) -> Messages:

@@ -13,26 +13,29 @@ from collections.abc import Callable, Iterable, Mapping
 from data.errors import BadRecord
 from data.preprocess.answers import AnswerTexts, Refused
 from data.preprocess.prompts import CHECKED, Render, prompts
-from data.preprocess.skeleton import Skeleton, placeholders, regular, skeleton, switches
+from data.preprocess.skeleton import Skeleton, placeholders, regular, skeleton
 from data.preprocess.spans import NO_END_TOKEN, OTHER_END_TOKEN, Answer, Rendered, Supervision
+from data.preprocess.switches import Switches
 from data.sources.records import Messages, Written
 
 
 class Supervisor:
     """Locates the answers in conversations rendered with a given chat template."""
 
-    def __init__(self, render: Render, stop: Iterable[str], added: Iterable[str], searched: Iterable[str] = ()) -> None:
+    def __init__(
+        self, render: Render, stop: Iterable[str], added: Iterable[str], switches: Switches | None = None
+    ) -> None:
         """Store the template and compile patterns for the tokens that may end an answer.
 
         Args:
             render: renders messages with the chat template.
             stop: the texts of the target's stop tokens.
             added: the texts of all added tokens. One of them ends an answer if the template writes no stop token.
-            searched: the literals that the template searches texts for.
+            switches: properties of contents that may change the text around messages, or None if unknown.
         """
         stop, added = list(stop), list(added)
         self.render, self.stop, self.added = render, _any_of(stop), _any_of(added)
-        self.switch = switches(searched)
+        self.switches = switches
         self.ends = sorted({*stop, *added}, key=len, reverse=True)
         # Keyed by message roles. None if conversations are too different to share skeletons.
         self.skeletons: dict[tuple[str, ...], Skeleton | None] | None = {}
@@ -68,7 +71,9 @@ class Supervisor:
 
     def _by_skeleton(self, messages: Messages, turns: list[int]) -> Supervision | None:
         roles = tuple(message["role"] for message in messages)
-        if self.skeletons is None or not regular(messages, self.switch) or roles.count("assistant") != len(turns):
+        if self.skeletons is None or self.switches is None or roles.count("assistant") != len(turns):
+            return None
+        if not regular(messages, self.switches):
             return None
         if roles not in self.skeletons:
             self.skeletons[roles] = self._skeleton(roles)

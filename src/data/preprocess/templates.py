@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import BadRecord, UserError
+from data.preprocess.switches import Switches, find_switches
 from data.preprocess.tool_calls import SAMPLE, SAMPLE_TOOL
 
 USER_ARGUMENTS = {"tools", "documents"}  # rendering arguments of transformers that users may set
@@ -21,9 +22,6 @@ USER_ARGUMENTS = {"tools", "documents"}  # rendering arguments of transformers t
 RESERVED = {"messages", *signature(render_jinja_template).parameters} - USER_ARGUMENTS - {"kwargs"}
 DAYS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 10, 19, 38, 47))  # no field is the same
 FUNCTIONS = ("raise_exception", "strftime_now")  # provided to templates by transformers
-# String methods and filters that search a text for their first argument.
-SEARCHES = {"startswith", "endswith", "split", "rsplit", "partition", "rpartition", "find", "rfind", "index", "count"}
-SEARCHES |= {"rindex", "replace", "removeprefix", "removesuffix"}
 
 
 class Generation(Extension):
@@ -42,22 +40,10 @@ def variables_read(template: str) -> set[str] | None:
     return None if parsed is None else find_undeclared_variables(parsed)
 
 
-def texts_searched(template: str) -> set[str]:
-    """Return the literals that a chat template searches texts for, such as the switch `/no_think` or `</think>`."""
+def template_switches(template: str) -> Switches | None:
+    """Return the properties of contents that may change the text around messages, or None if they are unknown."""
     parsed = _parsed(template)
-    if parsed is None:
-        return set()
-    compared = parsed.find_all(nodes.Compare)
-    found: list[nodes.Node] = [node.expr for node in compared if {op.op for op in node.ops} & {"in", "notin"}]
-    found += [node.node for node in parsed.find_all(nodes.Assign)]
-    calls: list[nodes.Call | nodes.Filter] = [*parsed.find_all(nodes.Call), *parsed.find_all(nodes.Filter)]
-    for call in calls:
-        name = call.name if isinstance(call, nodes.Filter) else getattr(call.node, "attr", None)
-        if name in SEARCHES and call.args:
-            found.append(call.args[0])
-    constants = (const for node in found for const in (node, *node.find_all(nodes.Const)))
-    texts = {const.value for const in constants if isinstance(const, nodes.Const) and isinstance(const.value, str)}
-    return texts - {""}
+    return None if parsed is None else find_switches(parsed)
 
 
 def names_role(template: str, role: str) -> bool:

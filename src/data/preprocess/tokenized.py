@@ -38,7 +38,7 @@ from data.sources.rejects import Reject, reject
 # Modules that determine the table. Their source code is part of the cache key.
 PREPROCESS = (
     "anchors", "answers", "boundaries", "chat_template", "content_forms", "prompts", "reasoning", "skeleton", "spans",
-    "supervision", "table", "templates", "tool_calls", "written",
+    "supervision", "switches", "table", "templates", "tool_calls", "written",
 )  # fmt: skip
 SOURCES = "chunks", "forms", "json_values", "jsonl", "readers", "records", "tables", "tools", "tags", "turns"
 CODE = (*(f"preprocess/{name}" for name in PREPROCESS), *(f"sources/{name}" for name in SOURCES))
