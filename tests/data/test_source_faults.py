@@ -4,11 +4,14 @@ import errno
 import json
 import os
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 
+import multiprocess
 import pyarrow
 import pytest
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
+from multiprocess.pool import RemoteTraceback
 from pyarrow import feather
 
 from data.errors import UserError
@@ -214,6 +217,38 @@ def test_errors_of_the_records_are_not_taken_for_errors_of_the_cache(tmp_path, c
     monkeypatch.setattr(tokenized, "table_rows", fail)
     with pytest.raises(ZeroDivisionError):
         tokens(write(tmp_path / "data.jsonl"), encoder)
+
+
+def caused(error, *, by=None, after=None):
+    error.__cause__, error.__context__ = by, after
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("One of the subprocesses has abruptly died"), True),
+        (EOFError(), True),
+        (BrokenPipeError(), True),
+        (caused(multiprocess.TimeoutError(), after=EOFError()), True),
+        (BrokenProcessPool(), True),
+        (caused(RuntimeError("of a record"), by=RemoteTraceback("")), False),
+        (caused(multiprocess.TimeoutError(), after=KeyboardInterrupt()), False),
+    ],
+)
+def test_a_lost_worker_is_one_error(error, is_lost, tmp_path, cache, encoder, monkeypatch):
+    monkeypatch.setattr("data.sources.jsonl.CHUNK_RECORDS", 5)
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(Dataset, "map", fail)
+    path = write(tmp_path / "data.jsonl")
+    with pytest.raises(UserError if is_lost else type(error)) as raised:
+        tokens(path, encoder, num_proc=2)
+    assert raised.value is error or "a worker process ended unexpectedly" in str(raised.value)
+    with pytest.raises(type(error)):
+        tokens(path, encoder)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import pytest
 from helpers.shared import ROOT
 from import_graph import arrows, imports, modules, order, room, with_picture
 
+from data.preprocess.tokenized import CODE
+
 ALLOWED = {"data": {"data"}, "models": {"models", "data"}, "train": {"train", "models", "data"}}
 HEAVY = {"lightning", "hydra", "omegaconf", "wandb", "deepspeed", "peft"}
 # Exceptions: modules that read conf/ need Hydra, and LoRA imports PEFT on use.
@@ -52,6 +54,21 @@ def test_a_circle_between_rooms_is_found(tmp_path):
         file.write_text(text)
     with pytest.raises(CycleError):
         order(arrows(tmp_path))
+
+
+# Modules that find, hold, cache or pack the data without a change of its tokens.
+NOT_IN_THE_CACHE_KEY = (
+    "batch", "errors", "preprocess.document", "preprocess.packing", "preprocess.tokenized", "sources.cache",
+    "sources.folders", "sources.hub", "sources.kinds", "sources.splits",
+)  # fmt: skip
+
+
+def test_the_cache_key_covers_all_modules_that_determine_the_tokens():
+    files, found, left = modules(), set(), {"data.preprocess.tokenized"}
+    while left:
+        found.add(name := left.pop())
+        left |= (imports(files[name]) & files.keys()) - found
+    assert found == {f"data.{name.replace('/', '.')}" for name in (*CODE, *NOT_IN_THE_CACHE_KEY)}
 
 
 def test_the_picture_in_the_docs_is_the_code():

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow.compute as compute
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
+from multiprocess import ProcessError
 
+from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.document import Document
 from data.preprocess.table import (
@@ -40,7 +42,10 @@ PREPROCESS = (
     "anchors", "answers", "boundaries", "chat_template", "content_forms", "prompts", "reasoning", "skeleton", "spans",
     "supervision", "switches", "table", "templates", "tool_calls", "written",
 )  # fmt: skip
-SOURCES = "chunks", "forms", "json_values", "jsonl", "readers", "records", "tables", "tools", "tags", "turns"
+SOURCES = (
+    "chunks", "formats", "forms", "json_values", "jsonl", "readers", "records", "rejects", "tables", "tools", "tags",
+    "turns",
+)  # fmt: skip
 CODE = (*(f"preprocess/{name}" for name in PREPROCESS), *(f"sources/{name}" for name in SOURCES))
 
 
@@ -216,21 +221,39 @@ def _tokenize(
 ) -> dict[str, int]:
     """Write the table to `folder`. Return the number of rows in each file, by name, in order."""
     chunks = [{"part": n} | asdict(chunk) for n, source in enumerate(sources) for chunk in source.reader.chunks()]
-    index = Dataset.from_list(chunks)
-    table = index.map(
-        tokenize_chunk,
-        fn_kwargs={"sources": sources, "encoder": encoder, "settings": settings},
-        batched=True,
-        batch_size=1,
-        remove_columns=index.column_names,
-        features=FEATURES,
-        num_proc=workers if (workers := min(num_proc, len(chunks))) > 1 else None,
-        cache_file_name=str(folder / "documents.arrow"),
-        new_fingerprint=key,
-        desc=f"tokenizing {sum(source.take for source in sources):,} records, in chunks",
-    )
+    index, workers = Dataset.from_list(chunks), min(num_proc, len(chunks))
+    with _lost_workers(num_proc) if workers > 1 else nullcontext():
+        table = index.map(
+            tokenize_chunk,
+            fn_kwargs={"sources": sources, "encoder": encoder, "settings": settings},
+            batched=True,
+            batch_size=1,
+            remove_columns=index.column_names,
+            features=FEATURES,
+            num_proc=workers if workers > 1 else None,
+            cache_file_name=str(folder / "documents.arrow"),
+            new_fingerprint=key,
+            desc=f"tokenizing {sum(source.take for source in sources):,} records, in chunks",
+        )
     files = [Path(file["filename"]) for file in table.cache_files]
     return {file.name: len(Dataset.from_file(str(file))) for file in files}
+
+
+@contextmanager
+def _lost_workers(num_proc: int) -> Iterator[None]:
+    """Report the end of a worker process; `datasets` raises one of several errors.
+
+    Raises:
+        UserError: a worker process ended. Errors inside a worker, which have a remote cause, are raised unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, ConnectionError, ProcessError) as error:
+        if error.__cause__ is not None or isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        raise UserError(
+            f"data.num_proc={num_proc}: a worker process ended unexpectedly, probably out of memory. Lower data.num_proc."
+        ) from error
 
 
 def tokenize_chunk(
