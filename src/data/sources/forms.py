@@ -28,6 +28,7 @@ INSTRUCTIONS = {
 OTHER_TOOLS = {"available_tools", "tool_schemas", "tools_json", "tool_definitions"}  # not read
 THOUGHTS = {"cot", "chain_of_thought", "thought", "thoughts", "rationale"}  # not read
 KEYS = {*LISTS, "turns", *SYSTEM, *TOOLS, *(key for pair in PAIRS for key in pair)}  # read, among others
+BESIDE = {*INPUTS, *INSTRUCTIONS, "history", "turns", *REASONING, *THOUGHTS, *QUESTIONS, *ANSWERS}  # texts
 FORMATS = "`messages`, `conversations`, `prompt` and `response`, `question` and `answer`, or `turns`"
 # Keys that change the meaning of a record and are not read. Other keys are metadata.
 REFUSED = {
@@ -50,7 +51,7 @@ def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]
     _refuse_meaning(record, given)
     turns = _turns(record, given)
     _refuse_unread(record, given, turns)
-    if not read_flags({key: record[key] for key in FLAGS if key in given}, "record"):
+    if not given.isdisjoint(FLAGS) and not read_flags({key: record[key] for key in FLAGS if key in given}, "record"):
         turns = [replace(turn, trained=False) for turn in turns]
     tools = [(key, read_tools(record[key], f"`{key}`")) for key in TOOLS if key in given]
     tools += [("tools of the system turn", turn.tools) for turn in turns if turn.tools]
@@ -73,7 +74,7 @@ def _refuse_meaning(record: dict[str, Any], given: set[str]) -> None:
 
 def _refuse_other_tools(record: dict[str, Any], given: set[str]) -> None:
     """Refuse tool schemas under a key that is not read, as in BFCL's `function`."""
-    for key in given - KEYS:
+    for key in (key for key in record if key in given and key not in KEYS):
         if key in OTHER_TOOLS or holds_schemas(record[key]):
             raise BadRecord(f"`{key}`: tool schemas are read from `tools`; rename it")
 
@@ -111,14 +112,16 @@ def _refuse_unread(record: dict[str, Any], given: set[str], turns: list[Turn]) -
     """
     lists = [(key,) for key in LISTS if key in given]
     form: tuple[str, ...] = next((keys for keys in (*lists, *PAIRS) if given >= set(keys)), ("turns",))
-    unread = {*INPUTS, *INSTRUCTIONS, "history", "turns", *REASONING, *THOUGHTS, *QUESTIONS, *ANSWERS} - set(form)
+    unread = BESIDE & given - set(form)
+    if not unread:
+        return
     if lists:
         unread -= {"reasoning", *THOUGHTS, *QUESTIONS}
         unread -= ANSWERS if turns[-1].message["role"] == "assistant" else set()
     elif form in PAIRS:
         unread -= set() if isinstance(record[form[0]], list) else {*INPUTS, "history"}
         unread -= set() if isinstance(record[form[1]], list) else {*REASONING}
-    for key in sorted(unread & given):
+    for key in sorted(unread):
         is_number = key in {"turns", *THOUGHTS} and isinstance(record[key], bool | int | float)
         if not is_number and not _is_copy(key, record[key], turns, record.get(form[0])):
             raise BadRecord(
