@@ -14,6 +14,7 @@ from data.regenerate import local_backend
 from data.regenerate.conversation import Sample, Sampling
 from data.regenerate.local_backend import LocalBackend
 from data.regenerate.progress import Progress
+from models.decoding.continuous import ContinuousDecoder
 from models.export import export_draft
 from models.target import load_target
 
@@ -26,6 +27,14 @@ def backend(tokenizer, *, name=TINY / "target", draft=None, batch_size=2, **chan
     sampling = Sampling(**how | {"repeat_words": 12, "repeat_times": 0} | changes)
     encoder = ChatEncoder(tokenizer, {})
     return LocalBackend(target, tokenizer, encoder, sampling, batch_size=batch_size, device="cpu", draft=draft)
+
+
+def loaded(tokenizer, decoder):
+    """Return a backend around a decoder, without loading the target again."""
+    found = LocalBackend.__new__(LocalBackend)
+    found.tokenizer, found.encoder, found.decoder = tokenizer, ChatEncoder(tokenizer, {}), decoder
+    found.sampling, found.limit, found.ends = Sampling(0.0, 1.0, 9, 0, False, 9, 0), 100, {tokenizer.eos_token_id}
+    return found
 
 
 def answers(backend, questions, on_tokens=lambda count: None):
@@ -109,6 +118,30 @@ def test_a_target_that_cannot_be_decoded_is_refused_with_a_fix(tiny_tokenizer, t
     file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_scale": 3.0}))
     with pytest.raises(UserError, match="guidance_scale=3.0.*regenerate.backend=server"):
         backend(tiny_tokenizer, name=tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("ends", "max_new_tokens", "complete"),
+    [({"stop_strings": ["e"]}, 1, True), ({"stop_strings": ["e"]}, 9, True), ({"max_time": 0.0}, 9, False)],
+)
+def test_an_answer_is_complete_with_a_stop_string_of_the_target(
+    ends, max_new_tokens, complete, tiny_tokenizer, tiny_target, monkeypatch
+):
+    for name, value in ends.items():
+        monkeypatch.setattr(tiny_target.generation_config, name, value)
+    how = {"max_rows": 1, "max_new_tokens": max_new_tokens, "tokenizer": tiny_tokenizer}
+    decoder = ContinuousDecoder(tiny_target, **how)
+    sample = Sample("1", [{"role": "user", "content": "Tom has 3 apples."}])
+    loaded(tiny_tokenizer, decoder).run([sample], lambda _: None, answered_before=False, on_tokens=lambda _: None)
+    assert sample.messages[1]["content"] == "The" and sample.written[1].truncated != complete
+
+
+def test_tokens_beyond_the_vocabulary_are_a_refusal(tiny_tokenizer, tiny_target):
+    local = loaded(tiny_tokenizer, ContinuousDecoder(tiny_target, max_rows=1, max_new_tokens=1))
+    local.encoder.prompt = lambda _: [10**6]
+    sample = Sample("1", [{"role": "user", "content": "?"}])
+    local.run([sample], lambda _: None, answered_before=False, on_tokens=lambda _: None)
+    assert sample.outcome.startswith("refused: ") and "1000000" in sample.outcome
 
 
 def test_the_bar_shows_tokens_per_second_before_the_first_conversation_is_finished():

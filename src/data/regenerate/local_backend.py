@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sampling, derive_seed
+from models.decoding.batch_decoder import Row
 from models.decoding.continuous import ContinuousDecoder
 from models.decoding.flex import check_untested
 from models.decoding.sampling import Sampling as TokenSampling
@@ -87,7 +88,7 @@ class LocalBackend:
                 return
             for key, row in self.decoder.step():
                 sample = in_flight.pop(key)
-                self._answer(sample, row.tokens)
+                self._answer(sample, row)
                 if sample.outcome:
                     on_finish(sample)
                 else:
@@ -111,8 +112,9 @@ class LocalBackend:
             return False
         return True
 
-    def _answer(self, sample: Sample, tokens: list[int]) -> None:
-        complete = bool(tokens) and tokens[-1] in self.ends
+    def _answer(self, sample: Sample, row: Row) -> None:
+        tokens, by_string = row.tokens, row.state is not None and row.state.ends_with_stop_string()
+        complete = by_string or (bool(tokens) and tokens[-1] in self.ends)
         # `decode` is annotated to return str or list, but returns a list only for batches.
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         sample.answer({"content": text}, tokens, complete, len(tokens), self.sampling)

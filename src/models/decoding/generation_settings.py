@@ -205,6 +205,11 @@ class SequenceState:
             self.limit = self.new_tokens
         return self.new_tokens == self.limit
 
+    def ends_with_stop_string(self) -> bool:
+        """Return whether the last token completes a stop string."""
+        strings = (criterion for criterion in self._criteria if isinstance(criterion, StopStringCriteria))
+        return any(bool(criterion(self._so_far, None).all()) for criterion in strings)  # type: ignore[arg-type]
+
 
 def sequence_states(
     target: PreTrainedModel,
