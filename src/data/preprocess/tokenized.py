@@ -252,7 +252,8 @@ def _lost_workers(num_proc: int) -> Iterator[None]:
         if error.__cause__ is not None or isinstance(error.__context__, KeyboardInterrupt):
             raise
         raise UserError(
-            f"data.num_proc={num_proc}: a worker process ended unexpectedly, probably out of memory. Lower data.num_proc."
+            f"data.num_proc={num_proc}: a worker process ended unexpectedly, probably out of memory. Lower "
+            "data.num_proc."
         ) from error
 
 
