@@ -14,8 +14,10 @@ from data.regenerate import output as module
 from data.regenerate import run as run_module
 from data.regenerate.conversation import KEPT, Asked, Sampling, beside
 from data.regenerate.output import dropped_file, write_output
+from data.regenerate.questions import read_questions
 from data.regenerate.sample_log import SampleLog
 from data.regenerate.settings import SettingsFile
+from data.sources.readers import open_sources
 from data.sources.rejects import handle_rejects
 
 SAMPLING = Sampling(0.0, 1.0, 64, seed=0, drop_cut_off=False, repeat_words=9, repeat_times=0)
@@ -170,6 +172,16 @@ def test_a_full_disk_at_the_settings_or_rejects_is_an_error(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"rejects.jsonl: write failed .*No space left"):
         handle_rejects([entry], 1, "skip", tmp_path / "rejects.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ['{"question": "%s", "answer": "x"}', '[{"question": "%s", "answer": "x"}]'])
+def test_data_that_changes_during_a_run_is_an_error(form, tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text(form.replace("%s", "a"))
+    questions = read_questions(open_sources(str(file), split="train", max_records=None), "stop", tmp_path / "rejects")
+    file.write_text(form.replace("%s", "b"))
+    with pytest.raises(UserError, match="the content changed"):
+        list(questions.unanswered(lambda _: False, None))
 
 
 def test_each_output_has_its_own_files(tmp_path):
