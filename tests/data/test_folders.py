@@ -48,6 +48,7 @@ def saved(tmp_path_factory):
     for missing in ("train", "test"):
         shutil.copytree(folder / "dict", folder / f"without_{missing}")
         shutil.rmtree(folder / f"without_{missing}" / missing)
+    (folder / "without_train" / "train").mkdir()
     return folder
 
 

@@ -232,6 +232,7 @@ REFUSED = {
     "my data.json": (b'{"my data": [{"messages": []}]}', """the records in `my data`.*jq -c '.["my data"][]' '"""),
     "nested.json": (b'{"data": {"train": [{"messages": []}]}}', "the records in `data.train`.*jq -c '.data.train[]'"),
     "n.json": (b'{"a b": {"c": [{"question": ""}]}}', "the records in `a b.c`.*jq -c '.[\"a b\"].c[]'"),
+    "in an array.json": (b'[{"data": [{"messages": []}]}]', "the records in `data`.*jq -c '.[].data[]'"),
     "inner.json": (b'{"conversations": [{"conversations": []}]}', "in `conversations`.*jq -c '.conversations[]'"),
     "zeros.jsonl": (bytes(600), "begins with zero bytes, e.g. since"),
     "mark.jsonl": (b"\xef\xbb\xbf", "contains no records"),

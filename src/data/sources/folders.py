@@ -46,7 +46,7 @@ class Folder:
     path: Path
     files: list[DataFile] = field(default_factory=list)
     passed_over: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    missing: dict[str, str] = field(default_factory=dict)  # name: split, of folders in a dataset_dict.json
+    missing: dict[str, str] = field(default_factory=dict)  # name: split, of those in a dataset_dict.json without files
     notes: list[str] = field(default_factory=list)
 
     def note(self) -> str:
@@ -101,7 +101,7 @@ def _walk(folder: Path, prefix: str, found: Folder, parents: set[str], visited: 
         yield from _listed(folder, prefix, saved, passed_over)
         return
     splits = [name for name in _read_list(folder / config.DATASETDICT_JSON_FILENAME, "splits") if isinstance(name, str)]
-    found.missing |= {prefix + name: name for name in splits if not (folder / name).is_dir()}
+    found.missing |= {prefix + name: name for name in splits}
     for entry in sorted(folder.iterdir()):
         name, is_folder = prefix + entry.name, entry.is_dir()
         if entry.name.startswith(".") or is_folder and entry.name.startswith("__"):
@@ -112,6 +112,8 @@ def _walk(folder: Path, prefix: str, found: Folder, parents: set[str], visited: 
             passed_over[AGAIN].append(name)
         elif is_folder:
             files = list(_walk(entry, f"{name}/", found, parents, visited))
+            if files:
+                found.missing.pop(name, None)
             for file in files:
                 file.splits |= {entry.name} if entry.name in splits else set()
             yield from files

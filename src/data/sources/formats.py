@@ -129,7 +129,8 @@ def _check_wrapper(reader: Reader) -> None:
     for keys in _lists_of_records(record.value):
         where = f"the records in `{'.'.join(keys)}`" if keys else "a record under each key"
         names = (f".{key}" if NAME.fullmatch(key) else f"[{json.dumps(key)}]" for key in keys)
-        path = "".join(names) + "[]"
+        array = _beginning(Path(reader.name)).removeprefix(BOM).lstrip().startswith(b"[")  # with a single element
+        path = f"{'[]' if array else ''}{''.join(names)}[]"
         raise UserError(
             f"{reader.name}: a single object with {where}; expected an array or one object per line. Convert it with: "
             f"jq -c {quote(path if path.startswith('.') else f'.{path}')} {quote(reader.name)} > conversations.jsonl"
