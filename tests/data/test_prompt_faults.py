@@ -207,3 +207,54 @@ def test_arguments_that_the_template_prints_bare_are_json_text(encoder_of):
     function = {"name": "f", "arguments": {"on": True, "to": None}}
     messages = [user("How?"), assistant("", tool_calls=[{"type": "function", "function": function}])]
     assert check(encoder, messages)[0] == ['{"name": "f", "arguments": {"on": true, "to": null}}<|im_end|>']
+
+
+@pytest.mark.parametrize(
+    ("opening", "close", "expected"),
+    [
+        ("<analysis>", "</analysis>", ("hm\n</analysis>\n\nyes<|im_end|>", None)),
+        ("<cot>", "</cot>", ("hm\n</cot>\n\nyes<|im_end|>", None)),
+        ("<|begin_of_thought|>", "<|end_of_thought|>", (None, REWRITTEN)),
+    ],
+)
+def test_an_answer_does_not_repeat_the_tag_that_its_prompt_opens(opening, close, expected, encoder_of):
+    encoder = encoder_of(EXAONE.replace("<thought>", opening).replace("</thought>", close))
+    answers, refused = check(encoder, [user("q"), assistant(f"{opening}\nhm\n{close}\n\nyes")])
+    assert (*answers, *refused) == tuple(text for text in expected if text)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Lisbon"}}}
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+AGENT = PLAIN.replace("<|im_end|>\n{% endfor %}", CALLS).replace("{% for m", "{{ tools | tojson }}{% for m", 1)
+TOOL = {"type": "function", "function": {"name": "f", "description": "F.", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("text", ["", "I look."])
+@pytest.mark.parametrize("tag", ["<think>", "<analysis>"])
+def test_reasoning_before_a_call_replaces_the_empty_block_of_the_template(tag, text, encoder_of):
+    """As in EXAONE 4, which writes an empty block before each finished answer, and in templates with other tags."""
+    close = tag.replace("<", "</")
+    block = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}" if tag == "<think>" else ""
+    template = AGENT.replace("{{ m.content }}", block + "{{ m.content }}")
+    encoder = encoder_of(template.replace("assistant\n{% endif %}", f"assistant\n{tag}\n{{% endif %}}"))
+    messages = [user("How?"), assistant(text, reasoning_content="Look up.", tool_calls=[CALL])]
+    (answer,), refused = check(encoder, messages, [TOOL])
+    assert answer.startswith(f"Look up.\n{close}\n\n{text}<call>") and answer.count("<") == 4 and not refused
+
+
+SEPARATED = PLAIN.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}<think>{% if m.reasoning_content %}{{ m.reasoning_content }}{% endif %}</think>\n"
+    "{% endif %}{{ m.content.split('</think>')[-1] }}",
+).replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [assistant("3."), assistant("3.", reasoning_content="2 + 1"), assistant("<think>\n2 + 1\n</think>\n\n3.")],
+)
+def test_an_answer_after_a_closed_block_is_written_as_one_without_reasoning(answer, encoder_of):
+    """As in GLM-4.5, which writes a line break between the block and the answer."""
+    for messages in ([], [user("How?"), assistant("So.")] * 20):
+        answers, refused = check(encoder_of(SEPARATED), [*messages, user("How many?"), answer])
+        assert answers[-1] == "\n3.<|im_end|>" and not refused

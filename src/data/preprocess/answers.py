@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 from data.errors import BadRecord
 from data.preprocess.prompts import CHECKED, Render, common_prefix, question
-from data.preprocess.reasoning import CLOSES, OPENS, UNKNOWN, Parts, closing, fill, split_reasoning
+from data.preprocess.reasoning import CLOSES, EMPTY_BLOCK, OPENS, STARTS, UNKNOWN, Parts, closing, fill, split_reasoning
 from data.preprocess.spans import REASONING_DROPPED, TEXT_DROPPED
 from data.preprocess.tool_calls import dropped_call, result_written
-from data.sources.records import Messages
-from data.sources.turns import REASONING
+from data.sources.records import Message, Messages
 
 Split = Callable[[str, Callable[[], tuple[str, str]]], tuple[str, str, list[str]]]
 # Sample messages, used to find the text that the template writes after an answer.
@@ -17,6 +16,7 @@ ANSWER, NEXT_QUESTION = "It is as follows.", "What follows from this?"
 RESULT = "The result is as follows."
 NO_REASONING = "the prompt opens a reasoning block, but the answer has no reasoning"
 REWRITTEN = "the prompt ends with text that the chat template does not write before the finished answer"
+UNWRITTEN_CALL = "the chat template does not write the tool call after the prompt of the answer"
 ALTERED = "the chat template drops or changes the text of the answer"
 
 
@@ -47,21 +47,21 @@ class AnswerTexts:
                 result of a tool from the prompt, or a tool call or text from the answer, or rewrites the prompt.
         """
         self._check_results(turn, prompt)
-        opened, closed = OPENS.search(prompt), CLOSES.search(prompt)
-        tail = self._tail(turn, prompt)
-        if tail is None and not opened and not closed and self._adds(turn, prompt):
-            opened = UNKNOWN.search(prompt)
-            if opened is None:
-                raise Refused(REWRITTEN)
-        message = split_reasoning(self.messages[turn], opened[1] if opened else None)
+        opened, closed, answer = OPENS.search(prompt), CLOSES.search(prompt), self.messages[turn]
+        if closed and (message := split_reasoning(answer, None)).reasoning is not None:
+            answer = message.bare(answer)  # the target has no reasoning to write
+        tail = self._tail(turn, prompt, answer)
+        if tail is None and not opened and not closed:
+            opened, answer = self._unlisted(turn, prompt)
+        message = split_reasoning(self.messages[turn] if closed else answer, opened[1] if opened else None)
         if opened and message.reasoning is None:
             raise Refused(NO_REASONING)
         thought = (message.reasoning or "").strip()
         if tail is not None and opened and tail.partition(closing(opened[1]))[0].strip() != thought:
             tail = None  # the template drops the reasoning, or treats it as part of the answer
-        if tail is not None and message.block is not None and (thought in message.before(tail)) == bool(closed):
-            tail = None  # the template drops the reasoning, or writes it after the empty block in the prompt
-        if tail is not None and thought and (filled := fill(tail, thought)) is not None:
+        if tail is not None and message.block is not None and not closed and thought not in message.before(tail):
+            tail = None  # the template drops the reasoning
+        if tail is not None and thought and not closed and (filled := fill(tail, thought)) is not None:
             tail = None if message.block is not None else filled
         if tail is None:
             tail = self._rewritten(turn, prompt, message, opened, closed)
@@ -71,14 +71,27 @@ class AnswerTexts:
         self._check_text(turn, message, text, notes)
         return text, whitespace, notes
 
-    def _adds(self, turn: int, prompt: str) -> bool:
-        """Return whether a prompt ends with text that is not in front of the finished answer."""
-        rendered, content = (
-            self.render(self.messages[: turn + 1], False),
-            self.messages[turn].get("content", "").strip(),
-        )
+    def _unlisted(self, turn: int, prompt: str) -> tuple[re.Match[str] | None, Message]:
+        """Return the tag that opens reasoning at the end of a prompt, and the answer without this tag in front.
+
+        The tag has none of the usual names, but the template does not write it before a finished answer.
+
+        Raises:
+            Refused: the prompt ends with other text that the template does not write before the finished answer.
+        """
+        answer = self.messages[turn]
+        rendered, content = self.render(self.messages[: turn + 1], False), answer.get("content", "").strip()
         same = common_prefix(prompt, rendered)
-        return rendered.find(content, max(0, same - len(content)), same + len(content)) >= 0
+        opened, added = UNKNOWN.search(prompt), prompt[same:].strip()
+        if opened and content.startswith(opened[1]):
+            return opened, answer | {"content": content.removeprefix(opened[1]).removeprefix("\n")}
+        if content and rendered.find(content, max(0, same - len(content)), same + len(content)) < 0:
+            if added and content.startswith(added):
+                raise Refused(REWRITTEN)
+            return None, answer
+        if opened is None and content:
+            raise Refused(REWRITTEN)
+        return opened, answer
 
     def _check_text(self, turn: int, message: Parts, text: str, notes: list[str]) -> None:
         """Check that an answer contains its calls and its text. Text that is missing beside calls is only noted."""
@@ -118,17 +131,21 @@ class AnswerTexts:
         if "tool_calls" not in self.messages[turn]:
             return message.written(opened, closed) + self._around(turn)[0]
         asked, render = question(self.messages, turn), self.render
-        bare = {key: value for key, value in self.messages[turn].items() if key not in REASONING}
-        if "content" in bare:
-            bare["content"] = message.content
         header = render(asked, True)
-        block = OPENS.search(header)
-        body = _added(header[: block.start()] if block else header, render([*asked, bare], False))
+        block = OPENS.search(header) or (UNKNOWN.search(header) if opened else None)
+        rendered = render([*asked, message.bare(self.messages[turn])], False)
+        body = _added(header[: block.start()] if block else header, rendered)
         if body is None:
-            raise Refused("the chat template does not write the tool call after the prompt of the answer")
-        return message.continued(opened, body.lstrip()) if opened else body
+            raise Refused(UNWRITTEN_CALL)
+        if not opened:
+            return body
+        if empty := EMPTY_BLOCK.match(body):  # in place of the reasoning
+            body = body[empty.end() :]
+        if STARTS.match(body):
+            raise Refused(UNWRITTEN_CALL)
+        return message.continued(opened, body.lstrip())
 
-    def _tail(self, turn: int, prompt: str) -> str | None:
+    def _tail(self, turn: int, prompt: str, answer: Message) -> str | None:
         """Return the text that the template writes after the prompt, or None if it cannot be determined.
 
         If the template rewrites the prompt, the answer is rendered after its question alone. In long conversations,
@@ -136,11 +153,16 @@ class AnswerTexts:
         """
         if self.many and self.local and self.checked == CHECKED:
             self.checked, self.local = CHECKED + 1, self._agree_later(turn)
-        if self.many and self.local and self.checked > CHECKED and (tail := self._tail_alone(turn, prompt)) is not None:
-            return tail
-        tail = _added(prompt, self.render(self.messages[: turn + 1], False))
+        if (
+            self.many
+            and self.local
+            and self.checked > CHECKED
+            and (alone := self._tail_alone(turn, prompt, answer)) is not None
+        ):
+            return alone
+        tail = _added(prompt, self.render([*self.messages[:turn], answer], False))
         if self.many or tail is None:
-            alone = self._tail_alone(turn, prompt)
+            alone = self._tail_alone(turn, prompt, answer)
             self.checked, self.local = self.checked + 1, self.local and tail in (alone, None)
             tail = alone if tail is None else tail
         return tail
@@ -150,12 +172,12 @@ class AnswerTexts:
         later = [i for i, message in enumerate(self.messages) if i >= turn and message["role"] == "assistant"]
         for i in {*(1 << power for power in range(len(later).bit_length())), len(later)}:
             prompt = self.render(self.messages[: later[i - 1]], True)
-            alone = self._tail_alone(later[i - 1], prompt)
+            alone = self._tail_alone(later[i - 1], prompt, self.messages[later[i - 1]])
             if alone is not None and alone != _added(prompt, self.render(self.messages[: later[i - 1] + 1], False)):
                 return False
         return True
 
-    def _tail_alone(self, turn: int, prompt: str) -> str | None:
+    def _tail_alone(self, turn: int, prompt: str, answer: Message) -> str | None:
         """Return the answer's text after its question and the last calls of tools, or else after its question."""
         asked, render = question(self.messages, turn), self.render
         for context in [asked, asked[:1]][: len(asked)]:
@@ -163,7 +185,7 @@ class AnswerTexts:
                 alone = render(context, True)
                 if _reasoning_state(alone) != _reasoning_state(prompt):
                     continue  # an earlier message turns reasoning on or off
-                if (tail := _added(alone, render([*context, self.messages[turn]], False))) is not None:
+                if (tail := _added(alone, render([*context, answer], False))) is not None:
                     return tail
             except BadRecord:
                 continue  # rejected without the earlier turns

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from data.sources.records import Message
 from data.sources.tags import CLOSING, OPENING, tag
+from data.sources.turns import REASONING
 
 OPENS = re.compile(rf"({OPENING})\s*$")
 CLOSES = re.compile(rf"({CLOSING})\s*$")
@@ -26,6 +27,11 @@ class Parts:
     content: str
     block: str | None = None  # "reasoning</think>content" if the record stores the reasoning inside its content
     opening: str = ""  # the opening tag before `block`; may be missing if the prompt opens the block
+
+    def bare(self, message: Message) -> Message:
+        """Return the message without its reasoning."""
+        found = {key: value for key, value in message.items() if key not in REASONING}
+        return found | {"content": self.content} if "content" in found else found
 
     def before(self, text: str) -> str:
         """Return the part of an answer's text before its content, where its reasoning is."""
