@@ -126,8 +126,10 @@ class Sample:
 
     def answer(
         self, message: Message, token_ids: list[int] | None, complete: bool, tokens: int, sampling: Sampling
-    ) -> None:
+    ) -> int | None:
         """Append an answer. Set `outcome` if it is the last one, must be dropped, or cannot be continued.
+
+        Return the number of tokens to train on, or None if the answer is dropped.
 
         Args:
             message: the answer's text, with the keys of an assistant message except its role.
@@ -145,21 +147,20 @@ class Sample:
         self.tokens += tokens
         if fault := sampling.fault(message, complete):
             self.end(fault)
-            return
+            return None
         try:
             length = self.checker.check(self) if self.checker else tokens
         except BadRecord as error:
             self.end(f"{UNTRAINABLE}: {error}")
-            return
+            return None
         self.good = len(self.messages)
-        # Servers differ in whether they count the stop token.
-        self.unverified += token_ids is None and not (tokens and abs(tokens - length) <= 1)
         if self.asked == len(self.questions):
             self.outcome = KEPT
         elif not complete:
             self.end(CUT_OFF)
         elif self.checker and self.checker.calls_tool(self):
             self.end(CALLS)
+        return length
 
     def end(self, reason: str) -> None:
         """End the sample early. Good answers before this point are kept; without any, the sample is dropped."""

@@ -1,10 +1,9 @@
 """Generation backend for servers with an OpenAI-compatible API."""
 
 import asyncio
-import random
-import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -13,18 +12,18 @@ from data.errors import BadRecord, UserError
 from data.preprocess.chat_template import ChatEncoder
 from data.regenerate.conversation import REFUSED, OnFinish, OnTokens, Sample, Sampling, derive_seed
 from data.regenerate.prompt_check import PromptCheck
+from data.regenerate.server_answer import AnswerReader
 from data.regenerate.server_reply import ID_FIELDS, IncompleteReply, Reply, UnknownReply, read_reply, request_body
-from data.regenerate.server_settings import read_key
-from data.sources.kinds import OPENED
-from data.sources.records import Conversation, Message
-from data.sources.tags import OPENING
+from data.regenerate.server_request import Failed, Rejected, RejectsAll, pauses, send
+from data.regenerate.server_settings import read_key, stop_strings, token_limit
+from data.sources.records import Conversation
 from data.terminal import say
 
 MAX_REJECTIONS = 20  # consecutive rejections after which the server is probed, or, without any answer, given up
+MAX_FIELD_REJECTIONS = 2  # requests answered only without a field for token ids, before the field is left out
 MAX_FAILURES = 6  # failed attempts (HTTP 5xx, broken connection, unusable reply) before the server is probed
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between retries, exponential backoff
 PROBE = {"messages": [{"role": "user", "content": "Hi"}]}  # shows whether the server answers any question
-FINAL = (401, 402, 403, 404, 405)  # HTTP statuses that concern every request
 
 
 class ServerBackend:
@@ -43,6 +42,7 @@ class ServerBackend:
         """
         self.sampling, self.url, self.in_flight, self.patience = sampling, url.rstrip("/"), in_flight, patience
         self.timeout, self.encoder, self.prompts = timeout, encoder, PromptCheck(encoder, url)
+        self.answers = AnswerReader(encoder)
         self.request = {
             "model": model,
             "temperature": sampling.temperature,
@@ -52,12 +52,14 @@ class ServerBackend:
             **extra,
         }
         self.request = {key: value for key, value in self.request.items() if value is not None}
+        self.max_tokens, self.stops = token_limit(self.request), stop_strings(self.request)
         self.headers = {"Authorization": f"Bearer {read_key(key_file)}"} if key_file else {}
         self.unavailable_since: float | None = None
         self.answered = False
-        self.rejected: list[Sample] = []
+        self.rejected: list[tuple[Sample, BadRecord]] = []
         self.open = 0  # samples without an answer, to be asked again in a later run
         self.id_fields = 0  # index into ID_FIELDS of what the server is asked for
+        self.field_rejections = 0
         self.returns_ids = False
         self.rewrites_tools = False  # whether the server's prompts with tools differ from the encoder's
 
@@ -68,7 +70,8 @@ class ServerBackend:
 
         Rejected samples are finished only if the server answers other questions, in this run or in an earlier one
         (`answered_before`): a rejection may mean that the settings are invalid for every request, or that a quota is
-        used up. Samples whose requests fail repeatedly while the server answers others are not finished.
+        used up. Samples whose requests fail repeatedly, or whose replies have an unknown form, while the server answers
+        others are not finished.
 
         Raises:
             UserError: the server is unreachable, rejects every request, or uses another chat template.
@@ -101,16 +104,15 @@ class ServerBackend:
         self, client: httpx.AsyncClient, samples: Iterator[Sample], on_finish: OnFinish, on_tokens: OnTokens
     ) -> None:
         for sample in samples:  # iterator shared by all workers
-            rejected = False
+            error: BadRecord | None = None
             try:
-                while sample.outcome is None:
-                    rejected = not await self._answer(client, sample, on_tokens)
-            except Unanswered as error:
-                self.open += 1
-                say(f"warning: {sample.id}: {error}")
+                while sample.outcome is None and error is None:
+                    error = await self._answer(client, sample, on_tokens)
+            except Unanswered as failure:
+                self._leave_open(sample, failure)
                 continue
-            if rejected:
-                self.rejected.append(sample)
+            if error:
+                self.rejected.append((sample, error))
                 if len(self.rejected) >= MAX_REJECTIONS:
                     await self._finish_rejected(client, on_finish)
                 continue
@@ -124,41 +126,59 @@ class ServerBackend:
         Raises:
             UserError: it does not, or has not answered any sample.
         """
-        if self.rejected and not (self._trusted and await self._alive(client)):
-            raise self._rejection_error(str(self.rejected[0].outcome))
+        rejected = self.rejected
+        if not rejected:
+            return
+        alive = self._trusted and await self._alive_after_retries(client)
+        if self.rejected is not rejected:
+            return  # another worker got an answer in the meantime and has finished them
+        if not alive:
+            raise self._rejection_error(rejected[0][1])
         self._flush(on_finish)
 
     def _flush(self, on_finish: OnFinish) -> None:
         finished, self.rejected = self.rejected, []
-        for sample in finished:
-            on_finish(sample)
+        for sample, error in finished:
+            if sample.outcome is None:
+                self._leave_open(sample, error)
+            else:
+                on_finish(sample)
 
-    async def _answer(self, client: httpx.AsyncClient, sample: Sample, on_tokens: OnTokens) -> bool:
-        """Ask the sample's next question and store the answer. Return whether the server accepted the request."""
+    def _leave_open(self, sample: Sample, error: Exception) -> None:
+        self.open += 1
+        say(f"warning: {sample.id}: {error}")
+
+    async def _answer(self, client: httpx.AsyncClient, sample: Sample, on_tokens: OnTokens) -> BadRecord | None:
+        """Ask the sample's next question and store the answer.
+
+        Return the error if the server rejects the request, uses another prompt, or replies in an unknown form. In the
+        last case, the sample has no outcome.
+        """
         seed = derive_seed(self.sampling.seed, f"{sample.id}/{len(sample.messages)}")
         conversation = sample.ask()
         try:
             prompt = self.encoder.prompt(conversation)
         except BadRecord as error:  # training would refuse it as well
             sample.end(f"{REFUSED}: {error}")
-            return True
+            return None
         try:
             reply = await self._reply(client, conversation, prompt, seed)
+        except UnknownReply as error:
+            return error
         except BadRecord as error:
             sample.end(f"{REFUSED}: {error}")
-            return not isinstance(error, (Rejected, UnknownReply))
+            return error if isinstance(error, Rejected) else None
         try:
             self.prompts.check(prompt, reply)
         except BadRecord as error:
             sample.end(f"{REFUSED}: {error}")
-            return False
-        ids = self._ids(reply)
-        message = reply.message if ids or reply.complete else self._cut_in_reasoning(reply.message, prompt)
-        if ids and "reasoning_content" in message and not message["content"].strip() and "tool_calls" not in message:
-            message = {"content": self.encoder.backend.decode(ids)}  # a parser found no end of the reasoning
-        sample.answer(message, ids, reply.complete, reply.tokens, self.sampling)
+            return error
+        reply = self.answers.read(reply, prompt)
+        length = sample.answer(reply.message, reply.token_ids, reply.complete, reply.tokens, self.sampling)
+        if length is not None:
+            sample.unverified += not self.answers.verified(reply, length)
         on_tokens(reply.tokens)
-        return True
+        return None
 
     async def _reply(
         self, client: httpx.AsyncClient, conversation: Conversation, prompt: list[int], seed: int
@@ -186,31 +206,8 @@ class ServerBackend:
             return reply.prompt_ids == prompt
         return reply.prompt_tokens in (None, len(prompt))
 
-    def _cut_in_reasoning(self, message: Message, prompt: list[int]) -> Message:
-        """Return an answer that was cut off in its reasoning as the target wrote it: with the opening tag, as text.
-
-        Unchanged if the answer has other parts, or neither the prompt nor the template has an opening tag.
-        """
-        reasoning = message.get("reasoning_content")
-        if not reasoning or message["content"].strip() or "tool_calls" in message:
-            return message
-        if OPENED.search(self.encoder.backend.decode(prompt, skip_special_tokens=False)):
-            return {"content": reasoning}
-        opening = re.search(OPENING, self.encoder.template)
-        return {"content": f"{opening[0]}\n{reasoning.lstrip()}"} if opening else message
-
-    def _ids(self, reply: Reply) -> list[int] | None:
-        """Return the answer's token ids, or None if they are unknown or of more than the text, e.g. a stop string."""
-        if reply.token_ids is None:
-            return None
-        try:
-            self.encoder.token_ids.check(reply.message, reply.token_ids)
-        except BadRecord:
-            return None
-        return reply.token_ids
-
     async def _ask(self, client: httpx.AsyncClient, conversation: Conversation, seed: int) -> Reply:
-        """Request an answer. If the server rejects the request for token ids, try without it.
+        """Request an answer. If the server rejects it with the field for token ids, try without the field.
 
         Raises:
             BadRecord: the server cannot answer this request.
@@ -223,7 +220,9 @@ class ServerBackend:
             if self.returns_ids or not ID_FIELDS[level]:
                 raise
             reply = await self._post(client, "chat/completions", body)
-            self.id_fields = len(ID_FIELDS) - 1
+            self.field_rejections += 1
+            if self.field_rejections >= MAX_FIELD_REJECTIONS:
+                self.id_fields = len(ID_FIELDS) - 1
             return reply
         if reply.token_ids is not None:
             self.returns_ids = True
@@ -239,89 +238,102 @@ class ServerBackend:
             Unanswered: the request fails repeatedly while the server answers another one.
             UserError: the server is unavailable for longer than `patience` seconds, or rejects every request.
         """
-        pause, failures = FIRST_PAUSE, 0
+        failures, waits = 0, pauses(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
             try:
-                response = await client.post(f"{self.url}/{path}", json=body)
-                if response.status_code == 200:
-                    return self._read(response)
-                problem = f"HTTP {response.status_code}: {response.text:.300}"
-                self._raise_if_final(path, response, problem)
-                failures += response.status_code >= 500
-            except httpx.ConnectError as error:
-                problem = f"{type(error).__name__}: {error}"
-            except (httpx.HTTPError, IncompleteReply) as error:  # failed after accepting the connection
-                problem = f"{type(error).__name__}: {error}"
-                failures += 1
+                return await self._attempt(client, path, body)
+            except Failed as error:
+                problem = str(error)
+                failures += error.accepted
             now = time.monotonic()
             self.unavailable_since = self.unavailable_since or now
             impatient = now - self.unavailable_since > self.patience
             # If a request fails repeatedly while the server answers another one, the request itself is the cause.
             if failures and (failures >= MAX_FAILURES or impatient):
-                if await self._alive(client):
-                    raise Unanswered(f"no answer after {failures} attempts ({problem})")
+                with suppress(Failed):
+                    if await self._alive(client):
+                        raise Unanswered(f"no answer after {failures} attempts ({problem})")
                 failures = 0  # the server was down
             if impatient:
-                raise UserError(
-                    f"No answer from {self.url} for {self.patience:g} seconds ({problem}). Finished answers are saved. "
-                    "Restart the server and run the same command to resume, or increase regenerate.server.patience."
-                )
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, LONGEST_PAUSE)
+                raise self._unavailable_error(problem)
+            await asyncio.sleep(next(waits))
 
-    def _read(self, response: httpx.Response) -> Reply:
-        limit = self.request.get("max_tokens", self.request.get("max_completion_tokens"))
-        reply = read_reply(_json(response), self.encoder.token_ids.stop_ids, limit)
+    async def _attempt(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Reply:
+        """Send a request once and parse the reply.
+
+        Raises:
+            BadRecord: the server rejects the request, or its reply cannot be used.
+            Failed: the server is unavailable, or the reply is incomplete.
+            UserError: the server rejects every request.
+        """
+        try:
+            found = await send(client, f"{self.url}/{path}", body)
+            reply = read_reply(found, self.encoder.token_ids.stop_ids, self.max_tokens, self.stops)
+        except IncompleteReply as error:
+            raise Failed(f"{type(error).__name__}: {error}", accepted=True) from error
+        except RejectsAll as error:
+            raise self._rejection_error(error) from error
         self.unavailable_since = None
         self.answered = self.answered or not isinstance(reply, UnknownReply)
         if isinstance(reply, BadRecord):
             raise reply
         return reply
 
+    async def _alive_after_retries(self, client: httpx.AsyncClient) -> bool:
+        """Return whether the server answers a short question, or another worker's question in the meantime.
+
+        Retry with backoff while the server is unavailable.
+
+        Raises:
+            UserError: it is unavailable for longer than `patience` seconds, or rejects every request.
+        """
+        rejected, started, waits = self.rejected, time.monotonic(), pauses(FIRST_PAUSE, LONGEST_PAUSE)
+        while True:
+            try:
+                return await self._alive(client)
+            except Failed as error:
+                if self.rejected is not rejected:
+                    return True
+                if time.monotonic() - started > self.patience:
+                    raise self._unavailable_error(str(error)) from error
+            await asyncio.sleep(next(waits))
+
     async def _alive(self, client: httpx.AsyncClient) -> bool:
-        """Return whether the server answers a short question with the same settings."""
+        """Ask a short question once, with the same settings, and return whether the server answers it.
+
+        Raises:
+            Failed: the server is unavailable.
+            UserError: the server rejects every request.
+        """
         try:
-            response = await client.post(f"{self.url}/chat/completions", json=self.request | PROBE)
-            if response.status_code == 200:
-                self._read(response)
-            return response.status_code == 200
-        except UnknownReply:
+            await self._attempt(client, "chat/completions", self.request | PROBE)
+        except (Rejected, UnknownReply):
             return False
         except BadRecord:  # an answer, although of no use
             return True
-        except (httpx.HTTPError, IncompleteReply):
-            return False
+        return True
 
-    def _raise_if_final(self, path: str, response: httpx.Response, problem: str) -> None:
-        status = response.status_code
-        if 300 <= status < 400:
-            problem = f"HTTP {status}: redirect to {response.headers.get('location', 'an unknown address')}"
-        if status < 400 or (status in FINAL and path != "completions"):  # not every server has /completions
-            raise self._rejection_error(problem)
-        if status < 500 and status not in (408, 425, 429):
-            raise Rejected(problem)
+    def _unavailable_error(self, problem: str) -> UserError:
+        return UserError(
+            f"No answer from {self.url} for {self.patience:g} seconds ({problem}). Finished answers are saved. "
+            "Restart the server and run the same command to resume, or increase regenerate.server.patience."
+        )
 
-    def _rejection_error(self, problem: str) -> UserError:
+    def _rejection_error(self, error: Exception) -> UserError:
         if self.prompts.all_differ:
             return self.prompts.error()
+        if isinstance(error, UnknownReply):
+            return UserError(
+                f"{self.url} replies in an unknown form ({error}). Finished answers are saved. Set "
+                "regenerate.server.url to a server with OpenAI's API for chat completions, and check .extra."
+            )
         return UserError(
-            f"{self.url} is rejecting requests ({problem}). Finished answers are saved. "
+            f"{self.url} is rejecting requests ({error}). Finished answers are saved. "
             f"Check regenerate.server.url, .model, .key_file and .extra, "
             f"and that regenerate.max_new_tokens={self.sampling.max_new_tokens} leaves room for a prompt in the "
             "server's context length."
         )
 
 
-class Rejected(BadRecord):
-    """Raised if the server rejects a request with an HTTP status of 400 to 499."""
-
-
 class Unanswered(Exception):
     """Raised if a request fails repeatedly while the server answers others. A later run asks again."""
-
-
-def _json(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError as error:
-        raise IncompleteReply(f"invalid JSON ({error})") from error

@@ -1,6 +1,7 @@
 """Checks the settings `regenerate.server`."""
 
 from pathlib import Path
+from typing import Any
 
 import httpx
 from omegaconf import DictConfig
@@ -39,6 +40,25 @@ def read_key(key_file: str) -> str:
     if not key or not key.isascii() or not key.decode().isprintable():
         raise UserError(f"{setting}: expected one line of ASCII text. Write the server's API key into the file.")
     return key.decode()
+
+
+def token_limit(request: dict[str, Any]) -> int | None:
+    """Return the token limit of a request; None if it has none, such as llama.cpp's -1."""
+    given = [request.get(field) for field in ("max_tokens", "max_completion_tokens")]
+    return min((limit for limit in given if type(limit) is int and limit > 0), default=None)
+
+
+def stop_strings(request: dict[str, Any]) -> tuple[str, ...]:
+    """Return the strings at which the server cuts an answer.
+
+    Raises:
+        UserError: they are neither a string nor a list of strings.
+    """
+    given = request.get("stop") or []
+    strings = [given] if isinstance(given, str) else given
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) for string in strings):
+        raise UserError(f"regenerate.server.extra.stop={given!r}: expected a string or a list of strings.")
+    return tuple(strings)
 
 
 def check_server(config: DictConfig) -> None:
