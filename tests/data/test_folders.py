@@ -45,6 +45,8 @@ def saved(tmp_path_factory):
     splits = {"train": rows.select(range(6)), "test": rows.select(range(6, 8)), "dev": rows.select([8])}
     DatasetDict(splits).save_to_disk(str(folder / "dict"))
     DatasetDict({"chat": rows.select([8])}).save_to_disk(str(folder / "single"))
+    shutil.copytree(folder / "single", folder / "one_of_two")
+    (folder / "one_of_two" / "dataset_dict.json").write_text('{"splits": ["chat", "code"]}')
     for missing in ("train", "test"):
         shutil.copytree(folder / "dict", folder / f"without_{missing}")
         shutil.rmtree(folder / f"without_{missing}" / missing)
@@ -101,6 +103,7 @@ def test_the_split_of_a_saved_dictionary_is_chosen(folder, split, own, expected,
         ("dict", "train", "valid", "no split 'valid'; found dev, test, train"),
         ("single", "train", "train", "no split 'train'; found chat"),
         ("without_train", "train", None, "without_train: train is missing, but dataset_dict.json lists it. Restore"),
+        ("one_of_two", "train", None, "no split 'train'; found chat"),
         ("without_test", "all", None, "without_test: test is missing, but dataset_dict.json lists it"),
         ("without_test", "train", "Test", "without_test: test is missing"),
         ("one", "test", None, "data.split=test has no effect"),
