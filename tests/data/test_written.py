@@ -1,12 +1,14 @@
 """Answers stored as tokens: training takes exactly these, refuses tokens of another text, and adds no end to a cut."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 from helpers.chat import supervised_runs
 from helpers.families import FAMILIES
 
 from data.errors import BadRecord
+from data.preprocess import written
 from data.preprocess.chat_template import ChatEncoder
 from data.preprocess.prepare import describe_answers
 from data.preprocess.tokenized import TokenizeSettings, tokenize
@@ -171,6 +173,20 @@ def test_edited_parts_of_an_answer_do_not_keep_its_tokens(text, reasoning, conte
     message = {"role": "assistant", "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
     message |= {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]} if arguments else {}
     assert reads_as(text, message) == good
+
+
+def test_the_numbers_of_a_call_are_read_once_and_exactly(monkeypatch):
+    pattern, found = written.NUMBER, Mock()
+    found.findall.side_effect = pattern.findall
+    monkeypatch.setattr(written, "NUMBER", found)
+    numbers = [2**63 + 1, -1.5, *range(50)]
+
+    def same(arguments):
+        message = {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        return reads_as(f"<tool_call>f {numbers}</tool_call>", message)
+
+    assert same({"a": numbers}) and found.findall.call_count == 1
+    assert not same({"a": [2**63]}) and not same({"a": [51]})
 
 
 @pytest.mark.parametrize("token", [2**32 + 5, 2**40, -1])

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,7 +20,42 @@ BEFORE = re.compile(
 )
 AFTER = re.compile(r"(\s*(</[\w:]+>|<\|[^|]*\|>))?[\s\ufffd]*")
 BEFORE_CALLS = re.compile(r"\s*([<\[{◁✿>]|functools|Action:|$)")
+MAX_DIGITS = 400  # Python's int() refuses numbers of more than 4,300 digits
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
+
+
+class CallText:
+    """Decoded text of an answer with tool calls. What is searched for every value is computed once."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def contains(self, arguments: Any) -> bool:
+        """Return whether the text contains all values of a call's arguments, in any notation."""
+        values = [arguments]
+        while values:
+            value = values.pop()
+            if isinstance(value, dict | list):
+                values += value.values() if isinstance(value, dict) else value
+            elif not self._contains(value):
+                return False
+        return True
+
+    def _contains(self, value: Any) -> bool:
+        if isinstance(value, str):
+            quoted = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
+            return any(form in self.text for form in (value.strip(), *quoted, quoted[1].replace("/", "\\/")))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value in self._numbers
+        return any(form in self._folded for form in (str(value).casefold(), json.dumps(value)))
+
+    @cached_property
+    def _numbers(self) -> frozenset[float]:
+        return frozenset(map(_number, NUMBER.findall(self.text)))
+
+    @cached_property
+    def _folded(self) -> str:
+        return self.text.casefold()
 
 
 class TokenIdChecker:
@@ -73,7 +109,8 @@ def reads_as(decoded: str, message: Message) -> bool:
     calls = [call.get("function", call) for call in message.get("tool_calls", ())]
     if not reasoning and not calls:
         return _plain(decoded) == _plain(content)
-    if not all(call.get("name", "") in decoded and _contains(decoded, call.get("arguments")) for call in calls):
+    text = CallText(decoded)
+    if not all(call.get("name", "") in decoded and text.contains(call.get("arguments")) for call in calls):
         return False
     rests = [decoded[end:] for end in _ends(decoded, reasoning)]
     if not content and not reasoning:
@@ -97,16 +134,9 @@ def _follows(rest: str, calls: list[Any]) -> bool:
     return bool(BEFORE_CALLS.match(rest) if calls else AFTER.fullmatch(rest))
 
 
-def _contains(decoded: str, value: Any) -> bool:
-    """Return whether a decoded call contains all values of its arguments, in any notation."""
-    if isinstance(value, dict | list):
-        return all(_contains(decoded, item) for item in (value.values() if isinstance(value, dict) else value))
-    if isinstance(value, str):
-        quoted = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
-        return any(form in decoded for form in (value.strip(), *quoted, quoted[1].replace("/", "\\/")))
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return any(float(number) == value for number in NUMBER.findall(decoded))
-    return any(form in decoded.casefold() for form in (str(value).casefold(), json.dumps(value)))
+def _number(text: str) -> float:
+    """Read a number. Integers are exact: identifiers may have 64 bits."""
+    return int(text) if len(text) < MAX_DIGITS and text.lstrip("-").isdecimal() else float(text)
 
 
 def _plain(text: str) -> str:
