@@ -35,6 +35,7 @@ UNKNOWN = (
     "messages[-1] in [{'role': 'user', 'content': '/fast'}]",
     f"flag({LAST}) == 'on'",
     f"{LAST} | wordcount > 3",
+    f"{LAST}.startswith is callable",
 )
 THROUGH = (
     f"{{% set text = {LAST} | trim %}}{{% if text == '/fast' %}}a{{% endif %}}",
@@ -43,6 +44,7 @@ THROUGH = (
     "{% for m in messages | reverse %}{% if m['content'] == '/fast' %}a{% endif %}{% endfor %}",
     f"{{% macro text(x) %}}{{{{ x }}}}{{% endmacro %}}{{% if text({LAST}) == '/fast' %}}a{{% endif %}}",
     f"{{% macro flag(x) %}}{{% if x == '/fast' %}}a{{% endif %}}{{% endmacro %}}{{{{ flag({LAST}) }}}}",
+    f"{{% with text = {LAST} %}}{{% if text == '/fast' %}}a{{% endif %}}{{% endwith %}}",
     f"{{% set switch = '/fast' %}}{{% if switch in {LAST} %}}a{{% endif %}}",
 )
 

@@ -88,6 +88,7 @@ class _Analysis:
         self.unknown = find_undeclared_variables(template)  # variables that have other values as well
         others: list[nodes.Node] = [node.target for node in template.find_all(nodes.For)]
         others += [node.target for node in template.find_all(nodes.AssignBlock)]
+        others += [target for node in template.find_all(nodes.With) for target in node.targets]
         others += [node.target for node in template.find_all(nodes.Assign) if isinstance(node.target, nodes.Tuple)]
         others += [parameter for macro in self.macros.values() for parameter in macro.args]
         for target in others:
@@ -130,6 +131,11 @@ class _Analysis:
         self._bind(node.target, _item(self.visit(node.iter)))
         return max(map(self.visit, [*([node.test] if node.test else []), *node.body, *node.else_]), default=Kind.CLEAR)
 
+    def _with(self, node: nodes.With) -> Kind:
+        for target, value in zip(node.targets, node.values, strict=True):
+            self._bind(target, self.visit(value))
+        return max(map(self.visit, node.body), default=Kind.CLEAR)
+
     def _macro(self, node: nodes.Macro) -> Kind:
         self._bind(nodes.Name(f"{node.name}()", "store"), max(map(self.visit, node.body), default=Kind.CLEAR))
         return Kind.CLEAR
@@ -138,7 +144,10 @@ class _Analysis:
         return self.kinds.get(node.name, Kind.CLEAR)
 
     def _getattr(self, node: nodes.Getattr) -> Kind:
-        return self._field(self.visit(node.node), node.attr)
+        kind = self.visit(node.node)
+        if kind >= Kind.TEXT and hasattr(str, node.attr):  # a method that is called elsewhere
+            raise Unclear
+        return self._field(kind, node.attr)
 
     def _getitem(self, node: nodes.Getitem) -> Kind:
         kind = self.visit(node.node)
