@@ -175,7 +175,7 @@ KIMI = (
 )
 
 
-@pytest.mark.parametrize("given", [None, "call_", "functions.f:"])
+@pytest.mark.parametrize("given", [None, "call_", "functions.f:", "functions.f:1"])
 def test_ids_name_the_function_where_the_template_writes_them_in_place_of_the_name(given, encoder_of):
     """As in Kimi K2's templates."""
 
@@ -190,10 +190,11 @@ def test_ids_name_the_function_where_the_template_writes_them_in_place_of_the_na
     messages = [user("How?"), assistant("", tool_calls=[call(0), call(1)]), result(0), result(1)]
     messages += [assistant("", tool_calls=[call(2)]), result(2), assistant("So.")]
     answers, refused = check(encoder, messages)
-    calls = ['functions.f:0 {"x": 0}functions.f:1 {"x": 1}<|im_end|>', 'functions.f:2 {"x": 2}<|im_end|>']
+    start = given if given and given.startswith("functions") else "functions.f:"
+    calls = [f'{start}0 {{"x": 0}}{start}1 {{"x": 1}}<|im_end|>', f'{start}2 {{"x": 2}}<|im_end|>']
     assert (answers, refused) == ([*calls, "So.<|im_end|>"], [])
     prompt = encoder.backend.decode(encoder.prompt(Conversation(messages[:-1])))
-    assert all(f"r{i} of functions.f:{i}" in prompt for i in range(3))
+    assert all(f"r{i} of {start}{i}" in prompt for i in range(3))
 
 
 def test_a_system_prompt_that_the_template_drops_is_refused(encoder_of):

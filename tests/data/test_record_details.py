@@ -146,7 +146,7 @@ METADATA = [
     messages(U, A, tools=[SCHEMA], tool_choice="auto", available_tools=[SCHEMA]),
     messages(U, A, function="def f(): ...", source=[{"name": "s"}], model={"name": "m", "parameters": {"top_p": 1}}),
     messages({"role": "system", "content": "Be brief."}, U, A, instructions="Be brief.", developer=""),
-    messages(U, A | {"tool_calls": [F]}, functions="[]", calls=[F], spans="[1, 2]"),
+    messages(U, A | {"tool_calls": [F]}, functions="[]", calls=[{"function": F}], spans="[1, 2]"),
     PAIR | {"cot": False, "rationale": "a", "label": True, "weight": ""},
     {"prompt": "q", "response": "a", "thinking": "t", "thought": "t"},
 ]

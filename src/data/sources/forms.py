@@ -55,10 +55,11 @@ def read_record(record: dict[str, Any]) -> tuple[list[Turn], list[dict[str, Any]
         turns = [replace(turn, trained=False) for turn in turns]
     tools = [(key, read_tools(record[key], f"`{key}`")) for key in TOOLS if key in given]
     tools += [("tools of the system turn", turn.tools) for turn in turns if turn.tools]
-    if any(schemas != tools[0][1] for _, schemas in tools):
+    if any(other != tools[0][1] for _, other in tools):
         raise BadRecord(f"{' and '.join(f'`{key}`' for key, _ in tools)} differ; keep one of them")
-    _refuse_other_tools(record, given) if not tools else _check_tool_choice(record)
-    return _with_system(record, turns), tools[0][1] if tools else None
+    schemas = tools[0][1] if tools else None
+    _check_tool_choice(record) if schemas else _refuse_other_tools(record, given)
+    return _with_system(record, turns), schemas
 
 
 def _refuse_meaning(record: dict[str, Any], given: set[str]) -> None:
