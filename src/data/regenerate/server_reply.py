@@ -194,7 +194,7 @@ def _token_ids(choice: dict[str, Any]) -> list[int] | None:
     if given := _ids("token_ids", choice.get("token_ids")):
         return given
     logprobs = choice.get("logprobs")
-    entries = logprobs.get("content") if logprobs else None  # other forms have no token ids
+    entries = logprobs.get("content") if isinstance(logprobs, dict) else None  # other forms have no token ids
     names = [entry.get("token") for entry in entries or () if isinstance(entry, dict)]
     tokens = [TOKEN_NAME.fullmatch(name) for name in names if isinstance(name, str)]
     if tokens and len(tokens) == len(entries or ()) and all(tokens):
