@@ -76,18 +76,19 @@ def test_log_probabilities_without_token_ids_are_ignored(logprobs):
 
 
 @pytest.mark.parametrize(
-    "found",
+    ("found", "named"),
     [
-        None,
-        {"detail": "x"},
-        {"choices": [{"message": {"content": "Sun."}}]},
-        {"choices": [{"message": {"content": "Sun."}, "finish_reason": "stop"}], "usage": [1]},
-        {"choices": [{"message": {"content": "Sun.", "reasoning": {"summary": "x"}}, "finish_reason": "stop"}]},
-        {"choices": [{"message": {"tool_calls": [{"type": "custom", "custom": {}}]}, "finish_reason": "stop"}]},
+        (None, "no answer in None"),
+        ({"detail": "x"}, "no answer in {'detail'"),
+        ({"choices": [{"message": {"content": "Sun."}}]}, "no finish_reason"),
+        ({"choices": [{"message": {"content": "Sun."}, "finish_reason": "stop"}], "usage": [1]}, "usage="),
+        ({"choices": [{"message": {"content": "Sun.", "reasoning": {"summary": "x"}}}]}, "expected text"),
+        ({"choices": [{"message": {"tool_calls": [{"type": "custom", "custom": {}}]}}]}, "tool call of type 'custom'"),
     ],
 )
-def test_json_in_an_unknown_form_is_not_retried(found):
-    assert isinstance(read_reply(found, {7}, 64), UnknownReply)
+def test_json_in_an_unknown_form_is_not_retried(found, named):
+    error = read_reply(found, {7}, 64)
+    assert isinstance(error, UnknownReply) and named in str(error)
 
 
 def test_deeply_nested_json_is_an_unknown_reply():
