@@ -2,8 +2,8 @@
 
 import pytest
 from helpers.chat import HERE, encoder_for
+from helpers.forked import forked_command
 from helpers.records import config
-from helpers.shared import command
 
 from data.errors import UserError
 from data.preprocess.chat_template import ChatEncoder
@@ -77,7 +77,7 @@ def test_a_variable_with_a_default_in_the_template_counts_as_read():
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["train", "data.report"])
 def test_the_commands_reject_an_argument_without_effect(module, tmp_path):
-    done = command("+experiment=tiny", "+data.template_kwargs.enable_thinkng=false", cwd=tmp_path, module=module)
+    done = forked_command("+experiment=tiny", "+data.template_kwargs.enable_thinkng=false", cwd=tmp_path, module=module)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: data.template_kwargs.enable_thinkng has no effect" in done.stderr
     assert not list(tmp_path.glob("checkpoints/*/attention_tuning"))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.forked import forked_command
 from helpers.shared import SHORT, command, command_stopped_at_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -59,7 +60,7 @@ def test_a_link_in_place_of_a_later_result_is_refused_before_the_first_stage(tra
     shutil.copytree(trained_run, run_dir)
     (run_dir / "evaluate").rename(tmp_path / "behind")
     (run_dir / "evaluate").symlink_to(tmp_path / "behind")
-    done = command(*SHORT, "name=short", "overwrite=attention_tuning", cwd=tmp_path)
+    done = forked_command(*SHORT, "name=short", "overwrite=attention_tuning", cwd=tmp_path)
     assert (
         done.returncode == 1 and "short/evaluate is a symbolic link" in done.stderr and "Traceback" not in done.stderr
     )
@@ -69,7 +70,7 @@ def test_a_link_in_place_of_a_later_result_is_refused_before_the_first_stage(tra
 @pytest.mark.slow
 def test_other_settings_under_the_same_name_are_refused(trained_run):
     call = (*SHORT, "name=short", "stage.attention_tuning.module.learning_rate=0.1")
-    done = command(*call, cwd=trained_run.parents[1])
+    done = forked_command(*call, cwd=trained_run.parents[1])
     assert done.returncode != 0 and "stage.module.learning_rate: 0.005 -> 0.1" in done.stderr
     assert "overwrite=true" in done.stderr and "Traceback" not in done.stderr
 
@@ -122,7 +123,7 @@ def test_a_requeued_job_overwrites_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_stage_without_its_input_names_the_stage_to_run(tmp_path):
-    done = command(*SHORT, "stages=[bonus_calibration]", cwd=tmp_path)
+    done = forked_command(*SHORT, "stages=[bonus_calibration]", cwd=tmp_path)
     assert done.returncode != 0 and "Run stage attention_tuning first" in done.stderr
     assert not (tmp_path / "checkpoints").exists()
 

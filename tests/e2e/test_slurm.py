@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.forked import forked_command
 from helpers.shared import ROOT, command
 
 from train.run_dir.state import read_json
@@ -169,7 +170,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_sweeps_are_refused_before_anything_starts(case, tmp_path):
     overrides, words = WRONG[case]
-    done = command("-m", "+experiment=tiny", *overrides, cwd=tmp_path)
+    done = forked_command("-m", "+experiment=tiny", *overrides, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr, done.stderr

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 from helpers.calls import CALLS
-from helpers.shared import TINY, command
+from helpers.forked import forked_command
+from helpers.shared import TINY
 
 
 def jsonl(path, *records) -> str:
@@ -30,7 +31,7 @@ def assert_refused(done, words, cwd):
 def test_wrong_setting(case, tmp_path):
     overrides, words = CALLS[case]
     experiment = [] if case in ("no experiment", "unknown experiment") else ["+experiment=tiny"]
-    assert_refused(command(*experiment, *overrides, cwd=tmp_path), words, tmp_path)
+    assert_refused(forked_command(*experiment, *overrides, cwd=tmp_path), words, tmp_path)
 
 
 DATA = {
@@ -53,7 +54,7 @@ DATA = {
 def test_wrong_data(case, tmp_path):
     records, words = DATA[case]
     path = jsonl(tmp_path / "data.jsonl", *records)
-    done = command("+experiment=tiny", f"data.path={path}", "data.validation_records=0", cwd=tmp_path)
+    done = forked_command("+experiment=tiny", f"data.path={path}", "data.validation_records=0", cwd=tmp_path)
     assert_refused(done, words, tmp_path)
 
 
@@ -61,7 +62,7 @@ def test_wrong_data(case, tmp_path):
 def test_broken_json_is_named_by_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(chat("Because.")) + "\n{broken\n", encoding="utf-8")
-    done = command("+experiment=tiny", f"data.path={path}", cwd=tmp_path)
+    done = forked_command("+experiment=tiny", f"data.path={path}", cwd=tmp_path)
     assert_refused(done, ["data.jsonl:2", "invalid JSON"], tmp_path)
 
 
@@ -71,5 +72,5 @@ def test_tokenizer_of_another_target(tmp_path):
     shutil.copytree(TINY / "target", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
-    done = command("+experiment=tiny", f"model.target.name={other}", cwd=tmp_path)
+    done = forked_command("+experiment=tiny", f"model.target.name={other}", cwd=tmp_path)
     assert_refused(done, ["token id 2047", "largest token id is 999", "model.target.tokenizer"], tmp_path)

@@ -8,6 +8,7 @@ import torch
 from check_families import FAMILIES, random_pair
 from helpers.configs import composed
 from helpers.flops import flop_counter, without_data
+from helpers.forked import forked_command
 from helpers.runs import STEPS, run
 from helpers.shared import SHORT, command, random_documents, random_target
 from helpers.training import SETTINGS, data, hashes, trainer
@@ -242,7 +243,7 @@ def count(parameters: dict[str, torch.Tensor]) -> int:
      ("adapter.target_modules=[gate_proj]", "expected one or more of q_proj, k_proj, v_proj, o_proj")],
 )  # fmt: skip
 def test_wrong_settings_end_with_an_error_message(override, message, tmp_path):
-    done = command(*SHORT, "adapter=lora", override, "data.max_records=40", cwd=tmp_path)
+    done = forked_command(*SHORT, "adapter=lora", override, "data.max_records=40", cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.flops import flop_counter, without_data
+from helpers.forked import forked_command
 from helpers.shared import TINY, command, random_target
 from helpers.training import SETTINGS
 from measure_memory import CASES, EXPERTS, GEMMA, decoding_peak, estimated, random_batch, saying, tensor_peak
@@ -308,11 +309,11 @@ def test_the_command_plans_a_hub_target_without_network_or_files(tmp_path, monke
     assert done.returncode == 0, done.stderr
     assert "target weights" in done.stdout and "disk:" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 130 and not (tmp_path / "checkpoints").exists()
-    small = command("+experiment=qwen3_8b", "plan=true", "hardware.gpu=rtx-4090", cwd=tmp_path)
+    small = forked_command("+experiment=qwen3_8b", "plan=true", "hardware.gpu=rtx-4090", cwd=tmp_path)
     assert (
         small.returncode != 0 and "It would fit with any of these" in small.stderr and "Traceback" not in small.stderr
     )
-    unknown = command("+experiment=qwen3_8b", "plan=true", "model.target.architecture=null", cwd=tmp_path)
+    unknown = forked_command("+experiment=qwen3_8b", "plan=true", "model.target.architecture=null", cwd=tmp_path)
     assert unknown.returncode != 0 and "model.target.architecture" in unknown.stderr
 
 
@@ -382,12 +383,12 @@ def test_the_flops_of_a_block_are_those_of_drafting_it():
 @pytest.mark.slow
 def test_the_plan_never_uses_the_sizes_of_another_target(tmp_path):
     mine = ("+experiment=qwen3_8b", "plan=true", "name=mine", "model.target.name=owner/mine")
-    wrong = command(*mine, cwd=tmp_path)
+    wrong = forked_command(*mine, cwd=tmp_path)
     assert wrong.returncode == 1 and "has the sizes of Qwen/Qwen3-8B. Choose model=custom" in wrong.stderr
-    absent = command(*mine, "model=custom", cwd=tmp_path)
+    absent = forked_command(*mine, "model=custom", cwd=tmp_path)
     assert absent.returncode == 1 and "plan=true downloads nothing" in absent.stderr
     here = ("model=custom", f"model.target.name={TINY / 'target'}", "data.max_seq_len=320", "model.draft.num_layers=6")
-    own = command("+experiment=qwen3_8b", "plan=true", "name=mine", *here, cwd=tmp_path)
+    own = forked_command("+experiment=qwen3_8b", "plan=true", "name=mine", *here, cwd=tmp_path)
     assert own.returncode == 0 and "Qwen3-8B" not in own.stdout, own.stderr
 
 

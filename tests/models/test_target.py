@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 from helpers.configs import composed
-from helpers.shared import ARCHITECTURE, TINY, command, random_draft, random_target
+from helpers.forked import forked_command
+from helpers.shared import ARCHITECTURE, TINY, random_draft, random_target
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -157,7 +158,7 @@ def test_training_with_a_quantized_target_is_rejected_before_loading(tmp_path):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "target" / "config.json").write_text(json.dumps(config))
     (tmp_path / "target" / "model.safetensors").unlink()
-    done = command("+experiment=tiny", f"model.target.name={tmp_path / 'target'}", cwd=tmp_path)
+    done = forked_command("+experiment=tiny", f"model.target.name={tmp_path / 'target'}", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "The target is quantized" in done.stderr and "Train with the original, unquantized model" in done.stderr
 
