@@ -8,6 +8,7 @@ writes no such token, the end of a long prompt is tokenized without its beginnin
 """
 
 import bisect
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from data.sources.records import Written
 MAX_PIECES = 4096
 WINDOW = 2000  # characters at the end of a prompt to tokenize alone if it has no cut; the first half is context
 AGREE = 16  # tokens
+NEAR = 16  # tokens; a prompt usually ends with a short header
 PROBES = ("\n", ".", "a", " ", "0", "(", "|")  # prefixes to try, in order, when tokenizing a continuation
 
 
@@ -103,13 +105,13 @@ class BoundaryTokenizer:
     def _tokens(self, text: Rendered, before: "_Tokens | None", encoding: Encoding | None) -> "_Tokens":
         if before is None:
             encoding = encoding or self.encode([text.text])[0]
-            return _Tokens(text.text, np.array(encoding.ids, np.int32), encoding, 0, 0, self.cuts, self.may_cut)
+            return _Tokens(text.text, _array(encoding.ids), encoding, 0, 0, self.cuts, self.may_cut)
         common = min(common_prefix(before.text, text.text), text.answers[0].start)
         if common < before.char:  # the offsets of earlier tokens are not known
             return self._tokens(text, None, None)
         token, char = before.cut(common)
         encoding = self.encode([text.text[char:]])[0]
-        ids = np.concatenate([before.ids[:token], np.array(encoding.ids, np.int32)])
+        ids = np.concatenate([before.ids[:token], _array(encoding.ids)])
         return _Tokens(text.text, ids, encoding, token, char, self.cuts, self.may_cut)
 
     def _alone(self, tokens: "_Tokens", char: int) -> tuple[int, list[int]]:
@@ -202,12 +204,17 @@ class _Tokens:
 
     def cut(self, char: int) -> tuple[int, int]:
         """Return the last possible cut at or before a character, as (token index, character offset)."""
-        last = bisect.bisect_right(self.cut_tokens, self.token(char))
-        for token in reversed(self.cut_tokens[:last]):
-            start, end = self._chars(token)
-            if end <= char and self.text.startswith(self.cuts[int(self.ids[token])], start):
-                return token, start
+        for token in self._backwards(min(self.token(char), len(self.ids) - 1)):
+            if content := self.cuts.get(int(self.ids[token])):
+                start, end = self._chars(token)
+                if end <= char and self.text.startswith(content, start):
+                    return token, start
         return self.first, self.char
+
+    def _backwards(self, last: int) -> Iterator[int]:
+        """Yield the indices of tokens from `last` down to `first` + 1, but of distant ones only possible cuts."""
+        yield from range(last, max(last - NEAR, self.first), -1)
+        yield from reversed(self.cut_tokens[: bisect.bisect_right(self.cut_tokens, last - NEAR)])
 
     def at(self, char: int) -> tuple[int, int]:
         """Return the first token that starts at or after a character, as (token index, character offset)."""
@@ -245,6 +252,10 @@ def _document(ids: np.ndarray, answers: list[Span], by_ids: bool = False) -> Ans
 def _splits(token: AddedToken) -> bool:
     """Return whether text can be cut before an added token, i.e. it matches regardless of the surrounding text."""
     return not (token.lstrip or token.single_word or token.normalized)
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    return np.frombuffer(array("i", ids), np.int32)  # twice as fast as np.array
 
 
 def _at_or_after(encoding: Encoding, char: int) -> int:

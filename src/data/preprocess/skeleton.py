@@ -2,13 +2,12 @@
 
 In general, locating the answers in a conversation takes two renderings per answer. With most templates, however, the
 text around the messages depends only on their roles. For each sequence of roles, a skeleton is therefore extracted once
-from a conversation of placeholders. Conversations that match their skeleton need only two renderings: of the messages,
-and of the last prompt. A text that the template searches for, such as the switch `/no_think`, may change any prompt, so
-conversations that contain one have no skeleton. If a template uses contents in other ways, e.g. compares their lengths,
-no conversation has a skeleton.
+from a conversation of placeholders. Conversations that match their skeleton need only one rendering. The last prompt of
+some is rendered as well, as a safeguard. A text that the template searches for, such as the switch `/no_think`, may
+change any prompt, so conversations that contain one have no skeleton. If a template uses contents in other ways, e.g.
+compares their lengths, no conversation has a skeleton.
 """
 
-import re
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -26,13 +25,13 @@ class Skeleton:
     answers: list[tuple[int, int, int, int]]
     supervision: Supervision  # supervision of the placeholder conversation
 
-    def supervise(self, messages: Messages, rendered: str, prompt: str) -> Supervision | None:
+    def supervise(self, messages: Messages, rendered: str, prompt: str | None) -> Supervision | None:
         """Return the supervision of a conversation, or None if its rendering does not match the skeleton.
 
         Args:
             messages: the conversation.
             rendered: its rendering.
-            prompt: the rendered prompt of the last answer.
+            prompt: the rendered prompt of the last answer, or None to skip its comparison.
         """
         contents = [message["content"] for message in messages]
         text = "".join(part for pair in zip(self.pieces, [*contents, ""], strict=True) for part in pair)
@@ -44,7 +43,7 @@ class Skeleton:
         for turn, before, after, whitespace in self.answers:
             end = ends[turn] + after
             answers.append(Answer(turn, ends[turn] - len(contents[turn]) - before, end, end + whitespace))
-        if text[: answers[-1].start] != prompt:
+        if prompt is not None and text[: answers[-1].start] != prompt:
             return None
         return Supervision([Rendered(text, answers)], {}, self.supervision.notes)
 
@@ -53,11 +52,11 @@ def regular(messages: Messages, switches: Switches) -> bool:
     """Return whether the contents of the messages cannot change the text that the template writes around them."""
     if switches.equality and len({message.get("content") for message in messages}) < len(messages):
         return False
-    return all(len(message) == 2 and _regular(message.get("content", ""), switches.pattern) for message in messages)
+    return all(len(message) == 2 and _regular(message.get("content", ""), switches) for message in messages)
 
 
-def _regular(content: str, switch: re.Pattern[str]) -> bool:
-    return bool(content) and content == content.strip() and not switch.search(content.lower())
+def _regular(content: str, switches: Switches) -> bool:
+    return bool(content) and content == content.strip() and not switches.found_in(content)
 
 
 def placeholders(roles: tuple[str, ...]) -> Messages:

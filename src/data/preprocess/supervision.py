@@ -8,6 +8,7 @@ answer gets a separate text. `{% generation %}` markers are ignored, because som
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from data.errors import BadRecord
@@ -39,6 +40,7 @@ class Supervisor:
         self.ends = sorted({*stop, *added}, key=len, reverse=True)
         # Keyed by message roles. None if conversations are too different to share skeletons.
         self.skeletons: dict[tuple[str, ...], Skeleton | None] | None = {}
+        self.uses: Counter[tuple[str, ...]] = Counter()
 
     def rendering(self, render: Render) -> "Supervisor":
         """Return a supervisor that renders messages with `render`, e.g. with the tools of one conversation."""
@@ -77,10 +79,11 @@ class Supervisor:
             return None
         if roles not in self.skeletons:
             self.skeletons[roles] = self._skeleton(roles)
-        found = self.skeletons[roles]
-        if found is None:
+        if (found := self.skeletons[roles]) is None:
             return None
-        return found.supervise(messages, self.render(messages, False), self.render(messages[: turns[-1]], True))
+        self.uses[roles] += 1
+        prompt = self.render(messages[: turns[-1]], True) if _is_checked(self.uses[roles]) else None
+        return found.supervise(messages, self.render(messages, False), prompt)
 
     def _skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
         examples, turns = placeholders(roles), [turn for turn, role in enumerate(roles) if role == "assistant"]
@@ -142,6 +145,14 @@ class Supervisor:
         if end := self.added.search(tail, at):
             return tail[: end.end()], _leading_whitespace(tail[end.end() :]), [OTHER_END_TOKEN]
         return tail[:at], _leading_whitespace(tail[at:]), [NO_END_TOKEN]
+
+
+def _is_checked(use: int) -> bool:
+    """Return whether the skeleton's last prompt is compared with a rendered one: at first, then at powers of two.
+
+    By `find_switches`, it always agrees. This is a safeguard.
+    """
+    return use <= CHECKED or use & (use - 1) == 0
 
 
 def _append(texts: list[Rendered], new: Rendered) -> None:

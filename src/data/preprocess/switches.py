@@ -24,7 +24,7 @@ JOINING = {"tojson", "indent"}  # filters whose result contains the content
 LISTING = {"list", "first", "last", "reverse", "selectattr", "rejectattr", "default"}  # filters of messages
 SIZES = {"length", "count"}
 TYPES = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "boolean", "number", "callable"}
-TAG = r"think\w*>"  # of reasoning blocks
+TAG = re.compile(r"think\w*>")  # of reasoning blocks
 FIELDS = {"content", "text"}  # of a message and of a part of its content
 
 
@@ -50,9 +50,14 @@ class Switches:
     equality: bool  # whether the template compares messages with one another
 
     @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """Pattern of the literals and of reasoning tags, in lower case: templates may ignore the case of contents."""
-        return re.compile("|".join([TAG, *(re.escape(text.lower()) for text in self.texts)]))
+    def lower(self) -> frozenset[str]:
+        """The literals in lower case: templates may ignore the case of contents."""
+        return frozenset(text.lower() for text in self.texts)
+
+    def found_in(self, content: str) -> bool:
+        """Return whether a content contains one of the literals or a reasoning tag, in any case."""
+        content = content.lower()
+        return any(text in content for text in self.lower) or ("think" in content and bool(TAG.search(content)))
 
 
 def find_switches(template: nodes.Template) -> Switches | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.errors import BadRecord
 from data.sources.tools import holds_schemas, kind, read_tools
-from data.sources.turns import FLAGS, REASONING, Turn, read_flags, read_turn, text_message
+from data.sources.turns import FLAGS, REASONING, Turn, plain_turn, read_flags, read_turn, text_message
 
 LISTS = ("messages", "conversations")
 PAIRS = (
@@ -162,7 +162,7 @@ def read_turns(turns: Any, key: str) -> list[Turn]:
         raise BadRecord(f"`{key}`: expected a list of turns, found {kind(turns)}")
     if not turns:
         raise BadRecord(f"`{key}` is empty")
-    found = [read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
+    found = [plain_turn(turn) or read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
     for number, turn in enumerate(found, start=1):
         turn.number = number
     return found

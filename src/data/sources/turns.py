@@ -70,7 +70,23 @@ def text_message(role: str, content: Any, where: str) -> Message:
 
 def is_blank(text: str) -> bool:
     """Return whether a text has only white space and invisible format characters, such as zero-width spaces."""
+    if text[:1].isalnum():
+        return False  # fast
     return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
+
+
+def plain_turn(turn: Any) -> Turn | None:
+    """Parse a turn of only a role and a text, the common case, fast. Return None for all others."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    role, text = (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+    if type(role) is not str or type(text) is not str or role in CALLS or role not in ROLES or is_blank(text):
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return None
+    return Turn({"role": ROLES[role], "content": text})
 
 
 def read_turn(turn: Any, where: str) -> Turn:
@@ -91,8 +107,6 @@ def read_turn(turn: Any, where: str) -> Turn:
     if role is None:
         raise BadRecord(f"{where}: unknown role {given!r:.40}; expected one of {', '.join(ROLES)}")
     is_call = given.lower() in CALLS
-    if len(turn) == 2 and not is_call and isinstance(turn.get(text_key), str) and not is_blank(turn[text_key]):
-        return Turn({"role": role, "content": _valid(turn[text_key], where)})  # the common case, fast
     extra = {key: value for key, value in turn.items() if key not in (role_key, text_key) and not _absent(key, value)}
     _refuse_unknown(extra, role, where)
     content: Any = turn.get(text_key)
