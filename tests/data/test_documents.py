@@ -238,14 +238,20 @@ def test_no_block_crosses_a_document_or_an_unsupervised_token(masks, max_seq_len
         assert anchors.tolist() == expected
 
 
+def test_a_row_counts_its_longest_answer(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "data.jsonl", *(turns(3, words=words) + turns(2, words=5) for words in (3, 20, 40)))
+    found, _ = read(path, tiny_tokenizer)
+    for row in found.table:
+        runs = "".join("x" if supervised else " " for supervised in row["supervised"]).split()
+        assert row["longest"] == max(map(len, runs)) and row["turn_tokens"] == [len(run) for run in runs]
+
+
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=30))
 @settings(deadline=None)
-def test_anchors_and_longest_answer_of_a_document_equal_those_of_its_row(mask):
+def test_anchors_of_a_document_equal_those_of_its_row(mask):
     document = Document(np.ones(len(mask), np.int32), np.array(mask))
     (row,) = pack_documents([document], len(mask), pad_id=0)
-    assert table._num_anchors(document) == len(valid_anchors(row))
-    runs = "".join("x" if m else " " for m in mask).split()
-    assert table.longest_answer(document.supervised) == max(map(len, runs), default=0)
+    assert table.num_anchors(document) == len(valid_anchors(row))
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80))

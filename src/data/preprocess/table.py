@@ -71,6 +71,7 @@ class Fitted:
     document: Document
     answers: dict[int, int]  # number of tokens of each supervised answer, by message index
     tokens: int  # number of tokens before truncation
+    anchors: int  # number of valid anchors
     by_ids: bool = False  # see `AnswerDocument`
 
 
@@ -109,7 +110,7 @@ def _rows(
         yield first | _content(0, None)
         return
     fitted = fit_to_row(documents, rendered, settings)
-    kept = [document for document in fitted if document and _num_anchors(document.document)]
+    kept = [document for document in fitted if document and document.anchors]
     lengths = [len(document.document.input_ids) for document in documents]
     total = sum(lengths) + max(0, rendered.tokens - max(lengths, default=0))
     outcome = _outcome(kept, fitted, total)
@@ -142,7 +143,7 @@ def _truncate(document: AnswerDocument, limit: int, truncation: str) -> Fitted |
         return None
     answers = {answer.turn: min(answer.end, end) - answer.start for answer in document.answers if answer.start < end}
     cut = Document(document.document.input_ids[:end], document.document.supervised[:end])
-    return Fitted(cut, answers, tokens, document.by_ids)
+    return Fitted(cut, answers, tokens, num_anchors(cut), document.by_ids)
 
 
 def _outcome(kept: list[Fitted], fitted: list[Fitted | None], total: int) -> int:
@@ -178,21 +179,16 @@ def _content(index: int, fitted: Fitted | None) -> dict[str, Any]:
         "turns": list(answers),
         "turn_tokens": list(answers.values()),
         "tokens": fitted.tokens if fitted else 0,
-        "anchors": _num_anchors(document),
-        "longest": longest_answer(document.supervised),
+        "anchors": fitted.anchors if fitted else 0,
+        "longest": max(answers.values(), default=0),
         "input_ids": document.input_ids,
         "supervised": document.supervised,
     }
 
 
-def _num_anchors(document: Document) -> int:
+def num_anchors(document: Document) -> int:
+    """Return the number of valid anchors of a document."""
     return len(anchor_indices(document.supervised, np.arange(len(document.supervised))))
-
-
-def longest_answer(supervised: np.ndarray) -> int:
-    """Return the length of the longest run of supervised tokens."""
-    edges = np.diff(np.concatenate([[0], supervised.astype(np.int8), [0]]))
-    return int((np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).max(initial=0))
 
 
 def _digest(parsed: Conversation) -> int:

@@ -1,5 +1,6 @@
 """Parallel tokenization of records, cached on disk under a fingerprint of everything that affects the tokens."""
 
+import gc
 import hashlib
 import json
 import shutil
@@ -222,7 +223,7 @@ def _tokenize(
     """Write the table to `folder`. Return the number of rows in each file, by name, in order."""
     chunks = [{"part": n} | asdict(chunk) for n, source in enumerate(sources) for chunk in source.reader.chunks()]
     index, workers = Dataset.from_list(chunks), min(num_proc, len(chunks))
-    with _lost_workers(num_proc) if workers > 1 else nullcontext():
+    with _lost_workers(num_proc) if workers > 1 else nullcontext(), _frozen():
         table = index.map(
             tokenize_chunk,
             fn_kwargs={"sources": sources, "encoder": encoder, "settings": settings},
@@ -237,6 +238,17 @@ def _tokenize(
         )
     files = [Path(file["filename"]) for file in table.cache_files]
     return {file.name: len(Dataset.from_file(str(file))) for file in files}
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Exclude all existing objects, such as imported modules, from garbage collection, also in forked workers."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
