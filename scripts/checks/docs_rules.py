@@ -120,6 +120,7 @@ RULES = (
     Rule(r"scripts/\w+/benchmark_data", "600 records", add="--records 600 --processes 1"),
     Rule(r"scripts/\w+/check_families", "short", add="--prompts 2 --new-tokens 4"),
     Rule(r"scripts/\w+/check_templates", "as written"),
+    not_run(r"scripts/targets/smollm2", "downloads 93 MB and needs the package gguf"),
     not_run(r"scripts/\w+/bfcl_records", "needs the downloaded wheel; tested in tests/data/test_tools.py"),
     Rule(r"scripts/\w+/measure_memory", "one configuration", add="+experiment=tiny"),
     Rule(r"scripts/\w+/crash_drill", "one run, one kill", add="--runs 1 --kills 1 --only 'one rank, 4'"),
