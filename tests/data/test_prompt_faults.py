@@ -259,3 +259,14 @@ def test_an_answer_after_a_closed_block_is_written_as_one_without_reasoning(answ
     for messages in ([], [user("How?"), assistant("So.")] * 20):
         answers, refused = check(encoder_of(SEPARATED), [*messages, user("How many?"), answer])
         assert answers[-1] == "\n3.<|im_end|>" and not refused
+
+
+@pytest.mark.parametrize("tag", ["<think>", "<thought>", "[THINK]", "<Scratchpad>"])
+def test_any_reasoning_tag_counts_after_a_closed_block(tag, encoder_of):
+    """Also under a template without conditions on contents, so that other conversations have a skeleton."""
+    written = f"{tag}\n2 + 1\n{tag[0]}/{tag[1:]}\n\n3."
+    template = PLAIN.replace(
+        "{{ m.content }}", f"{{% if m.role == 'assistant' %}}{EMPTY}{{% endif %}}{{{{ m.content }}}}"
+    )
+    encoder = encoder_of(template.replace("assistant\n{% endif %}", f"assistant\n{EMPTY}{{% endif %}}"))
+    assert check(encoder, [user("How many?"), assistant(written)]) == (["3.<|im_end|>"], [])

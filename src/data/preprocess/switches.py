@@ -5,7 +5,6 @@ written, stripped, tested for their type, and searched for or compared with lite
 `</think>`. Any other use, such as their length or a slice, may change the text around messages in unknown ways.
 """
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,6 +13,8 @@ from typing import Any
 
 from jinja2 import nodes
 from jinja2.meta import find_undeclared_variables
+
+from data.sources.tags import CLOSED
 
 SAME = {"trim", "strip", "lstrip", "rstrip", "string", "safe", "default", "d", "lower", "upper", "replace"}
 SAME |= {"removeprefix", "removesuffix"}  # string methods and filters that return the content itself
@@ -24,7 +25,7 @@ JOINING = {"tojson", "indent"}  # filters whose result contains the content
 LISTING = {"list", "first", "last", "reverse", "selectattr", "rejectattr", "default"}  # filters of messages
 SIZES = {"length", "count"}
 TYPES = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "boolean", "number", "callable"}
-TAG = re.compile(r"think\w*>")  # of reasoning blocks
+ENDS = ("</", "[/", "◁/")  # one of them begins each closing tag
 FIELDS = {"content", "text"}  # of a message and of a part of its content
 
 
@@ -55,9 +56,11 @@ class Switches:
         return frozenset(text.lower() for text in self.texts)
 
     def found_in(self, content: str) -> bool:
-        """Return whether a content contains one of the literals or a reasoning tag, in any case."""
+        """Return whether a content contains one of the literals, in any case, or a tag that closes reasoning."""
+        if any(end in content for end in ENDS) and CLOSED.search(content):
+            return True
         content = content.lower()
-        return any(text in content for text in self.lower) or ("think" in content and bool(TAG.search(content)))
+        return any(text in content for text in self.lower)
 
 
 def find_switches(template: nodes.Template) -> Switches | None:
